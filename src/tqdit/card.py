@@ -1,0 +1,87 @@
+"""The card of an exported graph: all that an engine needs to know beyond the graph itself.
+
+It travels inside the ONNX file as one JSON text under the metadata key `tqdit` (docs/onnx-file.md) and from there into
+the manifest of every engine, so the engine side reads no other file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tqdit.diffusion import SamplingSpec
+from tqdit.errors import FileFormatError, UsageError
+
+FORMAT_VERSION = 1
+METADATA_KEY = "tqdit"
+
+GraphName = Literal["step", "denoiser"]
+GRAPHS: tuple[GraphName, ...] = ("step", "denoiser")
+
+
+@dataclass(frozen=True)
+class VaeCard:
+    """The decoder beside a latent model: latents float[B,C,h,w] -> image float[B,3,H,W] in -1..1."""
+
+    file: str  # name beside the ONNX file
+    sha256: str
+    image_height: int
+    image_width: int
+
+
+@dataclass(frozen=True)
+class GraphCard:
+    """Shapes, schedule and conventions of one exported graph."""
+
+    graph: GraphName
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    num_classes: int
+    guided: bool  # the graph takes guidance_scale and runs two rows per image
+    guidance_scale: float  # default of the sampler
+    sampling: SamplingSpec
+    latent_scale: float | None  # None: x is an image in -1..1
+    class_names: tuple[str, ...]
+    model: str  # what was exported, as the user named it
+    origin: str
+    fingerprint: str
+    written_by: str  # tqdit's version
+    vae: VaeCard | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> GraphCard:
+        """Raises FileFormatError naming `where` if the text is not a card of this version."""
+        try:
+            values = json.loads(text)
+            version = values.pop("format_version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise FileFormatError(f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again.") from error
+        if version != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
+                "Export again, or install the tqdit that wrote it."
+            )
+        try:
+            values["sampling"] = SamplingSpec.from_json(values["sampling"])
+            values["class_names"] = tuple(values["class_names"])
+            values["vae"] = VaeCard(**values["vae"]) if values["vae"] else None
+            card = cls(**values)
+            card.check()
+        except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+            raise FileFormatError(f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again.") from error
+        return card
+
+    def check(self) -> None:
+        sizes = (self.channels, self.out_channels, self.height, self.width, self.num_classes)
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or self.graph not in GRAPHS:
+            raise ValueError(f"graph '{self.graph}' with sizes {sizes}")

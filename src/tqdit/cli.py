@@ -1,0 +1,107 @@
+"""The commands: `tqdit-VERB` and `tqdit VERB` are the same. Each stage keeps its own arguments in its `cli` module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from tqdit import __version__
+from tqdit.console import Console
+from tqdit.errors import TqditError, UsageError
+
+VERBS = {
+    "export": "tqdit.export.cli",
+    "build": "tqdit.engines.cli_build",
+    "sample": "tqdit.engines.cli_sample",
+    "inspect": "tqdit.inspect",
+}
+
+
+class VerbModule(Protocol):
+    """What a verb's module offers. `run` returns the path that it wrote, which becomes the last line of stdout."""
+
+    SUMMARY: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace, console: Console) -> Path | None: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tqdit VERB ...`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in VERBS:
+        return run(arguments[0], arguments[1:], prog=f"tqdit {arguments[0]}")
+    parser = argparse.ArgumentParser(
+        prog="tqdit",
+        description="Deploy a quantized diffusion transformer: checkpoint -> ONNX -> engine -> images.",
+        epilog="tqdit VERB --help explains each; with no arguments every verb works on the demo model and on what "
+        "the verb before it wrote.",
+    )
+    parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
+    parser.add_argument("verb", choices=list(VERBS), help="; ".join(f"{v}: {_load(v).SUMMARY}" for v in VERBS))
+    parser.parse_args(arguments)
+    return 2
+
+
+def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one verb; every error of ours becomes one line and an exit code (1, or 2 for usage)."""
+    prog = prog or f"tqdit-{verb}"
+    module = _load(verb)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
+        epilog=module.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only the last line")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
+    args = parser.parse_args(argv)
+    try:
+        written = module.run(args, Console(args.quiet))
+        if written is not None:
+            print(written, flush=True)
+        return 0
+    except TqditError as error:
+        if args.debug:
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; nothing was changed. Run the same command again.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _load(verb: str) -> VerbModule:
+    return cast(VerbModule, importlib.import_module(VERBS[verb]))
+
+
+def export() -> int:
+    return run("export")
+
+
+def build() -> int:
+    return run("build")
+
+
+def sample() -> int:
+    return run("sample")
+
+
+def inspect() -> int:
+    return run("inspect")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""An engine on disk: a folder with `manifest.json` and the compiled parts that it lists (docs/engine-bundle.md).
+
+The manifest names every file with its size and SHA-256. Opening a bundle checks all of them, so a truncated or altered
+part is refused by name before anything runs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdit.card import GraphCard
+from tqdit.errors import FileFormatError, OutputError
+from tqdit.files import sha256
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds and what it needs in order to run."""
+
+    backend: str
+    precision: str
+    card: GraphCard
+    entry: str  # file that the backend opens
+    decoder: str | None  # file of the VAE decoder
+    versions: dict[str, str]  # of the libraries that built it
+    target: dict[str, str]  # hardware that it runs on
+    files: dict[str, Part] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        try:
+            values = json.loads(text)
+            version = values.pop("format_version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
+        if version != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
+                "Build the engine again, or install the tqdit that built it."
+            )
+        try:
+            values["card"] = GraphCard.from_json(json.dumps(values["card"]), str(where))
+            values["files"] = {name: Part(**part) for name, part in values["files"].items()}
+            manifest = cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
+        for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
+            if name not in manifest.files or Path(name).name != name or name in (".", ".."):
+                raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
+        return manifest
+
+
+def describe_parts(folder: Path) -> dict[str, Part]:
+    """Size and SHA-256 of every file in a folder that is being built."""
+    return {file.name: Part(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle, without checking its parts."""
+    if not folder.exists():
+        raise FileFormatError(f"{folder}: no such engine. Run tqdit-build first.")
+    if not (folder / MANIFEST).is_file():
+        raise FileFormatError(f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote.")
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{folder / MANIFEST}: cannot be read ({error}). Build the engine again.") from error
+    return Manifest.from_json(text, folder / MANIFEST)
+
+
+def check_parts(folder: Path, manifest: Manifest) -> None:
+    """Every part is there, whole and unaltered."""
+    for name, part in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileFormatError(f"{file}: missing from the bundle. Build the engine again.")
+        size = file.stat().st_size
+        if size != part.size_bytes:
+            raise FileFormatError(
+                f"{file}: {size} bytes, the manifest says {part.size_bytes}: truncated or altered. Build the engine again."
+            )
+        if sha256(file) != part.sha256:
+            raise FileFormatError(f"{file}: altered since it was built (its SHA-256 differs). Build the engine again.")
+
+
+def check_overwrite(folder: Path, force: bool) -> None:
+    """Only bundles are replaced without --force."""
+    if not folder.exists() or force:
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
+        raise OutputError(f"{folder}: exists and is not an engine. Choose another name or pass --force.")

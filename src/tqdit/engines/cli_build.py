@@ -1,0 +1,43 @@
+"""`tqdit-build model.onnx`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tqdit.console import Console
+from tqdit.engines.backends import BACKENDS
+from tqdit.engines.build import PRECISIONS, build_engine
+from tqdit.engines.bundle import check_overwrite
+from tqdit.extras import need
+from tqdit.files import check_writable
+
+SUMMARY = "compile an exported ONNX file into an engine bundle"
+EXAMPLES = """\
+examples:
+  tqdit-build                                   model.onnx -> model.engine
+  tqdit-build --precision fp32 dit.onnx -o dit.engine
+
+The bundle is a folder that holds everything an edge server needs: compiled graph, decoder, shapes, schedule, checksums."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", type=Path, default=Path("model.onnx"), help="file that tqdit-export wrote (default: "
+        "%(default)s)")  # fmt: skip
+    add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
+    add("--backend", choices=list(BACKENDS), default="onnxruntime", help="default: %(default)s")
+    add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    add("--force", action="store_true", help="replace a folder that is not an engine")
+
+
+def run(args: argparse.Namespace, console: Console) -> Path:
+    need("onnx", "build", "tqdit-build")
+    output: Path = args.output or args.model.with_suffix(".engine")
+    check_overwrite(output, args.force)
+    check_writable(output)
+    console.say(f"compiling {args.model} for {args.backend} in {args.precision}")
+    manifest = build_engine(args.model, output, args.backend, args.precision)
+    size = sum(part.size_bytes for part in manifest.files.values())
+    console.say(f"{len(manifest.files)} file(s), {size / 1e6:.1f} MB")
+    return output

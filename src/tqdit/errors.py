@@ -1,0 +1,53 @@
+"""Everything that TQDiT raises on purpose.
+
+A message is one line that names the thing, what was found, what was expected and what to do. A command prints it and
+exits with 1, or with 2 where the command line itself was wrong.
+
+    TqditError
+    |-- UsageError            a value that the caller passed
+    |-- CheckpointError       a model that cannot be loaded
+    |-- FileFormatError       a file of ours that is damaged, truncated, altered or of an unknown version
+    |-- OutputError           an output that cannot be written
+    |-- MissingLibraryError   an extra that is not installed
+    |-- BackendError          an engine that cannot be built or run here
+    `-- SamplingError         a chain that went wrong (NaN) or was stopped
+        `-- SamplingStopped
+"""
+
+from __future__ import annotations
+
+
+class TqditError(Exception):
+    """Base of every error that TQDiT raises on purpose."""
+
+
+class UsageError(TqditError, ValueError):
+    """A value that the caller passed is not usable."""
+
+
+class CheckpointError(TqditError):
+    """A model checkpoint cannot be loaded."""
+
+
+class FileFormatError(TqditError):
+    """A file of ours is damaged, truncated, altered, or of an unknown version."""
+
+
+class OutputError(TqditError):
+    """An output cannot be written."""
+
+
+class MissingLibraryError(TqditError, ImportError):
+    """A library that a stage needs is not installed; the message holds the pip command."""
+
+
+class BackendError(TqditError):
+    """An engine cannot be built or run on this machine."""
+
+
+class SamplingError(TqditError):
+    """A sampling chain went wrong."""
+
+
+class SamplingStopped(SamplingError):
+    """A callback asked to stop; nothing was written."""

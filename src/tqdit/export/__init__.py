@@ -1,0 +1,10 @@
+"""Stage 2: a model as one self-describing ONNX file (docs/onnx-file.md).
+
+A float trace of the torch module (`trace`), wrapped into a sampling step (`step`), written whole with its card
+(`write`).
+"""
+
+from tqdit.export.graph import ExportConfig, export_graph
+from tqdit.export.write import read_card, write
+
+__all__ = ["ExportConfig", "export_graph", "read_card", "write"]

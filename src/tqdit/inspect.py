@@ -1,0 +1,137 @@
+"""`tqdit-inspect FILE`: what any of our files is, in a few lines.
+
+One function per kind of file; the first whose file it is answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tqdit.card import METADATA_KEY, GraphCard
+from tqdit.console import Console
+from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.extras import need
+
+SUMMARY = "say what a file is: checkpoint, ONNX file, engine bundle or samples"
+EXAMPLES = """\
+examples:
+  tqdit-inspect model.onnx
+  tqdit-inspect model.engine      also checks every checksum
+  tqdit-inspect DiT-XL-2-256x256.pt"""
+
+Facts = list[tuple[str, object]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo'")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    facts = inspect(args.file, args.heads)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name:<{width}}  {value}")
+
+
+def inspect(file: str, heads: int | None = None) -> Facts:
+    """The facts about one file as (name, value) pairs. Raises TqditError where it is damaged or unknown."""
+    path = Path(file)
+    if file != "demo" and not path.exists():
+        raise UsageError(f"{file}: no such file or folder.")
+    if (path / MANIFEST).is_file():
+        return _bundle(path)
+    readers: dict[str, Callable[[Path], Facts]] = {".onnx": _onnx, ".npz": _samples}
+    if path.suffix in readers:
+        return readers[path.suffix](path)
+    return _checkpoint(file, heads)
+
+
+def _bundle(path: Path) -> Facts:
+    manifest = read_manifest(path)
+    check_parts(path, manifest)
+    size = sum(part.size_bytes for part in manifest.files.values())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return [
+        ("kind", "engine bundle; every checksum is right"),
+        ("backend", f"{manifest.backend}, {manifest.precision}"),
+        ("built by", versions),
+        ("runs on", ", ".join(manifest.target.values())),
+        ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
+        ("decoder", "inside" if manifest.decoder else "none"),
+        *_card(manifest.card),
+    ]
+
+
+def _onnx(path: Path) -> Facts:
+    need("onnx", "build", "inspecting an ONNX file")
+    from tqdit.onnx_file import bytes_on_disk, load_graph
+
+    model = load_graph(path)
+    operators = Counter(node.op_type for node in model.graph.node)
+    opsets = ", ".join(f"{entry.domain or 'onnx'} {entry.version}" for entry in model.opset_import)
+    facts: Facts = [
+        ("kind", "ONNX file"),
+        ("size", f"{bytes_on_disk(path) / 1e6:.1f} MB"),
+        ("opsets", opsets),
+        ("nodes", ", ".join(f"{count} {name}" for name, count in operators.most_common(6)) + ", ..."),
+        ("inputs", ", ".join(value.name for value in model.graph.input)),
+        ("outputs", ", ".join(value.name for value in model.graph.output)),
+    ]
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return facts + _card(GraphCard.from_json(entry.value, str(path)))
+    return [*facts, ("written by", model.producer_name or "unknown, not by tqdit")]
+
+
+def _samples(path: Path) -> Facts:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            shapes = {name: f"{content[name].dtype} {content[name].shape}" for name in content.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise FileFormatError(f"{path}: damaged or truncated .npz ({error}). Sample again.") from error
+    return [("kind", "samples"), *shapes.items()]
+
+
+def _checkpoint(file: str, heads: int | None) -> Facts:
+    need("torch", "export", "inspecting a checkpoint")
+    from tqdit.models import load_model
+
+    model = load_model(file, heads)
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    return [
+        ("kind", f"diffusion transformer, origin '{model.origin}'"),
+        ("configuration", getattr(model.network, "config", "not a native DiT")),
+        ("parameters", f"{parameters / 1e6:.2f} million"),
+        ("image", f"{model.in_channels} x {model.height} x {model.width}, {_space(model.latent_scale)}"),
+        ("classes", _classes(model.num_classes, model.class_names)),
+        ("samples with", f"{model.sampling.sampler}, {model.sampling.steps} steps, guidance {model.guidance_scale}"),
+        ("fingerprint", model.fingerprint),
+    ]
+
+
+def _card(card: GraphCard) -> Facts:
+    guidance = f"default scale {card.guidance_scale}" if card.guided else "none"
+    return [
+        ("graph", f"{card.graph} of {card.model} (origin '{card.origin}')"),
+        ("image", f"{card.channels} x {card.height} x {card.width}, {_space(card.latent_scale)}"),
+        ("classes", _classes(card.num_classes, card.class_names)),
+        ("sampler", f"{card.sampling.sampler}, {card.sampling.steps} steps, guidance: {guidance}"),
+        ("fingerprint", card.fingerprint),
+        ("written by", f"tqdit {card.written_by}"),
+    ]
+
+
+def _space(latent_scale: float | None) -> str:
+    return "pixels" if latent_scale is None else f"latents of scale {latent_scale}"
+
+
+def _classes(count: int, names: tuple[str, ...]) -> str:
+    return f"{count}" + (f": {' '.join(names)}" if names else "")

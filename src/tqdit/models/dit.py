@@ -1,0 +1,298 @@
+"""The diffusion transformer (DiT, Peebles & Xie, arXiv 2212.09748, section 3.2, adaLN-Zero) in PyTorch.
+
+Submodule names are those of the published checkpoints, so a published state dict loads as it is. Every tensor
+that a quantizer may want is the input or the output of a named submodule: `blocks.N.attn.scores`,
+`blocks.N.attn.softmax` and `blocks.N.attn.value_product` stand beside the linear layers.
+
+Where checkpoints of different origin compute different things, `DiTConfig` says so (see `models/origins.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FREQUENCY_EMBEDDING_SIZE = 256
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape and arithmetic of one DiT.
+
+    The first group is read off a checkpoint's tensors. The second is what they cannot tell: it follows from where
+    the checkpoint comes from.
+    """
+
+    input_size: int  # H = W of x, in latent or image pixels
+    patch_size: int
+    in_channels: int
+    out_channels: int  # 2 * in_channels where the variance is learned
+    hidden_size: int
+    depth: int
+    mlp_hidden_size: int
+    num_classes: int  # without the null class, whose label is num_classes
+
+    num_heads: int
+    frequency_shift: int = 0  # timestep frequencies are 10000 ** -(i / (128 - shift)), i = 0..127
+    mlp_norm_eps: float = 1e-6  # of the norm before the MLP; the other norms have 1e-6 everywhere
+    embedders_per_block: bool = False  # timestep and label embedders copied into every block
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.out_channels == 2 * self.in_channels
+
+
+class PatchEmbed(nn.Module):
+    """Images (N, C, H, W) to tokens (N, T, D), T = (H / p) (W / p), by a convolution of stride p."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        p = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=p, stride=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (N,) in 0..999 to conditioning vectors (N, D): cosines, then sines, then a two-layer MLP."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        half = FREQUENCY_EMBEDDING_SIZE // 2
+        exponent = torch.arange(half, dtype=torch.float32, device="cpu") / (half - config.frequency_shift)
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponent), persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_EMBEDDING_SIZE, config.hidden_size),
+            nn.SiLU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        angle = timestep[:, None].to(self.frequencies.dtype) * self.frequencies[None]  # (N, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (N,) in 0..num_classes to vectors (N, D); the last label is the null class of guidance."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Scores(nn.Module):
+    """q kᵀ / sqrt(d). q and k (N, heads, T, d); result (N, heads, T, T)."""
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.matmul(q, k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)
+
+
+class ValueProduct(nn.Module):
+    """Probabilities (N, heads, T, T) times v (N, heads, T, d)."""
+
+    def forward(self, probabilities: Tensor, v: Tensor) -> Tensor:
+        return torch.matmul(probabilities, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with its products and its softmax as submodules."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_size = config.hidden_size // config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.scores = Scores()
+        self.softmax = nn.Softmax(dim=-1)
+        self.value_product = ValueProduct()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, self.head_size).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]  # (N, heads, T, d)
+        probabilities = self.softmax(self.scores(q, k))  # (N, heads, T, T)
+        attended = self.value_product(probabilities, v).transpose(1, 2).reshape(n, tokens, width)
+        return self.proj(attended)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(config.mlp_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) * (1 + scale (N, D)) + shift (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _norm(width: int, eps: float) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=eps)
+
+
+class Conditioned(nn.Module):
+    """A module whose conditioning may come from embedders of its own (`embedders_per_block`)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.t_embedder = TimestepEmbedder(config) if config.embedders_per_block else None
+        self.y_embedder = LabelEmbedder(config) if config.embedders_per_block else None
+
+    def conditioning(self, timestep: Tensor, labels: Tensor, shared: Tensor | None) -> Tensor:
+        if self.t_embedder is None or self.y_embedder is None:
+            assert shared is not None
+            return shared
+        return self.t_embedder(timestep) + self.y_embedder(labels)  # (N, D)
+
+
+class DiTBlock(Conditioned):
+    """Attention and MLP, each between an adaLN modulation and a gate."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.norm1 = _norm(width, 1e-6)
+        self.attn = Attention(config)
+        self.norm2 = _norm(width, config.mlp_norm_eps)
+        self.mlp = Mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, p = config.hidden_size, config.patch_size
+        self.norm_final = _norm(width, 1e-6)
+        self.linear = nn.Linear(width, p * p * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p * p * out_channels)
+
+
+class DiT(Conditioned):
+    """(x (N, C, H, W) float, timestep (N,) in 0..999, class_labels (N,)) -> (N, out_channels, H, W).
+
+    The first C channels of the result are the predicted noise, the rest (where learned) the variance fraction v of
+    improved DDPM (arXiv 2102.09672, eq. 15).
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        shared = not config.embedders_per_block
+        self.t_embedder = TimestepEmbedder(config) if shared else None
+        self.y_embedder = LabelEmbedder(config) if shared else None
+        self.pos_embed = nn.Parameter(sine_cosine_positions(config), requires_grad=False)  # (1, T, D)
+        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
+        self.final_layer = FinalLayer(config)
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        c = self._shared_conditioning(timestep, class_labels)
+        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        first = None
+        for block in self.blocks:
+            own = block.conditioning(timestep, class_labels, c)
+            first = own if first is None else first
+            tokens = block(tokens, own)
+        assert first is not None
+        return self.unpatchify(self.final_layer(tokens, first))  # the final layer shares block 0's conditioning
+
+    def _shared_conditioning(self, timestep: Tensor, labels: Tensor) -> Tensor | None:
+        if self.t_embedder is None or self.y_embedder is None:
+            return None
+        return self.t_embedder(timestep) + self.y_embedder(labels)  # (N, D)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(N, T, p * p * C) -> (N, C, H, W)."""
+        p, c = self.config.patch_size, self.config.out_channels
+        side = self.config.input_size // p
+        grid = tokens.reshape(tokens.shape[0], side, side, p, p, c)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], c, side * p, side * p)
+
+
+def sine_cosine_positions(config: DiTConfig) -> Tensor:
+    """Fixed 2-D position embedding (1, T, D): a quarter each of sin and cos of the column, then of the row.
+
+    The one of masked autoencoders (arXiv 2111.06377), which the published DiT takes over.
+    """
+    side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
+    omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    rows, columns = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    halves = []
+    for coordinate in (columns, rows):
+        angle = coordinate.reshape(-1, 1) * omega  # (T, D / 4)
+        halves.append(np.concatenate([np.sin(angle), np.cos(angle)], axis=1))
+    return torch.from_numpy(np.concatenate(halves, axis=1)).float().unsqueeze(0)
+
+
+def initialize(model: DiT, seed: int = 0) -> DiT:
+    """Random weights for training from scratch: adaLN-Zero, so every block starts as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1), generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        elif isinstance(module, TimestepEmbedder):
+            for index in (0, 2):
+                linear = module.mlp[index]
+                assert isinstance(linear, nn.Linear)
+                nn.init.normal_(linear.weight, std=0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, DiTBlock | FinalLayer):
+            last = module.adaLN_modulation[1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    nn.init.zeros_(model.final_layer.linear.bias)
+    return model
+
+
+def randomize(model: DiT, seed: int = 0, scale: float = 0.02) -> DiT:
+    """Random non-zero weights everywhere, for tests and speed measurements of a model without weights.
+
+    A freshly initialized DiT computes zero (adaLN-Zero), which would hide every mistake.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+__all__ = ["DiT", "DiTConfig", "initialize", "randomize", "sine_cosine_positions"]
+

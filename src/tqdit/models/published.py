@@ -1,0 +1,122 @@
+"""Adapter for checkpoints in the layout of facebookresearch/DiT: one `.pt` or `.safetensors` file.
+
+Width, depth, patch, classes, channels and image size are read off the tensors' shapes; the number of heads is that of
+the published family (S, B, L, XL) or given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tqdit.errors import CheckpointError
+from tqdit.models.dit import FREQUENCY_EMBEDDING_SIZE, DiT, DiTConfig
+from tqdit.models.loaded import LoadedModel, fingerprint
+from tqdit.models.origins import PUBLISHED, Origin
+from tqdit.models.state import StateDict, check_layout, read_metadata, read_tensors
+
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+FAMILY_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> heads of DiT-S, B, L and XL
+
+
+def matches(source: str) -> bool:
+    return Path(source).suffix in SUFFIXES and not Path(source).is_dir()
+
+
+def load(source: str, heads: int | None = None) -> LoadedModel:
+    path = Path(source)
+    return build(path, read_tensors(path), heads or heads_in_metadata(path), PUBLISHED)
+
+
+def build(
+    path: Path, tensors: StateDict, heads: int | None, origin: Origin, class_names: tuple[str, ...] = ()
+) -> LoadedModel:
+    """A model from a state dict with published names."""
+    config = infer_config(path, tensors, heads, origin)
+    network = assemble(path, tensors, config)
+    return LoadedModel(
+        network=network,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        height=config.input_size,
+        width=config.input_size,
+        num_classes=config.num_classes,
+        origin=origin.name,
+        source=str(path),
+        fingerprint=fingerprint(network, config),
+        sampling=origin.sampling,
+        guidance_scale=origin.guidance_scale,
+        latent_scale=origin.latent_scale,
+        class_names=class_names,
+    )
+
+
+def assemble(path: Path, tensors: StateDict, config: DiTConfig) -> nn.Module:
+    """The network of `config` with these float32 weights, in eval mode; the weights are not copied."""
+    with torch.device("meta"):
+        network = DiT(config)
+    check_layout(path, tensors, network.state_dict())
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def infer_config(path: Path, tensors: StateDict, heads: int | None, origin: Origin) -> DiTConfig:
+    """The configuration that the shapes of published tensors tell."""
+    width, in_channels, patch, _ = _shape(path, tensors, "x_embedder.proj.weight", 4)
+    _, tokens, _ = _shape(path, tensors, "pos_embed", 3)
+    rows, _ = _shape(path, tensors, "final_layer.linear.weight", 2)
+    classes, _ = _shape(path, tensors, "y_embedder.embedding_table.weight", 2)
+    mlp_width, _ = _shape(path, tensors, "blocks.0.mlp.fc1.weight", 2)
+    frequencies = _shape(path, tensors, "t_embedder.mlp.0.weight", 2)[1]
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    side = math.isqrt(tokens)
+    if side * side != tokens or rows % (patch * patch) or frequencies != FREQUENCY_EMBEDDING_SIZE:
+        raise CheckpointError(
+            f"{path}: {tokens} tokens, {rows} outputs per token of {patch}x{patch} pixels and {frequencies} timestep "
+            f"frequencies are not a DiT's; expected a square number, a multiple of {patch * patch} and "
+            f"{FREQUENCY_EMBEDDING_SIZE}."
+        )
+    return DiTConfig(
+        input_size=side * patch, patch_size=patch, in_channels=in_channels, out_channels=rows // patch**2,
+        hidden_size=width, depth=depth, mlp_hidden_size=mlp_width, num_classes=classes - 1,
+        num_heads=choose_heads(path, width, heads), frequency_shift=origin.frequency_shift,
+        mlp_norm_eps=origin.mlp_norm_eps,
+    )  # fmt: skip
+
+
+def choose_heads(path: Path, width: int, heads: int | None) -> int:
+    chosen = heads or FAMILY_HEADS.get(width)
+    if chosen is None:
+        raise CheckpointError(
+            f"{path}: width {width} is not of the published family {sorted(FAMILY_HEADS)}, so the number of heads is "
+            "not known. Pass --heads."
+        )
+    if chosen < 1 or width % chosen:
+        raise CheckpointError(f"{path}: width {width} cannot be split into {chosen} heads. Pass another --heads.")
+    return chosen
+
+
+def heads_in_metadata(path: Path) -> int | None:
+    """Files that TQDiT wrote say how many heads they have."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    text = read_metadata(path).get("tqdit")
+    return json.loads(text).get("num_heads") if text else None
+
+
+def _shape(path: Path, tensors: dict[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    if name not in tensors:
+        found = ", ".join(f"'{key}'" for key in sorted(tensors)[:4])
+        raise CheckpointError(
+            f"{path}: not a DiT in the published layout: missing '{name}'; it holds {len(tensors)} tensors, among "
+            f"them unexpected {found}. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
+        )
+    if tensors[name].ndim != rank:
+        raise CheckpointError(
+            f"{path}: '{name}' has {tensors[name].ndim} dimensions, a DiT's has {rank}. Pass a DiT checkpoint."
+        )
+    return tuple(tensors[name].shape)

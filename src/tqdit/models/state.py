@@ -1,0 +1,137 @@
+"""Reading tensors from files that somebody else wrote: safely, completely, with one clear line when it fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tqdit.errors import CheckpointError
+
+StateDict = dict[str, Tensor]
+
+
+def read_tensors(path: Path) -> StateDict:
+    """All tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU. Nothing is ever unpickled."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file. Pass a checkpoint, a diffusers directory or 'demo'.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def read_sharded(index_file: Path) -> StateDict:
+    """All tensors of a sharded checkpoint, `*.index.json` beside its shards."""
+    index = read_json(index_file)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index_file}: no 'weight_map' of tensor names to shards. Download it again.")
+    tensors: StateDict = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index_file}: shard '{shard}' is not a plain file name beside the index.")
+        tensors |= read_tensors(index_file.parent / shard)
+    lost = sorted(set(weight_map) - set(tensors))
+    if lost:
+        raise CheckpointError(f"{index_file}: its shards lack {_some(lost)}. Download them again.")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Get it again.") from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error}). Get it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated safetensors file ({error}). Get it again.") from error
+
+
+def _read_torch(path: Path) -> StateDict:
+    # DiT's train.py stores its argparse.Namespace beside the weights: plain data, and the only class let through.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        except pickle.UnpicklingError as error:
+            what = str(error).splitlines()[0] if "WeightsUnpickler error" not in str(error) else _global_of(error)
+            raise CheckpointError(
+                f"{path}: refused, since loading it would run pickled code or it is not a checkpoint ({what}). "
+                "Convert it to safetensors where you trust it."
+            ) from error
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: damaged or truncated checkpoint ({reason}). Get it again.") from error
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(
+            f"{path}: expected a state dict of tensors, flat or under 'ema', found {_describe(content)}."
+        )
+    return dict(content)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _global_of(error: Exception) -> str:
+    text = str(error)
+    marker = "WeightsUnpickler error:"
+    return text[text.index(marker) + len(marker) :].strip().splitlines()[0]
+
+
+def _describe(content: object) -> str:
+    if isinstance(content, dict):
+        return f"a dict with keys {_some(map(str, content))}" if content else "an empty dict"
+    return type(content).__name__
+
+
+def check_layout(source: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Names, shapes and finiteness of every tensor, or one line that names what is wrong."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unexpected:
+        parts = [f"missing {_some(missing)}" * bool(missing), f"unexpected {_some(unexpected)}" * bool(unexpected)]
+        raise CheckpointError(
+            f"{source}: its tensors are not those of a DiT: {'; '.join(filter(None, parts))}. "
+            "Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
+        )
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} "
+                "from the other tensors. The checkpoint is inconsistent; get it again."
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values. Use another checkpoint.")
+
+
+def _some(names: Iterable[str], limit: int = 6) -> str:
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

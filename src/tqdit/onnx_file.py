@@ -1,0 +1,47 @@
+"""Reading ONNX files without their weights: the card inside, the files beside. Needs the `onnx` package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from tqdit.card import METADATA_KEY, GraphCard
+from tqdit.errors import FileFormatError
+
+
+def read_card(path: Path) -> GraphCard:
+    """The card inside an ONNX file of ours, without its weights."""
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
+    for entry in load_graph(path).metadata_props:
+        if entry.key == METADATA_KEY:
+            return GraphCard.from_json(entry.value, str(path))
+    raise FileFormatError(f"{path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata).")
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """An ONNX file without its external data; raises FileFormatError where it is none."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError, ValueError) as error:
+        raise FileFormatError(f"{path}: damaged or truncated, not an ONNX file ({error}). Export it again.") from error
+    if not model.graph.node:
+        raise FileFormatError(f"{path}: not an ONNX file, or one without a graph. Export it again.")
+    return model
+
+
+def external_files(model: onnx.ModelProto, path: Path) -> set[str]:
+    """Names of the files that hold the weights of `model`; all must lie beside `path`."""
+    names = {e.value for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"}
+    for name in names:
+        if Path(name).name != name:
+            raise FileFormatError(f"{path}: its weights lie in '{name}', outside its own folder. Refused; export it again.")
+    return names
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Size of an ONNX file together with the weights beside it."""
+    beside = external_files(load_graph(path), path)
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
