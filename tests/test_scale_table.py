@@ -1,0 +1,203 @@
+# ruff: noqa: ARG005 (the changes below share a signature)
+"""The scale table's file: exact bytes, round trip, and one line for every way in which it can be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.scale_table import (
+    METADATA_KEY,
+    Asymmetric,
+    PerChannel,
+    PerTensor,
+    PerTimestepGroup,
+    ScaleTable,
+    Site,
+    Symmetric,
+    TwoRegionGelu,
+    TwoRegionSoftmax,
+    even_boundaries,
+    is_scale_table,
+    read_scale_table,
+    write_scale_table,
+)
+
+GOLDEN = Path(__file__).parent / "data" / "scales.safetensors"
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+def f32(*values: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array(values if len(values) > 1 else values[0], dtype=np.float32)
+
+
+def small_table() -> ScaleTable:
+    """One site of each scheme, two groups of timesteps."""
+    groups = PerTimestepGroup(2)
+    sites = (
+        Site("fc2", "weight", Symmetric(4, PerChannel(0), f32(0.5, 0.25, 1.0)),
+             codes=np.array([[-8, 7], [0, 1], [2, 3]], dtype=np.int8)),
+        Site("fc2", "input", TwoRegionGelu(8, PerTensor(), f32(0.00132), f32(0.03125))),
+        Site("qkv", "weight", Symmetric(8, PerTensor(), f32(0.0078125))),
+        Site("qkv", "input", Asymmetric(8, groups, f32(0.5, 0.125), np.array([3, 250], dtype=np.int32))),
+        Site("value_product", "left", TwoRegionSoftmax(8, groups, f32(0.001, 0.002), f32(1 / 127))),
+        Site("value_product", "right", Symmetric(8, PerTensor(), f32(0.0625))),
+    )  # fmt: skip
+    return ScaleTable(
+        model="demo", fingerprint="ab" * 32, boundaries=even_boundaries(2), sites=sites, seed=7, guidance_scale=1.5,
+        settings={"weight_bits": 4}, versions={"tqdit": "0"}, errors={"fc2": 0.001, "qkv": 0.25},
+    )  # fmt: skip
+
+
+def test_the_file_is_the_golden_one_byte_for_byte() -> None:
+    assert small_table().to_bytes() == GOLDEN.read_bytes()
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    write_scale_table(tmp_path / "s.safetensors", small_table())
+    table = read_scale_table(tmp_path / "s.safetensors")
+    assert table == small_table()
+    assert table.by_module["qkv"]["input"].quantizer.granularity == PerTimestepGroup(2)
+    assert table.errors == {"fc2": 0.001, "qkv": 0.25}
+    assert is_scale_table(tmp_path / "s.safetensors")
+
+
+def test_a_boundary_timestep_belongs_to_the_later_group() -> None:
+    assert small_table().group_of(np.array([0, 499, 500, 999])).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"), [(1, []), (3, [334, 667]), (4, [250, 500, 750]), (10, list(range(100, 1000, 100)))]
+)
+def test_even_groups_begin_at_multiples_of_their_length(groups: int, expected: list[int]) -> None:
+    assert even_boundaries(groups).tolist() == expected
+
+
+@pytest.mark.parametrize("groups", [0, -1, 1001])
+def test_a_number_of_groups_outside_the_chain_is_refused(groups: int) -> None:
+    with pytest.raises(UsageError, match="1 to 1000 groups"):
+        even_boundaries(groups)
+
+
+def test_a_table_of_another_model_is_refused_by_fingerprint() -> None:
+    small_table().check_model("ab" * 32, "demo")
+    with pytest.raises(UsageError, match=r"calibrated for model 'demo' .* this is 'other.pt'"):
+        small_table().check_model("cd" * 32, "other.pt")
+
+
+def _set(name: str, *values: float, dtype: str = "float32") -> Callable[[Tensors, dict[str, Any]], None]:
+    def change(tensors: Tensors, header: dict[str, Any]) -> None:
+        tensors[name] = np.array(values if len(values) > 1 else values[0], dtype=dtype)
+
+    return change
+
+
+def _drop(name: str) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, header: (tensors.pop(name), None)[1]
+
+
+def _header(**entries: Any) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, header: header.update(entries)
+
+
+def _site(index: int, **entries: Any) -> Callable[[Tensors, dict[str, Any]], None]:
+    return lambda tensors, header: header["sites"][index].update(entries)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("qkv.weight.scale", float("nan")), r"'qkv.weight.scale' holds NaN or infinite values"),
+        (_set("qkv.weight.scale", float("inf")), r"'qkv.weight.scale' holds NaN or infinite values"),
+        (_set("fc2.input.negative_step", -1.0), r"'fc2.input.negative_step' holds -1, expected steps of at least"),
+        (_set("fc2.input.positive_step", 0.0), r"no zero, negative or denormal"),
+        (_set("fc2.input.positive_step", 1e-40), r"no zero, negative or denormal"),
+        (_drop("value_product.left.low_step"), r"'value_product.left.low_step' is missing"),
+        (_drop("boundaries"), r"'boundaries' is missing"),
+        (_set("extra.weight.scale", 1.0), r"'extra.weight.scale' belongs to no site"),
+        (_set("qkv.weight.codes2", 1.0), r"'qkv.weight.codes2' belongs to no site"),
+        (_set("qkv.input.scale", 0.5, 0.5, 0.5), r"'qkv.input.scale' is float32\[3\], expected float32\[2\]"),
+        (_set("qkv.weight.scale", 0.5, 0.5), r"'qkv.weight.scale' is float32\[2\], expected float32\[\]"),
+        (_set("qkv.weight.scale", 0.5, dtype="float64"), r"'qkv.weight.scale' is float64\[\], expected float32"),
+        (_set("qkv.input.zero_point", 3, 256, dtype="int32"), r"'qkv.input.zero_point' holds values outside 0..255"),
+        (_set("value_product.left.low_step", 0.001, 0.5), r"low_step' is above its high step"),
+        (_set("fc2.weight.codes", 8, 0, dtype="int8"), r"'fc2.weight.codes' leaves -8..7, the range of 4 bits"),
+        (_set("fc2.weight.codes", 7, 0, dtype="int8"), r"its 3 scales do not fit axis 0"),
+        (_set("fc2.weight.codes", 7, 0, dtype="int32"), r"'fc2.weight.codes' is int32, expected int8"),
+        (_set("boundaries", 1000, dtype="int64"), r"'boundaries' is int64\[\]"),
+        (lambda t, h: t.update(boundaries=np.array([1000])), r"'boundaries' is \[1000\], expected increasing"),
+        (lambda t, h: t.update(boundaries=np.array([0])), r"'boundaries' is \[0\], expected increasing"),
+        (lambda t, h: t.update(boundaries=np.array([500, 500])), r"'boundaries' is \[500, 500\], expected increasing"),
+        (lambda t, h: t.update(boundaries=np.array([300, 600])), r"has 2 groups, the table's boundaries make 3"),
+        (_header(format_version=2), r"written in format 2, this tqdit reads format 1"),
+        (_header(sites="none"), r"no list of sites"),
+        (_header(errors={"qkv": float("nan")}), r"error of 'qkv' is nan"),
+        (_header(guidance_scale=float("inf")), r"guidance scale is inf"),
+        (_header(seed="seven"), r"metadata is damaged"),
+        (lambda t, h: h.pop("fingerprint") and None, r"metadata is damaged"),
+        (_site(0, scheme="log"), r"'fc2.weight' has scheme 'log'; known are"),
+        (_site(2, bits=9), r"'qkv.weight' has 9 bits, expected 2..8"),
+        (_site(2, role="bias"), r"'qkv.bias.scale' is missing"),
+        (_site(2, granularity="rows"), r"granularity 'rows' is unknown"),
+        (_site(2, granularity="group:2"), r"'qkv.weight' has granularity"),
+        (lambda t, h: h["sites"][2].pop("bits") and None, r"a site of its metadata is damaged"),
+        (lambda t, h: h["sites"].append(h["sites"][2]), r"'qkv.weight' is listed twice"),
+    ],
+)
+def test_a_wrong_entry_is_refused_by_name(
+    tmp_path: Path, change: Callable[[Tensors, dict[str, Any]], None], message: str
+) -> None:
+    path = tmp_path / "scales.safetensors"
+    tensors: Tensors = safetensors.numpy.load(small_table().to_bytes())
+    header = small_table()._metadata()
+    change(tensors, header)
+    path.write_bytes(safetensors.numpy.save(tensors, {METADATA_KEY: json.dumps(header)}))
+    with pytest.raises(FileFormatError, match=message) as caught:
+        read_scale_table(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path, content = tmp_path / "scales.safetensors", small_table().to_bytes()
+    for length in [0, 4, 8, 100, len(content) // 2, len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(FileFormatError, match="damaged or truncated"):
+            read_scale_table(path)
+
+
+def test_any_flipped_byte_is_either_refused_or_gives_a_valid_table(tmp_path: Path) -> None:
+    path, content = tmp_path / "scales.safetensors", small_table().to_bytes()
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        path.write_bytes(damaged)
+        with contextlib.suppress(FileFormatError):
+            read_scale_table(path)
+
+
+def test_other_safetensors_files_are_not_taken_for_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors.numpy.save({"w": np.zeros(2)}))
+    assert not is_scale_table(path)
+    with pytest.raises(FileFormatError, match="not a scale table"):
+        read_scale_table(path)
+    with pytest.raises(UsageError, match="no such file"):
+        read_scale_table(tmp_path / "missing.safetensors")
+
+
+def test_a_table_in_memory_is_validated_too() -> None:
+    with pytest.raises(FileFormatError, match="listed twice"):
+        replace(small_table(), sites=small_table().sites * 2)
+    site = Site("a", "weight", Asymmetric(8, PerTensor(), f32(1), np.array(0, dtype=np.int32)))
+    with pytest.raises(FileFormatError, match="which its role does not allow"):
+        replace(small_table(), sites=(site,))
