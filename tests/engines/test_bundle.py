@@ -1,0 +1,141 @@
+"""Bundles on disk: whole, unaltered, for this machine; or refused by name."""
+
+import json
+import shutil
+
+import onnxruntime
+import pytest
+import support
+
+from tqdit.engines import Sampler, build_engine
+from tqdit.engines.bundle import MANIFEST, check_overwrite, read_manifest
+from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
+from tqdit.export import write
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy.engine")
+
+
+def change_manifest(folder, **changes):
+    values = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(values | changes))
+
+
+def test_a_manifest_survives_json(bundle):
+    manifest = read_manifest(bundle)
+    assert manifest.from_json(json.dumps(manifest.to_json()), bundle) == manifest
+    assert manifest.versions["onnxruntime"] == onnxruntime.__version__
+    assert manifest.backend == "onnxruntime"
+    assert set(manifest.files) == {"graph.onnx"}
+
+
+@pytest.mark.parametrize("cut", [1, 1000])
+def test_a_truncated_part_is_named(copy, cut):
+    part = copy / "graph.onnx"
+    part.write_bytes(part.read_bytes()[:-cut])
+    with pytest.raises(FileFormatError, match=r"graph\.onnx: \d+ bytes, the manifest says \d+: truncated"):
+        Sampler.open(copy)
+
+
+def test_a_single_flipped_bit_is_named(copy):
+    part = copy / "graph.onnx"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"graph\.onnx: altered since it was built"):
+        Sampler.open(copy)
+
+
+def test_a_missing_part_is_named(copy):
+    (copy / "graph.onnx").unlink()
+    with pytest.raises(FileFormatError, match=r"graph\.onnx: missing"):
+        Sampler.open(copy)
+
+
+@pytest.mark.parametrize("cut", range(1, 900, 97))
+def test_a_truncated_manifest_is_refused(copy, cut):
+    manifest = copy / MANIFEST
+    manifest.write_text(manifest.read_text()[:-cut])
+    if cut == 1:  # only the final newline is gone
+        Sampler.open(copy).close()
+        return
+    with pytest.raises(FileFormatError, match="damaged manifest"):
+        Sampler.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"format_version": 2}, FileFormatError, "written in format 2, this tqdit reads format 1"),
+        ({"entry": "../graph.onnx"}, FileFormatError, r"'\.\./graph\.onnx' is not a file of this bundle"),
+        ({"decoder": "decoder.onnx"}, FileFormatError, r"'decoder\.onnx' is not a file of this bundle"),
+        ({"files": {"/etc/passwd": {"sha256": "", "size_bytes": 1}}}, FileFormatError, "'/etc/passwd' is not a file"),
+        ({"card": {}}, FileFormatError, "damaged"),
+        ({"extra": 1}, FileFormatError, "damaged"),
+        ({"backend": "abacus"}, UsageError, "unknown backend 'abacus'"),
+        ({"target": {"machine": "riscv64"}}, BackendError, "built for riscv64, this machine is"),
+        ({"versions": {"onnxruntime": "99.1.0"}}, BackendError, r"built by ONNX Runtime 99\.1\.0, installed is"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(copy, changes, error, message):
+    change_manifest(copy, **changes)
+    with pytest.raises(error, match=message):
+        Sampler.open(copy)
+
+
+def test_folders_that_are_no_bundles_are_refused(tmp_path):
+    with pytest.raises(FileFormatError, match="no such engine. Run tqdit-build first"):
+        Sampler.open(tmp_path / "nothing")
+    with pytest.raises(FileFormatError, match=r"it has no manifest\.json"):
+        Sampler.open(tmp_path)
+
+
+def test_only_bundles_are_replaced(bundle, tmp_path):
+    check_overwrite(bundle, force=False)
+    check_overwrite(tmp_path, force=False)  # empty
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="exists and is not an engine"):
+        check_overwrite(tmp_path, force=False)
+    check_overwrite(tmp_path, force=True)
+
+
+def test_rebuilding_replaces_the_whole_bundle(tmp_path):
+    write(tmp_path / "model.onnx", *support.exported(pixels=True))
+    output = tmp_path / "model.engine"
+    for _ in range(2):
+        build_engine(tmp_path / "model.onnx", output)
+        (output / "stray").write_text("not listed")
+    build_engine(tmp_path / "model.onnx", output)
+    assert sorted(file.name for file in output.iterdir()) == ["graph.onnx", MANIFEST]
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_graph_that_cannot_be_compiled_leaves_no_bundle(tmp_path):
+    model = tmp_path / "model.onnx"
+    graph, card = support.exported(pixels=True)
+    write(model, graph, card)
+    content = model.read_bytes().replace(b"LayerNormalization", b"LayerNormalizatiom")
+    model.write_bytes(content)
+    with pytest.raises(BackendError, match=r"model\.onnx: ONNX Runtime .* cannot compile it"):
+        build_engine(model, tmp_path / "model.engine")
+    assert not (tmp_path / "model.engine").exists()
+
+
+def test_both_distributions_of_onnxruntime_are_refused(bundle, monkeypatch):
+    from tqdit.engines.onnxruntime import library
+
+    monkeypatch.setattr(library, "_installed", lambda name: True)
+    with pytest.raises(BackendError, match="both installed.*pip uninstall"):
+        Sampler.open(bundle)
+
+
+def test_a_missing_backend_comes_with_the_pip_command(bundle, monkeypatch):
+    import sys
+
+    from tqdit.errors import MissingLibraryError
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingLibraryError, match=r"pip install 'tqdit\[onnxruntime\]'"):
+        Sampler.open(bundle)

@@ -1,0 +1,95 @@
+"""Small models that take the whole flow in seconds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from tqdit.card import GraphCard
+from tqdit.diffusion import Float64, SamplingSpec, ddim_step, ddpm_step, guide
+from tqdit.export import ExportConfig, export_graph
+from tqdit.models import LoadedModel
+from tqdit.models.dit import DiT, DiTConfig, randomize
+from tqdit.models.loaded import fingerprint
+from tqdit.models.origins import DIFFUSERS, PUBLISHED, Origin
+from tqdit.noise import INITIAL, normal_rows
+
+ORIGINS = {"published": PUBLISHED, "diffusers": DIFFUSERS}
+TINY = DiTConfig(
+    input_size=8, patch_size=2, in_channels=4, out_channels=8, hidden_size=16, depth=2, mlp_hidden_size=64,
+    num_classes=5, num_heads=2,
+)  # fmt: skip
+
+
+def tiny_model(origin: str = "published", steps: int = 20, pixels: bool = False, seed: int = 0) -> LoadedModel:
+    """Two blocks of width 16 with random non-zero weights, with every peculiarity of its origin."""
+    facts: Origin = ORIGINS[origin]
+    channels = 3 if pixels else 4
+    config = replace(
+        TINY,
+        in_channels=channels,
+        out_channels=2 * channels,
+        frequency_shift=facts.frequency_shift,
+        mlp_norm_eps=facts.mlp_norm_eps,
+        embedders_per_block=origin == "diffusers",
+    )
+    network = randomize(DiT(config), seed, scale=0.2).eval().requires_grad_(False)
+    return LoadedModel(
+        network=network,
+        in_channels=channels,
+        out_channels=2 * channels,
+        height=8,
+        width=8,
+        num_classes=5,
+        origin=origin,
+        source="tiny",
+        fingerprint=fingerprint(network, config),
+        sampling=replace(facts.sampling, steps=steps),
+        guidance_scale=facts.guidance_scale,
+        latent_scale=None if pixels else facts.latent_scale,
+    )
+
+
+@functools.cache
+def exported(
+    config: ExportConfig = ExportConfig(), origin: str = "published", steps: int = 20, pixels: bool = False, seed: int = 0
+) -> tuple[ir.Model, GraphCard]:
+    """A tiny model's graph and card; cached, since torch needs seconds to trace even this."""
+    return export_graph(tiny_model(origin, steps, pixels, seed), config)
+
+
+def reference_step(
+    model: LoadedModel, spec: SamplingSpec, x: Float64, step: np.ndarray, labels: np.ndarray, scale: np.ndarray | None,
+    noise: np.ndarray,
+) -> Float64:  # fmt: skip
+    """One step as the papers write it: the PyTorch network in float32, everything else in float64 NumPy."""
+
+    def network(y: np.ndarray) -> Float64:
+        with torch.no_grad():
+            timestep = torch.from_numpy(spec.schedule.timesteps[step])
+            return model.network(torch.from_numpy(x).float(), timestep, torch.from_numpy(y)).double().numpy()
+
+    output = network(labels)
+    if scale is not None:
+        channels = model.in_channels if spec.guided_channels is None else spec.guided_channels
+        output = guide(output, network(np.full_like(labels, model.num_classes)), scale, channels)
+    if spec.sampler == "ddim":
+        return ddim_step(spec.schedule, x, output, step)
+    return ddpm_step(spec.schedule, x, output, step, noise)
+
+
+def reference_chain(
+    model: LoadedModel, spec: SamplingSpec, labels: np.ndarray, scale: float | None, seed: int
+) -> Float64:
+    """A whole chain of reference steps from the project's own noise."""
+    shape, images = (model.in_channels, model.height, model.width), np.arange(len(labels))
+    x = normal_rows(seed, images, INITIAL, shape).astype(np.float64)
+    scales = None if scale is None else np.full(len(labels), scale)
+    for step in reversed(range(spec.steps)):
+        noise = normal_rows(seed, images, step, shape)
+        x = reference_step(model, spec, x, np.full(len(labels), step), labels, scales, noise)
+    return x
