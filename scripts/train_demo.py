@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import platform
 import time
 from pathlib import Path
@@ -93,7 +92,7 @@ def train_model(args: argparse.Namespace) -> None:
         t, noise = draw_timesteps(rng, args.batch), rng.standard_normal(x0.shape, np.float32)
         with torch.autocast(device.type, torch.bfloat16):
             mse, vb = objective(model, *(torch.from_numpy(v).to(device) for v in (x0, t, y, noise)))
-        (mse + vb).backward()
+        (mse + vb).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -124,6 +123,7 @@ class Objective:
 
     def __init__(self, device: torch.device) -> None:
         schedule = SamplingSpec(steps=1000).schedule
+
         def table(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).float().to(device)
 
@@ -163,7 +163,9 @@ def draw_timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
     """A quarter uniform, the rest logit-normal around 400: the middle of the chain decides the content."""
     middle = 1 / (1 + np.exp(-rng.normal(-0.4, 1.0, count)))
     uniform = rng.uniform(size=count)
-    return np.floor(1000 * np.where(rng.uniform(size=count) < 0.25, uniform, middle)).astype(np.int64).clip(0, 999)
+    positions = np.where(rng.uniform(size=count) < 0.25, uniform, middle)
+    timesteps: np.ndarray = np.minimum(1000 * positions, 999).astype(np.int64)
+    return timesteps
 
 
 def batch_of(
@@ -253,7 +255,7 @@ def train_judge(args: argparse.Namespace) -> None:
         x0 = x0 + rng.uniform(0, 0.3, (batch, 1, 1, 1)).astype(np.float32) * rng.standard_normal(x0.shape, np.float32)
         logits, _ = judge(torch.from_numpy(x0))
         loss = F.cross_entropy(logits, torch.from_numpy(y), label_smoothing=0.05)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 500 == 499:
@@ -283,7 +285,7 @@ def package(args: argparse.Namespace) -> None:
 def save(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from PIL import Image
 
 from tqdit.card import GraphCard
 from tqdit.diffusion import Float64, SamplingSpec, ddim_step, ddpm_step, guide
@@ -54,9 +56,16 @@ def tiny_model(origin: str = "published", steps: int = 20, pixels: bool = False,
     )
 
 
+DEFAULT = ExportConfig()
+
+
 @functools.cache
 def exported(
-    config: ExportConfig = ExportConfig(), origin: str = "published", steps: int = 20, pixels: bool = False, seed: int = 0
+    config: ExportConfig = DEFAULT,
+    origin: str = "published",
+    steps: int = 20,
+    pixels: bool = False,
+    seed: int = 0,
 ) -> tuple[ir.Model, GraphCard]:
     """A tiny model's graph and card; cached, since torch needs seconds to trace even this."""
     return export_graph(tiny_model(origin, steps, pixels, seed), config)
@@ -93,3 +102,9 @@ def reference_chain(
         noise = normal_rows(seed, images, step, shape)
         x = reference_step(model, spec, x, np.full(len(labels), step), labels, scales, noise)
     return x
+
+
+def read_picture(path: Path | str) -> np.ndarray:
+    """A PNG as uint8 (H, W, 3), with its file closed again."""
+    with Image.open(path) as image:
+        return np.asarray(image)

@@ -65,7 +65,9 @@ class GraphCard:
             values = json.loads(text)
             version = values.pop("format_version")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FileFormatError(f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again.") from error
+            raise FileFormatError(
+                f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
+            ) from error
         if version != FORMAT_VERSION:
             raise FileFormatError(
                 f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
@@ -78,7 +80,9 @@ class GraphCard:
             card = cls(**values)
             card.check()
         except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
-            raise FileFormatError(f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again.") from error
+            raise FileFormatError(
+                f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
+            ) from error
         return card
 
     def check(self) -> None:

@@ -73,7 +73,7 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except TqditError as error:
         if args.debug:
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; nothing was changed. Run the same command again.", file=sys.stderr)
@@ -81,6 +81,15 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # what the system refuses and no stage has words for: a full standard output, say
+        if args.debug:
+            raise
+        print(f"{prog}: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _load(verb: str) -> VerbModule:

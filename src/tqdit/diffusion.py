@@ -56,15 +56,19 @@ class SamplingSpec:
             raise UsageError(f"unknown sampler '{self.sampler}'; known are {', '.join(SAMPLERS)}.")
         if self.spacing not in ("linspace", "leading"):
             raise UsageError(f"unknown timestep spacing '{self.spacing}'; known are linspace, leading.")
-        if self.beta_schedule not in BETA_SCHEDULES:
+        if self.steps_offset < 0 or not 0 < self.beta_start <= self.beta_end < 1:
             raise UsageError(
-                f"unknown beta schedule '{self.beta_schedule}'; known are {', '.join(BETA_SCHEDULES)}."
+                f"betas from {self.beta_start} to {self.beta_end} with steps_offset {self.steps_offset}; expected "
+                "0 < beta_start <= beta_end < 1 and an offset of at least 0."
             )
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise UsageError(f"unknown beta schedule '{self.beta_schedule}'; known are {', '.join(BETA_SCHEDULES)}.")
 
     @cached_property
     def schedule(self) -> Schedule:
         betas = BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end)
-        return Schedule(space_timesteps(self.steps, self.spacing, self.steps_offset), np.cumprod(1 - betas))
+        alphas_cumprod = np.cumprod(1 - betas, dtype=np.float64)
+        return Schedule(space_timesteps(self.steps, self.spacing, self.steps_offset), alphas_cumprod)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,9 +112,9 @@ class Schedule:
     @property
     def posterior_log_variance(self) -> Float64:
         """log of the posterior variance, with the zero at step 0 replaced by its neighbour (as improved DDPM does)."""
-        if len(self) == 1:
-            return np.log(self.betas)
-        return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+        variance = self.betas if len(self) == 1 else self.posterior_variance[[1, *range(1, len(self))]]
+        log_variance: Float64 = np.log(variance)
+        return log_variance
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,10 @@ def step_coefficients(schedule: Schedule, sampler: SamplerName) -> StepCoefficie
     mean_x0 = schedule.betas * np.sqrt(prev) / (1 - abar)  # DDPM eq. 7
     mean_xt = (1 - prev) * np.sqrt(1 - schedule.betas) / (1 - abar)
     mask = (np.arange(len(schedule)) > 0).astype(np.float64)  # the last step adds no noise
-    return StepCoefficients(
-        mean_x0 * x0_from_x + mean_xt, mean_x0 * x0_from_eps, log_posterior, log_beta, fixed, mask
-    )
+    return StepCoefficients(mean_x0 * x0_from_x + mean_xt, mean_x0 * x0_from_eps, log_posterior, log_beta, fixed, mask)
 
 
-def ddpm_step(
-    schedule: Schedule, x: Float64, output: Float64, step: Int64, noise: Float64
-) -> Float64:
+def ddpm_step(schedule: Schedule, x: Float64, output: Float64, step: Int64, noise: Float64) -> Float64:
     """One ancestral DDPM step as published: predicted x_0, posterior mean (eq. 7), learned-range variance.
 
     x, noise (B, C, H, W); output (B, 2C or C, H, W), the network's guided output; step (B,) in T-1..0.
@@ -183,9 +183,7 @@ def ddim_step(schedule: Schedule, x: Float64, output: Float64, step: Int64) -> F
     return np.sqrt(prev) * x0 + np.sqrt(1 - prev) * eps
 
 
-def guide(
-    conditional: Float64, unconditional: Float64, scale: Float64, guided_channels: int
-) -> Float64:
+def guide(conditional: Float64, unconditional: Float64, scale: Float64, guided_channels: int) -> Float64:
     """Classifier-free guidance: u + scale (c - u) on the first channels, the conditional output on the others.
 
     Outputs (B, K, H, W), scale (B,). The learned variance is never guided.

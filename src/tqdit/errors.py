@@ -49,5 +49,5 @@ class SamplingError(TqditError):
     """A sampling chain went wrong."""
 
 
-class SamplingStopped(SamplingError):
+class SamplingStopped(SamplingError):  # noqa: N818 (a caller's wish, not a failure)
     """A callback asked to stop; nothing was written."""

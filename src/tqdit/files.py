@@ -12,52 +12,58 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdit.errors import OutputError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_SUFFIX = ".partial"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` on success, remove it on failure."""
-    temporary = temporary_name(path)
+    path = _behind_links(path)
+    temporary = _temporary_path(path)
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _require_ordinary(path, path.is_file)
+            _make_parent(path)
+            _remove_leftovers(path)
             yield temporary
             flush(temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; put it in the place of `path` on success, remove it on failure."""
+    path = _behind_links(path)
     with temporary_folder(path) as folder:
         yield folder
-        with writing(path):
-            for file in folder.rglob("*"):
-                if file.is_file():
-                    flush(file)
-            _swap(folder, path)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                flush(file)
+        _swap(folder, path)
 
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to prepare it in; removed at the end or, if this run is killed, by the next one."""
-    folder = temporary_name(path)
+    folder = _temporary_path(path)
     try:
         with writing(path):
-            folder.mkdir(parents=True)
+            _make_parent(path)
+            _remove_leftovers(path)
+            folder.mkdir()
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 @contextmanager
@@ -79,12 +85,10 @@ def writing(path: Path) -> Iterator[None]:
 def check_writable(path: Path) -> None:
     """Refuse an output that could not be written, before hours of work and not after."""
     with writing(path):
-        parent = path.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        if not parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "its parent is not a folder")
-        if not os.access(parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
+        _require_ordinary(path, lambda: path.is_file() or path.is_dir())
+        _make_parent(path)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def sha256(path: Path) -> str:
@@ -92,16 +96,46 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def temporary_name(path: Path) -> Path:
-    """A fresh temporary name beside `path`, after removing those of runs that are dead."""
-    prefix, suffix = f".{path.name}.", ".partial"
-    if path.parent.is_dir():
-        for old in path.parent.iterdir():
-            if old.name.startswith(prefix) and old.name.endswith(suffix):
-                owner = old.name[len(prefix) : -len(suffix)]
-                if owner.isdigit() and not _alive(int(owner)):
-                    shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
-    return path.parent / f"{prefix}{os.getpid()}{suffix}"
+def _behind_links(path: Path) -> Path:
+    """Where `path` is a link, its target is replaced and the link stays."""
+    with suppress(OSError):
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+    return path
+
+
+def _make_parent(path: Path) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"'{path.parent}' is not a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}{_SUFFIX}"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What dead runs left beside `path`."""
+    prefix = f".{path.name}."
+    for old in path.parent.iterdir():
+        if old.name.startswith(prefix) and old.name.endswith(_SUFFIX):
+            owner = old.name[len(prefix) :].split(".")[0]
+            if owner.isdigit() and not _alive(int(owner)):
+                _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there and as far as it goes."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _require_ordinary(path: Path, is_ordinary: Callable[[], bool]) -> None:
+    """A rename would put a file in the place of a device or a pipe."""
+    if path.exists() and not is_ordinary():
+        raise FileExistsError(errno.EEXIST, "something other than a file is there")
 
 
 def _alive(pid: int) -> bool:
@@ -122,16 +156,21 @@ def flush(path: Path) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put folder `new` at `path`; the old content, if any, ends up under the temporary name."""
+    """Put folder `new` at `path` in one step (two where the system cannot exchange names); the old content, if any,
+    ends up under the temporary name or is removed."""
     if not path.exists():
-        os.rename(new, path)
+        new.rename(path)
         return
     if _exchange(new, path):
         return
-    aside = new.with_name(new.name.replace(".partial", ".old"))
-    os.rename(path, aside)
-    os.rename(new, path)
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = new.with_name(f"{new.name}{_SUFFIX}")
+    path.rename(aside)
+    try:
+        new.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    _remove(aside)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -9,6 +9,7 @@ compatibility promise for bit generators; the normal numbers come from it by the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ def normal(seed: int, image: int, step: int, shape: tuple[int, ...]) -> NDArray[
     return values.reshape(shape).astype(np.float32)
 
 
-def normal_rows(seed: int, images: NDArray[np.int64], step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def normal_rows(
+    seed: int, images: Sequence[int] | NDArray[np.int64], step: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
     """`normal` for several images, stacked: (len(images), *shape)."""
     return np.stack([normal(seed, int(image), step, shape) for image in images])

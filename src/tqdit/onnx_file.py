@@ -18,7 +18,9 @@ def read_card(path: Path) -> GraphCard:
     for entry in load_graph(path).metadata_props:
         if entry.key == METADATA_KEY:
             return GraphCard.from_json(entry.value, str(path))
-    raise FileFormatError(f"{path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata).")
+    raise FileFormatError(
+        f"{path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata)."
+    )
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -37,7 +39,9 @@ def external_files(model: onnx.ModelProto, path: Path) -> set[str]:
     names = {e.value for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"}
     for name in names:
         if Path(name).name != name:
-            raise FileFormatError(f"{path}: its weights lie in '{name}', outside its own folder. Refused; export it again.")
+            raise FileFormatError(
+                f"{path}: its weights lie in '{name}', outside its own folder. Refused; export it again."
+            )
     return names
 
 

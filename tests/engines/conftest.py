@@ -1,8 +1,8 @@
 """Engine bundles of tiny models, built once."""
 
 import pytest
-import support
 
+import support
 from tqdit.engines import build_engine
 from tqdit.export import ExportConfig, write
 

@@ -5,8 +5,8 @@ import shutil
 
 import onnxruntime
 import pytest
-import support
 
+import support
 from tqdit.engines import Sampler, build_engine
 from tqdit.engines.bundle import MANIFEST, check_overwrite, read_manifest
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
@@ -86,7 +86,7 @@ def test_a_manifest_that_does_not_fit_is_refused(copy, changes, error, message):
 
 
 def test_folders_that_are_no_bundles_are_refused(tmp_path):
-    with pytest.raises(FileFormatError, match="no such engine. Run tqdit-build first"):
+    with pytest.raises(FileFormatError, match=r"no such engine\. Run tqdit-build first"):
         Sampler.open(tmp_path / "nothing")
     with pytest.raises(FileFormatError, match=r"it has no manifest\.json"):
         Sampler.open(tmp_path)
@@ -126,8 +126,8 @@ def test_a_graph_that_cannot_be_compiled_leaves_no_bundle(tmp_path):
 def test_both_distributions_of_onnxruntime_are_refused(bundle, monkeypatch):
     from tqdit.engines.onnxruntime import library
 
-    monkeypatch.setattr(library, "_installed", lambda name: True)
-    with pytest.raises(BackendError, match="both installed.*pip uninstall"):
+    monkeypatch.setattr(library, "_installed", lambda _: True)
+    with pytest.raises(BackendError, match=r"both installed.*pip uninstall"):
         Sampler.open(bundle)
 
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
+import support
 from tqdit.engines.images import check_output, grid, write_images
 from tqdit.errors import OutputError, UsageError
 
@@ -26,13 +26,13 @@ def test_a_folder_holds_every_image_losslessly_and_says_how_it_was_made(tmp_path
     folder = tmp_path / "samples"
     write_images(folder, IMAGES, LABELS, {"seed": 3})
     for index in range(5):
-        np.testing.assert_array_equal(np.asarray(Image.open(folder / f"{index:06d}.png")), IMAGES[index])
+        np.testing.assert_array_equal(support.read_picture(folder / f"{index:06d}.png"), IMAGES[index])
     assert json.loads((folder / "samples.json").read_text()) == {"seed": 3, "classes": [0, 1, 2, 3, 4]}
 
 
 def test_a_grid_shows_every_image_enlarged(tmp_path):
     write_images(tmp_path / "s.png", IMAGES, LABELS, {})
-    sheet = np.asarray(Image.open(tmp_path / "s.png"))
+    sheet = support.read_picture(tmp_path / "s.png")
     assert sheet.shape == (2 * 64 + 2, 3 * 64 + 4, 3)
     for index in range(5):
         top, left = index // 3 * 66, index % 3 * 66

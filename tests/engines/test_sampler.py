@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 import pytest
-import support
 
+import support
 from tqdit import noise
 from tqdit.engines import Sampler
 from tqdit.engines.sampler import to_pixels
@@ -116,7 +116,12 @@ def test_images_are_uint8_nhwc_rounded_as_dit_does(bundle):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([6], r"class 6 is out of range; this model knows 0\.\.4"), ([-1], "class -1"), ([], "non-empty"), ([0.5], "integers")],
+    [
+        ([6], r"class 6 is out of range; this model knows 0\.\.4"),
+        ([-1], "class -1"),
+        ([], "non-empty"),
+        ([0.5], "integers"),
+    ],
 )
 def test_impossible_labels_are_refused(bundle, labels, message):
     with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match=message):

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import support
 import torch
 
+import support
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.noise import INITIAL, normal_rows
 from tqdit.onnx_file import load_graph, read_card

@@ -7,14 +7,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import support
 
+import support
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.export import write
 from tqdit.export.write import check_overwrite
 from tqdit.onnx_file import load_graph, read_card
-
 
 writing = importlib.import_module("tqdit.export.write")  # the package exports a function of the same name
 
@@ -34,7 +33,9 @@ def run(path):
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = np.ones((1, 4, 8, 8), np.float32)
     one = np.zeros(1, np.int64)
-    return session.run(None, {"x": x, "step": one, "class_labels": one, "noise": x, "guidance_scale": np.ones(1, np.float32)})
+    return session.run(
+        None, {"x": x, "step": one, "class_labels": one, "noise": x, "guidance_scale": np.ones(1, np.float32)}
+    )
 
 
 def test_large_weights_lie_beside_the_file_and_compute_the_same(exported, tmp_path, monkeypatch):
@@ -91,7 +92,9 @@ def test_a_truncated_file_is_refused_by_name(exported, cut):
 
 def test_a_foreign_onnx_file_is_refused(tmp_path):
     path = tmp_path / "relu.onnx"
-    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 18]> g (float[1] x) => (float[1] y) {y = Relu(x)}')
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[1] x) => (float[1] y) {y = Relu(x)}'
+    )
     onnx.save(model, path)
     with pytest.raises(FileFormatError, match=r"relu\.onnx: an ONNX file, but not one that tqdit-export wrote"):
         read_card(path)
@@ -120,7 +123,7 @@ def test_weights_outside_the_folder_are_refused(exported, monkeypatch):
         (lambda card: card | {"graph": "other"}, "damaged"),
         (lambda card: card | {"sampling": card["sampling"] | {"steps": 0}}, "damaged"),
         (lambda card: card | {"unknown": 1}, "damaged"),
-        (lambda card: [], "damaged"),
+        (lambda _: [], "damaged"),
     ],
 )
 def test_a_damaged_card_is_refused(exported, change, message):

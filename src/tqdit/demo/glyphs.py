@@ -63,7 +63,7 @@ def _draw_mask(
     image = Image.new("L", (canvas, canvas))
     ImageDraw.Draw(image).text((x, y), glyph, fill=255, font=font)
     small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    return np.asarray(small, np.float32) / 255
+    return np.asarray(small, np.float32) / np.float32(255)
 
 
 def colour(masks: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:

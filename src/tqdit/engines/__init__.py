@@ -1,9 +1,9 @@
 """Stages 3 and 4: build an engine bundle and sample with it. Imports neither torch nor onnx.
 
-    from tqdit.engines import Sampler
+from tqdit.engines import Sampler
 
-    with Sampler.open("model.engine") as sampler:
-        images = sampler.sample([0, 1, 2, 3], seed=7)  # uint8 (4, H, W, 3)
+with Sampler.open("model.engine") as sampler:
+    images = sampler.sample([0, 1, 2, 3], seed=7)  # uint8 (4, H, W, 3)
 """
 
 from tqdit.engines.build import build_engine

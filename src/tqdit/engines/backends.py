@@ -1,4 +1,4 @@
-"""The backends, one row each. A row is a package with two modules, `build` and `run`; adding one changes only this file.
+"""The backends, one row each: a package with the modules `build` and `run`. Adding one changes only this file.
 
 The seam between a model and what compiles it is a callable: inputs by name in, the one output out.
 """

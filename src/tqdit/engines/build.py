@@ -22,7 +22,9 @@ def build_engine(source: Path, output: Path, backend: str = "onnxruntime", preci
     card = read_card(source)
     for name in external_files(load_graph(source), source):
         if not (source.parent / name).is_file():
-            raise FileFormatError(f"{source.parent / name}: missing; it holds the weights of {source}. Keep them together.")
+            raise FileFormatError(
+                f"{source.parent / name}: missing; it holds the weights of {source}. Keep them together."
+            )
     _check_decoder(source, card)
     with whole_folder(output) as folder:
         manifest = build_row(backend).build(source, card, folder, precision)

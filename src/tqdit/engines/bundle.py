@@ -81,7 +81,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.exists():
         raise FileFormatError(f"{folder}: no such engine. Run tqdit-build first.")
     if not (folder / MANIFEST).is_file():
-        raise FileFormatError(f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote.")
+        raise FileFormatError(
+            f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote."
+        )
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,7 +100,8 @@ def check_parts(folder: Path, manifest: Manifest) -> None:
         size = file.stat().st_size
         if size != part.size_bytes:
             raise FileFormatError(
-                f"{file}: {size} bytes, the manifest says {part.size_bytes}: truncated or altered. Build the engine again."
+                f"{file}: {size} bytes, the manifest says {part.size_bytes}: truncated or altered. "
+                "Build the engine again."
             )
         if sha256(file) != part.sha256:
             raise FileFormatError(f"{file}: altered since it was built (its SHA-256 differs). Build the engine again.")

@@ -18,7 +18,7 @@ examples:
   tqdit-build                                   model.onnx -> model.engine
   tqdit-build --precision fp32 dit.onnx -o dit.engine
 
-The bundle is a folder that holds everything an edge server needs: compiled graph, decoder, shapes, schedule, checksums."""
+The bundle is a folder with all that an edge server needs: compiled graph, decoder, shapes, schedule, checksums."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

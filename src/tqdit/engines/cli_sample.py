@@ -21,7 +21,7 @@ examples:
   tqdit-sample dit.engine -n 8 --classes 207,360 --guidance-scale 4 -o dogs.png
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
 
-An image depends on the engine, the seed, its number, its class and the guidance scale: never on --batch or --threads."""
+An image depends on the engine, the seed, its number, its class and the guidance, never on --batch or --threads."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +56,20 @@ def run(args: argparse.Namespace, console: Console) -> Path:
             def advance(report: StepReport) -> None:
                 bar.update()
 
-            draw = sampler.sample if sampler.makes_images else sampler.sample_latents
-            result = draw(labels, args.guidance_scale, args.seed, advance)
+            if sampler.makes_images:
+                images = sampler.sample(labels, args.guidance_scale, args.seed, advance)
+            else:
+                latents = sampler.sample_latents(labels, args.guidance_scale, args.seed, advance)
         seconds = time.perf_counter() - started
         console.say(
             f"{args.n} images in {seconds:.2f} s: {seconds / args.n:.3f} s per image, "
             f"{1000 * seconds / sampler.steps_for(args.n):.1f} ms per step of up to {sampler.batch} images"
         )
-        if result.dtype == np.uint8:
+        if sampler.makes_images:
             notes = {"engine": sampler.card.fingerprint, "seed": args.seed, "guidance_scale": args.guidance_scale}
-            write_images(output, result, labels, notes)
+            write_images(output, images, labels, notes)
         else:
-            write_npz(output, latents=result, labels=labels)
+            write_npz(output, latents=latents, labels=labels)
     return output
 
 

@@ -136,15 +136,12 @@ class Sampler:
     ) -> None:
         self.close()
 
-    def _chain(
-        self, labels: NDArray[np.int64], images: range, scale: float, seed: int
-    ) -> Iterator[StepReport]:
+    def _chain(self, labels: NDArray[np.int64], images: range, scale: float, seed: int) -> Iterator[StepReport]:
         """One batch from noise to the end, a report per step."""
         if self._step is None:
             raise UsageError("this sampler is closed. Open the engine again.")
         shape, steps = self.card.image_shape, self.card.sampling.steps
-        indices = np.array(images, np.uint64)
-        x = noise.normal_rows(seed, indices, noise.INITIAL, shape)
+        x = noise.normal_rows(seed, images, noise.INITIAL, shape)
         inputs: dict[str, NDArray[Any]] = {"class_labels": labels, "noise": np.zeros_like(x)}
         if self.card.guided:
             inputs["guidance_scale"] = np.full(len(labels), scale, np.float32)
@@ -152,7 +149,7 @@ class Sampler:
         for step in reversed(range(steps)):
             inputs["x"], inputs["step"] = x, np.full(len(labels), step, np.int64)
             if adds_noise and step > 0:
-                inputs["noise"] = noise.normal_rows(seed, indices, step, shape)
+                inputs["noise"] = noise.normal_rows(seed, images, step, shape)
             x = self._step(inputs)
             if not np.isfinite(x).all():
                 row = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))[0])

@@ -5,6 +5,7 @@ A float trace of the torch module (`trace`), wrapped into a sampling step (`step
 """
 
 from tqdit.export.graph import ExportConfig, export_graph
-from tqdit.export.write import read_card, write
+from tqdit.export.write import write
+from tqdit.onnx_file import read_card
 
 __all__ = ["ExportConfig", "export_graph", "read_card", "write"]

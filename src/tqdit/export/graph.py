@@ -25,7 +25,9 @@ class ExportConfig:
 
     def sampling(self, model: LoadedModel) -> SamplingSpec:
         spec = model.sampling
-        return replace(spec, steps=spec.steps if self.steps is None else self.steps, sampler=self.sampler or spec.sampler)
+        return replace(
+            spec, steps=spec.steps if self.steps is None else self.steps, sampler=self.sampler or spec.sampler
+        )
 
 
 def export_graph(model: LoadedModel, config: ExportConfig) -> tuple[ir.Model, GraphCard]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -18,7 +19,7 @@ from tqdit.models.state import read_json
 class Decoder(nn.Module):
     """Undo the latent scale, then decode."""
 
-    def __init__(self, vae: nn.Module, latent_scale: float) -> None:
+    def __init__(self, vae: Any, latent_scale: float) -> None:
         super().__init__()
         self.vae = vae
         self.latent_scale = latent_scale
@@ -36,7 +37,9 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
         raise CheckpointError(f"{folder}: no config.json in it. Pass the directory of a diffusers AutoencoderKL.")
     config = read_json(config_file)
     if config.get("_class_name") != "AutoencoderKL":
-        raise CheckpointError(f"{config_file}: '_class_name' is {config.get('_class_name')!r}, expected 'AutoencoderKL'.")
+        raise CheckpointError(
+            f"{config_file}: '_class_name' is {config.get('_class_name')!r}, expected 'AutoencoderKL'."
+        )
     if config.get("latent_channels") != model.in_channels:
         raise CheckpointError(
             f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has {model.in_channels}. "

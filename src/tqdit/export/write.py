@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
         fresh = {file.name for file in folder.iterdir()}
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the graph itself last
             flush(file)
-            os.replace(file, path.parent / file.name)
+            file.replace(path.parent / file.name)
     for file in stale:
         if file.name not in fresh:
             file.unlink(missing_ok=True)
@@ -49,7 +48,9 @@ def check_overwrite(path: Path, force: bool) -> None:
     try:
         read_card(path)
     except FileFormatError as error:
-        raise OutputError(f"{path}: exists and was not written by tqdit. Choose another name or pass --force.") from error
+        raise OutputError(
+            f"{path}: exists and was not written by tqdit. Choose another name or pass --force."
+        ) from error
 
 
 def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int]) -> VaeCard:
@@ -63,7 +64,9 @@ def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int])
 
 def _save(model: ir.Model, target: Path) -> None:
     """Save with weights inside, or beside under a name that carries a piece of their SHA-256."""
-    total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    total = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
     if total < EXTERNAL_DATA_BYTES:
         ir.save(model, target)
         return

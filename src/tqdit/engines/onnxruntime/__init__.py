@@ -1,1 +1,1 @@
-"""ONNX Runtime: the default backend. Its artefact is an ONNX file whose graph has been optimised once, at build time."""
+"""ONNX Runtime, the default backend. Its artefact is an ONNX file whose graph was optimised once, at build time."""

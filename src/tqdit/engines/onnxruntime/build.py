@@ -43,12 +43,16 @@ def _optimise(source: Path, target: Path) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
     if bytes_on_disk(source) > EXTERNAL_DATA_BYTES:
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{target.name}.data")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{target.name}.data"
+        )
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
         ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a class of its own for each status code
-        raise BackendError(f"{source}: ONNX Runtime {ort.__version__} cannot compile it ({_first_line(error)}).") from error
+        raise BackendError(
+            f"{source}: ONNX Runtime {ort.__version__} cannot compile it ({_first_line(error)})."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

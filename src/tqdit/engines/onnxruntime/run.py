@@ -46,7 +46,9 @@ def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> Or
     ort = load_library()
     machine = manifest.target.get("machine")
     if machine != platform.machine():
-        raise BackendError(f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here.")
+        raise BackendError(
+            f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here."
+        )
     built_by = manifest.versions.get("onnxruntime", "0")
     if _version(ort.__version__) < _version(built_by):
         raise BackendError(

@@ -1,0 +1,151 @@
+"""`tqdit-build` and `tqdit-sample` as a user meets them, and what the runtime imports."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import support
+from tqdit.cli import run
+from tqdit.export import ExportConfig, write
+
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "safetensors", "matplotlib")
+
+
+def python(code, *args, **options):
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, **options)
+
+
+def test_importing_the_runtime_loads_no_torch_onnx_or_diffusers():
+    code = f"import sys, tqdit.engines; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_a_whole_sampling_run_loads_no_torch_onnx_or_diffusers(bundle, tmp_path):
+    code = (
+        "import sys; from tqdit.cli import run\n"
+        "code = run('sample', [sys.argv[1], '-n', '3', '-o', sys.argv[2], '-q'])\n"
+        f"print(code, [m for m in {HEAVY} if m in sys.modules])"
+    )
+    result = python(code, bundle, tmp_path / "s.png")
+    assert result.stdout.splitlines() == [str(tmp_path / "s.png"), "0 []"]
+    assert result.stderr == ""
+
+
+def test_build_then_sample_by_command(tmp_path, capsys, monkeypatch):
+    """The default names chain: model.onnx -> model.engine -> samples.png, with no arguments."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "model.onnx", *support.exported(pixels=True))
+    assert run("build", []) == 0
+    assert run("sample", []) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["model.engine", "samples.png"]
+    assert "16 images in" in err
+    assert "per image" in err
+    assert "per step" in err
+    assert support.read_picture("samples.png").shape == (4 * 64 + 6, 4 * 64 + 6, 3)
+
+
+def test_classes_are_cycled_and_images_counted_in_all(bundle, tmp_path, capsys):
+    output = tmp_path / "s.npz"
+    assert run("sample", [str(bundle), "-n", "5", "--classes", "3,1", "--batch", "2", "-o", str(output)]) == 0
+    with np.load(output) as content:
+        assert content["arr_0"].shape == (5, 8, 8, 3)
+        assert content["arr_1"].tolist() == [3, 1, 3, 1, 3]
+
+
+def test_a_latent_model_writes_npz_latents_and_refuses_png(bundle_of, tmp_path, capsys):
+    folder = bundle_of(pixels=False)
+    assert run("sample", [str(folder), "-n", "2", "-o", str(tmp_path / "s.npz")]) == 0
+    with np.load(tmp_path / "s.npz") as content:
+        assert content["latents"].shape == (2, 4, 8, 8)
+    assert run("sample", [str(folder), "-n", "2", "-o", str(tmp_path / "s.png")]) == 1
+    assert "has no decoder. Name a .npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--classes", "9"], 2, "class 9 is out of range; this model knows 0..4"),
+        (["-n", "0"], 2, "-n is 0; at least one image"),
+        (["--batch", "0"], 2, "batch is 0"),
+        (["--guidance-scale", "inf"], 2, "inf is not a finite number"),
+        (["--seed", "-1"], 2, "seed -1"),
+        (["-o", "samples.gif"], 2, "unknown kind of output '.gif'"),
+        (["-o", "/dev/null/s.png"], 1, "cannot be written"),
+    ],
+)
+def test_a_bad_request_gets_one_line_and_writes_nothing(
+    bundle, tmp_path, monkeypatch, capsys, arguments, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", ["-q", str(bundle), *arguments]) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_loses_nothing(bundle, tmp_path):
+    """RLIMIT_FSIZE makes the write fail half way; the earlier samples stay."""
+    output = tmp_path / "s.npz"
+    output.write_bytes(b"earlier")
+    code = (
+        "import resource, signal, sys; from tqdit.cli import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "sys.exit(run('sample', [sys.argv[1], '-n', '20', '-o', sys.argv[2], '-q']))"
+    )
+    result = python(code, bundle, output)
+    assert result.returncode == 1
+    assert "s.npz: cannot be written (File too large)" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert output.read_bytes() == b"earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_ctrl_c_in_the_middle_of_sampling_writes_nothing(bundle_of, tmp_path):
+    output = tmp_path / "s.png"
+    folder = bundle_of(steps=1000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tqdit.cli", "sample", str(folder), "-n", "64", "-o", str(output)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = ""
+    while "steps" not in seen:  # the bar is up, so sampling has begun
+        seen += process.stderr.read(1)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing was changed" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_denoiser_bundle_is_refused_by_the_sample_command(bundle_of, capsys):
+    assert run("sample", [str(bundle_of(graph="denoiser")), "-q"]) == 2
+    assert "denoiser graph" in capsys.readouterr().err
+
+
+def test_build_refuses_what_is_no_export(tmp_path, capsys):
+    (tmp_path / "model.onnx").write_text("hello")
+    assert run("build", [str(tmp_path / "model.onnx")]) == 1
+    assert run("build", [str(tmp_path / "absent.onnx")]) == 1
+    err = capsys.readouterr().err
+    assert "not an ONNX file" in err
+    assert "absent.onnx: no such file. Run tqdit-export absent.onnx first." in err
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_manifest_is_readable_by_others(bundle):
+    values = json.loads((bundle / "manifest.json").read_text())
+    assert values["card"]["sampling"]["steps"] == 20
+    assert values["card"]["graph"] == "step"
+    assert set(values["files"]) == {"graph.onnx"}
+    assert ExportConfig().graph == "step"
