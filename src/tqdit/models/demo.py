@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
-from pathlib import Path
 
+from tqdit.models import published
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.origins import DEMO
-from tqdit.models.published import build
-from tqdit.models.state import read_metadata, read_tensors
 
 NAME = "demo"
 
@@ -19,7 +15,5 @@ def matches(source: str) -> bool:
 
 
 def load(source: str, heads: int | None = None) -> LoadedModel:
-    path = Path(str(resources.files("tqdit.demo") / "model.safetensors"))
-    facts = json.loads(read_metadata(path)["tqdit"])
-    model = build(path, read_tensors(path), heads or facts["num_heads"], DEMO, tuple(facts["classes"]))
-    return model.with_source(NAME)
+    path = resources.files("tqdit.demo") / "model.safetensors"
+    return published.load(str(path), heads).with_source(NAME)

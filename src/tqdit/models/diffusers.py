@@ -7,13 +7,16 @@ diffusers itself is not needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tqdit.diffusion import SamplingSpec
+from tqdit.diffusion import SamplerName, SamplingSpec
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.models.dit import DiTConfig, sine_cosine_positions
 from tqdit.models.loaded import LoadedModel, fingerprint
@@ -23,6 +26,14 @@ from tqdit.models.state import StateDict, read_json, read_sharded, read_tensors
 
 CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is what old DiT repositories say
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+# Schedulers whose step is one of ours. A stock DiTPipeline ignores the learned variance, so a DDPMScheduler that asks
+# for another one would sample otherwise than we do.
+SAMPLERS: dict[str, SamplerName] = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
+SCHEDULER = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False, "set_alpha_to_one": True,
+             "rescale_betas_zero_snr": False, "trained_betas": None, "num_train_timesteps": 1000,
+             "timestep_spacing": "leading"}  # fmt: skip
+ABSENT = {"clip_sample": True, "variance_type": "fixed_small"}  # what diffusers takes where a setting is absent
 
 # diffusers name -> native name, of modules outside and inside the blocks
 OUTER = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
@@ -37,6 +48,8 @@ INNER = {
     "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
 }
 EMBEDDERS = ("t_embedder.", "y_embedder.")
+BLOCKS = "transformer_blocks"
+UNKNOWN = "unknown:"  # keeps a name that diffusers' DiT does not have from passing for a native one
 
 
 def matches(source: str) -> bool:
@@ -53,10 +66,10 @@ def load(source: str, heads: int | None = None) -> LoadedModel:
             "save_pretrained wrote."
         )
     settings = read_json(config_file)
-    tensors = rename(_read_weights(folder), config_file)
+    tensors = rename(_read_weights(folder), folder)
     config = read_config(config_file, settings, tensors, heads)
     tensors["pos_embed"] = sine_cosine_positions(config)
-    network = assemble(folder, tensors, config)
+    network = assemble(folder, tensors, config, spell)
     vae = root / "vae" if (root / "vae" / "config.json").is_file() else None
     return LoadedModel(
         network=network,
@@ -80,36 +93,59 @@ def rename(tensors: StateDict, source: Path) -> StateDict:
     native: StateDict = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
+        group, number, inner = [*module.split(".", 2), "", ""][:3]
         if name == "pos_embed.pos_embed":
             continue  # a stored copy of the sine-cosine positions
         if module in OUTER:
             native[f"{OUTER[module]}.{leaf}"] = tensor
-            continue
-        parts = module.split(".", 2)
-        if len(parts) == 3 and parts[0] == "transformer_blocks" and parts[2] in INNER:
-            native[f"blocks.{parts[1]}.{INNER[parts[2]]}.{leaf}"] = tensor
-        elif len(parts) == 3 and parts[2] == "attn1.to_q":
-            block = f"{parts[0]}.{parts[1]}"
-            thirds = [tensors.get(f"{block}.attn1.to_{part}.{leaf}") for part in "qkv"]
-            if any(third is None for third in thirds):
-                raise CheckpointError(f"{source.parent}: '{block}.attn1' lacks one of to_q, to_k, to_v ('{leaf}').")
-            native[f"blocks.{parts[1]}.attn.qkv.{leaf}"] = torch.cat([t for t in thirds if t is not None])
-        elif len(parts) == 3 and parts[2] in ("attn1.to_k", "attn1.to_v"):
-            continue  # taken with to_q
-        else:
-            native[name] = tensor  # unknown: the layout check names it
+        elif group == BLOCKS and inner in INNER:
+            native[f"blocks.{number}.{INNER[inner]}.{leaf}"] = tensor
+        elif group == BLOCKS and inner == "attn1.to_q":
+            native[f"blocks.{number}.attn.qkv.{leaf}"] = _fuse(tensors, f"{group}.{number}.attn1", leaf, source)
+        elif group != BLOCKS or inner not in ("attn1.to_k", "attn1.to_v"):  # those are taken with to_q
+            native[UNKNOWN + name] = tensor  # the layout check names it
     return _merge_equal_embedders(native)
+
+
+def spell(name: str) -> str:
+    """A native name as the file has it, for messages."""
+    if name.startswith(UNKNOWN):
+        return name.removeprefix(UNKNOWN)
+    module, _, leaf = name.rpartition(".")
+    outer = {native: theirs for theirs, native in OUTER.items()}
+    inner = {native: theirs for theirs, native in INNER.items()} | {"attn.qkv": "attn1.to_q"}
+    group, number, rest = [*module.split(".", 2), "", ""][:3]
+    if module in outer:
+        return f"{outer[module]}.{leaf}"
+    if group == "blocks" and rest in inner:
+        return f"{BLOCKS}.{number}.{inner[rest]}.{leaf}"
+    return f"{BLOCKS}.0.{inner[module]}.{leaf}" if module in inner else name  # a merged embedder
+
+
+def _fuse(tensors: StateDict, attention: str, leaf: str, source: Path) -> Tensor:
+    names = [f"{attention}.to_{part}.{leaf}" for part in "qkv"]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{source}: missing '{missing[0]}' beside '{names[0]}'. Download the weights again.")
+    shapes = [tuple(tensors[name].shape) for name in names]
+    if len(set(shapes)) > 1:
+        raise CheckpointError(
+            f"{source}: '{attention}' has q, k and v ('{leaf}') of shapes {', '.join(map(str, shapes))}, expected "
+            "equal ones. The checkpoint is inconsistent; get it again."
+        )
+    return torch.cat([tensors[name] for name in names])
 
 
 def _merge_equal_embedders(tensors: StateDict) -> StateDict:
     """One shared embedder where every block's copy is the same; else the copies stay."""
     copies: dict[str, list[str]] = {}
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     for name in tensors:
         parts = name.split(".", 2)
         if parts[0] == "blocks" and parts[2].startswith(EMBEDDERS):
             copies.setdefault(parts[2], []).append(name)
     for names in copies.values():
-        if any(not torch.equal(tensors[names[0]], tensors[other]) for other in names[1:]):
+        if len(names) < len(blocks) or any(not torch.equal(tensors[names[0]], tensors[other]) for other in names[1:]):
             return tensors
     merged = {name: tensor for name, tensor in tensors.items() if not name.split(".", 2)[-1].startswith(EMBEDDERS)}
     return merged | {short: tensors[names[0]] for short, names in copies.items()}
@@ -127,25 +163,23 @@ def read_config(path: Path, settings: Mapping[str, Any], tensors: StateDict, hea
     for name, expected in fixed.items():
         if settings.get(name, expected) != expected:
             raise CheckpointError(f"{path}: {name} is {settings[name]!r}; a DiT has {expected!r}. Pass a DiT.")
-    try:
-        num_heads, head_size = int(settings["num_attention_heads"]), int(settings["attention_head_dim"])
-        width, in_channels = num_heads * head_size, int(settings["in_channels"])
-        return DiTConfig(
-            input_size=int(settings["sample_size"]),
-            patch_size=int(settings["patch_size"]),
-            in_channels=in_channels,
-            out_channels=int(settings.get("out_channels") or in_channels),
-            hidden_size=width,
-            depth=int(settings["num_layers"]),
-            mlp_hidden_size=4 * width,
-            num_classes=int(settings["num_embeds_ada_norm"]),
-            num_heads=choose_heads(path, width, heads or num_heads),
-            frequency_shift=DIFFUSERS.frequency_shift,
-            mlp_norm_eps=float(settings.get("norm_eps", DIFFUSERS.mlp_norm_eps)),
-            embedders_per_block=any(name.startswith("blocks.0.t_embedder") for name in tensors),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: setting {error} is missing or not a number. Get the file again.") from error
+    size = partial(_positive, path, settings)
+    num_heads, in_channels = size("num_attention_heads"), size("in_channels")
+    width = num_heads * size("attention_head_dim")
+    return DiTConfig(
+        input_size=size("sample_size"),
+        patch_size=size("patch_size"),
+        in_channels=in_channels,
+        out_channels=in_channels if settings.get("out_channels") is None else size("out_channels"),
+        hidden_size=width,
+        depth=size("num_layers"),
+        mlp_hidden_size=4 * width,
+        num_classes=size("num_embeds_ada_norm"),
+        num_heads=choose_heads(path, width, num_heads if heads is None else heads),
+        frequency_shift=DIFFUSERS.frequency_shift,
+        mlp_norm_eps=_number(path, settings, "norm_eps", DIFFUSERS.mlp_norm_eps),
+        embedders_per_block=any(name.startswith("blocks.0.t_embedder") for name in tensors),
+    )
 
 
 def read_sampling(path: Path) -> SamplingSpec:
@@ -153,34 +187,55 @@ def read_sampling(path: Path) -> SamplingSpec:
     if not path.is_file():
         return DIFFUSERS.sampling
     settings = read_json(path)
-    supported = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False,
-                 "set_alpha_to_one": True, "rescale_betas_zero_snr": False, "trained_betas": None,
-                 "num_train_timesteps": 1000, "timestep_spacing": "leading"}  # fmt: skip
-    for name, expected in supported.items():
-        if settings.get(name, expected) != expected:
-            raise CheckpointError(
-                f"{path}: {name} is {settings[name]!r}; this version samples only with {expected!r}. "
-                "Change the scheduler's configuration, or export with --graph denoiser and keep your scheduler."
-            )
+    sampler = SAMPLERS.get(str(settings.get("_class_name")))
+    if sampler is None:
+        raise _unsupported(path, "_class_name", settings.get("_class_name"), " or ".join(map(repr, SAMPLERS)))
+    needed = SCHEDULER | ({"variance_type": "learned_range"} if sampler == "ddpm" else {})
+    for name, expected in needed.items():
+        found = settings.get(name, ABSENT.get(name, expected))
+        if found != expected:
+            raise _unsupported(path, name, found, repr(expected))
     try:
         return SamplingSpec(
             steps=DIFFUSERS.sampling.steps,
-            sampler="ddpm" if settings.get("_class_name") == "DDPMScheduler" else "ddim",
+            sampler=sampler,
             spacing="leading",
-            steps_offset=int(str(settings.get("steps_offset", 0))),
+            steps_offset=int(_number(path, settings, "steps_offset", 0)),
             beta_schedule=str(settings.get("beta_schedule", "linear")),
-            beta_start=float(str(settings.get("beta_start", 1e-4))),
-            beta_end=float(str(settings.get("beta_end", 0.02))),
+            beta_start=_number(path, settings, "beta_start", 1e-4),
+            beta_end=_number(path, settings, "beta_end", 0.02),
         )
-    except (UsageError, ValueError) as error:
+    except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def _unsupported(path: Path, name: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {name} is {found!r}; this version samples only with {expected}. Change the scheduler's "
+        f"configuration, or pass '{path.parent.parent / 'transformer'}' with --graph denoiser and keep your scheduler."
+    )
+
+
 def _latent_scale(vae: Path | None) -> float:
+    assert DIFFUSERS.latent_scale is not None
     if vae is None:
-        assert DIFFUSERS.latent_scale is not None
         return DIFFUSERS.latent_scale
-    return float(str(read_json(vae / "config.json").get("scaling_factor", DIFFUSERS.latent_scale)))
+    return _number(vae / "config.json", read_json(vae / "config.json"), "scaling_factor", DIFFUSERS.latent_scale)
+
+
+def _positive(path: Path, settings: Mapping[str, Any], name: str) -> int:
+    value = settings.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        found = repr(value) if name in settings else "missing"
+        raise CheckpointError(f"{path}: '{name}' is {found}, expected a positive whole number. Get the file again.")
+    return value
+
+
+def _number(path: Path, settings: Mapping[str, Any], name: str, default: float) -> float:
+    value = settings.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise CheckpointError(f"{path}: '{name}' is {value!r}, expected a number. Get the file again.")
+    return value
 
 
 def _read_weights(folder: Path) -> StateDict:

@@ -70,8 +70,10 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         half = FREQUENCY_EMBEDDING_SIZE // 2
-        exponent = torch.arange(half, dtype=torch.float32, device="cpu") / (half - config.frequency_shift)
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * exponent), persistent=False)
+        # Both origins compute it in this order. Another one moves the angle at t = 999 by 1e-4, and the output with it.
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")
+        exponent = exponent / (half - config.frequency_shift)
+        self.register_buffer("frequencies", torch.exp(exponent), persistent=False)
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_EMBEDDING_SIZE, config.hidden_size),
             nn.SiLU(),
@@ -219,6 +221,7 @@ class DiT(Conditioned):
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         first = None
         for block in self.blocks:
+            assert isinstance(block, DiTBlock)
             own = block.conditioning(timestep, class_labels, c)
             first = own if first is None else first
             tokens = block(tokens, own)
@@ -295,4 +298,3 @@ def randomize(model: DiT, seed: int = 0, scale: float = 0.02) -> DiT:
 
 
 __all__ = ["DiT", "DiTConfig", "initialize", "randomize", "sine_cosine_positions"]
-

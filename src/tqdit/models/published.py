@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +19,19 @@ from torch import Tensor, nn
 from tqdit.errors import CheckpointError
 from tqdit.models.dit import FREQUENCY_EMBEDDING_SIZE, DiT, DiTConfig
 from tqdit.models.loaded import LoadedModel, fingerprint
-from tqdit.models.origins import PUBLISHED, Origin
+from tqdit.models.origins import DEMO, PUBLISHED, Origin
 from tqdit.models.state import StateDict, check_layout, read_metadata, read_tensors
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 FAMILY_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> heads of DiT-S, B, L and XL
+
+
+@dataclass(frozen=True)
+class OwnFacts:
+    """What a safetensors file that TQDiT wrote says of itself, beyond its tensors."""
+
+    num_heads: int | None = None
+    class_names: tuple[str, ...] = ()  # only models of our own training have them
 
 
 def matches(source: str) -> bool:
@@ -29,7 +40,9 @@ def matches(source: str) -> bool:
 
 def load(source: str, heads: int | None = None) -> LoadedModel:
     path = Path(source)
-    return build(path, read_tensors(path), heads or heads_in_metadata(path), PUBLISHED)
+    tensors, facts = read_tensors(path), read_own_facts(path)
+    origin = DEMO if facts.class_names else PUBLISHED
+    return build(path, tensors, facts.num_heads if heads is None else heads, origin, facts.class_names)
 
 
 def build(
@@ -37,6 +50,11 @@ def build(
 ) -> LoadedModel:
     """A model from a state dict with published names."""
     config = infer_config(path, tensors, heads, origin)
+    if class_names and len(class_names) != config.num_classes:
+        raise CheckpointError(
+            f"{path}: its metadata names {len(class_names)} classes, its label table has {config.num_classes} "
+            "(and the null class). Get the file again."
+        )
     network = assemble(path, tensors, config)
     return LoadedModel(
         network=network,
@@ -55,11 +73,12 @@ def build(
     )
 
 
-def assemble(path: Path, tensors: StateDict, config: DiTConfig) -> nn.Module:
-    """The network of `config` with these float32 weights, in eval mode; the weights are not copied."""
+def assemble(path: Path, tensors: StateDict, config: DiTConfig, spell: Callable[[str], str] = str) -> nn.Module:
+    """The network of `config` with these weights in float32 and eval mode; weights that are float32 are not copied."""
+    _check_sizes(path, config)
     with torch.device("meta"):
         network = DiT(config)
-    check_layout(path, tensors, network.state_dict())
+    check_layout(path, tensors, network.state_dict(), spell)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -78,7 +97,7 @@ def infer_config(path: Path, tensors: StateDict, heads: int | None, origin: Orig
         raise CheckpointError(
             f"{path}: {tokens} tokens, {rows} outputs per token of {patch}x{patch} pixels and {frequencies} timestep "
             f"frequencies are not a DiT's; expected a square number, a multiple of {patch * patch} and "
-            f"{FREQUENCY_EMBEDDING_SIZE}."
+            f"{FREQUENCY_EMBEDDING_SIZE}. Pass a DiT checkpoint."
         )
     return DiTConfig(
         input_size=side * patch, patch_size=patch, in_channels=in_channels, out_channels=rows // patch**2,
@@ -88,8 +107,22 @@ def infer_config(path: Path, tensors: StateDict, heads: int | None, origin: Orig
     )  # fmt: skip
 
 
+def _check_sizes(path: Path, config: DiTConfig) -> None:
+    """Sizes that no DiT has: what is built from them would fail later, or compute nonsense."""
+    c, size, patch = config.in_channels, config.input_size, config.patch_size
+    channels = f"{config.out_channels} channels come out of {c}, expected {c} or {2 * c}"
+    for wrong, text in (
+        (size % patch, f"images of {size}x{size} cannot be cut into patches of {patch}x{patch}"),
+        (config.hidden_size % 4, f"width {config.hidden_size} is not a multiple of 4, which its positions need"),
+        (config.out_channels not in (c, 2 * c), channels),
+        (config.num_classes < 1, "its label table holds one row, expected the classes and the null class"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{path}: {text}. Pass a DiT checkpoint.")
+
+
 def choose_heads(path: Path, width: int, heads: int | None) -> int:
-    chosen = heads or FAMILY_HEADS.get(width)
+    chosen = FAMILY_HEADS.get(width) if heads is None else heads
     if chosen is None:
         raise CheckpointError(
             f"{path}: width {width} is not of the published family {sorted(FAMILY_HEADS)}, so the number of heads is "
@@ -100,12 +133,16 @@ def choose_heads(path: Path, width: int, heads: int | None) -> int:
     return chosen
 
 
-def heads_in_metadata(path: Path) -> int | None:
-    """Files that TQDiT wrote say how many heads they have."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    text = read_metadata(path).get("tqdit")
-    return json.loads(text).get("num_heads") if text else None
+def read_own_facts(path: Path) -> OwnFacts:
+    """What TQDiT wrote into the metadata of a safetensors file; nothing for files of other origin."""
+    text = read_metadata(path).get("tqdit") if path.suffix == ".safetensors" else None
+    if text is None:
+        return OwnFacts()
+    try:
+        facts = json.loads(text)
+        return OwnFacts(operator.index(facts["num_heads"]), tuple(facts.get("classes", "")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its 'tqdit' metadata is damaged ({error!r}). Get the file again.") from error
 
 
 def _shape(path: Path, tensors: dict[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
@@ -119,4 +156,7 @@ def _shape(path: Path, tensors: dict[str, Tensor], name: str, rank: int) -> tupl
         raise CheckpointError(
             f"{path}: '{name}' has {tensors[name].ndim} dimensions, a DiT's has {rank}. Pass a DiT checkpoint."
         )
+    if tensors[name].numel() == 0:
+        shape = tuple(tensors[name].shape)
+        raise CheckpointError(f"{path}: '{name}' of shape {shape} is empty. Pass a DiT checkpoint.")
     return tuple(tensors[name].shape)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from tqdit.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(path: Path) -> StateDict:
@@ -34,8 +37,14 @@ def read_sharded(index_file: Path) -> StateDict:
         raise CheckpointError(f"{index_file}: no 'weight_map' of tensor names to shards. Download it again.")
     tensors: StateDict = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index_file}: shard '{shard}' is not a plain file name beside the index.")
+        if not shard or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index_file}: shard '{shard}' lies outside its folder, expected a plain file name. Download it again."
+            )
+        if not (index_file.parent / shard).is_file():
+            raise CheckpointError(
+                f"{index_file.parent / shard}: missing, '{index_file.name}' names it. Download it too."
+            )
         tensors |= read_tensors(index_file.parent / shard)
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
@@ -55,10 +64,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error}). Get it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}. Get it again.")
     return content
 
 
@@ -72,27 +81,29 @@ def _read_safetensors(path: Path) -> StateDict:
 
 def _read_torch(path: Path) -> StateDict:
     # DiT's train.py stores its argparse.Namespace beside the weights: plain data, and the only class let through.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about the pickle protocol of damaged files; our line says more
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
-            what = str(error).splitlines()[0] if "WeightsUnpickler error" not in str(error) else _global_of(error)
-            raise CheckpointError(
-                f"{path}: refused, since loading it would run pickled code or it is not a checkpoint ({what}). "
-                "Convert it to safetensors where you trust it."
-            ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
+        except Exception as error:  # a damaged pickle or archive fails with almost any class
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path}: damaged or truncated checkpoint ({reason}). Get it again.") from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(_is_entry(*item) for item in content.items()):
         raise CheckpointError(
-            f"{path}: expected a state dict of tensors, flat or under 'ema', found {_describe(content)}."
+            f"{path}: expected a state dict of tensors, flat or under 'ema', found {_describe(content)}. "
+            "Pass a DiT checkpoint."
         )
     return dict(content)
+
+
+def _is_entry(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _is_zip(path: Path) -> bool:
@@ -100,10 +111,16 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _global_of(error: Exception) -> str:
-    text = str(error)
-    marker = "WeightsUnpickler error:"
-    return text[text.index(marker) + len(marker) :].strip().splitlines()[0]
+def _refusal(reason: str) -> str:
+    """One line for what torch says in ten, some of which advise to load the file unsafely."""
+    code = re.search(r"GLOBAL (\S+)", reason)
+    if code:
+        return (
+            f"refused: it holds pickled code ('{code[1]}'), which loading would run; expected tensors alone. "
+            "Convert it to safetensors where you trust it."
+        )
+    detail = re.search(r"Unsupported operand \d+", reason)
+    return f"not a PyTorch checkpoint, or a damaged one{f' ({detail[0]})' if detail else ''}. Get it again."
 
 
 def _describe(content: object) -> str:
@@ -112,9 +129,15 @@ def _describe(content: object) -> str:
     return type(content).__name__
 
 
-def check_layout(source: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Names, shapes and finiteness of every tensor, or one line that names what is wrong."""
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def check_layout(
+    source: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], spell: Callable[[str], str] = str
+) -> None:
+    """Names, shapes, types and finiteness of every tensor, or one line that names what is wrong.
+
+    `spell` gives a tensor the name that it has in the file.
+    """
+    missing = [spell(name) for name in sorted(set(expected) - set(found))]
+    unexpected = [spell(name) for name in sorted(set(found) - set(expected))]
     if missing or unexpected:
         parts = [f"missing {_some(missing)}" * bool(missing), f"unexpected {_some(unexpected)}" * bool(unexpected)]
         raise CheckpointError(
@@ -124,11 +147,21 @@ def check_layout(source: Path, found: Mapping[str, Tensor], expected: Mapping[st
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
-                f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} "
+                f"{source}: '{spell(name)}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} "
                 "from the other tensors. The checkpoint is inconsistent; get it again."
             )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values. Use another checkpoint.")
+        if tensor.dtype not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{source}: '{spell(name)}' holds {tensor.dtype}, expected float16, bfloat16, float32 or float64. "
+                "Pass the checkpoint from before it was quantized."
+            )
+        if not _is_finite(tensor):
+            raise CheckpointError(f"{source}: '{spell(name)}' holds NaN or infinite values. Use another checkpoint.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A finite sum proves it in one fast pass; a sum may also overflow, and then every value is looked at.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _some(names: Iterable[str], limit: int = 6) -> str:

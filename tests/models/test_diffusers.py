@@ -1,0 +1,351 @@
+"""diffusers directories: the same numbers as diffusers' own module, in every form that save_pretrained writes."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tqdit.errors import CheckpointError
+from tqdit.models import load_model
+from tqdit.models.origins import DIFFUSERS
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def make(**settings):
+    from diffusers import DiTTransformer2DModel
+
+    from tqdit.models.dit import randomize
+
+    defaults = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8,
+                "num_layers": 2, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 5}  # fmt: skip
+    model = DiTTransformer2DModel(**(defaults | settings))
+    scale = 4.8 / model.inner_dim  # outputs of about 1: larger weights would only amplify rounding
+    return randomize(model, scale=scale).eval()
+
+
+def share_embedders(model):
+    """As in every converted checkpoint: each block holds a copy of the same embedders."""
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    return model
+
+
+def assert_same_outputs(theirs, ours):
+    size, classes = theirs.config.sample_size, theirs.config.num_embeds_ada_norm
+    timesteps = torch.tensor([0, 1, 20, 500, 998, 999])
+    labels = torch.tensor([0, 1, classes - 1, classes, classes, 0])  # `classes` is the null class
+    x = torch.randn(6, theirs.config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(x, timesteps, labels).sample
+        torch.testing.assert_close(ours(x, timesteps, labels), expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
+
+
+SIZES = {
+    "two blocks": {},
+    "one block": {"num_layers": 1},
+    "one head": {"num_attention_heads": 1, "attention_head_dim": 16},
+    "four blocks, pixels": {"num_layers": 4, "in_channels": 3, "out_channels": 6, "sample_size": 12},
+    "no learned variance": {"out_channels": None},
+    "large patches": {"patch_size": 8, "sample_size": 16},
+    "an odd number of tokens": {"patch_size": 4, "sample_size": 12},
+    "wider": {"num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 32},
+    "another epsilon": {"norm_eps": 1e-2},
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["embedders that differ", "equal embedders"])
+@pytest.mark.parametrize("size", SIZES)
+def test_our_module_equals_diffusers_own(size, shared, tmp_path):
+    theirs = share_embedders(make(**SIZES[size])) if shared else make(**SIZES[size])
+    theirs.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert_same_outputs(theirs, model.network)
+    assert model.network.config.embedders_per_block == (not shared and theirs.config.num_layers > 1)
+
+
+def test_equal_embedders_are_merged_into_shared_ones(theirs, tmp_path):
+    share_embedders(theirs).save_pretrained(tmp_path)
+    names = set(load_model(str(tmp_path)).network.state_dict())
+    assert "t_embedder.mlp.0.weight" in names
+    assert not any("t_embedder" in name or "y_embedder" in name for name in names if name.startswith("blocks."))
+
+
+@pytest.mark.parametrize("embedder", ["timestep_embedder.linear_2.bias", "class_embedder.embedding_table.weight"])
+def test_embedders_of_which_one_differs_stay_in_their_blocks(theirs, tmp_path, embedder):
+    share_embedders(theirs).get_parameter(f"transformer_blocks.1.norm1.emb.{embedder}").data[0] += 1
+    theirs.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.network.config.embedders_per_block
+    assert_same_outputs(theirs, model.network)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded safetensors", "sharded bin"])
+def test_every_form_of_weights_gives_the_same_model(theirs, diffusers_folder, tmp_path, form):
+    sharded = {"max_shard_size": "20KB"} if form.startswith("sharded") else {}
+    theirs.save_pretrained(tmp_path / "other", safe_serialization=form.endswith("safetensors"), **sharded)
+    files = [file.name for file in (tmp_path / "other").iterdir()]
+    assert (len(files) > 3) == bool(sharded)
+    assert any(name.endswith(form.split()[-1]) for name in files)
+    model = load_model(str(tmp_path / "other"))
+    assert_same_outputs(theirs, model.network)
+    assert model.fingerprint == load_model(str(diffusers_folder)).fingerprint
+
+
+def test_half_precision_weights_are_computed_in_float32(theirs, tmp_path):
+    halves = {name: tensor.half() for name, tensor in theirs.state_dict().items()}
+    copy.deepcopy(theirs).half().save_pretrained(tmp_path)
+    theirs.load_state_dict(halves)  # rounded, in float32
+    assert_same_outputs(theirs, load_model(str(tmp_path)).network)
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    settings = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in settings.items() if value != "absent"}))
+
+
+def test_the_old_class_name_loads_as_well(theirs, diffusers_folder):
+    edit_config(diffusers_folder, _class_name="Transformer2DModel", _diffusers_version="0.12.0.dev0")
+    assert_same_outputs(theirs, load_model(str(diffusers_folder)).network)
+
+
+def test_a_stored_copy_of_the_positions_is_ignored(theirs, diffusers_folder):
+    tensors = load_file(diffusers_folder / WEIGHTS)
+    save_file(tensors | {"pos_embed.pos_embed": torch.zeros(1, 16, 16)}, diffusers_folder / WEIGHTS)
+    assert_same_outputs(theirs, load_model(str(diffusers_folder)).network)
+
+
+@pytest.fixture
+def pipeline(diffusers_folder, tmp_path):
+    """A whole DiTPipeline directory, as facebook/DiT-XL-2-256 has it."""
+    from diffusers import DDIMScheduler
+
+    root = tmp_path / "pipeline"
+    shutil.copytree(diffusers_folder, root / "transformer")
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline"}))
+    DDIMScheduler(clip_sample=False).save_pretrained(root / "scheduler")
+    return root
+
+
+def test_a_pipeline_directory_loads_with_its_scheduler(theirs, pipeline):
+    model = load_model(str(pipeline))
+    assert_same_outputs(theirs, model.network)
+    assert model.sampling == DIFFUSERS.sampling
+    assert (model.origin, model.guidance_scale, model.latent_scale) == ("diffusers", 4.0, 0.18215)
+    assert (model.height, model.in_channels, model.out_channels, model.num_classes) == (8, 4, 8, 5)
+    assert model.vae_folder is None
+
+
+def test_a_bare_transformer_samples_as_the_stock_pipeline(diffusers_folder):
+    model = load_model(str(diffusers_folder))
+    assert model.sampling == DIFFUSERS.sampling
+    assert (model.sampling.sampler, model.sampling.steps, model.sampling.guided_channels) == ("ddim", 50, None)
+
+
+def test_the_decoder_of_a_pipeline_gives_the_scale_of_its_latents(pipeline):
+    (pipeline / "vae").mkdir()
+    (pipeline / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "scaling_factor": 0.5}')
+    model = load_model(str(pipeline))
+    assert (model.latent_scale, model.vae_folder) == (0.5, pipeline / "vae")
+
+
+def edit_scheduler(root, **changes):
+    file = root / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in settings.items() if value != "absent"}))
+
+
+def test_the_schedule_of_a_pipeline_is_its_own(pipeline):
+    edit_scheduler(pipeline, beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.012, steps_offset=1)
+    sampling = load_model(str(pipeline)).sampling
+    assert sampling == replace(
+        DIFFUSERS.sampling, beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.012, steps_offset=1
+    )
+
+
+def test_a_ddpm_scheduler_with_learned_variance_is_ours(pipeline):
+    edit_scheduler(pipeline, _class_name="DDPMScheduler", variance_type="learned_range")
+    assert load_model(str(pipeline)).sampling == replace(DIFFUSERS.sampling, sampler="ddpm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (
+            {"prediction_type": "v_prediction"},
+            "prediction_type is 'v_prediction'; this version samples only with 'epsilon'",
+        ),
+        ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'; this version samples only with 'leading'"),
+        ({"clip_sample": True}, "clip_sample is True; this version samples only with False"),
+        ({"clip_sample": "absent"}, "clip_sample is True; this version samples only with False"),
+        ({"set_alpha_to_one": False}, "set_alpha_to_one is False; this version samples only with True"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps is 500; this version samples only with 1000"),
+        ({"trained_betas": [0.1]}, "trained_betas is [0.1]; this version samples only with None"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler"},
+            "_class_name is 'DPMSolverMultistepScheduler'; this version samples only with 'DDIMScheduler' or "
+            "'DDPMScheduler'",
+        ),
+        (
+            {"_class_name": "DDPMScheduler"},
+            "variance_type is 'fixed_small'; this version samples only with 'learned_range'",
+        ),
+    ],
+)
+def test_a_scheduler_that_samples_otherwise_is_refused_with_a_way_out(pipeline, changes, found):
+    edit_scheduler(pipeline, **changes)
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(pipeline))
+    assert str(error.value) == (
+        f"{pipeline / 'scheduler' / 'scheduler_config.json'}: {found}. Change the scheduler's configuration, or pass "
+        f"'{pipeline / 'transformer'}' with --graph denoiser and keep your scheduler."
+    )
+    assert load_model(str(pipeline / "transformer")).sampling == DIFFUSERS.sampling
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "unknown beta schedule 'squaredcos_cap_v2'"),
+        ({"beta_start": "0.1"}, "'beta_start' is '0.1', expected a number. Get the file again."),
+        ({"beta_end": 2}, "betas from 0.0001 to 2 with steps_offset 0; expected 0 < beta_start <= beta_end < 1"),
+        ({"steps_offset": -1}, "betas from 0.0001 to 0.02 with steps_offset -1; expected"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(pipeline, changes, message):
+    edit_scheduler(pipeline, **changes)
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(pipeline))
+    assert f"scheduler_config.json: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"_class_name": "PixArtTransformer2DModel"},
+            "'_class_name' is 'PixArtTransformer2DModel', expected 'DiTTransformer2DModel'. Pass the "
+            "directory of a DiT.",
+        ),
+        ({"_class_name": "absent"}, "'_class_name' is None, expected 'DiTTransformer2DModel'"),
+        ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'; a DiT has 'ada_norm_zero'. Pass a DiT."),
+        ({"activation_fn": "geglu"}, "activation_fn is 'geglu'; a DiT has 'gelu-approximate'. Pass a DiT."),
+        ({"attention_bias": False}, "attention_bias is False; a DiT has True. Pass a DiT."),
+        ({"num_layers": "absent"}, "'num_layers' is missing, expected a positive whole number. Get the file again."),
+        ({"patch_size": 0}, "'patch_size' is 0, expected a positive whole number"),
+        ({"sample_size": [8, 8]}, "'sample_size' is [8, 8], expected a positive whole number"),
+        ({"in_channels": True}, "'in_channels' is True, expected a positive whole number"),
+        ({"num_embeds_ada_norm": None}, "'num_embeds_ada_norm' is None, expected a positive whole number"),
+        ({"norm_eps": "small"}, "'norm_eps' is 'small', expected a number. Get the file again."),
+        ({"sample_size": 9}, "images of 9x9 cannot be cut into patches of 2x2. Pass a DiT checkpoint."),
+        ({"out_channels": 5}, "5 channels come out of 4, expected 4 or 8. Pass a DiT checkpoint."),
+        ({"num_attention_heads": 3}, "'pos_embed.proj.bias' has shape (16,), expected (24,)"),
+        ({"num_embeds_ada_norm": 7}, "class_embedder.embedding_table.weight' has shape (6, 16), expected (8, 16)"),
+        ({"num_layers": 3}, "missing 'transformer_blocks.2.norm1.linear.bias', "),
+        ({"num_layers": 1}, "unexpected 'transformer_blocks.1.norm1.linear.bias', "),
+    ],
+)
+def test_a_configuration_that_is_not_a_dits_is_refused(diffusers_folder, changes, message):
+    edit_config(diffusers_folder, **changes)
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(diffusers_folder))
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(diffusers_folder))
+    assert "\n" not in str(error.value)
+
+
+def change(folder, edit):
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(folder))
+    return str(error.value).removeprefix(f"{folder}: ")
+
+
+FC2 = "transformer_blocks.0.ff.net.2.weight"
+QUERY = "transformer_blocks.1.attn1.to_q.bias"
+
+
+def test_a_wrong_layout_is_named_in_the_names_of_the_file(diffusers_folder):
+    def edit(tensors):
+        tensors["transformer_blocks.0.ff.net.3.weight"] = tensors.pop(FC2)
+
+    assert change(diffusers_folder, edit) == (
+        f"its tensors are not those of a DiT: missing '{FC2}'; unexpected 'transformer_blocks.0.ff.net.3.weight'. "
+        "Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
+    )
+
+
+def test_published_names_do_not_pass_for_those_of_diffusers(diffusers_folder):
+    text = change(diffusers_folder, lambda tensors: tensors.update({"blocks.0.mlp.fc2.weight": tensors.pop(FC2)}))
+    assert f"missing '{FC2}'; unexpected 'blocks.0.mlp.fc2.weight'" in text
+
+
+def test_an_embedder_that_one_block_lacks_is_missed(theirs, tmp_path):
+    share_embedders(theirs).save_pretrained(tmp_path)
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    assert f"missing '{name}'" in change(tmp_path, lambda tensors: tensors.pop(name))
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_a_missing_part_of_the_attention_is_named(diffusers_folder, part):
+    name = f"transformer_blocks.1.attn1.to_{part}.bias"
+    assert f"missing '{name}'" in change(diffusers_folder, lambda tensors: tensors.pop(name))
+
+
+def test_parts_of_the_attention_of_different_shapes_are_refused(diffusers_folder):
+    text = change(diffusers_folder, lambda tensors: tensors.update({QUERY: torch.zeros(8)}))
+    assert text == (
+        "'transformer_blocks.1.attn1' has q, k and v ('bias') of shapes (8,), (16,), (16,), expected equal ones. The "
+        "checkpoint is inconsistent; get it again."
+    )
+
+
+def test_weights_that_are_not_finite_are_named_as_in_the_file(diffusers_folder):
+    text = change(diffusers_folder, lambda tensors: tensors[FC2].fill_(float("nan")))
+    assert text == f"'{FC2}' holds NaN or infinite values. Use another checkpoint."
+
+
+def test_a_directory_that_is_not_diffusers_is_refused(tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path}: neither 'model_index.json' nor 'config.json' is in it. Pass the directory that diffusers' "
+        "save_pretrained wrote."
+    )
+
+
+def test_a_directory_without_weights_is_refused(diffusers_folder):
+    (diffusers_folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(diffusers_folder))
+    assert str(error.value) == (
+        f"{diffusers_folder}: found none of diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin (or their "
+        ".index.json). Download the weights too."
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00", "[1]", "[" * 100000])
+def test_a_damaged_configuration_is_one_line(diffusers_folder, text):
+    (diffusers_folder / "config.json").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: (not a readable JSON|expected a JSON object).* Get it again"
+    ):
+        load_model(str(diffusers_folder))
+
+
+def test_a_number_of_latent_scale_is_required(pipeline):
+    (pipeline / "vae").mkdir()
+    (pipeline / "vae" / "config.json").write_text('{"scaling_factor": null}')
+    with pytest.raises(
+        CheckpointError, match=r"vae/config\.json: 'scaling_factor' is None, expected a number\. Get the"
+    ):
+        load_model(str(pipeline))

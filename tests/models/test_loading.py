@@ -1,0 +1,101 @@
+"""`load_model`: which adapter answers, and what it says when none does."""
+
+import pytest
+import torch
+
+from tqdit.errors import CheckpointError
+from tqdit.models import ADAPTERS, demo, diffusers, load_model, published
+from tqdit.models.loaded import fingerprint
+
+
+def refusal(source):
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(source), heads=2)
+    return str(error.value)
+
+
+def test_demo_is_the_model_that_ships_with_the_package():
+    model = load_model("demo")
+    assert (model.origin, model.source, model.latent_scale) == ("demo", "demo", None)
+    assert (model.in_channels, model.learns_variance) == (3, True)
+    assert model.num_classes == len(model.class_names) >= 10
+    assert model.network.config.num_tokens >= 64
+    assert model.network.config.depth >= 6
+    assert load_model("demo").fingerprint == model.fingerprint
+
+
+def test_the_demo_takes_its_heads_from_its_file_unless_told_otherwise():
+    heads = load_model("demo").network.config.num_heads
+    assert load_model("demo", heads=2 * heads).network.config.num_heads == 2 * heads
+
+
+@pytest.mark.parametrize(
+    ("source", "adapter"),
+    [
+        ("demo", demo),
+        ("dit.pt", published),
+        ("dit.pth", published),
+        ("dit.bin", published),
+        ("x.safetensors", published),
+    ],
+)
+def test_each_source_has_one_adapter(source, adapter):
+    assert [one for one in ADAPTERS if one.matches(source)] == [adapter]
+
+
+def test_a_directory_is_diffusers_whatever_its_name(tmp_path):
+    folder = tmp_path / "dit.pt"
+    folder.mkdir()
+    assert [one for one in ADAPTERS if one.matches(str(folder))] == [diffusers]
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors"])
+def test_a_missing_checkpoint_is_named(tmp_path, name):
+    path = tmp_path / name
+    assert refusal(path) == f"{path}: no such file. Pass a checkpoint, a diffusers directory or 'demo'."
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    path = tmp_path / "missing"
+    assert refusal(path) == (
+        f"{path}: no such file or directory. Pass 'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers "
+        "directory."
+    )
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("model.onnx", ".onnx"), ("model.gguf", ".gguf"), ("model", "no suffix")])
+def test_another_kind_of_file_where_a_model_is_expected_is_refused(tmp_path, name, suffix):
+    (tmp_path / name).write_bytes(b"\x08\x08")
+    assert refusal(tmp_path / name) == (
+        f"{tmp_path / name}: a model is expected here, '{suffix}' is none. Pass 'demo', a DiT checkpoint (.pt, "
+        ".safetensors) or a diffusers directory."
+    )
+
+
+def test_an_onnx_file_named_like_a_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "dit.pt"
+    path.write_bytes(b"\x08\x08\x12\x07pytorch" + b"\x00" * 100)
+    assert refusal(path) == f"{path}: not a PyTorch checkpoint, or a damaged one (Unsupported operand 8). Get it again."
+
+
+def test_a_loaded_model_is_in_eval_mode_and_needs_no_gradient(checkpoint):
+    network = load_model(str(checkpoint), heads=2).network
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_the_fingerprint_does_not_depend_on_the_type_or_the_layout_of_storage(network):
+    before = fingerprint(network, "configuration")
+    weight = network.blocks[0].mlp.fc1.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert not weight.is_contiguous()
+    assert fingerprint(network, "configuration") == before
+    assert fingerprint(network.double(), "configuration") == before
+    assert fingerprint(network, "another configuration") != before
+
+
+def test_one_changed_weight_changes_the_fingerprint(network):
+    before = fingerprint(network, None)
+    with torch.no_grad():
+        network.final_layer.linear.bias[3] += 1e-6
+    assert fingerprint(network, None) != before

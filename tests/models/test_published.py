@@ -1,0 +1,311 @@
+"""Checkpoints in the layout of facebookresearch/DiT: what is inferred, what is refused, and that nothing is copied."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import support
+from tqdit.errors import CheckpointError
+from tqdit.models import load_model
+from tqdit.models.dit import DiT, randomize
+from tqdit.models.origins import DEMO, PUBLISHED
+
+
+def shared_state_dict(config):
+    """Random non-zero weights of any size, all of them views of one storage: a full-size file stays small."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
+    storage = torch.randn(max(shape.numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0))
+    storage = 0.02 * storage + 0.001
+    return {name: storage[: shape.numel()].view(shape) for name, shape in shapes.items()}
+
+
+S_8 = replace(support.TINY, input_size=32, patch_size=8, hidden_size=384, depth=12, mlp_hidden_size=1536,
+              num_classes=1000, num_heads=6)  # fmt: skip
+XL_2 = replace(support.TINY, input_size=32, patch_size=2, hidden_size=1152, depth=28, mlp_hidden_size=4608,
+               num_classes=1000, num_heads=16)  # fmt: skip
+
+
+def nested(tensors):
+    """As DiT's train.py saves it."""
+    other = {name: torch.zeros_like(tensor[:1]) for name, tensor in list(tensors.items())[:3]}
+    args = argparse.Namespace(model="DiT-S/8", image_size=256, lr=1e-4)
+    return {"model": other, "ema": tensors, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": args}
+
+
+def outputs(network, size=8, classes=5):
+    x = torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return network(x, torch.tensor([0, 999]), torch.tensor([1, classes]))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_dit_s_8_loads(suffix, tmp_path):
+    tensors, path = shared_state_dict(S_8), tmp_path / f"dit.{suffix}"
+    if suffix == "pt":
+        torch.save(tensors, path)
+    else:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    model = load_model(str(path))
+    state = model.network.state_dict()
+    assert model.network.config == S_8
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    assert outputs(model.network, 32, 1000).std() > 0
+
+
+FORMS = {
+    "flat": lambda tensors, path: torch.save(tensors, path),
+    "under ema": lambda tensors, path: torch.save(nested(tensors), path),
+    "under model": lambda tensors, path: torch.save({"model": tensors, "epoch": 3}, path),
+    "from before zip archives": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "safetensors": lambda tensors, path: save_file(tensors, path.with_suffix(".safetensors")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path, network):
+    tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
+    FORMS[form](tensors, tmp_path / "dit.pt")
+    (file,) = tmp_path.iterdir()
+    loaded = load_model(str(file), heads=2).network
+    assert loaded.config == support.TINY
+    assert not loaded.training
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, tensors[name].float())
+
+
+def test_dit_xl_2_of_full_size_loads_without_a_copy_of_its_weights(tmp_path):
+    path = tmp_path / "DiT-XL-2-256x256.pt"
+    torch.save(nested(shared_state_dict(XL_2)), path)
+    model = load_model(str(path))
+    parameters = list(model.network.parameters())
+    assert model.network.config == XL_2
+    assert round(sum(p.numel() for p in parameters) / 1e6, 2) == 675.13
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == 1
+    assert all(p.abs().max() > 0 for p in parameters)
+    assert (model.height, model.width, model.in_channels, model.out_channels) == (32, 32, 4, 8)
+    assert (model.num_classes, model.learns_variance, model.latent_scale) == (1000, True, 0.18215)
+
+
+def test_a_published_checkpoint_samples_as_its_origin(checkpoint):
+    model = load_model(str(checkpoint), heads=2)
+    assert (model.origin, model.sampling, model.guidance_scale) == ("published", PUBLISHED.sampling, 1.5)
+    assert (model.sampling.sampler, model.sampling.steps, model.sampling.guided_channels) == ("ddpm", 250, 3)
+    assert (model.network.config.frequency_shift, model.network.config.mlp_norm_eps) == (0, 1e-6)
+
+
+def test_the_published_network_equals_diffusers_module_after_undoing_their_differences(theirs, diffusers_folder):
+    """An independent implementation of the same arithmetic: diffusers' blocks with DiT's frequencies and epsilon."""
+    first = theirs.transformer_blocks[0].norm1.emb
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(first.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm3.eps = 1e-6
+    theirs.save_pretrained(diffusers_folder)
+    tensors = load_model(str(diffusers_folder)).network.state_dict()
+    path = diffusers_folder.parent / "published.pt"
+    torch.save(dict(tensors), path)
+    published = load_model(str(path), heads=2).network
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 5, 2, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(published(x, t, y), theirs(x, t, y).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_the_fingerprint_is_that_of_the_weights_not_of_the_file(checkpoint, own_file, tmp_path, network):
+    flat = load_model(str(checkpoint), heads=2).fingerprint
+    torch.save(nested(dict(network.state_dict())), tmp_path / "nested.pt")
+    assert load_model(str(own_file)).fingerprint == flat
+    assert load_model(str(tmp_path / "nested.pt"), heads=2).fingerprint == flat
+
+
+def test_the_fingerprint_tells_weights_and_heads_apart(checkpoint, tmp_path):
+    torch.save(randomize(DiT(support.TINY), seed=1, scale=0.3).state_dict(), tmp_path / "other.pt")
+    prints = {load_model(str(path), heads).fingerprint for path, heads in (
+        (checkpoint, 2), (checkpoint, 4), (tmp_path / "other.pt", 2)
+    )}  # fmt: skip
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
+def test_the_heads_of_the_published_family_are_known(width, heads, tmp_path):
+    config = replace(support.TINY, hidden_size=width, mlp_hidden_size=4 * width, depth=1)
+    torch.save(shared_state_dict(config), tmp_path / "dit.pt")
+    assert load_model(str(tmp_path / "dit.pt")).network.config.num_heads == heads
+
+
+def test_other_widths_need_heads(checkpoint):
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(checkpoint))
+    assert str(error.value) == (
+        f"{checkpoint}: width 16 is not of the published family [384, 768, 1024, 1152], so the number of heads is not "
+        "known. Pass --heads."
+    )
+    assert load_model(str(checkpoint), heads=4).network.config.num_heads == 4
+
+
+@pytest.mark.parametrize("heads", [0, -2, 3, 32])
+def test_heads_that_do_not_divide_the_width_are_refused(checkpoint, heads):
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(checkpoint), heads=heads)
+    assert str(error.value) == (f"{checkpoint}: width 16 cannot be split into {heads} heads. Pass another --heads.")
+
+
+def test_a_file_of_ours_says_how_many_heads_it_has_and_the_caller_may_differ(own_file):
+    assert load_model(str(own_file)).network.config.num_heads == 2
+    assert load_model(str(own_file), heads=4).network.config.num_heads == 4
+
+
+def test_a_file_of_our_own_training_samples_as_the_demo_does(tmp_path, network):
+    path = tmp_path / "model.safetensors"
+    save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2, "classes": "abcde"})})
+    model = load_model(str(path))
+    assert (model.origin, model.sampling, model.latent_scale) == ("demo", DEMO.sampling, None)
+    assert model.class_names == tuple("abcde")
+
+
+def test_class_names_that_do_not_fit_the_label_table_are_refused(tmp_path, network):
+    path = tmp_path / "model.safetensors"
+    save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2, "classes": "abc"})})
+    with pytest.raises(CheckpointError, match=r"names 3 classes, its label table has 5 \(and the null class\)\. Get"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "7", "{}", '{"num_heads": "2"}', '{"num_heads": 2, "classes": 5}', "[" * 9999]
+)
+def test_damaged_metadata_of_ours_is_one_line(tmp_path, network, text):
+    path = tmp_path / "model.safetensors"
+    save_file(network.state_dict(), path, {"tqdit": text})
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: its 'tqdit' metadata is damaged \(.*\)\. Get the file"
+    ):
+        load_model(str(path))
+
+
+def change(checkpoint, edit):
+    tensors = torch.load(checkpoint, weights_only=True)
+    edit(tensors)
+    torch.save(dict(tensors), checkpoint)
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(checkpoint), heads=2)
+    text = str(error.value)
+    assert text.startswith(f"{checkpoint}: ")
+    assert "\n" not in text
+    return text.removeprefix(f"{checkpoint}: ")
+
+
+def test_a_wrong_layout_is_named_by_its_missing_and_unexpected_keys(checkpoint):
+    def edit(tensors):
+        tensors["blocks.1.attn.q.weight"] = tensors.pop("blocks.1.attn.qkv.weight")
+        tensors["extra"] = torch.zeros(1)
+
+    assert change(checkpoint, edit) == (
+        "its tensors are not those of a DiT: missing 'blocks.1.attn.qkv.weight'; unexpected 'blocks.1.attn.q.weight', "
+        "'extra'. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
+    )
+
+
+def test_a_long_list_of_keys_is_cut(checkpoint):
+    parts = ("blocks.1.attn", "blocks.1.mlp")
+    text = change(checkpoint, lambda tensors: [tensors.pop(k) for k in list(tensors) if k.startswith(parts)])
+    assert "missing 'blocks.1.attn.proj.bias', " in text
+    assert " and 2 more. " in text
+
+
+def test_another_kind_of_model_is_named_by_a_missing_and_some_unexpected_keys(tmp_path):
+    path = tmp_path / "resnet.pt"
+    torch.save({"conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(path))
+    assert str(error.value) == (
+        f"{path}: not a DiT in the published layout: missing 'x_embedder.proj.weight'; it holds 2 tensors, among them "
+        "unexpected 'conv1.weight', 'fc.bias'. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel "
+        "directory."
+    )
+
+
+def test_a_block_that_is_missing_in_the_middle_is_named(checkpoint):
+    def edit(tensors):
+        for name in [name for name in tensors if name.startswith("blocks.1.")]:
+            tensors[name.replace("blocks.1.", "blocks.2.")] = tensors.pop(name)
+
+    assert "missing 'blocks.1.adaLN_modulation.1.bias'" in change(checkpoint, edit)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_are_not_finite_are_refused(checkpoint, value, dtype):
+    def edit(tensors):
+        tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(dtype)
+        tensors["blocks.0.mlp.fc1.weight"][3, 3] = value
+
+    assert change(checkpoint, edit) == "'blocks.0.mlp.fc1.weight' holds NaN or infinite values. Use another checkpoint."
+
+
+def test_large_finite_weights_whose_sum_overflows_are_not_refused(tmp_path, network):
+    tensors = {name: tensor.half() for name, tensor in network.state_dict().items()}
+    tensors["blocks.0.mlp.fc1.weight"] = torch.full((64, 16), 60000.0, dtype=torch.float16)
+    torch.save(tensors, tmp_path / "large.pt")
+    assert load_model(str(tmp_path / "large.pt"), heads=2).network.blocks[0].mlp.fc1.weight.max() == 60000
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_not_plain_floats_are_refused(checkpoint, dtype):
+    name = "blocks.0.attn.proj.weight"
+    text = change(checkpoint, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert text == (
+        f"'{name}' holds {dtype}, expected float16, bfloat16, float32 or float64. Pass the checkpoint from before it "
+        "was quantized."
+    )
+
+
+INCONSISTENT = {
+    "a block of other width": (
+        {"blocks.1.attn.proj.weight": (8, 16)},
+        "'blocks.1.attn.proj.weight' has shape (8, 16), expected (16, 16) from the other tensors. "
+        "The checkpoint is inconsistent; get it again.",
+    ),
+    "a patch that is not square": ({"x_embedder.proj.weight": (16, 4, 2, 3)}, "'x_embedder.proj.weight' has shape"),
+    "a matrix where a filter stands": (
+        {"x_embedder.proj.weight": (16, 16)},
+        "'x_embedder.proj.weight' has 2 dimensions, a DiT's has 4. Pass a DiT checkpoint.",
+    ),
+    "an empty filter": (
+        {"x_embedder.proj.weight": (16, 4, 0, 0)},
+        "'x_embedder.proj.weight' of shape (16, 4, 0, 0) is empty. Pass a DiT checkpoint.",
+    ),
+    "tokens that make no square": (
+        {"pos_embed": (1, 15, 16)},
+        "15 tokens, 32 outputs per token of 2x2 pixels and 256 timestep frequencies are not a DiT's; expected a square "
+        "number, a multiple of 4 and 256. Pass a DiT checkpoint.",
+    ),
+    "another number of frequencies": ({"t_embedder.mlp.0.weight": (16, 128)}, "and 128 timestep frequencies"),
+    "another number of output channels": (
+        {"final_layer.linear.weight": (20, 16)},
+        "5 channels come out of 4, expected 4 or 8. Pass a DiT checkpoint.",
+    ),
+    "no null class": (
+        {"y_embedder.embedding_table.weight": (1, 16)},
+        "its label table holds one row, expected the classes and the null class. Pass a DiT checkpoint.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INCONSISTENT)
+def test_inconsistent_shapes_are_refused(checkpoint, case):
+    shapes, message = INCONSISTENT[case]
+    text = change(checkpoint, lambda tensors: tensors.update({k: torch.ones(v) for k, v in shapes.items()}))
+    assert message in text
+
+
+def test_a_width_that_has_no_positions_is_refused(tmp_path):
+    tensors = shared_state_dict(support.TINY)
+    torch.save(tensors | {"x_embedder.proj.weight": torch.ones(18, 4, 2, 2)}, tmp_path / "dit.pt")
+    with pytest.raises(CheckpointError, match=r"width 18 is not a multiple of 4, which its positions need\. Pass"):
+        load_model(str(tmp_path / "dit.pt"), heads=2)
