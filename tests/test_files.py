@@ -1,0 +1,316 @@
+"""Outputs appear whole or not at all, whatever happens on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import tqdit.files
+from tqdit.errors import OutputError
+from tqdit.files import check_writable, sha256, temporary_folder, whole_file, whole_folder
+
+
+def content(folder):
+    """Every file below a folder with its text."""
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def write_file(path, text="new"):
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_folder(path, **files):
+    with whole_folder(path) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+
+def refusal(write, path):
+    with pytest.raises(OutputError) as error:
+        write(path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}: cannot be written (")
+    return str(error.value).removeprefix(f"{path}: cannot be written ")
+
+
+def python(program, *arguments):
+    """Start a program of our own in another process."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_file_appears_with_its_whole_content(tmp_path):
+    write_file(tmp_path / "new" / "folder" / "out.txt")
+    assert content(tmp_path) == {"new/folder/out.txt": "new"}
+
+
+def test_a_file_is_replaced(tmp_path):
+    (tmp_path / "out.txt").write_text("old")
+    write_file(tmp_path / "out.txt")
+    assert content(tmp_path) == {"out.txt": "new"}
+
+
+def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
+    (tmp_path / "out.txt").write_text("old")
+    with whole_file(tmp_path / "out.txt") as temporary:
+        temporary.write_text("new")
+        assert (tmp_path / "out.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_in_the_middle_keeps_the_old_file(tmp_path, error):
+    (tmp_path / "out.txt").write_text("old")
+    with pytest.raises(error), whole_file(tmp_path / "out.txt") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert content(tmp_path) == {"out.txt": "old"}
+
+
+def test_a_failure_in_the_middle_leaves_no_new_file(tmp_path):
+    with pytest.raises(ValueError, match="why"), whole_file(tmp_path / "out.txt") as temporary:
+        temporary.write_text("half")
+        raise ValueError("why")
+    assert content(tmp_path) == {}
+
+
+def test_a_folder_appears_with_its_whole_content(tmp_path):
+    write_folder(tmp_path / "deep" / "out", a="1", b="2")
+    assert content(tmp_path) == {"deep/out/a": "1", "deep/out/b": "2"}
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "where names cannot be exchanged"])
+def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(tqdit.files, "_exchange", lambda a, b: False)
+    write_folder(tmp_path / "out", old="1", both="1")
+    write_folder(tmp_path / "out", new="2", both="2")
+    assert content(tmp_path) == {"out/new": "2", "out/both": "2"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_linux_exchanges_folders_in_one_step(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    assert tqdit.files._exchange(tmp_path / "a", tmp_path / "b")
+    assert content(tmp_path) == {"a/file": "b", "b/file": "a"}
+
+
+def test_a_failed_exchange_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", old="1")
+    monkeypatch.setattr(tqdit.files, "_exchange", lambda a, b: False)
+    rename, calls = Path.rename, []
+
+    def fail_second(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_folder(tmp_path / "out", new="2")
+    assert content(tmp_path) == {"out/old": "1"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_in_the_middle_keeps_the_old_folder(tmp_path, error):
+    write_folder(tmp_path / "out", old="1")
+    with pytest.raises(error), whole_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("half")
+        raise error
+    assert content(tmp_path) == {"out/old": "1"}
+
+
+def test_a_folder_takes_the_place_of_a_file_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "out").write_text("old")
+    write_folder(tmp_path / "out", new="2")
+    assert content(tmp_path) == {"out/new": "2"}
+
+
+def test_links_stay_and_their_targets_are_replaced(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    write_folder(tmp_path / "real", old="1")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    (tmp_path / "link").symlink_to("real")
+    write_file(tmp_path / "link.txt")
+    write_folder(tmp_path / "link", new="2")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "link.txt", "real", "real.txt"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+    assert content(tmp_path / "real") == {"new": "2"}
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from tqdit import files
+    kind, path = sys.argv[1], Path(sys.argv[2])
+    with getattr(files, kind)(path) as temporary:
+        target = temporary if kind == "whole_file" else temporary / "half"
+        target.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole_file", "whole_folder", "temporary_folder"])
+def test_kill_in_the_middle_keeps_the_old_content_and_the_next_run_cleans_up(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "whole_file":
+        path.write_text("old")
+    else:
+        write_folder(path, old="1")
+    before = content(tmp_path)
+    process = python(KILLED, kind, path)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    after = content(tmp_path)
+    assert before.items() < after.items()  # the old content, and what the dead run left
+    assert "half" in after.values()
+    if kind == "whole_file":
+        write_file(path)
+        assert content(tmp_path) == {"out": "new"}
+    else:
+        write_folder(path, new="2")
+        assert content(tmp_path) == {"out/new": "2"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_living_run_is_writing_is_left_alone(tmp_path):
+    other = python("import sys; sys.stdin.read()")
+    try:
+        theirs = tmp_path / f".out.{other.pid}.partial"
+        theirs.write_text("half")
+        write_file(tmp_path / "out")
+        assert theirs.exists()
+    finally:
+        other.kill()
+        other.communicate()
+    write_file(tmp_path / "out")
+    assert content(tmp_path) == {"out": "new"}
+
+
+def test_files_of_others_that_look_similar_are_left_alone(tmp_path):
+    names = {".out.txt.partial", ".out.mine.partial", ".outer.1.partial", "out.1.partial", ".out.partial"}
+    for name in names:
+        (tmp_path / name).write_text("keep")
+    write_file(tmp_path / "out")
+    assert set(content(tmp_path)) == names | {"out"}
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    from tqdit.errors import OutputError
+    from tqdit import files
+    kind, path = sys.argv[1], Path(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+    try:
+        with getattr(files, kind)(path) as temporary:
+            target = temporary if kind == "whole_file" else temporary / "large"
+            target.write_bytes(bytes(50000))
+    except OutputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole_file", "whole_folder"])
+def test_a_file_size_limit_is_one_line_and_keeps_the_old_content(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "whole_file":
+        path.write_text("old")
+    else:
+        write_folder(path, old="1")
+    before = content(tmp_path)
+    output, errors = python(FULL, kind, path).communicate(timeout=60)
+    assert (output, errors) == (
+        f"{path}: cannot be written (File too large). Raise the file size limit or choose another place.\n", ""
+    )  # fmt: skip
+    assert content(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(OutputError) as error, whole_file(tmp_path / "out"), open("/dev/full", "w") as full:
+        full.write("x")
+        full.flush()
+    assert str(error.value) == (
+        f"{tmp_path / 'out'}: cannot be written (No space left on device). Free some space or choose another place."
+    )
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder, check_writable])
+@pytest.mark.parametrize("below", ["file/out", "file/deeper/out"])
+def test_a_place_below_a_file_is_refused(tmp_path, write, below):
+    (tmp_path / "file").write_text("old")
+    reason = refusal(write, tmp_path / below)
+    assert reason in (f"('{tmp_path / 'file'}' is not a folder). Choose another place.",
+                      "(Not a directory). Choose another place.")  # fmt: skip
+    assert content(tmp_path) == {"file": "old"}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
+@pytest.mark.parametrize("write", [write_file, write_folder, check_writable])
+def test_a_place_where_nobody_may_write_is_refused(write):
+    assert refusal(write, Path("/proc/self/tqdit/out")).endswith("). Choose another place.")
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_a_name_that_is_too_long_is_refused(tmp_path, write):
+    assert refusal(write, tmp_path / ("x" * 250)) == "(File name too long). Choose another place."
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("write", [write_file, check_writable])
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path, write):
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal(write, tmp_path / "pipe") == "(something other than a file is there). Choose another place."
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    write_folder(tmp_path / "out", old="1")
+    assert refusal(write_file, tmp_path / "out") == "(something other than a file is there). Choose another place."
+    assert content(tmp_path) == {"out/old": "1"}
+
+
+@pytest.mark.parametrize(("number", "advice"), [
+    (13, "Choose a place that you may write to."), (30, "Choose a place that is not read-only."),
+    (28, "Free some space or choose another place."), (5, "Choose another place."),
+])  # fmt: skip
+def test_the_advice_fits_the_reason(tmp_path, number, advice):
+    def fail(path):
+        with whole_file(path):
+            raise OSError(number, os.strerror(number))
+
+    assert refusal(fail, tmp_path / "out") == f"({os.strerror(number)}). {advice}"
+
+
+def test_a_read_only_place_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere else
+    assert refusal(check_writable, tmp_path / "out") == "(Permission denied). Choose a place that you may write to."
+
+
+def test_checking_writes_nothing(tmp_path):
+    check_writable(tmp_path / "deep" / "out")
+    assert content(tmp_path) == {}
+
+
+def test_a_temporary_folder_is_gone_afterwards(tmp_path):
+    with temporary_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sha256_is_that_of_the_standard(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
