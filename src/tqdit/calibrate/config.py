@@ -1,0 +1,120 @@
+"""Every knob of a calibration, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from tqdit.errors import UsageError
+from tqdit.models import LoadedModel
+
+
+def knob(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field that is also a flag of `tqdit-calibrate`."""
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What is quantized, how finely, and how the scales are found. Print it, compare it, save it."""
+
+    weight_bits: int = knob(8, "bits of weights, 2..8; below 8 the codes still take a byte each")
+    activation_bits: int = knob(8, "bits of activations, 2..8")
+    outer_bits: int = knob(8, "least bits of the patch embedding, the final layer and the conditioning")
+
+    steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)")
+    groups: int = knob(10, "groups G of timesteps")
+    rows_per_group: int = knob(32, "calibration rows n per group; the two rows of a guided pair count as two")
+    chains: int = knob(8, "guided chains from which the rows are picked; they are most of the cost")
+    guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")
+    seed: int = knob(0, "decides chains, classes, rows and cotangents")
+
+    method: str = knob("search", "how scales are found", ("search", "min-max"))
+    metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
+    fisher: str = knob(
+        "step", "weights of HO: random cotangents scaled by the sampler's step, the same unscaled, or the gradient of "
+        "the paper's loss (eq. 11)", ("step", "plain", "loss"),
+    )  # fmt: skip
+    rounds: int = knob(3, "alternating rounds R of the search")
+    candidates: int = knob(100, "candidate steps between --alpha and --beta times the range-based one")
+    alpha: float = knob(0.01, "smallest candidate factor")
+    beta: float = knob(1.2, "largest candidate factor")
+    coarse: int = knob(8, "stride of the first pass over the candidates, refined around the best; 1 tries each one")
+    token_share: float = knob(0.1, "share of a row's tokens that a search looks at")
+
+    weight_granularity: str = knob("channel", "one weight step per output channel or per tensor (three for qkv)",
+                                   ("channel", "tensor"))  # fmt: skip
+    inputs: str = knob("symmetric", "inputs of linear layers", ("symmetric", "asymmetric"))
+    softmax: str = knob("two-region", "probabilities", ("uniform", "two-region"))
+    gelu: str = knob("two-region", "inputs after GELU", ("uniform", "two-region"))
+    softmax_top: str = knob("exact", "high step 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
+    time_groups: str = knob("softmax", "which activations have a step per group", ("none", "softmax", "all"))
+
+    attention: bool = knob(True, "quantize both products of attention")
+    patch: str = knob("weights", "what is quantized of the patch embedding", ("none", "weights", "all"))
+    final: str = knob("all", "what is quantized of the final layer", ("none", "weights", "all"))
+    conditioning: str = knob("weights", "what is quantized of the timestep MLP and adaLN", ("none", "weights", "all"))
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "outer_bits"):
+            self._within(name, 2, 8)
+        self._within("groups", 1, 1000)
+        self._within("rows_per_group", 2, 100_000)
+        self._within("chains", 1, 100_000)
+        self._within("rounds", 1, 100)
+        self._within("candidates", 2, 10_000)
+        self._within("coarse", 1, 10_000)
+        self._within("seed", 0, 2**63)
+        for knob_field in fields(self):
+            choices, value = knob_field.metadata["choices"], getattr(self, knob_field.name)
+            if choices and value not in choices:
+                raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(choices)}.")
+        if not 0 < self.alpha < self.beta or not 0 < self.token_share <= 1:
+            raise UsageError(
+                f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
+                "0 < alpha < beta and a share in (0, 1]."
+            )
+        if self.rows_per_group % 2:
+            raise UsageError(
+                f"--rows-per-group is {self.rows_per_group}; the two rows of a guided pair come together. "
+                "Pass an even number."
+            )
+
+    def _within(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high}.")
+
+    def for_model(self, model: LoadedModel) -> QuantizationConfig:
+        """With the model's own values where none were given."""
+        return replace(
+            self,
+            steps=model.sampling.steps if self.steps is None else self.steps,
+            guidance_scale=model.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One knob per line."""
+        return "\n".join(f"{flag(f)[2:]:<20} {getattr(self, f.name)}" for f in fields(self))
+
+
+def flag(knob_field: Field[Any]) -> str:
+    return "--" + knob_field.name.replace("_", "-")
+
+
+TQ_DIT = QuantizationConfig()
+# Each differs from the one after it in one ingredient, and ho+mrq from tq-dit: what Table III of the paper adds up.
+HO_MRQ = replace(TQ_DIT, time_groups="none")
+HO = replace(HO_MRQ, softmax="uniform", gelu="uniform")
+MSE = replace(HO, metric="mse")
+MIN_MAX = replace(MSE, method="min-max")
+# The paper's settings to the letter (section IV, Algorithm 1, eq. 11; granularity and sites of its released code).
+PAPER = replace(
+    TQ_DIT, fisher="loss", weight_granularity="tensor", softmax_top="paper", outer_bits=2, patch="all", final="all",
+    conditioning="none", coarse=1,
+)  # fmt: skip
+
+PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ}

@@ -1,0 +1,74 @@
+"""Calibration rows from a user's own latents or images (`--data`), noised with known noise."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibrate.rows import CalibrationRows, pick, renoise
+from tqdit.diffusion import SamplingSpec
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import sha256
+from tqdit.models import LoadedModel
+
+IMAGE_NAMES = ("arr_0", "images", "latents", "x")
+LABEL_NAMES = ("arr_1", "labels", "class_labels", "y")
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """x0 float32 (B, C, H, W) in the model's own space, labels int64 (B,), and the digest of the file."""
+
+    x0: Tensor
+    labels: Tensor
+    sha256: str
+
+
+def read_data(path: Path, model: LoadedModel) -> DataSet:
+    """An `.npz` with images uint8 (B, H, W, C), or latents or images float (B, C, H, W), and their labels.
+
+    Names are those that tqdit-sample and the ADM evaluator use (arr_0, arr_1), or `images` / `latents` and `labels`.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Pass an .npz of images or latents with labels.")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise FileFormatError(f"{path}: damaged or not an .npz of plain arrays ({error}). Write it again.") from error
+    x0 = _first(path, arrays, IMAGE_NAMES)
+    labels = _first(path, arrays, LABEL_NAMES)
+    if x0.dtype == np.uint8:
+        x0 = x0.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1 if x0.ndim == 4 else x0
+    expected = (model.in_channels, model.height, model.width)
+    if x0.ndim != 4 or x0.shape[1:] != expected or not np.issubdtype(x0.dtype, np.floating):
+        raise UsageError(
+            f"{path}: holds {x0.dtype}{list(x0.shape)}, the model works on {list(expected)}. Pass uint8 images "
+            "(B, H, W, C) for a pixel model, or float latents (B, C, H, W) of its VAE, scaled as the model expects."
+        )
+    if labels.shape != x0.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(f"{path}: its labels are {labels.dtype}{list(labels.shape)}, expected {len(x0)} integers.")
+    if not np.isfinite(x0).all() or not ((labels >= 0) & (labels < model.num_classes)).all():
+        raise UsageError(f"{path}: holds NaN or infinite values, or labels outside 0..{model.num_classes - 1}.")
+    return DataSet(torch.from_numpy(x0.astype(np.float32)), torch.from_numpy(labels.astype(np.int64)), sha256(path))
+
+
+def _first(path: Path, arrays: dict[str, NDArray[Any]], names: tuple[str, ...]) -> NDArray[Any]:
+    for name in names:
+        if name in arrays:
+            return arrays[name]
+    raise UsageError(f"{path}: none of {', '.join(names)} is among its arrays ({', '.join(arrays)}).")
+
+
+def data_rows(model: LoadedModel, spec: SamplingSpec, config: QuantizationConfig, data: DataSet) -> CalibrationRows:
+    """Rows from the data set instead of chains: the same steps, each from one of its images in turn."""
+    picks = pick(spec, replace(config, chains=len(data.x0)))
+    return renoise(model, spec, picks, data.x0, data.labels, config.seed)

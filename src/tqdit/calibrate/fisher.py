@@ -1,0 +1,49 @@
+"""The weights of Hessian-guided optimization (HO): a cotangent at the network's output, whose image g = J^T v at a
+layer's output weighs that output's errors by g^2.
+
+With v ~ N(0, I), E[g^2] = diag(J^T J): an unbiased Gauss-Newton diagonal that needs no data set. The gradient of the
+squared error against the float output is never used: it is zero where the rest of the network is float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tqdit.calibrate.rows import CalibrationRows
+from tqdit.diffusion import SamplingSpec, step_coefficients
+from tqdit.noise import normal
+
+COTANGENTS = 2**41  # image numbers from here on draw cotangents, apart from every noise
+
+# (rows, their indices (N,), output (N, K, H, W), spec, seed) -> cotangent (N, K, H, W)
+Fisher = Callable[[CalibrationRows, Tensor, Tensor, SamplingSpec, int], Tensor]
+
+
+def plain(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
+    """v ~ N(0, I) on the noise channels, 0 on the learned variance. A row's v does not depend on its batch."""
+    shape = tuple(rows.x.shape[1:])
+    cotangent = torch.zeros_like(output)
+    draws = np.stack([normal(seed, COTANGENTS + int(row), 0, shape) for row in index])
+    cotangent[:, : shape[0]] = torch.from_numpy(draws)
+    return cotangent
+
+
+def step_weighted(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
+    """v times the factor with which an error of eps enters the sampler's next state, at each row's own step."""
+    factor = torch.from_numpy(np.abs(step_coefficients(spec.schedule, spec.sampler).from_eps)).float()
+    return plain(rows, index, output, spec, seed) * factor[rows.step[index]].reshape(-1, 1, 1, 1)
+
+
+def loss_gradient(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
+    """2 (eps_theta - eps), the gradient of the paper's loss (eq. 11) on rows that were noised with a known eps."""
+    channels = rows.x.shape[1]
+    cotangent = torch.zeros_like(output)
+    cotangent[:, :channels] = 2 * (output[:, :channels] - rows.noise[index])
+    return cotangent
+
+
+FISHERS: dict[str, Fisher] = {"step": step_weighted, "plain": plain, "loss": loss_gradient}

@@ -1,0 +1,279 @@
+"""The three phases, in order and resumable (Algorithm 1).
+
+    rows     (1)  chains of the float model -> calibration rows
+    inputs   (2)  one forward pass, stage by stage -> the tokens between the stages, on disk
+    search   (3)  stages from last to first: recompute, gradients, search of its layers -> a partial scale table each
+
+Each stage leaves its results in the work folder, so a killed run loses at most the stage that it was in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tqdit.calibrate.capture import Recorder, Samples, choose_tokens
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibrate.cost import Meter, multiply_adds
+from tqdit.calibrate.data import DataSet, data_rows
+from tqdit.calibrate.fisher import FISHERS
+from tqdit.calibrate.layers import LayerPlan, plan
+from tqdit.calibrate.methods import METHODS
+from tqdit.calibrate.problem import make_problem
+from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of, trajectory
+from tqdit.calibrate.stages import Batch, Stages
+from tqdit.calibrate.work import WorkFolder, digest, open_search, versions
+from tqdit.console import Console
+from tqdit.models import LoadedModel
+from tqdit.scale_table import ScaleTable, Site, even_boundaries
+
+SAVES_PER_TRAJECTORY = 25
+BATCH_ELEMENTS = 2**23  # of the widest tensor of a block in one batch; fixed, since batches decide the last bits
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table and what it cost this process."""
+
+    table: ScaleTable
+    meter: Meter
+
+
+def calibrate(
+    model: LoadedModel,
+    config: QuantizationConfig,
+    work: Path,
+    console: Console | None = None,
+    data: DataSet | None = None,
+) -> Result:
+    """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it."""
+    run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
+    rows = run.rows()
+    run.forward(rows)
+    for stage in reversed(range(len(run.stages))):
+        run.search(stage, rows)
+    table = run.table()
+    run.bar.close()
+    return Result(table, run.meter)
+
+
+def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | None = None) -> None:
+    """Remove the intermediate results of a finished calibration; its rows stay."""
+    Calibration(model, config.for_model(model), work, Console(quiet=True), data).folder.delete()
+
+
+class Calibration:
+    """One run: its plan, its folders, and how far it has come."""
+
+    def __init__(
+        self, model: LoadedModel, config: QuantizationConfig, work: Path, console: Console, data: DataSet | None
+    ) -> None:
+        self.model, self.config, self.console, self.data = model, config, console, data
+        self.plans = plan(model.network, config)
+        self.stages = Stages(model.network)
+        self.meter = Meter(multiply_adds(model))
+        self.spec = sampling_of(model, config)
+        row_facts = {
+            "fingerprint": model.fingerprint, "sampling": self.spec.to_json(), "versions": versions(),
+            "data": data.sha256 if data else None, "renoised": config.fisher == "loss" or data is not None,
+            "config": [config.groups, config.rows_per_group, config.chains, config.guidance_scale, config.seed],
+        }  # fmt: skip
+        self.rows_name = f"rows-{digest(row_facts)}"
+        self.root = WorkFolder(work)
+        self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()})
+
+    # phase 1 ---------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> CalibrationRows:
+        """The calibration rows, from disk where an earlier run has left them."""
+        found = self.root.load_or_none(self.rows_name)
+        if found is not None:
+            self.console.say(f"calibration rows: {len(found['x'])}, kept from an earlier run in {self.root.path}")
+            return CalibrationRows(**found)
+        rows = data_rows(self.model, self.spec, self.config, self.data) if self.data else self._sample_rows()
+        self.root.save(self.rows_name, rows.tensors())
+        self.root.remove(f"{self.rows_name}-chains")
+        return rows
+
+    def _sample_rows(self) -> CalibrationRows:
+        chains = Chains(self.model, self.spec, self.config, pick(self.spec, self.config))
+        state_name = f"{self.rows_name}-chains"
+        state = self.root.load_or_none(state_name)
+        if state is not None:
+            chains.load_state_dict(state)
+        self.meter.forward("rows", 2 * self.config.chains * (chains.next_step + 1))
+        save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
+        with self.console.bar(self.spec.steps, "1/3 rows from guided chains", "steps") as bar:
+            bar.update(self.spec.steps - 1 - chains.next_step)
+            trajectory(chains, lambda tensors: self.root.save(state_name, tensors), save_every, bar.update)
+        return chains.renoised_rows() if self.config.fisher == "loss" else chains.rows()
+
+    # phase 2, forward ------------------------------------------------------------------------------------------------
+
+    def batches(self, rows: CalibrationRows) -> list[tuple[int, Batch]]:
+        """Batches of fixed size with the index of their first row."""
+        size = self._batch_size()
+        return [
+            (start, Batch(*(t[start : start + size] for t in (rows.x, rows.timestep, rows.label))))
+            for start in range(0, len(rows), size)
+        ]
+
+    def _batch_size(self) -> int:
+        config: Any = self.model.network.config
+        return int(max(1, min(64, BATCH_ELEMENTS // (config.num_tokens * config.mlp_hidden_size))))
+
+    @torch.no_grad()
+    def forward(self, rows: CalibrationRows) -> None:
+        """Store the tokens that enter each stage, and the shared conditioning."""
+        if self.folder.has(f"table-{self.stages.last}"):
+            return  # done before, and partly used up
+        with self.console.bar(self.stages.last, "2/3 inputs of the blocks", "blocks") as bar:
+            for stage in range(self.stages.last):
+                if not self.folder.has(f"tokens-{stage + 1}"):
+                    self._forward_stage(stage, rows)
+                bar.update()
+
+    def _forward_stage(self, stage: int, rows: CalibrationRows) -> None:
+        outputs: dict[str, Tensor] = {}
+        for start, batch in self.batches(rows):
+            if stage == 0:
+                tokens, shared = self.stages.embed(batch)
+                parts = {"tokens": tokens} | ({} if shared is None else {"shared": shared})
+            else:
+                parts = {"tokens": self.stages.run(stage, *self._inputs(stage, start, batch), batch)}
+            for name, part in parts.items():
+                if name not in outputs:
+                    outputs[name] = torch.empty(len(rows), *part.shape[1:])
+                outputs[name][start : start + len(part)] = part
+        if "shared" in outputs:
+            self.folder.save("shared", {"shared": outputs.pop("shared")})
+        self.folder.save(f"tokens-{stage + 1}", outputs)
+        self.meter.forward("inputs", len(rows), self._layers_of(stage))
+
+    def _inputs(self, stage: int, start: int, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        stop = start + len(batch.x)
+        shared = self.folder.load_rows("shared", "shared", start, stop) if self.folder.has("shared") else None
+        return self.folder.load_rows(f"tokens-{stage}", "tokens", start, stop), shared
+
+    # phase 2, backward, and phase 3 ----------------------------------------------------------------------------------
+
+    def search(self, stage: int, rows: CalibrationRows) -> None:
+        """Capture one stage, pass its gradient on, and search its layers."""
+        plans = tuple(plan for plan in self.plans if self.stages.of(plan.name) == stage)
+        if not self.folder.has(f"table-{stage}"):
+            recorder = self._capture(stage, rows, plans)
+            sites: list[Site] = []
+            errors: dict[str, float] = {}
+            for layer_plan in plans:
+                found, errors[layer_plan.name] = self._solve(layer_plan, recorder.samples(layer_plan.name), rows)
+                sites += found
+                self.bar.update()
+            self.folder.save_table(f"table-{stage}", self._table(sites, errors))
+        else:
+            self.bar.update(len(plans))
+        self.folder.remove(f"tokens-{stage}")
+        self.folder.remove(f"gradient-{stage}")
+
+    @property
+    def bar(self) -> Any:
+        """The progress over layers, shown from the first use on."""
+        if not hasattr(self, "_bar"):
+            self._bar = self.console.bar(len(self.plans), "3/3 scales", "layers")
+        return self._bar
+
+    def _capture(self, stage: int, rows: CalibrationRows, plans: tuple[LayerPlan, ...]) -> Recorder:
+        config: Any = self.model.network.config
+        tokens = choose_tokens(len(rows), config.num_tokens, self.config.token_share, self.config.seed)
+        modules = dict(self.model.network.named_modules())
+        recorder = Recorder(modules, plans, tokens, len(rows))
+        passed_on: dict[str, Tensor] = {}
+        for start, batch in self.batches(rows):
+            for name, gradient in self._backward(stage, rows, start, batch, recorder).items():
+                if name not in passed_on:
+                    passed_on[name] = torch.empty(len(rows), *gradient.shape[1:])
+                passed_on[name][start : start + len(gradient)] = gradient
+        if stage:
+            self.folder.save(f"gradient-{stage - 1}", passed_on)
+        layers = self._layers_of(stage)
+        self.meter.forward("gradients", len(rows), layers)
+        self.meter.backward("gradients", len(rows), layers)
+        return recorder
+
+    def _backward(
+        self, stage: int, rows: CalibrationRows, start: int, batch: Batch, recorder: Recorder
+    ) -> dict[str, Tensor]:
+        """Record one batch; returns the gradients of what entered the stage."""
+        inputs: list[Tensor] = []
+        with torch.enable_grad(), recorder.listen(start):
+            if stage == 0:
+                outputs = [output for output in self.stages.embed(batch) if output is not None]
+            else:
+                inputs = [tensor.requires_grad_() for tensor in self._inputs(stage, start, batch) if tensor is not None]
+                outputs = [self.stages.run(stage, inputs[0], inputs[1] if len(inputs) > 1 else None, batch)]
+            cotangents = self._cotangents(stage, rows, start, outputs)
+            # a stage without quantized layers and parameters may not depend on anything that needs a gradient
+            wanted = list(recorder.outputs.values()) + inputs
+            gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True) if wanted else ()
+        filled = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)]
+        recorder.gradients(filled[: len(recorder.outputs)])
+        return self._pass_on(stage, start, filled[len(recorder.outputs) :])
+
+    def _cotangents(self, stage: int, rows: CalibrationRows, start: int, outputs: list[Tensor]) -> list[Tensor]:
+        stop = start + len(outputs[0])
+        if stage == self.stages.last:
+            fisher = FISHERS[self.config.fisher]
+            return [fisher(rows, torch.arange(start, stop), outputs[0].detach(), self.spec, self.config.seed)]
+        names = ("tokens", "shared")[: len(outputs)]
+        return [self.folder.load_rows(f"gradient-{stage}", name, start, stop) for name in names]
+
+    def _pass_on(self, stage: int, start: int, gradients: list[Tensor]) -> dict[str, Tensor]:
+        """Gradients for the stage before; that of the shared conditioning adds up over the stages."""
+        passed = dict(zip(("tokens", "shared"), gradients, strict=False))
+        if "shared" in passed and stage < self.stages.last:
+            stop = start + len(gradients[0])
+            passed["shared"] = passed["shared"] + self.folder.load_rows(f"gradient-{stage}", "shared", start, stop)
+        return passed
+
+    def _solve(self, layer_plan: LayerPlan, samples: Samples, rows: CalibrationRows) -> tuple[list[Site], float]:
+        module = self.model.network.get_submodule(layer_plan.name)
+        weight = module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
+        with torch.no_grad():
+            problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
+            solution = METHODS[self.config.method](problem, self.config)
+            error = problem.relative(problem.objective(solution.parameters))
+        self.meter.add("search", solution.evaluations * problem.multiply_adds)
+        sites = [
+            Site(layer_plan.name, role, operand.quantizer(solution.parameters[role]))
+            for role, operand in problem.operands.items()
+        ]
+        return sites, error
+
+    # the result ------------------------------------------------------------------------------------------------------
+
+    def _layers_of(self, stage: int) -> list[str]:
+        return [name for name in self.meter.per_row if self.stages.of(name) == stage]
+
+    def table(self) -> ScaleTable:
+        """The whole table, from the partial ones; sites in the order of the network's modules."""
+        parts = [self.folder.load_table(f"table-{stage}") for stage in range(len(self.stages))]
+        sites = [site for part in parts for site in part.sites]
+        errors = {name: error for part in parts for name, error in part.errors.items()}
+        return self._table(sites, errors)
+
+    def _table(self, sites: list[Site], errors: dict[str, float]) -> ScaleTable:
+        assert self.config.guidance_scale is not None
+        return ScaleTable(
+            model=self.model.source,
+            fingerprint=self.model.fingerprint,
+            boundaries=even_boundaries(self.config.groups),
+            sites=tuple(sites),
+            seed=self.config.seed,
+            guidance_scale=self.config.guidance_scale,
+            settings=self.config.to_json(),
+            versions=versions(),
+            errors=errors,
+        )

@@ -1,0 +1,120 @@
+"""Which tensors of a network are quantized, and how: the plan that a search fills with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.errors import UsageError
+from tqdit.models.dit import Attention, DiT, DiTBlock, FinalLayer, Mlp, PatchEmbed, TimestepEmbedder
+from tqdit.scale_table import Role
+
+Place = Literal["block", "attention", "patch", "final", "conditioning"]
+Scheme = Literal["symmetric", "asymmetric", "softmax", "gelu"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One product of the network: a linear layer, a convolution or a product of attention."""
+
+    name: str
+    place: Place
+    scheme: Scheme | None = None  # of its left operand or input, where that follows from its place
+    row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in qkv
+
+
+@dataclass(frozen=True)
+class OperandPlan:
+    """How one tensor is quantized. `steps` is the number of independent steps: 1, groups or output channels."""
+
+    scheme: Scheme
+    bits: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One product with the operands that are quantized; an operand without a plan stays float."""
+
+    layer: Layer
+    operands: dict[Role, OperandPlan]
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+
+def find_layers(network: nn.Module) -> tuple[Layer, ...]:
+    """Every product of a DiT, in the order of its modules."""
+    if not isinstance(network, DiT):
+        raise UsageError(f"a {type(network).__name__} cannot be calibrated yet, only a DiT. Load one with load_model.")
+    return tuple(layer for name, module in network.named_modules() for layer in _products_of(name, module))
+
+
+def _products_of(name: str, module: nn.Module) -> Iterator[Layer]:
+    match module:
+        case Attention():
+            yield Layer(f"{name}.qkv", "block", row_blocks=3)
+            yield Layer(f"{name}.scores", "attention")
+            yield Layer(f"{name}.value_product", "attention", scheme="softmax")
+            yield Layer(f"{name}.proj", "block")
+        case Mlp():
+            yield Layer(f"{name}.fc1", "block")
+            yield Layer(f"{name}.fc2", "block", scheme="gelu")
+        case PatchEmbed():
+            yield Layer(f"{name}.proj", "patch")
+        case TimestepEmbedder():
+            yield Layer(f"{name}.mlp.0", "conditioning")
+            yield Layer(f"{name}.mlp.2", "conditioning")
+        case DiTBlock():
+            yield Layer(f"{name}.adaLN_modulation.1", "conditioning")
+        case FinalLayer():
+            yield Layer(f"{name}.linear", "final")
+            yield Layer(f"{name}.adaLN_modulation.1", "conditioning")
+
+
+def plan(network: nn.Module, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
+    """The products that `config` quantizes."""
+    plans = (_plan_layer(network.get_submodule(layer.name), layer, config) for layer in find_layers(network))
+    return tuple(layer_plan for layer_plan in plans if layer_plan.operands)
+
+
+def _plan_layer(module: nn.Module, layer: Layer, config: QuantizationConfig) -> LayerPlan:
+    if layer.place == "attention":
+        if not config.attention:
+            return LayerPlan(layer, {})
+        right = OperandPlan("symmetric", config.activation_bits, _groups(config, "symmetric"))
+        return LayerPlan(layer, {"left": _left(layer, config), "right": right})
+    parts: dict[Place, str] = {
+        "block": "all", "patch": config.patch, "final": config.final, "conditioning": config.conditioning
+    }  # fmt: skip
+    least = 2 if layer.place == "block" else config.outer_bits
+    operands: dict[Role, OperandPlan] = {}
+    if parts[layer.place] != "none":
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        steps = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
+        operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), steps)
+    if parts[layer.place] == "all":
+        operands["input"] = _input(layer, config, max(least, config.activation_bits))
+    return LayerPlan(layer, operands)
+
+
+def _left(layer: Layer, config: QuantizationConfig) -> OperandPlan:
+    scheme: Scheme = "softmax" if layer.scheme == "softmax" and config.softmax == "two-region" else "symmetric"
+    return OperandPlan(scheme, config.activation_bits, _groups(config, layer.scheme or "symmetric"))
+
+
+def _input(layer: Layer, config: QuantizationConfig, bits: int) -> OperandPlan:
+    scheme: Scheme = "gelu" if layer.scheme == "gelu" and config.gelu == "two-region" else (
+        "asymmetric" if config.inputs == "asymmetric" else "symmetric"
+    )  # fmt: skip
+    return OperandPlan(scheme, bits, _groups(config, scheme))
+
+
+def _groups(config: QuantizationConfig, scheme: Scheme) -> int:
+    grouped = config.time_groups == "all" or (config.time_groups == "softmax" and scheme == "softmax")
+    return config.groups if grouped else 1

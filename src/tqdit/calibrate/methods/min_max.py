@@ -1,0 +1,11 @@
+"""The baseline: every step from the range of its tensor."""
+
+from __future__ import annotations
+
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibrate.problem import Problem, Solution
+
+
+def solve(problem: Problem, config: QuantizationConfig) -> Solution:
+    parameters = problem.initial
+    return Solution(parameters, (problem.objective(parameters),), evaluations=1)

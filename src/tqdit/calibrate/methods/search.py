@@ -1,0 +1,88 @@
+"""Phase 3: alternating search (Algorithm 1, lines 14 to 33): W then X for linear layers, A then B for attention.
+
+Every step tries candidates for one parameter while all others stay as they are, keeps the best of each entry, and has
+the incumbent among its candidates, so no step increases the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibrate.operands import Parameters
+from tqdit.calibrate.problem import Problem, Solution
+from tqdit.scale_table import Role
+
+Score = Callable[[Tensor], Tensor]  # one candidate per entry (E,) -> objective per entry (E,)
+
+
+def solve(problem: Problem, config: QuantizationConfig) -> Solution:
+    parameters = problem.initial
+    history, evaluations = [problem.objective(parameters)], 1
+    for index in range(config.rounds):
+        for role in problem.operands:
+            for name in parameters[role]:
+                parameters, objective, tried = improve(problem, parameters, role, name, config.coarse, index == 0)
+                history.append(objective)
+                evaluations += tried
+    return Solution(parameters, tuple(history), evaluations)
+
+
+def improve(
+    problem: Problem, parameters: dict[Role, Parameters], role: Role, name: str, coarse: int, first: bool
+) -> tuple[dict[Role, Parameters], float, int]:
+    """One step: (new parameters, their objective, products computed)."""
+    operand = problem.operands[role]
+    left, right = problem.sides(parameters)
+    is_left = role in ("left", "input")
+
+    def score(values: Tensor) -> Tensor:
+        quantized = operand.quantize({**parameters[role], name: values})
+        error = problem.error(quantized, right) if is_left else problem.error(left, quantized)
+        return operand.entries(error)
+
+    ladder = Ladder(operand.grid(name), parameters[role][name], score)
+    if coarse == 1 or len(ladder.grid) <= 2 * coarse:
+        ladder.sweep(range(len(ladder.grid)))
+    else:
+        if first:
+            ladder.sweep(range(coarse // 2, len(ladder.grid), coarse))
+        stride = coarse // 2
+        while stride:
+            ladder.refine(stride)
+            stride //= 2
+    found: dict[Role, Parameters] = {**parameters, role: {**parameters[role], name: ladder.best}}
+    return found, float(ladder.best_score.sum(dtype=torch.float64)), ladder.evaluations
+
+
+class Ladder:
+    """Candidates of E independent entries on a grid (n, E), tried in parallel; the incumbent (E,) is the first."""
+
+    def __init__(self, grid: Tensor, incumbent: Tensor, score: Score) -> None:
+        self.grid, self.score = grid, score
+        self.best, self.best_score = incumbent, score(incumbent)
+        self.position = (grid - incumbent).abs().argmin(0)  # (E,)
+        self.evaluations = 1
+
+    def sweep(self, positions: range) -> None:
+        """Try the same grid positions for every entry."""
+        for position in positions:
+            self._try(torch.full_like(self.position, position))
+
+    def refine(self, stride: int) -> None:
+        """Try each entry's neighbours at a distance of `stride`."""
+        center = self.position
+        for direction in (-stride, stride):
+            self._try((center + direction).clamp(0, len(self.grid) - 1))
+
+    def _try(self, position: Tensor) -> None:
+        values = self.grid.gather(0, position[None])[0]
+        score = self.score(values)
+        better = score < self.best_score
+        self.best = torch.where(better, values, self.best)
+        self.best_score = torch.where(better, score, self.best_score)
+        self.position = torch.where(better, position, self.position)
+        self.evaluations += 1

@@ -1,0 +1,92 @@
+"""The work folder: what a killed calibration finds again.
+
+Every file appears whole or not at all, so the files that exist say how far a run had come. A folder's name holds a
+digest of all that its content depends on; other settings get another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tqdit.files import whole_file
+from tqdit.scale_table import ScaleTable, read_scale_table, write_scale_table
+
+
+def digest(facts: Any) -> str:
+    """Twelve hexadecimal digits of anything that JSON can hold."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class WorkFolder:
+    """Named results on disk: tensors and partial scale tables."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with whole_file(self._file(name)) as temporary:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        with safe_open(self._file(name), "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    def load_rows(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of one tensor; the others are not read."""
+        with safe_open(self._file(name), "pt") as file:
+            rows: Tensor = file.get_slice(key)[start:stop]
+        return rows
+
+    def load_or_none(self, name: str) -> dict[str, Tensor] | None:
+        """None where there is no such file, or one that something else than a kill has damaged."""
+        try:
+            return self.load(name) if self.has(name) else None
+        except (SafetensorError, OSError):
+            return None
+
+    def save_table(self, name: str, table: ScaleTable) -> None:
+        write_scale_table(self._file(name), table)
+
+    def load_table(self, name: str) -> ScaleTable:
+        return read_scale_table(self._file(name))
+
+    def remove(self, name: str) -> None:
+        self._file(name).unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def open_search(root: Path, facts: Any) -> WorkFolder:
+    """The folder of one search, after removing what searches with other settings left in `root`."""
+    name = f"search-{digest(facts)}"
+    if root.is_dir():
+        for other in root.glob("search-*"):
+            if other.name != name:
+                shutil.rmtree(other, ignore_errors=True)
+    return WorkFolder(root / name)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the numbers."""
+    import numpy as np
+
+    from tqdit import __version__
+
+    return {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__}
