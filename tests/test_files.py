@@ -38,6 +38,12 @@ def refusal(write, path):
     return str(error.value).removeprefix(f"{path}: cannot be written ")
 
 
+def fail_in_the_middle(kind, path, error):
+    with kind(path) as temporary:
+        (temporary if kind is whole_file else temporary / "new").write_text("half")
+        raise error
+
+
 def python(program, *arguments):
     """Start a program of our own in another process."""
     return subprocess.Popen(
@@ -67,16 +73,14 @@ def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_in_the_middle_keeps_the_old_file(tmp_path, error):
     (tmp_path / "out.txt").write_text("old")
-    with pytest.raises(error), whole_file(tmp_path / "out.txt") as temporary:
-        temporary.write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_in_the_middle(whole_file, tmp_path / "out.txt", error)
     assert content(tmp_path) == {"out.txt": "old"}
 
 
 def test_a_failure_in_the_middle_leaves_no_new_file(tmp_path):
-    with pytest.raises(ValueError, match="why"), whole_file(tmp_path / "out.txt") as temporary:
-        temporary.write_text("half")
-        raise ValueError("why")
+    with pytest.raises(ValueError, match="why"):
+        fail_in_the_middle(whole_file, tmp_path / "out.txt", ValueError("why"))
     assert content(tmp_path) == {}
 
 
@@ -88,7 +92,7 @@ def test_a_folder_appears_with_its_whole_content(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "where names cannot be exchanged"])
 def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(tqdit.files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(tqdit.files, "_exchange", lambda *_: False)
     write_folder(tmp_path / "out", old="1", both="1")
     write_folder(tmp_path / "out", new="2", both="2")
     assert content(tmp_path) == {"out/new": "2", "out/both": "2"}
@@ -106,7 +110,7 @@ def test_linux_exchanges_folders_in_one_step(tmp_path):
 
 def test_a_failed_exchange_puts_the_old_folder_back(tmp_path, monkeypatch):
     write_folder(tmp_path / "out", old="1")
-    monkeypatch.setattr(tqdit.files, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(tqdit.files, "_exchange", lambda *_: False)
     rename, calls = Path.rename, []
 
     def fail_second(self, target):
@@ -124,9 +128,8 @@ def test_a_failed_exchange_puts_the_old_folder_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_in_the_middle_keeps_the_old_folder(tmp_path, error):
     write_folder(tmp_path / "out", old="1")
-    with pytest.raises(error), whole_folder(tmp_path / "out") as folder:
-        (folder / "new").write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_in_the_middle(whole_folder, tmp_path / "out", error)
     assert content(tmp_path) == {"out/old": "1"}
 
 
@@ -239,12 +242,11 @@ def test_a_file_size_limit_is_one_line_and_keeps_the_old_content(tmp_path, kind)
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(OutputError) as error, whole_file(tmp_path / "out"), open("/dev/full", "w") as full:
-        full.write("x")
-        full.flush()
-    assert str(error.value) == (
-        f"{tmp_path / 'out'}: cannot be written (No space left on device). Free some space or choose another place."
-    )
+    def write(path):
+        with whole_file(path):
+            Path("/dev/full").write_text("x")
+
+    assert refusal(write, tmp_path / "out") == ("(No space left on device). Free some space or choose another place.")
     assert content(tmp_path) == {}
 
 
@@ -296,7 +298,7 @@ def test_the_advice_fits_the_reason(tmp_path, number, advice):
 
 
 def test_a_read_only_place_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere else
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere else
     assert refusal(check_writable, tmp_path / "out") == "(Permission denied). Choose a place that you may write to."
 
 

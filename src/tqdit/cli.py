@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from tqdit import __version__
 from tqdit.console import Console
-from tqdit.errors import TqditError, UsageError
+from tqdit.errors import MissingLibraryError, TqditError, UsageError
 
 VERBS = {
     "export": "tqdit.export.cli",
@@ -20,6 +20,8 @@ VERBS = {
     "sample": "tqdit.engines.cli_sample",
     "inspect": "tqdit.inspect",
 }
+# Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
+EXTRAS = {"export": "export"}
 
 
 class VerbModule(Protocol):
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "the verb before it wrote.",
     )
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
-    parser.add_argument("verb", choices=list(VERBS), help="; ".join(f"{v}: {_load(v).SUMMARY}" for v in VERBS))
+    parser.add_argument("verb", choices=list(VERBS), help="; ".join(f"{verb}: {_summary(verb)}" for verb in VERBS))
     parser.parse_args(arguments)
     return 2
 
@@ -53,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one verb; every error of ours becomes one line and an exit code (1, or 2 for usage)."""
     prog = prog or f"tqdit-{verb}"
-    module = _load(verb)
+    try:
+        module = _load(verb)
+    except MissingLibraryError as error:
+        return _fail(prog, error, 1)
     parser = argparse.ArgumentParser(
         prog=prog,
         description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
@@ -73,8 +78,7 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except TqditError as error:
         if args.debug:
             raise
-        print(f"{prog}: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return _fail(prog, error, 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; nothing was changed. Run the same command again.", file=sys.stderr)
         return 130
@@ -84,16 +88,32 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except OSError as error:  # what the system refuses and no stage has words for: a full standard output, say
         if args.debug:
             raise
-        print(f"{prog}: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return _fail(prog, error, 1)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _fail(prog: str, error: Exception, code: int) -> int:
+    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a library put into it
+    return code
 
 
 def _load(verb: str) -> VerbModule:
-    return cast(VerbModule, importlib.import_module(VERBS[verb]))
+    try:
+        return cast(VerbModule, importlib.import_module(VERBS[verb]))
+    except ModuleNotFoundError as error:
+        library = (error.name or "tqdit").split(".")[0]
+        if verb not in EXTRAS or library == "tqdit":
+            raise
+        raise MissingLibraryError(
+            f"tqdit-{verb} needs {library}, which is not installed. Run: pip install 'tqdit[{EXTRAS[verb]}]'"
+        ) from error
+
+
+def _summary(verb: str) -> str:
+    """A machine that only samples has no torch, and its `tqdit --help` works as well."""
+    try:
+        return _load(verb).SUMMARY
+    except MissingLibraryError as error:
+        return str(error)
 
 
 def export() -> int:

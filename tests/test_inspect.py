@@ -1,0 +1,152 @@
+"""`tqdit-inspect`: what it says about each kind of file, and about files that are damaged or unknown."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from tqdit import cli
+from tqdit.console import Console
+from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.inspect import inspect, run
+
+
+def facts(file, heads=None):
+    return {name: str(value) for name, value in inspect(str(file), heads)}
+
+
+def refusal(file, error, heads=None):
+    with pytest.raises(error) as refused:
+        inspect(str(file), heads)
+    assert "\n" not in str(refused.value)
+    return str(refused.value).removeprefix(f"{file}: ")
+
+
+def test_the_demo_model_is_described():
+    said = facts("demo")
+    assert said["kind"] == "diffusion transformer, origin 'demo'"
+    assert said["image"].endswith("pixels")
+    assert said["samples with"] == "ddpm, 250 steps, guidance 1.5"
+    assert said["parameters"].endswith(" million")
+    assert len(said["fingerprint"]) == 64
+
+
+def test_a_checkpoint_is_described(checkpoint):
+    said = facts(checkpoint, heads=2)
+    assert said["kind"] == "diffusion transformer, origin 'published'"
+    assert "hidden_size=16, depth=2" in said["configuration"]
+    assert said["image"] == "4 x 8 x 8, latents of scale 0.18215"
+    assert said["classes"] == "5"
+
+
+def test_a_checkpoint_of_unusual_width_asks_for_heads(checkpoint):
+    assert "Pass --heads." in refusal(checkpoint, CheckpointError)
+
+
+def test_a_file_of_ours_needs_no_heads(own_file):
+    assert "num_heads=2" in facts(own_file)["configuration"]
+
+
+def test_a_diffusers_directory_is_described(diffusers_folder):
+    said = facts(diffusers_folder)
+    assert said["kind"] == "diffusion transformer, origin 'diffusers'"
+    assert said["samples with"] == "ddim, 50 steps, guidance 4.0"
+
+
+@pytest.fixture
+def samples(tmp_path):
+    path = tmp_path / "samples.npz"
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images, labels=np.arange(4))
+    return path
+
+
+def test_samples_are_described_by_their_arrays(samples):
+    assert facts(samples) == {"kind": "samples", "arr_0": "uint8 (4, 8, 8, 3)", "labels": "int64 (4,)"}
+
+
+def test_compressed_samples_are_described_as_well(tmp_path):
+    np.savez_compressed(tmp_path / "s.npz", arr_0=np.zeros((2, 3), np.float32))
+    assert facts(tmp_path / "s.npz")["arr_0"] == "float32 (2, 3)"
+
+
+def test_samples_larger_than_the_memory_are_described_from_their_headers(samples, monkeypatch):
+    monkeypatch.setattr(np, "load", None)
+    assert facts(samples)["arr_0"] == "uint8 (4, 8, 8, 3)"
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_truncated_samples_are_refused(samples, part):
+    whole = samples.read_bytes()
+    samples.write_bytes(whole[: int(part * len(whole))])
+    assert refusal(samples, FileFormatError) == "damaged or truncated .npz (File is not a zip file). Sample again."
+
+
+def test_altered_samples_are_refused_by_the_name_of_the_array(samples):
+    whole = bytearray(samples.read_bytes())
+    whole[300] ^= 0xFF
+    samples.write_bytes(whole)
+    assert refusal(samples, FileFormatError) == (
+        "damaged or truncated .npz (wrong checksum of 'arr_0.npy'). Sample again."
+    )
+
+
+def test_a_zip_file_of_something_else_is_refused(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+        archive.writestr("readme.txt", "not an array, but long enough to be one" * 10)
+    assert refusal(tmp_path / "s.npz", FileFormatError).startswith("damaged or truncated .npz (the magic string is not")
+
+
+def test_pickled_code_in_samples_does_not_run(tmp_path):
+    victim = tmp_path / "victim"
+
+    class Hostile:
+        def __reduce__(self):
+            import os
+
+            return os.mkdir, (str(victim),)
+
+    np.savez(tmp_path / "s.npz", arr_0=np.array([Hostile()], dtype=object))
+    assert facts(tmp_path / "s.npz")["arr_0"] == "object (1,)"
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "empty.onnx"])
+def test_a_damaged_onnx_file_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"" if name.startswith("empty") else b"\xff" * 100)
+    assert "not an ONNX file" in refusal(path, FileFormatError)
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert "damaged or truncated checkpoint" in refusal(checkpoint, CheckpointError)
+
+
+def test_a_folder_of_unknown_kind_is_refused(tmp_path):
+    assert refusal(tmp_path, CheckpointError).startswith("neither 'model_index.json' nor 'config.json' is in it.")
+
+
+@pytest.mark.parametrize("name", ["picture.png", "no-suffix"])
+def test_a_file_of_unknown_kind_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert refusal(tmp_path / name, UsageError) == (
+        "a file of unknown kind; known are .onnx, .npz, .safetensors, .pt, .pth, .bin, engine bundles and diffusers "
+        "directories."
+    )
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert refusal(tmp_path / "x.onnx", UsageError) == "no such file or folder. Pass a file, a folder or 'demo'."
+
+
+def test_the_command_prints_one_fact_a_line_in_two_columns(samples, capsys):
+    run(argparse.Namespace(file=str(samples), heads=None), Console())
+    assert capsys.readouterr().out == "kind    samples\narr_0   uint8 (4, 8, 8, 3)\nlabels  int64 (4,)\n"
+
+
+def test_a_name_that_no_file_can_have_is_one_line(capsys):
+    assert cli.run("inspect", ["x" * 300]) in (1, 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
