@@ -21,7 +21,7 @@ VERBS = {
     "inspect": "tqdit.inspect",
 }
 # Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
-EXTRAS = {"export": "export"}
+EXTRAS = {"calibrate": "calibrate", "export": "export"}
 
 
 class VerbModule(Protocol):
