@@ -3,6 +3,7 @@
 import argparse
 
 import numpy as np
+import onnx
 import pytest
 
 from tqdit import cli
@@ -118,6 +119,22 @@ def test_a_damaged_onnx_file_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"" if name.startswith("empty") else b"\xff" * 100)
     assert "not an ONNX file" in refusal(path, FileFormatError)
+
+
+def test_an_onnx_file_without_its_weights_is_refused_by_their_name(tmp_path):
+    graph = onnx.parser.parse_graph("g (float[2] x) => (float[2] y) { y = Add(x, w) }")
+    graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "w"))
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph), path, save_as_external_data=True, location="weights.data", size_threshold=0
+    )  # fmt: skip
+    assert facts(path)["written by"] == "unknown, not by tqdit"
+    (tmp_path / "weights.data").unlink()
+    with pytest.raises(FileFormatError) as error:
+        inspect(str(path))
+    assert str(error.value) == (
+        f"{tmp_path / 'weights.data'}: missing; it holds the weights of {path}. Keep them together."
+    )
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint):

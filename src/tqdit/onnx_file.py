@@ -48,4 +48,7 @@ def external_files(model: onnx.ModelProto, path: Path) -> set[str]:
 def bytes_on_disk(path: Path) -> int:
     """Size of an ONNX file together with the weights beside it."""
     beside = external_files(load_graph(path), path)
+    for name in sorted(beside):
+        if not (path.parent / name).is_file():
+            raise FileFormatError(f"{path.parent / name}: missing; it holds the weights of {path}. Keep them together.")
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
