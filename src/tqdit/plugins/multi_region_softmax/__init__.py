@@ -1,0 +1,1 @@
+"""MultiRegionSoftmax: softmax whose result is rounded on two disjoint regions, the lower with a step per row."""

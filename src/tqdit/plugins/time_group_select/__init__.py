@@ -1,0 +1,1 @@
+"""TimeGroupSelect: for each row of a batch the table's entry of its own group of timesteps."""
