@@ -15,6 +15,7 @@ from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, UsageError
 
 VERBS = {
+    "calibrate": "tqdit.calibrate.cli",
     "export": "tqdit.export.cli",
     "build": "tqdit.engines.cli_build",
     "sample": "tqdit.engines.cli_sample",
@@ -114,6 +115,10 @@ def _summary(verb: str) -> str:
         return _load(verb).SUMMARY
     except MissingLibraryError as error:
         return str(error)
+
+
+def calibrate() -> int:
+    return run("calibrate")
 
 
 def export() -> int:

@@ -1,8 +1,27 @@
 """Calibration: a float diffusion transformer in, a scale table out (docs/calibration.md).
 
-`apply(model, table)` gives the fake-quantized model that a table means; exports must compute the same.
+`calibrate(model, config, work)` finds scales, `apply(model, table)` gives the fake-quantized model that a table means;
+exports must compute the same. `QuantizationConfig` holds every knob, `PRESETS` the named sets of them.
 """
 
-from tqdit.calibrate.fake_quant import apply
+from __future__ import annotations
 
-__all__ = ["apply"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdit.calibrate.config import PRESETS, QuantizationConfig
+    from tqdit.calibrate.fake_quant import apply
+    from tqdit.calibrate.flow import calibrate
+
+_HOMES = {"PRESETS": "config", "QuantizationConfig": "config", "apply": "fake_quant", "calibrate": "flow"}
+
+
+def __getattr__(name: str) -> Any:
+    """On first use, since the command line describes this stage on machines without torch too."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tqdit.calibrate' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"tqdit.calibrate.{_HOMES[name]}"), name)
+
+
+__all__ = ["PRESETS", "QuantizationConfig", "apply", "calibrate"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
+
+if TYPE_CHECKING:  # which needs torch; this module does not
+    from tqdit.models import LoadedModel
 
 
 def knob(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -114,7 +116,7 @@ MIN_MAX = replace(MSE, method="min-max")
 # The paper's settings to the letter (section IV, Algorithm 1, eq. 11; granularity and sites of its released code).
 PAPER = replace(
     TQ_DIT, fisher="loss", weight_granularity="tensor", softmax_top="paper", outer_bits=2, patch="all", final="all",
-    conditioning="none", coarse=1,
+    conditioning="none",
 )  # fmt: skip
 
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ}

@@ -40,7 +40,7 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Pass an .npz of images or latents with labels.")
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise FileFormatError(f"{path}: damaged or not an .npz of plain arrays ({error}). Write it again.") from error

@@ -23,7 +23,7 @@ from tqdit.calibrate.data import DataSet, data_rows
 from tqdit.calibrate.fisher import FISHERS
 from tqdit.calibrate.layers import LayerPlan, plan
 from tqdit.calibrate.methods import METHODS
-from tqdit.calibrate.problem import make_problem
+from tqdit.calibrate.problem import Problem, Solution, make_problem
 from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of, trajectory
 from tqdit.calibrate.stages import Batch, Stages
 from tqdit.calibrate.work import WorkFolder, digest, open_search, versions
@@ -215,9 +215,16 @@ class Calibration:
                 inputs = [tensor.requires_grad_() for tensor in self._inputs(stage, start, batch) if tensor is not None]
                 outputs = [self.stages.run(stage, inputs[0], inputs[1] if len(inputs) > 1 else None, batch)]
             cotangents = self._cotangents(stage, rows, start, outputs)
-            # a stage without quantized layers and parameters may not depend on anything that needs a gradient
             wanted = list(recorder.outputs.values()) + inputs
-            gradients = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True) if wanted else ()
+            # an output of the first stage that comes from no recorded layer has no gradient to pass on
+            reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+            gradients: tuple[Tensor | None, ...] = (
+                torch.autograd.grad(
+                    [output for output, _ in reached], wanted, [c for _, c in reached], allow_unused=True
+                )
+                if wanted
+                else ()
+            )
         filled = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)]
         recorder.gradients(filled[: len(recorder.outputs)])
         return self._pass_on(stage, start, filled[len(recorder.outputs) :])
@@ -243,14 +250,18 @@ class Calibration:
         weight = module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
         with torch.no_grad():
             problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
-            solution = METHODS[self.config.method](problem, self.config)
+            solution = self.solve_problem(layer_plan, problem)
             error = problem.relative(problem.objective(solution.parameters))
-        self.meter.add("search", solution.evaluations * problem.multiply_adds)
+        self.meter.add("search", solution.multiply_adds)
         sites = [
             Site(layer_plan.name, role, operand.quantizer(solution.parameters[role]))
             for role, operand in problem.operands.items()
         ]
         return sites, error
+
+    def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)  # noqa: ARG002 (for overriding)
+        """One layer by the configured method."""
+        return METHODS[self.config.method](problem, self.config)
 
     # the result ------------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ class Solution:
 
     parameters: dict[Role, Parameters]
     history: tuple[float, ...]
-    evaluations: int  # products that were computed
+    multiply_adds: int  # that it took
 
 
 def make_problem(

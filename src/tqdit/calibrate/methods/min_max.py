@@ -8,4 +8,4 @@ from tqdit.calibrate.problem import Problem, Solution
 
 def solve(problem: Problem, config: QuantizationConfig) -> Solution:
     parameters = problem.initial
-    return Solution(parameters, (problem.objective(parameters),), evaluations=1)
+    return Solution(parameters, (problem.objective(parameters),), problem.multiply_adds)

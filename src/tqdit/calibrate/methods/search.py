@@ -1,7 +1,8 @@
 """Phase 3: alternating search (Algorithm 1, lines 14 to 33): W then X for linear layers, A then B for attention.
 
 Every step tries candidates for one parameter while all others stay as they are, keeps the best of each entry, and has
-the incumbent among its candidates, so no step increases the objective.
+the incumbent among its candidates, so no step increases the objective. Activations go from coarse to fine candidates,
+weights are screened (screen.py); --coarse 1 tries every candidate of either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
-from tqdit.calibrate.operands import Parameters
+from tqdit.calibrate.methods.screen import finalists
+from tqdit.calibrate.operands import Parameters, Weight
 from tqdit.calibrate.problem import Problem, Solution
 from tqdit.scale_table import Role
 
@@ -21,20 +23,20 @@ Score = Callable[[Tensor], Tensor]  # one candidate per entry (E,) -> objective 
 
 def solve(problem: Problem, config: QuantizationConfig) -> Solution:
     parameters = problem.initial
-    history, evaluations = [problem.objective(parameters)], 1
+    history, multiply_adds = [problem.objective(parameters)], problem.multiply_adds
     for index in range(config.rounds):
         for role in problem.operands:
             for name in parameters[role]:
-                parameters, objective, tried = improve(problem, parameters, role, name, config.coarse, index == 0)
+                parameters, objective, spent = improve(problem, parameters, role, name, config.coarse, index == 0)
                 history.append(objective)
-                evaluations += tried
-    return Solution(parameters, tuple(history), evaluations)
+                multiply_adds += spent
+    return Solution(parameters, tuple(history), multiply_adds)
 
 
 def improve(
     problem: Problem, parameters: dict[Role, Parameters], role: Role, name: str, coarse: int, first: bool
 ) -> tuple[dict[Role, Parameters], float, int]:
-    """One step: (new parameters, their objective, products computed)."""
+    """One step: (new parameters, their objective, multiply-adds spent)."""
     operand = problem.operands[role]
     left, right = problem.sides(parameters)
     is_left = role in ("left", "input")
@@ -45,8 +47,13 @@ def improve(
         return operand.entries(error)
 
     ladder = Ladder(operand.grid(name), parameters[role][name], score)
+    screening = 0
     if coarse == 1 or len(ladder.grid) <= 2 * coarse:
         ladder.sweep(range(len(ladder.grid)))
+    elif isinstance(operand, Weight):
+        positions, screening = finalists(problem, operand, left, ladder.grid)
+        for position in positions:
+            ladder.try_positions(position)
     else:
         if first:
             ladder.sweep(range(coarse // 2, len(ladder.grid), coarse))
@@ -55,7 +62,8 @@ def improve(
             ladder.refine(stride)
             stride //= 2
     found: dict[Role, Parameters] = {**parameters, role: {**parameters[role], name: ladder.best}}
-    return found, float(ladder.best_score.sum(dtype=torch.float64)), ladder.evaluations
+    spent = screening + ladder.evaluations * problem.multiply_adds
+    return found, float(ladder.best_score.sum(dtype=torch.float64)), spent
 
 
 class Ladder:
@@ -70,15 +78,16 @@ class Ladder:
     def sweep(self, positions: range) -> None:
         """Try the same grid positions for every entry."""
         for position in positions:
-            self._try(torch.full_like(self.position, position))
+            self.try_positions(torch.full_like(self.position, position))
 
     def refine(self, stride: int) -> None:
         """Try each entry's neighbours at a distance of `stride`."""
         center = self.position
         for direction in (-stride, stride):
-            self._try((center + direction).clamp(0, len(self.grid) - 1))
+            self.try_positions((center + direction).clamp(0, len(self.grid) - 1))
 
-    def _try(self, position: Tensor) -> None:
+    def try_positions(self, position: Tensor) -> None:
+        """Try one grid position (E,) for each entry."""
         values = self.grid.gather(0, position[None])[0]
         score = self.score(values)
         better = score < self.best_score

@@ -1,0 +1,92 @@
+"""`tqdit-calibrate [MODEL] -o scales.safetensors`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from tqdit.calibrate.config import PRESETS, TQ_DIT, flag
+from tqdit.console import Console
+from tqdit.errors import OutputError
+from tqdit.extras import need
+from tqdit.files import check_writable
+
+SUMMARY = "find the scales that turn a float diffusion transformer into integers"
+EXAMPLES = """\
+examples:
+  tqdit-calibrate                                             the demo model, W8A8, to scales.safetensors
+  tqdit-calibrate DiT-XL-2-256x256.pt -o xl.safetensors
+  tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset ho
+  tqdit-calibrate --preset paper --print                      every setting of a preset
+
+A preset is a set of all knobs; a flag changes one of them. The work folder beside the output (its name with .work)
+keeps what was done: after a kill the same command goes on and ends with the same bytes. Afterwards only the calibration
+rows stay there, for further searches; delete the folder at will. docs/calibration.md explains methods and presets."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", default="demo", metavar="MODEL", help="'demo', a DiT checkpoint (.pt, .safetensors) or a "
+        "diffusers directory (default: %(default)s)")  # fmt: skip
+    add("-o", "--output", type=Path, default=Path("scales.safetensors"), help="scale table to write (default: "
+        "%(default)s)")  # fmt: skip
+    add("--preset", choices=list(PRESETS), default="tq-dit", help="(default: %(default)s)")
+    add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
+        "known noise, instead of the model's own chains")  # fmt: skip
+    add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
+    add("--work", type=Path, metavar="DIR", help="folder for intermediate results (default: OUTPUT.work)")
+    add("--print", action="store_true", dest="print_config", help="print every setting and stop")
+    knobs = parser.add_argument_group("knobs (defaults of the preset tq-dit)")
+    for knob in fields(TQ_DIT):
+        text, default = knob.metadata["help"], getattr(TQ_DIT, knob.name)
+        options: dict[str, Any] = {"dest": knob.name, "default": None}
+        if default is not None:
+            text += f" (default: {default})"
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif knob.metadata["choices"]:
+            options["choices"] = knob.metadata["choices"]
+        else:
+            options["type"] = float if isinstance(default, float) or knob.name == "guidance_scale" else int
+            options["metavar"] = "X" if options["type"] is float else "N"
+        knobs.add_argument(flag(knob), help=text, **options)
+
+
+def run(args: argparse.Namespace, console: Console) -> Path | None:
+    for library in ("torch", "safetensors"):
+        need(library, "calibrate", "tqdit-calibrate")
+    from tqdit.calibrate.cost import peak_memory_bytes
+    from tqdit.calibrate.data import read_data
+    from tqdit.calibrate.flow import calibrate, finish
+    from tqdit.models import load_model
+    from tqdit.scale_table import is_scale_table, write_scale_table
+
+    changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}
+    config = replace(PRESETS[args.preset], **changes)
+    if args.print_config:
+        print(config)
+        return None
+    output: Path = args.output
+    if output.exists() and not (output.is_file() and is_scale_table(output)):
+        raise OutputError(f"{output}: exists and is no scale table. Choose another name, or remove it.")
+    check_writable(output)
+    work = args.work or output.with_name(f"{output.name}.work")
+    started = time.monotonic()
+    console.say(f"loading {args.model}")
+    model = load_model(args.model, args.heads)
+    data = read_data(args.data, model) if args.data else None
+    result = calibrate(model, config, work, console, data)
+    write_scale_table(output, result.table)
+    finish(model, config, work, data)
+    spent = result.meter.forward_equivalents
+    phases = ", ".join(f"{phase} {count:,.0f}" for phase, count in spent.items())
+    seconds = time.monotonic() - started
+    console.say(
+        f"{len(result.table.sites)} tensors of {len(result.table.by_module)} layers in {seconds:.0f} s, "
+        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB, {sum(spent.values()):,.0f} forward-equivalents of one row"
+        + (f" ({phases})" if phases else "")
+    )
+    return output

@@ -1,0 +1,229 @@
+"""The whole calibration of a tiny model: presets, what is quantized, resuming, and the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support import tiny_model
+from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
+from tqdit.calibrate.flow import finish
+from tqdit.calibrate.judge import chain_error, final_samples
+from tqdit.calibrate.work import WorkFolder
+from tqdit.cli import main
+from tqdit.errors import UsageError
+from tqdit.models import LoadedModel
+from tqdit.scale_table import PerTensor, PerTimestepGroup, ScaleTable, read_scale_table
+
+SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
+
+
+def eps_error(model: LoadedModel, table: ScaleTable) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x, t, y = torch.randn(6, 4, 8, 8, generator=generator), torch.arange(6) * 180, torch.arange(6)
+    with torch.no_grad():
+        a, b = model.network(x, t, y)[:, :4], apply(model, table).network(x, t, y)[:, :4]
+    return float((a - b).square().sum() / a.square().sum())
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> None:
+    model = tiny_model()
+    table = calibrate(model, replace(PRESETS[preset], **SMALL), tmp_path).table
+    assert eps_error(model, table) < 0.25  # random weights quantize badly
+    assert table.groups == 3
+    softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
+    assert softmax.scheme == ("symmetric" if preset in ("min-max", "mse", "ho") else "softmax")
+    assert softmax.granularity == (PerTimestepGroup(3) if preset in ("tq-dit", "paper") else PerTensor())
+    assert set(table.errors) == set(table.by_module)
+
+
+@pytest.mark.parametrize("origin", ["published", "diffusers"])
+def test_more_bits_give_less_error(tmp_path: Path, origin: str) -> None:
+    model = tiny_model(origin)
+    errors = []
+    for bits in (8, 6, 4):
+        config = replace(PRESETS["tq-dit"], weight_bits=bits, activation_bits=bits, **SMALL)
+        errors.append(eps_error(model, calibrate(model, config, tmp_path).table))
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_the_chain_of_a_quantized_model_stays_close_to_the_float_one(tmp_path: Path) -> None:
+    model = tiny_model()
+    table = calibrate(model, replace(PRESETS["tq-dit"], **SMALL), tmp_path).table
+    reference = final_samples(model, 12, 3, 1.5, seed=5)
+    assert chain_error(reference, reference).mean == 0
+    error = chain_error(reference, final_samples(apply(model, table), 12, 3, 1.5, seed=5))
+    assert 0 < error.mean < 0.1
+
+
+def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]:
+    """name of each quantized tensor -> its bits"""
+    config = replace(PRESETS["min-max"], **SMALL, **knobs)
+    return {site.name: site.quantizer.bits for site in calibrate(model, config, tmp_path).table.sites}
+
+
+def test_the_default_quantizes_what_the_design_says(tmp_path: Path) -> None:
+    found = sites(tiny_model(), tmp_path, weight_bits=4, activation_bits=6)
+    linear = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    block = {f"blocks.{i}.{name}.{role}": bits for i in (0, 1) for name in linear
+             for role, bits in (("weight", 4), ("input", 6))}  # fmt: skip
+    attention = {f"blocks.{i}.attn.{name}.{role}": 6 for i in (0, 1) for name in ("scores", "value_product")
+                 for role in ("left", "right")}  # fmt: skip
+    conditioning = ["t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.adaLN_modulation.1",
+                    *(f"blocks.{i}.adaLN_modulation.1" for i in (0, 1))]  # fmt: skip
+    outer = {"x_embedder.proj.weight": 8, "final_layer.linear.weight": 8, "final_layer.linear.input": 8}
+    assert found == block | attention | outer | {f"{name}.weight": 8 for name in conditioning}
+
+
+def test_switches_leave_parts_float(tmp_path: Path) -> None:
+    found = sites(tiny_model(), tmp_path, attention=False, patch="all", final="none", conditioning="none")
+    assert not any("scores" in name or "adaLN" in name or "final" in name for name in found)
+    assert found["x_embedder.proj.input"] == 8
+    everything = sites(tiny_model(), tmp_path, conditioning="all", outer_bits=2, weight_bits=3, activation_bits=5)
+    assert everything["t_embedder.mlp.0.input"] == 5
+    assert everything["final_layer.linear.weight"] == 3
+
+
+class KilledError(Exception):
+    """Stands for a kill at one write."""
+
+
+def test_a_run_killed_before_any_of_its_writes_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    undisturbed = calibrate(model, config, tmp_path / "a").table.to_bytes()
+    writes, allowed, save = 0, 0, WorkFolder.save
+
+    def counted(folder: WorkFolder, name: str, content: object) -> None:
+        nonlocal writes
+        writes += 1
+        if writes > allowed:
+            raise KilledError
+        save(folder, name, content)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WorkFolder, "save", counted)
+    attempts = 0
+    while True:  # a stage needs up to two writes, so every second attempt gets further
+        writes, attempts = 0, attempts + 1
+        allowed = 1 + attempts % 2
+        try:
+            table = calibrate(model, config, tmp_path / "b").table
+            break
+        except KilledError:
+            assert attempts < 100
+    assert attempts > 10
+    assert table.to_bytes() == undisturbed
+
+
+def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    first = calibrate(model, config, tmp_path)
+    finish(model, config, tmp_path)
+    assert [path.name[:5] for path in tmp_path.iterdir()] == ["rows-"]
+    assert first.meter.spent["rows"] > 0
+    second = calibrate(model, replace(config, weight_bits=5), tmp_path)
+    assert "rows" not in second.meter.spent
+    assert calibrate(model, config, tmp_path).table == first.table
+    assert len(list(tmp_path.glob("search-*"))) == 1  # those of other settings are removed
+
+
+def test_a_damaged_file_of_rows_is_sampled_again(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    first = calibrate(model, config, tmp_path).table
+    finish(model, config, tmp_path)
+    (rows,) = tmp_path.glob("rows-*")
+    rows.write_bytes(rows.read_bytes()[:100])
+    assert calibrate(model, config, tmp_path).table == first
+
+
+def test_another_seed_gives_another_table(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    assert calibrate(model, config, tmp_path).table != calibrate(model, replace(config, seed=1), tmp_path).table
+
+
+def test_only_a_dit_can_be_calibrated(tmp_path: Path) -> None:
+    model = replace(tiny_model(), network=torch.nn.Identity())
+    with pytest.raises(UsageError, match="a Identity cannot be calibrated"):
+        calibrate(model, QuantizationConfig(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"weight_bits": 1}, "--weight-bits is 1; expected 2 to 8"),
+        ({"activation_bits": 9}, "--activation-bits is 9"),
+        ({"rows_per_group": 5}, "Pass an even number"),
+        ({"alpha": 2.0}, "0 < alpha < beta"),
+        ({"metric": "cosine"}, "--metric is 'cosine'; known are ho, mse"),
+    ],
+)
+def test_unusable_settings_are_refused(knobs: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        QuantizationConfig(**knobs)  # type: ignore[arg-type]
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+FLAGS = ["--steps", "12", "--groups", "3", "--rows-per-group", "4", "--chains", "2", "--heads", "2"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tiny_model().network.state_dict().items()}, path)
+    return path
+
+
+def test_the_command_writes_a_table_and_names_it_last(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "s.safetensors"
+    assert main(["calibrate", str(checkpoint), "-o", str(output), "--no-attention", "--preset", "ho", *FLAGS]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == str(output)
+    assert "forward-equivalents of one row (rows 48, " in shown.err
+    assert "peak memory" in shown.err
+    table = read_scale_table(output)
+    assert table.settings["softmax"] == "uniform"
+    assert not any("scores" in name for name in table.by_module)
+    assert main(["calibrate", str(checkpoint), "-o", str(checkpoint), *FLAGS]) == 1
+    assert "exists and is no scale table" in capsys.readouterr().err
+
+
+def test_a_preset_prints_itself_with_the_flags_applied(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--preset", "paper", "--groups", "25", "--print"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["groups"] == "25"
+    assert lines["fisher"] == "loss"
+    assert lines["weight-granularity"] == "tensor"
+
+
+def test_kill_9_at_any_moment_then_the_same_command_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    def command(output: Path) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-m", "tqdit.cli", "calibrate", str(checkpoint), "-o", str(output), "-q", *FLAGS]
+        return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+    undisturbed, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert command(undisturbed).wait() == 0
+    work = tmp_path / "b.safetensors.work"
+    for pattern in ("rows-*-chains*", "search-*/tokens-2*", "search-*/table-1*"):
+        process = command(output)
+        while process.poll() is None and not list(work.glob(pattern)):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not output.exists()
+    assert command(output).wait() == 0
+    assert output.read_bytes() == undisturbed.read_bytes()
+    assert [path.name[:5] for path in work.iterdir()] == ["rows-"]
