@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tqdit.cli import main
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.scale_table import (
     METADATA_KEY,
@@ -201,3 +202,19 @@ def test_a_table_in_memory_is_validated_too() -> None:
     site = Site("a", "weight", Asymmetric(8, PerTensor(), f32(1), np.array(0, dtype=np.int32)))
     with pytest.raises(FileFormatError, match="which its role does not allow"):
         replace(small_table(), sites=(site,))
+
+
+def test_inspecting_a_table_tells_what_is_in_it_and_draws_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, picture = tmp_path / "s.safetensors", tmp_path / "s.png"
+    write_scale_table(path, small_table())
+    assert main(["inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "6 tensors of 3 layers" in said
+    assert "1 x weights 4 bits symmetric" in said
+    assert "2, on 2 tensors; boundaries [500]" in said
+    assert "2.50e-01  qkv" in said
+    assert main(["inspect", str(path), "--plot", str(picture)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -14,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from tqdit import scale_table_summary
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
+from tqdit.scale_table import is_scale_table, read_scale_table
 
-SUMMARY = "say what a file is: checkpoint, ONNX file, engine bundle or samples"
+SUMMARY = "say what a file is: checkpoint, scale table, ONNX file, engine bundle or samples"
 EXAMPLES = """\
 examples:
   tqdit-inspect model.onnx
   tqdit-inspect model.engine      also checks every checksum
+  tqdit-inspect scales.safetensors --plot scales.png
   tqdit-inspect DiT-XL-2-256x256.pt"""
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -34,13 +37,21 @@ Facts = list[tuple[str, object]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo'")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
+    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: step sizes against the group "
+        "of timesteps, and the error of each layer")  # fmt: skip
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def run(args: argparse.Namespace, console: Console) -> Path | None:
     facts = inspect(args.file, args.heads)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name:<{width}}  {value}")
+    plot: Path | None = args.plot
+    if plot is not None:
+        if not is_scale_table(Path(args.file)):
+            raise UsageError(f"{args.file}: is no scale table. --plot draws what tqdit-calibrate wrote.")
+        scale_table_summary.plot(read_scale_table(Path(args.file)), plot)
+    return plot
 
 
 def inspect(file: str, heads: int | None = None) -> Facts:
@@ -58,6 +69,8 @@ def inspect(file: str, heads: int | None = None) -> Facts:
             f"{file}: a file of unknown kind; known are {', '.join([*readers, *CHECKPOINTS])}, engine bundles and "
             "diffusers directories."
         )
+    if path.suffix == ".safetensors" and is_scale_table(path):
+        return scale_table_summary.facts(read_scale_table(path))
     return _checkpoint(file, heads)
 
 

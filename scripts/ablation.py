@@ -1,0 +1,141 @@
+"""What each ingredient is worth: error of quantized chains against float ones from the same noise.
+
+    python scripts/ablation.py                              W8A8, then the rows of Table III at W6A6
+    python scripts/ablation.py --bits 6 6 --presets ho tq-dit --seeds 0 1 2 --json ablation.json
+
+Columns, all relative squared errors against the float model, averaged over seeds of the calibration:
+    eps    predicted noise, on rows of chains that no calibration saw
+    step   the same, each row weighted by what its eps error does to the sampler's next state
+    x0     final samples of whole chains; the mean over images with its standard error over images and seeds
+    median of x0 over images: the mean belongs to the few images whose content flips
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
+from tqdit.calibrate.judge import chain_error, final_samples
+from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of
+from tqdit.calibrate.work import versions
+from tqdit.diffusion import step_coefficients
+from tqdit.models import LoadedModel, load_model
+
+TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
+HELD_OUT_SEED = 10_000  # of chains that judge, away from every calibration
+
+
+@dataclass(frozen=True)
+class Row:
+    """One preset at one pair of bits under one seed."""
+
+    name: str
+    bits: tuple[int, int]
+    seed: int
+    eps: float
+    step: float
+    x0: tuple[float, ...]  # per image
+    seconds: float
+
+
+class Judge:
+    """Float references: held-out rows and final samples."""
+
+    def __init__(self, model: LoadedModel, steps: int, images: int) -> None:
+        self.model, self.steps = model, steps
+        held_out = QuantizationConfig(rows_per_group=16, chains=4, seed=HELD_OUT_SEED).for_model(model)
+        spec = sampling_of(model, held_out)
+        chains = Chains(model, spec, held_out, pick(spec, held_out))
+        while chains.next_step >= 0:
+            chains.advance()
+        self.rows: CalibrationRows = chains.rows()
+        self.factor = torch.from_numpy(step_coefficients(spec.schedule, spec.sampler).from_eps[self.rows.step]).square()
+        self.images = images
+        self.samples = final_samples(model, steps, images, model.guidance_scale, HELD_OUT_SEED)
+        self.eps = self._eps(model)
+
+    @torch.no_grad()
+    def _eps(self, model: LoadedModel) -> Tensor:
+        output: Tensor = model.network(self.rows.x, self.rows.timestep, self.rows.label)
+        return output[:, : model.in_channels].double()
+
+    def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
+        energy = self.eps.square().flatten(1).sum(1)
+        error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1)
+        found = final_samples(quantized, self.steps, self.images, quantized.guidance_scale, HELD_OUT_SEED)
+        step = float((self.factor * error).sum() / (self.factor * energy).sum())
+        return float(error.sum() / energy.sum()), step, chain_error(self.samples, found).per_image
+
+
+def measure(judge: Judge, name: str, config: QuantizationConfig, work: Path) -> Row:
+    start = time.monotonic()
+    table = calibrate(judge.model, config, work).table
+    seconds = time.monotonic() - start
+    bits = (config.weight_bits, config.activation_bits)
+    return Row(name, bits, config.seed, *judge.judge(apply(judge.model, table)), seconds)
+
+
+def show(rows: list[Row]) -> None:
+    """One line for all seeds of one preset."""
+    x0 = np.array([row.x0 for row in rows])
+    error = x0.std(ddof=1) / x0.size**0.5
+    first = rows[0]
+    print(
+        f"{first.name:<16} W{first.bits[0]}A{first.bits[1]}  {np.mean([r.eps for r in rows]):.2e}  "
+        f"{np.mean([r.step for r in rows]):.2e}  {x0.mean():.4f} +- {error:.4f}  {np.median(x0):.5f}   "
+        + " ".join(f"{np.median(row.x0):.5f}" for row in rows),
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), metavar="PRESET", default=None)
+    parser.add_argument("--bits", nargs=2, type=int, metavar=("W", "A"), default=None)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--steps", type=int, default=100, help="of the judging chains (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="change a knob of every preset")
+    parser.add_argument("--work", type=Path, help="keep calibration rows there (default: a temporary folder)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    jobs = [(name, tuple(args.bits or (6, 6))) for name in args.presets or TABLE_III]
+    if args.bits is None and args.presets is None:
+        jobs.insert(0, ("tq-dit", (8, 8)))
+    changes = dict(entry.split("=", 1) for entry in args.set)
+    judge = Judge(load_model(args.model), args.steps, args.images)
+    print("preset           bits  eps       step      x0                 median    median of each seed")
+    done: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, (weight_bits, activation_bits) in jobs:
+            config = replace(PRESETS[name], weight_bits=weight_bits, activation_bits=activation_bits)
+            config = QuantizationConfig(**{**config.to_json(), **_typed(changes)})
+            label = name + "".join(f" {key}={value}" for key, value in changes.items())
+            work = args.work or Path(temporary)
+            rows = [measure(judge, label, replace(config, seed=seed), work) for seed in args.seeds]
+            show(rows)
+            done += rows
+    if args.json:
+        facts = {"versions": versions(), "steps": args.steps, "rows": [asdict(row) for row in done]}
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _typed(changes: dict[str, str]) -> dict[str, Any]:
+    """Values of knobs, of the type that the knob has."""
+    default = QuantizationConfig()
+    return {name.replace("-", "_"): type(getattr(default, name.replace("-", "_")))(v) for name, v in changes.items()}
+
+
+if __name__ == "__main__":
+    main()
