@@ -1,0 +1,29 @@
+"""What the lint says about one node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+BACKENDS = ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
+TENSORRT = ("tensorrt-rtx", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An error means wrong values, a refused file or INT8 lost without a word; a warning costs size or a detour.
+
+    `backends` are those that the consequence hits; a lint for another backend leaves the finding out.
+    """
+
+    rule: str
+    severity: Severity
+    node: str
+    message: str
+    remedy: str
+    backends: tuple[str, ...] = BACKENDS
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.node}: {self.message} [{self.rule}]\n    remedy: {self.remedy}"

@@ -1,0 +1,50 @@
+"""Operators and integer types around quantization that TensorRT's parser refuses.
+
+1. Operators that quantize at run time or hold the integer product themselves: DynamicQuantizeLinear, MatMulInteger,
+   ConvInteger, QLinearMatMul, QLinearConv and the like.
+2. An int32 tensor, such as a bias, through DequantizeLinear.
+3. uint4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import TensorProto
+
+from tqdit.lint.finding import TENSORRT, Finding
+from tqdit.lint.program import Program, Site, quantized_type
+
+RULE = "operator"
+INTEGER_OPERATORS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+REMEDY: dict[int, str] = {
+    TensorProto.INT32: "Add the bias in float after the product; backends fuse it into the product's end.",
+    TensorProto.UINT4: "Use int4 in blocks for weights, or codes of 4 bits stored as int8.",
+}
+
+
+def check(program: Program) -> Iterator[Finding]:
+    for site in program.sites:
+        if site.op_type in INTEGER_OPERATORS or site.op_type.startswith("QLinear"):
+            yield Finding(
+                RULE,
+                "error",
+                site.label,
+                f"TensorRT does not know {site.op_type} and refuses the file.",
+                "Write QuantizeLinear -> DequantizeLinear -> the float operator with constant scales; backends make "
+                "the integer product of it.",
+                TENSORRT,
+            )
+        elif site.standard and site.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from _type(site)
+
+
+def _type(site: Site) -> Iterator[Finding]:
+    quantizes = site.op_type == "QuantizeLinear"
+    dtype = quantized_type(site) if quantizes else site.value(0).dtype
+    if dtype in REMEDY and not (quantizes and dtype == TensorProto.INT32):
+        what = "writes" if quantizes else "dequantizes"
+        name = str(TensorProto.DataType.Name(dtype)).lower()
+        yield Finding(
+            RULE, "error", site.label, f"it {what} {name}. TensorRT's parser refuses the file.", REMEDY[dtype], TENSORRT
+        )

@@ -1,0 +1,115 @@
+"""Opsets: what a file may be written for, by what it uses and by who reads it.
+
+1. A standard operator that its opset does not have.
+2. Per-channel scales below opset 13.
+3. float16 scales below opset 19.
+4. Outside what a backend takes.
+5. Below 20, where what TQDiT writes and measures begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from tqdit.lint.finding import Finding, Severity
+from tqdit.lint.program import Program, Site
+from tqdit.lint.values import per_channel
+
+RULE = "opset"
+PER_CHANNEL = 13  # ONNX's changelog: QuantizeLinear-13 brought `axis`; TensorRT-RTX fails on such scales at opset 10
+FLOAT16_SCALES = 19  # ONNX's changelog: QuantizeLinear-19 brought float16; the checker and ONNX Runtime refuse below
+TQDIT = 20  # Gelu-20; the function bodies of domain `tqdit` are written in it
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Opsets that a backend is known to take; `severity` is error where it refuses the others, else nobody looked."""
+
+    lowest: int
+    highest: int
+    severity: Severity
+    source: str
+
+
+LIMITS = {
+    "onnxruntime": Limit(7, 26, "error", "ONNX Runtime 1.31 refuses to load newer ones"),
+    "tensorrt-rtx": Limit(13, 25, "warning", "TensorRT-RTX 1.7 was seen to build 13..25"),
+    "tensorrt": Limit(13, 25, "warning", "it shares the parser of TensorRT-RTX, which was seen to build 13..25"),
+    # openvino: 2026.4 converts by operator; files of opset 28 load.
+}
+
+
+def check(program: Program) -> Iterator[Finding]:
+    for site in program.sites:
+        if site.standard:
+            yield from _missing(site)
+        if site.standard and site.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from _scales(site)
+    yield from _limits(program)
+
+
+def _missing(site: Site) -> Iterator[Finding]:
+    if onnx.defs.has(site.op_type, site.opset, "") or not onnx.defs.has(site.op_type):
+        return
+    since = min(schema.since_version for schema in _versions(site.op_type))
+    if since > site.opset:
+        yield Finding(
+            RULE,
+            "error",
+            site.label,
+            f"{site.op_type} exists from opset {since} on, the file is written for {site.opset}. No backend has to "
+            "take it.",
+            f"Export with opset {max(since, TQDIT)}.",
+        )
+
+
+def _versions(op_type: str) -> list[onnx.defs.OpSchema]:
+    return [
+        schema for schema in onnx.defs.get_all_schemas_with_history() if schema.name == op_type and not schema.domain
+    ]
+
+
+def _scales(site: Site) -> Iterator[Finding]:
+    scale = site.value(1)
+    needs = (
+        (PER_CHANNEL, per_channel(scale), "per-channel scales"),
+        (FLOAT16_SCALES, scale.dtype == TensorProto.FLOAT16, "float16 scales"),
+    )
+    for lowest, found, what in needs:
+        if found and site.opset < lowest:
+            yield Finding(
+                RULE,
+                "error",
+                site.label,
+                f"it has {what}, which exist from opset {lowest} on; the file is written for {site.opset}. ONNX's "
+                "checker and ONNX Runtime refuse it.",
+                f"Export with opset {TQDIT}.",
+            )
+
+
+def _limits(program: Program) -> Iterator[Finding]:
+    first = next((site.label for site in program.sites if site.standard), "the graph")
+    for backend, limit in LIMITS.items():
+        if not limit.lowest <= program.opset <= limit.highest:
+            yield Finding(
+                RULE,
+                limit.severity,
+                first,
+                f"the file is written for opset {program.opset}, {backend} takes {limit.lowest}..{limit.highest} "
+                f"({limit.source}).",
+                f"Export with opset {TQDIT}, or convert: onnx.version_converter.convert_version(model, {TQDIT}).",
+                (backend,),
+            )
+    if program.opset < TQDIT and any(site.standard for site in program.sites):
+        yield Finding(
+            RULE,
+            "warning",
+            first,
+            f"the file is written for opset {program.opset}. Below {TQDIT} there is no Gelu, so it is a chain of nodes "
+            "that not every backend recognises, and the function bodies of domain 'tqdit' are not defined.",
+            f"Export with opset {TQDIT}.",
+        )

@@ -1,0 +1,54 @@
+"""Element types that do not go together.
+
+1. The scale of a QuantizeLinear has another type than what it quantizes.
+2. The two dequantized operands of one product have different types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tqdit.lint.finding import Finding
+from tqdit.lint.program import Program, Site
+from tqdit.lint.rules.products import operands
+from tqdit.lint.values import type_name
+
+RULE = "scale-type"
+
+
+def check(program: Program) -> Iterator[Finding]:
+    for site in program.sites:
+        if not site.standard:
+            continue
+        if site.op_type == "QuantizeLinear":
+            yield from _input(site)
+        else:
+            yield from _product(site)
+
+
+def _input(site: Site) -> Iterator[Finding]:
+    x, scale = site.value(0).dtype, site.value(1).dtype
+    if x and scale and x != scale:
+        yield Finding(
+            RULE,
+            "error",
+            site.label,
+            f"it quantizes {type_name(x)} with a {type_name(scale)} scale. ONNX Runtime refuses the file.",
+            "Cast the input to the type of the scale; float32 around the integers is the safe choice.",
+        )
+
+
+def _product(site: Site) -> Iterator[Finding]:
+    pair = [(value.quantized, value.dtype) for value in operands(site) if value.quantized is not None]
+    if len(pair) != 2:
+        return
+    (a, a_type), (b, b_type) = ((quantized, quantized.scale.dtype or dtype) for quantized, dtype in pair)
+    if a_type and b_type and a_type != b_type:
+        yield Finding(
+            RULE,
+            "error",
+            site.label,
+            f"its operands are dequantized with a {type_name(a_type)} scale ({a.node}) and a {type_name(b_type)} scale "
+            f"({b.node}). Backends refuse it, or, with a cast between, TensorRT and ONNX Runtime run it in float.",
+            "Give both scales one type; float32 around the integers is the safe choice.",
+        )

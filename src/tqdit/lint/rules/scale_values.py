@@ -1,0 +1,65 @@
+"""Numbers that no scale can be.
+
+1. NaN or infinite.
+2. Zero or negative.
+3. Denormal in its own type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from tqdit.lint.finding import Finding
+from tqdit.lint.program import Program
+from tqdit.lint.values import type_name
+
+SMALLEST_NORMAL: dict[int, float] = {
+    TensorProto.FLOAT: 2.0**-126,
+    TensorProto.BFLOAT16: 2.0**-126,
+    TensorProto.FLOAT16: 2.0**-14,
+    TensorProto.DOUBLE: 2.0**-1022,
+}
+
+
+def check(program: Program) -> Iterator[Finding]:
+    for site in program.standard_sites("QuantizeLinear", "DequantizeLinear"):
+        scale = site.value(1)
+        if scale.array is None:
+            continue
+        wrong = _wrong(scale.array.astype(np.float64), scale.dtype)
+        if wrong is not None:
+            what, consequence = wrong
+            yield Finding(
+                "scale-value",
+                "error",
+                site.label,
+                f"its scale '{site.node.input[1]}' {what}. {consequence}",
+                "Calibrate again; for a tensor that is all zero take any normal scale, such as 1. A float16 scale that "
+                "is too small for its type belongs in float32.",
+            )
+
+
+def _wrong(scale: NDArray[Any], dtype: int) -> tuple[str, str] | None:
+    """What is wrong with a scale, and what comes of it."""
+    smallest = SMALLEST_NORMAL.get(dtype, 0.0)
+    cases = (
+        (~np.isfinite(scale), "is not finite", "Every result becomes NaN, zero or infinite."),
+        (scale == 0, "is zero", "x / 0 saturates every code and every result is 0 or NaN; TensorRT refuses the file."),
+        (scale < 0, "is negative", "TensorRT refuses the file, and calibration never gives this."),
+        (
+            scale < smallest,
+            f"is denormal in {type_name(dtype)}",
+            "It has lost bits, and is zero wherever denormals are flushed, as on GPUs.",
+        ),
+    )
+    for mask, what, consequence in cases:
+        if mask.any():
+            index = int(np.flatnonzero(mask)[0])
+            where = f" at index {index}" if scale.size > 1 else ""
+            return f"{what}{where} ({scale.flat[index]:g})", consequence
+    return None
