@@ -7,6 +7,7 @@ exits with 1, or with 2 where the command line itself was wrong.
     |-- UsageError            a value that the caller passed
     |-- CheckpointError       a model that cannot be loaded
     |-- FileFormatError       a file of ours that is damaged, truncated, altered or of an unknown version
+    |-- LintError             an ONNX file that a backend would refuse or run in float without a word
     |-- OutputError           an output that cannot be written
     |-- MissingLibraryError   an extra that is not installed
     |-- BackendError          an engine that cannot be built or run here
@@ -31,6 +32,10 @@ class CheckpointError(TqditError):
 
 class FileFormatError(TqditError):
     """A file of ours is damaged, truncated, altered, or of an unknown version."""
+
+
+class LintError(TqditError):
+    """An ONNX file that a backend would refuse, or run in float or wrongly without a word."""
 
 
 class OutputError(TqditError):

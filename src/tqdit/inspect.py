@@ -18,7 +18,7 @@ from tqdit import scale_table_summary
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
 from tqdit.scale_table import is_scale_table, read_scale_table
 
@@ -27,6 +27,7 @@ EXAMPLES = """\
 examples:
   tqdit-inspect model.onnx
   tqdit-inspect model.engine      also checks every checksum
+  tqdit-inspect --lint any.onnx   what loses INT8 or does not build, and what to do
   tqdit-inspect scales.safetensors --plot scales.png
   tqdit-inspect DiT-XL-2-256x256.pt"""
 
@@ -37,11 +38,16 @@ Facts = list[tuple[str, object]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo'")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
+    parser.add_argument("--lint", action="store_true", help="say what in an ONNX file makes a backend lose INT8, "
+        "compute something else or refuse; exit code 1 where there are errors")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: step sizes against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> Path | None:
+    if args.lint:
+        _lint(Path(args.file))
+        return None
     facts = inspect(args.file, args.heads)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
@@ -109,6 +115,27 @@ def _onnx(path: Path) -> Facts:
         if entry.key == METADATA_KEY:
             return facts + _card(GraphCard.from_json(entry.value, str(path)))
     return [*facts, ("written by", model.producer_name or "unknown, not by tqdit")]
+
+
+def _lint(path: Path) -> None:
+    """Print findings and a count; raises LintError where one of them is an error."""
+    need("onnx", "build", "the lint")
+    from tqdit.lint import lint
+    from tqdit.onnx_file import load_graph
+
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Pass an ONNX file with --lint.")
+    findings = lint(load_graph(path), folder=path.parent)
+    for finding in findings:
+        print(finding)
+    errors = sum(finding.severity == "error" for finding in findings)
+    print(f"{_count(errors, 'error')}, {_count(len(findings) - errors, 'warning')}")
+    if errors:
+        raise LintError(f"{path}: the lint found errors. Each names its remedy above; docs/lint.md explains the rules.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _samples(path: Path) -> Facts:
