@@ -66,6 +66,16 @@ def test_the_chain_of_a_quantized_model_stays_close_to_the_float_one(tmp_path: P
     assert 0 < error.mean < 0.1
 
 
+def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], weight_bits=4, token_share=1.0, **SMALL)
+    nearest = calibrate(model, config, tmp_path).table
+    rounded = calibrate(model, replace(config, method="gptq"), tmp_path).table
+    codes = rounded.by_module["blocks.0.attn.qkv"]["weight"].codes
+    assert codes is not None
+    assert codes.shape == (48, 16)
+    assert sum(rounded.errors.values()) < sum(nearest.errors.values())
+
+
 def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]:
     """name of each quantized tensor -> its bits"""
     config = replace(PRESETS["min-max"], **SMALL, **knobs)

@@ -179,3 +179,21 @@ def test_adjacent_presets_differ_in_one_ingredient() -> None:
     assert difference("mse", "ho") == {"metric"}
     assert difference("ho", "ho+mrq") == {"softmax", "gelu"}
     assert difference("ho+mrq", "tq-dit") == {"time_groups"}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_error_feedback_rounds_weights_better_than_to_nearest(bits: int) -> None:
+    plan = LayerPlan(
+        Layer("m", "block"), {"input": OperandPlan("symmetric", 8, 1), "weight": OperandPlan("symmetric", bits, OUT)}
+    )
+    x = random(ROWS, 100, WIDTH) @ random(WIDTH, WIDTH, seed=5)  # correlated, as inputs are
+    g2 = torch.exp(random(ROWS, 100, OUT, seed=3))
+    problem = make_problem(plan, Samples(x, None, g2, {"left": ranges(x)}), random(OUT, WIDTH, seed=2), GROUP, CONFIG)
+    nearest, found = METHODS["search"](problem, CONFIG), METHODS["gptq"](problem, CONFIG)
+    assert found.history[-1] < 0.95 * nearest.history[-1]
+    codes = found.weight_codes
+    assert codes is not None
+    assert codes.min() >= -(2 ** (bits - 1))
+    assert codes.max() <= 2 ** (bits - 1) - 1
+    assert torch.equal(codes, codes.round())
+    assert found.parameters["weight"]["scale"].equal(nearest.parameters["weight"]["scale"])

@@ -31,7 +31,8 @@ class QuantizationConfig:
     guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")
     seed: int = knob(0, "decides chains, classes, rows and cotangents")
 
-    method: str = knob("search", "how scales are found", ("search", "min-max"))
+    method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback",
+                       ("search", "min-max", "gptq"))  # fmt: skip
     metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
     fisher: str = knob(
         "step", "weights of HO: random cotangents scaled by the sampler's step, the same unscaled, or the gradient of "

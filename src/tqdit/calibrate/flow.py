@@ -251,12 +251,15 @@ class Calibration:
         with torch.no_grad():
             problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
             solution = self.solve_problem(layer_plan, problem)
-            error = problem.relative(problem.objective(solution.parameters))
+            error = problem.relative(solution.history[-1])
         self.meter.add("search", solution.multiply_adds)
-        sites = [
-            Site(layer_plan.name, role, operand.quantizer(solution.parameters[role]))
-            for role, operand in problem.operands.items()
-        ]
+        sites = []
+        for role, operand in problem.operands.items():
+            quantizer = operand.quantizer(solution.parameters[role])
+            codes = None
+            if role == "weight" and solution.weight_codes is not None and weight is not None:
+                codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).numpy()
+            sites.append(Site(layer_plan.name, role, quantizer, codes))
         return sites, error
 
     def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)  # noqa: ARG002 (for overriding)

@@ -71,11 +71,12 @@ class Weight(Operand):
         largest = self.x.abs().reshape(self.plan.steps, -1).amax(1)
         return {"scale": quantizers.symmetric_step(largest, self.plan.bits)}
 
-    def _per_channel(self, scale: Tensor) -> Tensor:
+    def per_channel(self, scale: Tensor) -> Tensor:
+        """(E,) to one step per output channel, (O,)."""
         return scale.repeat_interleave(len(self.x) // len(scale))
 
     def quantize(self, parameters: Parameters) -> Tensor:
-        return quantizers.symmetric(self.x, self._per_channel(parameters["scale"])[:, None], self.plan.bits)
+        return quantizers.symmetric(self.x, self.per_channel(parameters["scale"])[:, None], self.plan.bits)
 
     def entries(self, error: Tensor) -> Tensor:
         return error.flatten(0, -2).sum(0).reshape(self.plan.steps, -1).sum(1)
@@ -84,7 +85,7 @@ class Weight(Operand):
         scale = parameters["scale"]
         if len(scale) == 1:
             return Symmetric(self.plan.bits, PerTensor(), array(scale[0]))
-        return Symmetric(self.plan.bits, PerChannel(0), array(self._per_channel(scale)))
+        return Symmetric(self.plan.bits, PerChannel(0), array(self.per_channel(scale)))
 
 
 @dataclass(frozen=True, eq=False)

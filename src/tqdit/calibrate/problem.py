@@ -80,11 +80,15 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The parameters of each operand. history: the objective before the first step and after each one."""
+    """The parameters of each operand. history: the objective before the first step and after each one.
+
+    weight_codes: the integers of the weight, as float (O, K), where they are not those of rounding to nearest.
+    """
 
     parameters: dict[Role, Parameters]
     history: tuple[float, ...]
     multiply_adds: int  # that it took
+    weight_codes: Tensor | None = None
 
 
 def make_problem(

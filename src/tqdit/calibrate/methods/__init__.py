@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tqdit.calibrate.config import QuantizationConfig
-from tqdit.calibrate.methods import min_max, search
+from tqdit.calibrate.methods import gptq, min_max, search
 from tqdit.calibrate.problem import Problem, Solution
 
 Method = Callable[[Problem, QuantizationConfig], Solution]
 
-METHODS: dict[str, Method] = {"search": search.solve, "min-max": min_max.solve}
+METHODS: dict[str, Method] = {"search": search.solve, "min-max": min_max.solve, "gptq": gptq.solve}
 
 __all__ = ["METHODS", "Method"]
