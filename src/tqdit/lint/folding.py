@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +100,8 @@ def _cast(attributes: Attributes, inputs: Sequence[Value], bare: Value) -> Value
     """The numbers too: a float32 scale may become 0 in float16. A cast dequantized value is still that product's."""
     source, dtype = inputs[0], bare.dtype
     array = None
-    if source.array is not None and dtype:
-        with np.errstate(all="ignore"):
+    if source.array is not None and dtype and not np.iscomplexobj(source.array):
+        with np.errstate(all="ignore"), contextlib.suppress(KeyError, ValueError, TypeError):  # no numeric type
             array = source.array.astype(helper.tensor_dtype_to_np_dtype(dtype))
     return replace(source, dtype=dtype, array=array)
 
@@ -125,10 +126,11 @@ def _reshape(attributes: Attributes, inputs: Sequence[Value], bare: Value) -> Va
     changed = replace(source, shape=None, array=None, quantized=_without_axis(source.quantized))
     if source.array is None or target is None:
         return changed
-    sizes = [source.array.shape[i] if n == 0 and i < source.array.ndim else int(n) for i, n in enumerate(target.flat)]
+    known = source.array.shape
     try:
+        sizes = [known[i] if n == 0 and i < len(known) else int(n) for i, n in enumerate(target.flat)]
         array = source.array.reshape(sizes)
-    except ValueError:
+    except (ValueError, OverflowError):
         return changed
     return replace(changed, shape=array.shape, array=array)
 

@@ -49,7 +49,8 @@ UNKNOWN = Value()
 
 def type_name(dtype: int) -> str:
     """`float16` for 10, and so on."""
-    return str(TensorProto.DataType.Name(dtype)).lower() if dtype else "of unknown type"
+    known = dtype and dtype in TensorProto.DataType.values()
+    return str(TensorProto.DataType.Name(dtype)).lower() if known else "of unknown type"
 
 
 def per_channel(scale: Value) -> bool:

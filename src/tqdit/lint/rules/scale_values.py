@@ -29,9 +29,11 @@ SMALLEST_NORMAL: dict[int, float] = {
 def check(program: Program) -> Iterator[Finding]:
     for site in program.standard_sites("QuantizeLinear", "DequantizeLinear"):
         scale = site.value(1)
-        if scale.array is None:
+        if scale.array is None or scale.dtype not in SMALLEST_NORMAL:
             continue
-        wrong = _wrong(scale.array.astype(np.float64), scale.dtype)
+        with np.errstate(invalid="ignore"):  # a NaN is what this looks for
+            numbers = scale.array.astype(np.float64)
+        wrong = _wrong(numbers, scale.dtype)
         if wrong is not None:
             what, consequence = wrong
             yield Finding(
@@ -46,7 +48,7 @@ def check(program: Program) -> Iterator[Finding]:
 
 def _wrong(scale: NDArray[Any], dtype: int) -> tuple[str, str] | None:
     """What is wrong with a scale, and what comes of it."""
-    smallest = SMALLEST_NORMAL.get(dtype, 0.0)
+    smallest = SMALLEST_NORMAL[dtype]
     cases = (
         (~np.isfinite(scale), "is not finite", "Every result becomes NaN, zero or infinite."),
         (scale == 0, "is zero", "x / 0 saturates every code and every result is 0 or NaN; TensorRT refuses the file."),
