@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from support import tiny_model
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
+from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate, flow
 from tqdit.calibrate.flow import finish
 from tqdit.calibrate.judge import chain_error, final_samples
 from tqdit.calibrate.work import WorkFolder
@@ -43,7 +44,8 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
     assert table.groups == 3
     softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
     assert softmax.scheme == ("symmetric" if preset in ("min-max", "mse", "ho") else "softmax")
-    assert softmax.granularity == (PerTimestepGroup(3) if preset in ("tq-dit", "paper") else PerTensor())
+    grouped = preset in ("tq-dit", "paper", "best", "fast")
+    assert softmax.granularity == (PerTimestepGroup(3) if grouped else PerTensor())
     assert set(table.errors) == set(table.by_module)
 
 
@@ -74,6 +76,19 @@ def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> 
     assert codes is not None
     assert codes.shape == (48, 16)
     assert sum(rounded.errors.values()) < sum(nearest.errors.values())
+
+
+def test_two_regions_after_gelu_are_taken_only_where_they_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def schemes(threshold: float) -> set[str]:
+        monkeypatch.setattr(flow, "TWO_REGIONS_PAY", threshold)
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        table = calibrate(tiny_model(), replace(PRESETS["fast"], **SMALL), tmp_path / "work").table
+        return {table.by_module[f"blocks.{i}.mlp.fc2"]["input"].quantizer.scheme for i in (0, 1)}
+
+    assert schemes(1e9) == {"gelu"}
+    assert schemes(0.0) == {"asymmetric"}
 
 
 def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]:

@@ -21,7 +21,7 @@ from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.cost import Meter, multiply_adds
 from tqdit.calibrate.data import DataSet, data_rows
 from tqdit.calibrate.fisher import FISHERS
-from tqdit.calibrate.layers import LayerPlan, plan
+from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
 from tqdit.calibrate.problem import Problem, Solution, make_problem
 from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of, trajectory
@@ -31,6 +31,7 @@ from tqdit.console import Console
 from tqdit.models import LoadedModel
 from tqdit.scale_table import ScaleTable, Site, even_boundaries
 
+TWO_REGIONS_PAY = 0.5  # of the error with one region after GELU: above it, the second product is not worth it
 SAVES_PER_TRAJECTORY = 25
 BATCH_ELEMENTS = 2**23  # of the widest tensor of a block in one batch; fixed, since batches decide the last bits
 
@@ -248,11 +249,14 @@ class Calibration:
     def _solve(self, layer_plan: LayerPlan, samples: Samples, rows: CalibrationRows) -> tuple[list[Site], float]:
         module = self.model.network.get_submodule(layer_plan.name)
         weight = module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
-        with torch.no_grad():
-            problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
-            solution = self.solve_problem(layer_plan, problem)
-            error = problem.relative(solution.history[-1])
-        self.meter.add("search", solution.multiply_adds)
+        problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
+        two_regions = "input" in layer_plan.operands and layer_plan.operands["input"].scheme == "gelu"
+        if self.config.gelu == "auto" and two_regions:
+            one_region = with_one_region(layer_plan, self.config)
+            other, uniform = self._solve_plan(one_region, samples, weight, rows)
+            if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
+                problem, solution = other, uniform
+        error = problem.relative(solution.history[-1])
         sites = []
         for role, operand in problem.operands.items():
             quantizer = operand.quantizer(solution.parameters[role])
@@ -261,6 +265,15 @@ class Calibration:
                 codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).numpy()
             sites.append(Site(layer_plan.name, role, quantizer, codes))
         return sites, error
+
+    @torch.no_grad()
+    def _solve_plan(
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> tuple[Problem, Solution]:
+        problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
+        solution = self.solve_problem(layer_plan, problem)
+        self.meter.add("search", solution.multiply_adds)
+        return problem, solution
 
     def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)  # noqa: ARG002 (for overriding)
         """One layer by the configured method."""

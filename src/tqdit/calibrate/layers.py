@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -109,10 +109,16 @@ def _left(layer: Layer, config: QuantizationConfig) -> OperandPlan:
 
 
 def _input(layer: Layer, config: QuantizationConfig, bits: int) -> OperandPlan:
-    scheme: Scheme = "gelu" if layer.scheme == "gelu" and config.gelu == "two-region" else (
+    scheme: Scheme = "gelu" if layer.scheme == "gelu" and config.gelu != "uniform" else (
         "asymmetric" if config.inputs == "asymmetric" else "symmetric"
     )  # fmt: skip
     return OperandPlan(scheme, bits, _groups(config, scheme))
+
+
+def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan:
+    """The same layer with a uniform input after GELU."""
+    uniform = _input(layer_plan.layer, replace(config, gelu="uniform"), layer_plan.operands["input"].bits)
+    return replace(layer_plan, operands={**layer_plan.operands, "input": uniform})
 
 
 def _groups(config: QuantizationConfig, scheme: Scheme) -> int:
