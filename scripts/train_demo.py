@@ -99,7 +99,7 @@ def train_model(args: argparse.Namespace) -> None:
         update_ema(ema, model, min(args.ema_decay, (1 + step) / (10 + step)))
         for key, value in (("loss", mse), ("vb", vb)):
             old = state[key]
-            state[key] = float(value) if math.isnan(old) else 0.995 * old + 0.005 * float(value)
+            state[key] = float(value.detach()) if math.isnan(old) else 0.995 * old + 0.005 * float(value.detach())
         state["step"] = step + 1
         state["seconds"] = time.time() - started
         if step % 200 == 0:

@@ -13,12 +13,14 @@ from PIL import Image
 
 from tqdit.card import GraphCard
 from tqdit.diffusion import Float64, SamplingSpec, ddim_step, ddpm_step, guide
-from tqdit.export import ExportConfig, export_graph
+from tqdit.export import ExportConfig
+from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.models import LoadedModel
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.loaded import fingerprint
 from tqdit.models.origins import DIFFUSERS, PUBLISHED, Origin
 from tqdit.noise import INITIAL, normal_rows
+from tqdit.scale_table import ScaleTable
 
 ORIGINS = {"published": PUBLISHED, "diffusers": DIFFUSERS}
 TINY = DiTConfig(
@@ -60,15 +62,23 @@ DEFAULT = ExportConfig()
 
 
 @functools.cache
+def traced(config: ExportConfig, origin: str, steps: int, pixels: bool, seed: int) -> tuple[LoadedModel, ir.Model]:
+    """A tiny model and its float trace; cached, since torch needs seconds to trace even this."""
+    model = tiny_model(origin, steps, pixels, seed)
+    return model, trace_graph(model, config)
+
+
 def exported(
     config: ExportConfig = DEFAULT,
     origin: str = "published",
     steps: int = 20,
     pixels: bool = False,
     seed: int = 0,
+    table: ScaleTable | None = None,
 ) -> tuple[ir.Model, GraphCard]:
-    """A tiny model's graph and card; cached, since torch needs seconds to trace even this."""
-    return export_graph(tiny_model(origin, steps, pixels, seed), config)
+    """A tiny model's graph and card, float or quantized."""
+    model, trace = traced(replace(config, attention="simulated"), origin, steps, pixels, seed)
+    return finish_graph(trace.clone(), model, config, table)
 
 
 def reference_step(

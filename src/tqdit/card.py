@@ -7,8 +7,9 @@ the manifest of every engine, so the engine side reads no other file.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tqdit.diffusion import SamplingSpec
 from tqdit.errors import FileFormatError, UsageError
@@ -28,6 +29,32 @@ class VaeCard:
     sha256: str
     image_height: int
     image_width: int
+
+
+AttentionForm = Literal["simulated", "integer", "float"]
+ATTENTION_FORMS: tuple[AttentionForm, ...] = ("simulated", "integer", "float")
+ProductForm = Literal["integer", "simulated", "weight-only"]
+
+
+@dataclass(frozen=True)
+class QuantizationCard:
+    """What was quantized: enough for a builder to prove that it stayed so."""
+
+    weight_bits: int  # the fewest of any weight; codes are stored as int8 at any width
+    activation_bits: int  # the fewest of any activation
+    boundaries: tuple[int, ...]  # of the groups of timesteps
+    attention: AttentionForm
+    products: dict[str, ProductForm]  # module -> how its product was exported
+
+    @property
+    def summary(self) -> str:
+        """W8A8: 26 products integer, 12 simulated, 8 weight-only; 10 groups of timesteps."""
+        counts = Counter(self.products.values())
+        forms = ", ".join(f"{counts[form]} {form}" for form in get_args(ProductForm) if counts[form])
+        return (
+            f"W{self.weight_bits}A{self.activation_bits}: products {forms}; "
+            f"{len(self.boundaries) + 1} group(s) of timesteps"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ class GraphCard:
     fingerprint: str
     written_by: str  # tqdit's version
     vae: VaeCard | None = None
+    quantization: QuantizationCard | None = None  # None: a float graph
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -77,6 +105,7 @@ class GraphCard:
             values["sampling"] = SamplingSpec.from_json(values["sampling"])
             values["class_names"] = tuple(values["class_names"])
             values["vae"] = VaeCard(**values["vae"]) if values["vae"] else None
+            values["quantization"] = _quantization(values.get("quantization"))
             card = cls(**values)
             card.check()
         except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
@@ -89,3 +118,7 @@ class GraphCard:
         sizes = (self.channels, self.out_channels, self.height, self.width, self.num_classes)
         if not all(isinstance(size, int) and size > 0 for size in sizes) or self.graph not in GRAPHS:
             raise ValueError(f"graph '{self.graph}' with sizes {sizes}")
+
+
+def _quantization(values: dict[str, Any] | None) -> QuantizationCard | None:
+    return None if values is None else QuantizationCard(**{**values, "boundaries": tuple(values["boundaries"])})

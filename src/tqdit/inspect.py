@@ -92,6 +92,7 @@ def _bundle(path: Path) -> Facts:
         ("runs on", ", ".join(manifest.target.values())),
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
+        *([] if manifest.audit is None else [("audit", manifest.audit.line)]),
         *_card(manifest.card),
     ]
 
@@ -183,6 +184,7 @@ def _card(card: GraphCard) -> Facts:
         ("image", f"{card.channels} x {card.height} x {card.width}, {_space(card.latent_scale)}"),
         ("classes", _classes(card.num_classes, card.class_names)),
         ("sampler", f"{card.sampling.sampler}, {card.sampling.steps} steps, guidance: {guidance}"),
+        ("quantization", "none" if card.quantization is None else card.quantization.summary),
         ("fingerprint", card.fingerprint),
         ("written by", f"tqdit {card.written_by}"),
     ]

@@ -29,8 +29,8 @@ class Engine(Protocol):
 
 
 class BuildRow(Protocol):
-    def build(self, source: Path, card: GraphCard, folder: Path, precision: str) -> Manifest:
-        """Compile `source` into files in `folder` and describe them."""
+    def build(self, source: Path, card: GraphCard, folder: Path, precision: str, allow_fallback: bool) -> Manifest:
+        """Compile `source` into files in `folder`, audit and describe them."""
         ...
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdit.card import GraphCard
+from tqdit.engines.audit import Audit
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import sha256
 
@@ -38,6 +39,7 @@ class Manifest:
     decoder: str | None  # file of the VAE decoder
     versions: dict[str, str]  # of the libraries that built it
     target: dict[str, str]  # hardware that it runs on
+    audit: Audit | None = None  # of a quantized graph
     files: dict[str, Part] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Manifest:
             )
         try:
             values["card"] = GraphCard.from_json(json.dumps(values["card"]), str(where))
+            values["audit"] = _audit(values["audit"])
             values["files"] = {name: Part(**part) for name, part in values["files"].items()}
             manifest = cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
@@ -65,6 +68,10 @@ class Manifest:
             if name not in manifest.files or Path(name).name != name or name in (".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
+
+
+def _audit(values: dict[str, Any] | None) -> Audit | None:
+    return None if values is None else Audit(**values | {"fallen_back": tuple(values["fallen_back"])})
 
 
 def describe_parts(folder: Path) -> dict[str, Part]:

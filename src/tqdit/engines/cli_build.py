@@ -16,7 +16,7 @@ SUMMARY = "compile an exported ONNX file into an engine bundle"
 EXAMPLES = """\
 examples:
   tqdit-build                                   model.onnx -> model.engine
-  tqdit-build --precision fp32 dit.onnx -o dit.engine
+  tqdit-build --precision int8 dit.onnx -o dit.engine
 
 The bundle is a folder with all that an edge server needs: compiled graph, decoder, shapes, schedule, checksums."""
 
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)")  # fmt: skip
     add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
     add("--backend", choices=list(BACKENDS), default="onnxruntime", help="default: %(default)s")
-    add("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    add("--precision", choices=PRECISIONS, help="default: int8 for a quantized file, fp32 for a float one")
+    add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")
     add("--force", action="store_true", help="replace a folder that is not an engine")
 
 
@@ -36,8 +37,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output or args.model.with_suffix(".engine")
     check_overwrite(output, args.force)
     check_writable(output)
-    console.say(f"compiling {args.model} for {args.backend} in {args.precision}")
-    manifest = build_engine(args.model, output, args.backend, args.precision)
+    console.say(f"compiling {args.model} for {args.backend}")
+    manifest = build_engine(args.model, output, args.backend, args.precision, args.allow_float_fallback)
     size = sum(part.size_bytes for part in manifest.files.values())
-    console.say(f"{len(manifest.files)} file(s), {size / 1e6:.1f} MB")
+    console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
+    if manifest.audit is not None:
+        console.say(manifest.audit.line)
     return output

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdit.card import GRAPHS
+from tqdit.card import ATTENTION_FORMS, GRAPHS
 from tqdit.console import Console
 from tqdit.diffusion import SAMPLERS
+from tqdit.errors import UsageError
 from tqdit.extras import need
 from tqdit.files import check_writable
+
+if TYPE_CHECKING:
+    from tqdit.scale_table import ScaleTable
 
 SUMMARY = "write a diffusion transformer as one self-describing ONNX file"
 EXAMPLES = """\
 examples:
-  tqdit-export model.onnx                                     the demo model, as a step graph
+  tqdit-export model.onnx                                     ./scales.safetensors' model with its scales, else the
+                                                              demo model in float
   tqdit-export dit.onnx --model DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/
   tqdit-export dit.onnx --model DiT-XL-2-256/ --steps 50 --sampler ddim
   tqdit-export denoiser.onnx --graph denoiser                 for a scheduler of your own
@@ -22,14 +28,21 @@ examples:
 A step graph computes one whole sampling step (network, guidance, variance, update), so a sampler in any language is a
 loop and nothing else. Steps and sampler are fixed here; docs/onnx-file.md describes inputs, outputs and metadata."""
 
+DEFAULT_SCALES = Path("scales.safetensors")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("output", nargs="?", type=Path, default=Path("model.onnx"), help="ONNX file to write (default: %(default)s)")
-    add("--model", default="demo", help="'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers directory "
-        "(default: %(default)s)")  # fmt: skip
-    add("--float", action="store_true", help="export without quantization (all that this version can do)")
-    add("--graph", choices=GRAPHS, default="step", help="one sampling step, or the bare network (default: %(default)s)")
+    add("--model", help="'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers directory (default: "
+        "the model that the scale table names, else demo)")  # fmt: skip
+    scales = parser.add_mutually_exclusive_group()
+    scales.add_argument("--scales", type=Path, help="scale table that tqdit-calibrate wrote (default: "
+                        f"./{DEFAULT_SCALES}, if there)")  # fmt: skip
+    scales.add_argument("--float", action="store_true", help="export without quantization")
+    add("--attention", choices=ATTENTION_FORMS, default="simulated", help="how the products of attention are "
+        "quantized: rounded in float, as integer products, or not at all (default: %(default)s)")  # fmt: skip
+    add("--graph", choices=GRAPHS, default="step", help="a sampling step or the bare network (default: %(default)s)")
     add("--steps", type=int, help="steps of the chain, 1..1000 (default: as the model's origin samples: 250 for "
         "published checkpoints and the demo, 50 for diffusers)")  # fmt: skip
     add("--sampler", choices=SAMPLERS, help="default: as the model's origin samples: ddpm for published checkpoints "
@@ -53,14 +66,18 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output
     check_overwrite(output, args.force)
     check_writable(output)
-    config = ExportConfig(args.graph, args.steps, args.sampler, guided=not args.unguided)
-    console.say(f"loading {args.model}")
-    model = load_model(args.model, args.heads)
+    config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention)
+    table = _scale_table(args, console)
+    source = args.model or ("demo" if table is None else table.model)
+    console.say(f"loading {source}")
+    model = load_model(source, args.heads)
     spec = config.sampling(model)
     vae_folder = None if args.no_vae else args.vae or model.vae_folder
     decoder = load_decoder(vae_folder, model) if vae_folder else None
-    console.say(f"tracing the {args.graph} graph: {spec.steps} steps of {spec.sampler}, in float32")
-    graph, card = export_graph(model, config)
+    console.say(f"tracing the {args.graph} graph: {spec.steps} steps of {spec.sampler}")
+    graph, card = export_graph(model, config, table)
+    if card.quantization is not None:
+        console.say(f"quantized {card.quantization.summary}")
     vae = None
     if decoder is not None:
         console.say(f"tracing the decoder of {vae_folder}")
@@ -68,3 +85,20 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     console.say(f"writing {output}")
     write(output, graph, card, vae)
     return output
+
+
+def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | None:
+    """The scale table to export with, or None for a float export; says which."""
+    if args.float:
+        return None
+    path: Path | None = args.scales or (DEFAULT_SCALES if DEFAULT_SCALES.is_file() else None)
+    if path is None:
+        console.say(f"no ./{DEFAULT_SCALES}: exporting in float32. Run tqdit-calibrate first for an int8 file.")
+        return None
+    from tqdit.scale_table import read_scale_table
+
+    table = read_scale_table(path)
+    if args.model is None and table.model != "demo" and not Path(table.model).exists():
+        raise UsageError(f"{path}: calibrated for '{table.model}', which is not there. Pass --model.")
+    console.say(f"scales from {path}")
+    return table

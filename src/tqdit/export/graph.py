@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from tqdit import __version__
-from tqdit.card import GraphCard, GraphName
+from tqdit.card import AttentionForm, GraphCard, GraphName
 from tqdit.diffusion import SamplerName, SamplingSpec
+from tqdit.export.passes.names import name_by_modules
+from tqdit.export.passes.quantize import describe, quantize
 from tqdit.export.step import SamplingStep
 from tqdit.export.trace import denoiser_inputs, step_inputs, trace
 from tqdit.models import LoadedModel
+from tqdit.scale_table import ScaleTable
 
 
 @dataclass(frozen=True)
@@ -22,23 +25,42 @@ class ExportConfig:
     steps: int | None = None
     sampler: SamplerName | None = None
     guided: bool = True
+    attention: AttentionForm = "simulated"  # of a quantized graph
 
     def sampling(self, model: LoadedModel) -> SamplingSpec:
         spec = model.sampling
-        return replace(
-            spec, steps=spec.steps if self.steps is None else self.steps, sampler=self.sampler or spec.sampler
-        )
+        steps = spec.steps if self.steps is None else self.steps
+        return replace(spec, steps=steps, sampler=self.sampler or spec.sampler)
 
 
-def export_graph(model: LoadedModel, config: ExportConfig) -> tuple[ir.Model, GraphCard]:
-    """The step graph or the denoiser graph of a model, with its card."""
+def export_graph(
+    model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None
+) -> tuple[ir.Model, GraphCard]:
+    """The step graph or the denoiser graph of a model, with its card; quantized where a scale table is given.
+
+    Raises UsageError where the table is for another model or does not fit the trace.
+    """
+    if table is not None:
+        table.check_model(model.fingerprint, model.source)
+    return finish_graph(trace_graph(model, config), model, config, table)
+
+
+def trace_graph(model: LoadedModel, config: ExportConfig) -> ir.Model:
+    """The float trace that the passes start from."""
     shape = (model.in_channels, model.height, model.width)
-    spec = config.sampling(model)
-    if config.graph == "step":
-        step = SamplingStep(model, spec)
-        graph = trace(step, step_inputs(shape, config.guided), "x_next")
-    else:
-        graph = trace(model.network, denoiser_inputs(shape), "noise_pred")
+    if config.graph == "denoiser":
+        return trace(model.network, denoiser_inputs(shape), "noise_pred")
+    step = SamplingStep(model, config.sampling(model))
+    return trace(step, step_inputs(shape, config.guided), "x_next")
+
+
+def finish_graph(
+    graph: ir.Model, model: LoadedModel, config: ExportConfig, table: ScaleTable | None
+) -> tuple[ir.Model, GraphCard]:
+    """Run the passes over a float trace, in place, and describe the result."""
+    if table is not None:
+        quantize(graph, model.network, table, config.attention)
+    name_by_modules(graph)
     card = GraphCard(
         graph=config.graph,
         channels=model.in_channels,
@@ -47,13 +69,14 @@ def export_graph(model: LoadedModel, config: ExportConfig) -> tuple[ir.Model, Gr
         width=model.width,
         num_classes=model.num_classes,
         guided=config.guided and config.graph == "step",
-        guidance_scale=model.guidance_scale,
-        sampling=spec,
+        guidance_scale=model.guidance_scale if table is None else table.guidance_scale,
+        sampling=config.sampling(model),
         latent_scale=model.latent_scale,
         class_names=model.class_names,
         model=model.source,
         origin=model.origin,
         fingerprint=model.fingerprint,
         written_by=__version__,
+        quantization=None if table is None else describe(table, config.attention),
     )
     return graph, card

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from tqdit import __version__
 from tqdit.card import GraphCard
+from tqdit.engines.audit import Audit, audit
 from tqdit.engines.bundle import Manifest, describe_parts
-from tqdit.engines.onnxruntime.library import load_library
+from tqdit.engines.onnxruntime.library import load_library, session_options
 from tqdit.errors import BackendError
-from tqdit.onnx_file import bytes_on_disk
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
 EXTERNAL_DATA_BYTES = 1_000_000_000
+# Operators of ONNX Runtime that multiply integers, and those that multiply floats.
+INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}
+FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"}
 
 
-def build(source: Path, card: GraphCard, folder: Path, precision: str) -> Manifest:
-    """Compile the graph and, where there is one, the decoder beside it."""
+def build(source: Path, card: GraphCard, folder: Path, precision: str, allow_fallback: bool = False) -> Manifest:
+    """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
     ort = load_library()
     _optimise(source, folder / GRAPH_FILE)
     if card.vae is not None:
         _optimise(source.parent / card.vae.file, folder / DECODER_FILE)
+    report = audit_graph(folder / GRAPH_FILE, card)
+    if report is not None and not allow_fallback:
+        report.check("onnxruntime", "its optimiser does not fuse this form; run tqdit-inspect --lint on the file")
     return Manifest(
         backend="onnxruntime",
         precision=precision,
@@ -31,29 +38,43 @@ def build(source: Path, card: GraphCard, folder: Path, precision: str) -> Manife
         decoder=DECODER_FILE if card.vae is not None else None,
         versions={"tqdit": __version__, "onnxruntime": ort.__version__},
         target={"provider": "CPUExecutionProvider", "machine": platform.machine()},
+        audit=report,
         files=describe_parts(folder),
+    )
+
+
+def audit_graph(file: Path, card: GraphCard) -> Audit | None:
+    """Read off the optimised graph which products are integer; its nodes keep their names through fusion."""
+    if card.quantization is None:
+        return None
+    from tqdit.onnx_file import load_graph  # needs onnx, which the runtime does without
+
+    nodes = list(load_graph(file).graph.node)
+    return audit(
+        card.quantization,
+        (node.name for node in nodes if node.op_type in INTEGER_PRODUCTS),
+        (node.name for node in nodes if node.op_type in FLOAT_PRODUCTS),
     )
 
 
 def _optimise(source: Path, target: Path) -> None:
     """Fuse what does not depend on this machine's CPU; layout changes that do are left to the moment of loading."""
+    from tqdit.onnx_file import bytes_on_disk
+
     ort = load_library()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options, settings = session_options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
     if bytes_on_disk(source) > EXTERNAL_DATA_BYTES:
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", f"{target.name}.data"
-        )
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        _keep_weights_beside(options, target)
     try:
-        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(source, options, **settings)
     except Exception as error:  # ONNX Runtime raises a class of its own for each status code
-        raise BackendError(
-            f"{source}: ONNX Runtime {ort.__version__} cannot compile it ({_first_line(error)})."
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise BackendError(f"{source}: ONNX Runtime {ort.__version__} cannot compile it ({reason}).") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _keep_weights_beside(options: Any, target: Path) -> None:
+    entry = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{entry}_file_name", f"{target.name}.data")
+    options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")

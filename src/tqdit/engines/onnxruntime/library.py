@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 from tqdit.errors import BackendError
 from tqdit.extras import need
@@ -21,6 +22,19 @@ def load_library() -> ModuleType:
             "pip install 'tqdit[onnxruntime-gpu]'"
         )
     return need("onnxruntime", "onnxruntime", "this backend")
+
+
+def session_options(ort: ModuleType) -> tuple[Any, dict[str, Any]]:
+    """(options, further arguments) of every session, when building and when running.
+
+    MatMulAddFusion turns a quantized MatMul + Add into a form that static Q/DQ graphs of 1.31 fail to load or compute
+    wrongly. Products with int8 weights alone become MatMulNBits, whose default (accuracy level 4) would also round
+    their inputs to int8, which nobody asked for; level 1 computes them in float32.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options, {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["MatMulAddFusion"]}
 
 
 def _installed(distribution: str) -> bool:

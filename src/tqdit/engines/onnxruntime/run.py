@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.bundle import Manifest
-from tqdit.engines.onnxruntime.library import load_library
+from tqdit.engines.onnxruntime.library import load_library, session_options
 from tqdit.errors import BackendError
 
 
@@ -20,12 +20,11 @@ class OrtEngine:
 
     def __init__(self, file: Path, threads: int | None) -> None:
         ort = load_library()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options, settings = session_options(ort)
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session: Any = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(file, options, **settings)
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = str(error).strip().splitlines()[0]
             raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot load it ({reason}).") from error

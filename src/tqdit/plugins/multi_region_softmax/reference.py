@@ -19,4 +19,5 @@ def multi_region_softmax(scores: Float32, low_step: Float32, bits: int, high_ste
     exponent = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p = exponent / exponent.sum(axis=-1, keepdims=True)
     low = np.round(p / s1)
-    return np.where(low <= top, low * s1, np.minimum(np.round(p / s2), top) * s2)
+    quantized: Float32 = np.where(low <= top, low * s1, np.minimum(np.round(p / s2), top) * s2)
+    return quantized

@@ -1,0 +1,74 @@
+"""All quantization passes in their order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
+
+from tqdit.card import AttentionForm, ProductForm, QuantizationCard
+from tqdit.export.passes.attention import quantize_attention
+from tqdit.export.passes.groups import RowGroups
+from tqdit.export.passes.linear import quantize_linears
+from tqdit.export.passes.scopes import network_timestep
+from tqdit.plugins import DOMAIN, VERSION
+from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
+from tqdit.plugins.time_group_select import schema as time_group_select
+from tqdit.scale_table import ScaleTable
+
+SCHEMAS = (multi_region_softmax, time_group_select)
+
+
+def exported_sites(table: ScaleTable, form: AttentionForm) -> ScaleTable:
+    """The part of a table that an export holds: with float attention, without the sites of its products.
+
+    `tqdit.calibrate.apply` of this table is what the export computes.
+    """
+    if form != "float":
+        return table
+    return replace(table, sites=tuple(site for site in table.sites if site.role not in ("left", "right")))
+
+
+def describe(table: ScaleTable, form: AttentionForm) -> QuantizationCard:
+    """What `quantize` makes of a table."""
+    exported = exported_sites(table, form)
+    products: dict[str, ProductForm] = {}
+    for module, sites in exported.by_module.items():
+        if "left" in sites:
+            products[module] = "integer" if form == "integer" else "simulated"
+        elif "weight" in sites:
+            products[module] = "integer" if "input" in sites else "weight-only"
+    return QuantizationCard(
+        weight_bits=min((site.quantizer.bits for site in exported.sites if site.role == "weight"), default=32),
+        activation_bits=min((site.quantizer.bits for site in exported.sites if site.role != "weight"), default=32),
+        boundaries=tuple(int(boundary) for boundary in table.boundaries),
+        attention=form,
+        products=products,
+    )
+
+
+def quantize(model: ir.Model, network: nn.Module, table: ScaleTable, form: AttentionForm) -> None:
+    """Requires: a float trace of `network` or of a sampling step around it.
+
+    Ensures: every site of `exported_sites(table, form)` is quantized; bodies of the custom ops in use are in the model;
+    nothing unused is left.
+    """
+    table = exported_sites(table, form)
+    groups = RowGroups(network_timestep(model), table.boundaries)
+    quantize_linears(model, network, table, groups)
+    quantize_attention(model, network, table, groups, form)
+    RemoveUnusedNodesPass()(model)
+    add_bodies(model)
+
+
+def add_bodies(model: ir.Model) -> None:
+    """Give the model the function body of every custom op that it uses."""
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for schema in SCHEMAS:
+        if schema.OP_TYPE in used:
+            function = ir.serde.deserialize_function(schema.body())
+            model.functions[function.identifier()] = function
+    if used:
+        model.graph.opset_imports[DOMAIN] = VERSION

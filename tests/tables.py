@@ -1,0 +1,121 @@
+"""Scale tables for tiny models from the ranges of a few rows: plausible numbers without a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from tqdit.models import LoadedModel
+from tqdit.models.dit import Scores, ValueProduct
+from tqdit.scale_table import (
+    Asymmetric,
+    PerChannel,
+    PerTensor,
+    PerTimestepGroup,
+    ScaleTable,
+    Site,
+    Symmetric,
+    TwoRegionGelu,
+    TwoRegionSoftmax,
+    even_boundaries,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One variant of quantization."""
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    asymmetric: bool = False
+    groups: int = 1
+    everywhere: bool = False  # time groups on every activation, not on the softmax alone
+    conditioning_inputs: bool = False
+
+
+def make_table(model: LoadedModel, kind: Kind, seed: int = 0) -> ScaleTable:
+    rng = np.random.default_rng(seed)
+    operands = record_operands(model)
+    sites = []
+    for name, values in operands.items():
+        module = model.network.get_submodule(name)
+        if isinstance(module, Scores | ValueProduct):
+            left = symmetric(values[0], kind, rng)
+            if isinstance(module, ValueProduct):
+                left = softmax(kind, rng)
+            sites += [Site(name, "left", left), Site(name, "right", symmetric(values[1], kind, rng))]
+            continue
+        weight = module.weight.detach().numpy()
+        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+        scale = (largest / (2 ** (kind.weight_bits - 1) - 0.5)).astype(np.float32)
+        sites.append(Site(name, "weight", Symmetric(kind.weight_bits, PerChannel(0), scale)))
+        is_conditioning = "adaLN" in name or "t_embedder" in name
+        if is_conditioning and not kind.conditioning_inputs:
+            continue
+        sites.append(Site(name, "input", gelu(values[0], kind, rng) if name.endswith("fc2") else (
+            asymmetric(values[0], kind, rng) if kind.asymmetric else symmetric(values[0], kind, rng))))  # fmt: skip
+    return ScaleTable(
+        model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(kind.groups),
+        sites=tuple(sites), seed=seed, guidance_scale=1.5,
+    )  # fmt: skip
+
+
+def record_operands(model: LoadedModel) -> dict[str, tuple[np.ndarray, ...]]:
+    """Inputs of every product on a few random rows."""
+    recorded: dict[str, tuple[np.ndarray, ...]] = {}
+    hooks = []
+    for name, module in model.network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | Scores | ValueProduct):
+
+            def hook(_module, inputs, _output, name=name):
+                recorded[name] = tuple(each.numpy() for each in inputs)
+
+            hooks.append(module.register_forward_hook(hook))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, model.in_channels, model.height, model.width, generator=generator)
+    with torch.no_grad():
+        model.network(x, torch.arange(8) * 140, torch.arange(8) % model.num_classes)
+    for each in hooks:
+        each.remove()
+    return recorded
+
+
+def spread(value: float, kind: Kind, rng: np.random.Generator) -> tuple[np.ndarray, PerTensor | PerTimestepGroup]:
+    """One scale, or one per group that wanders by a factor of up to two."""
+    if not kind.everywhere or kind.groups == 1:
+        return np.float32(value).reshape(()), PerTensor()
+    return (value * rng.uniform(0.5, 1, kind.groups)).astype(np.float32), PerTimestepGroup(kind.groups)
+
+
+def symmetric(x: np.ndarray, kind: Kind, rng: np.random.Generator) -> Symmetric:
+    bits = kind.activation_bits
+    scale, granularity = spread(np.abs(x).max() / (2 ** (bits - 1) - 0.5), kind, rng)
+    return Symmetric(bits, granularity, scale)
+
+
+def asymmetric(x: np.ndarray, kind: Kind, rng: np.random.Generator) -> Asymmetric:
+    bits = kind.activation_bits
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    scale, granularity = spread((high - low) / (2**bits - 1), kind, rng)
+    zero = np.clip(np.round(-low / scale), 0, 2**bits - 1).astype(np.int32)
+    return Asymmetric(bits, granularity, scale, zero.reshape(scale.shape))
+
+
+def gelu(x: np.ndarray, kind: Kind, rng: np.random.Generator) -> TwoRegionGelu:
+    bits = kind.activation_bits
+    q = 2 ** (bits - 1)
+    negative, granularity = spread(0.17 / q, kind, rng)
+    positive, _ = spread(x.max() / (q - 0.5), kind, rng)
+    return TwoRegionGelu(bits, granularity, negative, positive)
+
+
+def softmax(kind: Kind, rng: np.random.Generator) -> TwoRegionSoftmax:
+    bits = kind.activation_bits
+    high = np.float32(1 / (2 ** (bits - 1) - 1))
+    shape = () if kind.groups == 1 else (kind.groups,)
+    low = (high * 2.0 ** -rng.integers(1, bits, shape)).astype(np.float32).reshape(shape)
+    granularity = PerTensor() if kind.groups == 1 else PerTimestepGroup(kind.groups)
+    return TwoRegionSoftmax(bits, granularity, low, high.reshape(()))
