@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from tqdit.calibrate.judge import chain_error, final_samples
 from tqdit.calibrate.work import WorkFolder
 from tqdit.cli import main
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
+from tqdit.models import LoadedModel, load_model
 from tqdit.scale_table import PerTensor, PerTimestepGroup, ScaleTable, read_scale_table
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
@@ -89,6 +90,20 @@ def test_two_regions_after_gelu_are_taken_only_where_they_pay(
 
     assert schemes(1e9) == {"gelu"}
     assert schemes(0.0) == {"asymmetric"}
+
+
+def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) -> None:
+    model = load_model("demo")
+    errors = []
+    for bits in (8, 6):
+        config = QuantizationConfig(
+            weight_bits=bits, activation_bits=bits, steps=25, groups=5, rows_per_group=8, chains=2
+        )
+        quantized = apply(model, calibrate(model, config, tmp_path).table)
+        reference = final_samples(model, 25, 4, 1.5, seed=1)
+        errors.append(float(np.median(chain_error(reference, final_samples(quantized, 25, 4, 1.5, seed=1)).per_image)))
+    assert errors[0] < 0.005
+    assert errors[0] < errors[1] / 3
 
 
 def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]:
