@@ -72,6 +72,14 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert is_scale_table(tmp_path / "s.safetensors")
 
 
+def test_a_divisor_travels_with_its_input(tmp_path: Path) -> None:
+    site = Site("qkv", "input", Symmetric(8, PerTensor(), f32(0.5)), divisor=f32(1, 2, 4))
+    write_scale_table(tmp_path / "s.safetensors", replace(small_table(), sites=(site,)))
+    divisor = read_scale_table(tmp_path / "s.safetensors").sites[0].divisor
+    assert divisor is not None
+    assert divisor.tolist() == [1, 2, 4]
+
+
 def test_a_boundary_timestep_belongs_to_the_later_group() -> None:
     assert small_table().group_of(np.array([0, 499, 500, 999])).tolist() == [0, 0, 1, 1]
 
@@ -134,6 +142,9 @@ def _site(index: int, **entries: Any) -> Callable[[Tensors, dict[str, Any]], Non
         (_set("fc2.weight.codes", 8, 0, dtype="int8"), r"'fc2.weight.codes' leaves -8..7, the range of 4 bits"),
         (_set("fc2.weight.codes", 7, 0, dtype="int8"), r"its 3 scales do not fit axis 0"),
         (_set("fc2.weight.codes", 7, 0, dtype="int32"), r"'fc2.weight.codes' is int32, expected int8"),
+        (_set("fc2.input.divisor", 1, -1, 1), r"'fc2.input.divisor' holds -1, expected"),
+        (_set("fc2.input.divisor", 1.0), r"'fc2.input.divisor' is float32\[\], expected float32\['channels'\]"),
+        (_set("fc2.weight.divisor", 1, 1), r"'fc2.weight.divisor' belongs to an input, not to a weight"),
         (_set("boundaries", 1000, dtype="int64"), r"'boundaries' is int64\[\]"),
         (lambda t, h: t.update(boundaries=np.array([1000])), r"'boundaries' is \[1000\], expected increasing"),
         (lambda t, h: t.update(boundaries=np.array([0])), r"'boundaries' is \[0\], expected increasing"),

@@ -120,12 +120,18 @@ ROLES_OF_SCHEME: dict[str, tuple[Role, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One quantized tensor. `codes` int8 are a weight's integers where they are not those of rounding to nearest."""
+    """One quantized tensor.
+
+    codes: int8, a weight's integers where they are not those of rounding to nearest.
+    divisor: float32 (K,), of an input: each channel of x is divided by its entry before anything else, and the weight's
+    quantizer and codes are those of W * divisor. The product stays the same, the channels get equal ranges.
+    """
 
     module: str
     role: Role
     quantizer: Quantizer
     codes: NDArray[np.int8] | None = None
+    divisor: NDArray[np.float32] | None = None
 
     @property
     def name(self) -> str:
@@ -134,7 +140,8 @@ class Site:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The tensors that the file holds for this site, by their last name."""
         arrays = {name: getattr(self.quantizer, name) for name in TENSORS[self.quantizer.scheme]}
-        return arrays | ({} if self.codes is None else {"codes": self.codes})
+        optional = {"codes": self.codes, "divisor": self.divisor}
+        return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
 @dataclass(frozen=True, eq=False)

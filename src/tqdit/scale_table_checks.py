@@ -100,7 +100,7 @@ def _site(entry: Any, tensors: Arrays) -> Site:
         quantizer = SCHEMES[scheme](bits=bits, granularity=granularity_from_text(granularity), **arrays)
     except FileFormatError as error:
         raise FileFormatError(f"'{name}': {error}") from error
-    return Site(module, role, quantizer, tensors.get(f"{name}.codes"))
+    return Site(module, role, quantizer, tensors.get(f"{name}.codes"), tensors.get(f"{name}.divisor"))
 
 
 def check_table(table: ScaleTable) -> None:
@@ -143,9 +143,13 @@ def check_site(site: Site, groups: int) -> None:
         raise FileFormatError(f"'{site.name}' has {quantizer.bits} bits, expected 2..8. {AGAIN}")
     shape = _scale_shape(site, groups)
     for key, array in site.arrays().items():
-        if key != "codes":
+        if key in TENSORS[quantizer.scheme]:
             expected = () if key == "high_step" else shape
             _check_array(f"{site.name}.{key}", array, TENSORS[quantizer.scheme][key], expected)
+    if site.divisor is not None:
+        if site.role != "input":
+            raise FileFormatError(f"'{site.name}.divisor' belongs to an input, not to a {site.role}. {AGAIN}")
+        _check_array(f"{site.name}.divisor", site.divisor, "float32", (None,))
     _check_values(site)
     _check_codes(site)
 

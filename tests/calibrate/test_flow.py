@@ -79,6 +79,20 @@ def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> 
     assert sum(rounded.errors.values()) < sum(nearest.errors.values())
 
 
+def test_equalised_channels_leave_less_error_where_channels_differ(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():  # the conditioning makes one channel of fc1's input twenty times as large as the others
+        model.network.get_submodule("blocks.0.adaLN_modulation.1").bias[4 * 16 + 3] += 20
+    config = replace(PRESETS["tq-dit"], activation_bits=6, **SMALL)
+    plain = calibrate(model, config, tmp_path / "a").table
+    equalised = calibrate(model, replace(config, equalize=True), tmp_path / "b").table
+    divisor = equalised.by_module["blocks.0.mlp.fc1"]["input"].divisor
+    assert divisor is not None
+    assert divisor.argmax() == 3
+    assert equalised.errors["blocks.0.mlp.fc1"] < plain.errors["blocks.0.mlp.fc1"] / 2
+    assert eps_error(model, equalised) < eps_error(model, plain)
+
+
 def test_two_regions_after_gelu_are_taken_only_where_they_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

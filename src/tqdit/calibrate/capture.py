@@ -37,13 +37,15 @@ class Samples:
     """One layer's samples. S tokens of each row, T in all; for a layer without tokens S = T = 1.
 
     Linear and convolution: left (R, S, K), g2 (R, S, O). Attention: left (R, H, S, K), right (R, H, K, O), g2
-    (R, H, S, O). low and high (R,) per operand: smallest and largest value over all tokens of a row.
+    (R, H, S, O). ranges: smallest and largest value (R,) of each operand over all tokens of a row; channels: the same
+    of each input channel of a linear layer, (R, K).
     """
 
     left: Tensor
     right: Tensor | None
     g2: Tensor
     ranges: dict[str, tuple[Tensor, Tensor]]
+    channels: tuple[Tensor, Tensor] | None = None
 
 
 class Recorder:
@@ -77,6 +79,10 @@ class Recorder:
             for role, tensor in zip(("left", "right"), operands, strict=False):
                 store.put(f"{role}.low", self._start, tensor.flatten(1).amin(1))
                 store.put(f"{role}.high", self._start, tensor.flatten(1).amax(1))
+            if isinstance(module, nn.Linear):
+                tokens = operands[0].reshape(len(operands[0]), -1, operands[0].shape[-1])
+                store.put("channel.low", self._start, tokens.amin(1))
+                store.put("channel.high", self._start, tokens.amax(1))
             store.put("left", self._start, self._keep(as_matrix(module, operands[0])))
             if isinstance(module, Scores):
                 store.put("right", self._start, operands[1].transpose(-2, -1))
@@ -112,7 +118,8 @@ class Recorder:
         tensors = self.collected.pop(name).tensors
         roles = ("left", "right") if "right" in tensors else ("left",)
         ranges = {role: (tensors[f"{role}.low"], tensors[f"{role}.high"]) for role in roles}
-        return Samples(tensors["left"], tensors.get("right"), tensors["g2"], ranges)
+        channels = (tensors["channel.low"], tensors["channel.high"]) if "channel.low" in tensors else None
+        return Samples(tensors["left"], tensors.get("right"), tensors["g2"], ranges, channels)
 
 
 def as_matrix(module: nn.Module, x: Tensor) -> Tensor:

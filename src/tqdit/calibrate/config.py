@@ -48,6 +48,7 @@ class QuantizationConfig:
     weight_granularity: str = knob("channel", "one weight step per output channel or per tensor (three for qkv)",
                                    ("channel", "tensor"))  # fmt: skip
     inputs: str = knob("symmetric", "inputs of linear layers", ("symmetric", "asymmetric"))
+    equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
     softmax: str = knob("two-region", "probabilities", ("uniform", "two-region"))
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
@@ -122,7 +123,7 @@ PAPER = replace(
 )  # fmt: skip
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
-BEST = replace(TQ_DIT, method="gptq", inputs="asymmetric", time_groups="all")
+BEST = replace(TQ_DIT, method="gptq", inputs="asymmetric", time_groups="all", equalize=True)
 # Two regions after GELU only where they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto")
 

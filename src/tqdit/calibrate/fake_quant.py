@@ -195,9 +195,17 @@ class QuantizedLinear(nn.Module):
     weight: Tensor
     row_sums: Tensor
     bias: Tensor | None
+    divisor: Tensor | None
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, weight: Tensor, quantize: InputQuantizer | None) -> None:
+    def __init__(
+        self,
+        module: nn.Linear | nn.Conv2d,
+        weight: Tensor,
+        quantize: InputQuantizer | None,
+        divisor: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.register_buffer("divisor", divisor, persistent=False)
         self.stride = module.stride if isinstance(module, nn.Conv2d) else None
         shape = (-1,) if self.stride is None else (-1, 1, 1)
         self.register_buffer("weight", weight, persistent=False)
@@ -212,6 +220,8 @@ class QuantizedLinear(nn.Module):
         return F.conv2d(x, self.weight, stride=self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.divisor is not None:
+            x = x / self.divisor
         y = self.product(x) if self.quantize is None else self.quantize(x, self.product, self.row_sums)
         return y if self.bias is None else y + self.bias
 
@@ -262,16 +272,29 @@ def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], row
                          "Calibrate again.")  # fmt: skip
     if isinstance(module, nn.Linear | nn.Conv2d):
         weight = module.weight.detach()
+        divisor = _divisor(sites["input"], module) if "input" in sites else None
+        if divisor is not None:
+            weight = weight * divisor
         if "weight" in sites:
             weight = dequantized_weight(weight, sites["weight"])
         operand = _operand(sites["input"].quantizer, rows) if "input" in sites else None
         if isinstance(module, nn.Conv2d) and any(module.padding):
             raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
-        return QuantizedLinear(module, weight, operand)
+        return QuantizedLinear(module, weight, operand, divisor)
     if set(sites) != expected:
         raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. Calibrate again.")
     built: nn.Module = products[type(module)](*(_operand(sites[role].quantizer, rows) for role in ("left", "right")))
     return built
+
+
+def _divisor(site: Site, module: nn.Linear | nn.Conv2d) -> Tensor | None:
+    """The divisor of each input channel (K,)."""
+    if site.divisor is None:
+        return None
+    if isinstance(module, nn.Conv2d) or len(site.divisor) != module.in_features:
+        raise UsageError(f"'{site.name}.divisor' has {len(site.divisor)} entries, which do not fit the layer. "
+                         "Calibrate this model.")  # fmt: skip
+    return torch.from_numpy(np.array(site.divisor))
 
 
 def _operand(quantizer: Quantizer, rows: RowGroups) -> Any:

@@ -20,9 +20,11 @@ from tqdit.calibrate.capture import Recorder, Samples, choose_tokens
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.cost import Meter, multiply_adds
 from tqdit.calibrate.data import DataSet, data_rows
+from tqdit.calibrate.equalize import divide, divisors
 from tqdit.calibrate.fisher import FISHERS
 from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
+from tqdit.calibrate.operands import array
 from tqdit.calibrate.problem import Problem, Solution, make_problem
 from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of, trajectory
 from tqdit.calibrate.stages import Batch, Stages
@@ -249,6 +251,9 @@ class Calibration:
     def _solve(self, layer_plan: LayerPlan, samples: Samples, rows: CalibrationRows) -> tuple[list[Site], float]:
         module = self.model.network.get_submodule(layer_plan.name)
         weight = module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
+        divisor = self._divisor(layer_plan, samples, weight, rows)
+        if divisor is not None and weight is not None:
+            samples, weight = divide(samples, divisor), weight * divisor
         problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
         two_regions = "input" in layer_plan.operands and layer_plan.operands["input"].scheme == "gelu"
         if self.config.gelu == "auto" and two_regions:
@@ -263,8 +268,30 @@ class Calibration:
             codes = None
             if role == "weight" and solution.weight_codes is not None and weight is not None:
                 codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).numpy()
-            sites.append(Site(layer_plan.name, role, quantizer, codes))
+            divided = array(divisor) if divisor is not None and role == "input" else None
+            sites.append(Site(layer_plan.name, role, quantizer, codes, divided))
         return sites, error
+
+    @torch.no_grad()
+    def _divisor(
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> Tensor | None:
+        """The equalising divisor with which range-based steps do best, or None where none helps."""
+        equalizable = self.config.equalize and set(layer_plan.operands) == {"weight", "input"}
+        if not equalizable or weight is None or samples.channels is None:
+            return None
+
+        def objective(samples: Samples, weight: Tensor) -> float:
+            problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
+            self.meter.add("search", problem.multiply_adds)
+            return problem.objective(problem.initial)
+
+        best, found = objective(samples, weight), None
+        for divisor in divisors(samples, weight):
+            value = objective(divide(samples, divisor), weight * divisor)
+            if value < best:
+                best, found = value, divisor
+        return found
 
     @torch.no_grad()
     def _solve_plan(

@@ -164,12 +164,13 @@ class AsymmetricActivation(Activation):
 
 @dataclass(frozen=True, eq=False)
 class GeluActivation(Activation):
-    """Two steps, searched one after the other. The negative region is that of tanh-GELU for every layer."""
+    """Two steps, searched one after the other. The negative one starts from the minimum of tanh-GELU in every layer
+    (equalised channels may reach further)."""
 
     @cached_property
     def initial(self) -> Parameters:
-        _, high = self.extremes
-        negative = torch.full_like(high, -quantizers.GELU_MINIMUM / quantizers.half_range(self.plan.bits))
+        low, high = self.extremes
+        negative = -low.clamp(max=quantizers.GELU_MINIMUM) / quantizers.half_range(self.plan.bits)
         return {"positive": quantizers.symmetric_step(high.clamp(min=0), self.plan.bits), "negative": negative}
 
     def quantize(self, parameters: Parameters) -> Tensor:
