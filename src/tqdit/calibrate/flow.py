@@ -10,6 +10,7 @@ Each stage leaves its results in the work folder, so a killed run loses at most 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ class Calibration:
 
     def search(self, stage: int, rows: CalibrationRows) -> None:
         """Capture one stage, pass its gradient on, and search its layers."""
-        plans = tuple(plan for plan in self.plans if self.stages.of(plan.name) == stage)
+        plans = tuple(entry for entry in self.plans if self.stages.of(entry.name) == stage)
         if not self.folder.has(f"table-{stage}"):
             recorder = self._capture(stage, rows, plans)
             sites: list[Site] = []
@@ -181,12 +182,10 @@ class Calibration:
         self.folder.remove(f"tokens-{stage}")
         self.folder.remove(f"gradient-{stage}")
 
-    @property
+    @cached_property
     def bar(self) -> Any:
         """The progress over layers, shown from the first use on."""
-        if not hasattr(self, "_bar"):
-            self._bar = self.console.bar(len(self.plans), "3/3 scales", "layers")
-        return self._bar
+        return self.console.bar(len(self.plans), "3/3 scales", "layers")
 
     def _capture(self, stage: int, rows: CalibrationRows, plans: tuple[LayerPlan, ...]) -> Recorder:
         config: Any = self.model.network.config
@@ -219,16 +218,7 @@ class Calibration:
                 outputs = [self.stages.run(stage, inputs[0], inputs[1] if len(inputs) > 1 else None, batch)]
             cotangents = self._cotangents(stage, rows, start, outputs)
             wanted = list(recorder.outputs.values()) + inputs
-            # an output of the first stage that comes from no recorded layer has no gradient to pass on
-            reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-            gradients: tuple[Tensor | None, ...] = (
-                torch.autograd.grad(
-                    [output for output, _ in reached], wanted, [c for _, c in reached], allow_unused=True
-                )
-                if wanted
-                else ()
-            )
-        filled = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)]
+            filled = _gradients(outputs, wanted, cotangents)
         recorder.gradients(filled[: len(recorder.outputs)])
         return self._pass_on(stage, start, filled[len(recorder.outputs) :])
 
@@ -331,3 +321,15 @@ class Calibration:
             versions=versions(),
             errors=errors,
         )
+
+
+def _gradients(outputs: list[Tensor], wanted: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Gradients of `wanted`, zero where nothing depends on them.
+
+    An output of the first stage that comes from no recorded layer needs none and is left out.
+    """
+    reached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not reached or not wanted:
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    found = torch.autograd.grad([o for o, _ in reached], wanted, [c for _, c in reached], allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
