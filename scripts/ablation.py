@@ -133,8 +133,12 @@ def main() -> None:
 
 def _typed(changes: dict[str, str]) -> dict[str, Any]:
     """Values of knobs, of the type that the knob has."""
-    default = QuantizationConfig()
-    return {name.replace("-", "_"): type(getattr(default, name.replace("-", "_")))(v) for name, v in changes.items()}
+    default, typed = QuantizationConfig(), {}
+    for knob, text in changes.items():
+        name = knob.replace("-", "_")
+        kind = {"steps": int, "guidance_scale": float}.get(name) or type(getattr(default, name))
+        typed[name] = text.lower() == "true" if kind is bool else kind(text)
+    return typed
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tqdit.scale_table import (
     TwoRegionGelu,
     TwoRegionSoftmax,
     even_boundaries,
+    factor_steps,
     is_scale_table,
     read_scale_table,
     write_scale_table,
@@ -78,6 +79,13 @@ def test_a_divisor_travels_with_its_input(tmp_path: Path) -> None:
     divisor = read_scale_table(tmp_path / "s.safetensors").sites[0].divisor
     assert divisor is not None
     assert divisor.tolist() == [1, 2, 4]
+
+
+def test_steps_factor_into_a_reference_and_ratios_of_at_most_one() -> None:
+    reference, ratio = factor_steps(f32(0.5, 0.125, 0.25))
+    assert reference == 0.5
+    assert ratio.tolist() == [1, 0.25, 0.5]
+    assert small_table().by_module["qkv"]["input"].quantizer.offset.tolist() == [62.5, -15.25]  # type: ignore[union-attr]
 
 
 def test_a_boundary_timestep_belongs_to_the_later_group() -> None:

@@ -73,6 +73,11 @@ class Asymmetric:
     scale: NDArray[np.float32]
     zero_point: NDArray[np.int32]
 
+    @property
+    def offset(self) -> NDArray[np.float32]:
+        """b = (q - o) s, which moves the codes onto the int8 grid: x^ = Q(x - b; s) + b. Like `scale`."""
+        return np.asarray((2 ** (self.bits - 1) - self.zero_point).astype(np.float32) * self.scale)
+
 
 @dataclass(frozen=True, eq=False)
 class TwoRegionSoftmax:
@@ -236,6 +241,15 @@ def even_boundaries(groups: int) -> NDArray[np.int64]:
     if not 1 <= groups <= TRAINING_STEPS:
         raise UsageError(f"--groups is {groups}; there can be 1 to {TRAINING_STEPS} groups of timesteps.")
     return -(-TRAINING_STEPS * np.arange(1, groups, dtype=np.int64) // groups)
+
+
+def factor_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(s_ref, r) with s[g] = s_ref r[g], s_ref = max s[g]: shapes () and that of `steps`, both float32.
+
+    The one place that factors steps: an export and the fake-quantized network must agree to the last bit.
+    """
+    reference = np.asarray(steps.max(), dtype=np.float32)
+    return reference, np.asarray(steps / reference, dtype=np.float32)
 
 
 def granularity_to_text(granularity: Granularity) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tqdit.calibrate.quantizers import half_range, softmax_regions, symmetric, symmetric_codes
+from tqdit.calibrate.quantizers import softmax_regions, symmetric, symmetric_codes
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
 from tqdit.models.dit import Scores, ValueProduct
@@ -33,6 +33,7 @@ from tqdit.scale_table import (
     Symmetric,
     TwoRegionGelu,
     TwoRegionSoftmax,
+    factor_steps,
 )
 
 
@@ -99,11 +100,11 @@ class Step(nn.Module):
 
     def __init__(self, scale: NDArray[np.float32], rows: RowGroups) -> None:
         super().__init__()
-        steps = torch.from_numpy(np.array(scale, dtype=np.float32))
+        reference, ratio = factor_steps(scale)
         self.rows = rows
-        self.grouped = steps.ndim == 1
-        self.register_buffer("reference", steps.max(), persistent=False)
-        self.register_buffer("ratio", steps / steps.max(), persistent=False)
+        self.grouped = scale.ndim == 1
+        self.register_buffer("reference", torch.from_numpy(np.array(reference)), persistent=False)
+        self.register_buffer("ratio", torch.from_numpy(np.array(ratio)), persistent=False)
 
     def divide(self, x: Tensor) -> Tensor:
         return x / self.rows.select(self.ratio, x.ndim) if self.grouped else x
@@ -140,8 +141,7 @@ class AsymmetricInput(nn.Module):
         self.bits = quantizer.bits
         self.rows = rows
         self.step = Step(quantizer.scale, rows)
-        offset = (half_range(quantizer.bits) - quantizer.zero_point).astype(np.float32) * quantizer.scale
-        self.register_buffer("offset", torch.from_numpy(np.array(offset, dtype=np.float32)), persistent=False)
+        self.register_buffer("offset", torch.from_numpy(np.array(quantizer.offset)), persistent=False)
 
     def forward(self, x: Tensor, product: Product, row_sums: Tensor) -> Tensor:
         b = self.rows.select(self.offset, x.ndim) if self.step.grouped else self.offset
