@@ -93,9 +93,7 @@ def test_equalised_channels_leave_less_error_where_channels_differ(tmp_path: Pat
     assert eps_error(model, equalised) < eps_error(model, plain)
 
 
-def test_two_regions_after_gelu_are_taken_only_where_they_pay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_regions_after_gelu_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def schemes(threshold: float) -> set[str]:
         monkeypatch.setattr(flow, "TWO_REGIONS_PAY", threshold)
         shutil.rmtree(tmp_path / "work", ignore_errors=True)

@@ -141,9 +141,7 @@ def test_a_data_set_gives_rows_of_its_own_images(tmp_path: Path) -> None:
         ({"x": np.full((2, 3, 8, 8), np.nan, np.float32), "y": np.zeros(2, int)}, "NaN"),
     ],
 )
-def test_a_data_set_that_does_not_fit_is_refused(
-    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
-) -> None:
+def test_a_data_set_that_does_not_fit_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(UsageError, match=message):
         read_data(tmp_path / "data.npz", tiny_model(pixels=True))
