@@ -103,6 +103,7 @@ class Recorder:
                 # samples leave the factor 1 / sqrt(d) of the scores out of the product and put it here
                 matrix = matrix * self.collected[name].tensors["left"].shape[-1] ** -0.5
             self.collected[name].put("g2", self._start, self._keep(matrix).square())
+        self.outputs = {}  # which hold the graph of the batch
 
     def _keep(self, matrix: Tensor) -> Tensor:
         """The kept tokens of (N, T, K) or (N, H, T, K); a layer without tokens keeps its one."""

@@ -219,8 +219,8 @@ class Calibration:
             cotangents = self._cotangents(stage, rows, start, outputs)
             wanted = list(recorder.outputs.values()) + inputs
             filled = _gradients(outputs, wanted, cotangents)
-        recorder.gradients(filled[: len(recorder.outputs)])
-        return self._pass_on(stage, start, filled[len(recorder.outputs) :])
+        recorder.gradients(filled[: len(wanted) - len(inputs)])
+        return self._pass_on(stage, start, filled[len(wanted) - len(inputs) :])
 
     def _cotangents(self, stage: int, rows: CalibrationRows, start: int, outputs: list[Tensor]) -> list[Tensor]:
         stop = start + len(outputs[0])

@@ -21,18 +21,18 @@ def half_range(bits: int) -> int:
 def symmetric_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """c = clip(round(x / s), -q, q - 1), as float."""
     q = half_range(bits)
-    return torch.clamp(torch.round(x / scale), -q, q - 1)
+    return (x / scale).round_().clamp_(-q, q - 1)  # in place: operands of a search are large
 
 
 def symmetric(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """s c."""
-    return symmetric_codes(x, scale, bits) * scale
+    return symmetric_codes(x, scale, bits).mul_(scale)
 
 
 def asymmetric(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """s (clip(round(x / s) + o, 0, 2^k - 1) - o), eq. 5."""
-    codes = torch.clamp(torch.round(x / scale) + zero_point, 0, (1 << bits) - 1)
-    return (codes - zero_point) * scale
+    codes = (x / scale).round_().add_(zero_point).clamp_(0, (1 << bits) - 1)
+    return codes.sub_(zero_point).mul_(scale)
 
 
 def softmax_regions(p: Tensor, low_step: Tensor, high_step: Tensor, bits: int) -> tuple[Tensor, Tensor]:

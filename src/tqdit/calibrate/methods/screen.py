@@ -29,7 +29,9 @@ def finalists(problem: Problem, operand: Weight, left: Tensor, grid: Tensor) -> 
         score, multiply_adds = _by_gram_matrix(operand, x, target, len(grid))
     else:
         score, multiply_adds = _by_heaviest_samples(operand, x, target, problem.g2.reshape(target.shape), len(grid))
-    scores = torch.stack([score(operand.quantize({"scale": values})) for values in grid])
+    scores = torch.empty_like(grid)  # a list of small results between large temporaries would fragment the heap
+    for index, values in enumerate(grid):
+        scores[index] = score(operand.quantize({"scale": values}))
     return scores.topk(min(FINALISTS, len(grid)), dim=0, largest=False).indices, multiply_adds
 
 
