@@ -81,7 +81,7 @@ def test_stages_pass_on_the_gradient_of_the_whole_network(tmp_path: Path, fisher
         if name.endswith("scores"):
             g = g / 8**0.5  # the samples leave 1 / sqrt(d) out of the product
         tiny = 1e-6 * float(g.abs().max() ** 2)
-        torch.testing.assert_close(found.g2.reshape(g.shape), g.square(), rtol=1e-3, atol=tiny)
+        torch.testing.assert_close(found.g2.float().reshape(g.shape), g.square(), rtol=5e-3, atol=tiny)
 
 
 def test_samples_multiply_to_the_layers_output(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_ho_weights_converge_to_the_diagonal_of_the_gauss_newton_matrix(tmp_path
     names = ["blocks.0.mlp.fc1", "blocks.0.attn.qkv", "blocks.1.attn.proj", "final_layer.linear"]
     _, samples = capture(model, CONFIG, tmp_path, rows)
     for name, diagonal in exact_diagonal(model, rows, names).items():
-        mean, exact = samples[name].g2.mean(0).flatten(), diagonal.flatten()
+        mean, exact = samples[name].g2.float().mean(0).flatten(), diagonal.flatten()
         assert abs(float(mean.sum() / exact.sum()) - 1) < 0.05
         seen = exact > 1e-3 * exact.max()
         # the mean of 400 squares of normal numbers is 7 % off, 5.6 % on average

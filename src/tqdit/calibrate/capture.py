@@ -28,7 +28,9 @@ class Collected:
 
     def put(self, name: str, start: int, values: Tensor) -> None:
         if name not in self.tensors:
-            self.tensors[name] = torch.empty(self.rows, *values.shape[1:])
+            # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
+            dtype = torch.bfloat16 if name == "g2" else torch.float32
+            self.tensors[name] = torch.empty(self.rows, *values.shape[1:], dtype=dtype)
         self.tensors[name][start : start + len(values)] = values
 
 
@@ -37,8 +39,8 @@ class Samples:
     """One layer's samples. S tokens of each row, T in all; for a layer without tokens S = T = 1.
 
     Linear and convolution: left (R, S, K), g2 (R, S, O). Attention: left (R, H, S, K), right (R, H, K, O), g2
-    (R, H, S, O). ranges: smallest and largest value (R,) of each operand over all tokens of a row; channels: the same
-    of each input channel of a linear layer, (R, K).
+    (R, H, S, O), bfloat16. ranges: smallest and largest value (R,) of each operand over all tokens of a row; channels:
+    the same of each input channel of a linear layer, (R, K).
     """
 
     left: Tensor

@@ -69,7 +69,9 @@ class Problem:
 
     def relative(self, objective: float) -> float:
         """The objective over that of an output of zeros."""
-        energy = self.target.square() if self.g2 is None else self.target.square().mul_(self.g2)
+        energy = self.target.square()
+        if self.g2 is not None:
+            energy.mul_(self.g2)
         total = float(energy.sum(dtype=torch.float64))
         return objective / total if total > 0 else 0.0
 

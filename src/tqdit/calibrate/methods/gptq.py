@@ -44,7 +44,11 @@ def solve(problem: Problem, config: QuantizationConfig) -> Solution:
 def _normal_equations(problem: Problem, left: Tensor) -> tuple[Tensor, Tensor]:
     """H = sum u x^ x^^T, damped, (K, K), and sum u x^ (x^ W^T - z), (K, O); float64."""
     x, z = left.reshape(-1, left.shape[-1]), problem.target.reshape(-1, problem.target.shape[-1])
-    u = torch.ones(len(x), 1) if problem.g2 is None else problem.g2.reshape(z.shape).mean(1, keepdim=True)
+    u = (
+        torch.ones(len(x), 1)
+        if problem.g2 is None
+        else problem.g2.reshape(z.shape).mean(1, keepdim=True, dtype=torch.float32)
+    )
     u = u / u.mean().clamp(min=torch.finfo(torch.float32).tiny)
     hessian = (x.t() @ (u * x)).double()
     cross = (x.t() @ (u * (x @ problem.right.t() - z))).double()

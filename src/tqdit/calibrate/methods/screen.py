@@ -40,7 +40,7 @@ def _by_heaviest_samples(
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """The objective over the samples with the largest weights, which are most of it: g^2 has heavy tails."""
     count = max(1, int(HEAVIEST * len(x)))
-    heavy = g2.sum(1).topk(count).indices
+    heavy = g2.sum(1, dtype=torch.float32).topk(count).indices
     x, target, g2 = x[heavy], target[heavy], g2[heavy]
 
     def score(weight: Tensor) -> Tensor:
