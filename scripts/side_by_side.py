@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Two engines of the same model on the same noise: one picture, the error between them, sizes and quality.
+
+    python scripts/side_by_side.py float.engine int8.engine -o side_by_side.png
+
+Needs what `tqdit-sample` needs, and torch for the judge where the engines hold the demo model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tqdit.console import Console
+from tqdit.engines import Sampler, StepReport
+from tqdit.engines.bundle import read_manifest
+from tqdit.engines.images import grid
+from tqdit.engines.sampler import to_pixels
+from tqdit.files import whole_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("other", type=Path)
+    parser.add_argument("-n", type=int, default=64, help="images (%(default)s)")
+    parser.add_argument("--shown", type=int, default=16, help="images in the picture (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, default=Path("side_by_side.png"))
+    args = parser.parse_args()
+    labels = np.arange(args.n) % read_manifest(args.reference).card.num_classes
+    results = [sample(engine, labels, args.seed) for engine in (args.reference, args.other)]
+    sheets = [np.asarray(grid(to_pixels(x[: args.shown]))) for x, _ in results]
+    gap = np.full((len(sheets[0]), 12, 3), 255, np.uint8)
+    with whole_file(args.output) as temporary:
+        Image.fromarray(np.concatenate([sheets[0], gap, sheets[1]], axis=1)).save(temporary, format="PNG")
+    for engine, (x, seconds) in zip((args.reference, args.other), results, strict=True):
+        manifest = read_manifest(engine)
+        size = sum(part.size_bytes for part in manifest.files.values())
+        milliseconds = 1000 * seconds / args.n / manifest.card.sampling.steps
+        line = f"{engine.name}: {manifest.precision}, {size / 1e6:.2f} MB, {milliseconds:.2f} ms per image and step"
+        print(line + (f", {quality(to_pixels(x), labels)}" if manifest.card.model == "demo" else ""))
+    error = np.square(results[1][0] - results[0][0]).sum() / np.square(results[0][0]).sum()
+    print(f"trajectory error: |x0 - x0_ref|^2 / |x0_ref|^2 = {error:.2e} over {args.n} chains of the same noise")
+    print(args.output)
+
+
+def sample(engine: Path, labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.float32], float]:
+    """Final states (N, C, H, W) and the seconds that they took."""
+    with Sampler.open(engine, batch=16) as sampler:
+        started = time.perf_counter()
+        with Console().bar(sampler.steps_for(len(labels)), engine.name, "steps") as bar:
+
+            def advance(report: StepReport) -> None:
+                bar.update()
+
+            x = sampler.sample_latents(labels, seed=seed, callback=advance)
+        return x, time.perf_counter() - started
+
+
+def quality(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
+    """How many images the demo model's judge recognises."""
+    from tqdit.demo.judge import recognised, wilson_interval
+
+    right = recognised(images, labels)
+    low, high = wilson_interval(int(right.sum()), len(right))
+    return f"judge recognises {right.mean():.1%} ({low:.1%} to {high:.1%})"
+
+
+if __name__ == "__main__":
+    main()
