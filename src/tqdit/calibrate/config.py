@@ -123,7 +123,7 @@ PAPER = replace(
 )  # fmt: skip
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
-BEST = replace(TQ_DIT, method="gptq", inputs="asymmetric", time_groups="all", equalize=True)
+BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
 # Two regions after GELU only where they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto")
 
