@@ -34,6 +34,7 @@ class Kind:
     groups: int = 1
     everywhere: bool = False  # time groups on every activation, not on the softmax alone
     conditioning_inputs: bool = False
+    equalised: bool = False  # inputs of linear layers have divisors
 
 
 def make_table(model: LoadedModel, kind: Kind, seed: int = 0) -> ScaleTable:
@@ -49,14 +50,21 @@ def make_table(model: LoadedModel, kind: Kind, seed: int = 0) -> ScaleTable:
             sites += [Site(name, "left", left), Site(name, "right", symmetric(values[1], kind, rng))]
             continue
         weight = module.weight.detach().numpy()
+        divisor = None
+        is_conditioning = "adaLN" in name or "t_embedder" in name
+        if kind.equalised and isinstance(module, nn.Linear) and not is_conditioning:
+            divisor = rng.uniform(0.5, 2, weight.shape[1]).astype(np.float32)
+            weight, values = weight * divisor, (values[0] / divisor,)
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         scale = (largest / (2 ** (kind.weight_bits - 1) - 0.5)).astype(np.float32)
         sites.append(Site(name, "weight", Symmetric(kind.weight_bits, PerChannel(0), scale)))
-        is_conditioning = "adaLN" in name or "t_embedder" in name
         if is_conditioning and not kind.conditioning_inputs:
             continue
-        sites.append(Site(name, "input", gelu(values[0], kind, rng) if name.endswith("fc2") else (
-            asymmetric(values[0], kind, rng) if kind.asymmetric else symmetric(values[0], kind, rng))))  # fmt: skip
+        if name.endswith("fc2"):
+            quantizer = gelu(values[0], kind, rng)
+        else:
+            quantizer = (asymmetric if kind.asymmetric else symmetric)(values[0], kind, rng)
+        sites.append(Site(name, "input", quantizer, divisor=divisor))
     return ScaleTable(
         model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(kind.groups),
         sites=tuple(sites), seed=seed, guidance_scale=1.5,

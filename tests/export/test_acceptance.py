@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import onnx
 import onnx.inliner
+import onnxruntime as ort
 import openvino
 import pytest
 
@@ -30,18 +31,8 @@ def file(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("variant") / "model.onnx"
     table = None if kind is None else make_table(support.tiny_model(), kind)
     write(path, *support.exported(ExportConfig(attention=form), table=table))
+    write(path.with_name("denoiser.onnx"), *support.exported(ExportConfig("denoiser", attention=form), table=table))
     return path
-
-
-def step_inputs(rows=3):
-    rng = np.random.default_rng(0)
-    return {
-        "x": rng.standard_normal((rows, 4, 8, 8), np.float32),
-        "step": np.array([19, 7, 0]),
-        "class_labels": np.array([0, 4, 5]),
-        "guidance_scale": np.full(rows, 2, np.float32),
-        "noise": rng.standard_normal((rows, 4, 8, 8), np.float32),
-    }
 
 
 def test_the_full_checker_takes_it(file):
@@ -49,24 +40,37 @@ def test_the_full_checker_takes_it(file):
 
 
 def test_the_lint_finds_nothing_but_functions_for_openvino(file):
-    assert {finding.rule for finding in lint(onnx.load(file))} <= {"functions"}
+    assert {finding.rule for finding in lint(onnx.load(file))} <= {"function"}
     assert lint(onnx.inliner.inline_local_functions(onnx.load(file))) == ()
 
 
-def test_openvino_computes_the_same_once_bodies_are_inlined(file):
-    """float32 inference; integer products round their epilogues differently and flip codes: 5 % (relative L2)."""
-    import onnxruntime as ort
+def compile_for_openvino(path):
+    """Inlined, in float32 around the integers, and without rounding the inputs of products with int8 weights alone.
 
-    inlined = onnx.inliner.inline_local_functions(onnx.load(file))
+    OpenVINO does the latter by default (dynamic quantization: 1.8 % of this model's output), which nobody asked for.
+    """
+    inlined = onnx.inliner.inline_local_functions(onnx.load(path))
     core = openvino.Core()
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(inlined.SerializeToString()), "CPU", settings)
-    inputs = step_inputs()
-    out = compiled(inputs)[0]
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    return core.compile_model(core.read_model(inlined.SerializeToString()), "CPU", settings)
+
+
+def test_openvino_compiles_the_step(file):
+    assert len(compile_for_openvino(file).inputs) == 5
+
+
+def test_openvino_computes_the_denoiser(file):
+    rng = np.random.default_rng(0)
+    inputs = {
+        "x": rng.standard_normal((48, 4, 8, 8), np.float32),
+        "timestep": np.linspace(0, 999, 48).astype(np.int64),
+        "class_labels": np.arange(48) % 6,
+    }
+    path = file.with_name("denoiser.onnx")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    (expected,) = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]).run(None, inputs)
-    assert np.linalg.norm(out - expected) <= 0.05 * np.linalg.norm(expected)
+    (expected,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)
+    support.assert_agrees(compile_for_openvino(path)(inputs)[0], expected)
 
 
 def test_polygraphy_inspects_and_sanitizes_it(file, tmp_path):

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from tqdit.export.passes.emit import Emitter
 from tqdit.plugins.time_group_select.schema import OP_TYPE
+from tqdit.scale_table import factor_steps
 
 
 class RowGroups:
@@ -34,9 +35,9 @@ class Step:
     """
 
     def __init__(self, scale: NDArray[np.float32], groups: RowGroups) -> None:
-        self.reference = np.float32(scale.max())
+        reference, self._ratio = factor_steps(scale)
+        self.reference = np.float32(reference)
         self.grouped = scale.ndim == 1
-        self._ratio = (scale / scale.max()).astype(np.float32)
         self._groups = groups
 
     def ratio(self, emit: Emitter, name: str, rank: int) -> ir.Value:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -46,6 +47,11 @@ class _Layer:
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)
+        # each input channel is divided by its entry and the weight multiplied, so that channels have equal ranges
+        self.divisor = sites["input"].divisor if "input" in sites else None
+        self.float_weight = module.weight.detach()
+        if self.divisor is not None:
+            self.float_weight = self.float_weight * torch.from_numpy(np.array(self.divisor))
 
     def rewrite(self) -> None:
         x = self.node.inputs[0]
@@ -53,6 +59,8 @@ class _Layer:
         weight, sums = self.weight()
         product = self.product(weight)
         site = self.sites.get("input")
+        if self.divisor is not None:
+            x = self.emit.op("Div", x, self.emit.constant("input.divisor", self.divisor))
         y = product(x) if site is None else self.quantized(x, site.quantizer, product, sums)
         bias = self.own_bias()
         if bias is not None:
@@ -83,12 +91,11 @@ class _Layer:
 
     def asymmetric(self, x: ir.Value, quantizer: Asymmetric, product: Product, sums: NDArray[np.float32]) -> ir.Value:
         """Q((x - b) / r) -> product -> * r + b rowsum(W^), b = (q - o) s."""
-        q = 1 << (quantizer.bits - 1)
-        offset = (q - quantizer.zero_point).astype(np.float32) * quantizer.scale
+        offset = quantizer.offset
         step = Step(quantizer.scale, self.groups)
         sums_value = self.emit.constant("weight.sums", sums)
         if step.grouped:
-            b = self.groups.select(self.emit, "input.offset", np.asarray(offset, np.float32), self.rank)
+            b = self.groups.select(self.emit, "input.offset", offset, self.rank)
             shift = self.emit.op("Mul", b, sums_value)
         else:
             b = self.emit.constant("input.offset", np.float32(offset))
@@ -107,7 +114,7 @@ class _Layer:
                 f"'{site.name}' has one scale per index of axis {granularity.axis}; engines need one per output "
                 "channel (axis 0). Calibrate again."
             )
-        values, scale = weight_codes(self.module.weight.detach(), site)
+        values, scale = weight_codes(self.float_weight, site)
         return values.numpy().astype(np.int8), scale.numpy().reshape(-1 if scale.ndim else ()).astype(np.float32)
 
     def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
@@ -132,7 +139,7 @@ class _Linear(_Layer):
     def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
         quantized = self.codes()
         if quantized is None:
-            weight = self.module.weight.detach().numpy()
+            weight = self.float_weight.numpy()
             return self.emit.constant("weight_transposed", weight.T), weight.sum(axis=1)
         codes, scale = quantized
         sums = codes.sum(axis=1, dtype=np.int64).astype(np.float32) * scale
@@ -153,7 +160,7 @@ class _Convolution(_Layer):
     def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
         quantized = self.codes()
         if quantized is None:
-            weight = self.module.weight.detach().numpy()
+            weight = self.float_weight.numpy()
             return self.emit.constant("weight_float", weight), weight.sum(axis=(1, 2, 3)).reshape(-1, 1, 1)
         codes, scale = quantized
         sums = codes.sum(axis=(1, 2, 3), dtype=np.int64).astype(np.float32) * scale
