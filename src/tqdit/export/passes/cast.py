@@ -1,0 +1,117 @@
+"""Casting what is not integer to float16 or bfloat16, for backends that like it (`--float-type`).
+
+An exported file stays float32; a builder calls this pass on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from tqdit.card import GraphCard
+from tqdit.errors import UsageError
+
+FloatType = Literal["fp16", "bf16"]
+DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+FLOAT32 = ir.DataType.FLOAT
+LARGEST_FLOAT16 = 65504.0
+NO_BFLOAT16 = {"Conv"}  # in opset 20
+STEP_SCOPE = "graph"  # the sampling step around the network, see `names`
+
+
+def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None:
+    """Requires: a float32 file of ours, whose nodes are named by the module tree.
+
+    Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
+    their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes, the angles of
+    the timestep, and the sampling step. Inputs and outputs keep their types; functions and Q/DQ see float32 only.
+    Raises UsageError where a constant does not fit into float16.
+    """
+    ShapeInferencePass()(model)  # types of the values that our passes added
+    _Caster(model.graph, _islands(card), DTYPES[float_type]).run()
+    RemoveUnusedNodesPass()(model)  # float32 constants that only had users in the other type
+
+
+def _islands(card: GraphCard) -> frozenset[str]:
+    if card.quantization is None:
+        return frozenset()
+    products = card.quantization.products
+    attention = {f"{name.rpartition('.')[0]}.softmax" for name in products if name.endswith(".value_product")}
+    return frozenset(products) | attention
+
+
+class _Caster:
+    def __init__(self, graph: ir.Graph, islands: Collection[str], target: ir.DataType) -> None:
+        self.graph, self.islands, self.target = graph, islands, target
+        self._casts: dict[tuple[int, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        small = [node for node in self.graph if self._is_cast_down(node)]
+        chosen = {id(node) for node in small}
+        low = {id(value) for node in small for value in node.outputs if self._is_float(value)}
+        for node in list(self.graph):
+            wanted = self.target if id(node) in chosen else FLOAT32
+            for index, value in enumerate(node.inputs):
+                if value is None or not self._is_float(value):
+                    continue
+                have = self.target if id(value) in low else FLOAT32
+                if have != wanted:
+                    node.replace_input_with(index, self._converted(value, wanted, node))
+        for value in self.graph.outputs:
+            assert id(value) not in low, "outputs are made by the sampling step or by the last product"
+        for node in small:
+            for value in node.outputs:
+                if value.dtype == FLOAT32:
+                    value.dtype = self.target
+
+    def _is_cast_down(self, node: ir.Node) -> bool:
+        scope = (node.name or "").split("/")[0]
+        if scope == STEP_SCOPE or scope in self.islands or node.domain:
+            return False
+        if self.target == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16:
+            return False
+        if scope.endswith("t_embedder") or any(value.is_graph_output() for value in node.outputs):
+            return False
+        return any(self._is_float(value) for value in node.outputs)
+
+    @staticmethod
+    def _is_float(value: ir.Value) -> bool:
+        return value.dtype == FLOAT32
+
+    def _converted(self, value: ir.Value, wanted: ir.DataType, user: ir.Node) -> ir.Value:
+        """The value in the other type: a converted constant, or a Cast behind the node that makes it."""
+        key = (id(value), wanted)
+        if key not in self._casts:
+            self._casts[key] = (
+                self._constant(value, wanted) if value.is_initializer() else self._cast(value, wanted, user)
+            )
+        return self._casts[key]
+
+    def _constant(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        if wanted == ir.DataType.FLOAT16 and np.abs(array).max(initial=0) > LARGEST_FLOAT16:
+            raise UsageError(
+                f"'{value.name}' holds {np.abs(array).max():.3g}, beyond float16's {LARGEST_FLOAT16:g}. "
+                "Use --float-type bf16 or fp32."
+            )
+        name = f"{value.name}.{wanted.name.lower()}"
+        tensor = ir.tensor(array.astype(wanted.numpy()), dtype=wanted, name=name)
+        made = ir.Value(name=name, shape=value.shape, type=ir.TensorType(wanted), const_value=tensor)
+        self.graph.register_initializer(made)
+        return made
+
+    def _cast(self, value: ir.Value, wanted: ir.DataType, user: ir.Node) -> ir.Value:
+        node = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}/to_{wanted.name.lower()}")
+        made = node.outputs[0]
+        made.name, made.type, made.shape = f"{node.name}:0", ir.TensorType(wanted), value.shape
+        producer = value.producer()
+        if producer is None:
+            self.graph.insert_before(user, node)
+        else:
+            self.graph.insert_after(producer, node)
+        return made
