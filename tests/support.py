@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +131,8 @@ def assert_agrees(out: np.ndarray, expected: np.ndarray) -> None:
     assert off.sum() <= max(1, len(out) // 12)
     for row in np.flatnonzero(off):
         assert np.linalg.norm(out[row] - expected[row]) <= 0.03 * np.linalg.norm(expected[row])
+
+
+def listen_to_ctrl_c() -> None:
+    """For `preexec_fn`: a shell's background job, as this test run may be one, has its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -113,7 +113,7 @@ def test_ctrl_c_in_the_middle_of_sampling_writes_nothing(bundle_of, tmp_path):
     folder = bundle_of(steps=1000)
     process = subprocess.Popen(
         [sys.executable, "-m", "tqdit.cli", "sample", str(folder), "-n", "64", "-o", str(output)],
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=support.listen_to_ctrl_c,
     )  # fmt: skip
     assert process.stderr is not None
     seen = ""

@@ -8,8 +8,12 @@ import pytest
 from safetensors.torch import save_file
 
 import support
+from tables import Kind, make_table
 from tqdit.cli import run
+from tqdit.engines.bundle import read_manifest
+from tqdit.models import load_model
 from tqdit.onnx_file import read_card
+from tqdit.scale_table import write_scale_table
 
 
 @pytest.fixture
@@ -43,6 +47,8 @@ def test_the_demo_model_exports_with_no_arguments(tmp_path, monkeypatch, capsys)
     ("arguments", "code", "message"),
     [
         (["--steps", "0"], 2, "--steps is 0; a chain has 1 to 1000 steps"),
+        (["--opset", "17"], 2, "opset 17 is not possible: exports use 20 (the first with Gelu) to 23"),
+        (["--scales", "absent.safetensors"], 2, "absent.safetensors: no such file. Write it with tqdit-calibrate"),
         (["--model", "absent.pt"], 1, "absent.pt: no such file"),
         (["--model", "model.onnx"], 1, "model.onnx: no such file or directory"),
         (["--vae", "somewhere"], 1, "works on images and needs no decoder"),
@@ -58,6 +64,65 @@ def test_a_bad_request_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scales_lie_beside_and_their_model_is_taken(checkpoint, tmp_path, monkeypatch, capsys):
+    """./scales.safetensors is used if it is there, and its model is the default; --float ignores it."""
+    monkeypatch.chdir(tmp_path)
+    model = load_model(str(checkpoint), heads=2)
+    write_scale_table(tmp_path / "scales.safetensors", make_table(model, Kind(groups=2)))
+    assert export("int8.onnx", "--heads", "2") == 0
+    assert export("float.onnx", "--heads", "2", "--float", "--model", checkpoint) == 0
+    quantized, floating = read_card(tmp_path / "int8.onnx"), read_card(tmp_path / "float.onnx")
+    assert quantized.quantization is not None
+    assert quantized.fingerprint == floating.fingerprint == model.fingerprint
+    assert floating.quantization is None
+    assert run("build", ["-q", "int8.onnx"]) == 0
+    manifest = read_manifest(tmp_path / "int8.engine")
+    assert manifest.precision == "int8"
+    assert manifest.audit is not None
+    assert manifest.audit.fallen_back == ()
+    capsys.readouterr()
+    assert run("build", ["-q", "int8.onnx", "--precision", "fp32"]) == 2
+    assert run("build", ["-q", "float.onnx", "--precision", "int8"]) == 2
+    err = capsys.readouterr().err
+    assert "holds a graph in int8, asked for fp32. Export it with --float" in err
+    assert "holds a graph in fp32, asked for int8. Export it with a scale table" in err
+
+
+def test_a_table_of_another_model_and_a_missing_model_are_refused(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_scale_table(tmp_path / "scales.safetensors", make_table(support.tiny_model(seed=3), Kind()))
+    assert export("--model", checkpoint, "--heads", "2") == 2
+    assert export() == 2
+    err = capsys.readouterr().err
+    assert "the scale table was calibrated for model 'tiny'" in err
+    assert "calibrated for 'tiny', which is not there. Pass --model" in err
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_an_onnx_file_is_no_model(tmp_path, capsys):
+    (tmp_path / "other.onnx").write_bytes(b"onnx")
+    assert export(tmp_path / "model.onnx", "--model", tmp_path / "other.onnx") == 1
+    assert "a model is expected here, '.onnx' is none" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(checkpoint, tmp_path):
+    """RLIMIT_FSIZE makes the write fail half way."""
+    output = tmp_path / "out" / "model.onnx"
+    code = (
+        "import resource, signal, sys; from tqdit.cli import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "sys.exit(run('export', [sys.argv[1], '--model', sys.argv[2], '--heads', '2', '-q']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(output), str(checkpoint)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "model.onnx: cannot be written (File too large)" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(output.parent.iterdir()) == []
+
+
 def test_a_foreign_file_is_not_overwritten_without_force(checkpoint, tmp_path, capsys):
     output = tmp_path / "model.onnx"
     output.write_text("mine")
@@ -71,7 +136,7 @@ def test_ctrl_c_in_the_middle_of_an_export_leaves_the_old_file(checkpoint, tmp_p
     output.parent.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "tqdit.cli", "export", str(output), "--model", str(checkpoint), "--heads", "2"],
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=support.listen_to_ctrl_c,
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=SAMPLERS, help="default: as the model's origin samples: ddpm for published checkpoints "
         "and the demo, what the scheduler's configuration says for diffusers")  # fmt: skip
     add("--unguided", action="store_true", help="no guidance_scale input and one row per image instead of two")
+    add("--opset", type=int, default=20, help="of the ONNX file, 20..23 (default: %(default)s)")
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output
     check_overwrite(output, args.force)
     check_writable(output)
-    config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention)
+    config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention, args.opset)
     table = _scale_table(args, console)
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")

@@ -12,7 +12,7 @@ from tqdit.diffusion import SamplerName, SamplingSpec
 from tqdit.export.passes.names import name_by_modules
 from tqdit.export.passes.quantize import describe, quantize
 from tqdit.export.step import SamplingStep
-from tqdit.export.trace import denoiser_inputs, step_inputs, trace
+from tqdit.export.trace import OPSETS, denoiser_inputs, step_inputs, trace
 from tqdit.models import LoadedModel
 from tqdit.scale_table import ScaleTable
 
@@ -26,6 +26,7 @@ class ExportConfig:
     sampler: SamplerName | None = None
     guided: bool = True
     attention: AttentionForm = "simulated"  # of a quantized graph
+    opset: int = OPSETS.start
 
     def sampling(self, model: LoadedModel) -> SamplingSpec:
         spec = model.sampling
@@ -49,9 +50,9 @@ def trace_graph(model: LoadedModel, config: ExportConfig) -> ir.Model:
     """The float trace that the passes start from."""
     shape = (model.in_channels, model.height, model.width)
     if config.graph == "denoiser":
-        return trace(model.network, denoiser_inputs(shape), "noise_pred")
+        return trace(model.network, denoiser_inputs(shape), "noise_pred", config.opset)
     step = SamplingStep(model, config.sampling(model))
-    return trace(step, step_inputs(shape, config.guided), "x_next")
+    return trace(step, step_inputs(shape, config.guided), "x_next", config.opset)
 
 
 def finish_graph(

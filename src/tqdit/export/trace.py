@@ -11,23 +11,29 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-OPSET = 20  # the first with Gelu
+from tqdit.errors import UsageError
+
+OPSETS = range(20, 24)  # 20 is the first with Gelu; 23 the last that torch's exporter writes
 _EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the exporter cannot mistake it for a constant
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str) -> ir.Model:
+def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str, opset: int = OPSETS.start) -> ir.Model:
     """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`.
 
     `inputs` names the graph's inputs in the order of the module's `forward`, each with an example of batch 3; an input
     that is None is left out of the graph. Module scopes are kept in the nodes' metadata.
     """
+    if opset not in OPSETS:
+        raise UsageError(
+            f"opset {opset} is not possible: exports use 20 (the first with Gelu) to {OPSETS[-1]}. Pass one of these."
+        )
     batch = torch.export.Dim("batch", min=1, max=65536)
     with _quiet():
         program = torch.onnx.export(
             module.eval(),
             tuple(inputs.values()),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[name for name, tensor in inputs.items() if tensor is not None],
             output_names=[output],
             dynamic_shapes=tuple(None if tensor is None else {0: batch} for tensor in inputs.values()),

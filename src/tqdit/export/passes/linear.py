@@ -33,13 +33,14 @@ def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, gro
         if isinstance(module, nn.Linear):
             _Linear(model.graph, modules.one(name, "MatMul", "Gemm"), name, module, sites, groups).rewrite()
         elif isinstance(module, nn.Conv2d):
-            _Convolution(model.graph, modules.one(name, "Conv"), name, module, sites, groups).rewrite()
+            _PatchEmbedding(model.graph, modules.one(name, "Conv"), name, module, sites, groups).rewrite()
 
 
-class _Layer:
-    """One product with a constant weight. Subclasses say how the weight lies and which node multiplies."""
+class _Linear:
+    """One product with a constant weight: MatMul (its bias is an Add of its own) or Gemm (its bias is inside).
 
-    rank: int  # of the input
+    Both become MatMul with W^ transposed, and what scales its output.
+    """
 
     def __init__(
         self, graph: ir.Graph, node: ir.Node, name: str, module: nn.Linear | nn.Conv2d, sites: Mapping[str, Site],
@@ -47,6 +48,7 @@ class _Layer:
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)
+        self.rank = 2 if node.op_type == "Gemm" else 3  # of the input
         # each input channel is divided by its entry and the weight multiplied, so that channels have equal ranges
         self.divisor = sites["input"].divisor if "input" in sites else None
         self.float_weight = module.weight.detach()
@@ -54,19 +56,29 @@ class _Layer:
             self.float_weight = self.float_weight * torch.from_numpy(np.array(self.divisor))
 
     def rewrite(self) -> None:
-        x = self.node.inputs[0]
-        assert x is not None
+        assert self.node.inputs[0] is not None
+        x = self.enter(self.node.inputs[0])
         weight, sums = self.weight()
-        product = self.product(weight)
-        site = self.sites.get("input")
         if self.divisor is not None:
             x = self.emit.op("Div", x, self.emit.constant("input.divisor", self.divisor))
+
+        def product(x: ir.Value) -> ir.Value:
+            return self.emit.op("MatMul", x, weight)
+
+        site = self.sites.get("input")
         y = product(x) if site is None else self.quantized(x, site.quantizer, product, sums)
-        bias = self.own_bias()
-        if bias is not None:
+        if len(self.node.inputs) == 3 and (bias := self.node.inputs[2]) is not None:
             y = self.emit.op("Add", y, bias)
-        self.node.outputs[0].replace_all_uses_with(y)
+        self.node.outputs[0].replace_all_uses_with(self.leave(y))
         self.emit.graph.remove(self.node, safe=True)
+
+    def enter(self, x: ir.Value) -> ir.Value:
+        """The input as rows of the product."""
+        return x
+
+    def leave(self, y: ir.Value) -> ir.Value:
+        """The product's output in the shape that the trace goes on with."""
+        return y
 
     def quantized(self, x: ir.Value, quantizer: Quantizer, product: Product, sums: NDArray[np.float32]) -> ir.Value:
         match quantizer:
@@ -103,10 +115,11 @@ class _Layer:
         y = self.scaled(self.emit.op("Sub", x, b), step, quantizer.bits, product, "input")
         return self.emit.op("Add", y, shift)
 
-    def codes(self) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:
-        """(codes in the weight's own shape, scale () or (output channels,)), or None for a weight that stays float."""
+    def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
+        """W^ transposed (K, D), int8 behind a DequantizeLinear where it is quantized, and its row sums (D,)."""
         if "weight" not in self.sites:
-            return None
+            weight = self.float_weight.flatten(1).numpy()
+            return self.emit.constant("weight_transposed", weight.T), weight.sum(axis=1)
         site = self.sites["weight"]
         granularity = site.quantizer.granularity
         if isinstance(granularity, PerChannel) and granularity.axis != 0:
@@ -114,63 +127,35 @@ class _Layer:
                 f"'{site.name}' has one scale per index of axis {granularity.axis}; engines need one per output "
                 "channel (axis 0). Calibrate again."
             )
-        values, scale = weight_codes(self.float_weight, site)
-        return values.numpy().astype(np.int8), scale.numpy().reshape(-1 if scale.ndim else ()).astype(np.float32)
-
-    def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
-        """The weight as the product takes it, and its row sums as they add to the product's output."""
-        raise NotImplementedError
-
-    def product(self, weight: ir.Value) -> Product:
-        raise NotImplementedError
-
-    def own_bias(self) -> ir.Value | None:
-        """The bias, where the node that was replaced held it."""
-        raise NotImplementedError
-
-
-class _Linear(_Layer):
-    """MatMul (its bias is an Add of its own) or Gemm (its bias is inside); both become MatMul with W^ transposed."""
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]  # the same arguments
-        self.rank = 3 if self.node.op_type == "MatMul" else 2
-
-    def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
-        quantized = self.codes()
-        if quantized is None:
-            weight = self.float_weight.numpy()
-            return self.emit.constant("weight_transposed", weight.T), weight.sum(axis=1)
-        codes, scale = quantized
+        values, steps = weight_codes(self.float_weight, site)
+        codes = values.flatten(1).numpy().astype(np.int8)
+        scale = steps.numpy().reshape(-1 if steps.ndim else ()).astype(np.float32)
         sums = codes.sum(axis=1, dtype=np.int64).astype(np.float32) * scale
         return dequantize(self.emit, "weight", np.ascontiguousarray(codes.T), scale, axis=1), sums
 
-    def product(self, weight: ir.Value) -> Product:
-        return lambda x: self.emit.op("MatMul", x, weight)
 
-    def own_bias(self) -> ir.Value | None:
-        return self.node.inputs[2] if self.node.op_type == "Gemm" else None
+class _PatchEmbedding(_Linear):
+    """Conv whose stride is its kernel: a linear layer on patches, which every backend multiplies in integers.
 
+    Engines keep an int8 convolution only where its output is quantized too, which nothing asks for here.
+    """
 
-class _Convolution(_Layer):
-    """Conv without padding; its bias becomes an Add after the foldings."""
+    def enter(self, x: ir.Value) -> ir.Value:
+        """(N, C, H, W) -> (N, T, C p p), T = (H / p)(W / p)."""
+        assert isinstance(self.module, nn.Conv2d)
+        if self.module.stride != self.module.kernel_size or any(self.module.padding) or x.shape is None:
+            raise UsageError(f"'{self.name}' is not a patch embedding and cannot be quantized. Leave it out.")
+        high, wide = (int(side) for side in self.module.kernel_size)
+        channels, height, width = (int(str(side)) for side in x.shape[1:])
+        self.grid = height // high, width // wide
+        x = self.reshape(x, "patches.split", [channels, self.grid[0], high, self.grid[1], wide])
+        x = self.emit.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
+        return self.reshape(x, "patches.rows", [self.grid[0] * self.grid[1], channels * high * wide])
 
-    rank = 4
+    def leave(self, y: ir.Value) -> ir.Value:
+        """(N, T, D) -> (N, D, H / p, W / p)."""
+        y = self.emit.op("Transpose", y, perm=[0, 2, 1])
+        return self.reshape(y, "patches.grid", [len(self.float_weight), *self.grid])
 
-    def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
-        quantized = self.codes()
-        if quantized is None:
-            weight = self.float_weight.numpy()
-            return self.emit.constant("weight_float", weight), weight.sum(axis=(1, 2, 3)).reshape(-1, 1, 1)
-        codes, scale = quantized
-        sums = codes.sum(axis=(1, 2, 3), dtype=np.int64).astype(np.float32) * scale
-        return dequantize(self.emit, "weight", codes, scale, axis=0), sums.reshape(-1, 1, 1)
-
-    def product(self, weight: ir.Value) -> Product:
-        attributes = {name: attribute.value for name, attribute in self.node.attributes.items()}
-        return lambda x: self.emit.op("Conv", x, weight, **attributes)
-
-    def own_bias(self) -> ir.Value | None:
-        if self.module.bias is None:
-            return None
-        return self.emit.constant("bias_column", self.module.bias.detach().numpy().reshape(-1, 1, 1))
+    def reshape(self, x: ir.Value, name: str, trailing: list[int]) -> ir.Value:
+        return self.emit.op("Reshape", x, self.emit.constant(name, np.array([0, *trailing], np.int64)))

@@ -65,10 +65,11 @@ def quantize(model: ir.Model, network: nn.Module, table: ScaleTable, form: Atten
 
 def add_bodies(model: ir.Model) -> None:
     """Give the model the function body of every custom op that it uses."""
+    opset = model.graph.opset_imports[""]
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for schema in SCHEMAS:
         if schema.OP_TYPE in used:
-            function = ir.serde.deserialize_function(schema.body())
+            function = ir.serde.deserialize_function(schema.body(opset))
             model.functions[function.identifier()] = function
     if used:
         model.graph.opset_imports[DOMAIN] = VERSION

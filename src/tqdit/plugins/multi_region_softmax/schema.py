@@ -36,5 +36,5 @@ MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
 """
 
 
-def body() -> onnx.FunctionProto:
-    return parse_body(BODY)
+def body(opset: int = 20) -> onnx.FunctionProto:
+    return parse_body(BODY, opset)

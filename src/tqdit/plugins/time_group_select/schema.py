@@ -22,5 +22,5 @@ TimeGroupSelect (timestep, boundaries, table) => (selected)
 """
 
 
-def body() -> onnx.FunctionProto:
-    return parse_body(BODY)
+def body(opset: int = 20) -> onnx.FunctionProto:
+    return parse_body(BODY, opset)
