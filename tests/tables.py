@@ -37,9 +37,12 @@ class Kind:
     equalised: bool = False  # inputs of linear layers have divisors
 
 
-def make_table(model: LoadedModel, kind: Kind, seed: int = 0) -> ScaleTable:
+def make_table(
+    model: LoadedModel, kind: Kind, seed: int = 0, operands: dict[str, tuple[np.ndarray, ...]] | None = None
+) -> ScaleTable:
+    """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
     rng = np.random.default_rng(seed)
-    operands = record_operands(model)
+    operands = operands or record_operands(model)
     sites = []
     for name, values in operands.items():
         module = model.network.get_submodule(name)
