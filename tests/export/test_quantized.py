@@ -7,6 +7,8 @@ an element by one step, and the steps of these tiny random models are coarse), a
 largest output. Measured: 0 to 2 images with a flip, the others bit for bit or to 2e-7.
 """
 
+import re
+
 import numpy as np
 import onnx
 import onnx.inliner
@@ -24,7 +26,7 @@ from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.onnx_file import read_card
-from tqdit.scale_table import ScaleTable, Symmetric
+from tqdit.scale_table import PerTensor, ScaleTable, Site, Symmetric
 
 KINDS = {
     "W8A8": Kind(),
@@ -221,6 +223,29 @@ def test_a_table_of_another_model_is_refused():
     table = make_table(support.tiny_model(seed=1), Kind())
     with pytest.raises(UsageError, match=r"calibrated for model 'tiny'.*Calibrate this model"):
         export_graph(support.tiny_model(seed=0), ExportConfig(), table)
+
+
+@pytest.mark.parametrize(
+    ("module", "role", "kept", "message"),
+    [
+        ("blocks.7.attn.qkv", "weight", None, "names 'blocks.7.attn.qkv', which the network lacks"),
+        (
+            "blocks.0.attn.scores",
+            "left",
+            "left",
+            "quantizes left of 'blocks.0.attn.scores'; an export needs left and right",
+        ),
+        ("blocks.0.mlp.fc1", "input", "input", "quantizes input of 'blocks.0.mlp.fc1'; an export needs weight"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_network_is_refused(module, role, kept, message):
+    table = make_table(support.tiny_model(), Kind())
+    sites = [site for site in table.sites if site.module != module or site.role == kept]
+    if kept is None:
+        sites.append(Site(module, role, Symmetric(8, PerTensor(), np.float32(1).reshape(()))))
+    broken = ScaleTable(table.model, table.fingerprint, table.boundaries, tuple(sites), 0, 1.5)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        support.exported(table=broken)
 
 
 @pytest.mark.parametrize("form", ["simulated", "integer"])

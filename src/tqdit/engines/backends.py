@@ -29,6 +29,8 @@ class Engine(Protocol):
 
 
 class BuildRow(Protocol):
+    FLOAT_TYPES: tuple[str, ...]  # that the backend computes in here, the preferred one first
+
     def build(self, source: Path, card: GraphCard, folder: Path, precision: str, allow_fallback: bool) -> Manifest:
         """Compile `source` into files in `folder`, audit and describe them."""
         ...

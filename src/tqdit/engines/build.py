@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends import build_row
+from tqdit.engines.backends import BuildRow, build_row
 from tqdit.engines.bundle import Manifest, write_manifest
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.files import sha256, whole_folder
+from tqdit.files import sha256, temporary_folder, whole_folder
 
 PRECISIONS = ("int8", "fp32")
+FloatChoice = Literal["auto", "fp32", "fp16", "bf16"]
+FLOAT_CHOICES: tuple[FloatChoice, ...] = ("auto", "fp32", "fp16", "bf16")
 
 
 def build_engine(
@@ -18,12 +24,14 @@ def build_engine(
     output: Path,
     backend: str = "onnxruntime",
     precision: str | None = None,
+    float_type: FloatChoice = "auto",
     allow_fallback: bool = False,
 ) -> Manifest:
     """Compile `source` for `backend` into the folder `output`, which appears whole or not at all.
 
-    precision None: int8 for a quantized file, fp32 for a float one. Raises BackendError where a quantized product would
-    run in float, unless `allow_fallback`.
+    precision None: int8 for a quantized file, fp32 for a float one. float_type: of what is not integer; 'auto' is what
+    the backend likes best. Raises BackendError where a quantized product would run in float, unless `allow_fallback`,
+    and UsageError for a float type that the backend would only emulate.
     """
     from tqdit.onnx_file import external_files, load_graph, read_card  # needs onnx; the runtime must not
 
@@ -35,10 +43,41 @@ def build_engine(
                 f"{source.parent / name}: missing; it holds the weights of {source}. Keep them together."
             )
     _check_decoder(source, card)
-    with whole_folder(output) as folder:
-        manifest = build_row(backend).build(source, card, folder, precision, allow_fallback)
-        write_manifest(folder, manifest)
+    row = build_row(backend)
+    chosen = _check_float_type(backend, row, float_type)
+    with whole_folder(output) as folder, _cast(source, card, chosen, output) as typed:
+        manifest = row.build(typed, card, folder, precision, allow_fallback)
+        write_manifest(folder, replace(manifest, float_type=chosen))
     return manifest
+
+
+@contextmanager
+def _cast(source: Path, card: GraphCard, float_type: str, output: Path) -> Iterator[Path]:
+    """The file with its float parts in another type, in a temporary folder together with its decoder."""
+    if float_type == "fp32":
+        yield source
+        return
+    import onnx_ir as ir  # of the extra `export`, like the pass
+
+    from tqdit.export.passes.cast import cast_floats
+
+    with temporary_folder(output.with_name(f"{output.name}.cast")) as folder:
+        model = ir.load(source)
+        cast_floats(model, card, "fp16" if float_type == "fp16" else "bf16")
+        ir.save(model, folder / source.name, external_data=f"{source.name}.data")
+        if card.vae is not None:
+            (folder / card.vae.file).symlink_to((source.parent / card.vae.file).absolute())
+        yield folder / source.name
+
+
+def _check_float_type(backend: str, row: BuildRow, wanted: FloatChoice) -> str:
+    if wanted == "auto":
+        return row.FLOAT_TYPES[0]
+    if wanted not in row.FLOAT_TYPES:
+        raise UsageError(
+            f"--float-type {wanted}: {backend} would only emulate it here; it has {', '.join(row.FLOAT_TYPES)}."
+        )
+    return wanted
 
 
 def _check_precision(source: Path, card: GraphCard, precision: str | None) -> str:

@@ -40,6 +40,7 @@ class Manifest:
     versions: dict[str, str]  # of the libraries that built it
     target: dict[str, str]  # hardware that it runs on
     audit: Audit | None = None  # of a quantized graph
+    float_type: str = "fp32"  # of what is not integer
     files: dict[str, Part] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,11 +8,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
+from tqdit.calibrate.fake_quant import find_module
 from tqdit.card import AttentionForm, ProductForm, QuantizationCard
+from tqdit.errors import UsageError
 from tqdit.export.passes.attention import quantize_attention
 from tqdit.export.passes.groups import RowGroups
 from tqdit.export.passes.linear import quantize_linears
 from tqdit.export.passes.scopes import network_timestep
+from tqdit.models.dit import Scores, ValueProduct
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 from tqdit.plugins.time_group_select import schema as time_group_select
@@ -56,11 +59,25 @@ def quantize(model: ir.Model, network: nn.Module, table: ScaleTable, form: Atten
     nothing unused is left.
     """
     table = exported_sites(table, form)
+    check_sites(network, table)
     groups = RowGroups(network_timestep(model), table.boundaries)
     quantize_linears(model, network, table, groups)
     quantize_attention(model, network, table, groups, form)
     RemoveUnusedNodesPass()(model)
     add_bodies(model)
+
+
+def check_sites(network: nn.Module, table: ScaleTable) -> None:
+    """Refuse a table that names what the network lacks, or only a part of what a product needs."""
+    for name, sites in table.by_module.items():
+        module = find_module(network, name)
+        needed = {"left", "right"} if isinstance(module, Scores | ValueProduct) else {"weight"}
+        known = needed | {"input"} if needed == {"weight"} else needed
+        if not needed <= set(sites) <= known:
+            raise UsageError(
+                f"the scale table quantizes {', '.join(sorted(sites))} of '{name}'; an export needs "
+                f"{' and '.join(sorted(needed))} there. Calibrate again."
+            )
 
 
 def add_bodies(model: ir.Model) -> None:

@@ -1,0 +1,86 @@
+"""The builder around the backends: float types and the audit."""
+
+import sys
+import types
+
+import onnx
+import pytest
+
+import support
+from tables import Kind, make_table
+from tqdit.card import QuantizationCard
+from tqdit.engines import backends, build_engine
+from tqdit.engines.audit import audit
+from tqdit.engines.bundle import Manifest, describe_parts, read_manifest
+from tqdit.errors import BackendError, UsageError
+from tqdit.export import write
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
+    return path
+
+
+@pytest.fixture
+def half_backend(monkeypatch):
+    """A backend that likes float16 and keeps the file that it is given."""
+
+    def build(source, card, folder, precision, allow_fallback):
+        (folder / "graph.onnx").write_bytes(source.read_bytes())
+        return Manifest("half", precision, card, "graph.onnx", None, {}, {}, files=describe_parts(folder))
+
+    module = types.ModuleType("half_backend.build")
+    module.FLOAT_TYPES, module.build = ("fp16", "fp32"), build
+    monkeypatch.setitem(sys.modules, "half_backend.build", module)
+    monkeypatch.setitem(backends.BACKENDS, "half", "half_backend")
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("auto", "fp16"), ("fp16", "fp16"), ("fp32", "fp32")])
+def test_the_builder_casts_the_file_to_the_type_that_the_backend_likes(
+    quantized, tmp_path, half_backend, choice, expected
+):
+    build_engine(quantized, tmp_path / "model.engine", "half", float_type=choice)
+    assert read_manifest(tmp_path / "model.engine").float_type == expected
+    compiled = onnx.load(tmp_path / "model.engine" / "graph.onnx", load_external_data=False).graph
+    halves = [tensor for tensor in compiled.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    assert bool(halves) == (expected == "fp16")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.engine", "model.onnx"]
+
+
+def test_a_type_that_the_backend_only_emulates_is_refused(quantized, tmp_path):
+    with pytest.raises(UsageError, match="--float-type fp16: onnxruntime would only emulate it here; it has fp32"):
+        build_engine(quantized, tmp_path / "model.engine", float_type="fp16")
+    assert not (tmp_path / "model.engine").exists()
+
+
+def test_a_build_proves_its_products_integer(quantized, tmp_path):
+    manifest = build_engine(quantized, tmp_path / "model.engine")
+    assert manifest.audit is not None
+    promised = [form for form in manifest.card.quantization.products.values() if form == "integer"]
+    assert manifest.audit.integer == len(promised) == 10
+    assert manifest.audit.line.endswith("0 fallen back")
+
+
+def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantized, tmp_path):
+    model = onnx.load(quantized)
+    target = "blocks.1.mlp.fc1"
+    nodes = {node.name: node for node in model.graph.node}
+    nodes[f"{target}/MatMul"].input[0] = nodes[f"{target}/QuantizeLinear"].input[0]
+    onnx.save(model, quantized)
+    with pytest.raises(BackendError, match=rf"would run in float on onnxruntime: {target}\. Likely cause"):
+        build_engine(quantized, tmp_path / "model.engine")
+    assert not (tmp_path / "model.engine").exists()
+    kept = build_engine(quantized, tmp_path / "model.engine", allow_fallback=True)
+    assert kept.audit.fallen_back == (target,)
+
+
+def test_the_audit_counts_a_product_with_a_float_twin_as_fallen_back():
+    card = QuantizationCard(
+        8, 8, (), "simulated", {"a": "integer", "b": "integer", "c": "simulated", "d": "weight-only"}
+    )
+    report = audit(card, ["a/MatMul", "b/MatMul"], ["b/MatMul_2", "c/MatMul"])
+    assert (report.integer, report.simulated, report.weight_only, report.fallen_back) == (1, 1, 1, ("b",))
+    with pytest.raises(BackendError, match=r"1 quantized product\(s\) would run in float on x: b"):
+        report.check("x", "a cause")
