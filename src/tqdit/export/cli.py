@@ -57,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
-    for library in ("torch", "onnx", "onnxscript"):
+    for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
         need(library, "export", "tqdit-export")
     from tqdit.export.graph import ExportConfig, export_graph
+    from tqdit.export.onnx_writer import check_overwrite, write
     from tqdit.export.vae import load_decoder, trace_decoder
-    from tqdit.export.write import check_overwrite, write
     from tqdit.models import load_model
 
     output: Path = args.output

@@ -1,6 +1,5 @@
 """ONNX files on disk: large weights, side files, refusals, interruptions."""
 
-import importlib
 import json
 
 import numpy as np
@@ -11,11 +10,10 @@ import pytest
 import support
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError, OutputError
+from tqdit.export import onnx_writer as writing
 from tqdit.export import write
-from tqdit.export.write import check_overwrite
+from tqdit.export.onnx_writer import check_overwrite
 from tqdit.onnx_file import load_graph, read_card
-
-writing = importlib.import_module("tqdit.export.write")  # the package exports a function of the same name
 
 
 @pytest.fixture
