@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tqdit.errors import CheckpointError
-from tqdit.models import ADAPTERS, demo, diffusers, load_model, published
+from tqdit.models import demo, diffusers, find_adapters, load_model, published
 from tqdit.models.loaded import fingerprint
 
 
@@ -40,13 +40,13 @@ def test_the_demo_takes_its_heads_from_its_file_unless_told_otherwise():
     ],
 )
 def test_each_source_has_one_adapter(source, adapter):
-    assert [one for one in ADAPTERS if one.matches(source)] == [adapter]
+    assert [one for one in find_adapters() if one.matches(source)] == [adapter]
 
 
 def test_a_directory_is_diffusers_whatever_its_name(tmp_path):
     folder = tmp_path / "dit.pt"
     folder.mkdir()
-    assert [one for one in ADAPTERS if one.matches(str(folder))] == [diffusers]
+    assert [one for one in find_adapters() if one.matches(str(folder))] == [diffusers]
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors"])
@@ -99,3 +99,17 @@ def test_one_changed_weight_changes_the_fingerprint(network):
     with torch.no_grad():
         network.final_layer.linear.bias[3] += 1e-6
     assert fingerprint(network, None) != before
+
+
+def test_a_new_kind_of_model_is_one_file_and_nothing_else(tmp_path, monkeypatch):
+    import tqdit.models as models
+
+    (tmp_path / "toy.py").write_text(
+        "def matches(source): return source.startswith('toy:')\n"
+        "def load(source, heads=None): return ('a toy', source, heads)\n"
+    )
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    assert models.load_model("toy:1", heads=3) == ("a toy", "toy:1", 3)
+    assert [adapter.__name__.rpartition(".")[2] for adapter in models.find_adapters()] == [
+        "demo", "diffusers", "published", "toy",
+    ]  # fmt: skip

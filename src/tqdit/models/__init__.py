@@ -1,16 +1,17 @@
 """Diffusion transformers and the adapters that load them.
 
-A new kind of model is a new adapter: a module with `matches(source)` and `load(source, heads)` that returns a
-`LoadedModel`, added to `ADAPTERS`. Nothing else changes.
+A new kind of model is a new adapter: a module in this folder with `matches(source)` and `load(source, heads)` that
+returns a `LoadedModel`. Nothing else changes: adapters are found by these two functions.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from tqdit.errors import CheckpointError
-from tqdit.models import demo, diffusers, published
 from tqdit.models.loaded import LoadedModel
 
 
@@ -20,7 +21,10 @@ class Adapter(Protocol):
     def load(self, source: str, heads: int | None = None) -> LoadedModel: ...
 
 
-ADAPTERS: tuple[Adapter, ...] = (demo, diffusers, published)
+def find_adapters() -> tuple[Adapter, ...]:
+    """The adapters in this folder, by name; the first that matches a source loads it."""
+    modules = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
+    return tuple(cast(Adapter, module) for module in modules if hasattr(module, "matches") and hasattr(module, "load"))
 
 
 def load_model(source: str, heads: int | None = None) -> LoadedModel:
@@ -28,7 +32,7 @@ def load_model(source: str, heads: int | None = None) -> LoadedModel:
 
     Raises CheckpointError with one line that names the file and what is wrong with it.
     """
-    for adapter in ADAPTERS:
+    for adapter in find_adapters():
         if adapter.matches(source):
             return adapter.load(source, heads)
     if not Path(source).exists():
@@ -42,4 +46,4 @@ def load_model(source: str, heads: int | None = None) -> LoadedModel:
     )
 
 
-__all__ = ["ADAPTERS", "Adapter", "LoadedModel", "load_model"]
+__all__ = ["Adapter", "LoadedModel", "find_adapters", "load_model"]
