@@ -20,7 +20,7 @@ def export(folder, form):
 
 @pytest.mark.slow
 def test_an_int8_file_within_3_minutes_8_gigabytes_and_27_percent_of_float32(tmp_path):
-    """Measured: 22 s, 5.8 GB, 25.3 %, conditioning weights included. The time bound is the promise, not a race."""
+    """Measured: 24 s, 5.9 GB, 25.3 %, conditioning weights included. The time bound is the promise, not a race."""
     measured = export(tmp_path, "simulated")
     assert measured["seconds"] < 180
     assert measured["peak_bytes"] < 8e9
