@@ -12,6 +12,7 @@ from tqdit.card import QuantizationCard
 from tqdit.engines import backends, build_engine
 from tqdit.engines.audit import audit
 from tqdit.engines.bundle import Manifest, describe_parts, read_manifest
+from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.errors import BackendError, UsageError
 from tqdit.export import write
 
@@ -27,12 +28,12 @@ def quantized(tmp_path):
 def half_backend(monkeypatch):
     """A backend that likes float16 and keeps the file that it is given."""
 
-    def build(source, card, folder, precision, allow_fallback):
+    def build(source, card, folder, config, progress):
         (folder / "graph.onnx").write_bytes(source.read_bytes())
-        return Manifest("half", precision, card, "graph.onnx", None, {}, {}, files=describe_parts(folder))
+        return Manifest("half", config.precision, card, "graph.onnx", None, {}, {}, files=describe_parts(folder))
 
     module = types.ModuleType("half_backend.build")
-    module.FLOAT_TYPES, module.build = ("fp16", "fp32"), build
+    module.OPTIONS, module.float_types, module.build = frozenset(), lambda _: ("fp16", "fp32"), build
     monkeypatch.setitem(sys.modules, "half_backend.build", module)
     monkeypatch.setitem(backends.BACKENDS, "half", "half_backend")
 
@@ -41,7 +42,7 @@ def half_backend(monkeypatch):
 def test_the_builder_casts_the_file_to_the_type_that_the_backend_likes(
     quantized, tmp_path, half_backend, choice, expected
 ):
-    build_engine(quantized, tmp_path / "model.engine", "half", float_type=choice)
+    build_engine(quantized, tmp_path / "model.engine", "half", BuildConfig(float_type=choice))
     assert read_manifest(tmp_path / "model.engine").float_type == expected
     compiled = onnx.load(tmp_path / "model.engine" / "graph.onnx", load_external_data=False).graph
     halves = [tensor for tensor in compiled.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
@@ -51,7 +52,7 @@ def test_the_builder_casts_the_file_to_the_type_that_the_backend_likes(
 
 def test_a_type_that_the_backend_only_emulates_is_refused(quantized, tmp_path):
     with pytest.raises(UsageError, match="--float-type fp16: onnxruntime would only emulate it here; it has fp32"):
-        build_engine(quantized, tmp_path / "model.engine", float_type="fp16")
+        build_engine(quantized, tmp_path / "model.engine", config=BuildConfig(float_type="fp16"))
     assert not (tmp_path / "model.engine").exists()
 
 
@@ -72,7 +73,7 @@ def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantiz
     with pytest.raises(BackendError, match=rf"would run in float on onnxruntime: {target}\. Likely cause"):
         build_engine(quantized, tmp_path / "model.engine")
     assert not (tmp_path / "model.engine").exists()
-    kept = build_engine(quantized, tmp_path / "model.engine", allow_fallback=True)
+    kept = build_engine(quantized, tmp_path / "model.engine", config=BuildConfig(allow_fallback=True))
     assert kept.audit.fallen_back == (target,)
 
 
@@ -84,3 +85,25 @@ def test_the_audit_counts_a_product_with_a_float_twin_as_fallen_back():
     assert (report.integer, report.simulated, report.weight_only, report.fallen_back) == (1, 1, 1, ("b",))
     with pytest.raises(BackendError, match=r"1 quantized product\(s\) would run in float on x: b"):
         report.check("x", "a cause")
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,2", "0,1,2", "2,1,3", "1,3,2", "1,2,3,4"])
+def test_a_batch_range_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="--batch"):
+        BatchRange.parse(text)
+
+
+def test_batch_ranges_are_read():
+    assert BatchRange.parse("1,4,16") == BatchRange(1, 4, 16)
+    assert BatchRange.parse("4") == BatchRange(4, 4, 4)
+
+
+def test_an_option_that_the_backend_does_not_know_is_refused(quantized, tmp_path):
+    with pytest.raises(UsageError, match="--target has no meaning for onnxruntime"):
+        build_engine(quantized, tmp_path / "model.engine", config=BuildConfig(targets=("8.9",)))
+
+
+def test_auto_takes_a_backend_that_runs_here_and_says_why():
+    name, why = backends.choose_backend()
+    assert backends.build_row(name).fitness().score > 0
+    assert why.startswith(backends.build_row(name).fitness().reason)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
-from tqdit.errors import UsageError
+from tqdit.engines.config import BuildConfig, FloatType, Progress
+from tqdit.errors import BackendError, UsageError
 
 BACKENDS = {"onnxruntime": "tqdit.engines.onnxruntime"}
 
@@ -28,11 +29,29 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class BuildRow(Protocol):
-    FLOAT_TYPES: tuple[str, ...]  # that the backend computes in here, the preferred one first
+class Fitness(NamedTuple):
+    """How well a backend suits this machine: the highest score is taken by `auto`, 0 is never taken."""
 
-    def build(self, source: Path, card: GraphCard, folder: Path, precision: str, allow_fallback: bool) -> Manifest:
-        """Compile `source` into files in `folder`, audit and describe them."""
+    score: int
+    reason: str
+
+
+class BuildRow(Protocol):
+    OPTIONS: frozenset[str]  # fields of BuildConfig that it honours beyond the common ones
+
+    def fitness(self) -> Fitness:
+        """Whether an engine that is built here can also run here. Must not import a library that is missing."""
+        ...
+
+    def float_types(self, config: BuildConfig) -> tuple[FloatType, ...]:
+        """Types that the target computes in without emulation, the preferred one first."""
+        ...
+
+    def build(self, source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress) -> Manifest:
+        """Compile `source` into files in `folder`, audit and describe them.
+
+        `config` has its precision and float type chosen, and the file is already cast to that type.
+        """
         ...
 
 
@@ -40,6 +59,19 @@ class RunRow(Protocol):
     def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None) -> Engine:
         """Open one compiled file of a bundle."""
         ...
+
+
+def choose_backend() -> tuple[str, str]:
+    """(name, why) of the backend that suits this machine best."""
+    found = {name: build_row(name).fitness() for name in BACKENDS}
+    name = max(found, key=lambda one: found[one].score)
+    if found[name].score == 0:
+        reasons = "; ".join(f"{one}: {fitness.reason}" for one, fitness in found.items())
+        raise BackendError(
+            f"no backend can build and run an engine here ({reasons}). Run: pip install 'tqdit[onnxruntime]'"
+        )
+    others = "; ".join(f"{one}: {fitness.reason}" for one, fitness in found.items() if one != name)
+    return name, found[name].reason + (f" (passed over: {others})" if others else "")
 
 
 def build_row(backend: str) -> BuildRow:

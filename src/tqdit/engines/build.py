@@ -6,53 +6,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends import BuildRow, build_row
+from tqdit.engines.backends import BuildRow, build_row, choose_backend
 from tqdit.engines.bundle import Manifest, write_manifest
+from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Precision, Progress, silent
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
-
-PRECISIONS = ("int8", "fp32")
-FloatChoice = Literal["auto", "fp32", "fp16", "bf16"]
-FLOAT_CHOICES: tuple[FloatChoice, ...] = ("auto", "fp32", "fp16", "bf16")
 
 
 def build_engine(
     source: Path,
     output: Path,
     backend: str = "onnxruntime",
-    precision: str | None = None,
-    float_type: FloatChoice = "auto",
-    allow_fallback: bool = False,
+    config: BuildConfig | None = None,
+    progress: Progress = silent,
 ) -> Manifest:
-    """Compile `source` for `backend` into the folder `output`, which appears whole or not at all.
+    """Compile `source` for `backend` ('auto': the best one here) into the folder `output`, which appears whole or not.
 
-    precision None: int8 for a quantized file, fp32 for a float one. float_type: of what is not integer; 'auto' is what
-    the backend likes best. Raises BackendError where a quantized product would run in float, unless `allow_fallback`,
-    and UsageError for a float type that the backend would only emulate.
+    Raises BackendError where a quantized product would run in float, unless the config allows it, and UsageError for
+    what the backend or the file cannot do.
     """
     from tqdit.onnx_file import external_files, load_graph, read_card  # needs onnx; the runtime must not
 
+    config = config or BuildConfig()
     card = read_card(source)
-    precision = _check_precision(source, card, precision)
+    config = replace(config, precision=_check_precision(source, card, config.precision))
     for name in external_files(load_graph(source), source):
         if not (source.parent / name).is_file():
             raise FileFormatError(
                 f"{source.parent / name}: missing; it holds the weights of {source}. Keep them together."
             )
     _check_decoder(source, card)
+    if backend == "auto":
+        backend, _ = choose_backend()
     row = build_row(backend)
-    chosen = _check_float_type(backend, row, float_type)
+    config.refuse_unknown(backend, row.OPTIONS)
+    chosen = _check_float_type(backend, row, config)
+    config = replace(config, float_type=chosen)
     with whole_folder(output) as folder, _cast(source, card, chosen, output) as typed:
-        manifest = row.build(typed, card, folder, precision, allow_fallback)
-        write_manifest(folder, replace(manifest, float_type=chosen))
+        manifest = replace(row.build(typed, card, folder, config, progress), float_type=chosen)
+        write_manifest(folder, manifest)
     return manifest
 
 
 @contextmanager
-def _cast(source: Path, card: GraphCard, float_type: str, output: Path) -> Iterator[Path]:
+def _cast(source: Path, card: GraphCard, float_type: FloatType, output: Path) -> Iterator[Path]:
     """The file with its float parts in another type, in a temporary folder together with its decoder."""
     if float_type == "fp32":
         yield source
@@ -70,18 +69,17 @@ def _cast(source: Path, card: GraphCard, float_type: str, output: Path) -> Itera
         yield folder / source.name
 
 
-def _check_float_type(backend: str, row: BuildRow, wanted: FloatChoice) -> str:
+def _check_float_type(backend: str, row: BuildRow, config: BuildConfig) -> FloatType:
+    offered, wanted = row.float_types(config), config.float_type
     if wanted == "auto":
-        return row.FLOAT_TYPES[0]
-    if wanted not in row.FLOAT_TYPES:
-        raise UsageError(
-            f"--float-type {wanted}: {backend} would only emulate it here; it has {', '.join(row.FLOAT_TYPES)}."
-        )
+        return offered[0]
+    if wanted not in offered:
+        raise UsageError(f"--float-type {wanted}: {backend} would only emulate it here; it has {', '.join(offered)}.")
     return wanted
 
 
-def _check_precision(source: Path, card: GraphCard, precision: str | None) -> str:
-    held = "fp32" if card.quantization is None else "int8"
+def _check_precision(source: Path, card: GraphCard, precision: Precision | None) -> Precision:
+    held: Precision = "fp32" if card.quantization is None else "int8"
     if precision is not None and precision not in PRECISIONS:
         raise UsageError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}.")
     if precision not in (None, held):

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from tqdit.console import Console
-from tqdit.engines.backends import BACKENDS
-from tqdit.engines.build import FLOAT_CHOICES, PRECISIONS, build_engine
+from tqdit.engines.backends import BACKENDS, choose_backend
+from tqdit.engines.build import build_engine
 from tqdit.engines.bundle import check_overwrite
+from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig
 from tqdit.extras import need
 from tqdit.files import check_writable
 
@@ -26,11 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", type=Path, default=Path("model.onnx"), help="file that tqdit-export wrote (default: "
         "%(default)s)")  # fmt: skip
     add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
-    add("--backend", choices=list(BACKENDS), default="onnxruntime", help="default: %(default)s")
+    add("--backend", choices=["auto", *BACKENDS], default="auto", help="default: the best one that is installed and "
+        "runs on this machine")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="default: int8 for a quantized file, fp32 for a float one")
     add("--float-type", choices=FLOAT_CHOICES, default="auto", help="of what is not integer (default: %(default)s, "
         "what the backend likes best)")  # fmt: skip
     add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")
+    add("--batch", metavar="MIN,OPT,MAX", help="images per call that a GPU engine is made for (default: 1,2,16)")
+    add("--provider", choices=["cpu", "cuda", "tensorrt"], help="execution provider of ONNX Runtime (default: cpu)")
+    add("--target", action="append", default=[], metavar="CC", help="compute capability for TensorRT-RTX, such as 8.9; "
+        "repeat it for several (default: portable)")  # fmt: skip
+    add("--workspace", type=float, metavar="MIB", help="scratch memory of TensorRT at most")
+    add("--timing-cache", type=Path, metavar="FILE", help="TensorRT's timings, read when the file exists, then written")
+    add("--optimization-level", type=int, choices=range(6), help="of TensorRT")
+    add("--version-compatible", action="store_true", help="a TensorRT plan that later versions of its major one run")
+    add("--exclude-lean-runtime", action="store_true", help="with --version-compatible: leave the lean runtime out")
+    add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
     add("--force", action="store_true", help="replace a folder that is not an engine")
 
 
@@ -39,12 +51,31 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output or args.model.with_suffix(".engine")
     check_overwrite(output, args.force)
     check_writable(output)
-    console.say(f"compiling {args.model} for {args.backend}")
-    manifest = build_engine(
-        args.model, output, args.backend, args.precision, args.float_type, args.allow_float_fallback
-    )
+    backend = args.backend
+    if backend == "auto":
+        backend, why = choose_backend()
+        console.say(f"backend {backend}: {why}")
+    console.say(f"compiling {args.model} for {backend}")
+    manifest = build_engine(args.model, output, backend, _config(args))
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     if manifest.audit is not None:
         console.say(manifest.audit.line)
     return output
+
+
+def _config(args: argparse.Namespace) -> BuildConfig:
+    return BuildConfig(
+        precision=args.precision,
+        float_type=args.float_type,
+        allow_fallback=args.allow_float_fallback,
+        batch=None if args.batch is None else BatchRange.parse(args.batch),
+        provider=args.provider,
+        targets=tuple(args.target),
+        workspace_bytes=None if args.workspace is None else int(args.workspace * 2**20),
+        timing_cache=args.timing_cache,
+        optimization_level=args.optimization_level,
+        version_compatible=args.version_compatible,
+        lean_runtime="exclude" if args.exclude_lean_runtime else "embed",
+        plugins=not args.no_plugins,
+    )

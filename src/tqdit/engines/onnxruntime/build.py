@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import platform
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 from tqdit import __version__
 from tqdit.card import GraphCard
 from tqdit.engines.audit import Audit, audit
+from tqdit.engines.backends import Fitness
 from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
 from tqdit.engines.onnxruntime.library import load_library, session_options
 from tqdit.errors import BackendError
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
 EXTERNAL_DATA_BYTES = 1_000_000_000
-FLOAT_TYPES = ("fp32",)  # on CPUs it only emulates the others, with casts around float32
+OPTIONS: frozenset[str] = frozenset()
 # Operators of ONNX Runtime that multiply integers, and those that multiply floats.
 INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}
 FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"}
 
 
-def build(source: Path, card: GraphCard, folder: Path, precision: str, allow_fallback: bool = False) -> Manifest:
+def fitness() -> Fitness:
+    if util.find_spec("onnxruntime") is None:
+        return Fitness(0, "onnxruntime is not installed")
+    return Fitness(10, "runs on every CPU")
+
+
+def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
+    """On CPUs it only emulates the others, with casts around float32."""
+    return ("fp32",)
+
+
+def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
     """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
     ort = load_library()
     _optimise(source, folder / GRAPH_FILE)
     if card.vae is not None:
         _optimise(source.parent / card.vae.file, folder / DECODER_FILE)
     report = audit_graph(folder / GRAPH_FILE, card)
-    if report is not None and not allow_fallback:
+    if report is not None and not config.allow_fallback:
         report.check("onnxruntime", "its optimiser does not fuse this form; run tqdit-inspect --lint on the file")
     return Manifest(
         backend="onnxruntime",
-        precision=precision,
+        precision=config.precision or "fp32",
         card=card,
         entry=GRAPH_FILE,
         decoder=DECODER_FILE if card.vae is not None else None,

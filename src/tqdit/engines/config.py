@@ -1,0 +1,91 @@
+"""What a user may choose about a build. Each backend names the fields that it honours; the others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from tqdit.errors import UsageError
+
+Precision = Literal["int8", "fp16", "bf16", "fp32"]
+FloatType = Literal["fp32", "fp16", "bf16"]
+FloatChoice = Literal["auto", "fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Images per engine call: the fewest, the number to tune for, the most."""
+
+    least: int = 1
+    best: int = 2
+    most: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.best <= self.most:
+            raise UsageError(
+                f"--batch {self.least},{self.best},{self.most}: expected MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> BatchRange:
+        """'1,4,16', or '4' for exactly four."""
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 3):
+            raise UsageError(f"--batch {text}: expected MIN,OPT,MAX (such as 1,4,16) or one number.")
+        return cls(*numbers) if len(numbers) == 3 else cls(*numbers * 3)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """One build. Where a field is None the backend chooses.
+
+    Every backend takes `precision`, `float_type` and `allow_fallback`; the rest are named in its row's `OPTIONS`.
+    """
+
+    precision: Precision | None = None  # None: int8 for a quantized file, fp32 for a float one
+    float_type: FloatChoice = "auto"  # of what is not integer
+    allow_fallback: bool = False  # keep an engine although quantized products run in float
+    batch: BatchRange | None = None
+    provider: str | None = None  # execution provider of ONNX Runtime: cpu, cuda, tensorrt
+    targets: tuple[str, ...] = ()  # compute capabilities such as '8.9'
+    workspace_bytes: int | None = None  # scratch memory at most
+    timing_cache: Path | None = None  # read when it exists, then written
+    optimization_level: int | None = None
+    version_compatible: bool = False  # TensorRT: the plan also runs on later versions of the same major one
+    lean_runtime: Literal["embed", "exclude"] = "embed"  # of a version-compatible plan
+    plugins: bool = True  # use kernels for the custom ops where the backend takes them
+
+    def refuse_unknown(self, backend: str, honoured: frozenset[str]) -> None:
+        """Raises UsageError if a field was set that this backend does not know."""
+        common = {"precision", "float_type", "allow_fallback"}
+        for field in fields(self):
+            if field.name not in common | honoured and getattr(self, field.name) != field.default:
+                flag = FLAGS[field.name]
+                raise UsageError(f"{flag} has no meaning for {backend}. Leave it out, or choose another --backend.")
+
+
+FLAGS = {
+    "batch": "--batch",
+    "provider": "--provider",
+    "targets": "--target",
+    "workspace_bytes": "--workspace",
+    "timing_cache": "--timing-cache",
+    "optimization_level": "--optimization-level",
+    "version_compatible": "--version-compatible",
+    "lean_runtime": "--exclude-lean-runtime",
+    "plugins": "--no-plugins",
+}
+
+# A long build tells how far it is: (what is being done, steps done, steps in all or 0 where unknown).
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of a build that nobody watches."""
