@@ -61,3 +61,23 @@ def test_odd_sizes_are_filled():
 def test_a_negative_seed_is_refused():
     with pytest.raises(UsageError, match="seed -1"):
         noise.normal(-1, 0, 0, SHAPE)
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (3, 5, 7), (1,), (2, 3)])
+def test_numbers_written_in_place_are_those_of_the_formula_bit_for_bit(shape):
+    """One object fills many arrays; its scratch space carries nothing from one to the next."""
+    normals, out = noise.Normals(shape), np.empty(shape, np.float32)
+    for seed, image, step in [(0, 0, -1), (7, 3, 249), (2**64 - 1, 10**9, 0)]:
+        normals.fill(out, seed, image, step)
+        pairs = (out.size + 1) // 2
+        bits = np.random.Philox(counter=(step + 1) << 128, key=seed + (image << 64)).random_raw(2 * pairs)
+        uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53
+        radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * np.pi * uniform[pairs:]
+        expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: out.size].reshape(shape)
+        np.testing.assert_array_equal(out, expected.astype(np.float32))
+
+
+def test_the_highest_seeds_differ_from_their_neighbours():
+    """2^64 - 1 and 2^63 + 1 are no float64 numbers, so they must not pass through one."""
+    for seed in (2**64 - 1, 2**63 + 1):
+        assert not np.array_equal(noise.normal(seed, 1, 0, SHAPE), noise.normal(seed - 1, 1, 0, SHAPE))

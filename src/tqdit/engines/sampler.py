@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit import noise
 from tqdit.card import GraphCard
 from tqdit.engines.backends import Engine, run_row
 from tqdit.engines.bundle import check_parts, read_manifest
-from tqdit.errors import FileFormatError, SamplingError, SamplingStopped, UsageError
+from tqdit.engines.step_rows import StepRows, check_guidance, check_labels
+from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 
 Labels = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -28,7 +28,7 @@ class StepReport:
     step: int  # that has just been computed; 0 is the last of a chain
     steps: int  # of a chain
     images: range  # indices of the images in this batch
-    x: NDArray[np.float32]  # (B, C, H, W), their state; do not change it
+    x: NDArray[np.float32]  # (B, C, H, W), a copy of their state
 
 
 Callback = Callable[[StepReport], bool | None]
@@ -73,6 +73,13 @@ class Sampler:
         """False for a latent model without a decoder, which has only `sample_latents`."""
         return self.card.latent_scale is None or self._decoder is not None
 
+    def _check_makes_images(self) -> None:
+        """Refuse a latent model without a decoder."""
+        if not self.makes_images:
+            raise UsageError(
+                "this engine makes latents and has no decoder. Use sample_latents, or export again with --vae DIR."
+            )
+
     def sample(
         self,
         class_labels: Labels,
@@ -88,12 +95,9 @@ class Sampler:
         default. callback: called after every step; returning True stops with SamplingStopped. first_image: index of
         the first image; image i of one call equals image 0 of a call with first_image=i.
         """
-        if not self.makes_images:
-            raise UsageError(
-                "this engine makes latents and has no decoder. Use sample_latents, or export again with --vae DIR."
-            )
+        self._check_makes_images()
         latents = self.sample_latents(class_labels, guidance_scale, seed, callback, first_image=first_image)
-        return to_pixels(self._decode(latents))
+        return self.to_images(latents)
 
     def sample_latents(
         self,
@@ -105,16 +109,13 @@ class Sampler:
         first_image: int = 0,
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, C, H, W). Arguments as for `sample`."""
-        labels = self._check_labels(class_labels)
-        scale = self._check_guidance(guidance_scale)
+        labels = check_labels(self.card, class_labels)
+        scale = check_guidance(self.card, guidance_scale)
         done = np.empty((len(labels), *self.card.image_shape), np.float32)
         for start in range(0, len(labels), self.batch):
             part = slice(start, min(start + self.batch, len(labels)))
             images = range(first_image + part.start, first_image + part.stop)
-            for report in self._chain(labels[part], images, scale, seed):
-                if callback is not None and callback(report):
-                    raise SamplingStopped(f"stopped by the callback at step {report.step} of images {images}.")
-                done[part] = report.x
+            done[part] = self._chain(labels[part], images, scale, seed, callback)
         return done
 
     def steps_for(self, count: int) -> int:
@@ -136,53 +137,37 @@ class Sampler:
     ) -> None:
         self.close()
 
-    def _chain(self, labels: NDArray[np.int64], images: range, scale: float, seed: int) -> Iterator[StepReport]:
-        """One batch from noise to the end, a report per step."""
-        if self._step is None:
+    def step(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """One call of the step engine: inputs by name (docs/onnx-file.md) to x_next float32 (B, C, H, W)."""
+        engine = self._step
+        if engine is None:
             raise UsageError("this sampler is closed. Open the engine again.")
-        shape, steps = self.card.image_shape, self.card.sampling.steps
-        x = noise.normal_rows(seed, images, noise.INITIAL, shape)
-        inputs: dict[str, NDArray[Any]] = {"class_labels": labels, "noise": np.zeros_like(x)}
-        if self.card.guided:
-            inputs["guidance_scale"] = np.full(len(labels), scale, np.float32)
-        adds_noise = self.card.sampling.sampler == "ddpm"
+        return engine(inputs)
+
+    def to_images(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """States float32 (N, C, H, W), finished or not, as uint8 images (N, H, W, 3); a latent model decodes them."""
+        self._check_makes_images()
+        return to_pixels(self._decode(latents))
+
+    def _chain(
+        self, labels: NDArray[np.int64], images: range, scale: float, seed: int, callback: Callback | None
+    ) -> NDArray[np.float32]:
+        """One batch from noise to the end: (B, C, H, W)."""
+        rows, steps = StepRows(self.card, len(labels)), self.card.sampling.steps
+        for label, image in zip(labels, images, strict=True):
+            rows.add(int(label), scale, seed, image)
         for step in reversed(range(steps)):
-            inputs["x"], inputs["step"] = x, np.full(len(labels), step, np.int64)
-            if adds_noise and step > 0:
-                inputs["noise"] = noise.normal_rows(seed, images, step, shape)
-            x = self._step(inputs)
-            if not np.isfinite(x).all():
-                row = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))[0])
-                raise SamplingError(
-                    f"image {images[row]} (class {labels[row]}) became NaN or infinite at step {step}. "
-                    "Lower the guidance scale, or export the model again from a good checkpoint."
-                )
-            yield StepReport(step, steps, images, x)
+            finite = rows.advance(self.step(rows.inputs()))
+            if not finite.all():
+                raise rows.failure(int(np.flatnonzero(~finite)[0]))
+            if callback is not None and callback(StepReport(step, steps, images, rows.x.copy())):
+                raise SamplingStopped(f"stopped by the callback at step {step} of images {images}.")
+        return rows.x
 
     def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._decoder is None:
             return latents
         return np.concatenate([self._decoder({"latents": one[None]}) for one in latents])  # one by one: memory
-
-    def _check_labels(self, class_labels: Labels) -> NDArray[np.int64]:
-        labels = np.asarray(class_labels)
-        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
-            raise UsageError("class_labels must be a non-empty list of integers.")
-        highest = self.card.num_classes
-        bad = labels[(labels < 0) | (labels > highest)]
-        if len(bad):
-            raise UsageError(
-                f"class {bad[0]} is out of range; this model knows 0..{highest - 1} (and {highest}: no class)."
-            )
-        return labels.astype(np.int64)
-
-    def _check_guidance(self, guidance_scale: float | None) -> float:
-        scale = self.card.guidance_scale if guidance_scale is None else float(guidance_scale)
-        if not math.isfinite(scale):
-            raise UsageError(f"guidance scale {scale} is not a finite number.")
-        if not self.card.guided and guidance_scale is not None:
-            raise UsageError("this engine was exported with --unguided and takes no guidance scale.")
-        return scale
 
 
 def to_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
