@@ -138,7 +138,10 @@ def test_ho_weights_converge_to_the_diagonal_of_the_gauss_newton_matrix(tmp_path
     one = {"x": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), "noise": torch.zeros(1, 4, 8, 8),
            "timestep": torch.tensor([500]), "step": torch.tensor([10]), "label": torch.tensor([2]),
            "group": torch.tensor([0])}  # fmt: skip
-    rows = CalibrationRows(**{name: tensor.repeat_interleave(count, 0) for name, tensor in one.items()})
+    rows = CalibrationRows(
+        **{name: tensor.repeat_interleave(count, 0) for name, tensor in one.items()},
+        boundaries=torch.zeros(0, dtype=torch.int64),
+    )
     names = ["blocks.0.mlp.fc1", "blocks.0.attn.qkv", "blocks.1.attn.proj", "final_layer.linear"]
     _, samples = capture(model, CONFIG, tmp_path, rows)
     for name, diagonal in exact_diagonal(model, rows, names).items():
@@ -180,4 +183,5 @@ def _rows(model: LoadedModel) -> CalibrationRows:
     step = torch.arange(0, 18, 3)
     timestep = torch.from_numpy(replace(model.sampling, steps=20).schedule.timesteps)[step]
     x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    return CalibrationRows(x, timestep, step, torch.arange(6), torch.zeros(6, dtype=torch.int64), x.flip(0))
+    none = torch.zeros(0, dtype=torch.int64)
+    return CalibrationRows(x, timestep, step, torch.arange(6), torch.zeros(6, dtype=torch.int64), x.flip(0), none)

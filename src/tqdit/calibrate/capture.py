@@ -30,7 +30,7 @@ class Collected:
         if name not in self.tensors:
             # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
             dtype = torch.bfloat16 if name == "g2" else torch.float32
-            self.tensors[name] = torch.empty(self.rows, *values.shape[1:], dtype=dtype)
+            self.tensors[name] = torch.empty(self.rows, *values.shape[1:], dtype=dtype, device=values.device)
         self.tensors[name][start : start + len(values)] = values
 
 

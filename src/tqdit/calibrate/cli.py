@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "known noise, instead of the model's own chains")  # fmt: skip
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--work", type=Path, metavar="DIR", help="folder for intermediate results (default: OUTPUT.work)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: a GPU that "
+        "PyTorch can use, else the CPU)")  # fmt: skip
     add("--print", action="store_true", dest="print_config", help="print every setting and stop")
     knobs = parser.add_argument_group("knobs (defaults of the preset tq-dit)")
     for knob in fields(TQ_DIT):
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         need(library, "calibrate", "tqdit-calibrate")
     from tqdit.calibrate.cost import peak_memory_bytes
     from tqdit.calibrate.data import read_data
+    from tqdit.calibrate.device import choose_device, peak_device_bytes
     from tqdit.calibrate.flow import calibrate, finish
     from tqdit.models import load_model
     from tqdit.scale_table import is_scale_table, write_scale_table
@@ -76,7 +79,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     work = args.work or output.with_name(f"{output.name}.work")
     started = time.monotonic()
     console.say(f"loading {args.model}")
-    model = load_model(args.model, args.heads)
+    device = choose_device(args.device)
+    model = load_model(args.model, args.heads).to(device)
     data = read_data(args.data, model) if args.data else None
     result = calibrate(model, config, work, console, data)
     write_scale_table(output, result.table)
@@ -86,7 +90,11 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     seconds = time.monotonic() - started
     console.say(
         f"{len(result.table.sites)} tensors of {len(result.table.by_module)} layers in {seconds:.0f} s, "
-        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB, {sum(spent.values()):,.0f} forward-equivalents of one row"
-        + (f" ({phases})" if phases else "")
+        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB{_on_device(peak_device_bytes(device))}, "
+        f"{sum(spent.values()):,.0f} forward-equivalents of one row" + (f" ({phases})" if phases else "")
     )
     return output
+
+
+def _on_device(peak: int) -> str:
+    return f" and {peak / 1e9:.2f} GB on the GPU" if peak else ""

@@ -26,6 +26,8 @@ class QuantizationConfig:
 
     steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)")
     groups: int = knob(10, "groups G of timesteps")
+    boundaries: str = knob("even", "where groups end: at even timesteps, or where the activations drift most",
+                           ("even", "drift"))  # fmt: skip
     rows_per_group: int = knob(32, "calibration rows n per group; the two rows of a guided pair count as two")
     chains: int = knob(8, "guided chains from which the rows are picked; they are most of the cost")
     guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")

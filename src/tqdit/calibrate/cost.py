@@ -33,8 +33,8 @@ def multiply_adds(model: LoadedModel) -> dict[str, int]:
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     with torch.no_grad():
-        x = torch.zeros(1, model.in_channels, model.height, model.width)
-        zero = torch.zeros(1, dtype=torch.int64)
+        x = torch.zeros(1, model.in_channels, model.height, model.width, device=model.device)
+        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
         model.network(x, zero, zero)
     for handle in handles:
         handle.remove()

@@ -70,5 +70,7 @@ def _first(path: Path, arrays: dict[str, NDArray[Any]], names: tuple[str, ...]) 
 
 def data_rows(model: LoadedModel, spec: SamplingSpec, config: QuantizationConfig, data: DataSet) -> CalibrationRows:
     """Rows from the data set instead of chains: the same steps, each from one of its images in turn."""
+    if config.boundaries == "drift":
+        raise UsageError("--boundaries drift is measured on the model's own chains. Leave out --data, or pass even.")
     picks = pick(spec, replace(config, chains=len(data.x0)))
-    return renoise(model, spec, picks, data.x0, data.labels, config.seed)
+    return renoise(model, spec, picks, data.x0.to(model.device), data.labels.to(model.device), config.seed)

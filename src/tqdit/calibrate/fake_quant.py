@@ -54,6 +54,7 @@ class QuantizedNetwork(nn.Module):
     def __init__(self, network: nn.Module, table: ScaleTable) -> None:
         super().__init__()
         self.rows = RowGroups()
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         shared = {id(tensor): tensor for tensor in network.parameters()}
         self.network = copy.deepcopy(network, shared)
         self.register_buffer("boundaries", torch.from_numpy(table.boundaries.copy()), persistent=False)
@@ -61,6 +62,7 @@ class QuantizedNetwork(nn.Module):
             quantized = quantize_module(name, find_module(self.network, name), sites, self.rows)
             parent, _, leaf = name.rpartition(".")
             setattr(self.network.get_submodule(parent), leaf, quantized)
+        self.to(device)
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         groups = (timestep[:, None] >= self.boundaries[None]).sum(1)  # (N,)
@@ -294,7 +296,7 @@ def _divisor(site: Site, module: nn.Linear | nn.Conv2d) -> Tensor | None:
     if isinstance(module, nn.Conv2d) or len(site.divisor) != module.in_features:
         raise UsageError(f"'{site.name}.divisor' has {len(site.divisor)} entries, which do not fit the layer. "
                          "Calibrate this model.")  # fmt: skip
-    return torch.from_numpy(np.array(site.divisor))
+    return torch.from_numpy(np.array(site.divisor)).to(module.weight.device)
 
 
 def _operand(quantizer: Quantizer, rows: RowGroups) -> Any:
@@ -313,7 +315,7 @@ def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """(codes, scale) of a weight, float32: its stored codes, or those of rounding to nearest. scale broadcasts."""
     quantizer = site.quantizer
     assert isinstance(quantizer, Symmetric)
-    scale = torch.from_numpy(np.array(quantizer.scale))
+    scale = torch.from_numpy(np.array(quantizer.scale)).to(weight.device)
     if isinstance(quantizer.granularity, PerChannel):
         axis = quantizer.granularity.axis
         if axis >= weight.ndim or weight.shape[axis] != len(scale):
@@ -327,7 +329,7 @@ def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     if site.codes.shape != tuple(weight.shape):
         raise UsageError(f"'{site.name}.codes' has shape {site.codes.shape}, the weight {tuple(weight.shape)}. "
                          "Calibrate this model.")  # fmt: skip
-    return torch.from_numpy(site.codes.astype(np.float32)), scale
+    return torch.from_numpy(site.codes.astype(np.float32)).to(weight.device), scale
 
 
 def dequantized_weight(weight: Tensor, site: Site) -> Tensor:

@@ -28,13 +28,13 @@ def plain(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSp
     shape = tuple(rows.x.shape[1:])
     cotangent = torch.zeros_like(output)
     draws = np.stack([normal(seed, COTANGENTS + int(row), 0, shape) for row in index])
-    cotangent[:, : shape[0]] = torch.from_numpy(draws)
+    cotangent[:, : shape[0]] = torch.from_numpy(draws).to(output.device)
     return cotangent
 
 
 def step_weighted(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
     """v times the factor with which an error of eps enters the sampler's next state, at each row's own step."""
-    factor = torch.from_numpy(np.abs(step_coefficients(spec.schedule, spec.sampler).from_eps)).float()
+    factor = torch.from_numpy(np.abs(step_coefficients(spec.schedule, spec.sampler).from_eps)).float().to(output.device)
     return plain(rows, index, output, spec, seed) * factor[rows.step[index]].reshape(-1, 1, 1, 1)
 
 

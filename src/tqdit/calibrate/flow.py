@@ -21,18 +21,19 @@ from tqdit.calibrate.capture import Recorder, Samples, choose_tokens
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.cost import Meter, multiply_adds
 from tqdit.calibrate.data import DataSet, data_rows
+from tqdit.calibrate.device import exact_arithmetic
 from tqdit.calibrate.equalize import divide, divisors
 from tqdit.calibrate.fisher import FISHERS
 from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
 from tqdit.calibrate.operands import array
 from tqdit.calibrate.problem import Problem, Solution, make_problem
-from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of, trajectory
+from tqdit.calibrate.rows import CalibrationRows, Chains, every_state, pick, sampling_of, trajectory
 from tqdit.calibrate.stages import Batch, Stages
 from tqdit.calibrate.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.models import LoadedModel
-from tqdit.scale_table import ScaleTable, Site, even_boundaries
+from tqdit.scale_table import ScaleTable, Site
 
 TWO_REGIONS_PAY = 0.5  # of the error with one region after GELU: above it, the second product is not worth it
 SAVES_PER_TRAJECTORY = 25
@@ -55,13 +56,14 @@ def calibrate(
     data: DataSet | None = None,
 ) -> Result:
     """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it."""
-    run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
-    rows = run.rows()
-    run.forward(rows)
-    for stage in reversed(range(len(run.stages))):
-        run.search(stage, rows)
-    table = run.table()
-    run.bar.close()
+    with exact_arithmetic(model.device):
+        run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
+        rows = run.rows()
+        run.forward(rows)
+        for stage in reversed(range(len(run.stages))):
+            run.search(stage, rows)
+        table = run.table(rows)
+        run.bar.close()
     return Result(table, run.meter)
 
 
@@ -77,18 +79,20 @@ class Calibration:
         self, model: LoadedModel, config: QuantizationConfig, work: Path, console: Console, data: DataSet | None
     ) -> None:
         self.model, self.config, self.console, self.data = model, config, console, data
+        self.device = model.device
         self.plans = plan(model.network, config)
         self.stages = Stages(model.network)
         self.meter = Meter(multiply_adds(model))
         self.spec = sampling_of(model, config)
         row_facts = {
-            "fingerprint": model.fingerprint, "sampling": self.spec.to_json(), "versions": versions(),
+            "fingerprint": model.fingerprint, "sampling": self.spec.to_json(), "versions": versions(self.device),
             "data": data.sha256 if data else None, "renoised": config.fisher == "loss" or data is not None,
-            "config": [config.groups, config.rows_per_group, config.chains, config.guidance_scale, config.seed],
+            "config": [config.groups, config.boundaries, config.rows_per_group, config.chains, config.guidance_scale,
+                       config.seed],
         }  # fmt: skip
         self.rows_name = f"rows-{digest(row_facts)}"
-        self.root = WorkFolder(work)
-        self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()})
+        self.root = WorkFolder(work, self.device)
+        self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, self.device)
 
     # phase 1 ---------------------------------------------------------------------------------------------------------
 
@@ -104,7 +108,9 @@ class Calibration:
         return rows
 
     def _sample_rows(self) -> CalibrationRows:
-        chains = Chains(self.model, self.spec, self.config, pick(self.spec, self.config))
+        measured = self.config.boundaries == "drift"
+        picks = every_state(self.spec, self.config) if measured else pick(self.spec, self.config)
+        chains = Chains(self.model, self.spec, self.config, picks)
         state_name = f"{self.rows_name}-chains"
         state = self.root.load_or_none(state_name)
         if state is not None:
@@ -114,6 +120,8 @@ class Calibration:
         with self.console.bar(self.spec.steps, "1/3 rows from guided chains", "steps") as bar:
             bar.update(self.spec.steps - 1 - chains.next_step)
             trajectory(chains, lambda tensors: self.root.save(state_name, tensors), save_every, bar.update)
+        if measured:
+            chains.place_boundaries()
         return chains.renoised_rows() if self.config.fisher == "loss" else chains.rows()
 
     # phase 2, forward ------------------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ class Calibration:
                 parts = {"tokens": self.stages.run(stage, *self._inputs(stage, start, batch), batch)}
             for name, part in parts.items():
                 if name not in outputs:
-                    outputs[name] = torch.empty(len(rows), *part.shape[1:])
+                    outputs[name] = torch.empty(len(rows), *part.shape[1:], device=part.device)
                 outputs[name][start : start + len(part)] = part
         if "shared" in outputs:
             self.folder.save("shared", {"shared": outputs.pop("shared")})
@@ -176,7 +184,7 @@ class Calibration:
                 found, errors[layer_plan.name] = self._solve(layer_plan, recorder.samples(layer_plan.name), rows)
                 sites += found
                 self.bar.update()
-            self.folder.save_table(f"table-{stage}", self._table(sites, errors))
+            self.folder.save_table(f"table-{stage}", self._table(sites, errors, rows))
         else:
             self.bar.update(len(plans))
         self.folder.remove(f"tokens-{stage}")
@@ -191,12 +199,12 @@ class Calibration:
         config: Any = self.model.network.config
         tokens = choose_tokens(len(rows), config.num_tokens, self.config.token_share, self.config.seed)
         modules = dict(self.model.network.named_modules())
-        recorder = Recorder(modules, plans, tokens, len(rows))
+        recorder = Recorder(modules, plans, tokens.to(self.device), len(rows))
         passed_on: dict[str, Tensor] = {}
         for start, batch in self.batches(rows):
             for name, gradient in self._backward(stage, rows, start, batch, recorder).items():
                 if name not in passed_on:
-                    passed_on[name] = torch.empty(len(rows), *gradient.shape[1:])
+                    passed_on[name] = torch.empty(len(rows), *gradient.shape[1:], device=gradient.device)
                 passed_on[name][start : start + len(gradient)] = gradient
         if stage:
             self.folder.save(f"gradient-{stage - 1}", passed_on)
@@ -226,7 +234,15 @@ class Calibration:
         stop = start + len(outputs[0])
         if stage == self.stages.last:
             fisher = FISHERS[self.config.fisher]
-            return [fisher(rows, torch.arange(start, stop), outputs[0].detach(), self.spec, self.config.seed)]
+            return [
+                fisher(
+                    rows,
+                    torch.arange(start, stop, device=self.device),
+                    outputs[0].detach(),
+                    self.spec,
+                    self.config.seed,
+                )
+            ]
         names = ("tokens", "shared")[: len(outputs)]
         return [self.folder.load_rows(f"gradient-{stage}", name, start, stop) for name in names]
 
@@ -257,7 +273,7 @@ class Calibration:
             quantizer = operand.quantizer(solution.parameters[role])
             codes = None
             if role == "weight" and solution.weight_codes is not None and weight is not None:
-                codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).numpy()
+                codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).cpu().numpy()
             divided = array(divisor) if divisor is not None and role == "input" else None
             sites.append(Site(layer_plan.name, role, quantizer, codes, divided))
         return sites, error
@@ -292,7 +308,7 @@ class Calibration:
         self.meter.add("search", solution.multiply_adds)
         return problem, solution
 
-    def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)  # noqa: ARG002 (for overriding)
+    def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)
         """One layer by the configured method."""
         return METHODS[self.config.method](problem, self.config)
 
@@ -301,24 +317,24 @@ class Calibration:
     def _layers_of(self, stage: int) -> list[str]:
         return [name for name in self.meter.per_row if self.stages.of(name) == stage]
 
-    def table(self) -> ScaleTable:
+    def table(self, rows: CalibrationRows) -> ScaleTable:
         """The whole table, from the partial ones; sites in the order of the network's modules."""
         parts = [self.folder.load_table(f"table-{stage}") for stage in range(len(self.stages))]
         sites = [site for part in parts for site in part.sites]
         errors = {name: error for part in parts for name, error in part.errors.items()}
-        return self._table(sites, errors)
+        return self._table(sites, errors, rows)
 
-    def _table(self, sites: list[Site], errors: dict[str, float]) -> ScaleTable:
+    def _table(self, sites: list[Site], errors: dict[str, float], rows: CalibrationRows) -> ScaleTable:
         assert self.config.guidance_scale is not None
         return ScaleTable(
             model=self.model.source,
             fingerprint=self.model.fingerprint,
-            boundaries=even_boundaries(self.config.groups),
+            boundaries=rows.boundaries.cpu().numpy(),
             sites=tuple(sites),
             seed=self.config.seed,
             guidance_scale=self.config.guidance_scale,
             settings=self.config.to_json(),
-            versions=versions(),
+            versions=versions(self.device),
             errors=errors,
         )
 

@@ -17,7 +17,7 @@ from tqdit.calibrate.rows import CalibrationRows, Chains, Picks
 from tqdit.diffusion import SamplingSpec
 from tqdit.models import LoadedModel
 
-NO_PICKS = Picks(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+NO_PICKS = Picks(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
 
 
 @dataclass(frozen=True)

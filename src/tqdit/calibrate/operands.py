@@ -109,7 +109,7 @@ class Activation(Operand):
         return self._zeros().index_add(0, self.group, rows) if self.grouped else rows.sum()[None]
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(self.plan.steps)
+        return torch.zeros(self.plan.steps, device=self.x.device)
 
     @cached_property
     def extremes(self) -> tuple[Tensor, Tensor]:
@@ -192,11 +192,11 @@ class SoftmaxActivation(Activation):
 
     @cached_property
     def initial(self) -> Parameters:
-        steps = quantizers.softmax_low_steps(self.plan.bits, self.high_step)
+        steps = quantizers.softmax_low_steps(self.plan.bits, self.high_step).to(self.x.device)
         return {"low_step": steps[min(3, self.plan.bits - 1)].repeat(self.plan.steps)}
 
     def grid(self, name: str) -> Tensor:  # noqa: ARG002 (there is but one parameter)
-        steps = quantizers.softmax_low_steps(self.plan.bits, self.high_step).flip(0)
+        steps = quantizers.softmax_low_steps(self.plan.bits, self.high_step).flip(0).to(self.x.device)
         return steps[:, None].expand(-1, self.plan.steps)
 
     def quantize(self, parameters: Parameters) -> Tensor:
@@ -210,4 +210,4 @@ class SoftmaxActivation(Activation):
 
 
 def array(tensor: Tensor) -> NDArray[np.float32]:
-    return np.array(tensor.detach().numpy(), dtype=np.float32)
+    return np.array(tensor.detach().cpu().numpy(), dtype=np.float32)

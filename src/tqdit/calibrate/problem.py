@@ -97,7 +97,7 @@ def make_problem(
     plan: LayerPlan, samples: Samples, weight: Tensor | None, group: Tensor, config: QuantizationConfig
 ) -> Problem:
     """One layer's problem; `weight` (O, ...) where it has one, group (R,) of each row."""
-    factors = torch.linspace(config.alpha, config.beta, config.candidates)
+    factors = torch.linspace(config.alpha, config.beta, config.candidates).to(samples.left.device)
     operands: dict[Role, Operand] = {}
     order: tuple[Role, ...] = ("weight", "input", "left", "right")  # W then X, A then B (Algorithm 1)
     matrix = None if weight is None else weight.detach().flatten(1)

@@ -7,6 +7,7 @@ the network sees: x_t, a timestep and a label, where the two rows of a guided pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibrate.drift import Drift, place_boundaries
 from tqdit.diffusion import SamplingSpec, step_coefficients
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
@@ -34,6 +36,7 @@ class CalibrationRows:
     label: Tensor  # int64 (R,)
     group: Tensor  # int64 (R,)
     noise: Tensor  # float32 (R, C, H, W), the known noise of re-noised rows; zeros for rows of a trajectory
+    boundaries: Tensor  # int64 (G - 1,), first timestep of each group but the first
 
     def __len__(self) -> int:
         return len(self.x)
@@ -49,6 +52,7 @@ class Picks:
     group: NDArray[np.int64]
     chain: NDArray[np.int64]
     step: NDArray[np.int64]
+    boundaries: NDArray[np.int64]  # (G - 1,)
 
 
 def sampling_of(model: LoadedModel, config: QuantizationConfig) -> SamplingSpec:
@@ -57,10 +61,13 @@ def sampling_of(model: LoadedModel, config: QuantizationConfig) -> SamplingSpec:
     return replace(model.sampling, steps=config.steps)
 
 
-def pick(spec: SamplingSpec, config: QuantizationConfig) -> Picks:
-    """n / 2 pairs per group, spread evenly over the group's steps, chains in turn; random but seeded."""
+def pick(spec: SamplingSpec, config: QuantizationConfig, boundaries: NDArray[np.int64] | None = None) -> Picks:
+    """n / 2 pairs per group, spread evenly over the group's steps, chains in turn; random but seeded.
+
+    boundaries (G - 1,): those of even groups where None are given.
+    """
     rng = np.random.default_rng([config.seed, 1])
-    boundaries, pairs = even_boundaries(config.groups), config.rows_per_group // 2
+    boundaries, pairs = even_boundaries(config.groups) if boundaries is None else boundaries, config.rows_per_group // 2
     group_of_step = np.searchsorted(boundaries, spec.schedule.timesteps, side="right")
     groups, chains, steps = [], [], []
     for group in range(config.groups):
@@ -74,7 +81,13 @@ def pick(spec: SamplingSpec, config: QuantizationConfig) -> Picks:
         steps.append(members[position.astype(np.int64)])
         chains.append((rng.permutation(max(pairs, config.chains))[:pairs]) % config.chains)
         groups.append(np.full(pairs, group))
-    return Picks(np.concatenate(groups), np.concatenate(chains), np.concatenate(steps))
+    return Picks(np.concatenate(groups), np.concatenate(chains), np.concatenate(steps), boundaries)
+
+
+def every_state(spec: SamplingSpec, config: QuantizationConfig) -> Picks:
+    """All states of all chains, in one group: what boundaries are placed by."""
+    steps, chains = np.divmod(np.arange(spec.steps * config.chains), config.chains)
+    return Picks(np.zeros_like(steps), chains, steps, np.zeros(0, np.int64))
 
 
 class Chains:
@@ -87,18 +100,35 @@ class Chains:
         self.images = np.arange(config.chains)
         self.shape = (model.in_channels, model.height, model.width)
         labels = np.random.default_rng([config.seed, 2]).integers(0, model.num_classes, config.chains)
-        self.labels = torch.from_numpy(labels)
-        self.x = torch.from_numpy(normal_rows(config.seed, self.images, INITIAL, self.shape))
-        self.states = torch.zeros(len(picks.step), *self.shape)
+        self.labels = torch.from_numpy(labels).to(model.device)
+        self.x = torch.from_numpy(normal_rows(config.seed, self.images, INITIAL, self.shape)).to(model.device)
+        self.states = torch.zeros(len(picks.step), *self.shape, device=model.device)
         self.next_step = spec.steps - 1
         table = step_coefficients(spec.schedule, spec.sampler)
         self.table = {name: getattr(table, name) for name in vars(table)}
+        self.config = config
+        self.drift = Drift(model.network, spec.steps) if config.boundaries == "drift" else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"x": self.x, "states": self.states, "next_step": torch.tensor([self.next_step])}
+        tensors = {"x": self.x, "states": self.states, "next_step": torch.tensor([self.next_step])}
+        return tensors | ({} if self.drift is None else {"drift": self.drift.statistics})
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         self.x, self.states, self.next_step = tensors["x"], tensors["states"], int(tensors["next_step"])
+        if self.drift is not None:
+            self.drift.statistics = tensors["drift"].cpu()
+
+    def place_boundaries(self) -> None:
+        """After chains that kept every state: put the groups where the drift says, and pick rows from them."""
+        assert self.drift is not None
+        assert self.next_step == -1
+        timesteps = np.asarray(self.spec.schedule.timesteps, np.int64)
+        boundaries = place_boundaries(self.drift.statistics.double().numpy(), timesteps, self.config.groups)
+        picks = pick(self.spec, self.config, boundaries)
+        self.states = self.states[
+            torch.from_numpy(picks.step * self.config.chains + picks.chain).to(self.states.device)
+        ]
+        self.picks = picks
 
     def advance(self) -> None:
         """One step of all chains."""
@@ -106,16 +136,19 @@ class Chains:
         for index in np.flatnonzero(self.picks.step == step):
             self.states[index] = self.x[self.picks.chain[index]]
         output = self._guided(int(self.spec.schedule.timesteps[step]))
-        noise = torch.from_numpy(normal_rows(self.seed, self.images, step, self.shape))
+        noise = torch.from_numpy(normal_rows(self.seed, self.images, step, self.shape)).to(self.x.device)
         self.x = self._update(step, output, noise)
         self.next_step = step - 1
 
     def _guided(self, timestep: int) -> Tensor:
         """The network's output (B, K, H, W) with guidance on the channels that the model's origin guides."""
         null = torch.full_like(self.labels, self.model.num_classes)
-        with torch.no_grad():
+        measured = nullcontext() if self.drift is None else self.drift.listen(self.next_step)
+        with torch.no_grad(), measured:
             both = self.model.network(
-                torch.cat([self.x, self.x]), torch.full((2 * len(self.x),), timestep), torch.cat([self.labels, null])
+                torch.cat([self.x, self.x]),
+                torch.full((2 * len(self.x),), timestep, device=self.x.device),
+                torch.cat([self.labels, null]),
             )
         conditional, unconditional = both.chunk(2)
         channels = self.spec.guided_channels or self.model.in_channels
@@ -151,8 +184,9 @@ def renoise(
 ) -> CalibrationRows:
     """Rows x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps (DDPM eq. 4), eps known; picks.chain indexes x0 (B, C, H, W)."""
     shape = tuple(x0.shape[1:])
-    noise = torch.from_numpy(np.stack([normal(seed, RENOISING + i, 0, shape) for i in range(len(picks.step))]))
-    abar = torch.from_numpy(spec.schedule.alphas_cumprod[picks.step]).reshape(-1, 1, 1, 1)
+    draws = np.stack([normal(seed, RENOISING + i, 0, shape) for i in range(len(picks.step))])
+    noise = torch.from_numpy(draws).to(x0.device)
+    abar = torch.from_numpy(spec.schedule.alphas_cumprod[picks.step]).reshape(-1, 1, 1, 1).to(x0.device)
     states = (abar.sqrt() * x0[picks.chain] + (1 - abar).sqrt() * noise).float()
     return pair_up(model, spec, picks, states, labels, noise)
 
@@ -161,11 +195,11 @@ def pair_up(
     model: LoadedModel, spec: SamplingSpec, picks: Picks, states: Tensor, labels: Tensor, noise: Tensor
 ) -> CalibrationRows:
     """A conditional and an unconditional row of each state."""
-    label = torch.full((len(states), 2), model.num_classes)
+    label = torch.full((len(states), 2), model.num_classes, device=states.device)
     label[:, 0] = labels[picks.chain]
 
     def twice(values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).repeat_interleave(2)
+        return torch.from_numpy(values).to(states.device).repeat_interleave(2)
 
     return CalibrationRows(
         x=states.repeat_interleave(2, dim=0),
@@ -174,6 +208,7 @@ def pair_up(
         label=label.reshape(-1),
         group=twice(picks.group),
         noise=noise.repeat_interleave(2, dim=0),
+        boundaries=torch.from_numpy(picks.boundaries),
     )
 
 

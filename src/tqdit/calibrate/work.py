@@ -30,8 +30,9 @@ def digest(facts: Any) -> str:
 class WorkFolder:
     """Named results on disk: tensors and partial scale tables."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device | None = None) -> None:
         self.path = path
+        self.device = str(device or "cpu")  # that tensors are read to
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
@@ -44,12 +45,12 @@ class WorkFolder:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
 
     def load(self, name: str) -> dict[str, Tensor]:
-        with safe_open(self._file(name), "pt") as file:
+        with safe_open(self._file(name), "pt", device=self.device) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def load_rows(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of one tensor; the others are not read."""
-        with safe_open(self._file(name), "pt") as file:
+        with safe_open(self._file(name), "pt", device=self.device) as file:
             rows: Tensor = file.get_slice(key)[start:stop]
         return rows
 
@@ -73,20 +74,21 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def open_search(root: Path, facts: Any) -> WorkFolder:
+def open_search(root: Path, facts: Any, device: torch.device) -> WorkFolder:
     """The folder of one search, after removing what searches with other settings left in `root`."""
     name = f"search-{digest(facts)}"
     if root.is_dir():
         for other in root.glob("search-*"):
             if other.name != name:
                 shutil.rmtree(other, ignore_errors=True)
-    return WorkFolder(root / name)
+    return WorkFolder(root / name, device)
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that decide the numbers."""
+def versions(device: torch.device | None = None) -> dict[str, str]:
+    """Of the libraries that decide the numbers, and the kind of device: results of two kinds are not mixed."""
     import numpy as np
 
     from tqdit import __version__
 
-    return {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    kind = {} if device is None or device.type == "cpu" else {"device": device.type}
+    return {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__} | kind

@@ -39,6 +39,15 @@ class LoadedModel:
     def learns_variance(self) -> bool:
         return self.out_channels == 2 * self.in_channels
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights lie."""
+        return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+
+    def to(self, device: str | torch.device) -> LoadedModel:
+        """The model on another device. Its network moves: there is no second copy of the weights."""
+        return replace(self, network=self.network.to(device))
+
     def with_source(self, source: str) -> LoadedModel:
         return replace(self, source=source)
 

@@ -45,7 +45,7 @@ def _normal_equations(problem: Problem, left: Tensor) -> tuple[Tensor, Tensor]:
     """H = sum u x^ x^^T, damped, (K, K), and sum u x^ (x^ W^T - z), (K, O); float64."""
     x, z = left.reshape(-1, left.shape[-1]), problem.target.reshape(-1, problem.target.shape[-1])
     u = (
-        torch.ones(len(x), 1)
+        torch.ones(len(x), 1, device=x.device)
         if problem.g2 is None
         else problem.g2.reshape(z.shape).mean(1, keepdim=True, dtype=torch.float32)
     )
@@ -53,7 +53,7 @@ def _normal_equations(problem: Problem, left: Tensor) -> tuple[Tensor, Tensor]:
     hessian = (x.t() @ (u * x)).double()
     cross = (x.t() @ (u * (x @ problem.right.t() - z))).double()
     damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
-    return hessian + damping * torch.eye(len(hessian), dtype=torch.float64), cross
+    return hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), cross
 
 
 def _round(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
