@@ -1,0 +1,80 @@
+"""Inception Score, precision and recall as the ADM evaluator defines them (guided-diffusion, evaluations/evaluator.py).
+
+FID is the Frechet distance of pooled features, sFID that of spatial ones (statistics.py); extractors.py says which.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.errors import UsageError
+
+Float64 = NDArray[np.float64]
+SPLIT = 5000  # samples of one Inception Score; the score is the mean over the parts, the last of which may be smaller
+NEIGHBOURS = 3
+ROWS = 1024  # of a block of distances
+
+
+def inception_score(probabilities: NDArray[np.floating], split: int = SPLIT) -> float:
+    """exp E KL(p(y | x) || p(y)), the mean over parts of `split` samples (Salimans et al., arXiv 1606.03498).
+
+    probabilities (N, K) of the classes. Between 1 and K; 0 log 0 is 0.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if not len(p):
+        raise UsageError("an Inception Score needs at least one sample.")
+    return float(np.mean([_score(p[start : start + split]) for start in range(0, len(p), split)]))
+
+
+def _score(p: Float64) -> float:
+    marginal = p.mean(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(p > 0, p * (np.log(p) - np.log(marginal)), 0.0)
+    return float(np.exp(terms.sum(axis=1).mean()))
+
+
+def precision_recall(
+    reference: NDArray[np.floating], samples: NDArray[np.floating], neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features (N, D) and (M, D).
+
+    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour within
+    the set. Precision is the share of samples in the manifold of the reference, recall the reverse. Distances are in
+    float64; ADM's evaluator takes float16 where it does not overflow, so its third digit may differ.
+    """
+    for name, features in (("reference", reference), ("samples", samples)):
+        if len(features) <= neighbours:
+            raise UsageError(
+                f"precision and recall need more than {neighbours} points on each side, the {name} has "
+                f"{len(features)}. Pass more."
+            )
+    a, b = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
+    centre = a.mean(axis=0)  # distances of close points far from zero would cancel
+    a, b = a - centre, b - centre
+    return _share_inside(b, a, radii(a, neighbours)), _share_inside(a, b, radii(b, neighbours))
+
+
+def radii(points: Float64, neighbours: int) -> Float64:
+    """Squared distance of each point (N, D) to its k-th nearest other point: (N,)."""
+    found = [
+        np.partition(squared_distances(points[start : start + ROWS], points), neighbours, axis=1)[:, neighbours]
+        for start in range(0, len(points), ROWS)
+    ]  # the nearest one is the point itself
+    return np.concatenate(found)
+
+
+def squared_distances(a: Float64, b: Float64) -> Float64:
+    """(N, M) between points (N, D) and (M, D); what is rounding alone becomes zero, so equal points touch."""
+    norms = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None]
+    distances = norms - 2 * (a @ b.T)
+    result: Float64 = np.where(distances < 1e-12 * norms, 0.0, distances)
+    return result
+
+
+def _share_inside(points: Float64, centres: Float64, radius: Float64) -> float:
+    inside = [
+        (squared_distances(points[start : start + ROWS], centres) <= radius).any(axis=1)
+        for start in range(0, len(points), ROWS)
+    ]
+    return float(np.concatenate(inside).mean())
