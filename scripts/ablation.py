@@ -59,7 +59,9 @@ class Judge:
         while chains.next_step >= 0:
             chains.advance()
         self.rows: CalibrationRows = chains.rows()
-        self.factor = torch.from_numpy(step_coefficients(spec.schedule, spec.sampler).from_eps[self.rows.step]).square()
+        self.factor = torch.from_numpy(
+            step_coefficients(spec.schedule, spec.sampler).from_eps[self.rows.step.cpu()]
+        ).square()
         self.images = images
         self.samples = final_samples(model, steps, images, model.guidance_scale, HELD_OUT_SEED)
         self.eps = self._eps(model)
@@ -70,8 +72,8 @@ class Judge:
         return output[:, : model.in_channels].double()
 
     def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
-        energy = self.eps.square().flatten(1).sum(1)
-        error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1)
+        energy = self.eps.square().flatten(1).sum(1).cpu()
+        error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1).cpu()
         found = final_samples(quantized, self.steps, self.images, quantized.guidance_scale, HELD_OUT_SEED)
         step = float((self.factor * error).sum() / (self.factor * energy).sum())
         return float(error.sum() / energy.sum()), step, chain_error(self.samples, found).per_image
@@ -108,13 +110,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="change a knob of every preset")
     parser.add_argument("--work", type=Path, help="keep calibration rows there (default: a temporary folder)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     jobs = [(name, tuple(args.bits or (6, 6))) for name in args.presets or TABLE_III]
     if args.bits is None and args.presets is None:
         jobs.insert(0, ("tq-dit", (8, 8)))
     changes = dict(entry.split("=", 1) for entry in args.set)
-    judge = Judge(load_model(args.model), args.steps, args.images)
+    judge = Judge(load_model(args.model).to(args.device), args.steps, args.images)
     print("preset           bits  eps       step      x0                 median    median of each seed")
     done: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -127,7 +130,7 @@ def main() -> None:
             show(rows)
             done += rows
     if args.json:
-        facts = {"versions": versions(), "steps": args.steps, "rows": [asdict(row) for row in done]}
+        facts = {"versions": versions(judge.model.device), "steps": args.steps, "rows": [asdict(row) for row in done]}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
