@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 STAGES = ("calibrate", "export", "build", "sample")
 BACKENDS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt-rtx": "tensorrt_rtx"}
@@ -140,7 +141,8 @@ def write_vae(folder: Path) -> None:
     """A narrow AutoencoderKL of random weights with the shapes of Stable Diffusion's: eight times as large images."""
     import diffusers
 
-    vae = diffusers.AutoencoderKL(
+    autoencoder: Any = diffusers.AutoencoderKL  # which ships no types
+    vae = autoencoder(
         block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     )  # fmt: skip
