@@ -12,7 +12,9 @@ exits with 1, or with 2 where the command line itself was wrong.
     |-- MissingLibraryError   an extra that is not installed
     |-- BackendError          an engine that cannot be built or run here
     `-- SamplingError         a chain that went wrong (NaN) or was stopped
-        `-- SamplingStopped
+        |-- SamplingStopped
+        |-- QueueFullError    a request that a StepBatcher has no place for
+        `-- DeadlineError     a request that was not done in time
 """
 
 from __future__ import annotations
@@ -56,3 +58,11 @@ class SamplingError(TqditError):
 
 class SamplingStopped(SamplingError):  # noqa: N818 (a caller's wish, not a failure)
     """A callback asked to stop; nothing was written."""
+
+
+class QueueFullError(SamplingError):
+    """A StepBatcher has as many unfinished requests as it takes; nothing was queued."""
+
+
+class DeadlineError(SamplingError, TimeoutError):
+    """A request's deadline passed before its image was done."""

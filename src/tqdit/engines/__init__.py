@@ -8,5 +8,6 @@ with Sampler.open("model.engine") as sampler:
 
 from tqdit.engines.build import build_engine
 from tqdit.engines.sampler import Sampler, StepReport
+from tqdit.engines.step_batcher import BatcherStats, Progress, StepBatcher
 
-__all__ = ["Sampler", "StepReport", "build_engine"]
+__all__ = ["BatcherStats", "Progress", "Sampler", "StepBatcher", "StepReport", "build_engine"]

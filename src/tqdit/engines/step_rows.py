@@ -38,7 +38,12 @@ class StepRows:
         self._scale = np.zeros(capacity, np.float32)
         self._finite_values = np.zeros((capacity, math.prod(card.image_shape)), np.bool_)
         self._finite = np.zeros(capacity, np.bool_)
-        self._inputs = {"x": self._x, "step": self._step, "class_labels": self._labels, "noise": self._noise}
+        self._inputs: dict[str, NDArray[Any]] = {
+            "x": self._x,
+            "step": self._step,
+            "class_labels": self._labels,
+            "noise": self._noise,
+        }
         if card.guided:
             self._inputs["guidance_scale"] = self._scale
         self._views: dict[str, NDArray[Any]] = {}
@@ -66,9 +71,9 @@ class StepRows:
         last = self.count - 1
         if row != last:
             self._keys[row] = self._keys[last]
-            moved: tuple[NDArray[Any], ...] = (self._x, self._step, self._labels, self._scale)
-            for values in moved:  # not the noise, which is new in each step
-                values[row] = values[last]
+            for name in ("x", "step", "class_labels"):  # the noise is new in each step
+                self._inputs[name][row] = self._inputs[name][last]
+            self._scale[row] = self._scale[last]
         self._resize(last)
 
     def inputs(self) -> Mapping[str, NDArray[Any]]:
