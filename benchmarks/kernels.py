@@ -1,0 +1,316 @@
+"""The plugins' Triton kernels against PyTorch on a CUDA GPU: eager, torch.compile, and flash attention without rounding.
+
+    python benchmarks/kernels.py [--json kernels.json]
+    python benchmarks/kernels.py --sweep             # every block shape of the fused attention, to choose the defaults
+
+Shapes of DiT-XL/2: 16 heads of 72, float16, 256 and 1,024 tokens; an image with guidance is two rows, so batch 8 is 16
+rows. Each time is that of one call inside a CUDA graph of many calls, which go round input sets that together exceed the
+L2 cache; the median over replays, and the spread from the 10th to the 90th percentile.
+
+Every kernel is compared with a float64 reference on the GPU before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tqdit.plugins import kernels
+from tqdit.plugins.multi_region_attention import plan as attention_plan
+from tqdit.plugins.multi_region_softmax import plan as softmax_plan
+from tqdit.plugins.time_group_select import plan as select_plan
+
+HEADS, HEAD, BITS = 16, 72, 8
+TOP = kernels.top_code(BITS)
+HIGH_STEP = 1 / TOP
+BATCHES, TOKENS = (1, 8, 32), (256, 1024)
+SEED = 0
+SETS_BYTES = 200e6  # of all input sets together: several times the L2 cache of current chips
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call."""
+
+    kernel: str
+    variant: str
+    batch: int
+    tokens: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+    bytes: int  # the fewest that a call must move
+    flops: int  # of its products, 0 where it has none
+
+
+Call = Callable[..., Tensor]
+
+
+def time_call(call: Call, sets: list[tuple[Tensor, ...]], replays: int = 40) -> tuple[float, float, float]:
+    """(median, 10th, 90th percentile) in microseconds per call of replays of a CUDA graph."""
+    calls = max(8, len(sets))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for inputs in sets[:2]:
+            call(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(*sets[i % len(sets)])
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    tenths = statistics.quantiles(times, n=10)
+    return statistics.median(times), tenths[0], tenths[-1]
+
+
+def input_sets(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    first = make()
+    size = sum(each.nbytes for each in first)
+    return [first] + [make() for _ in range(min(40, math.ceil(SETS_BYTES / size)) - 1)]
+
+
+def quantize(scores: Tensor, low_step: Tensor) -> Tensor:
+    """What the op computes, as PyTorch operations; also the float64 reference."""
+    p = torch.softmax(scores.float() if scores.dtype != torch.float64 else scores, -1)
+    s1 = low_step.to(p.dtype).view(-1, 1, 1, 1)
+    low = torch.round(p / s1)
+    return torch.where(low <= TOP, low * s1, torch.clamp(torch.round(p / HIGH_STEP), max=TOP) * HIGH_STEP)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor, scale: float) -> Tensor:
+    return quantize(q @ k.mT * scale, low_step).to(v.dtype) @ v
+
+
+def low_steps(rows: int) -> Tensor:
+    """One of the method's candidates per row."""
+    return (HIGH_STEP * 2.0 ** -torch.randint(0, BITS, (rows,), device="cuda")).float()
+
+
+def attention_inputs(rows: int, tokens: int) -> tuple[Tensor, ...]:
+    """Integer codes, as the exporter hands them over; scores of standard deviation 3."""
+    shape = (rows, HEADS, tokens, HEAD)
+    q, k, v = ((torch.randn(shape, device="cuda") * 40).round().clamp(-128, 127).half() for _ in range(3))
+    return q, k, v, low_steps(rows)
+
+
+SCALE = 3 / (40 * 40 * math.sqrt(HEAD))
+
+
+def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None) -> Call:
+    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, SCALE, blocks)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
+        launch = attention_plan.launch(kernel, len(q), HEADS, len(low_step))
+        return kernels.run(kernel, launch, (q, k, v, low_step), torch.empty_like(q))
+
+    return call
+
+
+def check_attention(call: Call, tokens: int) -> float:
+    """Relative L2 error against float64; the rounding of the output to float16 alone is about 2e-4."""
+    q, k, v, low_step = attention_inputs(2, tokens)
+    expected = quantize(q.double() @ k.double().mT * SCALE, low_step) @ v.double()
+    out = call(q, k, v, low_step).double()
+    error = float((out - expected).norm() / expected.norm())
+    if not error < 3e-3:
+        raise SystemExit(f"fused attention over {tokens} tokens: relative error {error:.2e}, expected below 3e-3")
+    return error
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, scale=SCALE)
+
+
+def attention_timings(batch: int, tokens: int) -> list[Timing]:
+    rows = 2 * batch
+    sets = input_sets(lambda: attention_inputs(rows, tokens))
+    elements = rows * HEADS * tokens * HEAD
+    compiled = torch.compile(lambda q, k, v, low_step: eager_attention(q, k, v, low_step, SCALE), dynamic=False)
+    variants: dict[str, Call] = {
+        "fused": fused_attention(tokens),
+        "eager": lambda q, k, v, low_step: eager_attention(q, k, v, low_step, SCALE),
+        "torch.compile": compiled,
+        "flash, not rounded": flash_attention,
+        "fused, again": fused_attention(tokens),
+    }
+    flops = 4 * rows * HEADS * tokens * tokens * HEAD
+    return [
+        Timing("MultiRegionAttention", name, batch, tokens, *time_call(call, sets), 4 * 2 * elements, flops)
+        for name, call in variants.items()
+    ]
+
+
+def softmax_timings(batch: int, tokens: int) -> list[Timing]:
+    rows = 2 * batch
+    shape = (rows, HEADS, tokens, tokens)
+    sets = input_sets(lambda: ((torch.randn(shape, device="cuda") * 3).half(), low_steps(rows)))
+    kernel = softmax_plan.kernel("fp16", tokens, BITS, HIGH_STEP)
+
+    def ours(scores: Tensor, low_step: Tensor) -> Tensor:
+        launch = softmax_plan.launch(kernel, len(scores), HEADS, tokens, len(low_step))
+        return kernels.run(kernel, launch, (scores, low_step), torch.empty_like(scores))
+
+    expected = quantize(sets[0][0][:2].double(), sets[0][1][:2])
+    flips = float(
+        ((ours(sets[0][0][:2], sets[0][1][:2]).double() - expected).abs() > 1e-3 * expected + 1e-7).double().mean()
+    )
+    if flips > 1e-4:
+        raise SystemExit(f"MultiRegionSoftmax: {flips:.2e} of the elements differ, expected at most 1e-4")
+    eager = lambda scores, low_step: quantize(scores, low_step).half()  # noqa: E731
+    variants: dict[str, Call] = {
+        "kernel": ours,
+        "eager": eager,
+        "torch.compile": torch.compile(eager, dynamic=False),
+        "softmax, not rounded": lambda scores, low_step: torch.softmax(scores, -1),
+    }
+    return [
+        Timing("MultiRegionSoftmax", name, batch, tokens, *time_call(call, sets), 2 * 2 * math.prod(shape), 0)
+        for name, call in variants.items()
+    ]
+
+
+def select_timings(batch: int) -> list[Timing]:
+    rows, groups = 2 * batch, 10
+    boundaries = torch.arange(100, 1000, 100, device="cuda")
+    sets = [(torch.randint(0, 1000, (rows,), device="cuda"), torch.rand(groups, device="cuda")) for _ in range(8)]
+    kernel = select_plan.kernel("fp32")
+
+    def ours(timestep: Tensor, table: Tensor) -> Tensor:
+        launch = select_plan.launch(kernel, rows, groups - 1, 1)
+        return kernels.run(kernel, launch, (timestep, boundaries, table), torch.empty(rows, device="cuda"))
+
+    eager = lambda timestep, table: table[(timestep[:, None] >= boundaries[None]).sum(1)]  # noqa: E731
+    if not torch.equal(ours(*sets[0]), eager(*sets[0])):
+        raise SystemExit("TimeGroupSelect differs from its reference")
+    variants: dict[str, Call] = {"kernel": ours, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+    return [
+        Timing("TimeGroupSelect", name, batch, 0, *time_call(call, sets), rows * 12, 0)
+        for name, call in variants.items()
+    ]
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes per second of a large copy, reads and writes counted; float16 FLOP per second of a large product)."""
+    big = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(big)
+    copy_us = time_call(lambda a, b: b.copy_(a), [(big, target)], 10)[0]
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda").half() for _ in range(2))
+    product_us = time_call(torch.mm, [(a, b)], 10)[0]
+    return 2 * big.nbytes / copy_us * 1e6, 2 * n**3 / product_us * 1e6
+
+
+def sweep(tokens: list[int], batches: list[int]) -> list[dict[str, object]]:
+    """Times of every block shape; compiles them first, several at once."""
+    found = []
+    for count in tokens:
+        shapes = [
+            attention_plan.Blocks(*shape)
+            for shape in itertools.product((64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4))
+            if shape[1] <= count and (shape[1] < count or shape[3] == 1) and (shape[1] < 256 or count == 256)
+        ]
+        calls = {blocks: fused_attention(count, blocks) for blocks in shapes}
+        small = attention_inputs(1, count)
+        usable = []
+
+        def warm(blocks: attention_plan.Blocks) -> None:
+            try:
+                calls[blocks](*small)
+                check_attention(calls[blocks], count)
+                usable.append(blocks)
+            except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+                print(f"{count} {blocks}: {str(error).splitlines()[0]}")
+
+        start = time.time()
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(warm, shapes))
+        print(f"{count} tokens: {len(usable)} block shapes compiled in {time.time() - start:.0f} s")
+        for batch in batches:
+            sets = input_sets(lambda: attention_inputs(2 * batch, count))  # noqa: B023
+            flash = time_call(flash_attention, sets, 20)[0]
+            timed = sorted((time_call(calls[blocks], sets, 20)[0], str(blocks), blocks) for blocks in usable)
+            print(f"batch {batch}, {count} tokens: flash {flash:.1f} us")
+            for us, _, blocks in timed[:8]:
+                print(f"  {us:9.1f} us  {us / flash:5.2f}x  {blocks}")
+            found += [{"tokens": count, "batch": batch, "flash_us": flash, "us": us, **asdict(blocks)}
+                      for us, _, blocks in timed]  # fmt: skip
+    return found
+
+
+def report(timings: list[Timing], copy_rate: float, product_rate: float) -> None:
+    print(f"\ncopy {copy_rate / 1e12:.2f} TB/s, float16 product {product_rate / 1e12:.0f} TFLOP/s")
+    print(
+        f"{'kernel':<21} {'variant':<21} {'batch':>5} {'tokens':>6} {'median us':>10} {'p10':>9} {'p90':>9} {'roofline':>8}"
+    )
+    for t in timings:
+        floor = max(t.bytes / copy_rate, t.flops / product_rate) * 1e6
+        print(f"{t.kernel:<21} {t.variant:<21} {t.batch:5d} {t.tokens:6d} {t.median_us:10.1f} {t.p10_us:9.1f} "
+              f"{t.p90_us:9.1f} {floor / t.median_us:8.1%}")  # fmt: skip
+    by_name = {(t.variant, t.batch, t.tokens): t.median_us for t in timings if t.kernel == "MultiRegionAttention"}
+    for batch, tokens in itertools.product(BATCHES, TOKENS):
+        if ("fused", batch, tokens) in by_name:
+            ratio = by_name["fused", batch, tokens] / by_name["flash, not rounded", batch, tokens]
+            print(f"fused attention over flash attention, batch {batch}, {tokens} tokens: {ratio:.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py needs a CUDA GPU")
+    torch.manual_seed(SEED)
+    facts: dict[str, object] = {
+        "machine": torch.cuda.get_device_name(), "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "seed": SEED, "heads": HEADS, "head": HEAD, "bits": BITS, "type": "float16",
+    }  # fmt: skip
+    if args.sweep:
+        facts["sweep"] = sweep(args.tokens, args.batches)
+    else:
+        errors = {tokens: check_attention(fused_attention(tokens), tokens) for tokens in args.tokens}
+        print("relative error of the fused attention against float64:", errors)
+        copy_rate, product_rate = ceilings()
+        timings = [t for batch in args.batches for t in select_timings(batch)]
+        for batch, tokens in itertools.product(args.batches, args.tokens):
+            timings += softmax_timings(batch, tokens) + attention_timings(batch, tokens)
+            torch.cuda.empty_cache()
+        report(timings, copy_rate, product_rate)
+        facts |= {"copy_bytes_per_s": copy_rate, "product_flop_per_s": product_rate, "relative_error": errors,
+                  "timings": [asdict(t) for t in timings]}  # fmt: skip
+    if args.json is not None:
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

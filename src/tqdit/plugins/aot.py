@@ -1,0 +1,168 @@
+"""Kernels compiled ahead of time: Triton source to PTX on a machine with or without a GPU, kept in a cache on disk.
+
+A compilation runs in a fresh process: whether Triton interprets or compiles is decided when it is imported, and the
+caller's process may have decided for the interpreter.
+
+Triton gives an entry one or two parameters more than its source shows, pointers to scratch memory. None of our kernels
+uses them (checked here), and TensorRT passes none, so they are taken out of the PTX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdit.errors import BackendError, MissingLibraryError
+from tqdit.files import whole_file
+from tqdit.plugins.kernels import Kernel
+
+# PTX of the first runs on every later one, whose driver compiles it; 9.0 and 12.0 name features of their own chip
+# alone ('sm_90a'), so their PTX runs there and nowhere else.
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+PORTABLE = (8, 0)
+FORMAT = 1  # of the cached files
+MAX_SCRATCH_PARAMETERS = 2
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """An entry whose parameters are exactly its kernel's."""
+
+    name: str
+    ptx: str
+    threads: int  # of a block
+    shared_bytes: int  # of dynamic shared memory
+    capability: tuple[int, int]
+
+
+def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> CompiledKernel:
+    """PTX of one kernel for a compute capability, from the cache where it is there.
+
+    Raises MissingLibraryError without Triton, BackendError where the compiler fails.
+    """
+    path = cache_folder() / f"{kernel.function}-{_key(kernel, capability)}.json"
+    cached = _read(path)
+    if cached is None:
+        cached = _compile_in_fresh_process(kernel, capability)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(cached)))
+    return cached
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/tqdit/kernels, by default under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "tqdit" / "kernels"
+
+
+def best_capability(device: tuple[int, int] | None) -> tuple[int, int]:
+    """What to compile for, given the capability of the device (None: unknown): its own, else what runs on it."""
+    return device if device in CAPABILITIES else PORTABLE
+
+
+def strip_scratch(ptx: str, entry: str, visible: int) -> str:
+    """Take the hidden trailing parameters out of an entry of `visible` parameters.
+
+    Raises BackendError where there are more than Triton is known to add, or where the code reads one.
+    """
+    match = re.search(rf"(\.visible \.entry {re.escape(entry)}\()(.*?)(\n?\))", ptx, re.DOTALL)
+    parameters = match.group(2).split(",") if match else []
+    hidden = [parameter.split()[-1] for parameter in parameters[visible:]]
+    body = ptx[match.end() :] if match else ""
+    used = [name for name in hidden if re.search(rf"\b{re.escape(name)}\b", body)]
+    if len(parameters) < visible or len(hidden) > MAX_SCRATCH_PARAMETERS or used:
+        raise BackendError(
+            f"the PTX of '{entry}' has {len(parameters)} parameters, {len(used)} hidden ones in use; expected "
+            f"{visible} and at most {MAX_SCRATCH_PARAMETERS} unused ones. This Triton is not known to tqdit: install "
+            "another one, or use --no-plugins."
+        )
+    assert match is not None
+    return ptx[: match.start(2)] + ",".join(parameters[:visible]) + ptx[match.end(2) :]
+
+
+def _key(kernel: Kernel, capability: tuple[int, int]) -> str:
+    """Of everything that decides the PTX: the specialisation, the sources, and the compiler's version."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingLibraryError("compiling kernels needs triton, which is not installed. "
+                                  "Run: pip install 'tqdit[triton]'") from error  # fmt: skip
+    digest = hashlib.sha256(json.dumps([FORMAT, dataclasses.asdict(kernel), capability, version]).encode())
+    for module in (
+        kernel.module,
+        "tqdit.plugins.triton_math",
+        __name__ if __name__ != "__main__" else "tqdit.plugins.aot",
+    ):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        digest.update(Path(spec.origin).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path) -> CompiledKernel | None:
+    """A cached kernel; a damaged file counts as none and is written anew."""
+    try:
+        values = json.loads(path.read_text())
+        return CompiledKernel(**{**values, "capability": tuple(values["capability"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _compile_in_fresh_process(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    # No paths of this machine in the PTX, which ends up in engines.
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"
+    request = json.dumps([dataclasses.asdict(kernel), capability])
+    command = [sys.executable, "-m", "tqdit.plugins.aot"]
+    done = subprocess.run(command, input=request, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BackendError(f"Triton cannot compile '{kernel.function}' for compute capability "
+                           f"{capability[0]}.{capability[1]}: {reason}. Use --no-plugins.")  # fmt: skip
+    values = json.loads(done.stdout.splitlines()[-1])
+    return CompiledKernel(**{**values, "capability": capability})
+
+
+def _compile(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # TensorRT aligns its tensors far beyond the 16 bytes that wide loads need.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(kernel.parameters) if kind[0] == "*"}
+    source = ASTSource(
+        fn=kernel.load(),
+        # Triton wants every argument of the function in its order; ours end with the constants.
+        signature={**dict(kernel.parameters), **{name: "constexpr" for name, _ in kernel.constants}},
+        constexprs=dict(kernel.constants),
+        attrs=aligned,
+    )
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    facts = compiled.metadata
+    assert facts.global_scratch_size == 0, "a kernel of ours asks for scratch memory, which TensorRT does not give"
+    ptx = strip_scratch(compiled.asm["ptx"], facts.name, len(kernel.parameters))
+    return CompiledKernel(facts.name, ptx, facts.num_warps * 32, facts.shared, capability)
+
+
+def _main() -> None:
+    values, capability = json.load(sys.stdin)
+    pairs = {key: tuple(map(tuple, values[key])) for key in ("parameters", "constants")}
+    compiled = _compile(Kernel(**{**values, **pairs}), tuple(capability))
+    sys.stdout.write(json.dumps(dataclasses.asdict(compiled)) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

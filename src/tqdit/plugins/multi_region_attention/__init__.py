@@ -1,0 +1,1 @@
+"""MultiRegionAttention: attention whose probabilities are rounded on two regions, in one kernel."""

@@ -1,0 +1,130 @@
+"""MultiRegionAttention in Triton: scores, softmax, rounding on two regions and the value product in one kernel.
+
+Rounding needs the final maximum and sum of a row. Where all keys fit one tile the scores stay in registers; else they
+are computed twice, first for maximum and sum, then for the rounded probabilities. Nothing of size N x N leaves the
+chip.
+"""
+
+import triton
+import triton.language as tl
+
+from tqdit.plugins.triton_math import LOG2_E, MAGIC
+
+
+@triton.jit
+def _head_tile(base, row, column, rows, HEAD: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """Rows `row` and columns `column` of a contiguous (rows, HEAD) matrix; zeros outside."""
+    offset = row[:, None] * HEAD + column[None, :]
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(base + offset, mask=(row < rows)[:, None] & (column < HEAD)[None, :], other=0.0)
+    if MASK_ROWS:
+        return tl.load(base + offset, mask=(row < rows)[:, None], other=0.0)
+    if MASK_COLUMNS:
+        return tl.load(base + offset, mask=(column < HEAD)[None, :], other=0.0)
+    return tl.load(base + offset)
+
+
+@triton.jit
+def _scores(
+    q_main, q_rest, k, key, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
+    MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q k^T for one tile of keys, float32; -inf beyond the last key."""
+    main = tl.arange(0, MAIN)
+    k_main = _head_tile(k, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+    s = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
+    if REST > 0:
+        k_rest = _head_tile(k, key, MAIN + tl.arange(0, REST), KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+        s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
+    if MASK_KEYS:
+        s = tl.where((key < KEYS)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.constexpr):
+    """Quantized probabilities in units of the low step: the low code, or the high code times s2 / s1.
+
+    exponent = exp(score - maximum), low_rate = 1 / (sum s1), high_rate = 1 / (sum s2), ratio = s2 / s1.
+    """
+    low = (exponent * low_rate + MAGIC) - MAGIC
+    high = (exponent * high_rate + MAGIC) - MAGIC
+    if CLIP:
+        high = tl.minimum(high, TOP * 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(low <= TOP, low, high * ratio)
+
+
+@triton.jit
+def multi_region_attention_kernel(
+    q, k, v, low_step, heads, low_steps, out,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    TOP: tl.constexpr, HIGH_STEP: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q, out (images heads, QUERIES, HEAD), k, v (images heads, KEYS, HEAD), contiguous; low_step as in the softmax.
+
+    A head is MAIN columns, a power of two, and REST more, a power of two or 0: 72 is 64 + 16, not 128.
+    """
+    blocks: tl.constexpr = (QUERIES + BLOCK_QUERIES - 1) // BLOCK_QUERIES
+    MASK_QUERIES: tl.constexpr = QUERIES % BLOCK_QUERIES != 0
+    MASK_KEYS: tl.constexpr = KEYS % BLOCK_KEYS != 0
+    FACTOR: tl.constexpr = SCALE * LOG2_E
+    head = tl.program_id(0) // blocks
+    query = (tl.program_id(0) % blocks) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    main = tl.arange(0, MAIN)
+    start = head.to(tl.int64) * QUERIES * HEAD
+    q_base, out_base = q + start, out + start
+    k_base, v_base = k + head.to(tl.int64) * KEYS * HEAD, v + head.to(tl.int64) * KEYS * HEAD
+    s1 = tl.load(low_step + (head // heads) % low_steps)
+
+    q_main = _head_tile(q_base, query, main, QUERIES, HEAD, MASK_QUERIES, MAIN > HEAD)
+    sums = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
+    q_rest = q_main
+    rest_sums = sums
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        q_rest = _head_tile(q_base, query, rest, QUERIES, HEAD, MASK_QUERIES, MAIN + REST > HEAD)
+        rest_sums = tl.zeros([BLOCK_QUERIES, REST], tl.float32)
+
+    if KEYS <= BLOCK_KEYS:
+        key = tl.arange(0, BLOCK_KEYS)
+        s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+        v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+        exponent = tl.exp2(s * FACTOR - (tl.max(s, 1) * FACTOR)[:, None])
+        rate = 1.0 / tl.sum(exponent, 1)
+        low_rate, high_rate = (rate * (1.0 / s1))[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+        codes = _codes(exponent, low_rate, high_rate, HIGH_STEP / s1, TOP, CLIP).to(v_main.dtype)
+        sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
+        if REST > 0:
+            v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+            rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
+    else:
+        largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_QUERIES], tl.float32)
+        for first in range(0, KEYS, BLOCK_KEYS):
+            key = first + tl.arange(0, BLOCK_KEYS)
+            s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+            grown = tl.maximum(largest, tl.max(s, 1))
+            exponent = tl.exp2(s * FACTOR - (grown * FACTOR)[:, None])
+            total = total * tl.exp2((largest - grown) * FACTOR) + tl.sum(exponent, 1)
+            largest = grown
+        rate = 1.0 / total
+        low_rate, high_rate = (rate * (1.0 / s1))[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+        for first in range(0, KEYS, BLOCK_KEYS):
+            key = first + tl.arange(0, BLOCK_KEYS)
+            s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+            v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+            exponent = tl.exp2(s * FACTOR - (largest * FACTOR)[:, None])
+            codes = _codes(exponent, low_rate, high_rate, HIGH_STEP / s1, TOP, CLIP).to(v_main.dtype)
+            sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
+            if REST > 0:
+                v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+                rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
+
+    inside = (query < QUERIES)[:, None]
+    row = query[:, None] * HEAD
+    tl.store(out_base + row + main[None, :], (sums * s1).to(out.dtype.element_ty),
+             mask=inside & (main < HEAD)[None, :])  # fmt: skip
+    if REST > 0:
+        tl.store(out_base + row + rest[None, :], (rest_sums * s1).to(out.dtype.element_ty),
+                 mask=inside & (rest < HEAD)[None, :])  # fmt: skip

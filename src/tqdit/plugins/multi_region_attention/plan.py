@@ -1,0 +1,99 @@
+"""Block shapes and launch arithmetic of the MultiRegionAttention kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tqdit.errors import UsageError
+from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two, top_code
+
+MAX_HEAD = 128
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries of one program, keys of one tile, warps, and tiles in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def split_head(head: int) -> tuple[int, int]:
+    """(main, rest) columns of a head as powers of two of at least 16, the rest possibly 0: 72 is 64 + 16, not 128."""
+    main = max(16, 1 << (head.bit_length() - 1))
+    return main, 0 if head <= main else max(16, next_power_of_two(head - main))
+
+
+def candidates(floats: str, head: int, keys: int) -> tuple[Blocks, ...]:
+    """Block shapes worth trying, the default first; TensorRT times each of them as a tactic.
+
+    Not measured yet: chosen by registers and shared memory as the compiler reports them (docs/kernels.md). The last one
+    stays under 48 KiB of shared memory, beyond which a launcher must ask the driver for more.
+    """
+    wide = head > 80  # twice the columns of a rest of 16
+    if floats == "fp32":
+        return (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
+    small = Blocks(64, 32, 4, 2)
+    if keys <= 64:
+        return (Blocks(64, max(16, next_power_of_two(keys)), 4, 1),)
+    if keys <= 256:
+        whole = next_power_of_two(keys)
+        return (Blocks(64, whole, 4 if whole < 256 else 8, 1), Blocks(128, whole, 8, 1), Blocks(128, 64, 8, 2), small)
+    return (Blocks(128, 64, 8, 2 if wide else 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2 if wide else 3), small)
+
+
+def kernel(
+    floats: str, queries: int, keys: int, head: int, bits: int, high_step: float, scale: float,
+    blocks: Blocks | None = None,
+) -> Kernel:  # fmt: skip
+    """For q, k, v and result of the type `floats` ('fp32', 'fp16', 'bf16') with heads of `head` columns.
+
+    Raises UsageError for sizes that the kernel does not take.
+    """
+    if not (1 <= head <= MAX_HEAD and 1 <= keys <= MAX_TOKENS and 1 <= queries <= MAX_TOKENS):
+        raise UsageError(f"MultiRegionAttention with heads of {head} over {queries} x {keys} tokens: its kernel takes "
+                         f"1..{MAX_HEAD} and 1..{MAX_TOKENS}. Build with --no-plugins.")  # fmt: skip
+    if scale <= 0:
+        raise UsageError(f"MultiRegionAttention with scale {scale}: its kernel takes a positive one.")
+    blocks = blocks or candidates(floats, head, keys)[0]
+    main, rest = split_head(head)
+    types = f"*{floats}"
+    return Kernel(
+        module="tqdit.plugins.multi_region_attention.kernel",
+        function="multi_region_attention_kernel",
+        parameters=(
+            ("q", types),
+            ("k", types),
+            ("v", types),
+            ("low_step", "*fp32"),
+            ("heads", "i32"),
+            ("low_steps", "i32"),
+            ("out", types),
+        ),
+        constants=(
+            ("QUERIES", queries),
+            ("KEYS", keys),
+            ("HEAD", head),
+            ("MAIN", main),
+            ("REST", rest),
+            ("TOP", top_code(bits)),
+            ("HIGH_STEP", high_step),
+            # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
+            ("CLIP", round(1 / high_step) > top_code(bits)),
+            ("SCALE", scale),
+            ("BLOCK_QUERIES", blocks.queries),
+            ("BLOCK_KEYS", blocks.keys),
+            ("PRECISION", "tf32x3" if floats == "fp32" else "tf32"),
+        ),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size) -> Launch:
+    """q (images, heads, queries, head), low_step (low_steps,)."""
+    constants = dict(kernel.constants)
+    blocks = ceil_div(int(constants["QUERIES"]), int(constants["BLOCK_QUERIES"]))
+    return Launch(images * heads * blocks, (heads, low_steps))

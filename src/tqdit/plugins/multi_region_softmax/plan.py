@@ -1,0 +1,45 @@
+"""Block shapes and launch arithmetic of the MultiRegionSoftmax kernel."""
+
+from __future__ import annotations
+
+from tqdit.errors import UsageError
+from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two, top_code
+
+TILE = 4096  # elements that one program holds in registers; rows of up to MAX_TOKENS fit one each
+
+
+def kernel(scores: str, columns: int, bits: int, high_step: float) -> Kernel:
+    """For scores and result of the type `scores` ('fp32', 'fp16', 'bf16') with `columns` keys.
+
+    Raises UsageError beyond 4,096 keys.
+    """
+    if not 1 <= columns <= MAX_TOKENS:
+        raise UsageError(f"MultiRegionSoftmax over {columns} tokens: its kernel takes 1..{MAX_TOKENS}. "
+                         "Build with --no-plugins.")  # fmt: skip
+    width = next_power_of_two(columns)
+    return Kernel(
+        module="tqdit.plugins.multi_region_softmax.kernel",
+        function="multi_region_softmax_kernel",
+        parameters=(
+            ("scores", f"*{scores}"),
+            ("low_step", "*fp32"),
+            ("rows", "i32"),
+            ("rows_per_image", "i32"),
+            ("low_steps", "i32"),
+            ("out", f"*{scores}"),
+        ),
+        constants=(
+            ("COLUMNS", columns),
+            ("TOP", top_code(bits)),
+            ("HIGH_STEP", high_step),
+            ("BLOCK_ROWS", max(1, min(16, TILE // 2 // width))),
+            ("BLOCK_COLUMNS", width),
+        ),
+        num_warps=4 if width <= 2048 else 8,
+    )
+
+
+def launch(kernel: Kernel, images: Size, heads: Size, queries: Size, low_steps: Size) -> Launch:
+    """scores (images, heads, queries, columns), low_step (low_steps,)."""
+    rows = images * heads * queries
+    return Launch(ceil_div(rows, int(dict(kernel.constants)["BLOCK_ROWS"])), (rows, heads * queries, low_steps))

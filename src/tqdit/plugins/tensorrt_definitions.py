@@ -1,0 +1,141 @@
+"""What TensorRT asks of a plugin: shapes and types, combinations to time, and PTX with its launch.
+
+TensorRT reads the annotations of these functions as objects, so this module postpones none. Every attribute stands in
+every function, in the order of its registration: TensorRT passes all of them by position, whatever a function names.
+"""
+
+import functools
+from typing import Any, List, Tuple, Union  # noqa: UP035 (TensorRT compares with these)
+
+import tensorrt as trt
+import tensorrt.plugin as trtp
+
+from tqdit.errors import UsageError
+from tqdit.plugins import DOMAIN
+from tqdit.plugins.aot import compile_kernel
+from tqdit.plugins.kernels import Kernel, Launch
+from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_softmax import plan as softmax
+from tqdit.plugins.time_group_select import plan as select
+
+FLOATS = "FP32|FP16|BF16"  # '|': the same of them wherever it stands in a combination
+Compiled = Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymIntExprs]  # noqa: UP006, UP007
+
+
+def define(capability: tuple[int, int], lazy: bool = False) -> None:
+    """Register the three plugins; later calls in the same process change nothing."""
+    if hasattr(trtp.op, DOMAIN):
+        return
+    _define_time_group_select(capability, lazy)
+    _define_multi_region_softmax(capability, lazy)
+    _define_multi_region_attention(capability, lazy)
+
+
+def _define_time_group_select(capability: tuple[int, int], lazy: bool) -> None:
+    name = f"{DOMAIN}::TimeGroupSelect"
+
+    @trtp.register(name, lazy_register=lazy)
+    def describe(timestep: trtp.TensorDesc, boundaries: trtp.TensorDesc, table: trtp.TensorDesc) -> trtp.TensorDesc:
+        selected = table.like()
+        selected.shape_expr[0] = timestep.shape_expr[0]
+        return selected
+
+    @trtp.autotune(name)
+    def combinations(
+        timestep: trtp.TensorDesc,
+        boundaries: trtp.TensorDesc,
+        table: trtp.TensorDesc,
+        outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+    ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006
+        return [trtp.AutoTuneCombination(f"INT64, INT64, {FLOATS}, {FLOATS}", "LINEAR")]
+
+    @trtp.aot_impl(name)
+    def implementation(
+        timestep: trtp.TensorDesc, boundaries: trtp.TensorDesc, table: trtp.TensorDesc,
+        outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
+    ) -> Compiled:  # fmt: skip
+        size = functools.reduce(lambda a, b: a * b, list(table.shape_expr)[1:], trtp.SymInt32(1))
+        kernel = select.kernel(_float_type(table))
+        return _compiled(
+            kernel, select.launch(kernel, timestep.shape_expr[0], boundaries.shape_expr[0], size), capability
+        )
+
+
+def _define_multi_region_softmax(capability: tuple[int, int], lazy: bool) -> None:
+    name = f"{DOMAIN}::MultiRegionSoftmax"
+
+    @trtp.register(name, lazy_register=lazy)
+    def describe(scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float) -> trtp.TensorDesc:
+        return scores.like()
+
+    @trtp.autotune(name)
+    def combinations(
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+    ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
+        return [trtp.AutoTuneCombination(f"{FLOATS}, FP32, {FLOATS}", "LINEAR")]
+
+    @trtp.aot_impl(name)
+    def implementation(
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
+    ) -> Compiled:  # fmt: skip
+        images, heads, queries, columns = scores.shape_expr
+        kernel = softmax.kernel(_float_type(scores), _static(columns, name), bits, high_step)
+        return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
+
+
+def _define_multi_region_attention(capability: tuple[int, int], lazy: bool) -> None:
+    name = f"{DOMAIN}::MultiRegionAttention"
+
+    @trtp.register(name, lazy_register=lazy)
+    def describe(
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, low_step: trtp.TensorDesc,
+        bits: int, high_step: float, scale: float,
+    ) -> trtp.TensorDesc:  # fmt: skip
+        return q.like()
+
+    @trtp.autotune(name)
+    def combinations(
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, low_step: trtp.TensorDesc,
+        bits: int, high_step: float, scale: float, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+    ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
+        head, keys = _static(q.shape_expr[3], name), _static(k.shape_expr[2], name)
+        return [
+            trtp.AutoTuneCombination(
+                f"{kind}, {kind}, {kind}, FP32, {kind}", "LINEAR",
+                list(range(1, len(attention.candidates(kind.lower(), head, keys)) + 1)),
+            )
+            for kind in FLOATS.split("|")
+        ]  # fmt: skip
+
+    @trtp.aot_impl(name)
+    def implementation(
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, low_step: trtp.TensorDesc,
+        bits: int, high_step: float, scale: float, outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
+    ) -> Compiled:  # fmt: skip
+        images, heads, queries, head = q.shape_expr
+        floats, keys, columns = _float_type(q), _static(k.shape_expr[2], name), _static(head, name)
+        blocks = attention.candidates(floats, columns, keys)[tactic - 1]
+        kernel = attention.kernel(floats, _static(queries, name), keys, columns, bits, high_step, scale, blocks)
+        return _compiled(kernel, attention.launch(kernel, images, heads, low_step.shape_expr[0]), capability)
+
+
+def _compiled(kernel: Kernel, launch: Launch, capability: tuple[int, int]) -> Compiled:
+    compiled = compile_kernel(kernel, capability)
+    parameters = trtp.KernelLaunchParams(
+        grid_x=launch.programs, block_x=compiled.threads, shared_mem=compiled.shared_bytes
+    )
+    scalars = trtp.SymIntExprs.from_tuple([trtp.SymInt32(scalar) for scalar in launch.scalars])
+    return compiled.name, compiled.ptx, parameters, scalars
+
+
+def _float_type(tensor: Any) -> str:
+    return {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}[tensor.dtype]
+
+
+def _static(size: Any, name: str) -> int:
+    if not size.is_constant:
+        raise UsageError(f"{name}: its kernel needs tokens and head size fixed at build time; only the batch may vary. "
+                         "Export with fixed sizes or build with --no-plugins.")  # fmt: skip
+    return int(size.constant_value())

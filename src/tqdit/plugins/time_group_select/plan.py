@@ -1,0 +1,32 @@
+"""Block shape and launch arithmetic of the TimeGroupSelect kernel."""
+
+from __future__ import annotations
+
+from tqdit.plugins.kernels import Kernel, Launch, Size, ceil_div
+
+BLOCK = 128
+
+
+def kernel(table: str) -> Kernel:
+    """For a table of the type `table` ('fp32', 'fp16', 'bf16')."""
+    return Kernel(
+        module="tqdit.plugins.time_group_select.kernel",
+        function="time_group_select_kernel",
+        parameters=(
+            ("timestep", "*i64"),
+            ("boundaries", "*i64"),
+            ("table", f"*{table}"),
+            ("elements", "i32"),
+            ("size", "i32"),
+            ("count", "i32"),
+            ("out", f"*{table}"),
+        ),
+        constants=(("BLOCK", BLOCK),),
+        num_warps=1,
+    )
+
+
+def launch(kernel: Kernel, rows: Size, boundaries: Size, size: Size) -> Launch:
+    """timestep (rows,), boundaries (boundaries,), table (boundaries + 1, ...) with `size` elements per entry."""
+    elements = rows * size
+    return Launch(ceil_div(elements, BLOCK), (elements, size, boundaries))
