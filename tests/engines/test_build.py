@@ -3,13 +3,14 @@
 import sys
 import types
 
+import numpy as np
 import onnx
 import pytest
 
 import support
 from tables import Kind, make_table
 from tqdit.card import QuantizationCard
-from tqdit.engines import backends, build_engine
+from tqdit.engines import Sampler, backends, build_engine
 from tqdit.engines.audit import audit
 from tqdit.engines.bundle import Manifest, describe_parts, read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -107,3 +108,33 @@ def test_auto_takes_a_backend_that_runs_here_and_says_why():
     name, why = backends.choose_backend()
     assert backends.build_row(name).fitness().score > 0
     assert why.startswith(backends.build_row(name).fitness().reason)
+
+
+def test_a_float_precision_strips_a_quantized_file(quantized, tmp_path):
+    integer = build_engine(quantized, tmp_path / "int8.engine")
+    floating = build_engine(quantized, tmp_path / "fp32.engine", config=BuildConfig(precision="fp32"))
+    assert (integer.precision, floating.precision) == ("int8", "fp32")
+    assert floating.audit is None
+    assert floating.card.quantization is None
+    with Sampler.open(tmp_path / "int8.engine") as a, Sampler.open(tmp_path / "fp32.engine") as b:
+        found, expected = a.sample_latents([0, 1], seed=3), b.sample_latents([0, 1], seed=3)
+    assert 0 < np.square(found - expected).sum() < 0.05 * np.square(expected).sum()  # random weights quantize badly
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["fp32.engine", "int8.engine", "model.onnx"]
+
+
+def test_a_float_precision_is_the_float_type_too(quantized, tmp_path, half_backend):
+    manifest = build_engine(quantized, tmp_path / "model.engine", "half", BuildConfig(precision="fp16"))
+    assert read_manifest(tmp_path / "model.engine").float_type == "fp16"
+    assert manifest.card.quantization is None
+    compiled = onnx.load(tmp_path / "model.engine" / "graph.onnx", load_external_data=False).graph
+    kinds = {tensor.data_type for tensor in compiled.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert onnx.TensorProto.INT8 not in kinds
+    with pytest.raises(UsageError, match="--precision fp16 and --float-type fp32 contradict"):
+        build_engine(quantized, tmp_path / "b", "half", BuildConfig(precision="fp16", float_type="fp32"))
+
+
+def test_integers_of_a_float_file_are_refused(tmp_path):
+    write(tmp_path / "float.onnx", *support.exported(pixels=True))
+    with pytest.raises(UsageError, match=r"holds a float graph, asked for int8\. Export it with a scale table"):
+        build_engine(tmp_path / "float.onnx", tmp_path / "b", config=BuildConfig(precision="int8"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdit.card import GraphCard
 from tqdit.engines.backends import BuildRow, build_row, choose_backend
 from tqdit.engines.bundle import Manifest, write_manifest
-from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Precision, Progress, silent
+from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
 
@@ -31,7 +31,7 @@ def build_engine(
 
     config = config or BuildConfig()
     card = read_card(source)
-    config = replace(config, precision=_check_precision(source, card, config.precision))
+    config = _choose_precision(source, card, config)
     for name in external_files(load_graph(source), source):
         if not (source.parent / name).is_file():
             raise FileFormatError(
@@ -44,26 +44,38 @@ def build_engine(
     config.refuse_unknown(backend, row.OPTIONS)
     chosen = _check_float_type(backend, row, config)
     config = replace(config, float_type=chosen)
-    with whole_folder(output) as folder, _cast(source, card, chosen, output) as typed:
+    cast: FloatType = "fp32" if getattr(row, "CASTS_FLOATS", False) else chosen  # the row does it itself
+    strip = card.quantization is not None and config.precision != "int8"
+    with whole_folder(output) as folder, _prepared(source, card, strip, cast, output) as typed:
+        card = replace(card, quantization=None) if strip else card
         manifest = replace(row.build(typed, card, folder, config, progress), float_type=chosen)
         write_manifest(folder, manifest)
     return manifest
 
 
 @contextmanager
-def _cast(source: Path, card: GraphCard, float_type: FloatType, output: Path) -> Iterator[Path]:
-    """The file with its float parts in another type, in a temporary folder together with its decoder."""
-    if float_type == "fp32":
+def _prepared(source: Path, card: GraphCard, strip: bool, float_type: FloatType, output: Path) -> Iterator[Path]:
+    """The file without its quantization, and with its float parts in another type, where that is asked for.
+
+    It lies in a temporary folder together with its decoder.
+    """
+    if not strip and float_type == "fp32":
         yield source
         return
-    import onnx_ir as ir  # of the extra `export`, like the pass
+    import onnx_ir as ir  # of the extra `export`, like the passes
 
+    from tqdit.export.onnx_writer import save
     from tqdit.export.passes.cast import cast_floats
+    from tqdit.export.passes.strip import strip_quantization
 
-    with temporary_folder(output.with_name(f"{output.name}.cast")) as folder:
+    with temporary_folder(output.with_name(f"{output.name}.prepared")) as folder:
         model = ir.load(source)
-        cast_floats(model, card, "fp16" if float_type == "fp16" else "bf16")
-        ir.save(model, folder / source.name, external_data=f"{source.name}.data")
+        if strip:
+            strip_quantization(model, card)
+            card = replace(card, quantization=None)
+        if float_type != "fp32":
+            cast_floats(model, card, float_type)
+        save(model, folder / source.name)
         if card.vae is not None:
             (folder / card.vae.file).symlink_to((source.parent / card.vae.file).absolute())
         yield folder / source.name
@@ -78,14 +90,18 @@ def _check_float_type(backend: str, row: BuildRow, config: BuildConfig) -> Float
     return wanted
 
 
-def _check_precision(source: Path, card: GraphCard, precision: Precision | None) -> Precision:
-    held: Precision = "fp32" if card.quantization is None else "int8"
-    if precision is not None and precision not in PRECISIONS:
+def _choose_precision(source: Path, card: GraphCard, config: BuildConfig) -> BuildConfig:
+    """The precision of the products, and with a float one the same float type around them."""
+    precision = config.precision or ("fp32" if card.quantization is None else "int8")
+    if precision not in PRECISIONS:
         raise UsageError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}.")
-    if precision not in (None, held):
-        advice = "Export it with a scale table" if precision == "int8" else "Export it with --float"
-        raise UsageError(f"{source}: holds a graph in {held}, asked for {precision}. {advice}.")
-    return held
+    if precision == "int8":
+        if card.quantization is None:
+            raise UsageError(f"{source}: holds a float graph, asked for int8. Export it with a scale table.")
+        return replace(config, precision=precision)
+    if config.float_type not in ("auto", precision):
+        raise UsageError(f"--precision {precision} and --float-type {config.float_type} contradict. Pass one of them.")
+    return replace(config, precision=precision, float_type=precision)
 
 
 def _check_decoder(source: Path, card: GraphCard) -> None:

@@ -29,7 +29,7 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
             card = replace(card, vae=_write_vae(folder, path, *vae))
         model.metadata_props[METADATA_KEY] = json.dumps(card.to_json(), sort_keys=True)
         model.producer_name, model.producer_version = "tqdit", card.written_by
-        _save(model, folder / path.name)
+        save(model, folder / path.name)
         fresh = {file.name for file in folder.iterdir()}
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the graph itself last
             flush(file)
@@ -62,7 +62,7 @@ def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int])
     return VaeCard(name, digest, *size)
 
 
-def _save(model: ir.Model, target: Path) -> None:
+def save(model: ir.Model, target: Path) -> None:
     """Save with weights inside, or beside under a name that carries a piece of their SHA-256."""
     total = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None

@@ -1,0 +1,129 @@
+"""Taking the quantization of a quantized file away again (`tqdit-build --precision fp32|fp16|bf16`).
+
+So one file serves to compare integers with floats. The weights stay those of the quantized model: what rounding took from them
+is not in the file any more. A float file of the original weights is what `tqdit-export --float` writes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+from tqdit.card import GraphCard
+from tqdit.errors import UsageError
+from tqdit.plugins import DOMAIN
+from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as MULTI_REGION_SOFTMAX
+from tqdit.plugins.time_group_select.schema import OP_TYPE as TIME_GROUP_SELECT
+
+# What the quantization passes put between an input and its product, and what they put after it.
+BEFORE = {"Div", "Sub", "Min", "Max", "Clip", "Round", "Mul", "Where", "QuantizeLinear", "DequantizeLinear"}
+AFTER = {"Mul", "Add"}
+
+
+def strip_quantization(model: ir.Model, card: GraphCard) -> None:
+    """Requires: a quantized float32 file of ours, whose nodes are named by the module tree.
+
+    Ensures: every product multiplies floats, once, with the quantized weights as float initializers; probabilities come
+    from a Softmax; no custom op and no Q/DQ node is left. Raises UsageError for a form that it does not know.
+    """
+    assert card.quantization is not None
+    _replace_softmaxes(model.graph)
+    scopes: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            scopes.setdefault(_scope(node), []).append(node)
+    for module in card.quantization.products:
+        if module not in scopes:
+            raise UsageError(f"the quantization of '{module}' cannot be stripped. Export the model with --float.")
+        _strip_product(model.graph, module, scopes[module])
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedFunctionsPass()(model)
+    RemoveUnusedOpsetsPass()(model)
+    left = {node.op_type for node in model.graph if node.domain == DOMAIN or node.op_type.endswith("quantizeLinear")}
+    if left:
+        raise UsageError(f"{', '.join(sorted(left))} cannot be stripped. Export the model with --float.")
+
+
+def _scope(node: ir.Node) -> str:
+    return (node.name or "").split("/")[0]
+
+
+def _replace_softmaxes(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type == MULTI_REGION_SOFTMAX:
+            softmax = ir.node("Softmax", [node.inputs[0]], {"axis": -1}, name=f"{_scope(node)}/Softmax")
+            _swap(graph, node, softmax)
+
+
+def _strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
+    """Several products of one module are those of two regions: the first takes the whole input, the others go."""
+    first = products[0]
+    left, right = (_before(value, module) for value in first.inputs)
+    if right.is_initializer():
+        right = _float_weight(graph, module, right)
+    node = ir.node("MatMul", [left, right], name=f"{module}/MatMul.float")
+    graph.insert_before(first, node)
+    _after(first, module).replace_all_uses_with(node.outputs[0])
+
+
+def _before(value: ir.Value | None, module: str) -> ir.Value:
+    """The float value that a product's operand was made from."""
+    assert value is not None
+    node = value.producer()
+    while node is not None and _scope(node) == module and node.op_type in BEFORE:
+        # a Where chooses between the value and zero
+        candidates = node.inputs[1:] if node.op_type == "Where" else node.inputs[:1]
+        chosen = next(
+            one for one in candidates if one is not None and (len(candidates) == 1 or not one.is_initializer())
+        )
+        value, node = chosen, chosen.producer()
+    return value
+
+
+def _after(product: ir.Node, module: str) -> ir.Value:
+    """The value that is the product in floats: behind its ratios, offsets, and the sum over its regions."""
+    value = product.outputs[0]
+    while len(value.uses()) == 1:
+        node = next(iter(value.uses())).node
+        other = next((one for one in node.inputs if one is not None and one is not value), None)
+        if _scope(node) != module or node.op_type not in AFTER or other is None or not _is_ours(other, module):
+            break
+        value = node.outputs[0]
+    return value
+
+
+def _is_ours(value: ir.Value, module: str) -> bool:
+    """Whether a factor or a summand comes from quantization and not from the network."""
+    node = value.producer()
+    if node is None:
+        return value.name == f"{module}.input.shift"
+    if node.op_type == TIME_GROUP_SELECT:
+        return True
+    return _scope(node) == module and node.op_type in {*AFTER, "MatMul"}
+
+
+def _float_weight(graph: ir.Graph, module: str, stored: ir.Value) -> ir.Value:
+    """W^ transposed (K, D) as a float32 initializer, without the divisor of the input."""
+    assert stored.const_value is not None
+    weight = stored.const_value.numpy().astype(np.float32)
+    if stored.name == f"{module}.weight.codes":
+        weight = weight * _constant(graph, f"{module}.weight.scale")
+    if f"{module}.input.divisor" in graph.initializers:
+        weight = weight / _constant(graph, f"{module}.input.divisor")[:, None]
+    value = ir.Value(name=f"{module}.weight_transposed.float", const_value=ir.tensor(weight))
+    value.shape, value.type = ir.Shape(weight.shape), ir.TensorType(ir.DataType.FLOAT)
+    graph.register_initializer(value)
+    return value
+
+
+def _constant(graph: ir.Graph, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    tensor = graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy().astype(np.float32)
+
+
+def _swap(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    graph.insert_before(old, new)
+    old.outputs[0].replace_all_uses_with(new.outputs[0])
+    graph.remove(old, safe=True)
