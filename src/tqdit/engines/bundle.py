@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdit.card import GraphCard
 from tqdit.engines.audit import Audit
-from tqdit.errors import FileFormatError, OutputError
+from tqdit.engines.config import BatchRange
+from tqdit.errors import FileFormatError, OutputError, UsageError
 from tqdit.files import sha256
 
 FORMAT_VERSION = 1
@@ -42,6 +43,8 @@ class Manifest:
     audit: Audit | None = None  # of a quantized graph
     float_type: str = "fp32"  # of what is not integer
     files: dict[str, Part] = field(default_factory=dict)
+    batch: BatchRange | None = None  # images per call that it was built for; None: any number
+    plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
@@ -61,9 +64,10 @@ class Manifest:
         try:
             values["card"] = GraphCard.from_json(json.dumps(values["card"]), str(where))
             values["audit"] = _audit(values["audit"])
+            values["batch"] = BatchRange(**values["batch"]) if values.get("batch") else None
             values["files"] = {name: Part(**part) for name, part in values["files"].items()}
             manifest = cls(**values)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
             if name not in manifest.files or Path(name).name != name or name in (".", ".."):

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=_integers, metavar="C,C,...", help="class labels, cycled (default: all classes in turn)")
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--batch", type=int, default=16, help="images per engine call at most (default: %(default)s)")
+    add(
+        "--batch", type=int, help="images per engine call at most (default: 16, or fewer where the engine was built so)"
+    )
     add("--threads", type=int, help="CPU threads (default: the backend's choice)")
     add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder of PNGs "
         "(default: %(default)s)")  # fmt: skip

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from tqdit.card import GraphCard
 from tqdit.engines.backends import Engine, run_row
 from tqdit.engines.bundle import check_parts, read_manifest
+from tqdit.engines.config import BatchRange
 from tqdit.engines.step_rows import StepRows, check_guidance, check_labels
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 
+DEFAULT_BATCH = 16
 Labels = Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -54,15 +56,17 @@ class Sampler:
         self._decoder = decoder
 
     @classmethod
-    def open(cls, path: str | Path, *, batch: int = 16, threads: int | None = None) -> Sampler:
+    def open(cls, path: str | Path, *, batch: int | None = None, threads: int | None = None) -> Sampler:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
-        batch: images per engine call at most. threads: CPU threads per call; None leaves it to the backend.
+        batch: images per engine call at most; None: 16, or fewer where the engine was built for fewer. threads: CPU
+        threads per call; None leaves it to the backend.
         Raises FileFormatError for a damaged bundle, BackendError where it cannot run here.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
+        batch = _choose_batch(folder, manifest.batch, batch)
         row = run_row(manifest.backend)
         step = row.load(folder, manifest, manifest.entry, threads)
         decoder = row.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
@@ -168,6 +172,18 @@ class Sampler:
         if self._decoder is None:
             return latents
         return np.concatenate([self._decoder({"latents": one[None]}) for one in latents])  # one by one: memory
+
+
+def _choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> int:
+    """Refuse more images per call than an engine was built for."""
+    if asked is None:
+        return DEFAULT_BATCH if built is None else min(DEFAULT_BATCH, built.most)
+    if built is not None and asked > built.most:
+        raise UsageError(
+            f"{folder}: built for at most {built.most} image(s) per call, asked for {asked}. Pass --batch {built.most} "
+            f"(batch={built.most}) or less, or build it again: tqdit-build --batch {built.least},{built.best},{asked}."
+        )
+    return asked
 
 
 def to_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
