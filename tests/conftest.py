@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import kernel_device  # noqa: F401 (before anything imports Triton)
 import support
 from tqdit.models.dit import DiT, randomize
 

@@ -76,6 +76,8 @@ def multi_region_attention_kernel(
     q_base, out_base = q + start, out + start
     k_base, v_base = k + head.to(tl.int64) * KEYS * HEAD, v + head.to(tl.int64) * KEYS * HEAD
     s1 = tl.load(low_step + (head // heads) % low_steps)
+    low_inverse = tl.math.div_rn(1.0, s1)
+    ratio = tl.math.div_rn(HIGH_STEP, s1)
 
     q_main = _head_tile(q_base, query, main, QUERIES, HEAD, MASK_QUERIES, MAIN > HEAD)
     sums = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
@@ -91,9 +93,9 @@ def multi_region_attention_kernel(
         s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
         v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
         exponent = tl.exp2(s * FACTOR - (tl.max(s, 1) * FACTOR)[:, None])
-        rate = 1.0 / tl.sum(exponent, 1)
-        low_rate, high_rate = (rate * (1.0 / s1))[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
-        codes = _codes(exponent, low_rate, high_rate, HIGH_STEP / s1, TOP, CLIP).to(v_main.dtype)
+        rate = tl.math.div_rn(1.0, tl.sum(exponent, 1))
+        low_rate, high_rate = (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+        codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)
         sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
         if REST > 0:
             v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
@@ -108,14 +110,14 @@ def multi_region_attention_kernel(
             exponent = tl.exp2(s * FACTOR - (grown * FACTOR)[:, None])
             total = total * tl.exp2((largest - grown) * FACTOR) + tl.sum(exponent, 1)
             largest = grown
-        rate = 1.0 / total
-        low_rate, high_rate = (rate * (1.0 / s1))[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+        rate = tl.math.div_rn(1.0, total)
+        low_rate, high_rate = (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
             s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
             v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
             exponent = tl.exp2(s * FACTOR - (largest * FACTOR)[:, None])
-            codes = _codes(exponent, low_rate, high_rate, HIGH_STEP / s1, TOP, CLIP).to(v_main.dtype)
+            codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)
             sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
             if REST > 0:
                 v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)

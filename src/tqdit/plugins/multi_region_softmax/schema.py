@@ -8,6 +8,8 @@ from tqdit.plugins.function import parse_body
 
 OP_TYPE = "MultiRegionSoftmax"
 
+# Each element first gets the step of its region, then is rounded once: half the passes over memory of rounding it in both
+# regions and choosing (and no Where, which is slow in ONNX Runtime), with the same bits. Low steps are at most the high one.
 BODY = """
 <domain: "tqdit", opset_import: ["" : 20]>
 MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
@@ -17,21 +19,23 @@ MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
     s1 = Reshape (low_step, shape)
     s2 = Constant <value_float: float = @high_step> ()
     one = Constant <value_float: float = 1.0> ()
+    half = Constant <value_float: float = 0.5> ()
     two = Constant <value_float: float = 2.0> ()
     k = Constant <value_int: int = @bits> ()
     k_float = Cast <to: int = 1> (k)
     k_less = Sub (k_float, one)
     q = Pow (two, k_less)
     top = Sub (q, one)
+    bound = Sub (q, half)
     low_exact = Div (p, s1)
-    low_code = Round (low_exact)
-    low = Mul (low_code, s1)
-    high_exact = Div (p, s2)
-    high_rounded = Round (high_exact)
-    high_code = Min (high_rounded, top)
-    high = Mul (high_code, s2)
-    is_low = LessOrEqual (low_code, top)
-    probabilities = Where (is_low, low, high)
+    is_high = GreaterOrEqual (low_exact, bound)
+    high_mask = Cast <to: int = 1> (is_high)
+    high_step_or_zero = Mul (high_mask, s2)
+    step = Max (high_step_or_zero, s1)
+    exact = Div (p, step)
+    rounded = Round (exact)
+    code = Min (rounded, top)
+    probabilities = Mul (code, step)
 }
 """
 

@@ -1,0 +1,80 @@
+"""Where Triton kernels run in the tests: on the GPU, or in Triton's interpreter where there is none.
+
+`conftest.py` imports this before anything else, since Triton decides when it is imported.
+"""
+
+import os
+import warnings
+
+import numpy as np
+import torch
+
+from tqdit.plugins import kernels
+from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_softmax import plan as softmax
+from tqdit.plugins.time_group_select import plan as select
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def tensor(array: np.ndarray, floats: str | None = None) -> torch.Tensor:
+    made = torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+    return made if floats is None else made.to(TYPES[floats])
+
+
+def launched(kernel, launch, inputs, shape, floats) -> np.ndarray:
+    """The result as float32; what the kernel does not write stays 12345."""
+    out = torch.full(shape, 12345.0, dtype=TYPES[floats], device=DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter computes -inf - -inf in NumPy
+        kernels.run(kernel, launch, inputs, out)
+    return out.float().cpu().numpy()
+
+
+def run_softmax(scores, low_step, bits, high_step, floats="fp32"):
+    images, heads, queries, columns = scores.shape
+    kernel = softmax.kernel(floats, columns, bits, high_step)
+    launch = softmax.launch(kernel, images, heads, queries, len(low_step))
+    return launched(kernel, launch, (tensor(scores, floats), tensor(low_step)), scores.shape, floats)
+
+
+def run_select(timestep, boundaries, table, floats="fp32"):
+    kernel = select.kernel(floats)
+    shape = (len(timestep), *table.shape[1:])
+    launch = select.launch(kernel, len(timestep), len(boundaries), int(np.prod(shape[1:])))
+    return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)
+
+
+def run_attention(q, k, v, low_step, bits, high_step, scale, floats="fp32", blocks=None):
+    images, heads, queries, head = q.shape
+    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, scale, blocks)
+    launch = attention.launch(kernel, images, heads, len(low_step))
+    inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(low_step))
+    return launched(kernel, launch, inputs, q.shape, floats)
+
+
+def regions(scores: np.ndarray, low_step: np.ndarray, bits: int, high_step: float) -> tuple[np.ndarray, np.ndarray]:
+    """(quantized probabilities, how far each may be off because its quotient lies at a rounding tie), in float64.
+
+    At a tie the last bit of a float32 operation decides, and the two neighbouring codes are both right.
+    """
+    top = 2 ** (bits - 1) - 1
+    s1 = low_step.astype(np.float64).reshape(-1, 1, 1, 1)
+    exponent = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True).astype(np.float64))
+    p = exponent / exponent.sum(-1, keepdims=True)
+
+    def rounded(step):
+        exact = p / step
+        return np.round(exact), np.abs(exact - np.floor(exact) - 0.5) < 1e-5 * (1 + exact)
+
+    (low, low_tie), (high, high_tie) = rounded(s1), rounded(high_step)
+    is_low = low <= top
+    quantized = np.where(is_low, low * s1, np.minimum(high, top) * high_step)
+    between = np.abs(np.minimum(high, top) * high_step - top * s1)  # from one region to the other
+    off = np.where(low_tie & (np.abs(low - top) <= 1), np.maximum(between + high_step, s1),
+                   np.where(is_low, low_tie * s1, high_tie * high_step))  # fmt: skip
+    return quantized, off

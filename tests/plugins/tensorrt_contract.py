@@ -1,0 +1,128 @@
+"""A program: drives our plugins through NVIDIA's own `tensorrt.plugin`, without TensorRT's libraries or a GPU.
+
+    LD_LIBRARY_PATH=STUBS python tests/plugins/tensorrt_contract.py
+
+The Python half of the plugin machinery is in the bindings wheel; here it calls our functions as TensorRT would: types,
+symbolic shapes, combinations, tactics, then the kernel and its launch. What TensorRT's C++ half supplies, symbolic
+integers and descriptors, is replaced by the few Python objects below. Prints one JSON text.
+"""
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import tensorrt_bindings as trt
+
+sys.modules["tensorrt"] = trt  # the front package, which would fetch the libraries, does the same
+sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
+
+from tensorrt_bindings.plugin import _lib, _plugin_class, _tensor  # noqa: E402
+
+from tqdit.plugins import tensorrt_definitions  # noqa: E402
+
+
+class Size(trt.IDimensionExpr):
+    """A symbolic integer: a constant, or a function of the batch."""
+
+    @classmethod
+    def of(cls, value, constant=True):
+        made = cls.__new__(cls)  # the C++ class has no constructor
+        made.value, made.constant = value, constant
+        return made
+
+    def is_constant(self):
+        return self.constant
+
+    def get_constant_value(self):
+        assert self.constant
+        return self.value
+
+
+class Builder:
+    """Evaluates expressions for the batch at hand and remembers that they vary."""
+
+    def constant(self, value):
+        return Size.of(value)
+
+    def operation(self, op, a, b):
+        rules = {
+            trt.DimensionOperation.SUM: lambda x, y: x + y,
+            trt.DimensionOperation.SUB: lambda x, y: x - y,
+            trt.DimensionOperation.PROD: lambda x, y: x * y,
+            trt.DimensionOperation.FLOOR_DIV: lambda x, y: x // y,
+        }
+        return Size.of(rules[op](a.value, b.value), a.constant and b.constant)
+
+
+class Setter(dict):
+    nbSymExprs = 0  # noqa: N815 (TensorRT's name)
+
+
+def described(kind, shape):
+    described = trt.DynamicPluginTensorDesc()
+    described.desc.type, described.desc.format, described.desc.dims = kind, trt.TensorFormat.LINEAR, trt.Dims(shape)
+    return described
+
+
+# These wrap a symbolic integer for C++, which cannot hold ours.
+trt.DimsExprs = lambda length: [None] * length
+_tensor.SymExprImpl = lambda expr: expr._expr.value
+
+
+def drive(name, kinds, out_kind, shapes, attributes):
+    """All calls of one plugin in TensorRT's order, for inputs whose first dimension is dynamic."""
+    definition = _lib.QDP_REGISTRY[f"tqdit::{name}"]
+    plugin = _plugin_class._TemplateAOTPlugin(name, "tqdit", definition.num_outputs)
+    plugin.init(definition.register_func, attributes, definition.aot_impl_attr_names, definition.aot_impl_func,
+                definition.autotune_attr_names, definition.autotune_func)  # fmt: skip
+    types = plugin.get_output_data_types(list(kinds), [len(shape) for shape in shapes])
+    sizes = [[Size.of(size, constant=i > 0 or j > 0) for i, size in enumerate(shape)] for j, shape in enumerate(shapes)]
+    for shape in sizes:
+        shape[0].constant = False
+    (out_shape,) = plugin.get_output_shapes(sizes, [], Builder())
+    in_out = [described(kind, shape) for kind, shape in zip(kinds, shapes, strict=True)]
+    in_out.append(described(out_kind, [size.value for size in out_shape]))
+    combinations = plugin.get_supported_format_combinations(in_out, len(kinds))
+    plugin.configure_plugin(in_out[:-1], in_out[-1:])
+    tactics = plugin.get_valid_tactics()
+    kernels = []
+    for tactic in tactics or [0]:
+        plugin.set_tactic(tactic)
+        launch, scalars = SimpleNamespace(), Setter()
+        plugin.get_launch_params(sizes, in_out, len(kinds), launch, scalars, Builder())
+        entry, ptx = plugin.get_kernel([each.desc for each in in_out[:-1]], [in_out[-1].desc])
+        kernels.append(
+            {"entry": entry, "launch": vars(launch), "scalars": [scalars[i] for i in range(scalars.nbSymExprs)],
+             "parameters": ptx.decode().split(".visible .entry")[1].split(")")[0].count(".param ")}
+        )  # fmt: skip
+    return {
+        "out_types": [str(kind) for kind in types],
+        "out_shape": [size.value for size in out_shape],
+        "combinations": len(combinations) // len(in_out),
+        "attributes": definition.aot_impl_attr_names,
+        "kernels": kernels,
+    }
+
+
+def main():
+    tensorrt_definitions.define((8, 0), lazy=True)
+    tensorrt_definitions.define((8, 0), lazy=True)  # changes nothing
+    half, single, integer = trt.DataType.HALF, trt.DataType.FLOAT, trt.DataType.INT64
+    attention = {"bits": 8, "high_step": 1 / 127, "scale": 0.01}
+    results = {
+        "TimeGroupSelect": drive(
+            "TimeGroupSelect", (integer, integer, single), single, [(70,), (9,), (10, 1, 1, 3)], {}
+        ),
+        "MultiRegionSoftmax": drive(
+            "MultiRegionSoftmax", (half, single), half, [(3, 2, 50, 50), (3,)], {"bits": 8, "high_step": 1 / 127}
+        ),
+        "MultiRegionAttention": drive(
+            "MultiRegionAttention", (half, half, half, single), half, [(3, 2, 200, 72)] * 3 + [(3,)], attention
+        ),
+    }
+    sys.stdout.write(json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

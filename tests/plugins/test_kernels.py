@@ -1,0 +1,247 @@
+"""The Triton kernels equal the NumPy references and the function bodies.
+
+They run in Triton's CPU interpreter, or on the GPU where there is one. Tolerance: where a quotient lies at a rounding
+tie (within 1e-5 of one, relative) the last bit of a float32 operation decides between two neighbouring codes, and both
+are accepted; elsewhere codes are equal. Ties that are exact in float32 are tested apart and must round to even.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_device import DEVICE, regions, run_attention, run_select, run_softmax
+from tqdit.errors import UsageError
+from tqdit.plugins.kernels import MAX_TOKENS
+from tqdit.plugins.multi_region_attention.plan import Blocks
+from tqdit.plugins.multi_region_attention.plan import kernel as attention_kernel
+from tqdit.plugins.multi_region_attention.reference import multi_region_attention
+from tqdit.plugins.multi_region_softmax.kernel import multi_region_softmax_kernel
+from tqdit.plugins.multi_region_softmax.plan import kernel as softmax_kernel
+from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
+from tqdit.plugins.time_group_select.reference import time_group_select
+
+# Rounding of the output, and in the attention of the high codes where s2 / s1 is no power of two.
+PRECISION = {"fp32": 2e-6, "fp16": 2**-10, "bf16": 2**-7}
+
+# Triton's interpreter multiplies bfloat16 tiles as if they were integers.
+PRODUCT_TYPES = ["fp32", "fp16", *(["bf16"] if DEVICE == "cuda" else [])]
+
+
+def high_step(bits, whole_range=True):
+    q = 2 ** (bits - 1)
+    return 1 / (q - 1 if whole_range else q)
+
+
+def low_steps(rng, rows, bits, any_step=False):
+    """Candidates of the method, mixed over the rows, or any step between the smallest and the largest."""
+    exponent = rng.uniform(0, bits - 1, rows) if any_step else rng.integers(0, bits, rows)
+    return (high_step(bits) * 2.0**-exponent).astype(np.float32)
+
+
+def assert_quantized(out, scores, low_step, bits, high, floats="fp32"):
+    expected, off = regions(scores, low_step, bits, high)
+    assert (np.abs(out - expected) <= PRECISION[floats] * expected + 1.001 * off).all()
+
+
+def assert_attended(out, q, k, v, low_step, bits, high, scale, floats="fp32"):
+    q, k, v = (each.astype(np.float64) for each in (q, k, v))
+    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale, low_step, bits, high)
+    bound = PRECISION[floats] * (quantized @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6
+    assert (np.abs(out - quantized @ v) <= bound).all()
+    assert (off > 0).mean() < 0.02  # nearly everything is compared
+
+
+def test_the_kernels_run_where_they_should():
+    kind = type(multi_region_softmax_kernel).__name__
+    assert kind == ("JITFunction" if DEVICE == "cuda" else "InterpretedFunction")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_time_group_select(data):
+    boundaries = np.array(sorted(data.draw(st.sets(st.integers(1, 999), max_size=9))), np.int64)
+    # timesteps around every boundary, so every group and both sides of each edge
+    near = [t for b in boundaries for t in (b - 1, b, b + 1)]
+    timestep = np.array([*near, *data.draw(st.lists(st.integers(0, 999), min_size=1, max_size=140))], np.int64)
+    trailing = data.draw(st.sampled_from([(), (1, 1, 1), (3,), (130,)]))
+    floats = data.draw(st.sampled_from(["fp32", "fp16", "bf16"]))
+    table = np.random.default_rng(0).integers(-99, 99, (len(boundaries) + 1, *trailing)).astype(np.float32)
+    out = run_select(timestep, boundaries, table, floats)
+    np.testing.assert_array_equal(out, time_group_select(timestep, boundaries, table))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_multi_region_softmax(data):
+    images, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    queries, columns = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 70))
+    bits, floats = data.draw(st.integers(2, 8)), data.draw(st.sampled_from(["fp32", "fp16", "bf16"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    scores = rng.normal(0, 3, (images, heads, queries, columns)).astype(np.float16).astype(np.float32)
+    if floats == "bf16":
+        scores = scores.round(1).astype(np.float32).view(np.uint32) & 0xFFFF0000
+        scores = scores.astype(np.uint32).view(np.float32)
+    low = low_steps(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
+    high = high_step(bits, data.draw(st.booleans()))
+    out = run_softmax(scores, low, bits, high, floats)
+    assert_quantized(out, scores, low, bits, np.float32(high), floats)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_multi_region_softmax_equals_its_float32_reference(bits):
+    """Bit for bit, since the kernel divides where the reference divides; a sum in another order may flip a code."""
+    rng = np.random.default_rng(bits)
+    scores, low = rng.normal(0, 3, (4, 2, 30, 64)).astype(np.float32), low_steps(rng, 4, bits)
+    out = run_softmax(scores, low, bits, high_step(bits))
+    assert (out != multi_region_softmax(scores, low, bits, high_step(bits))).mean() <= 1e-4
+
+
+def tied_scores(count, columns=8):
+    """A row with `count` equal probabilities 1 / count, exact in float32 for powers of two."""
+    scores = np.full((1, 1, 3, columns), -np.inf, np.float32)
+    scores[..., :count] = 1.5
+    return scores
+
+
+def tying_step(code):
+    """(n, step): n equal probabilities 1 / n whose quotient by the float32 step is `code` exactly, in float32."""
+    for count in range(1, 9):
+        p = np.float32(1 / count)
+        for step in (p / np.float32(code), np.nextafter(p / np.float32(code), np.float32(0))):
+            if p / step == np.float32(code):
+                return count, np.array([step], np.float32)
+    raise AssertionError(code)
+
+
+@pytest.mark.parametrize("code", [0.5, 1.5, 2.5, 3.5, 60.5, 63.5, 125.5, 126.5])
+def test_ties_round_to_even(code):
+    count, low = tying_step(code)
+    expected = multi_region_softmax(tied_scores(count), low, 8, 1 / 127)
+    np.testing.assert_array_equal(expected[0, 0, 0, 0], np.float32(np.round(code)) * low[0])
+    np.testing.assert_array_equal(run_softmax(tied_scores(count), low, 8, 1 / 127), expected)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ties_of_the_high_region_round_to_even(bits):
+    """p = 1/2 with s2 = 1 / (q - 1) lies between the codes (q - 2) / 2 and q / 2, of which one is even."""
+    low = np.array([high_step(bits) / 2 ** (bits - 1)], np.float32)
+    expected = multi_region_softmax(tied_scores(2), low, bits, high_step(bits))
+    np.testing.assert_array_equal(run_softmax(tied_scores(2), low, bits, high_step(bits)), expected)
+
+
+def extreme_scores(columns):
+    scores = np.zeros((1, 1, 5, columns), np.float32)
+    scores[0, 0, 1, 1:2] = 50
+    scores[0, 0, 2, : columns // 2] = -np.inf
+    scores[0, 0, 3] = -np.inf
+    scores[0, 0, 4] = -1000 * np.arange(columns)
+    return scores
+
+
+@pytest.mark.parametrize("columns", [1, 4, 33])
+def test_extreme_scores(columns):
+    """All equal, one-hot, masked, far apart; a row of -inf gives NaN as Softmax does."""
+    scores, low = extreme_scores(columns), np.array([1 / 127 / 8], np.float32)
+    out = run_softmax(scores, low, 8, 1 / 127)
+    with np.errstate(invalid="ignore"):
+        expected = multi_region_softmax(scores, low, 8, 1 / 127)
+    assert np.isnan(out[0, 0, 3]).all()
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("columns", [256, 1000, pytest.param(4096, marks=pytest.mark.slow)])
+def test_many_tokens(columns):
+    rng = np.random.default_rng(0)
+    scores, low = rng.normal(0, 4, (2, 1, 9, columns)).astype(np.float32), low_steps(rng, 2, 8)
+    assert_quantized(run_softmax(scores, low, 8, 1 / 127), scores, low, 8, np.float32(1 / 127))
+
+
+def codes(rng, shape, bits=8):
+    """Integer codes, as the exporter hands them over."""
+    q = 2 ** (bits - 1)
+    return np.clip(rng.normal(0, q / 3, shape).round(), -q, q - 1).astype(np.float32)
+
+
+TILES = {"in one tile": Blocks(16, 256, 4, 1), "computed twice": Blocks(32, 16, 4, 2), "wide": Blocks(64, 32, 4, 2)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_multi_region_attention(data):
+    images, heads, head = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 100))
+    queries, keys = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    bits, floats = data.draw(st.integers(2, 8)), data.draw(st.sampled_from(PRODUCT_TYPES))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    q, k, v = (codes(rng, (images, heads, n, head)) for n in (queries, keys, keys))
+    scale = data.draw(st.floats(0.5, 5)) / (43 * 43 * head**0.5)
+    low = low_steps(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
+    high = high_step(bits, data.draw(st.booleans()))
+    blocks = data.draw(st.sampled_from([None, *TILES.values()]))
+    out = run_attention(q, k, v, low, bits, high, scale, floats, blocks)
+    assert_attended(out, q, k, v, low, bits, np.float32(high), np.float32(scale), floats)
+
+
+@pytest.mark.parametrize("head", [64, 72, 88, 128])
+@pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
+def test_every_head_size_in_every_tiling(head, blocks):
+    rng = np.random.default_rng(head)
+    q, k, v = (codes(rng, (1, 2, 100, head)) for _ in range(3))
+    low, scale = low_steps(rng, 1, 8), 3 / (43 * 43 * head**0.5)
+    out = run_attention(q, k, v, low, 8, 1 / 127, scale, "fp16", blocks)
+    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
+
+
+@pytest.mark.parametrize("tokens", [256, 300, pytest.param(1024, marks=pytest.mark.slow)])
+def test_attention_over_many_tokens(tokens):
+    rng = np.random.default_rng(0)
+    q, k, v = (codes(rng, (2, 1, tokens, 72)) for _ in range(3))
+    low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
+    out = run_attention(q, k, v, low, 8, 1 / 127, scale, "fp16")
+    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
+
+
+@pytest.mark.parametrize("floats", PRODUCT_TYPES)
+@pytest.mark.parametrize("code", [0.5, 1.5, 2.5, 5.5, 96.5])
+@pytest.mark.parametrize("blocks", [None, Blocks(16, 16, 4, 2)])
+def test_ties_of_attention_round_to_even(code, blocks, floats):
+    """64 equal scores give p = 1/64 exactly; with the unit matrix for v the output is the codes themselves."""
+    q, k, v = np.zeros((1, 1, 5, 64)), np.ones((1, 1, 64, 64)), np.eye(64)[None, None]
+    low = np.array([1 / 64 / code], np.float32)
+    assert np.float32(1) / low[0] == 64 * code  # what the kernel multiplies by
+    assert np.float32(1 / 64) / low[0] == np.float32(code)  # as the reference divides
+    out = run_attention(q, k, v, low, 8, 1 / 127, 1.0, floats, blocks)
+    np.testing.assert_allclose(out, np.round(code) * low[0], rtol=PRECISION[floats])
+
+
+@pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
+def test_attention_to_one_key(blocks):
+    """Scores so far apart that one key takes all: its value comes out, and a NaN in q stays in its own row."""
+    rng = np.random.default_rng(0)
+    q, v = np.ones((1, 1, 40, 16), np.float32), codes(rng, (1, 1, 40, 16))
+    k = np.zeros((1, 1, 40, 16), np.float32)
+    k[:, :, 7] = 100
+    q[0, 0, 3, 0] = np.nan
+    out = run_attention(q, k, v, np.array([1 / 127], np.float32), 8, 1 / 127, 1.0, "fp16", blocks)
+    assert np.isnan(out[0, 0, 3]).all()
+    np.testing.assert_array_equal(np.delete(out, 3, axis=2), np.broadcast_to(v[:, :, 7:8], (1, 1, 39, 16)))
+
+
+def test_the_float32_attention_equals_its_reference():
+    rng = np.random.default_rng(0)
+    q, k, v = (codes(rng, (2, 2, 50, 72)) for _ in range(3))
+    low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
+    out = run_attention(q, k, v, low, 8, 1 / 127, scale)
+    expected = multi_region_attention(q, k, v, low, 8, 1 / 127, scale)
+    # a flipped code moves all of a row's outputs by a step times v
+    moved = (np.abs(out - expected) > 1e-5 * np.abs(expected).max()).any(-1)
+    assert moved.mean() <= 50 * 1e-4 + 0.005
+
+
+def test_sizes_beyond_the_kernels_are_refused():
+    with pytest.raises(UsageError, match=r"over 4097 tokens: its kernel takes 1\.\.4096\. Build with --no-plugins"):
+        softmax_kernel("fp32", MAX_TOKENS + 1, 8, 1 / 127)
+    with pytest.raises(UsageError, match="heads of 129 over 10 x 10 tokens"):
+        attention_kernel("fp16", 10, 10, 129, 8, 1 / 127, 1.0)
+    with pytest.raises(UsageError, match="scale 0: its kernel takes a positive one"):
+        attention_kernel("fp16", 10, 10, 64, 8, 1 / 127, 0)
