@@ -225,6 +225,21 @@ def test_a_denoiser_is_the_network(bundle_of):
         np.testing.assert_array_equal(denoiser(x.astype(np.float64), t.astype(np.int32), y), out)
 
 
+def test_more_rows_than_an_engine_was_built_for_take_several_calls(bundle_of):
+    calls = []
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 3, 8, 8)).astype(np.float32)
+    t, y = np.arange(5) * 100, np.arange(5)
+    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
+
+        def counted(inputs):
+            calls.append(len(inputs["x"]))
+            return denoiser._engine(inputs)
+
+        np.testing.assert_array_equal(Denoiser(denoiser.card, counted, batch=2)(x, t, y), denoiser(x, t, y))
+    assert calls == [2, 2, 1]
+
+
 def test_the_engines_are_imported_without_torch_and_name_what_the_drop_in_lacks():
     program = (
         "import sys\nsys.modules['diffusers'] = None\nimport tqdit.engines as e\n"

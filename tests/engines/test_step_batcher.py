@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ import pytest
 
 from tables import Kind
 from tqdit.engines import Sampler, StepBatcher
-from tqdit.engines.bundle import read_manifest
+from tqdit.engines.bundle import read_manifest, write_manifest
+from tqdit.engines.config import BatchRange
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, UsageError
 
 SOON = 60  # seconds that nothing here may take; a deadlock shows as a TimeoutError
@@ -417,6 +419,16 @@ def test_impossible_requests_are_refused_at_once(card, arguments, message):
 def test_impossible_batchers_are_refused(card, options, message):
     with pytest.raises(UsageError, match=message):
         StepBatcher(Sampler(card, FakeEngine()), **options)
+
+
+def test_a_path_whose_engine_was_built_for_few_rows_is_batched_accordingly(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "few.engine")
+    manifest = read_manifest(bundle)
+    write_manifest(tmp_path / "few.engine", replace(manifest, batch=BatchRange(1, 2, 3)))
+    with StepBatcher(tmp_path / "few.engine") as batcher:
+        assert batcher.batch == 3
+    with pytest.raises(UsageError, match="built for at most 3"):
+        StepBatcher(tmp_path / "few.engine", batch=4)
 
 
 def test_a_path_is_opened_and_closed_with_the_batcher(bundle):

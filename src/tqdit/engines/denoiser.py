@@ -26,12 +26,13 @@ class Denoiser:
     Guidance is the caller's: rows of the null class (label num_classes) beside the conditional ones.
     """
 
-    def __init__(self, card: GraphCard, engine: Engine) -> None:
+    def __init__(self, card: GraphCard, engine: Engine, batch: int | None = None) -> None:
         if card.graph != "denoiser":
             raise UsageError(
                 "this engine holds a step graph, which has its sampler inside. Export again with --graph denoiser."
             )
         self.card = card
+        self._batch = batch
         self._engine: Engine | None = engine
 
     @classmethod
@@ -48,7 +49,8 @@ class Denoiser:
                 f"{folder}: holds a step graph, which has its sampler inside. Export again with --graph denoiser."
             )
         check_parts(folder, manifest)
-        return cls(manifest.card, run_row(manifest.backend).load(folder, manifest, manifest.entry, threads))
+        engine = run_row(manifest.backend).load(folder, manifest, manifest.entry, threads)
+        return cls(manifest.card, engine, None if manifest.batch is None else manifest.batch.most)
 
     def __call__(
         self, x: NDArray[np.float32], timestep: NDArray[np.integer[Any]], class_labels: NDArray[np.integer[Any]]
@@ -56,7 +58,8 @@ class Denoiser:
         """x float (B, C, H, W), timestep int (B,) in 0..999, class_labels int (B,) in 0..num_classes.
 
         Returns float32 (B, K, H, W): the noise in the first C channels, then the learned variance, if there is one
-        (K = 2C). Raises UsageError for other shapes or values.
+        (K = 2C). More rows than the engine was built for take several calls. Raises UsageError for other shapes or
+        values.
         """
         engine = self._engine
         if engine is None:
@@ -73,13 +76,16 @@ class Denoiser:
             )
         if not np.issubdtype(steps.dtype, np.integer) or steps.min() < 0 or steps.max() >= TRAINING_STEPS:
             raise UsageError(f"timestep is {steps}; expected integers in 0..{TRAINING_STEPS - 1}.")
-        return engine(
-            {
-                "x": np.ascontiguousarray(x, np.float32),
-                "timestep": steps.astype(np.int64),
-                "class_labels": labels,
-            }
-        )
+        inputs: dict[str, NDArray[Any]] = {
+            "x": np.ascontiguousarray(x, np.float32),
+            "timestep": steps.astype(np.int64),
+            "class_labels": labels,
+        }
+        most = self._batch or len(x)
+        if len(x) <= most:
+            return engine(inputs)
+        parts = [slice(start, start + most) for start in range(0, len(x), most)]
+        return np.concatenate([engine({name: value[part] for name, value in inputs.items()}) for part in parts])
 
     def close(self) -> None:
         """Free the engine; the denoiser cannot be used afterwards."""

@@ -66,7 +66,7 @@ class Sampler:
         folder = Path(path)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
-        batch = _choose_batch(folder, manifest.batch, batch)
+        batch = choose_batch(folder, manifest.batch, batch)
         row = run_row(manifest.backend)
         step = row.load(folder, manifest, manifest.entry, threads)
         decoder = row.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
@@ -174,7 +174,7 @@ class Sampler:
         return np.concatenate([self._decoder({"latents": one[None]}) for one in latents])  # one by one: memory
 
 
-def _choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> int:
+def choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> int:
     """Refuse more images per call than an engine was built for."""
     if asked is None:
         return DEFAULT_BATCH if built is None else min(DEFAULT_BATCH, built.most)

@@ -92,27 +92,24 @@ class StepBatcher:
         self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None
     ) -> None:
         """sampler: an open one, which stays the caller's to close, or the path of a bundle, which this object opens
-        and closes. batch: rows per engine call at most; default: the sampler's, or 16. queue: how many requests may
-        wait for a row. threads: CPU threads of an engine that is opened here.
+        and closes. batch: rows per engine call at most; None: as many as `Sampler.open` chooses. queue: how many
+        requests may wait for a row. threads: CPU threads of an engine that is opened here.
 
         Raises UsageError for impossible numbers and, for a path, what `Sampler.open` raises.
         """
-        self._owns_sampler = not isinstance(sampler, Sampler)
-        if isinstance(sampler, Sampler):
-            if threads is not None:
-                raise UsageError("threads belongs to an engine that is opened here; this sampler is open already.")
-            self._sampler = sampler
-            batch = sampler.batch if batch is None else batch
-            if batch > sampler.batch:
-                raise UsageError(
-                    f"batch is {batch}, the sampler was opened for {sampler.batch}. Open it with batch={batch}."
-                )
-        else:
-            batch = 16 if batch is None else batch
-        if batch < 1 or queue < 0:
+        if queue < 0 or (batch is not None and batch < 1):
             raise UsageError(f"batch is {batch} and queue {queue}; expected at least 1 and 0.")
+        self._owns_sampler = not isinstance(sampler, Sampler)
         if not isinstance(sampler, Sampler):
-            self._sampler = Sampler.open(sampler, batch=batch, threads=threads)
+            sampler = Sampler.open(sampler, batch=batch, threads=threads)
+        elif threads is not None:
+            raise UsageError("threads belongs to an engine that is opened here; this sampler is open already.")
+        self._sampler = sampler
+        batch = sampler.batch if batch is None else batch
+        if batch > sampler.batch:
+            raise UsageError(
+                f"batch is {batch}, the sampler was opened for {sampler.batch}. Open it with batch={batch}."
+            )
         self.card = self._sampler.card
         self.batch = batch
         self.queue = queue
