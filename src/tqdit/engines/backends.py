@@ -18,7 +18,10 @@ from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, UsageError
 
-BACKENDS = {"onnxruntime": "tqdit.engines.onnxruntime"}
+BACKENDS = {
+    "onnxruntime": "tqdit.engines.onnxruntime",
+    "openvino": "tqdit.engines.openvino",
+}
 
 
 class Engine(Protocol):
@@ -50,7 +53,8 @@ class BuildRow(Protocol):
     def build(self, source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress) -> Manifest:
         """Compile `source` into files in `folder`, audit and describe them.
 
-        `config` has its precision and float type chosen, and the file is already cast to that type.
+        `config` has its precision and float type chosen, and the file is already cast to that type, unless the row has
+        a true `CASTS_FLOATS`: then it is as exported.
         """
         ...
 

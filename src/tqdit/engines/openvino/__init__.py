@@ -1,0 +1,1 @@
+"""OpenVINO, the fastest backend on CPUs. Its artefact is an OpenVINO IR; kernels are chosen when it is opened."""
