@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tables import Kind
-from tqdit.engines import Sampler, StepBatcher
+from tqdit.engines import Sampler, StepBatcher, build_engine
 from tqdit.engines.bundle import read_manifest, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, UsageError
@@ -84,30 +84,40 @@ def alone(card, label, scale=None, seed=0, image=0):
     return Sampler(card, FakeEngine()).sample([label], scale, seed, first_image=image)[0]
 
 
-def submit_random(batcher, rng, count):
-    """Requests with everything random, at random moments: [(arguments, future)]."""
+def submit_random(batcher, rng, count, states):
+    """Requests with everything random, at random moments: [(arguments, future)]; their last states go to `states`."""
     made = []
     for index in range(count):
         arguments = (rng.randrange(5), rng.choice([1.0, 2.5]), rng.randrange(2**64), index)
         label, scale, seed, image = arguments
-        future = batcher.submit(label, guidance_scale=scale, seed=seed, image_index=image)
+        future = batcher.submit(
+            label, guidance_scale=scale, seed=seed, image_index=image, preview_every=STEPS,
+            on_progress=lambda progress, index=index: states.update({index: progress.x}),
+        )  # fmt: skip
         made.append((arguments, future))
         time.sleep(rng.choice([0, 0, 0.002]))
     return made
 
 
 @pytest.mark.parametrize("kind", [None, Kind(asymmetric=True, groups=10, everywhere=True)], ids=["float", "int8"])
-def test_an_image_is_that_of_sampling_alone_bit_for_bit(bundle_of, kind):
-    with Sampler.open(bundle_of(kind=kind)) as sampler, StepBatcher(sampler, batch=5) as batcher:
-        made = submit_random(batcher, random.Random(0), 24)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_image_is_that_of_sampling_alone_bit_for_bit(bundle_of, tmp_path, kind, backend):
+    """Its float32 state too, of which the image shows 8 bits."""
+    states, folder = {}, bundle_of(kind=kind)
+    if backend == "openvino":
+        build_engine(folder.with_name("model.onnx"), tmp_path / "model.engine", "openvino")
+        folder = tmp_path / "model.engine"
+    with Sampler.open(folder) as sampler, StepBatcher(sampler, batch=5) as batcher:
+        made = submit_random(batcher, random.Random(0), 24, states)
         images = [future.result(SOON) for _, future in made]
         stats = batcher.stats()
         assert stats.steps == 24 * STEPS
         assert stats.steps > 2 * stats.engine_calls  # rows did share calls
-        for ((label, scale, seed, image), _), made_image in zip(made, images, strict=True):
-            expected = sampler.sample([label], scale, seed, first_image=image)[0]
-            assert made_image.dtype == np.uint8
-            np.testing.assert_array_equal(made_image, expected)
+        for index, ((label, scale, seed, image), _) in enumerate(made):
+            expected = sampler.sample_latents([label], scale, seed, first_image=image)
+            np.testing.assert_array_equal(states[index], expected[0])
+            np.testing.assert_array_equal(images[index], sampler.to_images(expected)[0])
+            assert images[index].dtype == np.uint8
 
 
 def test_latents_without_a_decoder_are_the_result(bundle_of):
