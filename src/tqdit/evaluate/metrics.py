@@ -37,11 +37,19 @@ def _score(p: Float64) -> float:
 def precision_recall(
     reference: NDArray[np.floating], samples: NDArray[np.floating], neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
+    """The two shares of `manifold_hits`."""
+    precise, recalled = manifold_hits(reference, samples, neighbours)
+    return float(precise.mean()), float(recalled.mean())
+
+
+def manifold_hits(
+    reference: NDArray[np.floating], samples: NDArray[np.floating], neighbours: int = NEIGHBOURS
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features (N, D) and (M, D).
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour within
-    the set. Precision is the share of samples in the manifold of the reference, recall the reverse. Distances are in
-    float64; ADM's evaluator takes float16 where it does not overflow, so its third digit may differ.
+    the set. Precision is the share of samples (M,) in the manifold of the reference, recall the reverse (N,). Distances
+    are in float64; ADM's evaluator takes float16 where it does not overflow, so its third digit may differ.
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= neighbours:
@@ -52,7 +60,7 @@ def precision_recall(
     a, b = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
     centre = a.mean(axis=0)  # distances of close points far from zero would cancel
     a, b = a - centre, b - centre
-    return _share_inside(b, a, radii(a, neighbours)), _share_inside(a, b, radii(b, neighbours))
+    return _inside(b, a, radii(a, neighbours)), _inside(a, b, radii(b, neighbours))
 
 
 def radii(points: Float64, neighbours: int) -> Float64:
@@ -72,9 +80,9 @@ def squared_distances(a: Float64, b: Float64) -> Float64:
     return result
 
 
-def _share_inside(points: Float64, centres: Float64, radius: Float64) -> float:
+def _inside(points: Float64, centres: Float64, radius: Float64) -> NDArray[np.bool_]:
     inside = [
         (squared_distances(points[start : start + ROWS], centres) <= radius).any(axis=1)
         for start in range(0, len(points), ROWS)
     ]
-    return float(np.concatenate(inside).mean())
+    return np.concatenate(inside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,13 +113,23 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b, S = R R^T. That needs no square root of a matrix
     that is not symmetric, and is exact where a covariance is singular, so no offset is added anywhere.
     """
+    return frechet_to(b)(a)
+
+
+def frechet_to(reference: Gaussian) -> Callable[[Gaussian], float]:
+    """`frechet_distance` to one reference, whose root is found once."""
+    root = _root(reference.covariance)
+    return lambda found: _frechet(found, reference, root)
+
+
+def _frechet(a: Gaussian, b: Gaussian, root_b: Float64) -> float:
     if a.mean.shape != b.mean.shape:
         raise UsageError(
             f"features of size {len(a.mean)} cannot be compared with features of size {len(b.mean)}. Use one extractor "
             "for both."
         )
     shift = a.mean - b.mean
-    common = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    common = np.linalg.svd(_root(a.covariance).T @ root_b, compute_uv=False).sum()
     value = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * common
     return max(0.0, float(value))
 

@@ -1,0 +1,256 @@
+"""From sets of images to numbers with their noise, and one sentence about them.
+
+A *set* is what one engine sampled: the subject, the float model on the same noise, the float model with other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.errors import UsageError
+from tqdit.evaluate.bootstrap import Measure, Z, around, number, of_mean, of_share
+from tqdit.evaluate.chains import Chains
+from tqdit.evaluate.extractors import Extractor, Features
+from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
+from tqdit.evaluate.names import METRICS
+from tqdit.evaluate.paired import psnr, relative_errors, ssim
+from tqdit.evaluate.samples import Images, Reference
+from tqdit.evaluate.statistics import Gaussian, frechet_to, moments
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A reference as an extractor sees it."""
+
+    source: str
+    pooled: Gaussian
+    spatial: Gaussian | None
+    features: NDArray[np.float32] | None  # for precision and recall
+    count: int | None  # of samples; None where only statistics are stored
+
+
+def describe_reference(reference: Reference, extractor: Extractor) -> Target:
+    """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
+    identity = f"{extractor.name} {extractor.digest}"
+    if reference.extractor is not None and reference.extractor != identity:
+        raise UsageError(
+            f"{reference.source}: holds statistics of the extractor '{reference.extractor}', these samples are "
+            f"measured with '{identity}'. Use the same weights, or write a new reference with --write-reference."
+        )
+    if reference.pooled is not None and len(reference.pooled.mean) != extractor.size:
+        raise UsageError(
+            f"{reference.source}: holds statistics of {len(reference.pooled.mean)} features, the extractor "
+            f"'{extractor.name}' has {extractor.size}. They are of another extractor; pass a reference that fits."
+        )
+    found = extractor(reference.images.pixels) if reference.images is not None else None
+    pooled, spatial = reference.pooled, reference.spatial
+    if pooled is None:
+        assert found is not None
+        pooled = moments(found.pooled).gaussian
+        spatial = None if found.spatial is None else moments(found.spatial).gaussian
+    count = None if reference.images is None else len(reference.images)
+    return Target(reference.source, pooled, spatial, None if found is None else found.pooled, count)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which metrics, and with how many resamples. `required`: one that cannot be had is an error, not a remark."""
+
+    metrics: tuple[str, ...] = METRICS
+    required: bool = False
+    resamples: int = 200
+    seed: int = 0
+
+
+class Metrics:
+    """All metrics of one set of images, each with its noise; what cannot be had comes with the reason."""
+
+    def __init__(self, extractor: Extractor, target: Target | None, wish: Wish) -> None:
+        self._extractor, self._target, self._wish = extractor, target, wish
+        self.missing: dict[str, str] = {}
+        self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
+        self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
+        if target is not None:
+            self._add_distance("frechet_distance", target.pooled)
+            if target.spatial is not None:
+                self._add_distance("spatial_frechet_distance", target.spatial)
+
+    def _add_distance(self, name: str, gaussian: Gaussian) -> None:
+        if name in self._wish.metrics:
+            self._distances[name] = frechet_to(gaussian), gaussian.rank
+
+    def measure(self, images: Images) -> dict[str, Measure]:
+        """Every metric that was asked for and can be had."""
+        features = self._extractor(images.pixels)
+        self._hits = None
+        found: dict[str, Measure] = {}
+        for name in self._wish.metrics:
+            reason = self._reason_against(name, images, features)
+            if reason is None:
+                found[name] = self._compute(name, images, features)
+            elif self._wish.required:
+                raise UsageError(f"{images.source}: {name} {reason}")
+            else:
+                self.missing[name] = reason
+        return found
+
+    def _reason_against(self, name: str, images: Images, features: Features) -> str | None:
+        """Why a metric cannot be had, or None."""
+        count, advice = len(images), "Sample more with -n."
+        if name == "accuracy":
+            if self._extractor.name != "judge":
+                return "needs the judge, which knows the demo model's classes alone."
+            return None if images.labels is not None else "needs the classes that were asked for (arr_1 of the .npz)."
+        if name == "inception_score":
+            classes = features.probabilities.shape[1]
+            return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"
+        if self._target is None:
+            return "needs a reference. Pass --reference FILE."
+        if name in ("precision", "recall"):
+            if self._target.features is None:
+                return f"needs the samples of the reference; {self._target.source} holds statistics alone."
+            least = min(count, len(self._target.features))
+            return (
+                None
+                if least > NEIGHBOURS
+                else f"needs more than {NEIGHBOURS} images on each side, got {least}. {advice}"
+            )
+        if name not in self._distances:
+            return "needs spatial features, which the extractor or the reference does not have."
+        rank = self._distances[name][1]
+        if count > rank:
+            return None
+        return (
+            f"needs more than {rank} samples (as many directions as the reference's features vary in), got {count}: "
+            f"their covariance would be singular. {advice}"
+        )
+
+    def _compute(self, name: str, images: Images, features: Features) -> Measure:
+        wish, count = self._wish, len(images)
+        match name:
+            case "accuracy":
+                return of_share(features.probabilities.argmax(axis=1) == images.labels)
+            case "inception_score":
+                p = features.probabilities
+                return around(lambda chosen: inception_score(p[chosen]), count, wish.resamples, wish.seed)
+            case "precision" | "recall":
+                assert self._target is not None
+                assert self._target.features is not None
+                if self._hits is None:
+                    self._hits = manifold_hits(self._target.features, features.pooled)
+                return of_share(self._hits[0 if name == "precision" else 1])
+        distance, _ = self._distances[name]
+        x = features.pooled if name == "frechet_distance" else features.spatial
+        assert x is not None
+        y = x.astype(np.float64)
+        return around(lambda chosen: distance(moments(y[chosen]).gaussian), count, wish.resamples, wish.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What two sets of the same noise differ by."""
+
+    final: NDArray[np.float64]  # |x_0 - x_0 ref|^2 / |x_0 ref|^2 of each image (N,)
+    measures: dict[str, Measure]
+    steps: NDArray[np.float64]  # mean error after each step (T,), step 0 first
+    groups: tuple[dict[str, Any], ...]  # one per group of timesteps
+
+
+def pair_up(reference: Chains, found: Chains, timesteps: NDArray[np.int64], boundaries: Iterable[int]) -> Pairs:
+    """Errors of the final states, of every step and of each group, PSNR and SSIM where there are images."""
+    final = relative_errors(reference.latents, found.latents)
+    middle = float(np.median(final))
+    measures = {
+        "final_error": of_mean(final),
+        "final_error_median": Measure(middle, *_median_interval(final), len(final), "order statistics"),
+    }
+    if reference.pixels is not None and found.pixels is not None:
+        measures["psnr_db"] = psnr(reference.pixels, found.pixels)
+        measures["ssim"] = of_mean(ssim(reference.pixels, found.pixels))
+    assert found.step_errors is not None
+    group_of_step = np.searchsorted(list(boundaries), timesteps, side="right")
+    groups = []
+    for group in np.unique(group_of_step):
+        members = np.flatnonzero(group_of_step == group)
+        errors = found.step_errors[:, members].mean(axis=1)  # (N,)
+        measure = of_mean(errors, resamples=500)
+        groups.append({
+            "group": int(group), "first_timestep": int(timesteps[members[0]]),
+            "last_timestep": int(timesteps[members[-1]]), "error": measure.to_json(),
+            "signal_to_error_db": _decibels(float(errors.mean())),
+        })  # fmt: skip
+    return Pairs(final, measures, found.step_errors.mean(axis=0), tuple(groups))
+
+
+def _decibels(error: float) -> float | None:
+    return -10 * math.log10(error) if error > 0 else None
+
+
+def _median_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of a median from the order statistics of a binomial."""
+    ordered, n = np.sort(values), len(values)
+    half = Z * math.sqrt(n) / 2
+    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
+    return float(ordered[low]), float(ordered[high])
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """What another seed of the float model would give: mean over its seeds +- 1.96 s sqrt(1 + 1 / seeds)."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    value: float  # of the subject
+    within: bool
+
+
+def seed_noise(subject: Measure, floats: list[Measure]) -> SeedNoise | None:
+    """Whether the subject lies where the float model's other seeds do; s is the mean bootstrap standard error."""
+    values = [m.value for m in floats if m.value is not None]
+    errors = [m.standard_error for m in floats if m.standard_error is not None]
+    if subject.value is None or not values or not errors:
+        return None
+    mean = float(np.mean(values))
+    half = Z * float(np.mean(errors)) * math.sqrt(1 + 1 / len(values))
+    return SeedNoise(mean, max(0.0, mean - half), mean + half, len(values), subject.value,
+                     subject.value <= mean + half)  # fmt: skip
+
+
+def verdict(
+    name: str,
+    subject: dict[str, Measure],
+    floats: list[dict[str, Measure]],
+    noise: SeedNoise | None,
+    pairs: Pairs | None,
+) -> str:
+    """One sentence."""
+    parts = []
+    distance = subject.get("frechet_distance")
+    if noise is not None:
+        parts.append(
+            f"{name} lies {'within' if noise.within else 'outside'} the float model's own seed noise: Frechet "
+            f"distance {number(noise.value)}, float {number(noise.mean)} ({number(noise.low)} to "
+            f"{number(noise.high)} expected of another float seed)"
+        )
+    elif distance is not None:
+        parts.append(f"{name} is at Frechet distance {distance} from the reference, with no float model to compare")
+    else:
+        parts.append(f"{name} was measured without a Frechet distance")
+    accuracy = subject.get("accuracy")
+    if accuracy is not None and accuracy.value is not None:
+        text = f"{accuracy.value:.1%} of {accuracy.count} images are recognised"
+        of_float = floats[0].get("accuracy") if floats else None
+        if of_float is not None and of_float.value is not None:
+            text += f" ({of_float.value:.1%} in float)"
+        parts.append(text)
+    if pairs is not None:
+        parts.append(f"same-noise error of x_0 {pairs.measures['final_error']}")
+    return "; ".join(parts) + "."

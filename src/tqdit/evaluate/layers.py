@@ -1,0 +1,418 @@
+"""Inside the model: what each layer adds to the error, which tensors cost most, and what would mend them.
+
+Everything is measured on calibration rows, without chains. The error of a row is that of its predicted noise, weighted
+by the factor with which it enters the sampler's next state, as in the calibration's step-weighted objective:
+    E = sum c_t^2 |eps^ - eps|^2 / sum c_t^2 |eps|^2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tqdit.calibrate import QuantizationConfig
+from tqdit.calibrate.advice import as_text
+from tqdit.calibrate.cost import multiply_adds
+from tqdit.calibrate.fake_quant import (
+    QuantizedLinear,
+    QuantizedNetwork,
+    QuantizedScores,
+    QuantizedValueProduct,
+    RowGroups,
+)
+from tqdit.calibrate.fake_quant import find_module as find
+from tqdit.calibrate.flow import Calibration
+from tqdit.calibrate.rows import CalibrationRows
+from tqdit.card import GraphCard
+from tqdit.console import Console
+from tqdit.diffusion import step_coefficients
+from tqdit.files import whole_file
+from tqdit.models import LoadedModel, load_model
+from tqdit.scale_table import PerTimestepGroup, Role, ScaleTable, Site
+
+Float64 = NDArray[np.float64]
+BATCH = 64  # rows of a forward pass
+PAIRS = 48  # of calibration rows that judge, spread over the groups
+ELEMENTWISE = 32 * 32  # bit operations of one float32 multiplication
+RESAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One tensor left in float: how much of the error goes. Intervals are 95 %, over pairs of rows."""
+
+    layer: str
+    role: Role
+    gain: float  # share of E that goes
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change of a layer: how much of the error goes, and what it costs in bit operations of the whole model."""
+
+    layer: str
+    change: dict[str, Any]  # knobs of the calibration
+    gain: float
+    low: float
+    high: float
+    cost: float  # extra bit operations, as a share of the model's
+
+    @property
+    def gain_per_cost(self) -> float:
+        return self.gain / max(self.cost, 1e-9)
+
+
+class Patient:
+    """A model, its scale table, and rows that judge both."""
+
+    def __init__(self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, pairs: int = PAIRS) -> None:
+        table.check_model(model.fingerprint, model.source)
+        self.model, self.table, self.work, self.console = model, table, work, console
+        known = {field.name for field in fields(QuantizationConfig)}
+        self.config = QuantizationConfig(**{key: value for key, value in table.settings.items() if key in known})
+        self.calibration = Calibration(model, self.config.for_model(model), work, console, None)
+        every = self.calibration.rows()
+        self.rows = _some(every, pairs)
+        spec = self.calibration.spec
+        factors = step_coefficients(spec.schedule, spec.sampler).from_eps[self.rows.step.cpu().numpy()]
+        self.weights = np.square(factors)  # (R,)
+        self.quantized = QuantizedNetwork(model.network, table).eval()
+        self.eps = self._eps(model.network)
+        energy = (self.weights * _squares(self.eps)).sum()
+        self._scale = len(self.weights) / 2 / energy
+
+    @torch.no_grad()
+    def _eps(self, network: nn.Module) -> Tensor:
+        parts = []
+        for start in range(0, len(self.rows), BATCH):
+            part = slice(start, start + BATCH)
+            output: Tensor = network(self.rows.x[part], self.rows.timestep[part], self.rows.label[part])
+            parts.append(output[:, : self.model.in_channels].double())
+        return torch.cat(parts)
+
+    def errors(self, network: nn.Module) -> Float64:
+        """Of each pair of rows (R / 2,), in units of E: their mean is E."""
+        squares = self.weights * _squares(self._eps(network) - self.eps)
+        paired: Float64 = squares.reshape(-1, 2).sum(axis=1) * self._scale
+        return paired
+
+    @cached_property
+    def base(self) -> Float64:
+        """Errors of the quantized network as it is."""
+        return self.errors(self.quantized)
+
+    def gain(self, errors: Float64) -> tuple[float, float, float]:
+        """(share of E that goes, low, high) against the quantized network, resampling pairs."""
+        rng = np.random.default_rng(0)
+        chosen = rng.integers(0, len(errors), (RESAMPLES, len(errors)))
+        draws = 1 - errors[chosen].sum(axis=1) / self.base[chosen].sum(axis=1)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return float(1 - errors.sum() / self.base.sum()), float(low), float(high)
+
+    @contextmanager
+    def replaced(self, layer: str, module: nn.Module) -> Iterator[QuantizedNetwork]:
+        """The quantized network with another module in one place."""
+        parent_name, _, leaf = layer.rpartition(".")
+        parent = self.quantized.network.get_submodule(parent_name)
+        before = getattr(parent, leaf)
+        setattr(parent, leaf, module)
+        try:
+            yield self.quantized
+        finally:
+            setattr(parent, leaf, before)
+
+
+def _squares(eps: Tensor) -> Float64:
+    found: Float64 = eps.square().flatten(1).sum(1).cpu().numpy()
+    return found
+
+
+def _some(rows: CalibrationRows, pairs: int) -> CalibrationRows:
+    """`pairs` guided pairs, spread evenly over all, which are sorted by group."""
+    every = len(rows) // 2
+    chosen = np.unique(np.linspace(0, every - 1, min(pairs, every)).round().astype(np.int64))
+    index = torch.from_numpy(np.stack([2 * chosen, 2 * chosen + 1], axis=1).reshape(-1)).to(rows.x.device)
+    per_row = ("x", "timestep", "step", "label", "group", "noise")
+    return replace(rows, **{name: getattr(rows, name)[index] for name in per_row})
+
+
+# what each layer adds, by group of timesteps -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def layer_errors(patient: Patient) -> dict[str, list[float]]:
+    """layer -> relative squared error of its output for each group of timesteps, its input being the float model's."""
+    groups = patient.table.groups
+    totals = {name: np.zeros((2, groups)) for name in patient.table.by_module}
+    group = patient.rows.group.cpu().numpy()
+    float_network, quantized = patient.model.network, patient.quantized
+    part = slice(0, 0)
+
+    def listen(name: str, twin: nn.Module) -> Any:
+        def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            difference = (twin(*inputs) - output).double().square().flatten(1).sum(1).cpu().numpy()
+            energy = output.double().square().flatten(1).sum(1).cpu().numpy()
+            for row, values in enumerate((difference, energy)):
+                totals[name][row] += np.bincount(group[part], values, minlength=groups)
+
+        return find(float_network, name).register_forward_hook(compare)
+
+    handles = [listen(name, find(quantized.network, name)) for name in totals]
+    try:
+        for start in range(0, len(patient.rows), BATCH):
+            part = slice(start, min(start + BATCH, len(patient.rows)))
+            rows = patient.rows
+            with quantized.rows.set(rows.group[part]):
+                float_network(rows.x[part], rows.timestep[part], rows.label[part])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: np.divide(wrong, energy, out=np.zeros(groups), where=energy > 0).tolist()
+        for name, (wrong, energy) in totals.items()
+    }
+
+
+# leave one out -------------------------------------------------------------------------------------------------------
+
+
+class FloatOperand(nn.Module):
+    """An operand of a product that is not quantized, with the interface of one that is."""
+
+    class _One(nn.Module):
+        def multiply(self, y: Tensor) -> Tensor:
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = self._One()
+
+    def codes_times_reference(self, x: Tensor) -> Tensor:
+        return x
+
+
+def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
+    """A copy of a quantized module with one of its tensors in float."""
+    changed = copy.copy(module)
+    changed._modules, changed._buffers = dict(module._modules), dict(module._buffers)
+    if isinstance(module, QuantizedScores | QuantizedValueProduct):
+        setattr(changed, role, FloatOperand())
+        return changed
+    assert isinstance(module, QuantizedLinear)
+    assert isinstance(changed, QuantizedLinear)
+    if role == "input":
+        changed.quantize = None
+        return changed
+    assert isinstance(original, nn.Linear | nn.Conv2d)
+    weight = original.weight.detach()
+    changed.weight = weight if module.divisor is None else weight * module.divisor
+    changed.row_sums = changed.weight.flatten(1).sum(1).reshape(module.row_sums.shape)
+    return changed
+
+
+def leave_one_out(patient: Patient, advance: Callable[[], object]) -> list[Finding]:
+    """Every tensor of the table in turn left in float; the largest gain first."""
+    findings = []
+    for site in patient.table.sites:
+        original = find(patient.model.network, site.module)
+        changed = without(find(patient.quantized.network, site.module), original, site.role)
+        with patient.replaced(site.module, changed) as network:
+            findings.append(Finding(site.module, site.role, *patient.gain(patient.errors(network))))
+        advance()
+    return sorted(findings, key=lambda finding: -finding.gain)
+
+
+# what would mend them ------------------------------------------------------------------------------------------------
+
+
+def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
+    """What can be changed about one layer: more bits, two regions, steps per group of timesteps, asymmetric inputs."""
+    found: list[dict[str, Any]] = []
+    activations = [site.quantizer for role, site in sites.items() if role != "weight"]
+    weight = sites.get("weight")
+    if activations and min(q.bits for q in activations) < 8:
+        found.append({"activation_bits": min(8, min(q.bits for q in activations) + 2)})
+    if weight is not None and weight.quantizer.bits < 8:
+        found.append({"weight_bits": min(8, weight.quantizer.bits + 2)})
+    name = next(iter(sites.values())).module
+    if name.endswith("value_product") and sites["left"].quantizer.scheme != "softmax":
+        found.append({"softmax": "two-region"})
+    if name.endswith("fc2") and "input" in sites and sites["input"].quantizer.scheme != "gelu":
+        found.append({"gelu": "two-region"})
+    if any(not isinstance(q.granularity, PerTimestepGroup) for q in activations):
+        found.append({"time_groups": "all"})
+    if "input" in sites and sites["input"].quantizer.scheme == "symmetric":
+        found.append({"inputs": "asymmetric"})
+    return found
+
+
+def remedies(patient: Patient, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
+    """Each change of each of these layers, searched anew and measured; the largest gain per cost first."""
+    wanted: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for layer in layers:
+        for change in changes_for(patient.table.by_module[layer]):
+            wanted.setdefault(next(iter(change)), []).append((layer, change))
+    work = WorkCosts(patient)
+    found = []
+    for entries in wanted.values():
+        tables = _search(patient, dict(entries))
+        for layer, change in entries:
+            sites = tables[layer]
+            rebuilt = QuantizedNetwork(patient.model.network, replace(patient.table, sites=tuple(sites)))
+            module = find(rebuilt.network, layer)
+            _share_rows(module, patient.quantized)
+            with patient.replaced(layer, module) as network:
+                gain = patient.gain(patient.errors(network))
+            found.append(Remedy(layer, change, *gain, work.extra(layer, sites)))
+            advance()
+    return sorted(found, key=lambda remedy: -remedy.gain_per_cost)
+
+
+def count_changes(patient: Patient, layers: list[str]) -> int:
+    return int(sum(len(changes_for(patient.table.by_module[layer])) for layer in layers))
+
+
+def _search(patient: Patient, changes: dict[str, dict[str, Any]]) -> dict[str, list[Site]]:
+    """The sites of these layers, calibrated again with these changes on the same rows."""
+    knobs = {name: dict(held) for name, held in patient.config.layer_knobs.items()}
+    for layer, change in changes.items():
+        knobs.setdefault(layer, {}).update(change)
+    config = replace(patient.config, overrides=as_text(knobs)).for_model(patient.model)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Calibration(patient.model, config, Path(folder), Console(quiet=True), None)
+        run.plans = tuple(plan for plan in run.plans if plan.name in changes)
+        rows = patient.calibration.rows()
+        run.forward(rows)
+        for stage in reversed(range(len(run.stages))):
+            run.search(stage, rows)
+        by_module = run.table(rows).by_module
+    return {layer: list(by_module[layer].values()) for layer in changes}
+
+
+def _share_rows(module: nn.Module, network: QuantizedNetwork) -> None:
+    """Time-grouped steps ask one object for the group of each row: that of the network that they now belong to."""
+    for part in module.modules():
+        if isinstance(getattr(part, "rows", None), RowGroups):
+            setattr(part, "rows", network.rows)  # noqa: B010 (a module's attributes are typed as tensors)
+
+
+class WorkCosts:
+    """What a forward pass costs in bit operations: multiply-adds times the bits of both operands."""
+
+    def __init__(self, patient: Patient) -> None:
+        self.per_row = multiply_adds(patient.model)
+        self.model = patient.model
+        self.table = patient.table
+        held = patient.table.by_module
+        self.total = float(sum(self.of(name, held.get(name, {})) for name in self.per_row))
+
+    def of(self, layer: str, sites: dict[str, Site]) -> float:
+        """32 bits for a tensor that stays float; one float32 multiplication per element for each step per group."""
+        left, right = sites.get("input", sites.get("left")), sites.get("weight", sites.get("right"))
+        count = float(self.per_row[layer] * _bits(left) * _bits(right))
+        if left is not None and left.quantizer.scheme in ("gelu", "softmax"):
+            count *= 2  # the second region is a second product
+        for site in (left, right):
+            if site is not None and site.role != "weight" and _touches(site):
+                count += 2 * ELEMENTWISE * self._elements(layer, site.role)
+        return count
+
+    def _elements(self, layer: str, role: Role) -> float:
+        """Elements of an operand of one row, from its products."""
+        module = find(self.model.network, layer)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            return self.per_row[layer] / module.weight.shape[0]
+        config: Any = self.model.network.config
+        tokens, heads, width = config.num_tokens, config.num_heads, config.hidden_size
+        return float(heads * tokens**2 if role == "left" and layer.endswith("value_product") else tokens * width)
+
+    def extra(self, layer: str, sites: list[Site]) -> float:
+        """Share of the model's bit operations that other sites of one layer add."""
+        changed = self.of(layer, {site.role: site for site in sites})
+        return (changed - self.of(layer, self.table.by_module[layer])) / self.total
+
+
+def _bits(site: Site | None) -> int:
+    return 32 if site is None else site.quantizer.bits
+
+
+def _touches(site: Site) -> bool:
+    """Whether its integer form works on each element outside the product: x / r, x - b, and back."""
+    scheme = site.quantizer.scheme
+    return scheme == "asymmetric" or (scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup))
+
+
+def diagnose(patient: Patient, layers: int, console: Console) -> dict[str, Any]:
+    """Everything of `tqdit-evaluate --layers`: findings, remedies of the worst layers, and the advice that follows."""
+    with console.bar(len(patient.table.sites), "leaving one tensor in float", "tensors") as bar:
+        findings = leave_one_out(patient, bar.update)
+    worst = list(dict.fromkeys(finding.layer for finding in findings))[:layers]
+    with console.bar(count_changes(patient, worst), "remedies", "changes") as bar:
+        mended = remedies(patient, worst, bar.update)
+    return {
+        "tqdit_diagnosis": 1,
+        "model": patient.table.model,
+        "fingerprint": patient.table.fingerprint,
+        "settings": dict(patient.table.settings),
+        "rows": len(patient.rows),
+        "error": float(patient.base.mean()),
+        "sites": [vars(finding) for finding in findings],
+        "remedies": [vars(remedy) | {"gain_per_cost": remedy.gain_per_cost} for remedy in mended],
+        "advice": advice(mended),
+    }
+
+
+def advice(mended: list[Remedy]) -> list[dict[str, Any]]:
+    """For each layer the changes that certainly help (the interval of their gain lies above zero), best value first."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for remedy in mended:
+        if remedy.low > 0:
+            chosen.setdefault(remedy.layer, {}).update(remedy.change)
+    return [{"layer": layer, "change": change} for layer, change in chosen.items()]
+
+
+def look_inside(table: ScaleTable, card: GraphCard, args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """For the report: step sizes over time, errors of the layers, and with `args.layers` the diagnosis, which is also
+    written beside the output."""
+    facts: dict[str, Any] = {"scale_steps": scale_steps(table), "layers": None, "diagnosis": None}
+    if not args.layers and args.report is None:
+        return facts
+    model = load_model(card.model)
+    beside = (args.scales or args.subject.parent / "scales.safetensors").with_suffix(".safetensors.work")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = beside if beside.is_dir() else Path(temporary)
+        patient = Patient(model, table, work, console)
+        facts["layers"] = {"boundaries": table.boundaries.tolist(), "errors": layer_errors(patient)}
+        if args.layers:
+            facts["diagnosis"] = diagnose(patient, args.diagnosed, console)
+            path = args.output.with_name("diagnosis.json")
+            with whole_file(path) as temporary_file:
+                temporary_file.write_text(json.dumps(facts["diagnosis"], indent=1) + "\n", encoding="utf-8")
+            console.say(f"diagnosis: {path}")
+    return facts
+
+
+def scale_steps(table: ScaleTable) -> list[dict[str, Any]]:
+    """The steps of every tensor that has one per group of timesteps."""
+    found = []
+    for site in table.sites:
+        if isinstance(site.quantizer.granularity, PerTimestepGroup):
+            arrays = site.arrays()
+            name = next(key for key in ("low_step", "positive_step", "scale") if key in arrays)
+            found.append({"site": site.name, "steps": [float(value) for value in arrays[name]]})
+    return found

@@ -1,0 +1,162 @@
+"""Images and references from files: an `.npz`, a folder of pictures, or stored statistics."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tqdit.engines.images import NOTES, write_npz
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.evaluate.statistics import Gaussian
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """uint8 (N, H, W, 3) and, where they are known, the classes that were asked for (N,)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def first(self, count: int | None) -> Images:
+        """The first `count` of them, or all."""
+        if count is None:
+            return self
+        if count > len(self):
+            raise UsageError(f"{self.source}: holds {len(self)} images, -n asks for {count}. Sample more.")
+        return Images(self.pixels[:count], None if self.labels is None else self.labels[:count], self.source)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What samples are compared with. Any part may be missing; the pooled statistics of ADM's files have no images."""
+
+    source: str
+    images: Images | None = None
+    pooled: Gaussian | None = None
+    spatial: Gaussian | None = None
+    extractor: str | None = None  # "name digest", where the file says so
+
+
+def read_images(path: Path) -> Images:
+    """Images of an `.npz` (arr_0, arr_1 as the ADM evaluator names them) or a folder of pictures."""
+    if path.is_dir():
+        return _folder(path)
+    content = read_npz(path)
+    if "arr_0" not in content:
+        held = ", ".join(sorted(content)) or "nothing"
+        advice = "Export with --vae DIR to sample images" if "latents" in content else "Write it with tqdit-sample -o"
+        raise FileFormatError(f"{path}: holds {held}, expected images uint8 (N, H, W, 3) under 'arr_0'. {advice}.")
+    return _images(content, path)
+
+
+def read_reference(path: Path) -> Reference:
+    """Samples (arr_0), stored statistics (mu, sigma, mu_s, sigma_s), or both, as in ADM's reference batches."""
+    if path.is_dir():
+        return Reference(str(path), _folder(path))
+    content = read_npz(path)
+    images = _images(content, path) if "arr_0" in content else None
+    pooled, spatial = (_gaussian(content, path, suffix) for suffix in ("", "_s"))
+    if images is None and pooled is None:
+        raise FileFormatError(
+            f"{path}: holds {', '.join(sorted(content)) or 'nothing'}, expected samples (arr_0) or statistics (mu, "
+            "sigma). Write one with --write-reference."
+        )
+    extractor = str(content["extractor"]) if "extractor" in content else None
+    return Reference(str(path), images, pooled, spatial, extractor)
+
+
+def write_reference(path: Path, pooled: Gaussian, spatial: Gaussian | None, extractor: str, count: int) -> None:
+    """Statistics for later runs, with the extractor that made them."""
+    arrays: dict[str, NDArray[Any]] = {
+        "mu": pooled.mean, "sigma": pooled.covariance, "extractor": np.array(extractor), "count": np.array(count)
+    }  # fmt: skip
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    write_npz(path, **arrays)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of a file; nothing that is pickled."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file or folder. Pass an .npz, a folder of images or an engine.")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if isinstance(content, np.ndarray):
+                raise ValueError("a single array")
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise FileFormatError(f"{path}: damaged, or not an .npz ({error}). Write it again.") from error
+
+
+def _images(content: dict[str, NDArray[Any]], path: Path) -> Images:
+    pixels = content["arr_0"]
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not len(pixels):
+        raise FileFormatError(
+            f"{path}: arr_0 is {pixels.dtype} {pixels.shape}, expected images uint8 (N, H, W, 3). Write it with "
+            "tqdit-sample -o FILE.npz."
+        )
+    labels = content.get("arr_1")
+    if labels is not None and labels.shape != (len(pixels),):
+        raise FileFormatError(f"{path}: {labels.shape} labels (arr_1) for {len(pixels)} images. Write it again.")
+    return Images(pixels, None if labels is None else labels.astype(np.int64), str(path))
+
+
+def _folder(path: Path) -> Images:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+    if not files:
+        raise FileFormatError(f"{path}: holds no images ({', '.join(PICTURES)}). Pass another folder.")
+    pictures: list[NDArray[np.uint8]] = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                pictures.append(np.asarray(picture.convert("RGB")))
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise FileFormatError(f"{file}: not an image ({error}). Remove it.") from error
+        if pictures[-1].shape != pictures[0].shape:
+            (h, w), (h0, w0) = pictures[-1].shape[:2], pictures[0].shape[:2]
+            raise FileFormatError(
+                f"{file}: {w}x{h} pixels, the images before it have {w0}x{h0}. All must be of one size."
+            )
+    return Images(np.stack(pictures), _labels(path, len(pictures)), str(path))
+
+
+def _labels(path: Path, count: int) -> NDArray[np.int64] | None:
+    """Those that tqdit-sample noted beside its pictures."""
+    notes = path / NOTES
+    if not notes.is_file():
+        return None
+    try:
+        labels = np.asarray(json.loads(notes.read_text(encoding="utf-8"))["classes"], dtype=np.int64)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{notes}: damaged ({error}). Sample again.") from error
+    if labels.shape != (count,):
+        raise FileFormatError(f"{notes}: names {labels.size} classes for {count} images. Sample again.")
+    return labels
+
+
+def _gaussian(content: dict[str, NDArray[Any]], path: Path, suffix: str) -> Gaussian | None:
+    names = (f"mu{suffix}", f"sigma{suffix}")
+    found = [name for name in names if name in content]
+    if not found:
+        return None
+    if len(found) == 1:
+        raise FileFormatError(f"{path}: holds {found[0]} without its partner, expected {' and '.join(names)}.")
+    mean, covariance = (np.asarray(content[name], np.float64) for name in names)
+    try:
+        return Gaussian(np.atleast_1d(mean), np.atleast_2d(covariance))
+    except UsageError as error:
+        raise FileFormatError(f"{path}: {names[0]}, {names[1]}: {error}") from error

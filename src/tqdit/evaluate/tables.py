@@ -1,0 +1,47 @@
+"""The numbers of an evaluation as text, from the same JSON that the report shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdit.evaluate.bootstrap import Measure
+from tqdit.evaluate.names import INCEPTION_TITLES, SETS, TITLES
+
+Facts = dict[str, Any]
+
+
+def measure_of(entry: Facts) -> Measure:
+    """A number of the JSON with its interval."""
+    return Measure(**entry)
+
+
+def title(metric: str, facts: Facts) -> str:
+    """What a metric is called with this extractor."""
+    extractor = facts.get("extractor") or {}
+    named = INCEPTION_TITLES.get(metric) if extractor.get("name") == "inception" else None
+    return named or TITLES.get(metric, metric)
+
+
+def set_title(name: str) -> str:
+    return SETS.get(name, name)
+
+
+def summary(facts: Facts) -> str:
+    """Verdict, then one line per metric and set, then what could not be had."""
+    lines = [facts["verdict"], ""]
+    metrics = list(dict.fromkeys(metric for found in facts["sets"].values() for metric in found))
+    for metric in metrics:
+        for name, found in facts["sets"].items():
+            if metric in found:
+                measure = measure_of(found[metric])
+                lines.append(f"{title(metric, facts):<28} {set_title(name):<20} {measure}   n {measure.count}")
+    for metric, entry in (facts.get("paired") or {}).items():
+        measure = measure_of(entry)
+        lines.append(f"{title(metric, facts):<28} {'against float':<20} {measure}   n {measure.count}")
+    for engine in facts.get("engines") or []:
+        lines.append(
+            f"{'engine':<28} {set_title(engine['set']):<20} {engine['precision']}, "
+            f"{engine['size_bytes'] / 1e6:.2f} MB, {engine['ms_per_image_and_step']:.2f} ms per image and step"
+        )
+    lines += [f"not computed: {title(metric, facts)} {reason}" for metric, reason in facts["not_computed"].items()]
+    return "\n".join(lines)
