@@ -1,0 +1,303 @@
+"""TensorRT-RTX really compiles here, without a GPU; what it compiled is read from its own log."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import psutil
+import pytest
+from onnx import TensorProto, helper
+from torch import nn
+
+import support
+from tables import Kind, make_table
+from tqdit.engines import backends, build_engine
+from tqdit.engines.bundle import read_manifest
+from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.sampler import Sampler
+from tqdit.engines.tensorrt import builder, compiler, cuda
+from tqdit.engines.tensorrt.library import TENSORRT_RTX
+from tqdit.errors import BackendError, UsageError
+from tqdit.export import ExportConfig, write
+from tqdit.export.graph import finish_graph, trace_graph
+from tqdit.models import load_model
+from tqdit.models.dit import DiT, DiTConfig, Scores, ValueProduct, randomize
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
+
+BACKEND = "tensorrt-rtx"
+XL_STACK = DiTConfig(
+    input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=1152, depth=2, mlp_hidden_size=4608,
+    num_classes=1000, num_heads=16,
+)  # fmt: skip
+
+
+def export_all(folder, model, table, forms):
+    """One trace, one file for each form of attention."""
+    trace = trace_graph(model, ExportConfig())
+    for form in forms:
+        (folder / form).mkdir()
+        write(folder / form / "model.onnx", *finish_graph(trace.clone(), model, ExportConfig(attention=form), table))
+    return {form: folder / form / "model.onnx" for form in forms}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo model, W8A8 with ten groups of timesteps."""
+    model = load_model("demo")
+    table = make_table(model, Kind(groups=10))
+    return export_all(tmp_path_factory.mktemp("demo"), model, table, ("simulated", "integer", "float"))
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """Two blocks of the width of DiT-XL/2 with everything around them."""
+    network = randomize(DiT(XL_STACK)).eval().requires_grad_(False)
+    model = replace(support.tiny_model(), network=network, height=32, width=32, num_classes=1000)
+    table = make_table(model, Kind(groups=10), operands=ranges_of(network))
+    return export_all(tmp_path_factory.mktemp("stack"), model, table, ("simulated",))["simulated"]
+
+
+def ranges_of(network):
+    """A range of -3..3 for every operand: the compiler looks at forms, not at values."""
+    products = nn.Linear | nn.Conv2d | Scores | ValueProduct
+    return {name: (np.float32([-3, 3]),) * 2 for name, one in network.named_modules() if isinstance(one, products)}
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """The layers of every engine that is built in the test."""
+    seen = []
+
+    def spy(job, progress):
+        compiled = compiler.run_worker(job, progress)
+        seen.append(compiled.layers)
+        return compiled
+
+    monkeypatch.setattr(builder, "run_worker", spy)
+    return seen
+
+
+def products(layers):
+    return [layer for layer in layers if layer.multiplies]
+
+
+def test_the_demo_model_is_integer_where_it_should_be(demo, tmp_path, layers):
+    progress = []
+    config = BuildConfig(targets=("8.9", "12.0"), batch=BatchRange(1, 4, 8))
+    manifest = build_engine(
+        demo["simulated"], tmp_path / "model.engine", BACKEND, config, lambda *step: progress.append(step)
+    )
+    assert manifest == read_manifest(tmp_path / "model.engine")
+    assert manifest.audit.line == (
+        "quantized products: 26 int8, 12 simulated by choice, 9 weight-only by choice, 0 fallen back"
+    )
+    assert (manifest.precision, manifest.float_type, manifest.batch) == ("int8", "fp16", BatchRange(1, 4, 8))
+    assert manifest.target == {"compute_capabilities": "8.9,12.0"}
+    assert manifest.versions["tensorrt_rtx"] == TENSORRT_RTX.load("").__version__
+    assert set(manifest.plugins.values()) == {"body: TensorRT-RTX takes no plugins"}
+    assert any(what == "Building engine" and total for what, _, total in progress)
+    for layer in products(layers[0]):
+        if layer.is_integer:  # raw accumulators exceed float16's 65504; they must leave the product as float32
+            assert layer.outputs == ("Float",), layer
+
+
+def test_integer_attention_and_float_islands_elsewhere(demo, tmp_path, layers):
+    manifest = build_engine(demo["integer"], tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
+    assert (manifest.audit.integer, manifest.audit.simulated, manifest.audit.fallen_back) == (38, 0, ())
+    assert manifest.target["compute_capabilities"].startswith("8.0,8.6,8.9,12.0")  # the default leaves Turing out
+    names = {node for layer in layers[0] if layer.is_integer for node in layer.nodes}
+    assert {"blocks.0.attn.qkv/MatMul", "blocks.0.attn.scores/MatMul", "blocks.0.attn.value_product/MatMul_2"} <= names
+
+
+def test_float_attention_is_one_fused_kernel_in_bfloat16(demo, tmp_path, layers):
+    manifest = build_engine(
+        demo["float"], tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.6",), float_type="bf16")
+    )
+    assert (manifest.audit.integer, manifest.float_type) == (26, "bf16")
+    fused = [layer for layer in layers[0] if "mha" in layer.name]
+    assert len(fused) == 6
+    assert {kind for layer in fused for kind in layer.inputs} == {"BFloat16"}
+
+
+def test_a_float_precision_of_a_quantized_file_has_no_integers(demo, tmp_path, layers):
+    manifest = build_engine(
+        demo["simulated"], tmp_path / "a.engine", BACKEND, BuildConfig(targets=("12.0",), precision="fp16")
+    )
+    assert (manifest.audit, manifest.precision, manifest.float_type) == (None, "fp16", "fp16")
+    kinds = {kind for layer in products(layers[0]) for kind in layer.inputs}
+    assert "Int8" not in kinds
+    assert "Half" in kinds
+
+
+@pytest.mark.parametrize("target", ["8.9", "12.0"])
+def test_a_stack_of_xl_blocks_keeps_all_its_integers(stack, tmp_path, layers, target):
+    """QKV above all: with int8 weights behind a lone DequantizeLinear, releases have lost its INT8 without a word."""
+    manifest = build_engine(stack, tmp_path / "a.engine", BACKEND, BuildConfig(targets=(target,)))
+    assert (manifest.audit.integer, manifest.audit.simulated, manifest.audit.fallen_back) == (10, 4, ())
+    integer = {node for layer in layers[0] if layer.is_integer for node in layer.nodes}
+    assert {f"blocks.{block}.attn.qkv/MatMul" for block in (0, 1)} <= integer
+    assert {layer.outputs for layer in products(layers[0]) if layer.is_integer} == {("Float",)}
+
+
+def test_the_same_stack_in_float16(stack, tmp_path, layers):
+    build_engine(stack, tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.9",), precision="fp16"))
+    assert len([layer for layer in layers[0] if "mha" in layer.name]) == 2
+    assert {kind for layer in products(layers[0]) for kind in layer.inputs} == {"Half"}
+
+
+def with_run_time_scale(source, target, module):
+    """The file with a scale on `module`'s input that depends on the data."""
+    model = onnx.load(source)
+    nodes = {node.name: node for node in model.graph.node}
+    quantize, dequantize = nodes[f"{module}/QuantizeLinear"], nodes[f"{module}/DequantizeLinear_2"]
+    if dequantize.input[0] != quantize.output[0]:
+        dequantize = nodes[f"{module}/DequantizeLinear"]
+    assert dequantize.input[0] == quantize.output[0]
+    model.graph.initializer.append(helper.make_tensor("one_127th", TensorProto.FLOAT, [], [1 / 127]))
+    extra = [
+        helper.make_node("Abs", [quantize.input[0]], ["broken/abs"], "broken/Abs"),
+        helper.make_node("ReduceMax", ["broken/abs"], ["broken/max"], "broken/ReduceMax", keepdims=0),
+        helper.make_node("Mul", ["broken/max", "one_127th"], ["broken/scale"], "broken/Mul"),
+    ]
+    at = list(model.graph.node).index(quantize)
+    for offset, node in enumerate(extra):
+        model.graph.node.insert(at + offset, node)
+    quantize.input[1] = dequantize.input[1] = "broken/scale"
+    onnx.save(model, target)
+
+
+def test_a_scale_computed_at_run_time_fails_the_audit_by_name(demo, tmp_path):
+    broken, output = tmp_path / "broken.onnx", tmp_path / "a.engine"
+    with_run_time_scale(demo["simulated"], broken, "blocks.1.mlp.fc1")
+    config = BuildConfig(targets=("8.9",), float_type="fp32")
+    with pytest.raises(
+        BackendError,
+        match=r"1 quantized product\(s\) would run in float on tensorrt-rtx: blocks\.1\.mlp\.fc1\. "
+        r"Likely cause: a scale that is computed at run time",
+    ):
+        build_engine(broken, output, BACKEND, config)
+    assert not output.exists()
+    kept = build_engine(broken, output, BACKEND, replace(config, allow_fallback=True))
+    assert kept.audit.fallen_back == ("blocks.1.mlp.fc1",)
+    assert kept.audit.integer == 25
+
+
+def test_weights_beside_the_file_are_found(tmp_path):
+    """Large models: the graph is inlined, its weights stay where they are."""
+    graph, card = support.exported(
+        ExportConfig(), pixels=True, table=make_table(support.tiny_model(pixels=True), Kind())
+    )
+    write(tmp_path / "model.onnx", graph, card)
+    ir.save(ir.load(tmp_path / "model.onnx"), tmp_path / "big.onnx", external_data="big.data", size_threshold_bytes=0)
+    assert (tmp_path / "big.data").stat().st_size > 10_000
+    manifest = build_engine(tmp_path / "big.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
+    assert manifest.audit.fallen_back == ()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.engine", "big.data", "big.onnx", "model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BuildConfig(targets=("9.0",)), r"--target 9.0: TensorRT-RTX compiles for 7.5, 8.0, .*--backend tensorrt"),
+        (BuildConfig(targets=("8.9", "10.0")), r"--target 10.0: TensorRT-RTX compiles for"),
+        (BuildConfig(targets=("ada",)), r"--target ada: expected a compute capability such as 8.9"),
+        (
+            BuildConfig(targets=("7.5",), float_type="bf16"),
+            r"--float-type bf16: .*would only emulate it here; it has fp16",
+        ),
+        (BuildConfig(optimization_level=5), r"--optimization-level has no meaning for tensorrt-rtx"),
+        (BuildConfig(version_compatible=True), r"--version-compatible has no meaning for tensorrt-rtx"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(demo, tmp_path, config, message):
+    with pytest.raises(UsageError, match=message):
+        build_engine(demo["simulated"], tmp_path / "a.engine", BACKEND, config)
+    assert not (tmp_path / "a.engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BuildConfig(targets=("7.5", "8.9")), r"Compute capability 7.5 has no float32 products"),
+        (BuildConfig(targets=("8.9",), workspace_bytes=1 << 20), r"Raise --workspace or leave it out"),
+    ],
+)
+def test_what_the_compiler_refuses_comes_with_advice(demo, tmp_path, config, message):
+    with pytest.raises(BackendError, match=rf"model.onnx: TensorRT-RTX .* cannot compile it .*{message}") as caught:
+        build_engine(demo["simulated"], tmp_path / "a.engine", BACKEND, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_ends_the_compiler_and_leaves_nothing(demo, tmp_path):
+    def interrupt(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(demo["float"], tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.9",)), interrupt)
+    assert list(tmp_path.iterdir()) == []
+    running = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not [command for command in running if "tensorrt.worker" in command]
+
+
+def test_a_compiler_that_crashes_is_one_line(demo, tmp_path, monkeypatch):
+    crash = tmp_path / "python"
+    crash.write_text("#!/bin/sh\nread job\necho 'terminate called without an active exception' >&2\nkill -ABRT $$\n")
+    crash.chmod(0o755)
+    monkeypatch.setattr(compiler.sys, "executable", str(crash))
+    with pytest.raises(BackendError, match=r"TensorRT-RTX crashed .*exit status -6; its last words: terminate called"):
+        build_engine(demo["float"], tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
+
+
+@pytest.fixture(scope="module")
+def bundle(demo, tmp_path_factory):
+    output = tmp_path_factory.mktemp("bundle") / "model.engine"
+    build_engine(demo["float"], output, BACKEND, BuildConfig(targets=("8.9",), batch=BatchRange(1, 2, 4)))
+    return output
+
+
+def test_more_images_per_call_than_it_was_built_for_are_refused(bundle):
+    with pytest.raises(UsageError, match=r"built for at most 4 image\(s\) per call, asked for 5.*--batch 1,2,5"):
+        Sampler.open(bundle, batch=5)
+
+
+def test_opening_it_elsewhere_says_what_is_missing(bundle, monkeypatch):
+    def no_gpu():
+        raise BackendError("no usable NVIDIA GPU here (x).")
+
+    monkeypatch.setattr(cuda, "find_device", no_gpu)
+    with pytest.raises(BackendError, match="no usable NVIDIA GPU here"):
+        Sampler.open(bundle)
+    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(0, "9.0"))
+    with pytest.raises(BackendError, match=r"built for compute capability 8.9, this GPU has 9.0"):
+        Sampler.open(bundle)
+    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(0, "8.9"))
+    monkeypatch.setattr(TENSORRT_RTX.load(""), "__version__", "1.8.0.1")
+    with pytest.raises(
+        BackendError, match=r"built by TensorRT-RTX 1\.7.*installed is 1\.8\.0\.1.*pip install tensorrt-rtx=="
+    ):
+        Sampler.open(bundle)
+
+
+@pytest.mark.parametrize(
+    ("capability", "score", "reason"),
+    [
+        ("8.9", 30, "GPU of compute capability 8.9"),
+        ("9.0", 0, "TensorRT-RTX has no kernels for compute capability 9.0"),
+        (None, 0, r"no GPU; it builds here for machines with one"),
+    ],
+)
+def test_auto_takes_it_only_where_it_runs(monkeypatch, capability, score, reason):
+    def find_device():
+        if capability is None:
+            raise BackendError("no GPU. Install one.")
+        return cuda.Device(0, capability)
+
+    monkeypatch.setattr(cuda, "find_device", find_device)
+    fitness = backends.build_row(BACKEND).fitness()
+    assert fitness == (score, reason)
+
+
+def test_full_tensorrt_is_out_where_it_is_not_installed():
+    assert backends.build_row("tensorrt").fitness() == (0, "tensorrt is not installed")
