@@ -21,6 +21,8 @@ from tqdit.errors import BackendError, UsageError
 BACKENDS = {
     "onnxruntime": "tqdit.engines.onnxruntime",
     "openvino": "tqdit.engines.openvino",
+    "tensorrt-rtx": "tqdit.engines.tensorrt_rtx",
+    "tensorrt": "tqdit.engines.tensorrt",
 }
 
 
