@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tqdit import __version__
 from tqdit.card import GraphCard
@@ -15,6 +20,7 @@ from tqdit.engines.bundle import Manifest, describe_parts
 from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
 from tqdit.engines.onnxruntime.library import load_library, session_options
 from tqdit.errors import BackendError
+from tqdit.files import temporary_folder
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
@@ -22,6 +28,7 @@ EXTERNAL_DATA_BYTES = 1_000_000_000
 OPTIONS: frozenset[str] = frozenset()
 # Operators of ONNX Runtime that multiply integers, and those that multiply floats.
 INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}
+FIRST_AXIS = "tqdit.first_axis"
 FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"}
 
 
@@ -39,7 +46,8 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
     """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
     ort = load_library()
-    _optimise(source, folder / GRAPH_FILE)
+    with _float_weights_kept_apart(source, card, folder) as prepared:
+        _optimise(prepared, folder / GRAPH_FILE)
     if card.vae is not None:
         _optimise(source.parent / card.vae.file, folder / DECODER_FILE)
     report = audit_graph(folder / GRAPH_FILE, card)
@@ -70,6 +78,51 @@ def audit_graph(file: Path, card: GraphCard) -> Audit | None:
         (node.name for node in nodes if node.op_type in INTEGER_PRODUCTS),
         (node.name for node in nodes if node.op_type in FLOAT_PRODUCTS),
     )
+
+
+@contextmanager
+def _float_weights_kept_apart(source: Path, card: GraphCard, folder: Path) -> Iterator[Path]:
+    """The file with something between each weight that is quantized alone and its product.
+
+    ONNX Runtime would fuse them to MatMulNBits, which for the few rows of the conditioning takes ten times as long as a
+    float product (a fifth of a DiT-XL/2 step; docs/engines.md). Kept apart, the int8 weight stays in the file and is
+    turned into float32 once, when the engine is opened (`run.py`).
+    """
+    forms = {} if card.quantization is None else card.quantization.products
+    alone = {module for module, form in forms.items() if form == "weight-only"}
+    if not alone:
+        yield source
+        return
+    import onnx
+
+    from tqdit.onnx_file import external_files, load_graph
+
+    model = load_graph(source)
+    for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear"]:
+        module, value = node.name.split("/")[0], node.output[0]
+        if module in alone:
+            position = list(model.graph.node).index(node) + 1
+            node.output[0] = f"{value}.dequantized"
+            names = (f"{value}.dequantized", f"{value}.apart", value)
+            for op_type, before, after in zip(("Unsqueeze", "Squeeze"), names, names[1:], strict=False):
+                pair = onnx.helper.make_node(op_type, [before, FIRST_AXIS], [after], name=f"{module}/{op_type}.apart")
+                model.graph.node.insert(position, pair)
+                position += 1
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_AXIS))
+    with temporary_folder(folder / "apart") as apart:
+        for name in external_files(model, source):
+            _link(source.parent / name, apart / name)
+        onnx.save(model, apart / source.name)
+        yield apart / source.name
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same content under another name; a copy where the disk knows no hard links (ONNX Runtime refuses symbolic
+    ones that lead out of the folder)."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _optimise(source: Path, target: Path) -> None:

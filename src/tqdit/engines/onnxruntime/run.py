@@ -21,6 +21,9 @@ class OrtEngine:
     def __init__(self, file: Path, threads: int | None) -> None:
         ort = load_library()
         options, settings = session_options(ort)
+        # All that is to become integer was fused when it was built. With this off, constants are folded through the
+        # dequantization that is left: weights that are quantized alone become float32 here, once.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -8,8 +8,8 @@ from tqdit.plugins.function import parse_body
 
 OP_TYPE = "MultiRegionSoftmax"
 
-# Each element first gets the step of its region, then is rounded once: half the passes over memory of rounding it in both
-# regions and choosing (and no Where, which is slow in ONNX Runtime), with the same bits. Low steps are at most the high one.
+# Each element first gets the step of its region, then is rounded once: the same bits as rounding it in both regions
+# and choosing: half the time in ONNX Runtime, whose Where is slow. Low steps are at most the high one.
 BODY = """
 <domain: "tqdit", opset_import: ["" : 20]>
 MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
