@@ -130,6 +130,14 @@ def test_a_callback_sees_every_step_and_can_stop(bundle):
             sampler.sample(LABELS, callback=lambda report: report.step == 10)
 
 
+def test_a_callback_may_keep_the_states(bundle):
+    with Sampler.open(bundle) as sampler:
+        kept = []
+        last = sampler.sample_latents([0, 1], callback=lambda report: kept.append(report.x))
+    assert len({state.tobytes() for state in kept}) == len(kept) == 20
+    np.testing.assert_array_equal(kept[-1], last)
+
+
 def test_images_are_uint8_nhwc_rounded_as_dit_does(bundle):
     values = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0], np.float32).reshape(1, 1, 2, 3).repeat(3, axis=1)
     assert to_pixels(values)[0, :, :, 0].ravel().tolist() == [0, 0, 128, 255, 255, 255]

@@ -512,7 +512,7 @@ def test_a_forgotten_batcher_does_not_keep_the_interpreter_from_ending(bundle):
 def test_hundreds_of_random_arrivals_cancels_and_failures(card, seed):
     """Eight threads submit 400 requests in all; every one ends exactly once, in a way that it asked for."""
     engine = FakeEngine()
-    engine.fail_at = set(random.Random(seed).sample(range(2000), 6))
+    engine.fail_at = set(random.Random(seed).sample(range(300), 4))
     outcomes, resolved, guard = [], Counter(), threading.Lock()
 
     def note(key):
@@ -568,7 +568,7 @@ def test_hundreds_of_random_arrivals_cancels_and_failures(card, seed):
     assert len(resolved) == 400
     assert (stats.waiting, stats.running) == (0, 0)
     assert max(map(len, engine.calls)) == 6
-    assert kinds["image"] > 100
+    assert kinds["image"] > 80
     assert {"cancelled", "late", "callback", "stopped", "nan", "engine"} <= set(kinds)
 
 
