@@ -9,22 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from kernel_device import regions, run_attention, run_softmax
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
+from tqdit.plugins.multi_region_attention import schema as attention_schema
 from tqdit.plugins.multi_region_softmax import schema as softmax_schema
 from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
 from tqdit.plugins.time_group_select import schema as select_schema
 from tqdit.plugins.time_group_select.reference import time_group_select
 
 
-def run(schema, inputs, attributes, rank=4, inline=False):
+def run(schema, inputs, attributes, rank=4, inline=False, out_kind=TensorProto.FLOAT):
     """One node of a custom op, with its body, in ONNX Runtime without optimisations."""
     node = helper.make_node(schema.OP_TYPE, list(inputs), ["out"], domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
-    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64,
+             np.dtype(np.float16): TensorProto.FLOAT16}  # fmt: skip
     values = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in inputs.items()]
-    graph = helper.make_graph(
-        [node], "g", values, [helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * rank)]
-    )
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("out", out_kind, [None] * rank)])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[schema.body()], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
@@ -83,3 +84,51 @@ def test_extreme_scores():
     np.testing.assert_allclose(out[1], [0, 1, 0, 0], atol=1e-7)
     np.testing.assert_allclose(out[2], [0, 0, 64 / 127, 64 / 127], rtol=1e-6)  # 63.5 rounds to even
     assert np.isnan(out[3]).all()
+
+
+def attention_case(bits, rows=3, head=24, tokens=17):
+    """Integer codes, as the exporter hands them over."""
+    rng = np.random.default_rng(bits)
+    q, k, v = (rng.integers(-100, 101, (3, 2, tokens, head)).astype(np.float32) for _ in range(3))
+    high = 1 / (2 ** (bits - 1) - 1)
+    low_step = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
+    return {"q": q, "k": k, "v": v, "low_step": low_step}, {"bits": bits, "high_step": high, "scale": 2e-4}
+
+
+def assert_attends(out, inputs, attributes, precision=2e-6):
+    """A code may differ where its quotient lies at a rounding tie."""
+    q, k, v = (inputs[name].astype(np.float64) for name in "qkv")
+    scores = q @ k.swapaxes(-1, -2) * np.float32(attributes["scale"])
+    p, off = regions(scores, inputs["low_step"], attributes["bits"], np.float32(attributes["high_step"]))
+    assert (np.abs(out - p @ v) <= precision * (p @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6).all()
+    assert (off > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_multi_region_attention_equals_its_reference(bits, rows, inline):
+    inputs, attributes = attention_case(bits, rows)
+    assert_attends(run(attention_schema, inputs, attributes, inline=inline), inputs, attributes)
+
+
+def test_the_attention_body_takes_float16_and_computes_in_float32():
+    inputs, attributes = attention_case(8)
+    small = {name: value if name == "low_step" else value.astype(np.float16) for name, value in inputs.items()}
+    out = run(attention_schema, small, attributes, out_kind=TensorProto.FLOAT16)
+    assert out.dtype == np.float16
+    assert_attends(out.astype(np.float32), inputs, attributes, precision=2**-10)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_kernels_equal_the_bodies(bits):
+    """Both have the reference's tolerance; together they may differ in the codes at ties alone."""
+    inputs, attributes = attention_case(bits)
+    body = run(attention_schema, inputs, attributes)
+    kernel = run_attention(*inputs.values(), bits, attributes["high_step"], attributes["scale"])
+    moved = (np.abs(body - kernel) > 1e-5 * np.abs(body).max()).any(axis=-1)
+    assert moved.mean() <= 0.02  # rows of queries with a flipped code
+    scores = np.random.default_rng(0).normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
+    low_step, high = inputs["low_step"], attributes["high_step"]
+    body = run(softmax_schema, {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high})
+    assert (np.abs(body - run_softmax(scores, low_step, bits, high)) > 1e-6).mean() <= 1e-3

@@ -1,6 +1,6 @@
 """MultiRegionAttention in Triton: scores, softmax, rounding on two regions and the value product in one kernel.
 
-Rounding needs the final maximum and sum of a row. Where all keys fit one tile the scores stay in registers; else they
+Rounding needs the final maximum and sum of a row. Where all keys fit two tiles the scores stay in registers; else they
 are computed twice, first for maximum and sum, then for the rounded probabilities. Nothing of size N x N leaves the
 chip.
 """
@@ -88,18 +88,36 @@ def multi_region_attention_kernel(
         q_rest = _head_tile(q_base, query, rest, QUERIES, HEAD, MASK_QUERIES, MAIN + REST > HEAD)
         rest_sums = tl.zeros([BLOCK_QUERIES, REST], tl.float32)
 
-    if KEYS <= BLOCK_KEYS:
+    if KEYS <= 2 * BLOCK_KEYS:
+        # One tile or two, whose scores stay in registers.
         key = tl.arange(0, BLOCK_KEYS)
-        s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
-        v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
-        exponent = tl.exp2(s * FACTOR - (tl.max(s, 1) * FACTOR)[:, None])
-        rate = tl.math.div_rn(1.0, tl.sum(exponent, 1))
+        s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, KEYS < BLOCK_KEYS, PRECISION)
+        largest = tl.max(s, 1)
+        if KEYS > BLOCK_KEYS:
+            second_key = BLOCK_KEYS + key
+            second = _scores(q_main, q_rest, k_base, second_key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+            largest = tl.maximum(largest, tl.max(second, 1))
+        offset = (largest * FACTOR)[:, None]
+        s = tl.exp2(s * FACTOR - offset)
+        total = tl.sum(s, 1)
+        if KEYS > BLOCK_KEYS:
+            second = tl.exp2(second * FACTOR - offset)
+            total += tl.sum(second, 1)
+        rate = tl.math.div_rn(1.0, total)
         low_rate, high_rate = (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
-        codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)
+        codes = _codes(s, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
+        v_main = _head_tile(v_base, key, main, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN > HEAD)
         sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
         if REST > 0:
-            v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+            v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN + REST > HEAD)
             rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
+        if KEYS > BLOCK_KEYS:
+            codes = _codes(second, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
+            v_main = _head_tile(v_base, second_key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+            sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
+            if REST > 0:
+                v_rest = _head_tile(v_base, second_key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+                rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
     else:
         largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_QUERIES], tl.float32)

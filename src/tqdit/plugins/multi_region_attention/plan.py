@@ -29,19 +29,20 @@ def split_head(head: int) -> tuple[int, int]:
 def candidates(floats: str, head: int, keys: int) -> tuple[Blocks, ...]:
     """Block shapes worth trying, the default first; TensorRT times each of them as a tactic.
 
-    Not measured yet: chosen by registers and shared memory as the compiler reports them (docs/kernels.md). The last one
-    stays under 48 KiB of shared memory, beyond which a launcher must ask the driver for more.
+    Up to 256 keys the first two keep the scores on chip. Not measured on a GPU yet: chosen by registers, spills and
+    shared memory as the compiler reports them (docs/kernels.md). The last one stays under 48 KiB of shared memory,
+    beyond which a launcher must ask the driver for more.
     """
-    wide = head > 80  # twice the columns of a rest of 16
+    half = max(16, next_power_of_two(keys) // 2)
     if floats == "fp32":
         return (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
     small = Blocks(64, 32, 4, 2)
     if keys <= 64:
-        return (Blocks(64, max(16, next_power_of_two(keys)), 4, 1),)
+        return (Blocks(64, half, 4, 1),)
     if keys <= 256:
-        whole = next_power_of_two(keys)
-        return (Blocks(64, whole, 4 if whole < 256 else 8, 1), Blocks(128, whole, 8, 1), Blocks(128, 64, 8, 2), small)
-    return (Blocks(128, 64, 8, 2 if wide else 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 2 if wide else 3), small)
+        return (Blocks(64, half, 4, 1), Blocks(128, half, 8, 1), Blocks(128, 64, 8, 2), small)
+    stages = 3 if head <= 80 else 2  # a rest of 16 columns, or of more
+    return (Blocks(128, 64, 8, stages), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, stages), small)
 
 
 def kernel(

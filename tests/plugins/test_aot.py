@@ -1,0 +1,167 @@
+"""Kernels compile to PTX without a GPU, once, with exactly the parameters that TensorRT passes."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tqdit.errors import BackendError
+from tqdit.plugins import aot
+from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_softmax import plan as softmax
+from tqdit.plugins.time_group_select import plan as select
+
+SCALE = 0.1
+SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # bytes of one block
+
+
+def kernels_of(floats):
+    return [
+        select.kernel(floats),
+        softmax.kernel(floats, 256, 8, 1 / 127),
+        attention.kernel(floats, 256, 256, 72, 8, 1 / 127, SCALE),
+        attention.kernel(floats, 1024, 1024, 72, 8, 1 / 127, SCALE),
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for this file, away from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+def entry_parameters(ptx, name):
+    text = re.search(rf"\.entry {name}\((.*?)\)", ptx, re.DOTALL)
+    return [line.split()[1] for line in text.group(1).strip().splitlines()]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("index", range(4))
+def test_kernels_compile_for_every_capability(index, capability):
+    kernel = kernels_of("fp16")[index]
+    compiled = aot.compile_kernel(kernel, capability)
+    kinds = [".u64" if kind[0] == "*" else ".u32" for _, kind in kernel.parameters]
+    assert entry_parameters(compiled.ptx, compiled.name) == kinds
+    assert f"sm_{capability[0]}{capability[1]}" in re.search(r"^\.target (.*)$", compiled.ptx, re.MULTILINE).group(1)
+    assert compiled.threads == 32 * kernel.num_warps
+    assert f".reqntid {compiled.threads}" in compiled.ptx
+    assert compiled.shared_bytes <= SHARED_LIMIT[capability]
+    assert str(Path(aot.__file__).parent) not in compiled.ptx  # nothing of this machine
+
+
+@pytest.mark.parametrize("floats", ["bf16", "fp32"])
+def test_kernels_compile_for_every_type(floats):
+    for kernel in kernels_of(floats):
+        assert aot.compile_kernel(kernel, (8, 0)).threads == 32 * kernel.num_warps
+
+
+@pytest.mark.slow
+def test_every_block_shape_of_the_widest_head_fits_a_small_chip():
+    """And the last one every launcher: beyond 48 KiB a launcher must ask the driver first."""
+    candidates = attention.candidates("fp16", 128, 1024)
+    kernels = [attention.kernel("fp16", 1024, 1024, 128, 8, 1 / 127, SCALE, each) for each in candidates]
+    sizes = [aot.compile_kernel(kernel, (8, 9)).shared_bytes for kernel in kernels]
+    assert max(sizes) <= SHARED_LIMIT[8, 9]
+    assert sizes[-1] <= 48 * 1024
+
+
+@pytest.mark.parametrize(("capability", "spilled"), [((8, 0), 64), ((9, 0), 0)])
+def test_the_scores_of_256_tokens_stay_in_registers(tmp_path, capability, spilled):
+    """As NVIDIA's assembler, which Triton brings along, sees the stripped PTX. Bytes of a thread."""
+    compiled = aot.compile_kernel(attention.kernel("fp16", 256, 256, 72, 8, 1 / 127, SCALE), capability)
+    (tmp_path / "kernel.ptx").write_text(compiled.ptx)
+    spec = importlib.util.find_spec("triton")
+    assembler = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    target = re.search(r"^\.target (\w+)", compiled.ptx, re.MULTILINE).group(1)
+    command = [assembler, f"-arch={target}", "-v", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    stores = re.search(r"(\d+) bytes spill stores", done.stdout + done.stderr)
+    assert int(stores.group(1) if stores else 0) <= spilled
+
+
+def test_compiling_is_cached(monkeypatch):
+    kernel = select.kernel("fp32")
+    first = aot.compile_kernel(kernel, (8, 0))
+
+    def refuse(*args):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(aot, "_compile_in_fresh_process", refuse)
+    assert aot.compile_kernel(kernel, (8, 0)) == first
+    with pytest.raises(AssertionError, match="compiled again"):
+        aot.compile_kernel(kernel, (8, 6))
+    with pytest.raises(AssertionError, match="compiled again"):
+        aot.compile_kernel(replace(kernel, num_warps=2), (8, 0))
+
+
+def test_a_damaged_cache_is_written_anew(cache):
+    kernel = select.kernel("fp16")
+    first = aot.compile_kernel(kernel, (8, 0))
+    path = aot.cache_folder() / f"{kernel.function}-{aot._key(kernel, (8, 0))}.json"
+    assert aot._read(path) == first
+    path.write_text(path.read_text()[:100])
+    assert aot.compile_kernel(kernel, (8, 0)) == first
+    assert aot._read(path) == first
+    assert aot.cache_folder() == cache / "tqdit" / "kernels"
+
+
+def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    assert aot.cache_folder() == tmp_path / ".cache" / "tqdit" / "kernels"
+
+
+def test_a_compiler_error_is_one_line():
+    broken = replace(select.kernel("fp32"), constants=(("BLOCK", 100),))  # no power of two
+    with pytest.raises(BackendError, match=r"Triton cannot compile 'time_group_select_kernel' for .* 8\.0: .*Use --no"):
+        aot.compile_kernel(broken, (8, 0))
+
+
+PTX = """.visible .entry f(
+	.param .u64 .ptr .global .align 1 f_param_0,
+	.param .u32 f_param_1{more}
+)
+{{
+	ld.param.b64 %rd1, [f_param_0];{code}
+}}"""
+
+
+def ptx(hidden=0, code=""):
+    more = "".join(f",\n\t.param .u64 .ptr .global .align 1 f_param_{i + 2}" for i in range(hidden))
+    return PTX.format(more=more, code=code)
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_hidden_parameters_are_taken_out(hidden):
+    assert aot.strip_scratch(ptx(hidden), "f", 2) == ptx()
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "found"),
+    [
+        (ptx(3), 2, "5 parameters, 0 hidden ones in use; expected 2"),
+        (ptx(2, "\n\tld.param.b64 %rd2, [f_param_3];"), 2, "4 parameters, 1 hidden ones in use"),
+        (ptx(), 3, "2 parameters, 0 hidden ones in use; expected 3"),
+        ("", 2, "0 parameters"),
+    ],
+)
+def test_an_unknown_entry_is_refused(text, visible, found):
+    with pytest.raises(BackendError, match=rf"the PTX of 'f' has {found}.*This Triton is not known to tqdit"):
+        aot.strip_scratch(text, "f", visible)
+
+
+def test_the_runtime_imports_no_triton():
+    """Plans and registration are looked at by builders on machines without it."""
+    code = (
+        "import sys, tqdit.plugins.tensorrt, tqdit.plugins.aot, tqdit.plugins.multi_region_attention.plan as p;"
+        "p.kernel('fp16', 9, 9, 8, 8, 0.1, 0.1); print('triton' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

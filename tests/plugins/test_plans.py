@@ -1,0 +1,104 @@
+"""Launch arithmetic covers every element exactly once, and is made of what builders can express."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_softmax import plan as softmax
+from tqdit.plugins.time_group_select import plan as select
+
+SIZES = st.integers(1, 5)
+
+
+class Symbol:
+    """An integer expression that knows +, * and // alone, like TensorRT's."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __add__(self, other):
+        return Symbol(self.value + int(other))
+
+    def __mul__(self, other):
+        return Symbol(self.value * int(other))
+
+    def __floordiv__(self, other):
+        return Symbol(self.value // int(other))
+
+    def __int__(self):
+        return self.value
+
+
+@given(SIZES, SIZES, st.integers(1, 300), st.integers(1, 4096))
+def test_softmax_covers_every_row_once(images, heads, queries, columns):
+    kernel = softmax.kernel("fp16", columns, 8, 1 / 127)
+    constants = dict(kernel.constants)
+    launch = softmax.launch(kernel, images, heads, queries, images)
+    rows = images * heads * queries
+    visits = np.zeros(rows, int)
+    for program in range(launch.programs):
+        row = program * constants["BLOCK_ROWS"] + np.arange(constants["BLOCK_ROWS"])
+        np.add.at(visits, row[row < launch.scalars[0]], 1)
+    assert (visits == 1).all()
+    assert launch.programs <= rows  # no program without a row
+    assert constants["BLOCK_COLUMNS"] >= columns
+    # the image of a row, as the kernel computes it
+    image = np.arange(rows) // launch.scalars[1] % launch.scalars[2]
+    np.testing.assert_array_equal(image, np.repeat(np.arange(images), heads * queries))
+
+
+@given(SIZES, SIZES, st.integers(1, 700), st.integers(1, 700), st.sampled_from([8, 64, 72, 88, 128]))
+def test_attention_covers_every_query_and_key_once(images, heads, queries, keys, head):
+    for floats in ("fp16", "fp32"):
+        for blocks in attention.candidates(floats, head, keys):
+            kernel = attention.kernel(floats, queries, keys, head, 8, 1 / 127, 0.1, blocks)
+            launch = attention.launch(kernel, images, heads, images)
+            per_head = -(-queries // blocks.queries)
+            visits = np.zeros((images * heads, queries), int)
+            for program in range(launch.programs):
+                query = program % per_head * blocks.queries + np.arange(blocks.queries)
+                visits[program // per_head, query[query < queries]] += 1
+            assert (visits == 1).all()
+            if keys > blocks.keys:  # tiles of the loop
+                seen = np.concatenate([first + np.arange(blocks.keys) for first in range(0, keys, blocks.keys)])
+                np.testing.assert_array_equal(seen[seen < keys], np.arange(keys))
+            image = np.arange(images * heads) // launch.scalars[0] % launch.scalars[1]
+            np.testing.assert_array_equal(image, np.repeat(np.arange(images), heads))
+
+
+@given(st.integers(1, 400), st.integers(0, 9), st.integers(1, 400))
+def test_select_covers_every_element_once(rows, boundaries, size):
+    kernel = select.kernel("fp32")
+    launch = select.launch(kernel, rows, boundaries, size)
+    assert (launch.programs - 1) * select.BLOCK < rows * size <= launch.programs * select.BLOCK
+    assert launch.scalars == (rows * size, size, boundaries)
+
+
+def test_symbolic_sizes_give_the_same_launch():
+    """As a dynamic batch does in TensorRT."""
+    one = softmax.kernel("fp16", 256, 8, 1 / 127)
+    two = attention.kernel("fp16", 200, 200, 72, 8, 1 / 127, 0.1)
+    three = select.kernel("fp32")
+    for launch, symbolic in (
+        (softmax.launch(one, 3, 16, 256, 3), softmax.launch(one, Symbol(3), Symbol(16), Symbol(256), Symbol(3))),
+        (attention.launch(two, 3, 16, 3), attention.launch(two, Symbol(3), Symbol(16), Symbol(3))),
+        (select.launch(three, 70, 9, 3), select.launch(three, Symbol(70), Symbol(9), Symbol(3))),
+    ):
+        assert int(symbolic.programs) == launch.programs
+        assert tuple(map(int, symbolic.scalars)) == launch.scalars
+
+
+@pytest.mark.parametrize(
+    ("head", "split"), [(8, (16, 0)), (16, (16, 0)), (64, (64, 0)), (72, (64, 16)), (88, (64, 32)), (128, (128, 0))]
+)
+def test_a_head_is_split_into_powers_of_two(head, split):
+    assert attention.split_head(head) == split
+
+
+@given(st.integers(1, 128))
+def test_a_split_covers_its_head(head):
+    main, rest = attention.split_head(head)
+    assert main + rest >= head
+    assert all(each == 0 or (each >= 16 and each & (each - 1) == 0) for each in (main, rest))
