@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from support import tiny_model
-from tqdit.calibrate.capture import Samples, choose_tokens
+from tqdit.calibrate import capture as capture_module
+from tqdit.calibrate.capture import Samples, choose_heads, choose_tokens
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.fisher import COTANGENTS, FISHERS, plain, step_weighted
 from tqdit.calibrate.flow import Calibration
@@ -185,3 +186,21 @@ def _rows(model: LoadedModel) -> CalibrationRows:
     x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     none = torch.zeros(0, dtype=torch.int64)
     return CalibrationRows(x, timestep, step, torch.arange(6), torch.zeros(6, dtype=torch.int64), x.flip(0), none)
+
+
+def test_only_some_heads_are_kept_the_same_ones_of_every_operand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    _, everything = capture(model, CONFIG, tmp_path / "a")
+    monkeypatch.setattr(capture_module, "MOST_HEADS", 1)
+    _, some = capture(model, CONFIG, tmp_path / "b")
+    heads = choose_heads(12, 2, seed=0)[:, 0]
+    assert set(heads.tolist()) == {0, 1}
+    for name in ("blocks.0.attn.scores", "blocks.1.attn.value_product"):
+        full, part = everything[name], some[name]
+        for row, head in enumerate(heads):
+            for a, b in ((part.left, full.left), (part.right, full.right), (part.g2, full.g2)):
+                assert torch.equal(a[row, 0], b[row, head])
+        for role in ("left", "right"):
+            assert torch.equal(part.ranges[role][1], full.ranges[role][1])

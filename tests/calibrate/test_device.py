@@ -28,7 +28,7 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device cuda: PyTorch .* sees no CUDA GPU here"):
+    with pytest.raises(UsageError, match=r"--device cuda: PyTorch .* sees no CUDA GPU here"):
         choose_device("cuda")
 
 

@@ -1,7 +1,7 @@
 """Phase 2: what a search needs of each layer of one stage: inputs, squared gradients, ranges (Algorithm 1, 9 to 12).
 
 A stage is recomputed once, in batches of fixed size, and its gradient goes on to the stage before it. Of each row only
-some tokens are kept, since a search looks at no more; ranges are those of all tokens.
+some tokens and at most eight heads are kept, since a search looks at no more; ranges are those of all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from tqdit.calibrate.layers import LayerPlan
 from tqdit.models.dit import Scores, ValueProduct
+
+MOST_HEADS = 8  # of a row
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Samples:
     """One layer's samples. S tokens of each row, T in all; for a layer without tokens S = T = 1.
 
     Linear and convolution: left (R, S, K), g2 (R, S, O). Attention: left (R, H, S, K), right (R, H, K, O), g2
-    (R, H, S, O), bfloat16. ranges: smallest and largest value (R,) of each operand over all tokens of a row; channels:
-    the same of each input channel of a linear layer, (R, K).
+    (R, H, S, O), bfloat16, of the H heads that are kept. ranges: smallest and largest value (R,) of each operand over
+    all tokens and heads of a row; channels: the same of each input channel of a linear layer, (R, K).
     """
 
     left: Tensor
@@ -53,10 +55,13 @@ class Samples:
 class Recorder:
     """Collects the samples of some layers while a stage runs."""
 
-    def __init__(self, modules: dict[str, nn.Module], plans: tuple[LayerPlan, ...], tokens: Tensor, rows: int) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], plans: tuple[LayerPlan, ...], tokens: Tensor, heads: Tensor
+    ) -> None:
         self.modules = {plan.name: modules[plan.name] for plan in plans}
         self.tokens = tokens  # int64 (R, S): which tokens of each row are kept
-        self.collected = {name: Collected(rows) for name in self.modules}
+        self.heads = heads  # int64 (R, H): which heads of each row are kept
+        self.collected = {name: Collected(len(tokens)) for name in self.modules}
         self.outputs: dict[str, Tensor] = {}
         self._start = 0
 
@@ -87,9 +92,9 @@ class Recorder:
                 store.put("channel.high", self._start, tokens.amax(1))
             store.put("left", self._start, self._keep(as_matrix(module, operands[0])))
             if isinstance(module, Scores):
-                store.put("right", self._start, operands[1].transpose(-2, -1))
+                store.put("right", self._start, self._keep_heads(operands[1]).transpose(-2, -1))
             elif isinstance(module, ValueProduct):
-                store.put("right", self._start, operands[1])
+                store.put("right", self._start, self._keep_heads(operands[1]))
 
         return hook
 
@@ -108,13 +113,22 @@ class Recorder:
         self.outputs = {}  # which hold the graph of the batch
 
     def _keep(self, matrix: Tensor) -> Tensor:
-        """The kept tokens of (N, T, K) or (N, H, T, K); a layer without tokens keeps its one."""
+        """The kept heads and tokens of (N, T, K) or (N, H, T, K); a layer without tokens keeps its one."""
+        if matrix.ndim == 4:
+            matrix = self._keep_heads(matrix)
         axis = matrix.ndim - 2
         if matrix.shape[axis] == 1:
             return matrix
         index = self.tokens[self._start : self._start + len(matrix)]
         index = index.reshape(len(matrix), *[1] * (axis - 1), index.shape[1], 1)
         return matrix.gather(axis, index.expand(*matrix.shape[:axis], -1, matrix.shape[-1]))
+
+    def _keep_heads(self, x: Tensor) -> Tensor:
+        """The kept heads of (N, H, T, K)."""
+        index = self.heads[self._start : self._start + len(x)]
+        if index.shape[1] == x.shape[1]:
+            return x
+        return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
     def samples(self, name: str) -> Samples:
         """Everything of one layer; its memory is handed over."""
@@ -131,6 +145,15 @@ def as_matrix(module: nn.Module, x: Tensor) -> Tensor:
         size, stride = module.kernel_size, module.stride
         return F.unfold(x, size, stride=stride).transpose(1, 2)
     return x[:, None] if x.ndim == 2 else x
+
+
+def choose_heads(rows: int, heads: int, seed: int) -> Tensor:
+    """Which heads of each row are kept, int64 (R, H): all, or a random subset per row.
+
+    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)  # apart from the tokens
+    return torch.rand(rows, heads, generator=generator).argsort(dim=1)[:, :MOST_HEADS].sort(dim=1).values
 
 
 def choose_tokens(rows: int, tokens: int, share: float, seed: int) -> Tensor:

@@ -61,6 +61,11 @@ class QuantizationConfig:
     patch: str = knob("weights", "what is quantized of the patch embedding", ("none", "weights", "all"))
     final: str = knob("all", "what is quantized of the final layer", ("none", "weights", "all"))
     conditioning: str = knob("weights", "what is quantized of the timestep MLP and adaLN", ("none", "weights", "all"))
+    overrides: str = knob(
+        "",
+        "other knobs for single layers, such as "
+        "'blocks.0.mlp.fc2:activation_bits=8,time_groups=all;blocks.1.attn.proj:inputs=asymmetric'",
+    )
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "outer_bits"):
@@ -86,11 +91,34 @@ class QuantizationConfig:
                 f"--rows-per-group is {self.rows_per_group}; the two rows of a guided pair come together. "
                 "Pass an even number."
             )
+        for layer in self.layer_knobs:
+            self.for_layer(layer)  # which checks the values
 
     def _within(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if not low <= value <= high:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high}.")
+
+    @property
+    def layer_knobs(self) -> dict[str, dict[str, Any]]:
+        """layer -> knob -> value of the overrides."""
+        found: dict[str, dict[str, Any]] = {}
+        for entry in filter(None, self.overrides.split(";")):
+            layer, _, pairs = entry.partition(":")
+            for pair in pairs.split(","):
+                name, _, value = pair.partition("=")
+                name = name.strip().replace("-", "_")
+                if not layer.strip() or name not in LAYER_KNOBS or (name.endswith("bits") and not value.isdigit()):
+                    raise UsageError(
+                        f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
+                    )
+                found.setdefault(layer.strip(), {})[name] = int(value) if name.endswith("bits") else value.strip()
+        return found
+
+    def for_layer(self, layer: str) -> QuantizationConfig:
+        """As it is for one layer, its overrides applied."""
+        changes = self.layer_knobs.get(layer)
+        return self if changes is None else replace(self, overrides="", **changes)
 
     def for_model(self, model: LoadedModel) -> QuantizationConfig:
         """With the model's own values where none were given."""
@@ -106,6 +134,10 @@ class QuantizationConfig:
     def __str__(self) -> str:
         """One knob per line."""
         return "\n".join(f"{flag(f)[2:]:<20} {getattr(self, f.name)}" for f in fields(self))
+
+
+# What can differ from layer to layer.
+LAYER_KNOBS = ("weight_bits", "activation_bits", "outer_bits", "inputs", "softmax", "gelu", "time_groups")
 
 
 def flag(knob_field: Field[Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tqdit.calibrate.capture import Recorder, Samples, choose_tokens
+from tqdit.calibrate.capture import Recorder, Samples, choose_heads, choose_tokens
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.cost import Meter, multiply_adds
 from tqdit.calibrate.data import DataSet, data_rows
@@ -199,7 +199,8 @@ class Calibration:
         config: Any = self.model.network.config
         tokens = choose_tokens(len(rows), config.num_tokens, self.config.token_share, self.config.seed)
         modules = dict(self.model.network.named_modules())
-        recorder = Recorder(modules, plans, tokens.to(self.device), len(rows))
+        heads = choose_heads(len(rows), config.num_heads, self.config.seed)
+        recorder = Recorder(modules, plans, tokens.to(self.device), heads.to(self.device))
         passed_on: dict[str, Tensor] = {}
         for start, batch in self.batches(rows):
             for name, gradient in self._backward(stage, rows, start, batch, recorder).items():
@@ -262,8 +263,9 @@ class Calibration:
             samples, weight = divide(samples, divisor), weight * divisor
         problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
         two_regions = "input" in layer_plan.operands and layer_plan.operands["input"].scheme == "gelu"
-        if self.config.gelu == "auto" and two_regions:
-            one_region = with_one_region(layer_plan, self.config)
+        config = self.config.for_layer(layer_plan.name)
+        if config.gelu == "auto" and two_regions:
+            one_region = with_one_region(layer_plan, config)
             other, uniform = self._solve_plan(one_region, samples, weight, rows)
             if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
                 problem, solution = other, uniform

@@ -79,7 +79,14 @@ def _products_of(name: str, module: nn.Module) -> Iterator[Layer]:
 
 def plan(network: nn.Module, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
     """The products that `config` quantizes."""
-    plans = (_plan_layer(network.get_submodule(layer.name), layer, config) for layer in find_layers(network))
+    layers = find_layers(network)
+    unknown = set(config.layer_knobs) - {layer.name for layer in layers}
+    if unknown:
+        raise UsageError(f"--overrides names '{min(unknown)}', which is no layer of this model. Name one such as "
+                         f"'{layers[-1].name}'.")  # fmt: skip
+    plans = (
+        _plan_layer(network.get_submodule(layer.name), layer, config.for_layer(layer.name)) for layer in layers
+    )  # fmt: skip
     return tuple(layer_plan for layer_plan in plans if layer_plan.operands)
 
 
