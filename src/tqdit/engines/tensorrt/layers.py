@@ -64,7 +64,8 @@ def from_log(messages: Iterable[str]) -> tuple[Layer, ...]:
     listed = [message for message in messages if message.startswith(HEADING)]
     if not listed:
         raise BackendError("the build log lists no layers, so nothing proves what runs in INT8. Report this version.")
-    lines = takewhile(lambda line: line.startswith("Name: "), listed[-1].splitlines()[1:])
+    # not splitlines, which also splits at the record separators between the names of nodes
+    lines = takewhile(lambda line: line.startswith("Name: "), listed[-1].split("\n")[1:])
     return tuple(_from_line(line) for line in lines)
 
 
