@@ -19,10 +19,11 @@ VERBS = {
     "export": "tqdit.export.cli",
     "build": "tqdit.engines.cli_build",
     "sample": "tqdit.engines.cli_sample",
+    "evaluate": "tqdit.evaluate.cli",
     "inspect": "tqdit.inspect",
 }
 # Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
-EXTRAS = {"calibrate": "calibrate", "export": "export"}
+EXTRAS = {"calibrate": "calibrate", "export": "export", "evaluate": "evaluate"}
 
 
 class VerbModule(Protocol):
@@ -131,6 +132,10 @@ def build() -> int:
 
 def sample() -> int:
     return run("sample")
+
+
+def evaluate() -> int:
+    return run("evaluate")
 
 
 def inspect() -> int:

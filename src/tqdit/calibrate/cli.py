@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from tqdit.calibrate.advice import read_advice
 from tqdit.calibrate.config import PRESETS, TQ_DIT, flag
 from tqdit.console import Console
 from tqdit.errors import OutputError
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=list(PRESETS), default="tq-dit", help="(default: %(default)s)")
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip
+    add("--from-diagnosis", type=Path, metavar="FILE", help="take the settings and the advice of a diagnosis.json that "
+        "tqdit-evaluate --layers wrote, in place of --preset")  # fmt: skip
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--work", type=Path, metavar="DIR", help="folder for intermediate results (default: OUTPUT.work)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: a GPU that "
@@ -45,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for knob in fields(TQ_DIT):
         text, default = knob.metadata["help"], getattr(TQ_DIT, knob.name)
         options: dict[str, Any] = {"dest": knob.name, "default": None}
-        if default is not None:
+        if default not in (None, ""):
             text += f" (default: {default})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif knob.metadata["choices"]:
             options["choices"] = knob.metadata["choices"]
+        elif isinstance(default, str):
+            options["metavar"] = "TEXT"
         else:
             options["type"] = float if isinstance(default, float) or knob.name == "guidance_scale" else int
             options["metavar"] = "X" if options["type"] is float else "N"
@@ -68,7 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     from tqdit.scale_table import is_scale_table, write_scale_table
 
     changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}
-    config = replace(PRESETS[args.preset], **changes)
+    diagnosed = None if args.from_diagnosis is None else read_advice(args.from_diagnosis)
+    config = replace(PRESETS[args.preset] if diagnosed is None else diagnosed.config, **changes)
     if args.print_config:
         print(config)
         return None
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
     model = load_model(args.model, args.heads).to(device)
+    if diagnosed is not None:
+        diagnosed.check_model(model.fingerprint, args.model)
     data = read_data(args.data, model) if args.data else None
     result = calibrate(model, config, work, console, data)
     write_scale_table(output, result.table)

@@ -137,7 +137,17 @@ class QuantizationConfig:
 
 
 # What can differ from layer to layer.
-LAYER_KNOBS = ("weight_bits", "activation_bits", "outer_bits", "inputs", "softmax", "gelu", "time_groups")
+LAYER_KNOBS = (
+    "weight_bits",
+    "activation_bits",
+    "outer_bits",
+    "inputs",
+    "softmax",
+    "gelu",
+    "time_groups",
+    "patch",
+    "final",
+)
 
 
 def flag(knob_field: Field[Any]) -> str:

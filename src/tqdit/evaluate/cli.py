@@ -201,9 +201,12 @@ class _Engines:
         self, args: argparse.Namespace, console: Console, manifest: Manifest, sampler: Sampler, floating: _Float | None,
         table: ScaleTable | None,
     ) -> None:  # fmt: skip
+        from tqdit.evaluate.lpips import Lpips
+
         self.args, self.console, self.manifest = args, console, manifest
         self.sampler, self.floating, self.table = sampler, floating, table
         self.card = manifest.card
+        self.lpips = None if args.lpips_weights is None else Lpips(*args.lpips_weights)  # refuses a bad file at once
         self.count = 64 if args.n is None else int(args.n)
         self.labels = np.arange(self.count, dtype=np.int64) % self.card.num_classes
 
@@ -293,7 +296,8 @@ class _Engines:
         quantization = self.card.quantization
         boundaries = quantization.boundaries if quantization is not None else ()
         timesteps = self.card.sampling.schedule.timesteps
-        return runs, pair_up(runs["float"], runs["subject"], timesteps, boundaries or even_boundaries(10).tolist())
+        groups = boundaries or even_boundaries(10).tolist()
+        return runs, pair_up(runs["float"], runs["subject"], timesteps, groups, self.lpips)
 
     def _engines(self, runs: dict[str, Chains]) -> list[dict[str, Any]]:
         """Size and speed of each engine that ran."""
@@ -304,7 +308,7 @@ class _Engines:
             {
                 "set": name, "name": source, "backend": manifest.backend, "precision": manifest.precision,
                 "float_type": manifest.float_type,
-                "size_bytes": sum(part.size_bytes for part in manifest.files.values()),
+                "size_mb": sum(part.size_bytes for part in manifest.files.values()) / 1e6,
                 "ms_per_image_and_step": 1000 * runs[name].seconds / self.count / self.card.sampling.steps,
                 "batch": self.args.batch, "audit": None if manifest.audit is None else manifest.audit.line,
                 "versions": manifest.versions,

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
-from tqdit.evaluate.bootstrap import Measure, Z, around, number, of_mean, of_share
+from tqdit.evaluate.bootstrap import Measure, Z, around, dealt_out, jackknife, number, of_mean, of_share
 from tqdit.evaluate.chains import Chains
 from tqdit.evaluate.extractors import Extractor, Features
 from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
 from tqdit.evaluate.samples import Images, Reference
-from tqdit.evaluate.statistics import Gaussian, frechet_to, moments
+from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,24 +132,26 @@ class Metrics:
         )
 
     def _compute(self, name: str, images: Images, features: Features) -> Measure:
-        wish, count = self._wish, len(images)
+        wish, count, strata = self._wish, len(images), dealt_out(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)
             case "inception_score":
                 p = features.probabilities
-                return around(lambda chosen: inception_score(p[chosen]), count, wish.resamples, wish.seed)
+                return around(lambda chosen: inception_score(p[chosen]), count, wish.resamples, wish.seed, strata)
             case "precision" | "recall":
                 assert self._target is not None
                 assert self._target.features is not None
                 if self._hits is None:
                     self._hits = manifold_hits(self._target.features, features.pooled)
-                return of_share(self._hits[0 if name == "precision" else 1])
+                if name == "precision":
+                    return of_share(self._hits[0])
+                return of_share(self._hits[1], "Wilson score over the reference, the samples as they are")
         distance, _ = self._distances[name]
         x = features.pooled if name == "frechet_distance" else features.spatial
         assert x is not None
         y = x.astype(np.float64)
-        return around(lambda chosen: distance(moments(y[chosen]).gaussian), count, wish.resamples, wish.seed)
+        return jackknife(lambda weights: distance(weighted(y, weights)), count, wish.resamples, images.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,13 @@ class Pairs:
     groups: tuple[dict[str, Any], ...]  # one per group of timesteps
 
 
-def pair_up(reference: Chains, found: Chains, timesteps: NDArray[np.int64], boundaries: Iterable[int]) -> Pairs:
+def pair_up(
+    reference: Chains,
+    found: Chains,
+    timesteps: NDArray[np.int64],
+    boundaries: Iterable[int],
+    lpips: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float64]] | None = None,
+) -> Pairs:
     """Errors of the final states, of every step and of each group, PSNR and SSIM where there are images."""
     final = relative_errors(reference.latents, found.latents)
     middle = float(np.median(final))
@@ -173,6 +181,8 @@ def pair_up(reference: Chains, found: Chains, timesteps: NDArray[np.int64], boun
     if reference.pixels is not None and found.pixels is not None:
         measures["psnr_db"] = psnr(reference.pixels, found.pixels)
         measures["ssim"] = of_mean(ssim(reference.pixels, found.pixels))
+        if lpips is not None:
+            measures["lpips"] = of_mean(lpips(reference.pixels, found.pixels))
     assert found.step_errors is not None
     group_of_step = np.searchsorted(list(boundaries), timesteps, side="right")
     groups = []

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from tqdit.scale_table import PerTimestepGroup, Role, ScaleTable, Site
 
 Float64 = NDArray[np.float64]
 BATCH = 64  # rows of a forward pass
-PAIRS = 48  # of calibration rows that judge, spread over the groups
+PAIRS = 80  # of calibration rows that judge, spread over the groups
 ELEMENTWISE = 32 * 32  # bit operations of one float32 multiplication
 RESAMPLES = 500
 
@@ -95,6 +94,7 @@ class Patient:
         self.eps = self._eps(model.network)
         energy = (self.weights * _squares(self.eps)).sum()
         self._scale = len(self.weights) / 2 / energy
+        self.base = self.errors(self.quantized)  # of the quantized network as it is, before anything is replaced
 
     @torch.no_grad()
     def _eps(self, network: nn.Module) -> Tensor:
@@ -110,11 +110,6 @@ class Patient:
         squares = self.weights * _squares(self._eps(network) - self.eps)
         paired: Float64 = squares.reshape(-1, 2).sum(axis=1) * self._scale
         return paired
-
-    @cached_property
-    def base(self) -> Float64:
-        """Errors of the quantized network as it is."""
-        return self.errors(self.quantized)
 
     def gain(self, errors: Float64) -> tuple[float, float, float]:
         """(share of E that goes, low, high) against the quantized network, resampling pairs."""
@@ -241,7 +236,8 @@ def leave_one_out(patient: Patient, advance: Callable[[], object]) -> list[Findi
 
 
 def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
-    """What can be changed about one layer: more bits, two regions, steps per group of timesteps, asymmetric inputs."""
+    """What can be changed about one layer: more bits, two regions, steps per group of timesteps, asymmetric inputs, and
+    for the small final layer an input in float."""
     found: list[dict[str, Any]] = []
     activations = [site.quantizer for role, site in sites.items() if role != "weight"]
     weight = sites.get("weight")
@@ -250,6 +246,8 @@ def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
     if weight is not None and weight.quantizer.bits < 8:
         found.append({"weight_bits": min(8, weight.quantizer.bits + 2)})
     name = next(iter(sites.values())).module
+    if name.startswith("final_layer") and "input" in sites:
+        found.append({"final": "weights"})  # its input in float
     if name.endswith("value_product") and sites["left"].quantizer.scheme != "softmax":
         found.append({"softmax": "two-region"})
     if name.endswith("fc2") and "input" in sites and sites["input"].quantizer.scheme != "gelu":

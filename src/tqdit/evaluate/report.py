@@ -199,7 +199,8 @@ def _layers(facts: Facts) -> str:
             share = 0.0 if value <= 0 else (math.log10(value) - low) / max(high - low, 1e-9)
             shapes.append(
                 f'<rect x="{left + column * cell}" y="{y}" width="{cell - 1}" height="{height - 1}" '
-                f'fill="{_heat(share)}" data-key="layers.errors.{escape(name)}.{column}"><title>{escape(name)}, group {column}: '
+                f'fill="{_heat(share)}" data-key="layers.errors.{escape(name)}.{column}">'
+                f"<title>{escape(name)}, group {column}: "
                 f"{number(value)}</title></rect>"
             )
         worst = max(line)
@@ -249,13 +250,13 @@ def _engines(facts: Facts) -> str:
         [
             escape(set_title(engine["set"])), escape(engine["name"]),
             escape(f"{engine['backend']}, {engine['precision']}"),
-            _number(f"engines.{index}.size_bytes", engine["size_bytes"]),
+            _number(f"engines.{index}.size_mb", engine["size_mb"]),
             _number(f"engines.{index}.ms_per_image_and_step", engine["ms_per_image_and_step"]),
             str(engine["batch"]), escape(engine["audit"] or ""),
         ]
         for index, engine in enumerate(engines)
     ]  # fmt: skip
-    head = ["", "engine", "backend", "bytes", "ms per image and step", "batch", "audit"]
+    head = ["", "engine", "backend", "MB", "ms per image and step", "batch", "audit"]
     return (
         "<h2>Engines</h2>\n<p>Time as it was while these images were sampled, one run; tqdit-bench measures speed.</p>"
         + _table(head, rows)

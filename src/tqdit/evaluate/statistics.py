@@ -68,6 +68,15 @@ def moments(features: NDArray[np.floating]) -> Moments:
     return Moments(len(x), mean, (x - mean).T @ (x - mean))
 
 
+def weighted(features: NDArray[np.floating], weights: Float64) -> Gaussian:
+    """Of features (N, D) that count `weights` (N,) times; with ones that of `moments`."""
+    x = np.asarray(features, np.float64)
+    share = weights / weights.sum()
+    mean = share @ x
+    covariance = ((x - mean) * share[:, None]).T @ (x - mean) * (len(x) / (len(x) - 1))
+    return Gaussian(mean, covariance)
+
+
 class Accumulator:
     """Moments of a stream of batches (N, D), whatever their sizes."""
 

@@ -41,7 +41,7 @@ def summary(facts: Facts) -> str:
     for engine in facts.get("engines") or []:
         lines.append(
             f"{'engine':<28} {set_title(engine['set']):<20} {engine['precision']}, "
-            f"{engine['size_bytes'] / 1e6:.2f} MB, {engine['ms_per_image_and_step']:.2f} ms per image and step"
+            f"{engine['size_mb']:.2f} MB, {engine['ms_per_image_and_step']:.2f} ms per image and step"
         )
     lines += [f"not computed: {title(metric, facts)} {reason}" for metric, reason in facts["not_computed"].items()]
     return "\n".join(lines)
