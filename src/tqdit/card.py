@@ -31,8 +31,8 @@ class VaeCard:
     image_width: int
 
 
-AttentionForm = Literal["simulated", "integer", "float"]
-ATTENTION_FORMS: tuple[AttentionForm, ...] = ("simulated", "integer", "float")
+AttentionForm = Literal["simulated", "fused", "integer", "float"]
+ATTENTION_FORMS: tuple[AttentionForm, ...] = ("simulated", "fused", "integer", "float")
 ProductForm = Literal["integer", "simulated", "weight-only"]
 
 

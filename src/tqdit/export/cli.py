@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f"./{DEFAULT_SCALES}, if there)")  # fmt: skip
     scales.add_argument("--float", action="store_true", help="export without quantization")
     add("--attention", choices=ATTENTION_FORMS, default="simulated", help="how the products of attention are "
-        "quantized: rounded in float, as integer products, or not at all (default: %(default)s)")  # fmt: skip
+        "quantized: rounded in float, the same as one op (for TensorRT's plugins), as integer products, or not at all "
+        "(default: %(default)s)")  # fmt: skip
     add("--graph", choices=GRAPHS, default="step", help="a sampling step or the bare network (default: %(default)s)")
     add("--steps", type=int, help="steps of the chain, 1..1000 (default: as the model's origin samples: 250 for "
         "published checkpoints and the demo, 50 for diffusers)")  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 
 from tqdit.card import AttentionForm
 from tqdit.export.passes.emit import Emitter, quantize_dequantize, simulate
+from tqdit.export.passes.fused_attention import fuse_attention
 from tqdit.export.passes.groups import RowGroups, Step
 from tqdit.export.passes.scopes import Modules
 from tqdit.models.dit import Scores, ValueProduct
@@ -27,17 +28,31 @@ def quantize_attention(
 
     Ensures: operands are quantized as the table says, in the order of operations of docs/scale-table.md.
     form 'simulated': the rounding is float arithmetic and the products stay float.
+    form 'fused': the same values, with one MultiRegionAttention for both products where the softmax has two regions.
     form 'integer': operands pass Q/DQ; two-region probabilities are split at their boundary into two products with one
     integer v, whose sum equals the simulated product up to rounding.
     """
-    quantize: Quantize = simulate if form == "simulated" else quantize_dequantize
+    quantize: Quantize = quantize_dequantize if form == "integer" else simulate
     modules = Modules(model)
+    fused = _fuse(model, modules, table, groups) if form == "fused" else set()
     for name, sites in table.by_module.items():
         module = network.get_submodule(name)
+        if name in fused:
+            continue
         if isinstance(module, Scores):
             _quantize_scores(model.graph, modules.one(name, "MatMul"), name, sites, groups, quantize)
         elif isinstance(module, ValueProduct):
             _quantize_value_product(model.graph, modules.one(name, "MatMul"), name, sites, groups, quantize)
+
+
+def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: RowGroups) -> set[str]:
+    """Fuse every attention whose softmax has two regions; returns the modules that are done with."""
+    done = set()
+    for name, sites in table.by_module.items():
+        left = sites["left"].quantizer if "left" in sites else None
+        if isinstance(left, TwoRegionSoftmax):
+            done |= {name, fuse_attention(model.graph, modules.one(name, "MatMul"), name, left, table, groups)}
+    return done
 
 
 def _quantize_scores(

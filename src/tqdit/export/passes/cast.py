@@ -14,12 +14,15 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from tqdit.card import GraphCard
 from tqdit.errors import UsageError
+from tqdit.plugins import DOMAIN
+from tqdit.plugins.multi_region_attention import schema as multi_region_attention
 
 FloatType = Literal["fp16", "bf16"]
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT32 = ir.DataType.FLOAT
 LARGEST_FLOAT16 = 65504.0
 NO_BFLOAT16 = {"Conv"}  # in opset 20
+QKV = 3  # inputs of MultiRegionAttention that take the network's type; the low step stays float32
 STEP_SCOPE = "graph"  # the sampling step around the network, see `names`
 
 
@@ -28,7 +31,8 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
 
     Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes, the angles of
-    the timestep, and the sampling step. Inputs and outputs keep their types; functions and Q/DQ see float32 only.
+    the timestep, and the sampling step. Inputs and outputs keep their types; functions and Q/DQ see float32 only, but
+    for MultiRegionAttention, whose q, k, v and result have `float_type` (integer codes are exact in it).
     Raises UsageError where a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
@@ -51,19 +55,22 @@ class _Caster:
 
     def run(self) -> None:
         small = [node for node in self.graph if self._is_cast_down(node)]
+        fused = [node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, multi_region_attention.OP_TYPE)]
         chosen = {id(node) for node in small}
-        low = {id(value) for node in small for value in node.outputs if self._is_float(value)}
+        mixed = {id(node) for node in fused}
+        low = {id(value) for node in (*small, *fused) for value in node.outputs if self._is_float(value)}
         for node in list(self.graph):
-            wanted = self.target if id(node) in chosen else FLOAT32
             for index, value in enumerate(node.inputs):
                 if value is None or not self._is_float(value):
                     continue
+                is_low = id(node) in chosen or (id(node) in mixed and index < QKV)
+                wanted = self.target if is_low else FLOAT32
                 have = self.target if id(value) in low else FLOAT32
                 if have != wanted:
                     node.replace_input_with(index, self._converted(value, wanted, node))
         for value in self.graph.outputs:
             assert id(value) not in low, "outputs are made by the sampling step or by the last product"
-        for node in small:
+        for node in (*small, *fused):
             for value in node.outputs:
                 if value.dtype == FLOAT32:
                     value.dtype = self.target

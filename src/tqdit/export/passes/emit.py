@@ -66,13 +66,16 @@ def quantize_dequantize(emit: Emitter, x: ir.Value, name: str, step: np.float32,
 
 def simulate(emit: Emitter, x: ir.Value, name: str, step: np.float32, bits: int) -> ir.Value:
     """The same values in float arithmetic, which no engine mistakes for integers."""
-    scale = emit.constant(f"{name}.scale", np.float32(step))
+    return emit.op("Mul", codes(emit, x, name, step, bits), emit.constant(f"{name}.scale", np.float32(step)))
+
+
+def codes(emit: Emitter, x: ir.Value, name: str, step: np.float32, bits: int) -> ir.Value:
+    """clip(round(x / s), -q, q - 1) in float arithmetic."""
     low, high = code_range(bits)
-    codes = emit.op("Round", emit.op("Div", x, scale))
-    clipped = emit.op(
-        "Clip", codes, emit.constant(f"{name}.low", np.float32(low)), emit.constant(f"{name}.high", np.float32(high))
+    rounded = emit.op("Round", emit.op("Div", x, emit.constant(f"{name}.scale", np.float32(step))))
+    return emit.op(
+        "Clip", rounded, emit.constant(f"{name}.low", np.float32(low)), emit.constant(f"{name}.high", np.float32(high))
     )
-    return emit.op("Mul", clipped, scale)
 
 
 def code_range(bits: int) -> tuple[int, int]:

@@ -17,11 +17,12 @@ from tqdit.export.passes.linear import quantize_linears
 from tqdit.export.passes.scopes import network_timestep
 from tqdit.models.dit import Scores, ValueProduct
 from tqdit.plugins import DOMAIN, VERSION
+from tqdit.plugins.multi_region_attention import schema as multi_region_attention
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 from tqdit.plugins.time_group_select import schema as time_group_select
 from tqdit.scale_table import ScaleTable
 
-SCHEMAS = (multi_region_softmax, time_group_select)
+SCHEMAS = (multi_region_attention, multi_region_softmax, time_group_select)
 
 
 def exported_sites(table: ScaleTable, form: AttentionForm) -> ScaleTable:
