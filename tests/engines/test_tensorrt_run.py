@@ -191,8 +191,8 @@ def test_a_failing_driver_is_one_line(engine, gpu):
 
 def test_memory_that_runs_out_is_one_line_and_leaks_nothing(engine, gpu):
     before = set(gpu.memory)
-    gpu.fails["cudaMallocHost"] = Status.cudaErrorMemoryAllocation
-    with pytest.raises(BackendError, match="cudaMallocHost failed: cudaErrorMemoryAllocation"):
+    gpu.fails["cudaMalloc"] = Status.cudaErrorMemoryAllocation
+    with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation"):
         engine(inputs(1))
     gpu.fails.clear()
     assert set(gpu.memory) == before
