@@ -206,6 +206,17 @@ def test_a_running_request_that_is_cancelled_frees_its_row_at_the_next_step(held
     np.testing.assert_array_equal(third.result(SOON), alone(batcher.card, 2))
 
 
+def test_a_request_that_is_cancelled_between_two_steps_takes_no_part_in_the_next(held):
+    batcher, engine = held
+    first = batcher.submit(0)
+    batcher.submit(1, on_progress=lambda _: first.cancel() and None)  # comes after the first in every step
+    assert engine.entered.acquire(timeout=SOON)
+    engine.allow(2)
+    assert first.cancelled()
+    both = next(steps for steps in engine.calls if len(steps) == 2)
+    assert len(engine.calls[engine.calls.index(both) + 1]) == 1
+
+
 def test_a_deadline_frees_a_running_row_and_drops_a_waiting_request(held):
     batcher, engine = held
     running = batcher.submit(0, deadline=0.05)
