@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from tqdit.engines.tensorrt import dlpack
 from tqdit.errors import BackendError, UsageError
 from tqdit.extras import need
 
@@ -210,13 +211,17 @@ class DeviceArray:
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.device  # kDLCUDA
+        return dlpack.CUDA, self.device
 
-    def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None
+    ) -> Any:
         """A DLPack capsule; `stream` None is the default stream, -1 asks for no ordering."""
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError("this array is only lent, and only where it lies.")
         if stream != -1:
             order_streams(self.stream, 1 if stream is None else int(stream))
-        return _view(self).__dlpack__(**options)
+        return dlpack.export(self.address, self.shape, self.dtype, self.__dlpack_device__(), self)
 
     def numpy(self) -> NDArray[Any]:
         """A copy on the host, after everything on its stream."""
@@ -249,14 +254,14 @@ def view_array(array: Any, name: str, stream: int) -> DeviceView:
         shape, strides = tuple(described["shape"]), described.get("strides")
         view = DeviceView(int(described["data"][0]), shape, np.dtype(described["typestr"]), array)
     elif hasattr(array, "__dlpack_device__"):
-        if int(array.__dlpack_device__()[0]) != 2:
+        if int(array.__dlpack_device__()[0]) != dlpack.CUDA:
             raise UsageError(f"'{name}' does not lie in GPU memory. Pass NumPy arrays by calling the engine.")
-        found = need("cuda.core.utils", "cuda", "reading DLPack").StridedMemoryView.from_dlpack(
-            array, stream_ptr=stream
-        )
-        shape, strides = tuple(found.shape), found.strides
-        view = DeviceView(int(found.ptr), shape, np.dtype(found.dtype), found)
-        strides = None if strides is None else tuple(size * view.dtype.itemsize for size in strides)
+        capsule = array.__dlpack__(stream=stream)
+        found = dlpack.borrow(capsule)
+        shape, strides = found.shape, found.strides
+        if strides is not None:
+            strides = tuple(size * found.dtype.itemsize for size in strides)
+        view = DeviceView(found.address, shape, found.dtype, (array, capsule))
     else:
         raise UsageError(
             f"'{name}' is {type(array).__name__}, expected an array with __cuda_array_interface__ or DLPack."
@@ -280,11 +285,6 @@ def stream_handle(stream: Any) -> int:
         return int(stream)
     except (TypeError, ValueError):
         raise UsageError(f"{type(stream).__name__} is not a CUDA stream. Pass its address as an int.") from None
-
-
-def _view(array: DeviceArray) -> Any:
-    views = need("cuda.core.utils", "cuda", "DLPack").StridedMemoryView
-    return views.from_cuda_array_interface(array, stream_ptr=-1)
 
 
 def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
