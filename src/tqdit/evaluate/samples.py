@@ -94,11 +94,18 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder. Pass an .npz, a folder of images or an engine.")
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if isinstance(content, np.ndarray):
-                raise ValueError("a single array")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:  # a bad zip leaves it open
             return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise FileFormatError(f"{path}: damaged, or not an .npz ({error}). Write it again.") from error
 
 

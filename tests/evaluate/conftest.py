@@ -1,0 +1,80 @@
+"""The demo model through the flow at five steps: a scale table, an int8 engine and a float one, made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import support
+from tqdit.cli import run
+from tqdit.demo.glyphs import draw
+from tqdit.engines import build_engine
+from tqdit.export import ExportConfig, write
+from tqdit.export.graph import finish_graph, trace_graph
+from tqdit.models import load_model
+from tqdit.scale_table import read_scale_table
+
+SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "2", "--candidates", "10"]
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with scales.safetensors, model.engine (W6A6) and float.engine."""
+    folder = tmp_path_factory.mktemp("flow")
+    table_file = folder / "scales.safetensors"
+    bits = ["--weight-bits", "6", "--activation-bits", "6"]
+    assert run("calibrate", ["demo", "-o", str(table_file), "--preset", "ho", "-q", *SMALL, *bits]) == 0
+    model, config = load_model("demo"), ExportConfig(steps=5)
+    trace = trace_graph(model, config)
+    for name, table in (("model", read_scale_table(table_file)), ("float", None)):
+        write(folder / f"{name}.onnx", *finish_graph(trace.clone(), model, config, table))
+        build_engine(folder / f"{name}.onnx", folder / f"{name}.engine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_of_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float engine of another model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write(folder / "tiny.onnx", *support.exported(steps=20, pixels=True))
+    build_engine(folder / "tiny.onnx", folder / "tiny.engine")
+    return folder / "tiny.engine"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 drawings of the demo data set."""
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    pixels, labels = draw(200, 1)
+    np.savez(path, arr_0=pixels, arr_1=labels)
+    return path
+
+
+@pytest.fixture(scope="session")
+def done(flow: Path, reference: Path) -> tuple[Path, dict]:
+    """One evaluation of the int8 engine with everything: float engine, seeds, layers, report."""
+    arguments = [
+        flow / "model.engine", "--against", flow / "float.engine", "--reference", reference, "-n", 64, "--layers",
+        "--diagnosed", "2", "--report", flow / "report.html", "-o", flow / "evaluation.json", "-q",
+    ]  # fmt: skip
+    assert run("evaluate", [str(argument) for argument in arguments]) == 0
+    return flow, json.loads((flow / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def done_report(done: tuple[Path, dict]) -> tuple[dict, str]:
+    """Its JSON and its page."""
+    return done[1], (done[0] / "report.html").read_text()

@@ -1,0 +1,226 @@
+"""`tqdit-evaluate` as a user meets it: an engine, files of images, references, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tqdit.cli import run
+from tqdit.demo.glyphs import draw
+from tqdit.evaluate.extractors import JudgeExtractor
+from tqdit.evaluate.statistics import frechet_distance, moments
+
+COUNT = 64
+
+
+def evaluate(folder: Path, *arguments: object) -> dict:
+    """Run it, and read what it wrote."""
+    output = folder / "evaluation.json"
+    assert run("evaluate", [*map(str, arguments), "-o", str(output), "-q"]) == 0
+    content: dict = json.loads(output.read_text())
+    return content
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a run that fails."""
+    capsys.readouterr()
+    assert run("evaluate", [*map(str, arguments), "-q"]) in (1, 2)
+    out, line = capsys.readouterr()
+    assert out == ""
+    assert line.count("\n") == 1
+    return line
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """64 other drawings, as tqdit-sample writes its samples."""
+    path = tmp_path / "samples.npz"
+    pixels, labels = draw(COUNT, 2)
+    np.savez(path, arr_0=pixels, arr_1=labels)
+    return path
+
+
+def test_every_number_comes_with_its_noise(done):
+    _, facts = done
+    assert set(facts["sets"]) == {"subject", "float", "float, seed 1"}
+    for found in facts["sets"].values():
+        assert set(found) == {"frechet_distance", "inception_score", "precision", "recall", "accuracy"}
+        for measure in found.values():
+            assert measure["low"] <= measure["value"] <= measure["high"]
+            assert measure["count"] in (COUNT, 200)
+    assert facts["not_computed"].keys() == {"spatial_frechet_distance"}
+    assert facts["seed_noise"]["seeds"] == 2
+    assert "Frechet distance" in facts["verdict"]
+
+
+def test_paired_errors_are_those_of_the_two_engines(done):
+    """Against chains that are sampled here: the same latents, the same error."""
+    from tqdit.engines import Sampler
+
+    flow, facts = done
+    labels = np.arange(COUNT) % 16
+    with Sampler.open(flow / "model.engine") as a, Sampler.open(flow / "float.engine") as b:
+        x, y = (sampler.sample_latents(labels).astype(np.float64) for sampler in (a, b))
+    errors = np.square(x - y).reshape(COUNT, -1).sum(1) / np.square(y).reshape(COUNT, -1).sum(1)
+    assert facts["paired"]["final_error"]["value"] == pytest.approx(errors.mean(), rel=1e-6)
+    assert facts["paired"]["final_error_median"]["value"] == pytest.approx(np.median(errors), rel=1e-6)
+    assert facts["steps"][0] == pytest.approx(errors.mean(), rel=1e-6)
+    assert len(facts["steps"]) == 5
+    assert [group["group"] for group in facts["groups"]] == [0, 1]
+
+
+def test_the_distance_is_that_of_the_library(done, reference):
+    """Sampled and measured again by hand."""
+    from tqdit.engines import Sampler
+
+    flow, facts = done
+    extractor = JudgeExtractor()
+    with Sampler.open(flow / "model.engine") as sampler:
+        pixels = sampler.sample(np.arange(COUNT) % 16)
+    with np.load(reference) as content:
+        target = moments(extractor(content["arr_0"]).pooled).gaussian
+    expected = frechet_distance(moments(extractor(pixels).pooled).gaussian, target)
+    assert facts["sets"]["subject"]["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_diagnosis_ranks_what_costs_most_and_the_calibration_takes_its_advice(done, tmp_path, capsys):
+    flow, facts = done
+    diagnosis = json.loads((flow / "diagnosis.json").read_text())
+    assert diagnosis == facts["diagnosis"]
+    gains = [site["gain"] for site in diagnosis["sites"]]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[0] > 0
+    values = [remedy["gain_per_cost"] for remedy in diagnosis["remedies"]]
+    assert values == sorted(values, reverse=True)
+    capsys.readouterr()
+    assert run("calibrate", ["--from-diagnosis", str(flow / "diagnosis.json"), "--print"]) == 0
+    printed = capsys.readouterr().out
+    assert "weight-bits          6" in printed
+    for entry in diagnosis["advice"]:
+        assert entry["layer"] in printed
+
+
+def test_samples_as_npz_and_as_a_folder_give_the_same_numbers(samples, reference, tmp_path):
+    one = evaluate(tmp_path, samples, "--reference", reference)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with np.load(samples) as content:
+        for index, image in enumerate(content["arr_0"]):
+            Image.fromarray(image).save(folder / f"{index:03}.png")
+        (folder / "samples.json").write_text(json.dumps({"classes": content["arr_1"].tolist()}))
+    other = evaluate(tmp_path, folder, "--reference", reference)
+    assert other["sets"] == one["sets"]
+    assert one["sets"]["samples"]["accuracy"]["value"] == 1
+
+
+def test_a_written_reference_gives_the_distance_of_the_samples_it_was_made_of(samples, reference, tmp_path):
+    stored = tmp_path / "stored.npz"
+    evaluate(tmp_path, reference, "--reference", reference, "--write-reference", stored)
+    direct = evaluate(tmp_path, samples, "--reference", reference)["sets"]["samples"]
+    through = evaluate(tmp_path, samples, "--reference", stored)
+    assert through["sets"]["samples"]["frechet_distance"] == pytest.approx(direct["frechet_distance"])
+    assert "holds statistics alone" in through["not_computed"]["precision"]
+
+
+def test_the_reference_itself_is_at_distance_zero(reference, tmp_path):
+    found = evaluate(tmp_path, reference, "--reference", reference)["sets"]["samples"]
+    assert found["frechet_distance"]["value"] == pytest.approx(0, abs=1e-6)
+    assert (found["precision"]["value"], found["recall"]["value"]) == (1, 1)
+
+
+def test_a_reference_of_another_extractor_is_refused(samples, tmp_path, capsys):
+    named, sized = tmp_path / "named.npz", tmp_path / "sized.npz"
+    np.savez(named, mu=np.zeros(128), sigma=np.eye(128), extractor=np.array("inception 0123456789ab"))
+    np.savez(sized, mu=np.zeros(2048), sigma=np.eye(2048))
+    line = refused(capsys, samples, "--reference", named)
+    assert "holds statistics of the extractor 'inception 0123456789ab', these samples are measured with 'judge" in line
+    line = refused(capsys, samples, "--reference", sized)
+    assert "holds statistics of 2048 features, the extractor 'judge' has 128" in line
+
+
+def test_too_few_samples_are_an_error_where_the_metric_was_asked_for_and_a_remark_where_not(
+    samples, reference, tmp_path, capsys
+):
+    line = refused(capsys, samples, "-n", 20, "--reference", reference, "--metrics", "frechet_distance")
+    assert "frechet_distance needs more than 49 samples" in line
+    assert "got 20" in line
+    facts = evaluate(tmp_path, samples, "-n", 20, "--reference", reference)
+    assert "needs more than 49 samples" in facts["not_computed"]["frechet_distance"]
+    assert "accuracy" in facts["sets"]["samples"]
+    assert "got 3" in refused(capsys, samples, "-n", 3, "--reference", reference, "--metrics", "recall")
+    assert "over 16 classes" in refused(capsys, samples, "-n", 3, "--metrics", "inception_score")
+    assert "holds 64 images, -n asks for 65" in refused(capsys, samples, "-n", 65)
+
+
+def test_mixed_image_sizes_are_refused_by_name(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, size in enumerate((16, 16, 20)):
+        Image.new("RGB", (size, size)).save(folder / f"{index}.png")
+    line = refused(capsys, folder)
+    assert "2.png: 20x20 pixels, the images before it have 16x16" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"PK nothing", "not a file of weights"),
+        ({"fc.weight": torch.zeros(2, 2)}, "torch-fidelity"),
+        ([1, 2], "holds a list, expected a state dict"),
+    ],
+)
+def test_missing_or_wrong_weights_are_refused(samples, tmp_path, capsys, content, message):
+    """The third is a state dict of another network; where torch-fidelity is absent, its absence is the message."""
+    weights = tmp_path / "inception.pth"
+    if isinstance(content, bytes):
+        weights.write_bytes(content)
+    elif content is not None:
+        torch.save(content, weights)
+    assert message in refused(capsys, samples, "--inception-weights", weights)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return print, ("this file runs code",)
+
+
+def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
+    weights = tmp_path / "inception.pth"
+    torch.save({"a": Dangerous()}, weights)
+    assert "not a file of weights" in refused(capsys, samples, "--inception-weights", weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.npz"], "missing.npz: no such engine"),
+        (["{samples}", "--layers"], "--layers needs an engine"),
+        (["{samples}", "--against", "x"], "--against needs an engine"),
+        (["-n", "0"], "-n is 0"),
+        (["--alone", "--against", "x"], "exclude each other"),
+        (["{latents}"], "holds latents, expected images"),
+        (["{damaged}"], "damaged, or not an .npz"),
+        (["{samples}", "--reference", "{latents}"], "expected samples (arr_0) or statistics"),
+        (["{samples}", "--reference", "{half}"], "holds mu without its partner"),
+        (["{large}"], "32x32 images need an extractor"),
+        (["{large}", "--metrics", "recall"], "need Inception"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(samples, tmp_path, capsys, arguments, message):
+    files = {name: tmp_path / f"{name}.npz" for name in ("latents", "damaged", "half", "large")} | {"samples": samples}
+    np.savez(files["latents"], latents=np.zeros((2, 4, 8, 8)))
+    np.savez(files["half"], mu=np.zeros(128))
+    np.savez(files["large"], arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+    files["damaged"].write_bytes(b"PK\x03\x04 no")
+    assert message in refused(capsys, *(argument.format(**files) for argument in arguments))
+
+
+def test_engines_that_are_no_pair_are_refused(flow, bundle_of_tiny, capsys):
+    line = refused(capsys, flow / "model.engine", "--against", bundle_of_tiny)
+    assert "the two engines differ in their model (fingerprint)" in line

@@ -1,0 +1,161 @@
+"""What layers add, what leaving one out gives, and what remedies do, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from support import tiny_model
+from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
+from tqdit.calibrate.advice import read_advice
+from tqdit.calibrate.layers import plan
+from tqdit.cli import run
+from tqdit.console import Console
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.evaluate.layers import Patient, WorkCosts, changes_for, diagnose, layer_errors, leave_one_out
+
+SMALL = {"steps": 12, "groups": 3, "rows_per_group": 8, "chains": 2, "candidates": 20}
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+    model, work = tiny_model(), tmp_path_factory.mktemp("work")
+    config = replace(PRESETS["tq-dit"], weight_bits=4, activation_bits=6, **SMALL)
+    return Patient(model, calibrate(model, config, work).table, work, QUIET)
+
+
+def test_the_error_is_that_of_the_predicted_noise_weighted_by_the_step(patient):
+    from tqdit.diffusion import step_coefficients
+
+    rows, spec = patient.rows, patient.calibration.spec
+    with torch.no_grad():
+        a, b = (
+            network(rows.x, rows.timestep, rows.label)[:, :4].double()
+            for network in (patient.model.network, apply(patient.model, patient.table).network)
+        )
+    weight = step_coefficients(spec.schedule, spec.sampler).from_eps[rows.step.numpy()] ** 2
+    error, energy = ((x**2).flatten(1).sum(1).numpy() @ weight for x in (b - a, a))
+    assert patient.base.mean() == pytest.approx(error / energy, rel=1e-9)
+
+
+def test_every_tensor_is_left_out_once_and_the_network_is_as_it_was(patient):
+    before = patient.errors(patient.quantized)
+    findings = leave_one_out(patient, lambda: None)
+    assert {(f.layer, f.role) for f in findings} == {(site.module, site.role) for site in patient.table.sites}
+    np.testing.assert_array_equal(patient.errors(patient.quantized), before)
+    np.testing.assert_array_equal(before, patient.base)
+    assert all(finding.low <= finding.gain <= finding.high for finding in findings)
+    assert max(finding.gain for finding in findings) > 0.05  # 4-bit weights
+    assert all(finding.gain != 0 for finding in findings)  # each tensor has some effect
+
+
+def test_leaving_a_tensor_out_is_the_table_without_its_site(patient):
+    """For a linear layer the same network can be made from a shorter table."""
+    findings = {(f.layer, f.role): f.gain for f in leave_one_out(patient, lambda: None)}
+    for layer, role in (
+        ("blocks.0.mlp.fc1", "input"),
+        ("blocks.1.attn.proj", "weight"),
+        ("final_layer.linear", "input"),
+    ):
+        kept = tuple(s for s in patient.table.sites if (s.module, s.role) != (layer, role))
+        errors = {name: error for name, error in patient.table.errors.items() if name in {s.module for s in kept}}
+        shorter = replace(patient.table, sites=kept, errors=errors)
+        error = patient.errors(apply(patient.model, shorter).network)
+        assert findings[layer, role] == pytest.approx(1 - error.sum() / patient.base.sum(), abs=1e-6)
+
+
+def test_a_layers_error_is_that_of_its_own_quantization(patient):
+    """The 4-bit weights of a block lose more than the 8-bit ones of the conditioning; groups are those of the rows."""
+    errors = layer_errors(patient)
+    assert set(errors) == set(patient.table.by_module)
+    assert all(len(values) == 3 and min(values) > 0 for values in errors.values())
+    assert min(errors["blocks.0.attn.qkv"]) > 10 * max(errors["t_embedder.mlp.0"])
+
+
+def test_the_diagnosis_is_one_that_a_calibration_can_take(patient, tmp_path: Path):
+    found = diagnose(patient, 3, QUIET)
+    assert [r["gain_per_cost"] for r in found["remedies"]] == sorted(
+        (r["gain_per_cost"] for r in found["remedies"]), reverse=True
+    )
+    bits = [r for r in found["remedies"] if "weight_bits" in r["change"]]
+    assert bits
+    assert max(r["gain"] for r in bits) > 0.05  # 6 bits for 4
+    (tmp_path / "diagnosis.json").write_text(json.dumps(found))
+    advice = read_advice(tmp_path / "diagnosis.json")
+    assert advice.fingerprint == patient.model.fingerprint
+    table = calibrate(patient.model, advice.config, tmp_path / "work").table
+    for entry in found["advice"]:
+        if "weight_bits" in entry["change"]:
+            assert table.by_module[entry["layer"]]["weight"].quantizer.bits == 6
+    mended = Patient(patient.model, table, tmp_path / "work", QUIET)
+    assert mended.base.mean() < 0.9 * patient.base.mean()
+
+
+def test_a_change_is_offered_only_where_there_is_something_to_change(patient):
+    by_module = patient.table.by_module
+    assert {"time_groups": "all"} in changes_for(by_module["blocks.0.attn.qkv"])
+    assert {"softmax": "two-region"} not in changes_for(by_module["blocks.0.attn.value_product"])  # it has them
+    assert {"final": "weights"} in changes_for(by_module["final_layer.linear"])
+    assert changes_for(by_module["t_embedder.mlp.0"]) == []  # 8-bit weights alone
+
+
+def test_costs_are_bit_operations(patient):
+    costs = WorkCosts(patient)
+    sites = patient.table.by_module["blocks.0.attn.qkv"]
+    products = 16 * 16 * 48  # tokens, width, three times width
+    assert costs.of("blocks.0.attn.qkv", sites) == products * 4 * 6
+    assert costs.of("blocks.0.mlp.fc2", patient.table.by_module["blocks.0.mlp.fc2"]) == 2 * 16 * 64 * 16 * 4 * 6
+    assert costs.extra("blocks.0.attn.qkv", list(sites.values())) == 0
+
+
+def test_overrides_change_the_layer_that_they_name_and_no_other():
+    config = QuantizationConfig(
+        overrides="blocks.0.mlp.fc1:weight-bits=4,inputs=asymmetric;final_layer.linear:final=weights"
+    )
+    plans = {entry.name: entry.operands for entry in plan(tiny_model().network, config)}
+    assert plans["blocks.0.mlp.fc1"]["weight"].bits == 4
+    assert plans["blocks.0.mlp.fc1"]["input"].scheme == "asymmetric"
+    assert plans["blocks.1.mlp.fc1"]["weight"].bits == 8
+    assert set(plans["final_layer.linear"]) == {"weight"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blocks.0.mlp.fc1", "expected LAYER:KNOB=VALUE"),
+        ("blocks.0.mlp.fc1:rounds=2", "expected LAYER:KNOB=VALUE"),
+        ("blocks.0.mlp.fc1:weight_bits=x", "expected LAYER:KNOB=VALUE"),
+        ("blocks.0.mlp.fc1:weight_bits=9", "--weight-bits is 9"),
+        ("blocks.0.mlp.fc1:inputs=odd", "--inputs is 'odd'"),
+    ],
+)
+def test_overrides_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        QuantizationConfig(overrides=text)
+
+
+def test_an_override_of_an_unknown_layer_is_refused():
+    with pytest.raises(UsageError, match=r"names 'blocks\.9\.mlp\.fc1', which is no layer of this model"):
+        plan(tiny_model().network, QuantizationConfig(overrides="blocks.9.mlp.fc1:weight_bits=8"))
+
+
+def test_a_file_that_is_no_diagnosis_is_refused(tmp_path, capsys):
+    path = tmp_path / "diagnosis.json"
+    path.write_text('{"advice": []}')
+    with pytest.raises(FileFormatError, match="not a diagnosis that this tqdit reads"):
+        read_advice(path)
+    assert run("calibrate", ["--from-diagnosis", str(tmp_path / "none.json"), "--print"]) == 2
+    assert "no such file. Write it with tqdit-evaluate --layers." in capsys.readouterr().err
+
+
+def test_a_diagnosis_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "diagnosis.json"
+    path.write_text(json.dumps({"settings": {}, "fingerprint": "a" * 64, "advice": []}))
+    with pytest.raises(UsageError, match="diagnoses another model"):
+        read_advice(path).check_model("b" * 64, "demo")
