@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdit.console import Console
 from tqdit.engines.backends import BACKENDS, choose_backend
 from tqdit.engines.build import build_engine
 from tqdit.engines.bundle import check_overwrite
-from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig
+from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
 from tqdit.extras import need
 from tqdit.files import check_writable
 
@@ -56,12 +58,32 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         backend, why = choose_backend()
         console.say(f"backend {backend}: {why}")
     console.say(f"compiling {args.model} for {backend}")
-    manifest = build_engine(args.model, output, backend, _config(args))
+    with _progress_bar(console) as progress:
+        manifest = build_engine(args.model, output, backend, _config(args), progress)
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     if manifest.audit is not None:
         console.say(manifest.audit.line)
     return output
+
+
+@contextmanager
+def _progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar for the phase that the compiler is in; it goes when the build ends."""
+    if console.quiet:
+        yield silent
+        return
+    with console.bar(1, "compiling", "steps") as bar:
+        bar.leave = False
+
+        def show(what: str, done: int, total: int) -> None:
+            if bar.desc != what:
+                bar.set_description_str(what, refresh=False)
+                bar.reset(total=max(total, 1))
+            bar.n = done
+            bar.refresh()
+
+        yield show
 
 
 def _config(args: argparse.Namespace) -> BuildConfig:
