@@ -27,13 +27,15 @@ def settings(float_type: str, threads: int | None) -> dict[str, Any]:
     """Properties of every compilation, when auditing and when running.
 
     Left alone, OpenVINO computes in bfloat16 where the CPU has it, and rounds the inputs of products with int8 weights
-    alone (dynamic quantization), which nobody asked for.
+    alone (dynamic quantization), which nobody asked for. It also ties its threads, and the caller's, to the first
+    cores, so that two processes with one thread each would share one core.
     """
     chosen: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": HINTS[float_type],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
     }
     if threads is not None:
         chosen["INFERENCE_NUM_THREADS"] = threads
