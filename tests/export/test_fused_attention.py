@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import support
+from kernel_device import run_attention
 from tables import Kind, make_table
 from tqdit.calibrate import apply
 from tqdit.export import ExportConfig, cli, write
@@ -109,6 +110,23 @@ def test_q_k_and_v_enter_as_integer_codes(tmp_path):
     attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     assert attributes["scale"] == pytest.approx(steps[0] * steps[1] / 8**0.5, rel=1e-6)
     assert attributes["bits"] == 8
+
+
+def test_the_kernel_computes_the_node(tmp_path):
+    """The Triton kernel on what reaches the node in the exported graph, against what the body makes of it."""
+    path = fused_file(tmp_path, make_table(support.tiny_model(), Kind(groups=10, everywhere=True)))
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if node.op_type == "MultiRegionAttention")
+    for value in (*node.input, *node.output):
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+    _, q, k, v, low_step, body = ort.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    ).run(None, denoiser_inputs())
+    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    sizes = (attributes["bits"], attributes["high_step"], attributes["scale"])
+    kernel = run_attention(q, k, v, low_step, *sizes)
+    moved = (np.abs(kernel - body) > 1e-5 * np.abs(body).max()).any(axis=-1)
+    assert moved.mean() <= 0.01  # rows of queries with a flipped code
 
 
 def test_a_softmax_on_one_region_stays_simulated(tmp_path):

@@ -163,7 +163,11 @@ def codes(rng, shape, bits=8):
     return np.clip(rng.normal(0, q / 3, shape).round(), -q, q - 1).astype(np.float32)
 
 
-TILES = {"in one tile": Blocks(16, 256, 4, 1), "computed twice": Blocks(32, 16, 4, 2), "wide": Blocks(64, 32, 4, 2)}
+TILES = {
+    "in one tile": Blocks(16, 128, 4, 1),
+    "in two tiles": Blocks(64, 64, 4, 1),
+    "computed twice": Blocks(32, 16, 4, 2),
+}
 
 
 @settings(max_examples=30, deadline=None)
@@ -214,17 +218,18 @@ def test_ties_of_attention_round_to_even(code, blocks, floats):
     np.testing.assert_allclose(out, np.round(code) * low[0], rtol=PRECISION[floats])
 
 
+@pytest.mark.parametrize("key", [7, 79])
 @pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
-def test_attention_to_one_key(blocks):
+def test_attention_to_one_key(blocks, key):
     """Scores so far apart that one key takes all: its value comes out, and a NaN in q stays in its own row."""
     rng = np.random.default_rng(0)
-    q, v = np.ones((1, 1, 40, 16), np.float32), codes(rng, (1, 1, 40, 16))
-    k = np.zeros((1, 1, 40, 16), np.float32)
-    k[:, :, 7] = 100
+    q, v = np.ones((1, 1, 40, 16), np.float32), codes(rng, (1, 1, 80, 16))
+    k = np.zeros((1, 1, 80, 16), np.float32)
+    k[:, :, key] = 100
     q[0, 0, 3, 0] = np.nan
     out = run_attention(q, k, v, np.array([1 / 127], np.float32), 8, 1 / 127, 1.0, "fp16", blocks)
     assert np.isnan(out[0, 0, 3]).all()
-    np.testing.assert_array_equal(np.delete(out, 3, axis=2), np.broadcast_to(v[:, :, 7:8], (1, 1, 39, 16)))
+    np.testing.assert_array_equal(np.delete(out, 3, axis=2), np.broadcast_to(v[:, :, [key]], (1, 1, 39, 16)))
 
 
 def test_the_float32_attention_equals_its_reference():

@@ -19,9 +19,9 @@ def multi_region_softmax_kernel(
     offset = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
     x = tl.load(scores + offset, mask=inside, other=float("-inf")).to(tl.float32)
     s1 = tl.load(low_step + (row // rows_per_image) % low_steps, mask=row < rows, other=1.0)[:, None]
-    # True divisions, in the reference's order, so that what is a rounding tie there is one here.
     exponent = tl.exp(x - tl.max(x, 1)[:, None])
-    p = tl.math.div_rn(exponent, tl.sum(exponent, 1)[:, None])
+    p = exponent * tl.math.div_rn(1.0, tl.sum(exponent, 1))[:, None]
+    # The reference's own divisions, so that what is a tie there is one here: 0.5 / float32(1/7) is below 3.5.
     low_code = round_half_even(tl.math.div_rn(p, s1))
     high_code = round_half_even(tl.math.div_rn(p, tl.full(p.shape, HIGH_STEP, tl.float32)))
     quantized = two_regions(low_code, high_code, s1, TOP, HIGH_STEP)
