@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,30 @@ from tqdit.card import GraphCard
 from tqdit.engines.audit import Audit, audit
 from tqdit.engines.backends import Fitness
 from tqdit.engines.bundle import Manifest, describe_parts
-from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
+from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.onnxruntime.library import load_library, session_options
-from tqdit.errors import BackendError
+from tqdit.engines.onnxruntime.providers import (
+    FLOAT_TYPES,
+    NOT_AUDITED,
+    PROVIDERS,
+    check_got,
+    check_offered,
+    settings_of,
+)
+from tqdit.errors import BackendError, UsageError
 from tqdit.files import temporary_folder
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
 EXTERNAL_DATA_BYTES = 1_000_000_000
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"provider", "batch"})  # batch: of the TensorRT provider's profiles
 # Operators of ONNX Runtime that multiply integers, and those that multiply floats.
 INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}
+CAUSES = {
+    "cpu": "its optimiser does not fuse this form; run tqdit-inspect --lint on the file",
+    "cuda": "its CUDA provider has no int8 products; take --backend tensorrt, or --precision fp16 here",
+    "tensorrt": NOT_AUDITED,
+}
 FIRST_AXIS = "tqdit.first_axis"
 FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"}
 
@@ -39,20 +53,32 @@ def fitness() -> Fitness:
 
 
 def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
-    """On CPUs it only emulates the others, with casts around float32."""
-    return ("fp32",)
+    return FLOAT_TYPES[config.provider or "cpu"]
 
 
 def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
     """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
     ort = load_library()
+    provider = config.provider or "cpu"
+    if config.batch is not None and provider != "tensorrt":
+        raise UsageError(f"--batch has no meaning for --provider {provider}, which takes any number of images.")
+    check_offered(ort, provider)
+    providers = settings_of(provider, folder, card, config.batch)
     with _float_weights_kept_apart(source, card, folder) as prepared:
-        _optimise(prepared, folder / GRAPH_FILE)
+        if provider == "tensorrt":
+            _compile_by_tensorrt(prepared, folder / GRAPH_FILE, providers)
+        else:
+            _optimise(prepared, folder / GRAPH_FILE, providers, provider)
     if card.vae is not None:
-        _optimise(source.parent / card.vae.file, folder / DECODER_FILE)
+        decoder = provider if provider == "cpu" else "cuda"
+        _optimise(
+            source.parent / card.vae.file, folder / DECODER_FILE, settings_of(decoder, folder, card, None), decoder
+        )
     report = audit_graph(folder / GRAPH_FILE, card)
+    if report is not None and provider == "tensorrt":
+        report = replace(report, integer=0, fallen_back=promised(card))
     if report is not None and not config.allow_fallback:
-        report.check("onnxruntime", "its optimiser does not fuse this form; run tqdit-inspect --lint on the file")
+        report.check("onnxruntime", CAUSES[provider])
     return Manifest(
         backend="onnxruntime",
         precision=config.precision or "fp32",
@@ -60,10 +86,17 @@ def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, prog
         entry=GRAPH_FILE,
         decoder=DECODER_FILE if card.vae is not None else None,
         versions={"tqdit": __version__, "onnxruntime": ort.__version__},
-        target={"provider": "CPUExecutionProvider", "machine": platform.machine()},
+        target={"provider": PROVIDERS[provider], "machine": platform.machine()},
         audit=report,
         files=describe_parts(folder),
+        batch=(config.batch or BatchRange()) if provider == "tensorrt" else None,
     )
+
+
+def promised(card: GraphCard) -> tuple[str, ...]:
+    """The products that should be integer."""
+    forms = {} if card.quantization is None else card.quantization.products
+    return tuple(module for module, form in forms.items() if form == "integer")
 
 
 def audit_graph(file: Path, card: GraphCard) -> Audit | None:
@@ -125,7 +158,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _optimise(source: Path, target: Path) -> None:
+def _optimise(source: Path, target: Path, providers: list[Any], provider: str) -> None:
     """Fuse what does not depend on this machine's CPU; layout changes that do are left to the moment of loading."""
     from tqdit.onnx_file import bytes_on_disk
 
@@ -135,11 +168,29 @@ def _optimise(source: Path, target: Path) -> None:
     options.optimized_model_filepath = str(target)
     if bytes_on_disk(source) > EXTERNAL_DATA_BYTES:
         _keep_weights_beside(options, target)
+    _open(source, options, settings | {"providers": providers}, provider)
+
+
+def _compile_by_tensorrt(source: Path, target: Path, providers: list[Any]) -> None:
+    """Keep the graph as it is and let the provider fill its engine cache beside it: it wants Q/DQ, not fused nodes."""
+    import onnx
+
+    options, settings = session_options(load_library())
+    model = onnx.load(source)
+    beside = source.stat().st_size + sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    data = f"{target.name}.data" if beside > EXTERNAL_DATA_BYTES else None
+    onnx.save(model, target, save_as_external_data=data is not None, location=data)
+    _open(target, options, settings | {"providers": providers}, "tensorrt")
+
+
+def _open(source: Path, options: Any, settings: dict[str, Any], provider: str) -> None:
+    ort = load_library()
     try:
-        ort.InferenceSession(source, options, **settings)
+        session = ort.InferenceSession(source, options, **settings)
     except Exception as error:  # ONNX Runtime raises a class of its own for each status code
         reason = str(error).strip().splitlines()[0]
         raise BackendError(f"{source}: ONNX Runtime {ort.__version__} cannot compile it ({reason}).") from error
+    check_got(session, provider)
 
 
 def _keep_weights_beside(options: Any, target: Path) -> None:

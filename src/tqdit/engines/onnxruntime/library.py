@@ -25,7 +25,7 @@ def load_library() -> ModuleType:
 
 
 def session_options(ort: ModuleType) -> tuple[Any, dict[str, Any]]:
-    """(options, further arguments) of every session, when building and when running.
+    """(options, further arguments) of every session, when building and when running; the caller adds the providers.
 
     MatMulAddFusion turns a quantized MatMul + Add into a form that static Q/DQ graphs of 1.31 fail to load or compute
     wrongly. Products with int8 weights alone become MatMulNBits, whose default (accuracy level 4) would also round
@@ -34,7 +34,7 @@ def session_options(ort: ModuleType) -> tuple[Any, dict[str, Any]]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return options, {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["MatMulAddFusion"]}
+    return options, {"disabled_optimizers": ["MatMulAddFusion"]}
 
 
 def _installed(distribution: str) -> bool:

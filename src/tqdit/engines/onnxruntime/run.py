@@ -12,34 +12,58 @@ from numpy.typing import NDArray
 
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.onnxruntime.library import load_library, session_options
-from tqdit.errors import BackendError
+from tqdit.engines.onnxruntime.providers import CPU, NAMES, check_got, check_offered, settings_of
+from tqdit.errors import BackendError, UsageError
 
 
 class OrtEngine:
-    """One session. `threads` None leaves the choice to ONNX Runtime (one per physical core)."""
+    """One session. `threads` None leaves the choice to ONNX Runtime (one per physical core).
 
-    def __init__(self, file: Path, threads: int | None) -> None:
+    Inputs are read where they lie, and the result is written where the caller will read it: nothing is copied.
+    """
+
+    def __init__(
+        self, file: Path, threads: int | None, providers: list[Any] | None = None, provider: str = "cpu"
+    ) -> None:
         ort = load_library()
+        check_offered(ort, provider)
         options, settings = session_options(ort)
         # All that is to become integer was fused when it was built. With this off, constants are folded through the
         # dequantization that is left: weights that are quantized alone become float32 here, once.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if provider != "tensorrt":  # which fuses by itself
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session: Any = ort.InferenceSession(file, options, **settings)
+            self._session: Any = ort.InferenceSession(file, options, providers=providers or [CPU], **settings)
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             reason = str(error).strip().splitlines()[0]
             raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot load it ({reason}).") from error
-        self._inputs = {value.name for value in self._session.get_inputs()}
-        self._output = self._session.get_outputs()[0].name
+        check_got(self._session, provider)
+        self._file = file
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        output = self._session.get_outputs()[0]
+        self._output, self._shape = output.name, output.shape
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        fed = {name: value for name, value in inputs.items() if name in self._inputs}
-        result: NDArray[np.float32] = self._session.run([self._output], fed)[0]
-        return result
+        session = self._session
+        if session is None:
+            raise UsageError("this engine is closed. Open it again.")
+        binding = session.io_binding()
+        fed = [np.ascontiguousarray(inputs[name]) for name in self._inputs]
+        for name, value in zip(self._inputs, fed, strict=True):
+            binding.bind_cpu_input(name, value)
+        out = np.empty((len(fed[0]), *self._shape[1:]), np.float32)
+        binding.bind_output(self._output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({reason}).") from error
+        return out
 
     def close(self) -> None:
+        """Calls under way end as usual; the memory goes with the last of them."""
         self._session = None
 
 
@@ -57,7 +81,14 @@ def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> Or
             f"{folder}: built by ONNX Runtime {built_by}, installed is {ort.__version__}. Build the engine again, or "
             f"run: pip install 'onnxruntime>={built_by}'"
         )
-    return OrtEngine(folder / file, threads)
+    provider = NAMES.get(manifest.target.get("provider", CPU))
+    if provider is None:
+        raise BackendError(
+            f"{folder}: built for {manifest.target['provider']}, which this tqdit lacks. Build it again."
+        )
+    if file != manifest.entry and provider == "tensorrt":
+        provider = "cuda"  # the decoder
+    return OrtEngine(folder / file, threads, settings_of(provider, folder, manifest.card, manifest.batch), provider)
 
 
 def _version(text: str) -> tuple[int, ...]:

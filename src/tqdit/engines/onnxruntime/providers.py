@@ -1,0 +1,73 @@
+"""ONNX Runtime's execution providers: which ones TQDiT drives, their settings, and the check that they really run.
+
+ONNX Runtime falls back to the CPU without an error when a provider's libraries or its GPU are missing
+(https://onnxruntime.ai/docs/execution-providers/): what a session got is compared with what was asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdit.card import GraphCard
+from tqdit.engines.config import BatchRange, FloatType
+from tqdit.errors import BackendError
+
+CPU = "CPUExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+NAMES = {provider: name for name, provider in PROVIDERS.items()}
+# On CPUs it only emulates the others, with casts around float32.
+FLOAT_TYPES: dict[str, tuple[FloatType, ...]] = {
+    "cpu": ("fp32",), "cuda": ("fp16", "bf16", "fp32"), "tensorrt": ("fp16", "fp32"),
+}  # fmt: skip
+NOT_AUDITED = (
+    "ONNX Runtime's TensorRT provider hides the compiled layers, so that nothing proves them integer; "
+    "--backend tensorrt builds an audited engine from the same file"
+)
+ENGINE_CACHE = "trt"  # prefix of the files in which the TensorRT provider keeps its engine
+
+
+def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange | None) -> list[Any]:
+    """The argument `providers` of a session."""
+    if provider == "tensorrt":
+        options: dict[str, Any] = {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(folder),
+            "trt_engine_cache_prefix": ENGINE_CACHE,
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(folder),
+        }
+        batch = batch or BatchRange()
+        for name, count in (("min", batch.least), ("opt", batch.best), ("max", batch.most)):
+            options[f"trt_profile_{name}_shapes"] = ",".join(_shapes(card, count))
+        return [(PROVIDERS["tensorrt"], options), PROVIDERS["cuda"], CPU]
+    return [CPU] if provider == "cpu" else [PROVIDERS[provider], CPU]
+
+
+def _shapes(card: GraphCard, count: int) -> list[str]:
+    """Shapes of a step or denoiser graph's inputs, as the TensorRT provider spells them."""
+    image = "x".join(map(str, (count, *card.image_shape)))
+    if card.graph == "denoiser":
+        return [f"x:{image}", f"timestep:{count}", f"class_labels:{count}"]
+    guidance = [f"guidance_scale:{count}"] if card.guided else []
+    return [f"x:{image}", f"step:{count}", f"class_labels:{count}", *guidance, f"noise:{image}"]
+
+
+def check_offered(ort: ModuleType, provider: str) -> None:
+    """Refuse a provider that this build of ONNX Runtime does not have."""
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise BackendError(
+            f"--provider {provider}: ONNX Runtime {ort.__version__} here has no {PROVIDERS[provider]}. Run: "
+            "pip uninstall -y onnxruntime, then pip install 'tqdit[onnxruntime-gpu]'"
+        )
+
+
+def check_got(session: Any, provider: str) -> None:
+    """Refuse the silent fallback to another provider."""
+    found = session.get_providers()
+    if PROVIDERS[provider] not in found:
+        raise BackendError(
+            f"asked ONNX Runtime for {PROVIDERS[provider]}, got {', '.join(found)}: a GPU, its driver or the "
+            "provider's libraries are missing. Install them, or build with --provider cpu."
+        )
