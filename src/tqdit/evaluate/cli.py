@@ -420,7 +420,7 @@ def _facts(args: argparse.Namespace, tools: _Tools | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,
         "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
-        "machine": {"processor": _processor(), "platform": platform.platform(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
         "settings": {
             "seed": args.seed, "float_seeds": args.float_seeds, "batch": args.batch, "threads": args.threads,
             "guidance_scale": args.guidance_scale,
@@ -438,7 +438,7 @@ def _facts(args: argparse.Namespace, tools: _Tools | None) -> dict[str, Any]:
     return facts
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name that the system gives it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

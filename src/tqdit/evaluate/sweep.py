@@ -1,0 +1,417 @@
+"""The paper's Table III and a sweep over bits and groups of timesteps, on the demo model.
+
+    scripts/ablation                         every row that is not there yet, then tables and plots into docs/results
+    scripts/ablation --only III --images 64  a part of it, smaller
+    scripts/ablation --list                  what there is to do
+
+Each row is one calibration (preset, bits, groups, seed), sampled as the fake-quantized model on the noise of its seed,
+and one file in --rows: a run that is stopped goes on where it was. Adjacent rows of Table III differ in one ingredient.
+Sweeps over groups keep the number of calibration rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
+from tqdit.calibrate.rows import Chains as CalibrationChains
+from tqdit.calibrate.rows import pick, sampling_of
+from tqdit.calibrate.work import digest, versions
+from tqdit.console import Console
+from tqdit.demo.glyphs import draw
+from tqdit.errors import TqditError, UsageError
+from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
+from tqdit.evaluate.chains import Chains, Request, card_of, run, torch_sampler
+from tqdit.evaluate.cli import DATA_COUNT, DATA_SEED
+from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
+from tqdit.evaluate.extractors import JudgeExtractor
+from tqdit.evaluate.paired import relative_errors
+from tqdit.evaluate.samples import Images, Reference
+from tqdit.extras import need
+from tqdit.files import whole_file
+from tqdit.models import LoadedModel, load_model
+
+NOISE = 1000  # seed s samples with noise NOISE + s
+HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise
+TOTAL_ROWS = 320  # of a calibration, whatever its groups
+METRICS = ("frechet_distance", "accuracy", "inception_score")
+PAPER = {"float": 4.62, "mse": 28.86, "ho": 22.47, "ho+mrq": 9.31, "tq-dit": 8.58}  # FID, Table III, ImageNet 256
+LABELS = {
+    "float": "float",
+    "mse": "uniform, MSE search",
+    "ho": "+ HO",
+    "ho+mrq": "+ HO + MRQ",
+    "tq-dit": "+ HO + MRQ + TGQ",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration without its seed; the same one can stand in several tables."""
+
+    preset: str  # or 'float'
+    weight_bits: int = 6
+    activation_bits: int = 6
+    groups: int = 10
+
+    @property
+    def bits(self) -> str:
+        return "float" if self.preset == "float" else f"W{self.weight_bits}A{self.activation_bits}"
+
+    @property
+    def name(self) -> str:
+        return "float" if self.preset == "float" else f"{self.preset}-{self.bits}-g{self.groups}".replace("+", "-")
+
+    def config(self, steps: int, seed: int) -> QuantizationConfig:
+        return replace(
+            PRESETS[self.preset], weight_bits=self.weight_bits, activation_bits=self.activation_bits, steps=steps,
+            groups=self.groups, rows_per_group=TOTAL_ROWS // self.groups, seed=seed,
+        )  # fmt: skip
+
+
+TABLES: dict[str, tuple[Job, ...]] = {
+    "III": (Job("float"), Job("mse"), Job("ho"), Job("ho+mrq"), Job("tq-dit")),
+    "bits": tuple(Job("tq-dit", *bits) for bits in ((8, 8), (6, 6), (4, 8), (4, 4))),
+    "groups": tuple(Job("tq-dit", groups=groups) for groups in (1, 2, 5, 10, 20)),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What every row is judged by."""
+
+    steps: int = 50
+    images: int = 192
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one job gave under one seed."""
+
+    job: Job
+    seed: int
+    measures: dict[str, Measure]
+    cpu_seconds: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "measures": {name: measure.to_json() for name, measure in self.measures.items()}}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Row:
+        measures = {name: Measure(**entry) for name, entry in values["measures"].items()}
+        return cls(Job(**values["job"]), values["seed"], measures, values["cpu_seconds"], values["seconds"])
+
+
+class Store:
+    """Rows on disk, one file each, named by all that they depend on."""
+
+    def __init__(self, folder: Path, size: Size, fingerprint: str, kinds: dict[str, str]) -> None:
+        self.folder, self._facts = folder, [asdict(size), fingerprint, kinds]
+
+    def path(self, job: Job, seed: int) -> Path:
+        settings = None if job.preset == "float" else job.config(1, seed).to_json()
+        return self.folder / f"{job.name}-s{seed}-{digest([*self._facts, settings])}.json"
+
+    def load(self, job: Job, seed: int) -> Row | None:
+        """None where the row is not there, or is not whole."""
+        try:
+            return Row.from_json(json.loads(self.path(job, seed).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, row: Row) -> None:
+        with whole_file(self.path(row.job, row.seed)) as temporary:
+            temporary.write_text(json.dumps(row.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+class Bench:
+    """The float model, the data, and how a row is measured."""
+
+    def __init__(self, model: LoadedModel, size: Size, work: Path, console: Console) -> None:
+        self.model, self.size, self.work, self.console = model, size, work, console
+        self.card = card_of(model, size.steps)
+        self.labels = np.arange(size.images, dtype=np.int64) % model.num_classes
+        need("matplotlib", "demo", "drawing the demo model's data")
+        source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
+        extractor = JudgeExtractor()
+        self.target: Target = describe_reference(
+            Reference(source, Images(*draw(DATA_COUNT, DATA_SEED), source)), extractor
+        )
+        self._metrics = Metrics(extractor, self.target, Wish(METRICS, required=True))
+        self._float: dict[int, Chains] = {}
+
+    def chains(self, model: LoadedModel, seed: int, what: str) -> Chains:
+        sampler = torch_sampler(model, self.card, self.size.batch)
+        request = Request(self.labels, None, NOISE + seed)
+        with self.console.bar(sampler.steps_for(self.size.images), what, "steps") as bar:
+            return run(sampler, request, bar.update)
+
+    def float_chains(self, seed: int) -> Chains:
+        """Those of the float model, kept in memory for the rows that follow."""
+        if seed not in self._float:
+            self._float[seed] = self.chains(self.model, seed, f"float, seed {seed}")
+        return self._float[seed]
+
+    def measure(self, job: Job, seed: int) -> Row:
+        """Calibrate, sample and judge one row."""
+        reference = self.float_chains(seed)
+        started, cpu = time.monotonic(), time.process_time()
+        measures: dict[str, Measure] = {}
+        found = reference
+        if job.preset != "float":
+            config = job.config(self.size.steps, seed)
+            quantized = apply(self.model, calibrate(self.model, config, self.work, self.console).table)
+            measures["eps_error"] = self._eps_error(quantized)
+            found = self.chains(quantized, seed, f"{job.name}, seed {seed}")
+            errors = relative_errors(reference.latents, found.latents)
+            measures["final_error"] = of_mean(errors)
+            measures["final_error_median"] = Measure(float(np.median(errors)), None, None, len(errors), "none")
+        assert found.pixels is not None
+        measures |= self._metrics.measure(Images(found.pixels, self.labels, job.name))
+        return Row(job, seed, measures, time.process_time() - cpu, time.monotonic() - started)
+
+    def _eps_error(self, quantized: LoadedModel) -> Measure:
+        """Step-weighted error of the predicted noise on states that no calibration saw, by pairs of rows."""
+        rows, weights = self._held_out()
+        eps = [_predict(model, rows) for model in (self.model, quantized)]
+        energy, wrong = (
+            (weights * np.square(x).reshape(len(weights), -1).sum(axis=1)).reshape(-1, 2).sum(axis=1)
+            for x in (eps[0], eps[1] - eps[0])
+        )
+        return of_mean(wrong / energy.mean())
+
+    def _held_out(self) -> tuple[Any, NDArray[np.float64]]:
+        if not hasattr(self, "_rows"):
+            from tqdit.diffusion import step_coefficients
+
+            config = QuantizationConfig(steps=self.size.steps, groups=1, rows_per_group=160, chains=4, seed=HELD_OUT)
+            config = config.for_model(self.model)
+            spec = sampling_of(self.model, config)
+            chains = CalibrationChains(self.model, spec, config, pick(spec, config))
+            while chains.next_step >= 0:
+                chains.advance()
+            rows = chains.rows()
+            weights = np.square(step_coefficients(spec.schedule, spec.sampler).from_eps[rows.step.cpu().numpy()])
+            self._rows = rows, weights
+        return self._rows
+
+
+def _predict(model: LoadedModel, rows: Any) -> NDArray[np.float64]:
+    import torch
+
+    with torch.no_grad():
+        output = model.network(rows.x, rows.timestep, rows.label)
+    found: NDArray[np.float64] = output[:, : model.in_channels].double().cpu().numpy()
+    return found
+
+
+def sweep(
+    jobs: Sequence[Job], seeds: Sequence[int], store: Store, measure: Callable[[Job, int], Row], console: Console,
+    limit: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """Every job under every seed; what the store holds is not measured again. At most `limit` new rows."""
+    rows, new = [], 0
+    for job in dict.fromkeys(jobs):
+        for seed in seeds:
+            row = store.load(job, seed)
+            if row is None:
+                if limit is not None and new >= limit:
+                    continue
+                row = measure(job, seed)
+                store.save(row)
+                new += 1
+                console.say(f"{job.name}, seed {seed}: {row.cpu_seconds:.0f} s of CPU")
+            rows.append(row)
+    return rows
+
+
+# what is written -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One job over its seeds."""
+
+    job: Job
+    seeds: int
+    measures: dict[str, Measure]  # means; an interval joins those of the seeds
+
+    @classmethod
+    def of(cls, job: Job, rows: Sequence[Row]) -> Line:
+        names = rows[0].measures
+        return cls(job, len(rows), {name: _join([row.measures[name] for row in rows]) for name in names})
+
+
+def _join(measures: Sequence[Measure]) -> Measure:
+    """The mean over seeds, with the standard error that those of the seeds give."""
+    values = [measure.value for measure in measures if measure.value is not None]
+    errors = [measure.standard_error for measure in measures if measure.standard_error is not None]
+    mean, count = float(np.mean(values)), sum(measure.count for measure in measures)
+    if len(errors) < len(values):
+        return Measure(mean, None, None, count, "mean over seeds")
+    error = math.sqrt(sum(value * value for value in errors)) / len(values)
+    return Measure(mean, max(0.0, mean - Z * error), mean + Z * error, count, "mean over seeds", error)
+
+
+def lines_of(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Line]:
+    """The jobs of one table that have a row, in its order."""
+    held = {job: [row for row in rows if row.job == job] for job in jobs}
+    return [Line.of(job, found) for job, found in held.items() if found]
+
+
+COLUMNS = {
+    "frechet_distance": "Frechet distance to the data", "accuracy": "recognised", "final_error": "error of x_0, mean",
+    "final_error_median": "median", "eps_error": "error of eps, step-weighted",
+}  # fmt: skip
+
+
+def markdown(rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: str) -> str:
+    """All tables as one document."""
+    seeds = sorted({row.seed for row in rows})
+    parts = [
+        "# Ablation and sweep on the demo model\n",
+        f"Made by `scripts/ablation`. {size.images} images of {size.steps} steps of DDPM per row and seed, seeds "
+        f"{', '.join(map(str, seeds))}, fake-quantized PyTorch model; {processor}; "
+        + ", ".join(f"{name} {version}" for name, version in kinds.items())
+        + ". Errors are squared, relative to the float model from the same noise. Means over seeds, 95 % intervals; a "
+        "Frechet distance (features of the judge) is biased by the number of images, equally in every row.\n",
+    ]
+    floats = [row.measures["frechet_distance"].value for row in rows if row.job.preset == "float"]
+    if len(floats) > 1:
+        parts.append("Float model, one seed each: " + ", ".join(number(value or 0) for value in floats) + ".\n")
+    titles = {
+        "III": "Rows of the paper's Table III",
+        "bits": "Bits, full method",
+        "groups": "Groups, full method, W6A6",
+    }
+    for name, jobs in TABLES.items():
+        lines = lines_of(jobs, rows)
+        if lines:
+            parts += [f"## {titles[name]}\n", _markdown_table(name, lines), ""]
+    return "\n".join(parts)
+
+
+def _markdown_table(name: str, lines: Sequence[Line]) -> str:
+    paper = name == "III"
+    head = ["", "bits", "groups", *COLUMNS.values(), *(["paper's FID, ImageNet 256"] if paper else [])]
+    body = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines:
+        label = LABELS.get(line.job.preset, line.job.preset) if paper else line.job.preset
+        groups = str(line.job.groups) if line.job.preset == "tq-dit" else ""
+        cells = [str(line.measures[column]) if column in line.measures else "" for column in COLUMNS]
+        last = [number(PAPER[line.job.preset])] if paper else []
+        body.append("| " + " | ".join([label, line.job.bits, groups, *cells, *last]) + " |")
+    return "\n".join(body)
+
+
+def table_csv(rows: Sequence[Row]) -> str:
+    """One line per row and measure."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        ["preset", "weight_bits", "activation_bits", "groups", "seed", "measure", "value", "low", "high", "n"]
+    )
+    for row in rows:
+        job = row.job
+        for name, m in row.measures.items():
+            writer.writerow([job.preset, job.weight_bits, job.activation_bits, job.groups, row.seed, name, m.value,
+                             m.low, m.high, m.count])  # fmt: skip
+    return buffer.getvalue()
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Frechet distance and error of x_0 of each table, with intervals and the float model's band."""
+    need("matplotlib", "demo", "the plots")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplots(2, 3, squeeze=False)
+    floats = lines_of([Job("float")], rows)
+    for column, (name, jobs) in enumerate(TABLES.items()):
+        lines = [line for line in lines_of(jobs, rows) if line.job.preset != "float"]
+        ticks = [LABELS[line.job.preset] if name == "III" else line.job.bits if name == "bits" else str(line.job.groups)
+                 for line in lines]  # fmt: skip
+        for axis, metric in zip(panels[:, column], ("frechet_distance", "eps_error"), strict=True):
+            found = [line.measures[metric] for line in lines]
+            values = np.array([m.value for m in found], float)
+            spread = [[m.value - m.low, m.high - m.value] for m in found if m.value is not None and m.low is not None
+                      and m.high is not None]  # fmt: skip
+            axis.errorbar(range(len(values)), values, yerr=np.array(spread).T if spread else None, fmt="o", capsize=3)
+            axis.set_xticks(range(len(ticks)), ticks, rotation=20 if name == "III" else 0)
+            axis.set(title=f"{name}: {COLUMNS[metric]}", yscale="log" if metric == "eps_error" else "linear")
+            if metric == "frechet_distance" and floats:
+                held = floats[0].measures[metric]
+                if held.low is not None and held.high is not None:
+                    axis.axhspan(held.low, held.high, alpha=0.2, label="float")
+                    axis.legend()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/ablation", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables (default: all)")
+    add("--seeds", nargs="+", type=int, default=[0, 1])
+    add("--steps", type=int, default=Size.steps, help="of chains and calibrations (default: %(default)s)")
+    add("--images", type=int, default=Size.images, help="per row and seed (default: %(default)s)")
+    add("--batch", type=int, default=Size.batch, help="images per forward pass (default: %(default)s)")
+    add("--rows", type=Path, default=Path("build/ablation"), help="folder of the rows (default: %(default)s)")
+    add("-o", "--output", type=Path, default=Path("docs/results"), help="default: %(default)s")
+    add("--limit", type=int, metavar="N", help="measure at most N rows that are not there yet")
+    add("--list", action="store_true", help="say which rows there are to do, and stop")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("-q", "--quiet", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        return _run(args)
+    except TqditError as error:
+        sys.stderr.write(f"scripts/ablation: {error}\n")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nscripts/ablation: interrupted; every finished row is kept. Run the same command again.\n")
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from tqdit.evaluate.cli import processor
+
+    console, size = Console(args.quiet), Size(args.steps, args.images, args.batch)
+    model = load_model("demo").to(args.device)
+    kinds = versions(model.device)
+    store = Store(args.rows, size, model.fingerprint, kinds)
+    jobs = [job for name in args.only for job in TABLES[name]]
+    missing = [(job, seed) for job in dict.fromkeys(jobs) for seed in args.seeds if store.load(job, seed) is None]
+    console.say(f"{len(missing)} of {len(set(jobs)) * len(args.seeds)} rows are to do")
+    if args.list:
+        for job, seed in missing:
+            sys.stdout.write(f"{job.name} seed {seed}\n")
+        return 0
+    bench = Bench(model, size, args.rows / "work", Console(quiet=True))
+    rows = sweep(jobs, args.seeds, store, bench.measure, console, args.limit)
+    for name, text in (("ablation.md", markdown(rows, size, kinds, processor())), ("ablation.csv", table_csv(rows))):
+        with whole_file(args.output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    plot(rows, args.output / "ablation.png")
+    sys.stdout.write(f"{args.output / 'ablation.md'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The ablation: rows that resume, tables that say what the rows say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tqdit.calibrate import PRESETS
+from tqdit.console import Console
+from tqdit.evaluate import sweep as module
+from tqdit.evaluate.bootstrap import Measure
+from tqdit.evaluate.sweep import TABLES, Bench, Job, Row, Size, Store, lines_of, markdown, sweep, table_csv
+from tqdit.models import load_model
+
+QUIET = Console(quiet=True)
+SIZE = Size(steps=3, images=64, batch=32)
+
+
+def fake_row(job: Job, seed: int) -> Row:
+    """Numbers that tell rows apart."""
+    value = job.weight_bits + job.activation_bits / 10 + job.groups / 1000 + seed + (0 if job.preset == "float" else 10)
+    measure = Measure(value, value - 0.2, value + 0.2, 64, "x", 0.1)
+    names = ["frechet_distance", "accuracy", "inception_score"]
+    if job.preset != "float":
+        names += ["final_error", "final_error_median", "eps_error"]
+    return Row(job, seed, dict.fromkeys(names, measure), 1.0, 1.0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "rows", SIZE, "f" * 64, {"tqdit": "0"})
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(store):
+    jobs, calls = TABLES["bits"], []
+
+    def interrupted(job: Job, seed: int) -> Row:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((job, seed))
+        return fake_row(job, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(jobs, [0, 1], store, interrupted, QUIET)
+    assert len(list(store.folder.iterdir())) == 3
+    again: list[tuple[Job, int]] = []
+
+    def measure(job: Job, seed: int) -> Row:
+        again.append((job, seed))
+        return fake_row(job, seed)
+
+    rows = sweep(jobs, [0, 1], store, measure, QUIET)
+    assert calls + again == [(job, seed) for job in jobs for seed in (0, 1)]  # each one once
+    assert rows == [fake_row(job, seed) for job in jobs for seed in (0, 1)]
+    assert sweep(jobs, [0, 1], store, interrupted, QUIET) == rows  # nothing left to do
+
+
+def test_a_damaged_row_is_measured_again(store):
+    job = TABLES["bits"][0]
+    sweep([job], [0], store, fake_row, QUIET)
+    file = store.path(job, 0)
+    file.write_text(file.read_text()[:50])
+    assert store.load(job, 0) is None
+    assert sweep([job], [0], store, fake_row, QUIET) == [fake_row(job, 0)]
+
+
+def test_a_row_of_other_settings_is_another_file(store, tmp_path):
+    job = Job("tq-dit")
+    others = [
+        store.path(job, 1), store.path(replace(job, groups=5), 0), store.path(replace(job, weight_bits=8), 0),
+        Store(tmp_path / "rows", replace(SIZE, images=65), "f" * 64, {"tqdit": "0"}).path(job, 0),
+        Store(tmp_path / "rows", SIZE, "e" * 64, {"tqdit": "0"}).path(job, 0),
+        Store(tmp_path / "rows", SIZE, "f" * 64, {"tqdit": "1"}).path(job, 0),
+    ]  # fmt: skip
+    assert len({store.path(job, 0), *others}) == 7
+
+
+def test_a_configuration_that_two_tables_share_is_measured_once(store):
+    calls: list[Job] = []
+
+    def measure(job: Job, seed: int) -> Row:
+        calls.append(job)
+        return fake_row(job, seed)
+
+    sweep([job for jobs in TABLES.values() for job in jobs], [0], store, measure, QUIET)
+    assert len(calls) == len(set(calls)) == 12
+
+
+def test_adjacent_rows_of_table_iii_differ_in_one_ingredient():
+    """MSE -> HO: the metric; -> MRQ: the two quantizers with two regions; -> TGQ: the time groups."""
+    configs = [job.config(50, 0).to_json() for job in TABLES["III"] if job.preset != "float"]
+    changed = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(configs)]
+    assert changed == [{"metric"}, {"softmax", "gelu"}, {"time_groups"}]
+
+
+def test_groups_change_without_the_number_of_calibration_rows():
+    for job in TABLES["groups"]:
+        config = job.config(50, 0)
+        assert config.groups * config.rows_per_group == module.TOTAL_ROWS
+        assert config.softmax == PRESETS["tq-dit"].softmax
+
+
+def test_the_limit_counts_new_rows_alone(store):
+    jobs = TABLES["bits"]
+    assert len(sweep(jobs, [0], store, fake_row, QUIET, limit=2)) == 2
+    assert len(sweep(jobs, [0], store, fake_row, QUIET, limit=1)) == 3
+
+
+def test_tables_say_what_the_rows_say():
+    rows = [fake_row(job, seed) for jobs in TABLES.values() for job in jobs for seed in (0, 1)]
+    rows = list({(row.job, row.seed): row for row in rows}.values())
+    line = lines_of([Job("tq-dit")], rows)[0]
+    assert line.measures["frechet_distance"].value == pytest.approx(6 + 0.6 + 0.01 + 0.5 + 10)
+    assert line.measures["frechet_distance"].standard_error == pytest.approx(0.1 / 2**0.5)
+    text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor")
+    assert "| + HO + MRQ + TGQ | W6A6 | 10 | 17.1 (17 to 17.2) |" in text
+    assert "| 8.58 |" in text  # the paper's number beside
+    read = list(csv.DictReader(io.StringIO(table_csv(rows))))
+    assert len(read) == sum(len(row.measures) for row in rows)
+    assert {"preset": "tq-dit", "groups": "20", "seed": "1"}.items() <= next(
+        r for r in read if r["groups"] == "20" and r["seed"] == "1"
+    ).items()
+
+
+def test_a_real_row_and_its_float_row(tmp_path, monkeypatch):
+    """Few steps, few rows, W8A8: near float, and again the same."""
+    monkeypatch.setattr(module, "TOTAL_ROWS", 8)
+    monkeypatch.setattr(module, "DATA_COUNT", 256)
+    bench = Bench(load_model("demo"), SIZE, tmp_path / "work", QUIET)
+    job = Job("ho", 8, 8, groups=2)
+    row, floating = bench.measure(job, 0), bench.measure(Job("float"), 0)
+    assert set(row.measures) >= {"frechet_distance", "accuracy", "final_error", "eps_error"}
+    assert 0 < row.measures["final_error"].value < 0.05
+    assert 0 < row.measures["eps_error"].value < 0.05
+    assert "final_error" not in floating.measures
+    assert floating.measures["frechet_distance"].value > 0
+    assert json.loads(json.dumps(row.to_json())) == row.to_json()
+    assert Row.from_json(row.to_json()) == row
+
+
+def test_plots_are_drawn(tmp_path):
+    rows = [fake_row(job, 0) for jobs in TABLES.values() for job in jobs]
+    module.plot(rows, tmp_path / "a.png")
+    from support import read_picture
+
+    assert read_picture(tmp_path / "a.png").std() > 5
