@@ -1,28 +1,35 @@
-"""The plugins' Triton kernels against PyTorch on a CUDA GPU: eager, torch.compile, and flash attention without rounding.
+"""The plugins' Triton kernels against PyTorch on a CUDA GPU: eager, torch.compile, and unrounded flash attention.
 
     python benchmarks/kernels.py [--json kernels.json]
     python benchmarks/kernels.py --sweep             # every block shape of the fused attention, to choose the defaults
+    python benchmarks/kernels.py --dry-run           # tiny shapes in Triton's CPU interpreter; its times mean nothing
 
 Shapes of DiT-XL/2: 16 heads of 72, float16, 256 and 1,024 tokens; an image with guidance is two rows, so batch 8 is 16
-rows. Each time is that of one call inside a CUDA graph of many calls, which go round input sets that together exceed the
-L2 cache; the median over replays, and the spread from the 10th to the 90th percentile.
+rows. Each time is that of one call inside a CUDA graph of many calls, which go round input sets that together exceed
+the L2 cache; the median over replays, and the spread from the 10th to the 90th percentile.
 
-Every kernel is compared with a float64 reference on the GPU before it is timed.
+Every kernel is compared with a float64 reference before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+DRY_RUN = "--dry-run" in sys.argv
+if DRY_RUN:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when it is imported
 
 import torch
 import triton
@@ -35,10 +42,11 @@ from tqdit.plugins.multi_region_attention import plan as attention_plan
 from tqdit.plugins.multi_region_softmax import plan as softmax_plan
 from tqdit.plugins.time_group_select import plan as select_plan
 
-HEADS, HEAD, BITS = 16, 72, 8
+DEVICE = "cpu" if DRY_RUN else "cuda"
+HEADS, HEAD, BITS = (2 if DRY_RUN else 16), 72, 8
 TOP = kernels.top_code(BITS)
 HIGH_STEP = 1 / TOP
-BATCHES, TOKENS = (1, 8, 32), (256, 1024)
+BATCHES, TOKENS = ((1,), (40, 150)) if DRY_RUN else ((1, 8, 32), (256, 1024))
 SEED = 0
 SETS_BYTES = 200e6  # of all input sets together: several times the L2 cache of current chips
 
@@ -63,6 +71,10 @@ Call = Callable[..., Tensor]
 
 def time_call(call: Call, sets: list[tuple[Tensor, ...]], replays: int = 40) -> tuple[float, float, float]:
     """(median, 10th, 90th percentile) in microseconds per call of replays of a CUDA graph."""
+    if DRY_RUN:
+        start = time.perf_counter()
+        call(*sets[0])
+        return ((time.perf_counter() - start) * 1e6,) * 3
     calls = max(8, len(sets))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -92,7 +104,12 @@ def time_call(call: Call, sets: list[tuple[Tensor, ...]], replays: int = 40) -> 
 def input_sets(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     first = make()
     size = sum(each.nbytes for each in first)
-    return [first] + [make() for _ in range(min(40, math.ceil(SETS_BYTES / size)) - 1)]
+    count = 1 if DRY_RUN else min(40, math.ceil(SETS_BYTES / size))
+    return [first] + [make() for _ in range(count - 1)]
+
+
+def compiled(call: Call) -> Call:
+    return call if DRY_RUN else torch.compile(call, dynamic=False)
 
 
 def quantize(scores: Tensor, low_step: Tensor) -> Tensor:
@@ -109,13 +126,13 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor, scale: fl
 
 def low_steps(rows: int) -> Tensor:
     """One of the method's candidates per row."""
-    return (HIGH_STEP * 2.0 ** -torch.randint(0, BITS, (rows,), device="cuda")).float()
+    return (HIGH_STEP * 2.0 ** -torch.randint(0, BITS, (rows,), device=DEVICE)).float()
 
 
 def attention_inputs(rows: int, tokens: int) -> tuple[Tensor, ...]:
     """Integer codes, as the exporter hands them over; scores of standard deviation 3."""
     shape = (rows, HEADS, tokens, HEAD)
-    q, k, v = ((torch.randn(shape, device="cuda") * 40).round().clamp(-128, 127).half() for _ in range(3))
+    q, k, v = ((torch.randn(shape, device=DEVICE) * 40).round().clamp(-128, 127).half() for _ in range(3))
     return q, k, v, low_steps(rows)
 
 
@@ -152,11 +169,14 @@ def attention_timings(batch: int, tokens: int) -> list[Timing]:
     rows = 2 * batch
     sets = input_sets(lambda: attention_inputs(rows, tokens))
     elements = rows * HEADS * tokens * HEAD
-    compiled = torch.compile(lambda q, k, v, low_step: eager_attention(q, k, v, low_step, SCALE), dynamic=False)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
+        return eager_attention(q, k, v, low_step, SCALE)
+
     variants: dict[str, Call] = {
         "fused": fused_attention(tokens),
-        "eager": lambda q, k, v, low_step: eager_attention(q, k, v, low_step, SCALE),
-        "torch.compile": compiled,
+        "eager": eager,
+        "torch.compile": compiled(eager),
         "flash, not rounded": flash_attention,
         "fused, again": fused_attention(tokens),
     }
@@ -170,25 +190,24 @@ def attention_timings(batch: int, tokens: int) -> list[Timing]:
 def softmax_timings(batch: int, tokens: int) -> list[Timing]:
     rows = 2 * batch
     shape = (rows, HEADS, tokens, tokens)
-    sets = input_sets(lambda: ((torch.randn(shape, device="cuda") * 3).half(), low_steps(rows)))
+    sets = input_sets(lambda: ((torch.randn(shape, device=DEVICE) * 3).half(), low_steps(rows)))
     kernel = softmax_plan.kernel("fp16", tokens, BITS, HIGH_STEP)
 
     def ours(scores: Tensor, low_step: Tensor) -> Tensor:
         launch = softmax_plan.launch(kernel, len(scores), HEADS, tokens, len(low_step))
         return kernels.run(kernel, launch, (scores, low_step), torch.empty_like(scores))
 
-    expected = quantize(sets[0][0][:2].double(), sets[0][1][:2])
-    flips = float(
-        ((ours(sets[0][0][:2], sets[0][1][:2]).double() - expected).abs() > 1e-3 * expected + 1e-7).double().mean()
-    )
-    if flips > 1e-4:
+    scores, low_step = sets[0][0][:2], sets[0][1][:2]
+    expected = quantize(scores.double(), low_step)
+    flips = ((ours(scores, low_step).double() - expected).abs() > 1e-3 * expected + 1e-7).double().mean()
+    if not flips <= 1e-4:
         raise SystemExit(f"MultiRegionSoftmax: {flips:.2e} of the elements differ, expected at most 1e-4")
     eager = lambda scores, low_step: quantize(scores, low_step).half()  # noqa: E731
     variants: dict[str, Call] = {
         "kernel": ours,
         "eager": eager,
-        "torch.compile": torch.compile(eager, dynamic=False),
-        "softmax, not rounded": lambda scores, low_step: torch.softmax(scores, -1),
+        "torch.compile": compiled(eager),
+        "softmax, not rounded": lambda scores, _: torch.softmax(scores, -1),
     }
     return [
         Timing("MultiRegionSoftmax", name, batch, tokens, *time_call(call, sets), 2 * 2 * math.prod(shape), 0)
@@ -198,18 +217,18 @@ def softmax_timings(batch: int, tokens: int) -> list[Timing]:
 
 def select_timings(batch: int) -> list[Timing]:
     rows, groups = 2 * batch, 10
-    boundaries = torch.arange(100, 1000, 100, device="cuda")
-    sets = [(torch.randint(0, 1000, (rows,), device="cuda"), torch.rand(groups, device="cuda")) for _ in range(8)]
+    boundaries = torch.arange(100, 1000, 100, device=DEVICE)
+    sets = [(torch.randint(0, 1000, (rows,), device=DEVICE), torch.rand(groups, device=DEVICE)) for _ in range(8)]
     kernel = select_plan.kernel("fp32")
 
     def ours(timestep: Tensor, table: Tensor) -> Tensor:
         launch = select_plan.launch(kernel, rows, groups - 1, 1)
-        return kernels.run(kernel, launch, (timestep, boundaries, table), torch.empty(rows, device="cuda"))
+        return kernels.run(kernel, launch, (timestep, boundaries, table), torch.empty(rows, device=DEVICE))
 
     eager = lambda timestep, table: table[(timestep[:, None] >= boundaries[None]).sum(1)]  # noqa: E731
     if not torch.equal(ours(*sets[0]), eager(*sets[0])):
         raise SystemExit("TimeGroupSelect differs from its reference")
-    variants: dict[str, Call] = {"kernel": ours, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+    variants: dict[str, Call] = {"kernel": ours, "eager": eager, "torch.compile": compiled(eager)}
     return [
         Timing("TimeGroupSelect", name, batch, 0, *time_call(call, sets), rows * 12, 0)
         for name, call in variants.items()
@@ -218,57 +237,54 @@ def select_timings(batch: int) -> list[Timing]:
 
 def ceilings() -> tuple[float, float]:
     """(bytes per second of a large copy, reads and writes counted; float16 FLOP per second of a large product)."""
-    big = torch.randn(2**30, device="cuda")
+    big = torch.randn(2**20 if DRY_RUN else 2**30, device=DEVICE)
     target = torch.empty_like(big)
     copy_us = time_call(lambda a, b: b.copy_(a), [(big, target)], 10)[0]
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda").half() for _ in range(2))
+    n = 64 if DRY_RUN else 8192
+    a, b = (torch.randn(n, n, device=DEVICE).half() for _ in range(2))
     product_us = time_call(torch.mm, [(a, b)], 10)[0]
     return 2 * big.nbytes / copy_us * 1e6, 2 * n**3 / product_us * 1e6
 
 
+def usable(tokens: int, blocks: attention_plan.Blocks) -> bool:
+    """Compile it and compare it with the reference; a shape that does not fit the chip is named."""
+    try:
+        check_attention(fused_attention(tokens, blocks), tokens)
+    except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+        print(f"{tokens} tokens, {blocks}: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
 def sweep(tokens: list[int], batches: list[int]) -> list[dict[str, object]]:
-    """Times of every block shape; compiles them first, several at once."""
-    found = []
+    """Times of every block shape."""
+    found: list[dict[str, object]] = []
     for count in tokens:
         shapes = [
             attention_plan.Blocks(*shape)
             for shape in itertools.product((64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4))
-            if shape[1] <= count and (shape[1] < count or shape[3] == 1) and (shape[1] < 256 or count == 256)
+            if shape[1] <= count and (2 * shape[1] < count or shape[3] == 1)  # tiles are in flight in a loop alone
         ]
-        calls = {blocks: fused_attention(count, blocks) for blocks in shapes}
-        small = attention_inputs(1, count)
-        usable = []
-
-        def warm(blocks: attention_plan.Blocks) -> None:
-            try:
-                calls[blocks](*small)
-                check_attention(calls[blocks], count)
-                usable.append(blocks)
-            except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
-                print(f"{count} {blocks}: {str(error).splitlines()[0]}")
-
         start = time.time()
-        with ThreadPoolExecutor(12) as pool:
-            list(pool.map(warm, shapes))
-        print(f"{count} tokens: {len(usable)} block shapes compiled in {time.time() - start:.0f} s")
+        shapes = [blocks for blocks in shapes if usable(count, blocks)]
+        print(f"{count} tokens: {len(shapes)} block shapes compiled in {time.time() - start:.0f} s")
         for batch in batches:
-            sets = input_sets(lambda: attention_inputs(2 * batch, count))  # noqa: B023
+            sets = input_sets(functools.partial(attention_inputs, 2 * batch, count))
             flash = time_call(flash_attention, sets, 20)[0]
-            timed = sorted((time_call(calls[blocks], sets, 20)[0], str(blocks), blocks) for blocks in usable)
+            timed = [(time_call(fused_attention(count, blocks), sets, 20)[0], blocks) for blocks in shapes]
+            timed.sort(key=lambda each: each[0])
             print(f"batch {batch}, {count} tokens: flash {flash:.1f} us")
-            for us, _, blocks in timed[:8]:
+            for us, blocks in timed[:8]:
                 print(f"  {us:9.1f} us  {us / flash:5.2f}x  {blocks}")
             found += [{"tokens": count, "batch": batch, "flash_us": flash, "us": us, **asdict(blocks)}
-                      for us, _, blocks in timed]  # fmt: skip
+                      for us, blocks in timed]  # fmt: skip
     return found
 
 
 def report(timings: list[Timing], copy_rate: float, product_rate: float) -> None:
     print(f"\ncopy {copy_rate / 1e12:.2f} TB/s, float16 product {product_rate / 1e12:.0f} TFLOP/s")
-    print(
-        f"{'kernel':<21} {'variant':<21} {'batch':>5} {'tokens':>6} {'median us':>10} {'p10':>9} {'p90':>9} {'roofline':>8}"
-    )
+    print(f"{'kernel':<21} {'variant':<21} {'batch':>5} {'tokens':>6} {'median us':>10} {'p10':>9} {'p90':>9} "
+          f"{'roofline':>8}")  # fmt: skip
     for t in timings:
         floor = max(t.bytes / copy_rate, t.flops / product_rate) * 1e6
         print(f"{t.kernel:<21} {t.variant:<21} {t.batch:5d} {t.tokens:6d} {t.median_us:10.1f} {t.p10_us:9.1f} "
@@ -283,17 +299,18 @@ def report(timings: list[Timing], copy_rate: float, product_rate: float) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/kernels.py needs a CUDA GPU")
+    if not DRY_RUN and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py needs a CUDA GPU, or --dry-run")
     torch.manual_seed(SEED)
     facts: dict[str, object] = {
-        "machine": torch.cuda.get_device_name(), "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "seed": SEED, "heads": HEADS, "head": HEAD, "bits": BITS, "type": "float16",
+        "machine": "interpreter" if DRY_RUN else torch.cuda.get_device_name(), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "seed": SEED,
+        "heads": HEADS, "head": HEAD, "bits": BITS, "type": "float16",
     }  # fmt: skip
     if args.sweep:
         facts["sweep"] = sweep(args.tokens, args.batches)
@@ -304,7 +321,8 @@ def main() -> None:
         timings = [t for batch in args.batches for t in select_timings(batch)]
         for batch, tokens in itertools.product(args.batches, args.tokens):
             timings += softmax_timings(batch, tokens) + attention_timings(batch, tokens)
-            torch.cuda.empty_cache()
+            if not DRY_RUN:
+                torch.cuda.empty_cache()
         report(timings, copy_rate, product_rate)
         facts |= {"copy_bytes_per_s": copy_rate, "product_flop_per_s": product_rate, "relative_error": errors,
                   "timings": [asdict(t) for t in timings]}  # fmt: skip

@@ -1,0 +1,27 @@
+"""A program: launches every kernel at awkward sizes, for compute-sanitizer (see test_device.py)."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import kernel_device
+from tqdit.plugins.multi_region_attention.plan import candidates
+
+
+def main():
+    rng = np.random.default_rng(0)
+    low = np.array([1 / 127, 1 / 127 / 8], np.float32)
+    kernel_device.run_select(np.arange(131) * 7, np.array([100, 500]), rng.random((3, 5), np.float32))
+    for columns in (1, 33, 300):
+        kernel_device.run_softmax(rng.random((2, 3, 7, columns), np.float32), low, 8, 1 / 127, "fp16")
+    for tokens, head in ((33, 72), (197, 72), (300, 88)):
+        q, k, v = (rng.integers(-99, 99, (2, 1, tokens, head)).astype(np.float32) for _ in range(3))
+        for blocks in candidates("fp16", head, tokens):
+            kernel_device.run_attention(q, k, v, low, 8, 1 / 127, 1e-4, "fp16", blocks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What only a CUDA GPU can show. (The tests of test_kernels.py run on it too, where there is one.)"""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernel_device import regions
+from tqdit.plugins import aot
+from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_softmax import plan as softmax
+from tqdit.plugins.tensorrt import device_capability
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
+
+
+def launch_ptx(compiled, launch, inputs, output):
+    """As TensorRT does: pointers of the inputs, integers, pointer of the output, and nothing more."""
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def call(name, *arguments):
+        assert getattr(driver, name)(*arguments) == 0, name
+
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    call("cuModuleLoadData", ctypes.byref(module), compiled.ptx.encode() + b"\0")
+    call("cuModuleGetFunction", ctypes.byref(function), module, compiled.name.encode())
+    call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, compiled.shared_bytes)
+    values = [ctypes.c_void_p(each.data_ptr()) for each in inputs]
+    values += [ctypes.c_int(each) for each in launch.scalars] + [ctypes.c_void_p(output.data_ptr())]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(each) for each in values))
+    torch.cuda.synchronize()
+    call("cuLaunchKernel", function, launch.programs, 1, 1, compiled.threads, 1, 1, compiled.shared_bytes,
+         ctypes.c_void_p(), pointers, ctypes.c_void_p())  # fmt: skip
+    torch.cuda.synchronize()
+    call("cuModuleUnload", module)
+    return output.float().cpu().numpy()
+
+
+@pytest.mark.parametrize("tokens", [256, 1000])
+@pytest.mark.parametrize("portable", [True, False])
+def test_the_compiled_attention_runs_with_its_visible_parameters(tokens, portable):
+    capability = aot.PORTABLE if portable else aot.best_capability(device_capability())
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        (torch.randn(2, 3, tokens, 72, device="cuda", generator=generator) * 40).round().clamp(-128, 127).half()
+        for _ in range(3)
+    )
+    low_step, scale = torch.tensor([1 / 127 / 8, 1 / 127 / 64], device="cuda"), 2e-4
+    p, off = regions((q.double() @ k.double().mT * scale).cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127))
+    values = v.double().cpu().numpy()
+    bound = 2**-10 * (p @ np.abs(values)) + 1.001 * (off @ np.abs(values)) + 1e-6
+    for blocks in attention.candidates("fp16", 72, tokens):
+        kernel = attention.kernel("fp16", tokens, tokens, 72, 8, 1 / 127, scale, blocks)
+        launch = attention.launch(kernel, 2, 3, 2)
+        out = launch_ptx(
+            aot.compile_kernel(kernel, capability), launch, (q, k, v, low_step), torch.full_like(q, np.nan)
+        )
+        assert (np.abs(out - p @ values) <= bound).all()
+
+
+def test_the_compiled_softmax_runs_with_its_visible_parameters():
+    scores = torch.randn(3, 2, 50, 77, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 3
+    low_step = torch.tensor([1 / 127 / 8], device="cuda")
+    kernel = softmax.kernel("fp32", 77, 8, 1 / 127)
+    launch = softmax.launch(kernel, 3, 2, 50, 1)
+    compiled = aot.compile_kernel(kernel, aot.best_capability(device_capability()))
+    out = launch_ptx(compiled, launch, (scores, low_step), torch.full_like(scores, np.nan))
+    expected, off = regions(scores.cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127))
+    assert (np.abs(out - expected) <= 2e-6 * expected + 1.001 * off).all()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    program = Path(__file__).parent / "every_kernel.py"
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
