@@ -189,8 +189,8 @@ def card_of(model: LoadedModel, steps: int | None = None) -> GraphCard:
     )  # fmt: skip
 
 
-def float_engine(card: GraphCard, folder: Path) -> Path:
-    """A float engine of the model that a card names, with the card's sampler and steps, built into `folder`.
+def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
+    """A float engine of the model that a card names, with the card's sampler and steps, in `folder`.
 
     Raises UsageError where the model is another one by now.
     """
@@ -202,7 +202,7 @@ def float_engine(card: GraphCard, folder: Path) -> Path:
     check_fingerprint(model.fingerprint, card)
     config = ExportConfig("step", card.sampling.steps, card.sampling.sampler, card.guided)
     write(folder / "float.onnx", *export_graph(model, config))
-    build_engine(folder / "float.onnx", folder / "float.engine")
+    build_engine(folder / "float.onnx", folder / "float.engine", backend)
     return folder / "float.engine"
 
 

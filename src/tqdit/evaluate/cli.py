@@ -161,7 +161,7 @@ def _evaluate_engine(args: argparse.Namespace, console: Console) -> Evaluation:
     table = _scale_table(args, card, console)
     with contextlib.ExitStack() as stack:
         sampler = stack.enter_context(Sampler.open(args.subject, batch=args.batch, threads=args.threads))
-        floating = None if args.alone else stack.enter_context(_float_engine(args, card, console))
+        floating = None if args.alone else stack.enter_context(_float_engine(args, manifest, console))
         return _Engines(args, console, manifest, sampler, floating, table).evaluate()
 
 
@@ -173,10 +173,11 @@ class _Float:
 
 
 @contextlib.contextmanager
-def _float_engine(args: argparse.Namespace, card: GraphCard, console: Console) -> Iterator[_Float | None]:
+def _float_engine(args: argparse.Namespace, manifest: Manifest, console: Console) -> Iterator[_Float | None]:
     """The engine to compare with: the one given, one built for the occasion, or none."""
     from tqdit.evaluate.chains import check_comparable, float_engine
 
+    card = manifest.card
     with contextlib.ExitStack() as stack:
         path = args.against
         if path is None:
@@ -186,7 +187,7 @@ def _float_engine(args: argparse.Namespace, card: GraphCard, console: Console) -
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             console.say(f"building a float engine of {card.model} to compare with")
             try:
-                path = float_engine(card, folder)
+                path = float_engine(card, folder, manifest.backend)
             except MissingLibraryError as error:
                 raise MissingLibraryError(f"{error} Or pass a float engine with --against, or --alone.") from error
         sampler = stack.enter_context(Sampler.open(path, batch=args.batch, threads=args.threads))

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tqdit.calibrate.device import choose_device, exact_arithmetic
 from tqdit.demo.glyphs import IMAGE_SIZE
 from tqdit.demo.judge import load_judge
 from tqdit.errors import CheckpointError, MissingLibraryError, UsageError
@@ -87,22 +88,25 @@ class InceptionExtractor:
     def __init__(self, weights: Path) -> None:
         state = read_weights(weights)
         self.digest = weights_digest(state)
-        self._network = _build_inception(state, weights)
-        self._spatial: list[Tensor] = []
+        self._device = choose_device("auto")
+        self._network = _build_inception(state, weights).to(self._device)
+        self._spatial: list[NDArray[np.float32]] = []
         self._network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG002 (a hook)
-        self._spatial.append(output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1))  # TensorFlow's order, NHWC
+        part = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order, NHWC
+        self._spatial.append(part.cpu().numpy())
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         self._spatial = []
         pooled, probabilities = [], []
-        for x in batches(images):
-            features, logits = self._network(x)
-            pooled.append(features.numpy())
-            probabilities.append(logits.softmax(dim=1).numpy())
-        spatial = np.concatenate([part.numpy() for part in self._spatial])
+        with exact_arithmetic(self._device):
+            for x in batches(images):
+                features, logits = self._network(x.to(self._device))
+                pooled.append(features.cpu().numpy())
+                probabilities.append(logits.softmax(dim=1).cpu().numpy())
+        spatial = np.concatenate(self._spatial)
         return Features(np.concatenate(pooled), spatial, np.concatenate(probabilities))
 
 

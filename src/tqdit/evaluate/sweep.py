@@ -169,8 +169,8 @@ class Bench:
 
     def measure(self, job: Job, seed: int) -> Row:
         """Calibrate, sample and judge one row."""
-        reference = self.float_chains(seed)
         started, cpu = time.monotonic(), time.process_time()
+        reference = self.float_chains(seed)
         measures: dict[str, Measure] = {}
         found = reference
         if job.preset != "float":
