@@ -106,8 +106,8 @@ def jackknife(
     """Value +- 1.96 jackknife standard errors, for Frechet distances. `statistic` takes a weight per sample (count,).
 
     Samples are left out in about `blocks` blocks; where classes were dealt out, the others of a class take over its
-    weight. A bootstrap sees about 2 to 2.6 times the real spread of a distance that is near its bias (resampling adds the
-    noise that the distance measures once more), the jackknife 1.4 to 1.6 times: scripts/interval_check.py.
+    weight. A bootstrap sees 2 to 2.6 times the real spread of a distance that is near its bias, since resampling adds
+    the noise that the distance measures once more; the jackknife sees 1.4 to 1.6 times (scripts/interval_check.py).
     """
     strata = dealt_out(labels)
     classes = [] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
