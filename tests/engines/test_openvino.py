@@ -17,6 +17,7 @@ import torch
 import support
 from tables import Kind, make_table
 from tqdit.calibrate import apply
+from tqdit.card import ATTENTION_FORMS
 from tqdit.engines import Sampler, build_engine
 from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
@@ -37,7 +38,6 @@ KINDS = {
     "W4A8 everything": Kind(4, 8, asymmetric=True, groups=10, everywhere=True, conditioning_inputs=True),
     "W6A6 equalised": Kind(6, 6, asymmetric=True, groups=10, everywhere=True, equalised=True),
 }
-FORMS = ["simulated", "integer", "float"]
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 bfloat16 = pytest.mark.skipif(
     not library.has_bfloat16(openvino), reason="this CPU has no bfloat16, which is then refused"
@@ -98,7 +98,7 @@ def opened(folder, threads=1):
     return load(folder, manifest, manifest.entry, threads)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_step_is_what_the_file_says(engine_of, kind, form):
     """Every row to 1e-5 but for single flipped codes (`support.assert_agrees`), rows at different steps."""
@@ -236,7 +236,7 @@ def test_threads_are_tied_to_no_core(engine):
     assert compiled.get_property("ENABLE_CPU_PINNING") is False
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_image_does_not_change_with_batch_or_threads_bit_for_bit(engine_of, form, threads):
     folder = engine_of(KINDS["W4A8 everything"], attention=form)
