@@ -19,11 +19,12 @@ import support
 from kernel_device import run_attention
 from tables import Kind, make_table
 from tqdit.calibrate import apply
+from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, cli, write
 from tqdit.export.passes.cast import cast_floats
 from tqdit.lint import lint
 from tqdit.onnx_file import read_card
-from tqdit.scale_table import PerTensor, ScaleTable, Symmetric
+from tqdit.scale_table import PerTensor, ScaleTable, Symmetric, TwoRegionSoftmax
 
 KINDS = {
     "W8A8": Kind(),
@@ -141,6 +142,17 @@ def test_a_softmax_on_one_region_stays_simulated(tmp_path):
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("MultiRegionAttention") == kinds.count("Softmax") == 1
     support.assert_agrees(run(path, inputs), fake_quantized(model, table, inputs))
+
+
+def test_a_low_step_that_float16_cannot_count_in_is_refused(tmp_path):
+    def change(site):
+        if not isinstance(site.quantizer, TwoRegionSoftmax):
+            return site.quantizer
+        return replace(site.quantizer, low_step=site.quantizer.high_step / np.float32(600))
+
+    table = with_quantizers(make_table(support.tiny_model(), Kind()), change)
+    with pytest.raises(UsageError, match=r"value_product' has a low step 600 times finer .* takes up to 516 times"):
+        fused_file(tmp_path, table)
 
 
 def test_scores_without_sites_are_fused_as_they_are(tmp_path):

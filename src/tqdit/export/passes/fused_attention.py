@@ -16,6 +16,7 @@ from tqdit.scale_table import PerTimestepGroup, ScaleTable, Site, Symmetric, Two
 
 RANK = 4  # of q, k and v
 TRANSPOSED = (0, 1, 3, 2)
+LARGEST_FLOAT16 = 65504
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def fuse_attention(
     probabilities, v = product.inputs
     assert probabilities is not None
     assert v is not None
+    _check_range(softmax, name)
     q, k, factor, scores = _scores_of(probabilities, name)
     emit = Emitter(graph, product, name)
     left, right = (_operand(emit, value, table.by_module.get(scores, {}).get(role), role, groups)
@@ -60,6 +62,17 @@ def fuse_attention(
     product.outputs[0].replace_all_uses_with(y)
     graph.remove(product, safe=True)
     return scores
+
+
+def _check_range(softmax: TwoRegionSoftmax, name: str) -> None:
+    """Kernels keep probabilities in units of the low step; the largest must fit float16."""
+    ratio = float(softmax.high_step) / float(softmax.low_step.min())
+    top = (1 << (softmax.bits - 1)) - 1
+    if top * ratio > LARGEST_FLOAT16:
+        raise UsageError(
+            f"'{name}' has a low step {ratio:.0f} times finer than its high step; --attention fused takes up to "
+            f"{LARGEST_FLOAT16 / top:.0f} times. Export with --attention simulated."
+        )
 
 
 def _operand(emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: RowGroups) -> _Operand:
