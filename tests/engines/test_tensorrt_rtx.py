@@ -1,13 +1,17 @@
 """TensorRT-RTX really compiles here, without a GPU; what it compiled is read from its own log."""
 
-from dataclasses import replace
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import psutil
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import support
@@ -16,8 +20,9 @@ from tqdit.engines import backends, build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.sampler import Sampler
-from tqdit.engines.tensorrt import builder, compiler, cuda
+from tqdit.engines.tensorrt import builder, compiler, cuda, worker
 from tqdit.engines.tensorrt.library import TENSORRT_RTX
+from tqdit.engines.tensorrt.weights import spell_out_weights
 from tqdit.errors import BackendError, UsageError
 from tqdit.export import ExportConfig, write
 from tqdit.export.graph import finish_graph, trace_graph
@@ -119,6 +124,36 @@ def test_float_attention_is_one_fused_kernel_in_bfloat16(demo, tmp_path, layers)
     fused = [layer for layer in layers[0] if "mha" in layer.name]
     assert len(fused) == 6
     assert {kind for layer in fused for kind in layer.inputs} == {"BFloat16"}
+
+
+def test_qkv_that_would_lose_its_integers_gets_them_back(demo, tmp_path, layers):
+    """Float attention in float32: nothing but layout between QKV and its split, the case that weights.py is for."""
+    config = BuildConfig(targets=("8.9",), float_type="fp32")
+    manifest = build_engine(demo["float"], tmp_path / "a.engine", BACKEND, config)
+    lost, kept = ({node for layer in one if layer.is_integer for node in layer.nodes} for one in layers)
+    assert "blocks.0.attn.qkv/MatMul" not in lost  # if this fails, the compiler has improved and weights.py can go
+    assert "blocks.0.attn.qkv/MatMul" in kept
+    assert (manifest.audit.integer, manifest.audit.fallen_back) == (26, ())
+
+
+def test_weights_that_are_spelled_out_have_the_same_codes(demo):
+    model = onnx.load(demo["float"])
+    names = ("blocks.0.attn.qkv", "blocks.0.mlp.fc2")
+    assert spell_out_weights(model, demo["float"].parent, names) == 2
+    onnx.checker.check_model(model)
+    rng = np.random.default_rng(0)
+    fed = {
+        "x": rng.standard_normal((2, 3, 16, 16), np.float32), "step": np.array([3, 200]),
+        "class_labels": np.array([1, 2]),
+        "guidance_scale": np.float32([1.5, 3]), "noise": np.zeros((2, 3, 16, 16), np.float32),
+    }  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (before,), (after,) = (
+        onnxruntime.InferenceSession(one, options, providers=["CPUExecutionProvider"]).run(None, fed)
+        for one in (str(demo["float"]), model.SerializeToString())
+    )
+    assert np.array_equal(before, after)
 
 
 def test_a_float_precision_of_a_quantized_file_has_no_integers(demo, tmp_path, layers):
@@ -230,6 +265,18 @@ def test_what_the_compiler_refuses_comes_with_advice(demo, tmp_path, config, mes
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_cannot_be_parsed_is_one_line(demo, tmp_path):
+    model = onnx.load(demo["float"])
+    zero = next(one for one in model.graph.initializer if one.name == "blocks.0.mlp.fc1.input.zero_point")
+    zero.CopyFrom(numpy_helper.from_array(np.int8(3), zero.name))  # TensorRT quantizes around 0 only
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(BackendError, match=r"odd.onnx: TensorRT-RTX .* cannot compile it") as caught:
+        build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
+    assert "\n" not in str(caught.value)
+    assert "zero" in str(caught.value)
+    assert not (tmp_path / "a.engine").exists()
+
+
 def test_ctrl_c_ends_the_compiler_and_leaves_nothing(demo, tmp_path):
     def interrupt(what, done, total):
         raise KeyboardInterrupt
@@ -248,6 +295,37 @@ def test_a_compiler_that_crashes_is_one_line(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(compiler.sys, "executable", str(crash))
     with pytest.raises(BackendError, match=r"TensorRT-RTX crashed .*exit status -6; its last words: terminate called"):
         build_engine(demo["float"], tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
+
+
+def test_a_compiler_whose_caller_is_gone_leaves(demo, tmp_path):
+    job = worker.Job(BACKEND, str(demo["float"]), str(tmp_path / "engine.plan"), (1, 2, 4))
+    command = [sys.executable, "-m", "tqdit.engines.tensorrt.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        process.stdin.write(json.dumps(asdict(job)) + "\n")
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+DECODER = """
+<ir_version: 10, opset_import: ["": 20]>
+decoder (float[N, 4, 8, 8] latents) => (float[N, 3, 16, 16] image)
+<float[4] scales = {1, 1, 2, 2}>
+{
+  large = Resize(latents, , scales)
+  image = Conv<pads = [1, 1, 1, 1]>(large, weight)
+}
+"""
+
+
+def test_a_decoder_becomes_an_engine_of_its_own(tmp_path):
+    proto = onnx.parser.parse_model(DECODER)
+    weight = numpy_helper.from_array(np.ones((3, 4, 3, 3), np.float32), "weight")
+    proto.graph.initializer.append(weight)
+    write(tmp_path / "model.onnx", *support.exported(ExportConfig()), vae=(ir.from_proto(proto), (16, 16)))
+    manifest = build_engine(tmp_path / "model.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.6",)))
+    assert (manifest.entry, manifest.decoder) == ("engine.plan", "decoder.plan")
+    assert sorted(manifest.files) == ["decoder.plan", "engine.plan"]
 
 
 @pytest.fixture(scope="module")

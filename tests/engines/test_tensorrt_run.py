@@ -1,7 +1,9 @@
 """The GPU runtime against a CUDA and a TensorRT that compute on the host; nothing here ran on a GPU."""
 
+import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.sampler import Sampler
 from tqdit.engines.tensorrt import cuda, run
 from tqdit.engines.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.errors import BackendError, MissingLibraryError, UsageError
+from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
 from tqdit.export import ExportConfig
 
 SHAPE = (3, 4, 4)
@@ -348,6 +350,16 @@ def test_a_machine_without_a_driver_is_told_so():
         return
     with pytest.raises(BackendError, match=r"no usable NVIDIA GPU here \(cuda\w+: .*\)\. Install NVIDIA's driver"):
         cuda.find_device()
+
+
+def test_manifests_from_before_the_batch_still_open(manifest):
+    values = manifest.to_json()
+    assert Manifest.from_json(json.dumps(values), Path("m")) == manifest
+    del values["batch"], values["plugins"]
+    assert Manifest.from_json(json.dumps(values), Path("m")) == replace(manifest, batch=None)
+    for damaged in ({"least": 3, "best": 2, "most": 1}, {"least": "one"}, [1, 2, 3]):
+        with pytest.raises(FileFormatError, match="m: damaged manifest"):
+            Manifest.from_json(json.dumps(values | {"batch": damaged}), Path("m"))
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):

@@ -76,6 +76,7 @@ def _prepared(source: Path, card: GraphCard, strip: bool, float_type: FloatType,
         if float_type != "fp32":
             cast_floats(model, card, float_type)
         save(model, folder / source.name)
+        del model  # gigabytes that the compiler may need
         if card.vae is not None:
             (folder / card.vae.file).symlink_to((source.parent / card.vae.file).absolute())
         yield folder / source.name

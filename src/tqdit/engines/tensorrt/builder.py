@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdit import __version__
 from tqdit.card import GraphCard
+from tqdit.engines.audit import Audit
 from tqdit.engines.backends import Fitness
 from tqdit.engines.bundle import Manifest, describe_parts
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
@@ -26,6 +27,7 @@ PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 DOMAIN = "tqdit"  # of the custom ops
+Custom = dict[str, list[str]]  # custom op -> names of its nodes
 CAUSE = "a scale that is computed at run time, or a form that is not fused; run tqdit-inspect --lint on the file"
 
 
@@ -64,15 +66,27 @@ def build(
     device = cuda.find_device() if library.needs_gpu_to_build else None
     batch = config.batch or BatchRange()
     no_plugins = _why_no_plugins(library, config)
-    with _prepared(source, folder, inline=no_plugins is not None) as (ready, products, custom):
-        compiled = _compile(library, ready, folder / PLAN_FILE, batch, config, no_plugins is None, progress)
-    report = audit_layers(compiled.layers, card.quantization, products)
+    inline = no_plugins is not None
+
+    def compile_graph(spelled_out: Collection[str]) -> tuple[Compiled, Audit | None, Custom] | None:
+        with _prepared(source, folder, inline, spelled_out) as prepared:
+            if prepared is None:
+                return None
+            compiled = _compile(library, prepared.file, folder / PLAN_FILE, batch, config, not inline, progress)
+            return compiled, audit_layers(compiled.layers, card.quantization, prepared.products), prepared.custom
+
+    first = compile_graph(())
+    assert first is not None
+    compiled, report, custom = first
+    if report is not None and report.fallen_back:  # once more, with weights that the compiler treats otherwise
+        compiled, report, custom = compile_graph(report.fallen_back) or first
     if report is not None and not config.allow_fallback:
         report.check(library.backend, CAUSE)
     if card.vae is not None:
-        with _prepared(source.parent / card.vae.file, folder, inline=True) as (ready, _, _):
+        with _prepared(source.parent / card.vae.file, folder, inline=True) as decoder:
+            assert decoder is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, ready, folder / DECODER_FILE, BatchRange(1, 1, 1), config, False, progress)
+            _compile(library, decoder.file, folder / DECODER_FILE, BatchRange(1, 1, 1), config, False, progress)
     targets = compiled.targets if device is None else (device.capability,)
     return Manifest(
         backend=library.backend,
@@ -112,34 +126,47 @@ def _compile(
         raise BackendError(f"{source.name}: {error}") from error
 
 
+class Prepared(NamedTuple):
+    """A file as the compiler takes it."""
+
+    file: Path
+    products: list[str]  # names of its products
+    custom: Custom
+
+
 @contextmanager
-def _prepared(source: Path, folder: Path, *, inline: bool) -> Iterator[tuple[Path, list[str], dict[str, list[str]]]]:
-    """(file to compile, names of its products, its custom ops with the names of their nodes).
+def _prepared(source: Path, folder: Path, inline: bool, spelled_out: Collection[str] = ()) -> Iterator[Prepared | None]:
+    """The file with its functions inlined and the weights of some modules spelled out; None where those have none.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word. Weights that lie
     beside the file stay there; a link to them is enough.
     """
     from onnx import inliner, save_model
 
+    from tqdit.engines.tensorrt.weights import spell_out_weights
     from tqdit.onnx_file import external_files, load_graph
 
     model = load_graph(source)
-    custom: dict[str, list[str]] = {}
+    custom: Custom = {}
     for node in model.graph.node:
         if node.domain == DOMAIN:
             custom.setdefault(node.op_type, []).append(node.name)
-    if not (inline and model.functions):
-        yield source, _products(model), custom
+    if not ((inline and model.functions) or spelled_out):
+        yield Prepared(source, _products(model), custom)
         return
     beside = external_files(model, source)
-    model = inliner.inline_local_functions(model)
+    if inline:
+        model = inliner.inline_local_functions(model)
+    if spelled_out and not spell_out_weights(model, source.parent, spelled_out):
+        yield None
+        return
     products = _products(model)
     with temporary_folder(folder.with_name(f"{folder.name}.inlined")) as place:
         for name in beside:
             (place / name).symlink_to((source.parent / name).absolute())
         save_model(model, place / source.name)
         del model  # its weights are read again by the compiler
-        yield place / source.name, products, custom
+        yield Prepared(place / source.name, products, custom)
 
 
 def _products(model: Any) -> list[str]:
@@ -174,7 +201,7 @@ def _why_no_plugins(library: Library, config: BuildConfig) -> str | None:
     return why_unavailable()
 
 
-def _kernels(custom: dict[str, list[str]], plugins: tuple[str, ...], no_plugins: str | None) -> dict[str, str]:
+def _kernels(custom: Custom, plugins: tuple[str, ...], no_plugins: str | None) -> dict[str, str]:
     """What computes each custom op: 'plugin', or 'body' and why."""
     why = no_plugins or "TensorRT took none for it"
     return {op: "plugin" if set(nodes) <= set(plugins) else f"body: {why}" for op, nodes in custom.items()}

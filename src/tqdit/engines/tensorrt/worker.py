@@ -174,7 +174,8 @@ def _plugin_layers(trt: ModuleType, network: Any) -> list[str]:
 
 def _reason(library: Library, version: str, errors: list[str], targets: tuple[str, ...]) -> str:
     """One line with what is known to help."""
-    text = " ".join(errors[0].split())
+    telling = (error for error in errors if "ERROR:" in error or "Error Code" in error or "ssertion" in error)
+    text = " ".join(next(telling, errors[0]).split())
     advice = ""
     if "FP32 GEMM is not supported" in text:
         advice = " Compute capability 7.5 has no float32 products, which quantized files need: leave it out."
