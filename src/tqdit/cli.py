@@ -81,8 +81,9 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         if args.debug:
             raise
         return _fail(prog, error, 2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; nothing was changed. Run the same command again.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        kept = str(error) or "nothing was changed"  # a verb that keeps what is done says so
+        print(f"\n{prog}: interrupted; {kept}. Run the same command again.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tqdit.console import Console
+from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.images import check_output, kind_of, write_images, write_npz
 from tqdit.engines.sampler import Sampler, StepReport
+from tqdit.engines.shards import INDEX, SHARD_SIZE, ShardFolder, describe_job, merge_shards, open_shards
 from tqdit.errors import OutputError, UsageError
 from tqdit.files import check_writable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    Work = Callable[[ShardFolder, list[int], tqdm[Any]], None]  # makes these shards
 
 SUMMARY = "sample images with an engine bundle"
 EXAMPLES = """\
@@ -20,8 +30,15 @@ examples:
   tqdit-sample                                                16 demo images -> samples.png
   tqdit-sample dit.engine -n 8 --classes 207,360 --guidance-scale 4 -o dogs.png
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
+  tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
+  tqdit-sample dit.engine -n 50000 -o samples/                .npz shards; the same command continues after a stop
+  tqdit-sample dit.engine -n 50000 -o samples/ --ray          the same bytes from as many workers as there are CPUs
+  tqdit-sample --merge samples/ -o samples.npz                one file of all shards
 
-An image depends on the engine, the seed, its number, its class and the guidance, never on --batch or --threads."""
+An image depends on the engine, the seed, its number, its class and the guidance, never on --batch, --threads
+or --ray."""
+
+MOST_PICTURES = 1000  # of a folder of PNGs, where --format does not say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,17 +52,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch", type=int, help="images per engine call at most (default: 16, or fewer where the engine was built so)"
     )
-    add("--threads", type=int, help="CPU threads (default: the backend's choice)")
-    add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder of PNGs "
+    add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
+        "--ray 1)")  # fmt: skip
+    add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder "
         "(default: %(default)s)")  # fmt: skip
+    many = parser.add_argument_group("many images (a folder as output)")
+    add = many.add_argument
+    add("--format", choices=("png", "npz"), help="a PNG per image, or .npz shards that an interrupted run continues "
+        f"(default: png up to {MOST_PICTURES} images, npz beyond, for latents and with the flags below)")  # fmt: skip
+    add("--shard-size", type=int, metavar="N", help=f"images per shard (default: {SHARD_SIZE})")
+    add("--force", action="store_true", help="remove the shards of another run from the folder and start anew")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="make the shards on a Ray cluster: the one at ADDRESS "
+        "('auto': the one that runs here), or without ADDRESS one that lives as long as the command")  # fmt: skip
+    add("--workers", type=int, metavar="N", help="workers on the Ray cluster at most (default: as many as it has CPUs "
+        "or GPUs for)")  # fmt: skip
+    add("--merge", type=Path, metavar="FOLDER", help="sample nothing: write the shards of FOLDER as one .npz")
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output
-    check_output(output)
-    check_writable(output)
+    if args.merge is not None:
+        if kind_of(output) != "npz":
+            raise UsageError(f"{output}: --merge writes an .npz. Pass -o FILE.npz.")
+        merge_shards(args.merge, output)
+        return output
+    kind = kind_of(output)
     if args.n < 1:
         raise UsageError(f"-n is {args.n}; at least one image is needed.")
+    manifest = read_manifest(args.engine)
+    if kind == "folder" and _wants_shards(args, manifest):
+        return _sample_shards(args, manifest, console)
+    for name in ("format", "shard_size", "ray", "workers"):
+        if getattr(args, name) is not None and kind != "folder":
+            raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{output}' is a .{kind}.")
+    return _sample_at_once(args, console)
+
+
+def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
+    needs = [name for name in ("shard_size", "ray", "workers") if getattr(args, name) is not None]
+    if args.format == "png" and needs:
+        raise UsageError(f"--{needs[0].replace('_', '-')} makes shards; leave out --format png.")
+    if args.format is not None:
+        return bool(args.format == "npz")
+    latents = manifest.card.latent_scale is not None and manifest.decoder is None
+    return bool(needs) or latents or args.n > MOST_PICTURES or (args.output / INDEX).is_file()
+
+
+def _sample_at_once(args: argparse.Namespace, console: Console) -> Path:
+    """All samples in memory, then one output."""
+    output: Path = args.output
+    check_output(output)
+    check_writable(output)
     with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
         labels = np.resize(args.classes or np.arange(sampler.card.num_classes), args.n).astype(np.int64)
         if not sampler.makes_images and kind_of(output) != "npz":
@@ -73,6 +130,53 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         else:
             write_npz(output, latents=latents, labels=labels)
     return output
+
+
+def _sample_shards(args: argparse.Namespace, manifest: Manifest, console: Console) -> Path:
+    """Shard by shard, here or on a cluster."""
+    output: Path = args.output
+    size = SHARD_SIZE if args.shard_size is None else args.shard_size
+    job = describe_job(args.engine, manifest, args.classes, args.guidance_scale, args.seed, args.n, size)
+    with ExitStack() as stack:
+        work = _work_here(args, stack) if args.ray is None else _work_on_cluster(args, manifest, console)
+        folder = stack.enter_context(open_shards(output, job, args.force))
+        pending = folder.pending()
+        images = sum(len(job.images(shard)) for shard in pending)
+        if folder.done:
+            console.say(f"{folder.done} of {job.shards} shards are there; {images} images are left")
+        started = time.perf_counter()
+        try:
+            with console.bar(images, "sampling", "images") as bar:
+                if pending:
+                    work(folder, pending, bar)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{folder.done} of {job.shards} shards are done and kept in {output}") from None
+        console.say(f"{images} images in {time.perf_counter() - started:.2f} s; {folder.done} shards are done")
+    return output
+
+
+def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
+    if args.workers is not None:
+        raise UsageError("--workers belongs to --ray.")
+    sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
+
+    def work(folder: ShardFolder, pending: list[int], bar: tqdm[Any]) -> None:
+        def advance(report: StepReport) -> None:
+            bar.set_postfix_str(f"step {report.steps - report.step} of {report.steps}", refresh=False)
+            bar.update(len(report.images) if report.step == 0 else 0)
+
+        for shard in pending:
+            folder.add(shard, folder.job.make(sampler, shard, advance))
+
+    return work
+
+
+def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, console: Console) -> Work:
+    from tqdit.engines.ray_workers import Cluster, ClusterConfig
+
+    check_parts(args.engine, manifest)
+    config = ClusterConfig(args.ray or None, args.workers, args.batch, args.threads)
+    return Cluster(args.engine, manifest, config, console).work
 
 
 def _integers(text: str) -> list[int]:
