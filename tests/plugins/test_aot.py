@@ -15,6 +15,8 @@ from tqdit.plugins.multi_region_attention import plan as attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
+pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
+
 SCALE = 0.1
 SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # bytes of one block
 

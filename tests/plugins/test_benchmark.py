@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 
 

@@ -32,6 +32,7 @@ LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.
 @pytest.fixture(scope="module")
 def contract(tmp_path_factory):
     """What the real plugin module got out of our plugins."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
     if importlib.util.find_spec("tensorrt_bindings") is None:
         pytest.skip("needs NVIDIA's bindings: pip install tensorrt-cu13-bindings")
     if shutil.which("gcc") is None:
@@ -93,6 +94,9 @@ def test_entries_take_what_tensorrt_passes(contract):
 def test_without_tensorrt_nothing_is_registered_and_a_reason_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert tensorrt.register_plugins() == ()
+    pytest.importorskip(
+        "triton", reason="Triton has wheels for Linux on x86-64 and Arm only"
+    )  # the first thing that is looked for
     assert "TensorRT cannot be imported" in tensorrt.why_unavailable()
 
 
@@ -100,6 +104,7 @@ def test_a_tensorrt_without_plugins_is_named(monkeypatch):
     class Flavour:
         __version__ = "1.7"
 
+    pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
     monkeypatch.setitem(sys.modules, "tensorrt", Flavour())
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", None)
     assert tensorrt.why_unavailable() == "TensorRT 1.7 has no Python plugins (TensorRT-RTX has none at all)"
