@@ -6,13 +6,13 @@ import pytest
 from fake_gpu import FakeTensorRT
 from tqdit.engines.tensorrt import cuda, run
 from tqdit.engines.tensorrt.library import TENSORRT
-from tqdit.errors import BackendError
+from tqdit.errors import TqditError
 
 
 def has_gpu():
     try:
         cuda.find_device()
-    except BackendError:
+    except TqditError:
         return False
     return True
 

@@ -59,7 +59,8 @@ def build(
     library: Library, source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
 ) -> Manifest:
     """Compile the graph and, where there is one, its decoder; prove that what was quantized is integer."""
-    library.load(f"--backend {library.backend}")  # before anything that takes long
+    if not library.installed:  # found here and not loaded: the compiler's process does that
+        library.load(f"--backend {library.backend}")
     need("polygraphy", library.backend, f"--backend {library.backend}")
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")

@@ -2,8 +2,8 @@
 
 Where a product with int8 weights behind a lone DequantizeLinear is split afterwards, as QKV is, and nothing but layout
 stands between (float attention in float32), the compiler moves the split into the weights, which are then dequantized
-at every run. Float weights behind QuantizeLinear and DequantizeLinear with the same scales, which it folds to the
-same codes at build time, are left alone. They are four times as large until then, so only the products that need it get them.
+at every run. Float weights behind QuantizeLinear and DequantizeLinear with the same scales are left alone; it folds
+them to the same codes at build time. They are four times as large until then, so only products that need it get them.
 """
 
 from __future__ import annotations
