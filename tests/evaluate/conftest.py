@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import support
 from tqdit.cli import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines import build_engine
@@ -43,15 +42,6 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder / f"{name}.onnx", *finish_graph(trace.clone(), model, config, table))
         build_engine(folder / f"{name}.onnx", folder / f"{name}.engine")
     return folder
-
-
-@pytest.fixture(scope="session")
-def bundle_of_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float engine of another model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    write(folder / "tiny.onnx", *support.exported(steps=20, pixels=True))
-    build_engine(folder / "tiny.onnx", folder / "tiny.engine")
-    return folder / "tiny.engine"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,18 @@ def test_paired_errors_are_those_of_the_two_engines(done):
     assert facts["steps"][0] == pytest.approx(errors.mean(), rel=1e-6)
     assert len(facts["steps"]) == 5
     assert [group["group"] for group in facts["groups"]] == [0, 1]
+
+
+def test_the_distance_above_float_is_the_difference_with_less_noise(done):
+    """Pairs share most of what moves a distance, so the interval is narrower than those of the two would give."""
+    _, facts = done
+    a, b, excess = (
+        facts["sets"]["subject"]["frechet_distance"], facts["sets"]["float"]["frechet_distance"],
+        facts["paired"]["frechet_excess"],
+    )  # fmt: skip
+    assert excess["value"] == pytest.approx(a["value"] - b["value"], rel=1e-6)
+    assert excess["low"] < excess["value"] < excess["high"]
+    assert excess["standard_error"] < np.hypot(a["standard_error"], b["standard_error"])
 
 
 def test_the_distance_is_that_of_the_library(done, reference):
@@ -221,6 +234,11 @@ def test_what_cannot_be_evaluated_is_one_line(samples, tmp_path, capsys, argumen
     assert message in refused(capsys, *(argument.format(**files) for argument in arguments))
 
 
-def test_engines_that_are_no_pair_are_refused(flow, bundle_of_tiny, capsys):
-    line = refused(capsys, flow / "model.engine", "--against", bundle_of_tiny)
+def test_engines_that_are_no_pair_are_refused(flow, tmp_path, capsys):
+    other = tmp_path / "other.engine"
+    shutil.copytree(flow / "float.engine", other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["card"]["fingerprint"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    line = refused(capsys, flow / "model.engine", "--against", other)
     assert "the two engines differ in their model (fingerprint)" in line

@@ -101,7 +101,7 @@ def around(
 
 def jackknife(
     statistic: Callable[[NDArray[np.float64]], float], count: int, blocks: int = RESAMPLES,
-    labels: NDArray[np.int64] | None = None,
+    labels: NDArray[np.int64] | None = None, least: float = 0.0,
 ) -> Measure:  # fmt: skip
     """Value +- 1.96 jackknife standard errors, for Frechet distances. `statistic` takes a weight per sample (count,).
 
@@ -127,7 +127,7 @@ def jackknife(
         variance += (parts - 1) / parts * float(np.square(np.array(values) - np.mean(values)).sum())
     value, error = statistic(np.ones(count)), math.sqrt(variance)
     how = "1.96 jackknife standard errors" + (" within classes" if by_class else "")
-    return Measure(value, max(0.0, value - Z * error), value + Z * error, count, how, error)
+    return Measure(value, max(least, value - Z * error), value + Z * error, count, how, error)
 
 
 def _shuffled(labels: NDArray[np.int64] | None, count: int) -> Indices:

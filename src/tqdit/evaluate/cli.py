@@ -8,7 +8,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,10 @@ class _Engines:
                 images = self._images(chains)
                 measured[name] = tools.metrics.measure(images)
                 sets[name] = {key: measure.to_json() for key, measure in measured[name].items()}
+            if pairs is not None and "float" in runs:
+                excess = tools.metrics.excess(self._images(runs["subject"]), self._images(runs["float"]))
+                if excess is not None:
+                    pairs = replace(pairs, measures={"frechet_excess": excess, **pairs.measures})
             _write_reference(self.args, tools.extractor, self._images(runs["subject"]))
         floats = [found for name, found in measured.items() if name.startswith("float")]
         distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]

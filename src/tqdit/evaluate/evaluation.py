@@ -100,6 +100,22 @@ class Metrics:
                 self.missing[name] = reason
         return found
 
+    def excess(self, images: Images, floats: Images) -> Measure | None:
+        """Frechet distance of these images less that of the float ones of the same noise; None where there is none.
+
+        Both are left out of the jackknife together, so what the two share, bias and most of the noise, cancels.
+        """
+        if "frechet_distance" not in self._distances:
+            return None
+        distance, rank = self._distances["frechet_distance"]
+        if len(images) <= rank:
+            return None
+        x, y = (self._extractor(part.pixels).pooled.astype(np.float64) for part in (images, floats))
+        return jackknife(
+            lambda weights: distance(weighted(x, weights)) - distance(weighted(y, weights)),
+            len(images), self._wish.resamples, images.labels, least=-math.inf,
+        )  # fmt: skip
+
     def _reason_against(self, name: str, images: Images, features: Features) -> str | None:
         """Why a metric cannot be had, or None."""
         count, advice = len(images), "Sample more with -n."
@@ -262,5 +278,7 @@ def verdict(
             text += f" ({of_float.value:.1%} in float)"
         parts.append(text)
     if pairs is not None:
+        if "frechet_excess" in pairs.measures:
+            parts[0] += f", {pairs.measures['frechet_excess']} above float on the same noise"
         parts.append(f"same-noise error of x_0 {pairs.measures['final_error']}")
     return "; ".join(parts) + "."

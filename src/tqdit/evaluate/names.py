@@ -8,6 +8,7 @@ TITLES = {
     "precision": "precision",
     "recall": "recall",
     "accuracy": "recognised",
+    "frechet_excess": "Frechet distance above float",
     "final_error": "same-noise error of x_0",
     "final_error_median": "same-noise error of x_0, median",
     "psnr_db": "PSNR, dB",

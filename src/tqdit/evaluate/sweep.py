@@ -182,7 +182,13 @@ class Bench:
             measures["final_error"] = of_mean(errors)
             measures["final_error_median"] = Measure(float(np.median(errors)), None, None, len(errors), "none")
         assert found.pixels is not None
-        measures |= self._metrics.measure(Images(found.pixels, self.labels, job.name))
+        images = Images(found.pixels, self.labels, job.name)
+        measures |= self._metrics.measure(images)
+        if job.preset != "float":
+            assert reference.pixels is not None
+            excess = self._metrics.excess(images, Images(reference.pixels, self.labels, "float"))
+            assert excess is not None
+            measures["frechet_excess"] = excess
         return Row(job, seed, measures, time.process_time() - cpu, time.monotonic() - started)
 
     def _eps_error(self, quantized: LoadedModel) -> Measure:
@@ -254,10 +260,13 @@ class Line:
     @classmethod
     def of(cls, job: Job, rows: Sequence[Row]) -> Line:
         names = rows[0].measures
-        return cls(job, len(rows), {name: _join([row.measures[name] for row in rows]) for name in names})
+        return cls(job, len(rows), {name: _join(name, [row.measures[name] for row in rows]) for name in names})
 
 
-def _join(measures: Sequence[Measure]) -> Measure:
+BOUNDS = {"frechet_excess": (-math.inf, math.inf), "accuracy": (0.0, 1.0)}  # of intervals; others are positive
+
+
+def _join(name: str, measures: Sequence[Measure]) -> Measure:
     """The mean over seeds, with the standard error that those of the seeds give."""
     values = [measure.value for measure in measures if measure.value is not None]
     errors = [measure.standard_error for measure in measures if measure.standard_error is not None]
@@ -265,7 +274,8 @@ def _join(measures: Sequence[Measure]) -> Measure:
     if len(errors) < len(values):
         return Measure(mean, None, None, count, "mean over seeds")
     error = math.sqrt(sum(value * value for value in errors)) / len(values)
-    return Measure(mean, max(0.0, mean - Z * error), mean + Z * error, count, "mean over seeds", error)
+    least, most = BOUNDS.get(name, (0.0, math.inf))
+    return Measure(mean, max(least, mean - Z * error), min(most, mean + Z * error), count, "mean over seeds", error)
 
 
 def lines_of(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Line]:
@@ -275,7 +285,8 @@ def lines_of(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Line]:
 
 
 COLUMNS = {
-    "frechet_distance": "Frechet distance to the data", "accuracy": "recognised", "final_error": "error of x_0, mean",
+    "frechet_distance": "Frechet distance to the data", "frechet_excess": "above float, same noise",
+    "accuracy": "recognised", "final_error": "error of x_0, mean",
     "final_error_median": "median", "eps_error": "error of eps, step-weighted",
 }  # fmt: skip
 
@@ -335,32 +346,36 @@ def table_csv(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Frechet distance and error of x_0 of each table, with intervals and the float model's band."""
+    """Distance above float and error of eps of each table, with intervals."""
     need("matplotlib", "demo", "the plots")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(2, 3, squeeze=False)
-    floats = lines_of([Job("float")], rows)
     for column, (name, jobs) in enumerate(TABLES.items()):
         lines = [line for line in lines_of(jobs, rows) if line.job.preset != "float"]
-        ticks = [LABELS[line.job.preset] if name == "III" else line.job.bits if name == "bits" else str(line.job.groups)
-                 for line in lines]  # fmt: skip
-        for axis, metric in zip(panels[:, column], ("frechet_distance", "eps_error"), strict=True):
-            found = [line.measures[metric] for line in lines]
-            values = np.array([m.value for m in found], float)
-            spread = [[m.value - m.low, m.high - m.value] for m in found if m.value is not None and m.low is not None
-                      and m.high is not None]  # fmt: skip
-            axis.errorbar(range(len(values)), values, yerr=np.array(spread).T if spread else None, fmt="o", capsize=3)
-            axis.set_xticks(range(len(ticks)), ticks, rotation=20 if name == "III" else 0)
-            axis.set(title=f"{name}: {COLUMNS[metric]}", yscale="log" if metric == "eps_error" else "linear")
-            if metric == "frechet_distance" and floats:
-                held = floats[0].measures[metric]
-                if held.low is not None and held.high is not None:
-                    axis.axhspan(held.low, held.high, alpha=0.2, label="float")
-                    axis.legend()
+        for axis, metric in zip(panels[:, column], ("frechet_excess", "eps_error"), strict=True):
+            _panel(axis, name, metric, lines)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _panel(axis: Any, name: str, metric: str, lines: Sequence[Line]) -> None:
+    """One measure of one table."""
+    found = [line.measures[metric] for line in lines]
+    held = [(m.value, m.low, m.high) for m in found if m.value is not None and m.low is not None and m.high is not None]
+    if held:
+        values, low, high = np.array(held).T
+        axis.errorbar(range(len(values)), values, yerr=[values - low, high - values], fmt="o", capsize=3)
+    ticks = [
+        LABELS[line.job.preset] if name == "III" else line.job.bits if name == "bits" else str(line.job.groups)
+        for line in lines
+    ]
+    axis.set_xticks(range(len(ticks)), ticks, rotation=20 if name == "III" else 0)
+    title = "Frechet distance above float" if metric == "frechet_excess" else COLUMNS[metric]
+    axis.set(title=f"{name}: {title}", yscale="log" if metric == "eps_error" and held else "linear")
+    if metric == "frechet_excess":
+        axis.axhline(0, lw=1, color="grey")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
