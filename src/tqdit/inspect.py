@@ -18,6 +18,7 @@ from tqdit import scale_table_summary
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
+from tqdit.engines.config import BatchRange
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
 from tqdit.scale_table import is_scale_table, read_scale_table
@@ -90,11 +91,20 @@ def _bundle(path: Path) -> Facts:
         ("backend", f"{manifest.backend}, {manifest.precision}"),
         ("built by", versions),
         ("runs on", ", ".join(manifest.target.values())),
+        *([] if manifest.batch is None else [("batch", _batch(manifest.batch))]),
+        *(
+            [("custom ops", ", ".join(f"{op}: {what}" for op, what in manifest.plugins.items()))]
+            * bool(manifest.plugins)
+        ),
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
         *([] if manifest.audit is None else [("audit", manifest.audit.line)]),
         *_card(manifest.card),
     ]
+
+
+def _batch(batch: BatchRange) -> str:
+    return f"{batch.least} to {batch.most} images per call, tuned for {batch.best}"
 
 
 def _onnx(path: Path) -> Facts:

@@ -16,6 +16,7 @@ from torch import nn
 
 import support
 from tables import Kind, make_table
+from tqdit import cli
 from tqdit.engines import backends, build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -333,6 +334,13 @@ def bundle(demo, tmp_path_factory):
     output = tmp_path_factory.mktemp("bundle") / "model.engine"
     build_engine(demo["float"], output, BACKEND, BuildConfig(targets=("8.9",), batch=BatchRange(1, 2, 4)))
     return output
+
+
+def test_inspect_tells_what_it_was_built_for(bundle, capsys):
+    assert cli.main(["inspect", str(bundle)]) == 0
+    told = capsys.readouterr()
+    assert "runs on       8.9" in told.out + told.err
+    assert "batch         1 to 4 images per call, tuned for 2" in told.out + told.err
 
 
 def test_more_images_per_call_than_it_was_built_for_are_refused(bundle):

@@ -62,9 +62,11 @@ def run_worker(job: Job, progress: Progress) -> Compiled:
 
 
 def _follow(messages: IO[str], progress: Progress) -> dict[str, Any]:
-    """The last message; progress on the way."""
+    """The last message; progress on the way. A worker that dies may leave half a line."""
     last: dict[str, Any] = {}
     for line in messages:
+        if not line.endswith("\n"):
+            break
         last = json.loads(line)
         if last["kind"] == "progress":
             progress(last["what"], last["done"], last["total"])
