@@ -219,10 +219,10 @@ def select_timings(batch: int) -> list[Timing]:
     rows, groups = 2 * batch, 10
     boundaries = torch.arange(100, 1000, 100, device=DEVICE)
     sets = [(torch.randint(0, 1000, (rows,), device=DEVICE), torch.rand(groups, device=DEVICE)) for _ in range(8)]
-    kernel = select_plan.kernel("fp32")
+    kernel = select_plan.kernel("fp32", groups - 1)
 
     def ours(timestep: Tensor, table: Tensor) -> Tensor:
-        launch = select_plan.launch(kernel, rows, groups - 1, 1)
+        launch = select_plan.launch(rows, 1)
         return kernels.run(kernel, launch, (timestep, boundaries, table), torch.empty(rows, device=DEVICE))
 
     eager = lambda timestep, table: table[(timestep[:, None] >= boundaries[None]).sum(1)]  # noqa: E731

@@ -43,9 +43,9 @@ def run_softmax(scores, low_step, bits, high_step, floats="fp32"):
 
 
 def run_select(timestep, boundaries, table, floats="fp32"):
-    kernel = select.kernel(floats)
+    kernel = select.kernel(floats, len(boundaries))
     shape = (len(timestep), *table.shape[1:])
-    launch = select.launch(kernel, len(timestep), len(boundaries), int(np.prod(shape[1:])))
+    launch = select.launch(len(timestep), int(np.prod(shape[1:])))
     return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)
 
 

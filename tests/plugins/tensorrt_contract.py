@@ -70,16 +70,17 @@ trt.DimsExprs = lambda length: [None] * length
 _tensor.SymExprImpl = lambda expr: expr._expr.value
 
 
-def drive(name, kinds, out_kind, shapes, attributes):
-    """All calls of one plugin in TensorRT's order, for inputs whose first dimension is dynamic."""
+def drive(name, kinds, out_kind, shapes, attributes, dynamic):
+    """All calls of one plugin in TensorRT's order; the inputs `dynamic` have a batch for their first dimension."""
     definition = _lib.QDP_REGISTRY[f"tqdit::{name}"]
     plugin = _plugin_class._TemplateAOTPlugin(name, "tqdit", definition.num_outputs)
     plugin.init(definition.register_func, attributes, definition.aot_impl_attr_names, definition.aot_impl_func,
                 definition.autotune_attr_names, definition.autotune_func)  # fmt: skip
     types = plugin.get_output_data_types(list(kinds), [len(shape) for shape in shapes])
-    sizes = [[Size.of(size, constant=i > 0 or j > 0) for i, size in enumerate(shape)] for j, shape in enumerate(shapes)]
-    for shape in sizes:
-        shape[0].constant = False
+    sizes = [
+        [Size.of(size, constant=i > 0 or j not in dynamic) for i, size in enumerate(shape)]
+        for j, shape in enumerate(shapes)
+    ]
     (out_shape,) = plugin.get_output_shapes(sizes, [], Builder())
     in_out = [described(kind, shape) for kind, shape in zip(kinds, shapes, strict=True)]
     in_out.append(described(out_kind, [size.value for size in out_shape]))
@@ -112,13 +113,23 @@ def main():
     attention = {"bits": 8, "high_step": 1 / 127, "scale": 0.01}
     results = {
         "TimeGroupSelect": drive(
-            "TimeGroupSelect", (integer, integer, single), single, [(70,), (9,), (10, 1, 1, 3)], {}
+            "TimeGroupSelect", (integer, integer, single), single, [(70,), (9,), (10, 1, 1, 3)], {}, {0}
         ),
         "MultiRegionSoftmax": drive(
-            "MultiRegionSoftmax", (half, single), half, [(3, 2, 50, 50), (3,)], {"bits": 8, "high_step": 1 / 127}
+            "MultiRegionSoftmax",
+            (half, single),
+            half,
+            [(3, 2, 50, 50), (3,)],
+            {"bits": 8, "high_step": 1 / 127},
+            {0, 1},
         ),
         "MultiRegionAttention": drive(
-            "MultiRegionAttention", (half, half, half, single), half, [(3, 2, 200, 72)] * 3 + [(3,)], attention
+            "MultiRegionAttention",
+            (half, half, half, single),
+            half,
+            [(3, 2, 200, 72)] * 3 + [(3,)],
+            attention,
+            {0, 1, 2, 3},
         ),
     }
     sys.stdout.write(json.dumps(results) + "\n")

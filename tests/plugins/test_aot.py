@@ -23,7 +23,7 @@ SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448, 
 
 def kernels_of(floats):
     return [
-        select.kernel(floats),
+        select.kernel(floats, 9),
         softmax.kernel(floats, 256, 8, 1 / 127),
         attention.kernel(floats, 256, 256, 72, 8, 1 / 127, SCALE),
         attention.kernel(floats, 1024, 1024, 72, 8, 1 / 127, SCALE),
@@ -89,7 +89,7 @@ def test_the_scores_of_256_tokens_stay_in_registers(tmp_path, capability, spille
 
 
 def test_compiling_is_cached(monkeypatch):
-    kernel = select.kernel("fp32")
+    kernel = select.kernel("fp32", 9)
     first = aot.compile_kernel(kernel, (8, 0))
 
     def refuse(*args):
@@ -104,7 +104,7 @@ def test_compiling_is_cached(monkeypatch):
 
 
 def test_a_damaged_cache_is_written_anew(cache):
-    kernel = select.kernel("fp16")
+    kernel = select.kernel("fp16", 9)
     first = aot.compile_kernel(kernel, (8, 0))
     path = aot.cache_folder() / f"{kernel.function}-{aot._key(kernel, (8, 0))}.json"
     assert aot._read(path) == first
@@ -121,7 +121,7 @@ def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
 
 
 def test_a_compiler_error_is_one_line():
-    broken = replace(select.kernel("fp32"), constants=(("BLOCK", 100),))  # no power of two
+    broken = replace(select.kernel("fp32", 9), constants=(("BOUNDARIES", 9), ("BLOCK", 100)))  # no power of two
     with pytest.raises(BackendError, match=r"Triton cannot compile 'time_group_select_kernel' for .* 8\.0: .*Use --no"):
         aot.compile_kernel(broken, (8, 0))
 

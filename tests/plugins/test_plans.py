@@ -68,23 +68,21 @@ def test_attention_covers_every_query_and_key_once(images, heads, queries, keys,
             np.testing.assert_array_equal(image, np.repeat(np.arange(images), heads))
 
 
-@given(st.integers(1, 400), st.integers(0, 9), st.integers(1, 400))
-def test_select_covers_every_element_once(rows, boundaries, size):
-    kernel = select.kernel("fp32")
-    launch = select.launch(kernel, rows, boundaries, size)
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_select_covers_every_element_once(rows, size):
+    launch = select.launch(rows, size)
     assert (launch.programs - 1) * select.BLOCK < rows * size <= launch.programs * select.BLOCK
-    assert launch.scalars == (rows * size, size, boundaries)
+    assert launch.scalars == (rows * size, size)
 
 
 def test_symbolic_sizes_give_the_same_launch():
     """As a dynamic batch does in TensorRT."""
     one = softmax.kernel("fp16", 256, 8, 1 / 127)
     two = attention.kernel("fp16", 200, 200, 72, 8, 1 / 127, 0.1)
-    three = select.kernel("fp32")
     for launch, symbolic in (
         (softmax.launch(one, 3, 16, 256, 3), softmax.launch(one, Symbol(3), Symbol(16), Symbol(256), Symbol(3))),
         (attention.launch(two, 3, 16, 3), attention.launch(two, Symbol(3), Symbol(16), Symbol(3))),
-        (select.launch(three, 70, 9, 3), select.launch(three, Symbol(70), Symbol(9), Symbol(3))),
+        (select.launch(70, 3), select.launch(Symbol(70), Symbol(3))),
     ):
         assert int(symbolic.programs) == launch.programs
         assert tuple(map(int, symbolic.scalars)) == launch.scalars

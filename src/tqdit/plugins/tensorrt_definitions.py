@@ -55,10 +55,8 @@ def _define_time_group_select(capability: tuple[int, int], lazy: bool) -> None:
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         size = functools.reduce(lambda a, b: a * b, list(table.shape_expr)[1:], trtp.SymInt32(1))
-        kernel = select.kernel(_float_type(table))
-        return _compiled(
-            kernel, select.launch(kernel, timestep.shape_expr[0], boundaries.shape_expr[0], size), capability
-        )
+        kernel = select.kernel(_float_type(table), _static(boundaries.shape_expr[0], name))
+        return _compiled(kernel, select.launch(timestep.shape_expr[0], size), capability)
 
 
 def _define_multi_region_softmax(capability: tuple[int, int], lazy: bool) -> None:
@@ -136,6 +134,6 @@ def _float_type(tensor: Any) -> str:
 
 def _static(size: Any, name: str) -> int:
     if not size.is_constant:
-        raise UsageError(f"{name}: its kernel needs tokens and head size fixed at build time; only the batch may vary. "
-                         "Export with fixed sizes or build with --no-plugins.")  # fmt: skip
+        raise UsageError(f"{name}: its kernel needs tokens, head size and groups fixed at build time; only the batch "
+                         "may vary. Export with fixed sizes or build with --no-plugins.")  # fmt: skip
     return int(size.constant_value())

@@ -7,8 +7,8 @@ from tqdit.plugins.kernels import Kernel, Launch, Size, ceil_div
 BLOCK = 128
 
 
-def kernel(table: str) -> Kernel:
-    """For a table of the type `table` ('fp32', 'fp16', 'bf16')."""
+def kernel(table: str, boundaries: int) -> Kernel:
+    """For a table of the type `table` ('fp32', 'fp16', 'bf16') with boundaries + 1 entries."""
     return Kernel(
         module="tqdit.plugins.time_group_select.kernel",
         function="time_group_select_kernel",
@@ -18,15 +18,14 @@ def kernel(table: str) -> Kernel:
             ("table", f"*{table}"),
             ("elements", "i32"),
             ("size", "i32"),
-            ("count", "i32"),
             ("out", f"*{table}"),
         ),
-        constants=(("BLOCK", BLOCK),),
+        constants=(("BOUNDARIES", boundaries), ("BLOCK", BLOCK)),
         num_warps=1,
     )
 
 
-def launch(kernel: Kernel, rows: Size, boundaries: Size, size: Size) -> Launch:
-    """timestep (rows,), boundaries (boundaries,), table (boundaries + 1, ...) with `size` elements per entry."""
+def launch(rows: Size, size: Size) -> Launch:
+    """timestep (rows,), table (groups, ...) with `size` elements per entry."""
     elements = rows * size
-    return Launch(ceil_div(elements, BLOCK), (elements, size, boundaries))
+    return Launch(ceil_div(elements, BLOCK), (elements, size))
