@@ -1,7 +1,7 @@
 """The ops as TensorRT plugins: which are there, and which nodes ask for them.
 
 A plugin is compiled into the plan as PTX ("ahead of time"), so an engine needs neither Python nor a library of ours
-where it runs. TensorRT 10.8 and newer; TensorRT-RTX has no plugins and gets the function bodies.
+where it runs. TensorRT 10.9 and newer; TensorRT-RTX has no plugins and gets the function bodies.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def why_unavailable() -> str | None:
         plugin = importlib.import_module("tensorrt.plugin")
     except ImportError:
         return f"TensorRT {version} has no Python plugins (TensorRT-RTX has none at all)"
-    if not hasattr(plugin, "aot_impl"):
+    if not hasattr(plugin, "KernelLaunchParams"):
         return f"TensorRT {version} has no ahead-of-time plugins"
     return None
 
