@@ -133,7 +133,8 @@ class QuantizationConfig:
 
     def __str__(self) -> str:
         """One knob per line."""
-        return "\n".join(f"{flag(f)[2:]:<20} {getattr(self, f.name)}" for f in fields(self))
+        values = {flag(f)[2:]: getattr(self, f.name) for f in fields(self)}
+        return "\n".join(f"{name:<20} {'none' if value == '' else value}" for name, value in values.items())
 
 
 # What can differ from layer to layer.

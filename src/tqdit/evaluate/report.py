@@ -258,7 +258,7 @@ def _engines(facts: Facts) -> str:
     ]  # fmt: skip
     head = ["", "engine", "backend", "MB", "ms per image and step", "batch", "audit"]
     return (
-        "<h2>Engines</h2>\n<p>Time as it was while these images were sampled, one run; tqdit-bench measures speed.</p>"
+        "<h2>Engines</h2>\n<p>Time as it was while these images were sampled, one run: not a benchmark.</p>"
         + _table(head, rows)
     )
 
@@ -330,7 +330,8 @@ def _line_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], x
         y = top + (y_high - tick) / (y_high - y_low) * (height - top - bottom)
         shapes.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shapes.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{number(10 ** float(tick))}</text>')
-    for tick in np.linspace(x_low, x_high, 6):
+    few = x_high - x_low <= 20  # groups: whole numbers
+    for tick in np.arange(x_low, x_high + 1) if few else np.linspace(x_low, x_high, 6):
         x = left + (tick - x_low) / max(x_high - x_low, 1e-9) * (width - left - right)
         shapes.append(f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{tick:.3g}</text>')
     for index, line in enumerate(points):
