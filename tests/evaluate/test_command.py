@@ -105,6 +105,8 @@ def test_the_diagnosis_ranks_what_costs_most_and_the_calibration_takes_its_advic
     flow, facts = done
     diagnosis = json.loads((flow / "diagnosis.json").read_text())
     assert diagnosis == facts["diagnosis"]
+    work = flow / "scales.safetensors.work"
+    assert [file.name.split("-")[0] for file in work.iterdir()] == ["rows"]  # as the calibration left it
     gains = [site["gain"] for site in diagnosis["sites"]]
     assert gains == sorted(gains, reverse=True)
     assert gains[0] > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -393,8 +394,10 @@ def look_inside(table: ScaleTable, card: GraphCard, args: argparse.Namespace, co
     model = load_model(card.model)
     beside = (args.scales or args.subject.parent / "scales.safetensors").with_suffix(".safetensors.work")
     with tempfile.TemporaryDirectory() as temporary:
-        work = beside if beside.is_dir() else Path(temporary)
-        patient = Patient(model, table, work, console)
+        # copies: a calibration that was stopped there must find everything as it left it
+        for rows in beside.glob("rows-*.safetensors"):
+            shutil.copy(rows, temporary)
+        patient = Patient(model, table, Path(temporary), console)
         facts["layers"] = {"boundaries": table.boundaries.tolist(), "errors": layer_errors(patient)}
         if args.layers:
             facts["diagnosis"] = diagnose(patient, args.diagnosed, console)
