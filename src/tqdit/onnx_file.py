@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
@@ -29,9 +29,25 @@ def load_graph(path: Path) -> onnx.ModelProto:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         raise FileFormatError(f"{path}: damaged or truncated, not an ONNX file ({error}). Export it again.") from error
+    if not _is_text(model):
+        raise FileFormatError(f"{path}: damaged, not an ONNX file (a name that is not UTF-8). Export it again.")
     if not model.graph.node:
         raise FileFormatError(f"{path}: not an ONNX file, or one without a graph. Export it again.")
     return model
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every name is UTF-8: protobuf hands on other bytes as `bytes`, where all of us expect `str`."""
+    if isinstance(message, onnx.TensorProto):  # its data may be gigabytes, and is no text
+        entries = [text for entry in message.external_data for text in (entry.key, entry.value)]
+        return all(isinstance(text, str) for text in (message.name, message.doc_string, *entries))
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes | Message) else value
+        if field.type == field.TYPE_STRING and not all(isinstance(text, str) for text in values):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(map(_is_text, values)):
+            return False
+    return True
 
 
 def external_files(model: onnx.ModelProto, path: Path) -> set[str]:

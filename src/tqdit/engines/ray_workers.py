@@ -8,6 +8,7 @@ job is the only one that writes. A worker that dies gives its shard back to the 
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 from collections import deque
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3  # at a shard, and at opening the engine, before the job ends
 LOOK_AROUND = 2.0  # seconds between two looks at the size of the cluster
+KNOCKING = 10.0  # seconds that a cluster may take to answer
 PATIENCE = 60.0  # seconds without any worker before the user hears of it
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx")
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
@@ -104,8 +106,9 @@ class Cluster:
         else:
             options["address"] = self.config.address
         try:
+            _knock(self.config.address or "")
             self.ray.init(**options)
-        except Exception as error:  # ConnectionError, RuntimeError, ValueError: by kind of address and release
+        except Exception as error:  # ConnectionError, RuntimeError, ValueError and more, by kind of address and release
             where = "on this machine" if self.config.address is None else f"at '{self.config.address}'"
             raise BackendError(f"no Ray cluster {where} ({error}). Start one: ray start --head") from error
 
@@ -114,6 +117,13 @@ class Cluster:
         provider = self.manifest.target.get("provider")
         gpu = self.manifest.backend in GPU_BACKENDS or provider in GPU_PROVIDERS
         return {"CPU": float(self.config.threads or 1)} | ({"GPU": 1.0} if gpu else {})
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at host:port; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), KNOCKING).close()
 
 
 class _Run:
