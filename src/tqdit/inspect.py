@@ -156,7 +156,7 @@ def _samples(path: Path) -> Facts:
             if damaged is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of '{damaged}'")
             arrays = [(name.removesuffix(".npy"), _array(archive, name)) for name in archive.namelist()]
-    except (OSError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise FileFormatError(f"{path}: damaged or truncated .npz ({error}). Sample again.") from error
     return [("kind", "samples"), *arrays]
 

@@ -8,7 +8,7 @@ import pytest
 
 import support
 from tqdit.engines import Sampler, build_engine
-from tqdit.engines.bundle import MANIFEST, check_overwrite, read_manifest
+from tqdit.engines.bundle import MANIFEST, check_overwrite, read_manifest, seal
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
 from tqdit.export import write
 
@@ -20,7 +20,7 @@ def copy(bundle, tmp_path):
 
 def change_manifest(folder, **changes):
     values = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(values | changes))
+    (folder / MANIFEST).write_text(json.dumps(seal(values | changes)))
 
 
 def test_a_manifest_survives_json(bundle):

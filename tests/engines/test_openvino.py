@@ -19,7 +19,7 @@ from tables import Kind, make_table
 from tqdit.calibrate import apply
 from tqdit.card import ATTENTION_FORMS
 from tqdit.engines import Sampler, build_engine
-from tqdit.engines.bundle import MANIFEST, read_manifest
+from tqdit.engines.bundle import MANIFEST, read_manifest, seal
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.openvino import library
 from tqdit.engines.openvino.run import load
@@ -369,7 +369,7 @@ def test_weights_beside_the_file_are_found(tmp_path, monkeypatch):
 
 def change_manifest(folder, **changes):
     values = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(values | changes))
+    (folder / MANIFEST).write_text(json.dumps(seal(values | changes)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
         raise FileFormatError(f"{path}: damaged or not an .npz of plain arrays ({error}). Write it again.") from error
     x0 = _first(path, arrays, IMAGE_NAMES)
     labels = _first(path, arrays, LABEL_NAMES)

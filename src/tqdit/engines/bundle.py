@@ -6,6 +6,7 @@ part is refused by name before anything runs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdit.files import sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SEAL = "sha256"  # of the manifest itself: a flipped bit of the schedule or of the guidance scale is a wrong image
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,22 @@ class Manifest:
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
 
     def to_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
+        return seal({"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()})
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
         try:
             values = json.loads(text)
             version = values.pop("format_version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
         if version != FORMAT_VERSION:
             raise FileFormatError(
                 f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
                 "Build the engine again, or install the tqdit that built it."
             )
+        if values.pop(SEAL, None) != _digest(values | {"format_version": version}):
+            raise FileFormatError(f"{where}: altered since it was built (its SHA-256 differs). Build the engine again.")
         try:
             values["card"] = GraphCard.from_json(json.dumps(values["card"]), str(where))
             values["audit"] = _audit(values["audit"])
@@ -73,6 +77,17 @@ class Manifest:
             if name not in manifest.files or Path(name).name != name or name in (".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a manifest with its own SHA-256, instead of an earlier one."""
+    content = {name: value for name, value in values.items() if name != SEAL}
+    return content | {SEAL: _digest(content)}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of the content as JSON without spaces, keys sorted."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _audit(values: dict[str, Any] | None) -> Audit | None:

@@ -99,6 +99,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     except (
         OSError,
         ValueError,
+        RuntimeError,  # a member marked as encrypted, or compressed in a way that is not known
         TypeError,
         AttributeError,
         EOFError,

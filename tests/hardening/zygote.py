@@ -1,0 +1,64 @@
+"""Runs commands of ours in forked children: everything is imported once, so that a kill costs no start.
+
+A line of JSON on stdin, {"argv": [...], "limit": bytes or null, "stdout": path or null, "user": id or null}, starts a
+command; the answer is a line with its process id, and at its end a line with its wait status. No thread may exist here,
+since a fork takes none of them along.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+
+import torch
+
+import tqdit.calibrate.flow
+import tqdit.engines.onnxruntime.build
+import tqdit.engines.onnxruntime.run
+import tqdit.export
+import tqdit.lint
+import tqdit.models  # noqa: F401
+from tqdit.cli import main
+
+torch.set_num_threads(1)
+
+
+def child(job):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.close()
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(log, 2)
+    os.dup2(os.open(job["stdout"] or os.devnull, os.O_WRONLY), 1)
+    if job["limit"] is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    if job["user"] is not None:
+        os.setgroups([])
+        os.setgid(job["user"])
+        os.setuid(job["user"])
+    try:
+        code = main(job["argv"])
+        sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 99
+    os._exit(code)
+
+
+def answer(number):
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        child(job)
+    answer(pid)
+    answer(os.waitpid(pid, 0)[1])
