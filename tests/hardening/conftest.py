@@ -63,6 +63,8 @@ class Commands:
 
     def end(self):
         """Wait for the command."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
         status = int(self.process.stdout.readline())
         return Outcome(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"))
 
@@ -71,7 +73,7 @@ class Commands:
         pid = self.start(*argv, **options)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)  # a zombie at worst: the other process reaps it after the answer is read
+            os.kill(pid, signal.SIGKILL)  # a zombie at worst: it is reaped by `end`
         return self.end()
 
     def close(self):

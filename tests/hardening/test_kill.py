@@ -12,7 +12,7 @@ from tqdit.engines.shards import INDEX, read_index
 
 pytestmark = pytest.mark.hardening
 CALIBRATE = ["calibrate", "{inputs}/dit.safetensors", "--steps", "8", "--groups", "2", "--rows-per-group", "4",
-             "--grid", "4", "--rounds", "1", "-o", "{here}/scales.safetensors", "-q"]  # fmt: skip
+             "--candidates", "4", "--rounds", "1", "-o", "{here}/scales.safetensors", "-q"]  # fmt: skip
 EXPORT = ["export", "{here}/model.onnx", "--model", "{inputs}/dit.safetensors", "--float", "-q"]
 BUILD = ["build", "{inputs}/model.onnx", "-o", "{here}/model.engine", "-q"]
 SAMPLE = ["sample", "{inputs}/model.engine", "-n", "300", "--shard-size", "20", "-o", "{here}/samples", "-q"]
@@ -61,4 +61,4 @@ def test_a_stage_that_was_killed_at_random_ends_with_the_same_bytes(inputs, tmp_
     assert commands.run(*command(here)).code == 0
     assert digest(here / name) == expected
     assert [file.name for file in here.iterdir() if file.name.startswith(".")] == []
-    assert set(file.name for file in here.iterdir()) - {name} <= {f"{name}.work"}
+    assert {file.name for file in here.iterdir()} - {name} <= {f"{name}.work"}

@@ -1,8 +1,8 @@
 """Runs commands of ours in forked children: everything is imported once, so that a kill costs no start.
 
 A line of JSON on stdin, {"argv": [...], "limit": bytes or null, "stdout": path or null, "user": id or null}, starts a
-command; the answer is a line with its process id, and at its end a line with its wait status. No thread may exist here,
-since a fork takes none of them along.
+command; the answer is a line with its process id. After another line, and the command's end, comes its wait status.
+No thread may exist here, since a fork takes none of them along.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,10 +25,9 @@ from tqdit.cli import main
 torch.set_num_threads(1)
 
 
-def child(job):
+def child(job, log):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.close()
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, 2)
     os.dup2(os.open(job["stdout"] or os.devnull, os.O_WRONLY), 1)
     if job["limit"] is not None:
@@ -57,8 +57,13 @@ def answer(number):
 
 for line in sys.stdin:
     job = json.loads(line)
+    reader, log = os.pipe()  # which no limit of file sizes concerns
     pid = os.fork()
     if pid == 0:
-        child(job)
+        child(job, log)
+    os.close(log)
     answer(pid)
+    sys.stdin.readline()  # the child stays a zombie until then, so that a late kill meets nobody else
+    with os.fdopen(reader, "rb") as said:
+        Path(job["log"]).write_bytes(said.read())
     answer(os.waitpid(pid, 0)[1])

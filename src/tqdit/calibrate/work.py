@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,13 @@ class WorkFolder:
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         with whole_file(self._file(name)) as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+            try:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+            except SafetensorError as error:  # a full disk, told in its own way: 'I/O error: ... (os error 28)'
+                number = re.search(r"\(os error (\d+)\)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
     def load(self, name: str) -> dict[str, Tensor]:
         with safe_open(self._file(name), "pt", device=self.device) as file:
