@@ -7,15 +7,17 @@ the manifest of every engine, so the engine side reads no other file.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from tqdit.diffusion import SamplingSpec
 from tqdit.errors import FileFormatError, UsageError
 
 FORMAT_VERSION = 1
 METADATA_KEY = "tqdit"
+LARGEST = 2**20  # of any size
 
 GraphName = Literal["step", "denoiser"]
 GRAPHS: tuple[GraphName, ...] = ("step", "denoiser")
@@ -92,7 +94,7 @@ class GraphCard:
         try:
             values = json.loads(text)
             version = values.pop("format_version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise FileFormatError(
                 f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
             ) from error
@@ -108,16 +110,36 @@ class GraphCard:
             values["quantization"] = _quantization(values.get("quantization"))
             card = cls(**values)
             card.check()
-        except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, UsageError) as error:
             raise FileFormatError(
                 f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
             ) from error
         return card
 
     def check(self) -> None:
+        """Raise ValueError or UsageError for values that nothing could be done with."""
         sizes = (self.channels, self.out_channels, self.height, self.width, self.num_classes)
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or self.graph not in GRAPHS:
+        if not all(type(size) is int and 0 < size <= LARGEST for size in sizes) or self.graph not in GRAPHS:
             raise ValueError(f"graph '{self.graph}' with sizes {sizes}")
+        texts = [self.model, self.origin, self.fingerprint, self.written_by, *self.class_names]
+        numbers: list[object] = [self.guidance_scale, *([] if self.latent_scale is None else [self.latent_scale])]
+        whole: list[object] = [self.sampling.steps, self.sampling.steps_offset]
+        if self.vae is not None:
+            texts += [self.vae.file, self.vae.sha256]
+            whole += [self.vae.image_height, self.vae.image_width]
+        if self.quantization is not None:
+            facts = self.quantization
+            texts += [*facts.products, *facts.products.values()]
+            whole += [facts.weight_bits, facts.activation_bits, *facts.boundaries]
+            if facts.attention not in ATTENTION_FORMS or not set(facts.products.values()) <= set(get_args(ProductForm)):
+                raise ValueError(f"attention '{facts.attention}' with products {sorted(set(facts.products.values()))}")
+        if type(self.guided) is not bool or not all(type(text) is str for text in texts):
+            raise ValueError("a value of another type")
+        if not all(type(number) is int and abs(number) <= LARGEST for number in whole):
+            raise ValueError(f"one of {whole} is not a whole number")
+        if not all(type(number) in (int, float) and math.isfinite(cast(float, number)) for number in numbers):
+            raise ValueError(f"one of {numbers} is not a finite number")
+        _ = self.sampling.schedule  # which knows what fits together
 
 
 def _quantization(values: dict[str, Any] | None) -> QuantizationCard | None:

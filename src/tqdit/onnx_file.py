@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -50,11 +51,22 @@ def _is_text(message: Message) -> bool:
     return True
 
 
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers, constants of nodes, subgraphs and functions."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for each in [value] if isinstance(value, Message) else value:
+                yield from _tensors(each)
+
+
 def external_files(model: onnx.ModelProto, path: Path) -> set[str]:
     """Names of the files that hold the weights of `model`; all must lie beside `path`."""
-    names = {e.value for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"}
+    names = {e.value for tensor in _tensors(model) for e in tensor.external_data if e.key == "location"}
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".", ".."):
             raise FileFormatError(
                 f"{path}: its weights lie in '{name}', outside its own folder. Refused; export it again."
             )

@@ -84,7 +84,7 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _site(entry: Any, tensors: Arrays) -> Site:
     try:
-        module, role, scheme = str(entry["module"]), entry["role"], entry["scheme"]
+        module, role, scheme = str(entry["module"]), entry["role"], str(entry["scheme"])
         bits, granularity = entry["bits"], str(entry["granularity"])
     except (KeyError, TypeError) as error:
         raise FileFormatError(f"a site of its metadata is damaged ({error!r}). {AGAIN}") from error

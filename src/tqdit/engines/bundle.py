@@ -74,7 +74,7 @@ class Manifest:
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
-            if name not in manifest.files or Path(name).name != name or name in (".", ".."):
+            if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
 
