@@ -1,0 +1,265 @@
+"""Property-based fuzzing of every parser of ours: a value or one line, never another exception."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tqdit.calibrate.advice import read_advice
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.card import GraphCard
+from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest, seal
+from tqdit.engines.config import BatchRange
+from tqdit.engines.shards import INDEX, parse_index
+from tqdit.errors import TqditError
+from tqdit.lint import lint
+from tqdit.models.published import read_own_facts
+from tqdit.models.state import read_sharded
+from tqdit.onnx_file import external_files, load_graph, read_card
+from tqdit.scale_table import METADATA_KEY, granularity_from_text, granularity_to_text
+from tqdit.scale_table_checks import parse
+
+pytestmark = pytest.mark.hardening
+many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+some = settings(many, max_examples=150)
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.integers(-3, 20) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["..", "/etc/passwd", "../x", "step", "ddim", "group:3", "softmax", "\x00"])
+)  # fmt: skip
+JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
+
+
+def places(value, path=()):
+    """Paths to every node of a JSON value."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+@st.composite
+def changed(draw, value):
+    """A JSON value with one to three nodes replaced, removed or added."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(sorted(places(value), key=repr)))
+        if not path:
+            continue
+        parent = value
+        for key in path[:-1]:
+            parent = parent[key]
+        action = draw(st.sampled_from(["replace", "remove", "add"]))
+        if action == "remove":
+            del parent[path[-1]]
+        elif action == "add" and isinstance(parent, dict):
+            parent[draw(st.text(max_size=4))] = draw(JSON)
+        else:
+            parent[path[-1]] = draw(JSON)
+    return value
+
+
+def value_or_one_line(parser, *arguments):
+    """What the parser makes of it, or None where it refuses in one line."""
+    try:
+        return parser(*arguments)
+    except TqditError:
+        return None
+
+
+@given(st.data())
+@many
+def test_cards(inputs, data):
+    good = read_card(inputs / "model.onnx").to_json()
+    card = value_or_one_line(GraphCard.from_json, json.dumps(data.draw(changed(good))), "x.onnx")
+    if card is not None:  # and what it says can be used
+        assert len(card.sampling.schedule.timesteps) == card.sampling.steps
+        assert np.zeros(card.image_shape).size > 0
+        assert isinstance(card.guidance_scale, float | int)
+        assert card.quantization is None or card.quantization.summary
+        json.dumps(card.to_json())
+
+
+@given(st.data())
+@many
+def test_manifests(inputs, data):
+    """Sealed again, as one who means harm would."""
+    good = json.loads((inputs / "model.engine" / MANIFEST).read_text())
+    spoilt = data.draw(changed(good))
+    spoilt = seal(spoilt) if isinstance(spoilt, dict) else spoilt
+    manifest = value_or_one_line(Manifest.from_json, json.dumps(spoilt), Path("x.engine/manifest.json"))
+    if manifest is not None:
+        for name in [*manifest.files, manifest.entry]:
+            assert Path("x.engine", name).resolve().parent == Path("x.engine").resolve()
+
+
+@given(st.data())
+@many
+def test_shard_indexes(inputs, data):
+    good = json.loads((inputs / "shards" / INDEX).read_text())
+    folder = value_or_one_line(parse_index, json.dumps(data.draw(changed(good))), Path("x"))
+    assert folder is None or folder.done <= folder.job.shards
+
+
+@given(st.data())
+@many
+def test_scale_tables(inputs, data):
+    """Metadata and tensors changed by themselves, in ways that a valid safetensors file can hold."""
+    with safetensors.safe_open(inputs / "scales.safetensors", "np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = (
+        json.dumps(data.draw(changed(json.loads(metadata[METADATA_KEY]))))
+        if data.draw(st.booleans())
+        else metadata[METADATA_KEY]
+    )
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    tensor = data.draw(st.sampled_from([
+        tensors[name], tensors[name].reshape(-1), tensors[name].astype(np.float64), tensors[name] * 0,
+        np.full_like(tensors[name], -1), tensors[name][None], np.zeros((0,), tensors[name].dtype),
+        np.full(tensors[name].shape, np.nan, np.float32), None,
+    ]))  # fmt: skip
+    tensors = {key: each for key, each in (tensors | {name: tensor}).items() if each is not None}
+    table = value_or_one_line(parse, {METADATA_KEY: text}, tensors)
+    if table is not None:
+        table.to_bytes()
+
+
+@given(st.text(max_size=20) | st.from_regex(r"-?\d{1,3}(,-?\d{0,3}){0,3}", fullmatch=True))
+@many
+def test_batch_ranges(text):
+    found = value_or_one_line(BatchRange.parse, text)
+    assert found is None or 1 <= found.least <= found.best <= found.most
+
+
+@given(st.text(max_size=12) | st.from_regex(r"(tensor|channel|group):?\d{0,3}", fullmatch=True))
+@many
+def test_granularities(text):
+    found = value_or_one_line(granularity_from_text, text)
+    assert found is None or granularity_from_text(granularity_to_text(found)) == found
+
+
+@given(st.data())
+@some
+def test_the_lints_reader(inputs, data):
+    """A valid protobuf message with fields that make no sense."""
+    model = onnx.load(inputs / "model.onnx")
+    for _ in range(data.draw(st.integers(1, 4))):
+        graph = data.draw(st.sampled_from([model.graph, *model.functions]))
+        node = data.draw(st.sampled_from(list(graph.node)))
+        action = data.draw(st.integers(0, 5))
+        if action == 0:
+            node.op_type = data.draw(
+                st.sampled_from(["DequantizeLinear", "QuantizeLinear", "Reshape", "Cast", "If", "x"])
+            )
+        elif action == 1 and node.input:
+            node.input[data.draw(st.integers(0, len(node.input) - 1))] = data.draw(st.text(max_size=3))
+        elif action == 2:
+            del node.input[data.draw(st.integers(0, 2)) :]
+        elif action == 3:
+            del node.output[:]
+        elif action == 4 and node.attribute:
+            node.attribute[0].type = data.draw(st.integers(0, 14))
+        else:
+            node.attribute.append(
+                onnx.helper.make_attribute(
+                    data.draw(st.sampled_from(["axis", "to", "value"])),
+                    data.draw(st.integers(-5, 5) | st.text(max_size=3)),
+                )
+            )
+    value_or_one_line(lint, model)
+
+
+@given(st.binary(max_size=400))
+@many
+def test_onnx_files_of_any_bytes(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.onnx"
+    path.write_bytes(content)
+    model = value_or_one_line(load_graph, path)
+    if model is not None:
+        value_or_one_line(lint, model)
+
+
+@given(st.data())
+@some
+def test_indexes_of_sharded_checkpoints(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "x.index.json"
+    path.write_text(
+        json.dumps(data.draw(changed({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})))
+    )
+    assert value_or_one_line(read_sharded, path) in (None, {})
+
+
+@given(st.data())
+@some
+def test_facts_of_our_own_checkpoints(tmp_path_factory, data):
+    from safetensors.numpy import save_file
+
+    path = tmp_path_factory.getbasetemp() / "own.safetensors"
+    facts = data.draw(changed({"num_heads": 2, "classes": ["a", "b"]}))
+    save_file({"x": np.zeros(1, np.float32)}, path, {"tqdit": json.dumps(facts)})
+    value_or_one_line(read_own_facts, path)
+
+
+@given(st.data())
+@some
+def test_diagnoses(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "diagnosis.json"
+    good = {
+        "settings": QuantizationConfig().to_json(),
+        "fingerprint": "0",
+        "advice": [{"layer": "blocks.0.mlp.fc1", "change": {"final": "all"}}],
+    }
+    path.write_text(json.dumps(data.draw(changed(good))))
+    value_or_one_line(read_advice, path)
+
+
+@given(st.text(max_size=40) | st.from_regex(r"blocks\.\d\.[a-z.]{0,8}:[a-z_]{1,12}=[a-z0-9]{1,4}", fullmatch=True))
+@many
+def test_overrides(text):
+    value_or_one_line(lambda: QuantizationConfig(overrides=text).layer_knobs)
+
+
+NAMES = ["../graph.onnx", "/etc/passwd", "..", ".", "", "sub/graph.onnx", "./graph.onnx"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_path_in_a_manifest_leaves_its_folder(inputs, tmp_path, name):
+    good = json.loads((inputs / "model.engine" / MANIFEST).read_text())
+    part = good["files"]["graph.onnx"]
+    for changes in (
+        {"entry": name, "files": {name: part}},
+        {"files": {**good["files"], name: part}},
+        {"decoder": name},
+    ):
+        (tmp_path / MANIFEST).write_text(json.dumps(seal(good | changes)))
+        if changes == {"decoder": ""}:  # none
+            continue
+        with pytest.raises(TqditError, match="not a file of this bundle"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_path_of_external_data_leaves_its_folder(inputs, tmp_path, name):
+    model = onnx.load(inputs / "model.onnx")
+    constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
+    tensor = constants[0] if constants and name == ".." else model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=name)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(TqditError, match="outside its own folder"):
+        external_files(load_graph(tmp_path / "model.onnx"), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "shard-00000.npz/../../x", "shard-00009.npz"])
+def test_no_path_in_an_index_of_shards_leaves_its_folder(inputs, name):
+    values = json.loads((inputs / "shards" / INDEX).read_text())
+    values["shards"][name] = "0" * 64
+    with pytest.raises(TqditError, match="no shards of this job"):
+        parse_index(json.dumps(values), Path("x"))
