@@ -1,7 +1,7 @@
 """Taking the quantization of a quantized file away again (`tqdit-build --precision fp32|fp16|bf16`).
 
-So one file serves to compare integers with floats. The weights stay those of the quantized model: what rounding took from them
-is not in the file any more. A float file of the original weights is what `tqdit-export --float` writes.
+So one file serves to compare integers with floats. The weights stay those of the quantized model: what rounding took
+from them is not in the file any more. A float file of the original weights is what `tqdit-export --float` writes.
 """
 
 from __future__ import annotations
