@@ -1,0 +1,133 @@
+"""An image service around one engine: request, progress, cancel. docs/guides/http-service.md explains it.
+
+pip install 'tqdit[onnxruntime]' starlette uvicorn
+python examples/http_service.py model.engine --port 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+from collections.abc import AsyncIterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tqdit.engines import Progress, StepBatcher
+from tqdit.errors import DeadlineError, QueueFullError, TqditError, UsageError
+
+KEPT = 1000  # results that nobody has fetched; the oldest go first
+DEADLINE = 600.0  # seconds
+
+
+@dataclass
+class Job:
+    """One requested image."""
+
+    future: Future[Any] = field(default_factory=Future)
+    done: int = 0  # steps
+    steps: int = 0
+
+    def advance(self, progress: Progress) -> None:
+        """Called by the batcher's thread after each step: two assignments, so nobody waits for us."""
+        self.done, self.steps = progress.steps - progress.step, progress.steps
+
+    def state(self) -> dict[str, Any]:
+        if not self.future.done():
+            return {"state": "working" if self.steps else "waiting", "step": self.done, "steps": self.steps}
+        try:
+            error = self.future.exception()
+        except CancelledError:
+            return {"state": "cancelled"}
+        return {"state": "done"} if error is None else {"state": "failed", "reason": str(error)}
+
+
+def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlette:
+    """The application; the engine is opened when the server starts and closed when it ends."""
+    jobs: dict[str, Job] = {}
+    numbers = itertools.count(1)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        with StepBatcher(engine, batch=batch, queue=queue) as app.state.batcher:
+            yield
+            app.state.batcher.close(drain=False)
+
+    async def submit(request: Request) -> Response:
+        try:
+            wanted = await request.json()
+            job = Job()
+            job.future = request.app.state.batcher.submit(
+                wanted["class"], guidance_scale=wanted.get("guidance_scale"), seed=wanted.get("seed", 0),
+                deadline=DEADLINE, on_progress=job.advance,
+            )  # fmt: skip
+        except QueueFullError as error:
+            return JSONResponse({"error": str(error)}, 503, {"Retry-After": "5"})
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return JSONResponse({"error": str(error)}, 400)
+        name = str(next(numbers))
+        jobs[name] = job
+        for old in [each for each in jobs if jobs[each].future.done()][:-KEPT]:
+            del jobs[old]
+        return JSONResponse({"id": name}, 202, {"Location": f"/images/{name}"})
+
+    async def progress(request: Request) -> Response:
+        job = jobs.get(request.path_params["name"])
+        return JSONResponse({"error": "no such image"}, 404) if job is None else JSONResponse(job.state())
+
+    async def picture(request: Request) -> Response:
+        job = jobs.get(request.path_params["name"])
+        if job is None:
+            return JSONResponse({"error": "no such image"}, 404)
+        if not job.future.done():
+            return JSONResponse(job.state(), 409)
+        try:
+            pixels = job.future.result()  # uint8 (H, W, 3)
+        except (CancelledError, TqditError) as error:
+            return JSONResponse(job.state(), 504 if isinstance(error, DeadlineError) else 410)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    async def cancel(request: Request) -> Response:
+        job = jobs.pop(request.path_params["name"], None)
+        if job is None:
+            return JSONResponse({"error": "no such image"}, 404)
+        job.future.cancel()  # its row is free at the next step
+        return Response(status_code=204)
+
+    async def health(request: Request) -> Response:
+        stats = request.app.state.batcher.stats()
+        return JSONResponse({"waiting": stats.waiting, "running": stats.running, "engine_calls": stats.engine_calls})
+
+    routes = [
+        Route("/images", submit, methods=["POST"]),
+        Route("/images/{name}.png", picture),
+        Route("/images/{name}", progress),
+        Route("/images/{name}", cancel, methods=["DELETE"]),
+        Route("/health", health),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve images of one engine over HTTP.")
+    parser.add_argument("engine", nargs="?", default="model.engine", help="default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, help="rows per engine call (default: the engine's choice)")
+    args = parser.parse_args()
+    uvicorn.run(make_app(args.engine, args.batch), host=args.host, port=args.port)
+
+
+if __name__ == "__main__":
+    main()
