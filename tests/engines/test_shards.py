@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,15 @@ def test_the_shards_together_hold_the_images_of_one_run(bundle, folder):
     np.testing.assert_array_equal(np.concatenate([shard["arr_0"] for shard in shards]), images)
     np.testing.assert_array_equal(np.concatenate([shard["arr_1"] for shard in shards]), labels)
     assert shards[0]["arr_1"].dtype == np.int64
+
+
+def test_the_python_of_the_guide_reads_them(folder, monkeypatch):
+    guide = Path(__file__).parents[2] / "docs" / "sampling-many.md"
+    (block,) = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(folder.parent)
+    names = {}
+    exec(compile(block, guide.name, "exec"), names)
+    assert names["count"] == COUNT
 
 
 def test_the_index_says_what_was_made_and_lists_every_shard(bundle, whole):
