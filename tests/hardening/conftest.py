@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,17 @@ class Commands:
         job = {"argv": list(map(str, argv)), "limit": limit, "stdout": stdout, "user": user, "log": str(self.log)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        self.pid = int(self.process.stdout.readline())
+        return self.pid
 
     def end(self):
         """Wait for the command."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
+        watch = threading.Timer(TIME_LIMIT, os.kill, (self.pid, signal.SIGKILL))  # which no verdict allows
+        watch.start()
         status = int(self.process.stdout.readline())
+        watch.cancel()
         return Outcome(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"))
 
     def run(self, *argv, kill_after=None, **options):

@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+from tqdit.calibrate.work import open_search
 from tqdit.engines.shards import INDEX, read_index
 
 pytestmark = pytest.mark.hardening
@@ -18,7 +20,7 @@ BUILD = ["build", "{inputs}/model.onnx", "-o", "{here}/model.engine", "-q"]
 SAMPLE = ["sample", "{inputs}/model.engine", "-n", "300", "--shard-size", "20", "-o", "{here}/samples", "-q"]
 SHEET = ["sample", "{inputs}/model.engine", "-n", "100", "-o", "{here}/samples.png", "-q"]
 STAGES = {  # command, output, kills
-    "calibrate": (CALIBRATE, "scales.safetensors", 8), "export": (EXPORT, "model.onnx", 3),
+    "calibrate": (CALIBRATE, "scales.safetensors", 12), "export": (EXPORT, "model.onnx", 3),
     "build": (BUILD, "model.engine", 12), "shards": (SAMPLE, "samples", 25), "picture": (SHEET, "samples.png", 10),
 }  # fmt: skip
 
@@ -62,3 +64,17 @@ def test_a_stage_that_was_killed_at_random_ends_with_the_same_bytes(inputs, tmp_
     assert digest(here / name) == expected
     assert [file.name for file in here.iterdir() if file.name.startswith(".")] == []
     assert {file.name for file in here.iterdir()} - {name} <= {f"{name}.work"}
+
+
+def test_a_search_goes_at_once_when_it_is_done(tmp_path, monkeypatch):
+    """A kill in the middle of its removal left tables without tokens, on which the next run failed for good."""
+    folder = open_search(tmp_path, {"seed": 1}, torch.device("cpu"))
+    folder.save("tokens-1", {"tokens": torch.zeros(2)})
+    folder.save("tokens-2", {"tokens": torch.zeros(2)})
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)  # as far as a kill lets it come
+        folder.delete()
+    again = open_search(tmp_path, {"seed": 1}, torch.device("cpu"))
+    assert not again.has("tokens-1")
+    assert not again.has("tokens-2")
+    assert [file.name for file in tmp_path.iterdir()] == []

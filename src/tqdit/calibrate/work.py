@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from tqdit.files import whole_file
 from tqdit.scale_table import ScaleTable, read_scale_table, write_scale_table
+
+DOOMED = "search-removed"
 
 
 def digest(facts: Any) -> str:
@@ -79,7 +82,16 @@ class WorkFolder:
         self._file(name).unlink(missing_ok=True)
 
     def delete(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        _discard(self.path)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a search at once: one that a kill left in part would be taken for one that can be continued."""
+    doomed = folder.with_name(DOOMED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def open_search(root: Path, facts: Any, device: torch.device) -> WorkFolder:
@@ -88,7 +100,7 @@ def open_search(root: Path, facts: Any, device: torch.device) -> WorkFolder:
     if root.is_dir():
         for other in root.glob("search-*"):
             if other.name != name:
-                shutil.rmtree(other, ignore_errors=True)
+                _discard(other)
     return WorkFolder(root / name, device)
 
 

@@ -71,12 +71,23 @@ class Manifest:
             values["batch"] = BatchRange(**values["batch"]) if values.get("batch") else None
             values["files"] = {name: Part(**part) for name, part in values["files"].items()}
             manifest = cls(**values)
+            _check_types(manifest)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
             if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    facts = [manifest.versions, manifest.target, manifest.plugins]
+    texts = [manifest.backend, manifest.precision, manifest.float_type, manifest.entry, manifest.decoder or ""]
+    texts += [text for fact in facts for entry in fact.items() for text in entry]
+    texts += [part.sha256 for part in manifest.files.values()]
+    sizes = [part.size_bytes for part in manifest.files.values()]
+    if not all(type(text) is str for text in texts) or not all(type(size) is int for size in sizes):
+        raise TypeError("a value of another type")
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
