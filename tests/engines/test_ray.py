@@ -82,11 +82,11 @@ def work(bundle, output, machines, bar, engine=None, **config):
 
 
 def workers():
-    """Ray's processes that hold an actor of ours."""
+    """Ray's living processes that hold an actor of ours."""
     return [
         process
-        for process in psutil.process_iter(["cmdline"])
-        if "ray::Worker" in " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["cmdline", "status"])
+        if "ray::Worker" in " ".join(process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE
     ]
 
 
@@ -136,6 +136,7 @@ def test_workers_join_and_leave_with_the_machines(bundle, expected, tmp_path, ma
             until = time.monotonic() + 30
             while len(workers()) < 3 and time.monotonic() < until:  # the new machine's worker is on its way
                 time.sleep(0.1)
+            time.sleep(1)  # and opens the engine
 
     bar = Bar(act)
     work(bundle, tmp_path / "s", machines, bar)
