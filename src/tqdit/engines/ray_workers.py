@@ -146,7 +146,8 @@ class _Run:
         while self.left or self.making:
             self._hire()
             references = [*self.opening, *self.making]
-            ready, _ = self.ray.wait(references, num_returns=1, timeout=LOOK_AROUND) if references else ([], [])
+            self.ray.wait(references, num_returns=1, timeout=LOOK_AROUND)
+            ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0)  # all: none shall starve
             for reference in ready:
                 if reference in self.opening:
                     self._opened(reference)
