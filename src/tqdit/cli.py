@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -75,7 +76,8 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     try:
         written = module.run(args, Console(args.quiet))
         if written is not None:
-            print(written, flush=True)
+            print(written)
+        sys.stdout.flush()  # here, where a refusal becomes one line, and not when Python ends
         return 0
     except TqditError as error:
         if args.debug:
@@ -86,12 +88,19 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         print(f"\n{prog}: interrupted; {kept}. Run the same command again.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:  # what the system refuses and no stage has words for: a full standard output, say
         if args.debug:
             raise
+        _drop_output()
         return _fail(prog, error, 1)
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere, or Python would fail again when it ends."""
+    with suppress(OSError, ValueError):  # a stream without a file behind it has nothing that could fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(prog: str, error: Exception, code: int) -> int:

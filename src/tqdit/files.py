@@ -158,9 +158,13 @@ def flush(path: Path) -> None:
 def _swap(new: Path, path: Path) -> None:
     """Put folder `new` at `path` in one step (two where the system cannot exchange names); the old content, if any,
     ends up under the temporary name or is removed."""
-    if not path.exists():
-        new.rename(path)
-        return
+    try:
+        if not path.exists():
+            new.rename(path)
+            return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another run has put its own there meanwhile
+            raise
     if _exchange(new, path):
         return
     aside = new.with_name(f"{new.name}{_SUFFIX}")

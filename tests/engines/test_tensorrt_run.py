@@ -10,7 +10,7 @@ import pytest
 
 import support
 from fake_gpu import FakeCuda, FakeTensorRT, Status, compute
-from tqdit.engines.bundle import Manifest, Part
+from tqdit.engines.bundle import Manifest, Part, seal
 from tqdit.engines.config import BatchRange
 from tqdit.engines.sampler import Sampler
 from tqdit.engines.tensorrt import cuda, run
@@ -352,14 +352,14 @@ def test_a_machine_without_a_driver_is_told_so():
         cuda.find_device()
 
 
-def test_manifests_from_before_the_batch_still_open(manifest):
+def test_manifests_without_a_batch_open(manifest):
     values = manifest.to_json()
     assert Manifest.from_json(json.dumps(values), Path("m")) == manifest
     del values["batch"], values["plugins"]
-    assert Manifest.from_json(json.dumps(values), Path("m")) == replace(manifest, batch=None)
+    assert Manifest.from_json(json.dumps(seal(values)), Path("m")) == replace(manifest, batch=None)
     for damaged in ({"least": 3, "best": 2, "most": 1}, {"least": "one"}, [1, 2, 3]):
         with pytest.raises(FileFormatError, match="m: damaged manifest"):
-            Manifest.from_json(json.dumps(values | {"batch": damaged}), Path("m"))
+            Manifest.from_json(json.dumps(seal(values | {"batch": damaged})), Path("m"))
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):
