@@ -40,7 +40,8 @@ class OpenVinoEngine:
             request = compiled.create_infer_request()
         fed = [np.ascontiguousarray(inputs[name], dtype) for name, dtype in self._inputs]
         try:
-            request.infer(fed, share_inputs=True, share_outputs=True)
+            request.start_async(fed, share_inputs=True)
+            request.wait()
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong; the request is dropped
             raise BackendError(f"{self._file}: OpenVINO failed to run it ({reason(error)}).") from error
         result: NDArray[np.float32] = np.array(request.get_output_tensor(0).data)
