@@ -138,3 +138,17 @@ def test_integers_of_a_float_file_are_refused(tmp_path):
     write(tmp_path / "float.onnx", *support.exported(pixels=True))
     with pytest.raises(UsageError, match=r"holds a float graph, asked for int8\. Export it with a scale table"):
         build_engine(tmp_path / "float.onnx", tmp_path / "b", config=BuildConfig(precision="int8"))
+
+
+def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so(quantized, tmp_path):
+    """Unlike OpenVINO and TensorRT-RTX, where such a file fails the audit (test_openvino.py, test_tensorrt_rtx.py): its
+    integer product takes the scale of a tensor as an input."""
+    model = onnx.load(quantized)
+    nodes = {node.name: node for node in model.graph.node}
+    quantize, dequantize = (nodes[f"blocks.1.mlp.fc1/{name}"] for name in ("QuantizeLinear", "DequantizeLinear_2"))
+    assert dequantize.input[0] == quantize.output[0]
+    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["top", quantize.input[1]], ["run_time_step"]))
+    model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["guidance_scale"], ["top"], keepdims=0))
+    quantize.input[1] = dequantize.input[1] = "run_time_step"
+    onnx.save(model, quantized)
+    assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
