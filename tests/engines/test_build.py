@@ -152,3 +152,26 @@ def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so
     quantize.input[1] = dequantize.input[1] = "run_time_step"
     onnx.save(model, quantized)
     assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
+
+
+def test_a_run_time_scale_per_row_loses_integers_in_onnxruntime_and_fails_the_audit(quantized, tmp_path):
+    """What time-grouped scales would be without the factoring of our export: one step for each row of the batch."""
+    model = onnx.load(quantized)
+    nodes = {node.name: node for node in model.graph.node}
+    pair = [nodes[f"blocks.1.mlp.fc1/{name}"] for name in ("QuantizeLinear", "DequantizeLinear_2")]
+    node = onnx.helper.make_node
+    added = [
+        node("Concat", ["guidance_scale", "guidance_scale"], ["rows"], axis=0),  # guidance doubles the rows
+        node("Mul", ["rows", pair[0].input[1]], ["steps"]),
+        node("Sub", ["rows", "rows"], ["none"]),
+        node("Cast", ["none"], ["zeros"], to=onnx.TensorProto.INT8),
+    ]
+    for one in reversed(added):
+        model.graph.node.insert(0, one)
+    for one in pair:
+        one.input[1:] = ["steps", "zeros"]
+        del one.attribute[:]
+        one.attribute.append(onnx.helper.make_attribute("axis", 0))
+    onnx.save(model, quantized)
+    with pytest.raises(BackendError, match=r"would run in float on onnxruntime: blocks\.1\.mlp\.fc1\. Likely cause"):
+        build_engine(quantized, tmp_path / "model.engine")
