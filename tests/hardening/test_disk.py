@@ -97,5 +97,6 @@ def test_two_commands_that_write_one_output_both_end_well_or_one_is_refused(inpu
                 if outcome.code:
                     outcome.check_refusal()
                     assert "is writing it" in outcome.lines[0]
-            assert codes == ([0, 1] if stage in ("shards", "calibrate") else [0, 0])
+            # two that meet: one is refused where a lock is held; one that begins when the other has ended is not
+            assert codes == [0, 0] or (stage in ("shards", "calibrate") and codes == [0, 1])
             assert digest(here / name) == digest(undisturbed / name)
