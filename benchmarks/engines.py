@@ -82,14 +82,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = block_stack(args.depth)
+    chain = float_chain(args, model)
     with tempfile.TemporaryDirectory() as temporary:
         engines = {}
-        for name, make in contenders(args, model, Path(temporary)):
+        for name, make in contenders(args, model, chain, Path(temporary)):
             if any(name.startswith(one) for one in args.skip):
                 continue
             print(f"preparing {name}", file=sys.stderr)
             engines[name] = make()
-        rows = measure(engines, chain_spec(args, model), args)
+        rows = measure(engines, chain, args)
     show(rows, args)
     if args.json:
         facts = {"settings": vars(args), "machine": machine(), "rows": [asdict(row) for row in rows]}
@@ -111,7 +112,9 @@ def block_stack(depth: int) -> LoadedModel:
 # The contenders -------------------------------------------------------------------------------------------------------
 
 
-def contenders(args: argparse.Namespace, model: LoadedModel, folder: Path) -> Iterator[tuple[str, Callable[[], Step]]]:
+def contenders(
+    args: argparse.Namespace, model: LoadedModel, chain: Chain, folder: Path
+) -> Iterator[tuple[str, Callable[[], Step]]]:
     """(name, what prepares it) of every row, the reference first."""
     spec = ExportConfig(steps=args.chain)
     flat = folder / "float.onnx"
@@ -120,10 +123,9 @@ def contenders(args: argparse.Namespace, model: LoadedModel, folder: Path) -> It
     yield "ONNX Runtime float32", lambda: ours(flat, "onnxruntime", args.threads)
     yield "OpenVINO float32", lambda: ours(flat, "openvino", args.threads)
     yield "OpenVINO default", lambda: openvino_default(flat, args.threads)
-    rows = chain_spec(args, model)
-    yield "ONNX Runtime static int8", lambda: onnxruntime_static(flat, folder, rows, args.threads)
+    yield "ONNX Runtime static int8", lambda: onnxruntime_static(flat, folder, chain, args.threads)
     if find_spec("nncf"):
-        yield "NNCF int8 in OpenVINO", lambda: nncf_int8(flat, rows, args.threads)
+        yield "NNCF int8 in OpenVINO", lambda: nncf_int8(flat, chain, args.threads)
     for preset in args.presets:
         table = calibrate(model, soon(preset), folder / "work").table
         for attention in args.attention:
@@ -227,7 +229,7 @@ class Chain:
     end: NDArray[np.float32]
 
 
-def chain_spec(args: argparse.Namespace, model: LoadedModel) -> Chain:
+def float_chain(args: argparse.Namespace, model: LoadedModel) -> Chain:
     config = ExportConfig(steps=args.chain)
     reference = pytorch(model, config)
     _, card = export_graph(model, config, None)

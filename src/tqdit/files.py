@@ -148,6 +148,17 @@ def _alive(pid: int) -> bool:
     return pid != os.getpid()
 
 
+def bring(file: Path, target: Path) -> None:
+    """The same content under another name: a hard link, or a copy where the two lie on different disks.
+
+    For libraries that follow no symbolic links out of a folder.
+    """
+    try:
+        target.hardlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, target)
+
+
 def flush(path: Path) -> None:
     """To the disk before the rename, so that a power cut cannot leave a complete name on incomplete content."""
     if path.exists():

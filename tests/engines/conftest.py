@@ -1,11 +1,14 @@
-"""Engine bundles of tiny models, built once."""
+"""Files, engine bundles and a pipeline of tiny models."""
 
 import pytest
+import torch
 
 import support
-from tables import make_table
+from tables import Kind, make_table
 from tqdit.engines import build_engine
-from tqdit.export import ExportConfig, write
+from tqdit.export import ExportConfig, export_graph, write
+from tqdit.models import load_model
+from tqdit.models.dit import randomize
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +27,34 @@ def bundle_of(tmp_path_factory):
         return made[key]
 
     return build
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """A W8A8 file of a pixel model, ten groups of timesteps, free to be changed."""
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """A folder with a diffusers pipeline of random weights, DiT-XL-2-256, and the engine of its transformer."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("guide")
+    network = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    pipeline = DiTPipeline(randomize(network, scale=0.2), vae, DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(folder / "DiT-XL-2-256")
+    model = load_model(str(folder / "DiT-XL-2-256"))
+    write(folder / "denoiser.onnx", *export_graph(model, ExportConfig(graph="denoiser")))
+    build_engine(folder / "denoiser.onnx", folder / "denoiser.engine")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import onnx
 import pytest
 
 import support
-from tables import Kind, make_table
 from tqdit.card import QuantizationCard
 from tqdit.engines import Sampler, backends, build_engine
 from tqdit.engines.audit import audit
@@ -16,13 +15,6 @@ from tqdit.engines.bundle import Manifest, describe_parts, read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.errors import BackendError, UsageError
 from tqdit.export import write
-
-
-@pytest.fixture
-def quantized(tmp_path):
-    path = tmp_path / "model.onnx"
-    write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
-    return path
 
 
 @pytest.fixture
@@ -34,7 +26,8 @@ def half_backend(monkeypatch):
         return Manifest("half", config.precision, card, "graph.onnx", None, {}, {}, files=describe_parts(folder))
 
     module = types.ModuleType("half_backend.build")
-    module.OPTIONS, module.float_types, module.build = frozenset(), lambda _: ("fp16", "fp32"), build
+    module.OPTIONS, module.CASTS_FLOATS, module.build = frozenset(), False, build
+    module.float_types = lambda _: ("fp16", "fp32")
     monkeypatch.setitem(sys.modules, "half_backend.build", module)
     monkeypatch.setitem(backends.BACKENDS, "half", "half_backend")
 
@@ -132,6 +125,12 @@ def test_a_float_precision_is_the_float_type_too(quantized, tmp_path, half_backe
     assert onnx.TensorProto.INT8 not in kinds
     with pytest.raises(UsageError, match="--precision fp16 and --float-type fp32 contradict"):
         build_engine(quantized, tmp_path / "b", "half", BuildConfig(precision="fp16", float_type="fp32"))
+
+
+def test_the_float_type_of_a_float_file_is_its_precision(tmp_path, half_backend):
+    write(tmp_path / "float.onnx", *support.exported(pixels=True))
+    manifest = build_engine(tmp_path / "float.onnx", tmp_path / "b", "half", BuildConfig(float_type="fp16"))
+    assert manifest.precision == manifest.float_type == "fp16"
 
 
 def test_integers_of_a_float_file_are_refused(tmp_path):

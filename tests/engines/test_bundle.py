@@ -68,7 +68,7 @@ def test_a_truncated_manifest_is_refused(copy, cut):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format_version": 2}, FileFormatError, "written in format 2, this tqdit reads format 1"),
+        ({"format_version": 1}, FileFormatError, "written in format 1, this tqdit reads format 2"),
         ({"entry": "../graph.onnx"}, FileFormatError, r"'\.\./graph\.onnx' is not a file of this bundle"),
         ({"decoder": "decoder.onnx"}, FileFormatError, r"'decoder\.onnx' is not a file of this bundle"),
         ({"files": {"/etc/passwd": {"sha256": "", "size_bytes": 1}}}, FileFormatError, "'/etc/passwd' is not a file"),

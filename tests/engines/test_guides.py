@@ -6,13 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tqdit import cli
-from tqdit.engines import build_engine
-from tqdit.export import ExportConfig, export_graph, write
-from tqdit.models import load_model
-from tqdit.models.dit import randomize
 
 DOCS = Path(__file__).parents[2] / "docs"
 PYTHON = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "diffusers-pipeline.md").read_text("utf-8"), re.DOTALL)
@@ -24,29 +19,9 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny pipeline of random weights and the engine of its transformer."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("guide")
-    network = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=1000,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    pipeline = DiTPipeline(randomize(network, scale=0.2), vae, DDIMScheduler(clip_sample=False))
-    pipeline.save_pretrained(folder / "DiT-XL-2-256")
-    model = load_model(str(folder / "DiT-XL-2-256"))
-    write(folder / "denoiser.onnx", *export_graph(model, ExportConfig(graph="denoiser")))
-    build_engine(folder / "denoiser.onnx", folder / "denoiser.engine")
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
-def test_the_python_of_the_diffusers_guide_runs(place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_the_python_of_the_diffusers_guide_runs(tiny_pipeline, monkeypatch):
+    monkeypatch.chdir(tiny_pipeline)
     names = {}
     for number, block in enumerate(PYTHON):
         exec(compile(block, f"block {number}", "exec"), names)

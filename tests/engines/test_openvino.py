@@ -67,13 +67,6 @@ def engine(engine_of):
     return engine_of(Kind(groups=10, asymmetric=True, everywhere=True), attention="integer")
 
 
-@pytest.fixture
-def quantized(tmp_path):
-    path = tmp_path / "model.onnx"
-    write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
-    return path
-
-
 def step_inputs(rows, guided=True):
     rng = np.random.default_rng(0)
     inputs = {

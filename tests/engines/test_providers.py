@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 import support
-from tables import Kind, make_table
 from tqdit.engines import Sampler, build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -14,13 +13,6 @@ from tqdit.errors import BackendError, UsageError
 from tqdit.export import write
 
 EVERY = list(providers.PROVIDERS.values())
-
-
-@pytest.fixture
-def quantized(tmp_path):
-    path = tmp_path / "model.onnx"
-    write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
-    return path
 
 
 @pytest.fixture

@@ -393,7 +393,8 @@ def test_a_callback_may_close_submit_and_cancel(card):
 def test_a_finished_request_has_made_room_when_its_owner_hears_of_it(card):
     with StepBatcher(Sampler(card, FakeEngine()), batch=1, queue=0) as batcher:
         for seed in range(30):
-            batcher.submit(0, seed=seed).result(SOON)  # would raise QueueFullError
+            image = batcher.submit(0, seed=seed).result(SOON)  # would raise QueueFullError
+            np.testing.assert_array_equal(image, alone(card, 0, seed=seed))
 
 
 def test_futures_are_awaited_and_cancelled_by_asyncio(card):

@@ -11,7 +11,7 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tqdit.calibrate.advice import read_advice
+from tqdit.calibrate.advice import as_text, read_advice
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest, seal
@@ -67,11 +67,13 @@ def changed(draw, value):
 
 
 def value_or_one_line(parser, *arguments):
-    """What the parser makes of it, or None where it refuses in one line."""
+    """What the parser makes of it, or None where it refuses with a sentence; any other exception fails the test."""
     try:
         return parser(*arguments)
-    except TqditError:
-        return None
+    except TqditError as error:
+        refusal = str(error)
+    assert len(refusal.split()) > 3
+    return None
 
 
 @given(st.data())
@@ -127,8 +129,9 @@ def test_scale_tables(inputs, data):
     ]))  # fmt: skip
     tensors = {key: each for key, each in (tensors | {name: tensor}).items() if each is not None}
     table = value_or_one_line(parse, {METADATA_KEY: text}, tensors)
-    if table is not None:
-        table.to_bytes()
+    if table is not None:  # what was accepted survives a round trip
+        again = safetensors.deserialize(table.to_bytes())
+        assert {name for name, _ in again} == set(tensors)
 
 
 @given(st.text(max_size=20) | st.from_regex(r"-?\d{1,3}(,-?\d{0,3}){0,3}", fullmatch=True))
@@ -173,7 +176,8 @@ def test_the_lints_reader(inputs, data):
                     data.draw(st.integers(-5, 5) | st.text(max_size=3)),
                 )
             )
-    value_or_one_line(lint, model)
+    findings = value_or_one_line(lint, model)
+    assert all(finding.node and finding.remedy for finding in findings or ())
 
 
 @given(st.binary(max_size=400))
@@ -182,8 +186,9 @@ def test_onnx_files_of_any_bytes(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.onnx"
     path.write_bytes(content)
     model = value_or_one_line(load_graph, path)
-    if model is not None:
-        value_or_one_line(lint, model)
+    assert model is None or model.graph.node
+    findings = () if model is None else value_or_one_line(lint, model)
+    assert all(finding.node and finding.remedy for finding in findings or ())
 
 
 @given(st.data())
@@ -217,13 +222,15 @@ def test_diagnoses(tmp_path_factory, data):
         "advice": [{"layer": "blocks.0.mlp.fc1", "change": {"final": "all"}}],
     }
     path.write_text(json.dumps(data.draw(changed(good))))
-    value_or_one_line(read_advice, path)
+    advice = value_or_one_line(read_advice, path)
+    assert advice is None or as_text(advice.config.layer_knobs) == advice.config.overrides
 
 
 @given(st.text(max_size=40) | st.from_regex(r"blocks\.\d\.[a-z.]{0,8}:[a-z_]{1,12}=[a-z0-9]{1,4}", fullmatch=True))
 @many
 def test_overrides(text):
-    value_or_one_line(lambda: QuantizationConfig(overrides=text).layer_knobs)
+    knobs = value_or_one_line(lambda: QuantizationConfig(overrides=text).layer_knobs)
+    assert knobs is None or QuantizationConfig(overrides=as_text(knobs)).layer_knobs == knobs
 
 
 NAMES = ["../graph.onnx", "/etc/passwd", "..", ".", "", "sub/graph.onnx", "./graph.onnx"]

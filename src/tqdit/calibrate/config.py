@@ -108,7 +108,7 @@ class QuantizationConfig:
             for pair in pairs.split(","):
                 name, _, value = pair.partition("=")
                 name = name.strip().replace("-", "_")
-                if not layer.strip() or name not in LAYER_KNOBS or (name.endswith("bits") and not value.isdigit()):
+                if not layer.strip() or name not in LAYER_KNOBS or (name.endswith("bits") and not value.isdecimal()):
                     raise UsageError(
                         f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
                     )

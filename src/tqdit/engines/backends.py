@@ -43,6 +43,7 @@ class Fitness(NamedTuple):
 
 class BuildRow(Protocol):
     OPTIONS: frozenset[str]  # fields of BuildConfig that it honours beyond the common ones
+    CASTS_FLOATS: bool  # it brings the float parts into their type by itself and takes the file as it was exported
 
     def fitness(self) -> Fitness:
         """Whether an engine that is built here can also run here. Must not import a library that is missing."""
@@ -55,8 +56,7 @@ class BuildRow(Protocol):
     def build(self, source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress) -> Manifest:
         """Compile `source` into files in `folder`, audit and describe them.
 
-        `config` has its precision and float type chosen, and the file is already cast to that type, unless the row has
-        a true `CASTS_FLOATS`: then it is as exported.
+        `config` has its precision and float type chosen; unless the row casts by itself, the file is of that type.
         """
         ...
 

@@ -44,7 +44,7 @@ def build_engine(
     config.refuse_unknown(backend, row.OPTIONS)
     chosen = _check_float_type(backend, row, config)
     config = replace(config, float_type=chosen)
-    cast: FloatType = "fp32" if getattr(row, "CASTS_FLOATS", False) else chosen  # the row does it itself
+    cast: FloatType = "fp32" if row.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision != "int8"
     with whole_folder(output) as folder, _prepared(source, card, strip, cast, output) as typed:
         card = replace(card, quantization=None) if strip else card
@@ -93,7 +93,8 @@ def _check_float_type(backend: str, row: BuildRow, config: BuildConfig) -> Float
 
 def _choose_precision(source: Path, card: GraphCard, config: BuildConfig) -> BuildConfig:
     """The precision of the products, and with a float one the same float type around them."""
-    precision = config.precision or ("fp32" if card.quantization is None else "int8")
+    held = "int8" if card.quantization is not None else "fp32" if config.float_type == "auto" else config.float_type
+    precision = config.precision or held
     if precision not in PRECISIONS:
         raise UsageError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}.")
     if precision == "int8":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 from tqdit.card import GraphCard
 from tqdit.engines.audit import Audit
 from tqdit.engines.config import BatchRange
-from tqdit.errors import FileFormatError, OutputError, UsageError
+from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
 from tqdit.files import sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SEAL = "sha256"  # of the manifest itself: a flipped bit of the schedule or of the guidance scale is a wrong image
 
@@ -68,7 +69,7 @@ class Manifest:
         try:
             values["card"] = GraphCard.from_json(json.dumps(values["card"]), str(where))
             values["audit"] = _audit(values["audit"])
-            values["batch"] = BatchRange(**values["batch"]) if values.get("batch") else None
+            values["batch"] = BatchRange(**values["batch"]) if values["batch"] else None
             values["files"] = {name: Part(**part) for name, part in values["files"].items()}
             manifest = cls(**values)
             _check_types(manifest)
@@ -143,6 +144,29 @@ def check_parts(folder: Path, manifest: Manifest) -> None:
             )
         if sha256(file) != part.sha256:
             raise FileFormatError(f"{file}: altered since it was built (its SHA-256 differs). Build the engine again.")
+
+
+def check_machine(folder: Path, manifest: Manifest) -> None:
+    """Refuse a bundle of another kind of processor."""
+    machine = manifest.target.get("machine", platform.machine())
+    if machine != platform.machine():
+        raise BackendError(
+            f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here."
+        )
+
+
+def check_not_older(folder: Path, manifest: Manifest, library: str, title: str, installed: str) -> None:
+    """Refuse a library (its distribution's name) that is older than the one that built the bundle."""
+    built_by = manifest.versions.get(library, "0")
+    if _release(installed) < _release(built_by):
+        raise BackendError(
+            f"{folder}: built by {title} {built_by}, installed is {installed}. Build the engine again, or run: "
+            f"pip install '{library}>={built_by}'"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def check_overwrite(folder: Path, force: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -28,9 +27,8 @@ from tqdit.scale_table import even_boundaries
 
 if TYPE_CHECKING:
     from tqdit.evaluate.chains import Chains, Request
-    from tqdit.evaluate.evaluation import Metrics, Pairs, Target, Wish
-    from tqdit.evaluate.extractors import Extractor
-    from tqdit.evaluate.samples import Images, Reference
+    from tqdit.evaluate.evaluation import Pairs
+    from tqdit.evaluate.samples import Images
     from tqdit.scale_table import ScaleTable
 
 SUMMARY = "say what quantization cost: distances to a reference, same-noise errors, a report"
@@ -44,7 +42,6 @@ examples:
 Numbers are written as JSON, each with its sample count and 95 % interval. Nothing is downloaded: Inception's weights
 come from a local file. docs/evaluation.md explains every number and has the recipe for ImageNet."""
 
-DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings that no training has seen
 SCALES = "scales.safetensors"
 
 
@@ -127,13 +124,15 @@ class Evaluation:
 
 
 def _evaluate_files(args: argparse.Namespace, console: Console) -> Evaluation:
+    from tqdit.evaluate.evaluation import verdict
     from tqdit.evaluate.samples import read_images
+    from tqdit.evaluate.tools import choose_tools, describe, write_reference
 
     for flag, given in (("--against", args.against), ("--layers", args.layers), ("--scales", args.scales)):
         if given:
             raise UsageError(f"{flag} needs an engine; {args.subject} holds images. Pass the engine that made them.")
     images = read_images(args.subject).first(args.n)
-    tools = _tools(args, console, images.pixels.shape[1:], None)
+    tools = choose_tools(args, console, images.pixels.shape[1:], None)
     if tools is None:
         raise UsageError(
             f"{args.subject}: {images.pixels.shape[2]}x{images.pixels.shape[1]} images need an extractor. Pass "
@@ -141,10 +140,8 @@ def _evaluate_files(args: argparse.Namespace, console: Console) -> Evaluation:
         )
     console.say(f"measuring {len(images)} images of {args.subject} with {tools.extractor.name}")
     found = tools.metrics.measure(images)
-    _write_reference(args, tools.extractor, images)
-    from tqdit.evaluate.evaluation import verdict
-
-    facts = _facts(args, tools) | {
+    write_reference(args, tools.extractor, images)
+    facts = describe(args, tools) | {
         "subject": {"name": str(args.subject), "kind": "images", "count": len(images)},
         "verdict": verdict(str(args.subject), found, [], None, None),
         "sets": {"samples": {name: measure.to_json() for name, measure in found.items()}},
@@ -213,13 +210,14 @@ class _Engines:
 
     def evaluate(self) -> Evaluation:
         from tqdit.evaluate.evaluation import seed_noise, verdict
+        from tqdit.evaluate.tools import choose_tools, describe, write_reference
 
         runs, pairs = self._sample()
         tools = None
         sets: dict[str, dict[str, Any]] = {}
         measured = {}
         if runs["subject"].pixels is not None:
-            tools = _tools(self.args, self.console, runs["subject"].pixels.shape[1:], self.card)
+            tools = choose_tools(self.args, self.console, runs["subject"].pixels.shape[1:], self.card)
         if tools is not None:
             self.console.say(f"measuring with {tools.extractor.name}")
             for name, chains in runs.items():
@@ -230,14 +228,14 @@ class _Engines:
                 excess = tools.metrics.excess(self._images(runs["subject"]), self._images(runs["float"]))
                 if excess is not None:
                     pairs = replace(pairs, measures={"frechet_excess": excess, **pairs.measures})
-            _write_reference(self.args, tools.extractor, self._images(runs["subject"]))
+            write_reference(self.args, tools.extractor, self._images(runs["subject"]))
         floats = [found for name, found in measured.items() if name.startswith("float")]
         distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]
         subject = measured.get("subject", {})
         noise = None
         if "frechet_distance" in subject:
             noise = seed_noise(subject["frechet_distance"], distances)
-        facts = _facts(self.args, tools) | {
+        facts = describe(self.args, tools) | {
             "subject": self._describe(),
             "verdict": verdict(self._name(), subject, floats, noise, pairs),
             "sets": sets,
@@ -330,73 +328,6 @@ class _Engines:
         return dict(layers.look_inside(self.table, self.card, self.args, self.console))
 
 
-# shared ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Tools:
-    extractor: Extractor
-    target: Target | None
-    metrics: Metrics
-    wish: Wish
-
-
-def _tools(args: argparse.Namespace, console: Console, shape: tuple[int, ...], card: GraphCard | None) -> _Tools | None:
-    """Extractor and reference for images of this shape, or None where there is no extractor for them."""
-    from tqdit.demo.glyphs import IMAGE_SIZE
-    from tqdit.evaluate.evaluation import Metrics, Wish, describe_reference
-    from tqdit.evaluate.extractors import InceptionExtractor, JudgeExtractor
-
-    extractor: Extractor
-    if args.inception_weights is not None:
-        extractor = InceptionExtractor(args.inception_weights)
-    elif shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
-        extractor = JudgeExtractor()
-    else:
-        if args.reference is not None or args.metrics or args.write_reference is not None:
-            raise UsageError(
-                f"images of {shape[1]}x{shape[0]} need Inception for --reference and --metrics. Pass "
-                "--inception-weights FILE."
-            )
-        return None
-    reference = _reference(args, console, extractor, card)
-    target = None if reference is None else describe_reference(reference, extractor)
-    resamples = args.bootstrap or (200 if extractor.size < 512 else 20)
-    wish = Wish(tuple(args.metrics or METRICS), args.metrics is not None, resamples, args.seed)
-    return _Tools(extractor, target, Metrics(extractor, target, wish), wish)
-
-
-def _reference(
-    args: argparse.Namespace, console: Console, extractor: Extractor, card: GraphCard | None
-) -> Reference | None:
-    """The file that was named; the demo model's data where the judge measures; else none."""
-    from tqdit.evaluate.samples import Images, Reference, read_reference
-
-    if args.reference is not None:
-        return read_reference(args.reference)
-    if extractor.name != "judge" or (card is not None and card.model != "demo"):
-        return None
-    need("matplotlib", "demo", "drawing the demo model's data as a reference")
-    from tqdit.demo.glyphs import draw
-
-    console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")
-    pixels, labels = draw(DATA_COUNT, DATA_SEED)
-    source = f"{DATA_COUNT} drawings of the demo data set, seed {DATA_SEED}"
-    return Reference(source, Images(pixels, labels, source))
-
-
-def _write_reference(args: argparse.Namespace, extractor: Extractor, images: Images) -> None:
-    if args.write_reference is None:
-        return
-    from tqdit.evaluate.samples import write_reference
-    from tqdit.evaluate.statistics import moments
-
-    features = extractor(images.pixels)
-    spatial = None if features.spatial is None else moments(features.spatial).gaussian
-    identity = f"{extractor.name} {extractor.digest}"
-    write_reference(args.write_reference, moments(features.pooled).gaussian, spatial, identity, len(images))
-
-
 def _scale_table(args: argparse.Namespace, card: GraphCard, console: Console) -> ScaleTable | None:
     """The table that was named, or the one beside the engine where it is for this model."""
     from tqdit.scale_table import is_scale_table, read_scale_table
@@ -414,39 +345,3 @@ def _scale_table(args: argparse.Namespace, card: GraphCard, console: Console) ->
     if args.layers:
         raise UsageError(f"--layers needs the scale table of the engine, and {beside} is none. Pass it with --scales.")
     return None
-
-
-def _facts(args: argparse.Namespace, tools: _Tools | None) -> dict[str, Any]:
-    """How everything was measured."""
-    import torch
-
-    from tqdit import __version__
-
-    facts: dict[str, Any] = {
-        "tqdit_evaluation": 1,
-        "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
-        "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
-        "settings": {
-            "seed": args.seed, "float_seeds": args.float_seeds, "batch": args.batch, "threads": args.threads,
-            "guidance_scale": args.guidance_scale,
-        },
-        "extractor": None, "reference": None, "not_computed": {},
-    }  # fmt: skip
-    if tools is not None:
-        facts["extractor"] = {
-            "name": tools.extractor.name, "weights": tools.extractor.digest, "features": tools.extractor.size
-        }  # fmt: skip
-        facts["settings"]["bootstrap"] = tools.wish.resamples
-        facts["not_computed"] = dict(tools.metrics.missing)
-        if tools.target is not None:
-            facts["reference"] = {"name": tools.target.source, "count": tools.target.count}
-    return facts
-
-
-def processor() -> str:
-    """The name that the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

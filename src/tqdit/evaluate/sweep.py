@@ -35,11 +35,11 @@ from tqdit.demo.glyphs import draw
 from tqdit.errors import TqditError, UsageError
 from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
 from tqdit.evaluate.chains import Chains, Request, card_of, run, torch_sampler
-from tqdit.evaluate.cli import DATA_COUNT, DATA_SEED
 from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
 from tqdit.evaluate.extractors import JudgeExtractor
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.samples import Images, Reference
+from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED, processor
 from tqdit.extras import need
 from tqdit.files import whole_file
 from tqdit.models import LoadedModel, load_model
@@ -405,7 +405,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tqdit.evaluate.cli import processor
 
     console, size = Console(args.quiet), Size(args.steps, args.images, args.batch)
     model = load_model("demo").to(args.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,11 +28,12 @@ from tqdit.engines.onnxruntime.providers import (
     settings_of,
 )
 from tqdit.errors import BackendError, UsageError
-from tqdit.files import temporary_folder
+from tqdit.files import bring, temporary_folder
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
 EXTERNAL_DATA_BYTES = 1_000_000_000
+CASTS_FLOATS = False
 OPTIONS = frozenset({"provider", "batch"})  # batch: of the TensorRT provider's profiles
 # Operators of ONNX Runtime that multiply integers, and those that multiply floats.
 INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}
@@ -144,18 +144,9 @@ def _float_weights_kept_apart(source: Path, card: GraphCard, folder: Path) -> It
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_AXIS))
     with temporary_folder(folder / "apart") as apart:
         for name in external_files(model, source):
-            _link(source.parent / name, apart / name)
+            bring(source.parent / name, apart / name)
         onnx.save(model, apart / source.name)
         yield apart / source.name
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same content under another name; a copy where the disk knows no hard links (ONNX Runtime refuses symbolic
-    ones that lead out of the folder)."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _optimise(source: Path, target: Path, providers: list[Any], provider: str) -> None:

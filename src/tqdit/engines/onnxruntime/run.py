@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Manifest, check_machine, check_not_older
 from tqdit.engines.onnxruntime.library import load_library, session_options
 from tqdit.engines.onnxruntime.providers import CPU, NAMES, check_got, check_offered, settings_of
 from tqdit.errors import BackendError, UsageError
@@ -70,17 +69,8 @@ class OrtEngine:
 def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OrtEngine:
     """Open one file of a bundle; refuses one that was built for another machine or by a newer ONNX Runtime."""
     ort = load_library()
-    machine = manifest.target.get("machine")
-    if machine != platform.machine():
-        raise BackendError(
-            f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here."
-        )
-    built_by = manifest.versions.get("onnxruntime", "0")
-    if _version(ort.__version__) < _version(built_by):
-        raise BackendError(
-            f"{folder}: built by ONNX Runtime {built_by}, installed is {ort.__version__}. Build the engine again, or "
-            f"run: pip install 'onnxruntime>={built_by}'"
-        )
+    check_machine(folder, manifest)
+    check_not_older(folder, manifest, "onnxruntime", "ONNX Runtime", ort.__version__)
     provider = NAMES.get(manifest.target.get("provider", CPU))
     if provider is None:
         raise BackendError(
@@ -89,7 +79,3 @@ def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> Or
     if file != manifest.entry and provider == "tensorrt":
         provider = "cuda"  # the decoder
     return OrtEngine(folder / file, threads, settings_of(provider, folder, manifest.card, manifest.batch), provider)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

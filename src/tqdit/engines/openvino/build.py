@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
 from tqdit.engines.openvino.angles import tabulate_angles
 from tqdit.engines.openvino.library import compile_file, has_bfloat16, load_library, reason, release
 from tqdit.errors import BackendError
-from tqdit.files import temporary_folder
+from tqdit.files import bring, temporary_folder
 
 GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
 DECODER_FILE = "decoder.xml"
@@ -27,9 +26,8 @@ OPTIONS: frozenset[str] = frozenset()
 CASTS_FLOATS = True  # by its own precision hint; it takes the file as it was exported
 PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"}  # layers of a compiled model
 INTEGERS = {"i8", "u8"}
-NAMELESS = re.compile(
-    r"[A-Z][A-Za-z0-9]*_\d+"
-)  # what OpenVINO calls nodes of its own; ours have a module before a slash
+# What OpenVINO calls nodes of its own; ours have a module before a slash.
+NAMELESS = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
 
 def fitness() -> Fitness:
@@ -112,17 +110,9 @@ def _without_functions(source: Path, folder: Path) -> Path:
         return source
     inlined = onnx.inliner.inline_local_functions(model)
     for name in external_files(inlined, source):
-        _bring(source.parent / name, folder / name)  # OpenVINO follows no links out of the file's own folder
+        bring(source.parent / name, folder / name)  # OpenVINO follows no links out of the file's own folder
     onnx.save(inlined, folder / source.name)
     return folder / source.name
-
-
-def _bring(file: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the two lie on different disks."""
-    try:
-        target.hardlink_to(file.resolve())
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def _name_the_nameless(model: Any) -> None:

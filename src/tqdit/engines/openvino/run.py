@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Manifest, check_machine, check_not_older
 from tqdit.engines.openvino.library import compile_file, has_bfloat16, load_library, reason, release
 from tqdit.errors import BackendError, UsageError
 
@@ -58,21 +57,8 @@ class OpenVinoEngine:
 def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OpenVinoEngine:
     """Open one file of a bundle; refuses one for another machine, a CPU without its float type, or a newer OpenVINO."""
     ov = load_library()
-    machine = manifest.target.get("machine")
-    if machine != platform.machine():
-        raise BackendError(
-            f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here."
-        )
-    built_by = manifest.versions.get("openvino", "0")
-    if _version(release(ov)) < _version(built_by):
-        raise BackendError(
-            f"{folder}: built by OpenVINO {built_by}, installed is {release(ov)}. Build the engine again, or "
-            f"run: pip install 'openvino>={built_by}'"
-        )
+    check_machine(folder, manifest)
+    check_not_older(folder, manifest, "openvino", "OpenVINO", release(ov))
     if manifest.float_type == "bf16" and not has_bfloat16(ov):
         raise BackendError(f"{folder}: computes in bfloat16, which this CPU lacks. Build it with --float-type fp32.")
     return OpenVinoEngine(folder / file, manifest.float_type, threads)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import platform
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Manifest, check_machine
 from tqdit.engines.tensorrt import cuda
 from tqdit.engines.tensorrt.library import TENSORRT, Library
 from tqdit.errors import BackendError, UsageError
@@ -233,11 +232,7 @@ def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -
             f"{folder}: built for compute capability {', '.join(offered)}, this GPU has {device.capability}. "
             f"Build the engine for it{': tqdit-build --target ' + device.capability if library.takes_targets else ''}."
         )
-    machine = manifest.target.get("machine", platform.machine())
-    if machine != platform.machine():
-        raise BackendError(
-            f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here."
-        )
+    check_machine(folder, manifest)
     built_by = manifest.versions.get(library.module, "0")
     compatible = "version_compatible" in manifest.target
     if not library.runs_engine_of(built_by, trt.__version__, compatible):

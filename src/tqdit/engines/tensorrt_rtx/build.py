@@ -12,6 +12,7 @@ from tqdit.engines.tensorrt import builder
 from tqdit.engines.tensorrt.library import TENSORRT_RTX
 
 OPTIONS = TENSORRT_RTX.options
+CASTS_FLOATS = False
 
 
 def fitness() -> Fitness:

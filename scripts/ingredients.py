@@ -1,7 +1,7 @@
 """What each ingredient is worth: error of quantized chains against float ones from the same noise.
 
-    python scripts/ablation.py                              W8A8, then the rows of Table III at W6A6
-    python scripts/ablation.py --bits 6 6 --presets ho tq-dit --seeds 0 1 2 --json ablation.json
+    python scripts/ingredients.py                           W8A8, then the rows of Table III at W6A6
+    python scripts/ingredients.py --bits 6 6 --presets ho tq-dit --seeds 0 1 2 --json rows.json
 
 Columns, all relative squared errors against the float model, averaged over seeds of the calibration:
     eps    predicted noise, on rows of chains that no calibration saw

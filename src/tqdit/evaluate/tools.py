@@ -1,0 +1,122 @@
+"""What an evaluation measures with: extractor, reference, metrics, and how it describes them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tqdit.card import GraphCard
+from tqdit.console import Console
+from tqdit.errors import UsageError
+from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
+from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
+from tqdit.evaluate.names import METRICS
+from tqdit.evaluate.samples import Images, Reference, read_reference
+from tqdit.evaluate.samples import write_reference as write_statistics
+from tqdit.evaluate.statistics import moments
+from tqdit.extras import need
+
+DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings that no training has seen
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    extractor: Extractor
+    target: Target | None
+    metrics: Metrics
+    wish: Wish
+
+
+def choose_tools(
+    args: argparse.Namespace, console: Console, shape: tuple[int, ...], card: GraphCard | None
+) -> Tools | None:
+    """Extractor and reference for images of this shape, or None where there is no extractor for them."""
+    from tqdit.demo.glyphs import IMAGE_SIZE
+
+    extractor: Extractor
+    if args.inception_weights is not None:
+        extractor = InceptionExtractor(args.inception_weights)
+    elif shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
+        extractor = JudgeExtractor()
+    else:
+        if args.reference is not None or args.metrics or args.write_reference is not None:
+            raise UsageError(
+                f"images of {shape[1]}x{shape[0]} need Inception for --reference and --metrics. Pass "
+                "--inception-weights FILE."
+            )
+        return None
+    reference = _reference(args, console, extractor, card)
+    target = None if reference is None else describe_reference(reference, extractor)
+    resamples = args.bootstrap or (200 if extractor.size < 512 else 20)
+    wish = Wish(tuple(args.metrics or METRICS), args.metrics is not None, resamples, args.seed)
+    return Tools(extractor, target, Metrics(extractor, target, wish), wish)
+
+
+def _reference(
+    args: argparse.Namespace, console: Console, extractor: Extractor, card: GraphCard | None
+) -> Reference | None:
+    """The file that was named; the demo model's data where the judge measures; else none."""
+
+    if args.reference is not None:
+        return read_reference(args.reference)
+    if extractor.name != "judge" or (card is not None and card.model != "demo"):
+        return None
+    need("matplotlib", "demo", "drawing the demo model's data as a reference")
+    from tqdit.demo.glyphs import draw
+
+    console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")
+    pixels, labels = draw(DATA_COUNT, DATA_SEED)
+    source = f"{DATA_COUNT} drawings of the demo data set, seed {DATA_SEED}"
+    return Reference(source, Images(pixels, labels, source))
+
+
+def write_reference(args: argparse.Namespace, extractor: Extractor, images: Images) -> None:
+    if args.write_reference is None:
+        return
+
+    features = extractor(images.pixels)
+    spatial = None if features.spatial is None else moments(features.spatial).gaussian
+    identity = f"{extractor.name} {extractor.digest}"
+    write_statistics(args.write_reference, moments(features.pooled).gaussian, spatial, identity, len(images))
+
+
+def describe(args: argparse.Namespace, tools: Tools | None) -> dict[str, Any]:
+    """How everything was measured."""
+    import torch
+
+    from tqdit import __version__
+
+    facts: dict[str, Any] = {
+        "tqdit_evaluation": 1,
+        "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
+        "settings": {
+            "seed": args.seed, "float_seeds": args.float_seeds, "batch": args.batch, "threads": args.threads,
+            "guidance_scale": args.guidance_scale,
+        },
+        "extractor": None, "reference": None, "not_computed": {},
+    }  # fmt: skip
+    if tools is not None:
+        facts["extractor"] = {
+            "name": tools.extractor.name, "weights": tools.extractor.digest, "features": tools.extractor.size
+        }  # fmt: skip
+        facts["settings"]["bootstrap"] = tools.wish.resamples
+        facts["not_computed"] = dict(tools.metrics.missing)
+        if tools.target is not None:
+            facts["reference"] = {"name": tools.target.source, "count": tools.target.count}
+    return facts
+
+
+def processor() -> str:
+    """The name that the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
