@@ -15,7 +15,7 @@ from PIL import Image
 from tqdit.card import GraphCard
 from tqdit.diffusion import Float64, SamplingSpec, ddim_step, ddpm_step, guide
 from tqdit.export import ExportConfig
-from tqdit.export.graph import finish_graph, trace_graph
+from tqdit.export.graph import export_graph, finish_graph, trace_graph
 from tqdit.models import LoadedModel
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.loaded import fingerprint
@@ -79,6 +79,8 @@ def exported(
 ) -> tuple[ir.Model, GraphCard]:
     """A tiny model's graph and card, float or quantized."""
     model, trace = traced(replace(config, attention="simulated"), origin, steps, pixels, seed)
+    if table is not None and any(site.divisor is not None for site in table.sites):
+        return export_graph(model, config, table)
     return finish_graph(trace.clone(), model, config, table)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
+from tqdit.calibrate.fold import fold_divisors, source_of
 from tqdit.models import LoadedModel
 from tqdit.models.dit import Scores, ValueProduct
 from tqdit.scale_table import (
@@ -42,6 +43,16 @@ def make_table(
 ) -> ScaleTable:
     """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
     rng = np.random.default_rng(seed)
+    divisors: dict[str, np.ndarray] = {}
+    if kind.equalised:
+        assert operands is None
+        names = [name for name, _ in model.network.named_modules() if source_of(model.network, name)]
+        divisors = {
+            name: rng.uniform(0.5, 2, model.network.get_submodule(name).in_features).astype(np.float32)
+            for name in names
+        }
+        tensors = {name: torch.from_numpy(divisor) for name, divisor in divisors.items()}
+        model = replace(model, network=fold_divisors(model.network, tensors))
     operands = operands or record_operands(model)
     sites = []
     for name, values in operands.items():
@@ -53,11 +64,7 @@ def make_table(
             sites += [Site(name, "left", left), Site(name, "right", symmetric(values[1], kind, rng))]
             continue
         weight = module.weight.detach().numpy()
-        divisor = None
         is_conditioning = "adaLN" in name or "t_embedder" in name
-        if kind.equalised and isinstance(module, nn.Linear) and not is_conditioning:
-            divisor = rng.uniform(0.5, 2, weight.shape[1]).astype(np.float32)
-            weight, values = weight * divisor, (values[0] / divisor,)
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         scale = (largest / (2 ** (kind.weight_bits - 1) - 0.5)).astype(np.float32)
         sites.append(Site(name, "weight", Symmetric(kind.weight_bits, PerChannel(0), scale)))
@@ -67,7 +74,7 @@ def make_table(
             quantizer = gelu(values[0], kind, rng)
         else:
             quantizer = (asymmetric if kind.asymmetric else symmetric)(values[0], kind, rng)
-        sites.append(Site(name, "input", quantizer, divisor=divisor))
+        sites.append(Site(name, "input", quantizer, divisor=divisors.get(name)))
     return ScaleTable(
         model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(kind.groups),
         sites=tuple(sites), seed=seed, guidance_scale=1.5,

@@ -157,7 +157,7 @@ def _site(index: int, **entries: Any) -> Callable[[Tensors, dict[str, Any]], Non
         (lambda t, h: t.update(boundaries=np.array([0])), r"'boundaries' is \[0\], expected increasing"),
         (lambda t, h: t.update(boundaries=np.array([500, 500])), r"'boundaries' is \[500, 500\], expected increasing"),
         (lambda t, h: t.update(boundaries=np.array([300, 600])), r"has 2 groups, the table's boundaries make 3"),
-        (_header(format_version=2), r"written in format 2, this tqdit reads format 1"),
+        (_header(format_version=1), r"written in format 1, this tqdit reads format 2"),
         (_header(sites="none"), r"no list of sites"),
         (_header(errors={"qkv": float("nan")}), r"error of 'qkv' is nan"),
         (_header(guidance_scale=float("inf")), r"guidance scale is inf"),

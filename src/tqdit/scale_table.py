@@ -22,7 +22,7 @@ from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "tqdit_scales"
 TRAINING_STEPS = 1000
 BOUNDARIES = "boundaries"  # name of the tensor with the group boundaries
@@ -128,8 +128,9 @@ class Site:
     """One quantized tensor.
 
     codes: int8, a weight's integers where they are not those of rounding to nearest.
-    divisor: float32 (K,), of an input: each channel of x is divided by its entry before anything else, and the weight's
-    quantizer and codes are those of W * divisor. The product stays the same, the channels get equal ranges.
+    divisor: float32 (K,), of a linear layer's input: the channels of x come divided by it and W is multiplied with it,
+    so the product stays the same and the channels get equal ranges. Every site of a table describes the network in
+    which this is done (`tqdit.calibrate.fold`): adaLN divides for qkv, fc1 and the final layer, rows of V for proj.
     """
 
     module: str

@@ -11,6 +11,7 @@ import torch
 import support
 from tables import Kind, make_table
 from tqdit.calibrate import apply
+from tqdit.calibrate.fold import fold
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, write
 from tqdit.export.passes.strip import strip_quantization
@@ -44,18 +45,10 @@ def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attentio
     model = support.tiny_model()
     table = make_table(model, kind)
     path = stripped_file(tmp_path, table, attention)
-    divisors = {site.module: site.divisor for site in table.sites if site.role == "input"}
-    with torch.no_grad():  # weights are quantized after the division, which `apply` takes from the input
-        weights = replace(table, sites=tuple(site for site in table.sites if site.role == "weight"))
-        expected = support.tiny_model()
-        for site in weights.sites:
-            if divisors.get(site.module) is not None:
-                module = expected.network.get_submodule(site.module)
-                module.weight *= torch.from_numpy(divisors[site.module])
-        quantized = apply(expected, weights).network
-        for module, divisor in divisors.items():
-            if divisor is not None:
-                quantized.network.get_submodule(module).weight /= torch.from_numpy(divisor)
+    with torch.no_grad():
+        folded, plain = fold(model, table)
+        weights = replace(plain, sites=tuple(site for site in plain.sites if site.role == "weight"))
+        quantized = apply(folded, weights).network
         rng = np.random.default_rng(0)
         inputs = {"x": rng.standard_normal((5, 4, 8, 8), np.float32), "timestep": np.array([0, 180, 420, 700, 999]),
                   "class_labels": np.arange(5)}  # fmt: skip

@@ -1,8 +1,8 @@
 """Channel equalisation: each input channel is divided by a constant that its weights are multiplied with.
 
 A channel with a large range spends the step of all others; its weights are often small. Dividing moves range from the
-activation, which has one step, to the weight, which has one per output channel, and changes nothing in float. The
-division folds into what makes the input: adaLN for qkv and fc1, the rows of V for proj.
+activation, which has one step, to the weight, which has one per output channel, and changes nothing in float. Here the
+divisors are chosen; `fold` puts them where they cost nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,33 @@ import torch
 from torch import Tensor
 
 from tqdit.calibrate.capture import Samples
+from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibrate.layers import LayerPlan
+from tqdit.calibrate.problem import make_problem
 
 STRENGTHS = (0.25, 0.5, 0.75)  # 0.5 gives input and weight the same range in each channel
 LIMIT = 100.0  # of a divisor, against channels that the samples hardly excite
+
+
+@torch.no_grad()
+def choose_divisor(
+    plan: LayerPlan, samples: Samples, weight: Tensor, group: Tensor, config: QuantizationConfig
+) -> tuple[Tensor | None, int]:
+    """The divisors (K,) with which range-based steps do best, None where none helps; and the multiply-adds it took.
+
+    weight (O, K) of the layer; group (R,) of each row of the samples.
+    """
+    best, found, multiply_adds = float("inf"), None, 0
+    for divisor in (None, *divisors(samples, weight)):
+        divided = samples, weight
+        if divisor is not None:
+            divided = divide(samples, divisor), weight * divisor
+        problem = make_problem(plan, *divided, group, config)
+        multiply_adds += problem.multiply_adds
+        error = problem.objective(problem.initial)
+        if error < best:
+            best, found = error, divisor
+    return found, multiply_adds
 
 
 def divisors(samples: Samples, weight: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tqdit.calibrate.fold import fold
 from tqdit.calibrate.quantizers import softmax_regions, symmetric, symmetric_codes
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
@@ -43,16 +44,21 @@ def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
     Raises UsageError if the table is for another model or names what the network does not have.
     """
     table.check_model(model.fingerprint, model.source)
+    model, table = fold(model, table)
     return replace(model, network=QuantizedNetwork(model.network, table).eval())
 
 
 class QuantizedNetwork(nn.Module):
-    """(x (N, C, H, W), timestep (N,), class_labels (N,)) -> (N, K, H, W), like the network that it copies."""
+    """(x (N, C, H, W), timestep (N,), class_labels (N,)) -> (N, K, H, W), like the network that it copies.
+
+    A network with a table that has divisors must be folded before (`apply` does it).
+    """
 
     boundaries: Tensor
 
     def __init__(self, network: nn.Module, table: ScaleTable) -> None:
         super().__init__()
+        assert all(site.divisor is None for site in table.sites)
         self.rows = RowGroups()
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         shared = {id(tensor): tensor for tensor in network.parameters()}
@@ -197,17 +203,9 @@ class QuantizedLinear(nn.Module):
     weight: Tensor
     row_sums: Tensor
     bias: Tensor | None
-    divisor: Tensor | None
 
-    def __init__(
-        self,
-        module: nn.Linear | nn.Conv2d,
-        weight: Tensor,
-        quantize: InputQuantizer | None,
-        divisor: Tensor | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, weight: Tensor, quantize: InputQuantizer | None) -> None:
         super().__init__()
-        self.register_buffer("divisor", divisor, persistent=False)
         self.stride = module.stride if isinstance(module, nn.Conv2d) else None
         shape = (-1,) if self.stride is None else (-1, 1, 1)
         self.register_buffer("weight", weight, persistent=False)
@@ -222,8 +220,6 @@ class QuantizedLinear(nn.Module):
         return F.conv2d(x, self.weight, stride=self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.divisor is not None:
-            x = x / self.divisor
         y = self.product(x) if self.quantize is None else self.quantize(x, self.product, self.row_sums)
         return y if self.bias is None else y + self.bias
 
@@ -274,29 +270,16 @@ def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], row
                          "Calibrate again.")  # fmt: skip
     if isinstance(module, nn.Linear | nn.Conv2d):
         weight = module.weight.detach()
-        divisor = _divisor(sites["input"], module) if "input" in sites else None
-        if divisor is not None:
-            weight = weight * divisor
         if "weight" in sites:
             weight = dequantized_weight(weight, sites["weight"])
         operand = _operand(sites["input"].quantizer, rows) if "input" in sites else None
         if isinstance(module, nn.Conv2d) and any(module.padding):
             raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
-        return QuantizedLinear(module, weight, operand, divisor)
+        return QuantizedLinear(module, weight, operand)
     if set(sites) != expected:
         raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. Calibrate again.")
     built: nn.Module = products[type(module)](*(_operand(sites[role].quantizer, rows) for role in ("left", "right")))
     return built
-
-
-def _divisor(site: Site, module: nn.Linear | nn.Conv2d) -> Tensor | None:
-    """The divisor of each input channel (K,)."""
-    if site.divisor is None:
-        return None
-    if isinstance(module, nn.Conv2d) or len(site.divisor) != module.in_features:
-        raise UsageError(f"'{site.name}.divisor' has {len(site.divisor)} entries, which do not fit the layer. "
-                         "Calibrate this model.")  # fmt: skip
-    return torch.from_numpy(np.array(site.divisor)).to(module.weight.device)
 
 
 def _operand(quantizer: Quantizer, rows: RowGroups) -> Any:

@@ -9,7 +9,7 @@ Each stage leaves its results in the work folder, so a killed run loses at most 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.cost import Meter, multiply_adds
 from tqdit.calibrate.data import DataSet, data_rows
 from tqdit.calibrate.device import exact_arithmetic
-from tqdit.calibrate.equalize import divide, divisors
+from tqdit.calibrate.equalize import choose_divisor
 from tqdit.calibrate.fisher import FISHERS
+from tqdit.calibrate.fold import fold_divisors, source_of
 from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
 from tqdit.calibrate.operands import array
@@ -177,12 +178,17 @@ class Calibration:
         """Capture one stage, pass its gradient on, and search its layers."""
         plans = tuple(entry for entry in self.plans if self.stages.of(entry.name) == stage)
         if not self.folder.has(f"table-{stage}"):
-            recorder = self._capture(stage, rows, plans)
+            divisors = self._divisors(stage, rows, plans)
+            network = fold_divisors(self.model.network, divisors)
+            recorder = self._capture(network, stage, rows, plans)
             sites: list[Site] = []
             errors: dict[str, float] = {}
             for layer_plan in plans:
-                found, errors[layer_plan.name] = self._solve(layer_plan, recorder.samples(layer_plan.name), rows)
-                sites += found
+                name = layer_plan.name
+                weight = _weight(network, name)
+                found, errors[name] = self._solve(layer_plan, recorder.samples(name), weight, rows)
+                divided = array(divisors[name]) if name in divisors else None
+                sites += [replace(site, divisor=divided) if site.role == "input" else site for site in found]
                 self.bar.update()
             self.folder.save_table(f"table-{stage}", self._table(sites, errors, rows))
         else:
@@ -190,20 +196,40 @@ class Calibration:
         self.folder.remove(f"tokens-{stage}")
         self.folder.remove(f"gradient-{stage}")
 
+    def _divisors(self, stage: int, rows: CalibrationRows, plans: tuple[LayerPlan, ...]) -> dict[str, Tensor]:
+        """What the inputs of a stage's layers are divided by, where that helps and costs nothing at run time."""
+        network = self.model.network
+        equalizable = tuple(
+            entry for entry in plans if set(entry.operands) == {"weight", "input"} and source_of(network, entry.name)
+        )
+        if not self.config.equalize or not equalizable:
+            return {}
+        recorder = self._capture(network, stage, rows, equalizable)
+        found = {}
+        for entry in equalizable:
+            weight = _weight(network, entry.name)
+            assert weight is not None
+            samples = recorder.samples(entry.name)
+            divisor, multiply_adds = choose_divisor(entry, samples, weight, rows.group, self.config)
+            self.meter.add("search", multiply_adds)
+            if divisor is not None:
+                found[entry.name] = divisor
+        return found
+
     @cached_property
     def bar(self) -> Any:
         """The progress over layers, shown from the first use on."""
         return self.console.bar(len(self.plans), "3/3 scales", "layers")
 
-    def _capture(self, stage: int, rows: CalibrationRows, plans: tuple[LayerPlan, ...]) -> Recorder:
-        config: Any = self.model.network.config
+    def _capture(self, network: nn.Module, stage: int, rows: CalibrationRows, plans: tuple[LayerPlan, ...]) -> Recorder:
+        config: Any = network.config
         tokens = choose_tokens(len(rows), config.num_tokens, self.config.token_share, self.config.seed)
-        modules = dict(self.model.network.named_modules())
+        modules, stages = dict(network.named_modules()), Stages(network)
         heads = choose_heads(len(rows), config.num_heads, self.config.seed)
         recorder = Recorder(modules, plans, tokens.to(self.device), heads.to(self.device))
         passed_on: dict[str, Tensor] = {}
         for start, batch in self.batches(rows):
-            for name, gradient in self._backward(stage, rows, start, batch, recorder).items():
+            for name, gradient in self._backward(stages, stage, rows, start, batch, recorder).items():
                 if name not in passed_on:
                     passed_on[name] = torch.empty(len(rows), *gradient.shape[1:], device=gradient.device)
                 passed_on[name][start : start + len(gradient)] = gradient
@@ -215,16 +241,16 @@ class Calibration:
         return recorder
 
     def _backward(
-        self, stage: int, rows: CalibrationRows, start: int, batch: Batch, recorder: Recorder
+        self, stages: Stages, stage: int, rows: CalibrationRows, start: int, batch: Batch, recorder: Recorder
     ) -> dict[str, Tensor]:
         """Record one batch; returns the gradients of what entered the stage."""
         inputs: list[Tensor] = []
         with torch.enable_grad(), recorder.listen(start):
             if stage == 0:
-                outputs = [output for output in self.stages.embed(batch) if output is not None]
+                outputs = [output for output in stages.embed(batch) if output is not None]
             else:
                 inputs = [tensor.requires_grad_() for tensor in self._inputs(stage, start, batch) if tensor is not None]
-                outputs = [self.stages.run(stage, inputs[0], inputs[1] if len(inputs) > 1 else None, batch)]
+                outputs = [stages.run(stage, inputs[0], inputs[1] if len(inputs) > 1 else None, batch)]
             cotangents = self._cotangents(stage, rows, start, outputs)
             wanted = list(recorder.outputs.values()) + inputs
             filled = _gradients(outputs, wanted, cotangents)
@@ -255,12 +281,9 @@ class Calibration:
             passed["shared"] = passed["shared"] + self.folder.load_rows(f"gradient-{stage}", "shared", start, stop)
         return passed
 
-    def _solve(self, layer_plan: LayerPlan, samples: Samples, rows: CalibrationRows) -> tuple[list[Site], float]:
-        module = self.model.network.get_submodule(layer_plan.name)
-        weight = module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
-        divisor = self._divisor(layer_plan, samples, weight, rows)
-        if divisor is not None and weight is not None:
-            samples, weight = divide(samples, divisor), weight * divisor
+    def _solve(
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> tuple[list[Site], float]:
         problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
         two_regions = "input" in layer_plan.operands and layer_plan.operands["input"].scheme == "gelu"
         config = self.config.for_layer(layer_plan.name)
@@ -276,30 +299,8 @@ class Calibration:
             codes = None
             if role == "weight" and solution.weight_codes is not None and weight is not None:
                 codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).cpu().numpy()
-            divided = array(divisor) if divisor is not None and role == "input" else None
-            sites.append(Site(layer_plan.name, role, quantizer, codes, divided))
+            sites.append(Site(layer_plan.name, role, quantizer, codes))
         return sites, error
-
-    @torch.no_grad()
-    def _divisor(
-        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
-    ) -> Tensor | None:
-        """The equalising divisor with which range-based steps do best, or None where none helps."""
-        equalizable = self.config.equalize and set(layer_plan.operands) == {"weight", "input"}
-        if not equalizable or weight is None or samples.channels is None:
-            return None
-
-        def objective(samples: Samples, weight: Tensor) -> float:
-            problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
-            self.meter.add("search", problem.multiply_adds)
-            return problem.objective(problem.initial)
-
-        best, found = objective(samples, weight), None
-        for divisor in divisors(samples, weight):
-            value = objective(divide(samples, divisor), weight * divisor)
-            if value < best:
-                best, found = value, divisor
-        return found
 
     @torch.no_grad()
     def _solve_plan(
@@ -339,6 +340,12 @@ class Calibration:
             versions=versions(self.device),
             errors=errors,
         )
+
+
+def _weight(network: nn.Module, name: str) -> Tensor | None:
+    """The weight of a linear layer or a convolution; products of attention have none."""
+    module = network.get_submodule(name)
+    return module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
 
 
 def _gradients(outputs: list[Tensor], wanted: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:

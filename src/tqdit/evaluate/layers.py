@@ -35,6 +35,7 @@ from tqdit.calibrate.fake_quant import (
 )
 from tqdit.calibrate.fake_quant import find_module as find
 from tqdit.calibrate.flow import Calibration
+from tqdit.calibrate.fold import fold
 from tqdit.calibrate.rows import CalibrationRows
 from tqdit.card import GraphCard
 from tqdit.console import Console
@@ -82,9 +83,11 @@ class Patient:
 
     def __init__(self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, pairs: int = PAIRS) -> None:
         table.check_model(model.fingerprint, model.source)
+        model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
         self.model, self.table, self.work, self.console = model, table, work, console
         known = {field.name for field in fields(QuantizationConfig)}
-        self.config = QuantizationConfig(**{key: value for key, value in table.settings.items() if key in known})
+        settings = {key: value for key, value in table.settings.items() if key in known} | {"equalize": False}
+        self.config = QuantizationConfig(**settings)
         self.calibration = Calibration(model, self.config.for_model(model), work, console, None)
         every = self.calibration.rows()
         self.rows = _some(every, pairs)
@@ -215,8 +218,7 @@ def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
         changed.quantize = None
         return changed
     assert isinstance(original, nn.Linear | nn.Conv2d)
-    weight = original.weight.detach()
-    changed.weight = weight if module.divisor is None else weight * module.divisor
+    changed.weight = original.weight.detach()
     changed.row_sums = changed.weight.flatten(1).sum(1).reshape(module.row_sums.shape)
     return changed
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from tqdit import __version__
+from tqdit.calibrate.fold import fold
 from tqdit.card import AttentionForm, GraphCard, GraphName
 from tqdit.diffusion import SamplerName, SamplingSpec
 from tqdit.export.passes.names import name_by_modules
@@ -43,6 +44,7 @@ def export_graph(
     """
     if table is not None:
         table.check_model(model.fingerprint, model.source)
+        model, table = fold(model, table)
     return finish_graph(trace_graph(model, config), model, config, table)
 
 
@@ -58,7 +60,7 @@ def trace_graph(model: LoadedModel, config: ExportConfig) -> ir.Model:
 def finish_graph(
     graph: ir.Model, model: LoadedModel, config: ExportConfig, table: ScaleTable | None
 ) -> tuple[ir.Model, GraphCard]:
-    """Run the passes over a float trace, in place, and describe the result."""
+    """Run the passes over a float trace, in place, and describe the result. The table has no divisors (`fold`)."""
     if table is not None:
         quantize(graph, model.network, table, config.attention)
     name_by_modules(graph)

@@ -143,9 +143,20 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (N, T, D) * (1 + scale (N, D)) + shift (N, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+class Modulation(nn.Module):
+    """x (N, T, D) * (unit + scale (N, D)) + shift (N, D).
+
+    unit is 1. Where channels are equalised it is (D,) and holds 1 over their divisors (`tqdit.calibrate.fold`).
+    """
+
+    unit: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("unit", torch.ones((), device="cpu"), persistent=False)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return x * (self.unit + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def _norm(width: int, eps: float) -> nn.LayerNorm:
@@ -174,15 +185,17 @@ class DiTBlock(Conditioned):
         super().__init__(config)
         width = config.hidden_size
         self.norm1 = _norm(width, 1e-6)
+        self.modulation1 = Modulation()
         self.attn = Attention(config)
         self.norm2 = _norm(width, config.mlp_norm_eps)
+        self.modulation2 = Modulation()
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa.unsqueeze(1) * self.attn(self.modulation1(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(self.modulation2(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
@@ -190,12 +203,13 @@ class FinalLayer(nn.Module):
         super().__init__()
         width, p = config.hidden_size, config.patch_size
         self.norm_final = _norm(width, 1e-6)
+        self.modulation = Modulation()
         self.linear = nn.Linear(width, p * p * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p * p * out_channels)
+        return self.linear(self.modulation(self.norm_final(x), shift, scale))  # (N, T, p * p * out_channels)
 
 
 class DiT(Conditioned):

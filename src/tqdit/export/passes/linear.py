@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -49,18 +48,12 @@ class _Linear:
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)
         self.rank = 2 if node.op_type == "Gemm" else 3  # of the input
-        # each input channel is divided by its entry and the weight multiplied, so that channels have equal ranges
-        self.divisor = sites["input"].divisor if "input" in sites else None
         self.float_weight = module.weight.detach()
-        if self.divisor is not None:
-            self.float_weight = self.float_weight * torch.from_numpy(np.array(self.divisor))
 
     def rewrite(self) -> None:
         assert self.node.inputs[0] is not None
         x = self.enter(self.node.inputs[0])
         weight, sums = self.weight()
-        if self.divisor is not None:
-            x = self.emit.op("Div", x, self.emit.constant("input.divisor", self.divisor))
 
         def product(x: ir.Value) -> ir.Value:
             return self.emit.op("MatMul", x, weight)

@@ -54,11 +54,12 @@ def describe(table: ScaleTable, form: AttentionForm) -> QuantizationCard:
 
 
 def quantize(model: ir.Model, network: nn.Module, table: ScaleTable, form: AttentionForm) -> None:
-    """Requires: a float trace of `network` or of a sampling step around it.
+    """Requires: a float trace of `network` or of a sampling step around it; a table without divisors (`fold`).
 
     Ensures: every site of `exported_sites(table, form)` is quantized; bodies of the custom ops in use are in the model;
     nothing unused is left.
     """
+    assert all(site.divisor is None for site in table.sites)
     table = exported_sites(table, form)
     check_sites(network, table)
     groups = RowGroups(network_timestep(model), table.boundaries)

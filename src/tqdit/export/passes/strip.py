@@ -104,13 +104,11 @@ def _is_ours(value: ir.Value, module: str) -> bool:
 
 
 def _float_weight(graph: ir.Graph, module: str, stored: ir.Value) -> ir.Value:
-    """W^ transposed (K, D) as a float32 initializer, without the divisor of the input."""
+    """W^ transposed (K, D) as a float32 initializer."""
     assert stored.const_value is not None
     weight = stored.const_value.numpy().astype(np.float32)
     if stored.name == f"{module}.weight.codes":
         weight = weight * _constant(graph, f"{module}.weight.scale")
-    if f"{module}.input.divisor" in graph.initializers:
-        weight = weight / _constant(graph, f"{module}.input.divisor")[:, None]
     value = ir.Value(name=f"{module}.weight_transposed.float", const_value=ir.tensor(weight))
     value.shape, value.type = ir.Shape(weight.shape), ir.TensorType(ir.DataType.FLOAT)
     graph.register_initializer(value)
