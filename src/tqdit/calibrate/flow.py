@@ -233,7 +233,7 @@ class Calibration:
                 if name not in passed_on:
                     passed_on[name] = torch.empty(len(rows), *gradient.shape[1:], device=gradient.device)
                 passed_on[name][start : start + len(gradient)] = gradient
-        if stage:
+        if stage and not self.folder.has(f"gradient-{stage - 1}"):  # the capture for the divisors has left it
             self.folder.save(f"gradient-{stage - 1}", passed_on)
         layers = self._layers_of(stage)
         self.meter.forward("gradients", len(rows), layers)
