@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
+from tqdit.scale_table_seal import seal
 
 FORMAT_VERSION = 2
 METADATA_KEY = "tqdit_scales"
@@ -210,7 +211,7 @@ class ScaleTable:
         for site in self.sites:
             # np.asarray keeps 0-d arrays 0-d, which ascontiguousarray does not
             tensors |= {f"{site.name}.{key}": np.asarray(array, order="C") for key, array in site.arrays().items()}
-        text = json.dumps(self._metadata(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(seal(self._metadata(), tensors), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         content: bytes = numpy.save(tensors, metadata={METADATA_KEY: text})
         return content
 

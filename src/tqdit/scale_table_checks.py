@@ -30,6 +30,7 @@ from tqdit.scale_table import (
     Site,
     granularity_from_text,
 )
+from tqdit.scale_table_seal import is_whole
 
 Arrays = Mapping[str, NDArray[Any]]
 AGAIN = "Calibrate again."
@@ -39,6 +40,10 @@ SMALLEST_STEP = float(np.finfo(np.float32).tiny)  # a denormal step divides to i
 def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     """A table from the two parts of its file."""
     header = _header(metadata)
+    if not is_whole(header, tensors):
+        raise FileFormatError(f"truncated or altered (its SHA-256 differs). {AGAIN}")
+    if not isinstance(header.get("sites"), list):
+        raise FileFormatError(f"its metadata has no list of sites. {AGAIN}")
     if BOUNDARIES not in tensors:
         raise FileFormatError(f"'{BOUNDARIES}' is missing. {AGAIN}")
     sites = tuple(_site(entry, tensors) for entry in header["sites"])
@@ -70,15 +75,13 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata[METADATA_KEY])
         version = header["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(f"its '{METADATA_KEY}' metadata is damaged ({error!r}). {AGAIN}") from error
     if version != FORMAT_VERSION:
         raise FileFormatError(
             f"written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
             "Calibrate again, or install the tqdit that wrote it."
         )
-    if not isinstance(header.get("sites"), list):
-        raise FileFormatError(f"its metadata has no list of sites. {AGAIN}")
     return dict(header)
 
 

@@ -24,6 +24,7 @@ from tqdit.models.state import read_sharded
 from tqdit.onnx_file import external_files, load_graph, read_card
 from tqdit.scale_table import METADATA_KEY, granularity_from_text, granularity_to_text
 from tqdit.scale_table_checks import parse
+from tqdit.scale_table_seal import seal as seal_table
 
 pytestmark = pytest.mark.hardening
 many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -113,7 +114,7 @@ def test_shard_indexes(inputs, data):
 @given(st.data())
 @many
 def test_scale_tables(inputs, data):
-    """Metadata and tensors changed by themselves, in ways that a valid safetensors file can hold."""
+    """Metadata and tensors changed by themselves, in ways that a valid safetensors file can hold, and sealed again."""
     with safetensors.safe_open(inputs / "scales.safetensors", "np") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     text = (
@@ -128,6 +129,8 @@ def test_scale_tables(inputs, data):
         np.full(tensors[name].shape, np.nan, np.float32), None,
     ]))  # fmt: skip
     tensors = {key: each for key, each in (tensors | {name: tensor}).items() if each is not None}
+    header = json.loads(text)
+    text = json.dumps(seal_table(header, tensors)) if isinstance(header, dict) else text
     table = value_or_one_line(parse, {METADATA_KEY: text}, tensors)
     if table is not None:  # what was accepted survives a round trip
         again = safetensors.deserialize(table.to_bytes())
