@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -77,11 +78,11 @@ def jobs(args: argparse.Namespace, folder: Path) -> list[tuple[str, list[str], P
     checkpoint, scales, graph = folder / "dit.pt", folder / "scales.safetensors", folder / "model.onnx"
     if not checkpoint.exists():
         print("writing random weights", file=sys.stderr)
-        write_checkpoint(checkpoint, args.size, args.depth)
+        apart(write_checkpoint, checkpoint, args.size, args.depth)
     vae = folder / "vae"
     with_vae = not args.no_vae and installed("diffusers")
     if with_vae and not vae.exists():
-        write_vae(vae)
+        apart(write_vae, vae)
     found: list[tuple[str, list[str], Path]] = []
     if "calibrate" in args.stages:
         settings = ["--steps", str(args.steps), "--groups", str(args.groups), "--rows-per-group",
@@ -120,6 +121,15 @@ def size_of(output: Path) -> int:
     """Bytes of a file with its external data, or of all files in a folder."""
     files = output.rglob("*") if output.is_dir() else output.parent.glob(f"{output.name}*")
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def apart(work: Callable[..., None], *arguments: object) -> None:
+    """Run in a process of its own: the peak that a stage reports begins with the peak of the process that starts it."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{work.__name__} failed with status {process.exitcode}.")
 
 
 def write_checkpoint(path: Path, size: int, depth: int) -> None:
