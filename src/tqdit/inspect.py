@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tqdit import scale_table_summary
-from tqdit.card import METADATA_KEY, GraphCard
+from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
@@ -109,22 +109,29 @@ def _batch(batch: BatchRange) -> str:
 
 def _onnx(path: Path) -> Facts:
     need("onnx", "build", "inspecting an ONNX file")
-    from tqdit.onnx_file import bytes_on_disk, load_graph
+    from tqdit.onnx_file import bytes_on_disk, card_of, external_files, load_graph
+    from tqdit.onnx_seal import check_seal
 
     model = load_graph(path)
+    size = bytes_on_disk(path)
+    sealed = check_seal(path, model, external_files(model, path))
+    card = card_of(model, path)
     operators = Counter(node.op_type for node in model.graph.node)
     opsets = ", ".join(f"{entry.domain or 'onnx'} {entry.version}" for entry in model.opset_import)
     facts: Facts = [
-        ("kind", "ONNX file"),
-        ("size", f"{bytes_on_disk(path) / 1e6:.1f} MB"),
+        ("kind", "ONNX file; its checksum is right" if sealed else "ONNX file"),
+        ("size", f"{size / 1e6:.1f} MB"),
         ("opsets", opsets),
         ("nodes", ", ".join(f"{count} {name}" for name, count in operators.most_common(6)) + ", ..."),
         ("inputs", ", ".join(value.name for value in model.graph.input)),
         ("outputs", ", ".join(value.name for value in model.graph.output)),
     ]
-    for entry in model.metadata_props:
-        if entry.key == METADATA_KEY:
-            return facts + _card(GraphCard.from_json(entry.value, str(path)))
+    if card is not None:
+        return [
+            *facts,
+            *([] if sealed else [("checksum", "none: edited since it was exported, or compiled")]),
+            *_card(card),
+        ]
     return [*facts, ("written by", model.producer_name or "unknown, not by tqdit")]
 
 

@@ -11,17 +11,32 @@ from google.protobuf.message import DecodeError, Message
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
 
+PRODUCER = "tqdit"
+
 
 def read_card(path: Path) -> GraphCard:
     """The card inside an ONNX file of ours, without its weights."""
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
-    for entry in load_graph(path).metadata_props:
+    card = card_of(load_graph(path), path)
+    if card is None:
+        raise FileFormatError(
+            f"{path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata)."
+        )
+    return card
+
+
+def card_of(model: onnx.ModelProto, path: Path) -> GraphCard | None:
+    """The card in the metadata of `path`; None where somebody else wrote the file."""
+    for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
             return GraphCard.from_json(entry.value, str(path))
-    raise FileFormatError(
-        f"{path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata)."
-    )
+    if model.producer_name == PRODUCER:
+        raise FileFormatError(
+            f"{path}: damaged or truncated: tqdit-export wrote it with '{METADATA_KEY}' metadata, which is not there. "
+            "Export it again."
+        )
+    return None
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

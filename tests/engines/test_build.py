@@ -63,7 +63,7 @@ def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantiz
     target = "blocks.1.mlp.fc1"
     nodes = {node.name: node for node in model.graph.node}
     nodes[f"{target}/MatMul"].input[0] = nodes[f"{target}/QuantizeLinear"].input[0]
-    onnx.save(model, quantized)
+    support.save_edited(model, quantized)
     with pytest.raises(BackendError, match=rf"would run in float on onnxruntime: {target}\. Likely cause"):
         build_engine(quantized, tmp_path / "model.engine")
     assert not (tmp_path / "model.engine").exists()
@@ -149,7 +149,7 @@ def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so
     model.graph.node.insert(0, onnx.helper.make_node("Mul", ["top", quantize.input[1]], ["run_time_step"]))
     model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["guidance_scale"], ["top"], keepdims=0))
     quantize.input[1] = dequantize.input[1] = "run_time_step"
-    onnx.save(model, quantized)
+    support.save_edited(model, quantized)
     assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
 
 
@@ -171,6 +171,22 @@ def test_a_run_time_scale_per_row_loses_integers_in_onnxruntime_and_fails_the_au
         one.input[1:] = ["steps", "zeros"]
         del one.attribute[:]
         one.attribute.append(onnx.helper.make_attribute("axis", 0))
-    onnx.save(model, quantized)
+    support.save_edited(model, quantized)
     with pytest.raises(BackendError, match=r"would run in float on onnxruntime: blocks\.1\.mlp\.fc1\. Likely cause"):
         build_engine(quantized, tmp_path / "model.engine")
+
+
+def test_weights_beside_a_small_file_come_into_the_bundle(tmp_path):
+    """As an editor of graphs may have put them. Left to itself, ONNX Runtime leaves them where no bundle has them."""
+    write(tmp_path / "model.onnx", *support.exported(pixels=True))
+    model = onnx.load(tmp_path / "model.onnx")
+    (tmp_path / "edited").mkdir()
+    beside = {"save_as_external_data": True, "location": "weights.data", "size_threshold": 200}
+    support.save_edited(model, tmp_path / "edited" / "model.onnx", **beside)
+    images = []
+    for folder in (tmp_path, tmp_path / "edited"):
+        build_engine(folder / "model.onnx", folder / "model.engine")
+        with Sampler.open(folder / "model.engine") as sampler:
+            images.append(sampler.sample([1]))
+    assert (tmp_path / "edited" / "weights.data").is_file()
+    np.testing.assert_array_equal(*images)

@@ -319,7 +319,7 @@ def broken(path, module, how):
         model.graph.node.insert(0, second)
         model.graph.node.insert(0, first)
         quantize.input[1] = dequantize.input[1] = "run_time_step"
-    onnx.save(model, path)
+    support.save_edited(model, path)
 
 
 @pytest.mark.parametrize("how", ["no rounding", "run-time scale"])

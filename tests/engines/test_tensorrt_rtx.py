@@ -209,7 +209,7 @@ def with_run_time_scale(source, target, module):
     for offset, node in enumerate(extra):
         model.graph.node.insert(at + offset, node)
     quantize.input[1] = dequantize.input[1] = "broken/scale"
-    onnx.save(model, target)
+    support.save_edited(model, target)
 
 
 def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
@@ -230,7 +230,8 @@ def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
 
 def test_weights_beside_the_file_are_found(tiny, tmp_path):
     """Large models: the graph is inlined, its weights stay where they are."""
-    ir.save(ir.load(tiny), tmp_path / "big.onnx", external_data="big.data", size_threshold_bytes=0)
+    beside = {"save_as_external_data": True, "location": "big.data", "size_threshold": 0}
+    support.save_edited(onnx.load(tiny), tmp_path / "big.onnx", **beside)
     assert (tmp_path / "big.data").stat().st_size > 10_000
     manifest = build_engine(tmp_path / "big.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
     assert (manifest.audit.integer, manifest.audit.fallen_back) == (10, ())
@@ -274,7 +275,7 @@ def test_a_file_that_cannot_be_parsed_is_one_line(demo, tmp_path):
     model = onnx.load(demo["float"])
     zero = next(one for one in model.graph.initializer if one.name == "blocks.0.mlp.fc1.input.zero_point")
     zero.CopyFrom(numpy_helper.from_array(np.int8(3), zero.name))  # TensorRT quantizes around 0 only
-    onnx.save(model, tmp_path / "odd.onnx")
+    support.save_edited(model, tmp_path / "odd.onnx")
     with pytest.raises(BackendError, match=r"odd.onnx: TensorRT-RTX .* cannot compile it") as caught:
         build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
     assert "\n" not in str(caught.value)

@@ -63,7 +63,7 @@ def test_a_failed_export_leaves_the_old_one_untouched(exported, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing.ir, "save", fail)
+    monkeypatch.setattr(writing.onnx, "save", fail)
     with pytest.raises(OutputError, match=r"model\.onnx: cannot be written \(No space left on device\)\. Free some"):
         write(exported, *support.exported(seed=1))
     assert exported.read_bytes() == before

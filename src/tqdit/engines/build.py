@@ -28,15 +28,20 @@ def build_engine(
     what the backend or the file cannot do.
     """
     from tqdit.onnx_file import external_files, load_graph, read_card  # needs onnx; the runtime must not
+    from tqdit.onnx_seal import check_seal
 
     config = config or BuildConfig()
     card = read_card(source)
     config = _choose_precision(source, card, config)
-    for name in external_files(load_graph(source), source):
+    model = load_graph(source)
+    beside = external_files(model, source)
+    for name in beside:
         if not (source.parent / name).is_file():
             raise FileFormatError(
                 f"{source.parent / name}: missing; it holds the weights of {source}. Keep them together."
             )
+    check_seal(source, model, beside, progress)
+    del model  # up to 2 GB that the compiler may need
     _check_decoder(source, card)
     if backend == "auto":
         backend, _ = choose_backend()

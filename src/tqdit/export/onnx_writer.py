@@ -12,7 +12,8 @@ import onnx_ir as ir
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import flush, sha256, temporary_folder
-from tqdit.onnx_file import external_files, load_graph, read_card
+from tqdit.onnx_file import PRODUCER, external_files, load_graph, read_card
+from tqdit.onnx_seal import add_entry, seal
 
 EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf file ends at 2 GB; from half of that weights go beside it
 
@@ -28,8 +29,9 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
         if vae is not None:
             card = replace(card, vae=_write_vae(folder, path, *vae))
         model.metadata_props[METADATA_KEY] = json.dumps(card.to_json(), sort_keys=True)
-        model.producer_name, model.producer_version = "tqdit", card.written_by
-        save(model, folder / path.name)
+        model.producer_name, model.producer_version = PRODUCER, card.written_by
+        beside = save(model, folder / path.name)
+        seal(folder / path.name, beside)
         fresh = {file.name for file in folder.iterdir()}
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the graph itself last
             flush(file)
@@ -62,25 +64,35 @@ def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int])
     return VaeCard(name, digest, *size)
 
 
-def save(model: ir.Model, target: Path) -> None:
-    """Save with weights inside, or beside under a name that carries a piece of their SHA-256."""
+def save(model: ir.Model, target: Path) -> dict[str, str]:
+    """Save with weights inside, or beside under a name that carries a piece of their SHA-256; the names with all of it.
+
+    The place for the file's own digest is left empty.
+    """
     total = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
     if total < EXTERNAL_DATA_BYTES:
-        ir.save(model, target)
-        return
+        _store(ir.to_proto(model), target)
+        return {}
     draft, data = target.with_name("draft.onnx"), target.with_name("draft.data")
     ir.save(model, draft, external_data=data.name)
-    name = f"{target.stem}-{sha256(data)[:8]}.onnx.data"
+    digest = sha256(data)
+    name = f"{target.stem}-{digest[:8]}.onnx.data"
     data.rename(target.with_name(name))
     proto = onnx.load(draft, load_external_data=False)
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
-    onnx.save(proto, target)
+    _store(proto, target)
     draft.unlink()
+    return {name: digest}
+
+
+def _store(proto: onnx.ModelProto, target: Path) -> None:
+    add_entry(proto)
+    onnx.save(proto, target)
 
 
 def _side_files(path: Path) -> set[Path]:

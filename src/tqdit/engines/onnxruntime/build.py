@@ -58,6 +58,8 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 
 def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
     """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
+    from tqdit.onnx_seal import unseal  # needs onnx, which the runtime does without
+
     ort = load_library()
     provider = config.provider or "cpu"
     if config.batch is not None and provider != "tensorrt":
@@ -74,6 +76,7 @@ def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, prog
         _optimise(
             source.parent / card.vae.file, folder / DECODER_FILE, settings_of(decoder, folder, card, None), decoder
         )
+    unseal(folder / GRAPH_FILE)
     report = audit_graph(folder / GRAPH_FILE, card)
     if report is not None and provider == "tensorrt":
         report = replace(report, integer=0, fallen_back=promised(card))
@@ -151,13 +154,14 @@ def _float_weights_kept_apart(source: Path, card: GraphCard, folder: Path) -> It
 
 def _optimise(source: Path, target: Path, providers: list[Any], provider: str) -> None:
     """Fuse what does not depend on this machine's CPU; layout changes that do are left to the moment of loading."""
-    from tqdit.onnx_file import bytes_on_disk
+    from tqdit.onnx_file import bytes_on_disk, external_files, load_graph
 
     ort = load_library()
     options, settings = session_options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
-    if bytes_on_disk(source) > EXTERNAL_DATA_BYTES:
+    # weights that lie beside the source would otherwise stay there, where the bundle does not have them
+    if external_files(load_graph(source), source) or bytes_on_disk(source) > EXTERNAL_DATA_BYTES:
         _keep_weights_beside(options, target)
     _open(source, options, settings | {"providers": providers}, provider)
 
