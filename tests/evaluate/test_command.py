@@ -14,7 +14,7 @@ from PIL import Image
 from tqdit.cli import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.bundle import seal
-from tqdit.evaluate.extractors import JudgeExtractor
+from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.statistics import frechet_distance, moments
 
 COUNT = 64
@@ -245,3 +245,19 @@ def test_engines_that_are_no_pair_are_refused(flow, tmp_path, capsys):
     (other / "manifest.json").write_text(json.dumps(seal(manifest)))
     line = refused(capsys, flow / "model.engine", "--against", other)
     assert "the two engines differ in their model (fingerprint)" in line
+
+
+def test_each_set_of_images_is_extracted_once(flow, reference, tmp_path, monkeypatch):
+    """The reference, the engine's, the float engine's and its other seed: metrics, pairs and the stored statistics."""
+    seen: list[int] = []
+
+    class Counting(JudgeExtractor):
+        def __call__(self, images: np.ndarray) -> Features:
+            seen.append(len(images))
+            return super().__call__(images)
+
+    monkeypatch.setattr("tqdit.evaluate.tools.JudgeExtractor", Counting)
+    arguments = ["--reference", reference, "-n", COUNT, "--write-reference", tmp_path / "stored.npz"]
+    facts = evaluate(tmp_path, flow / "model.engine", "--against", flow / "float.engine", *arguments)
+    assert "frechet_excess" in facts["paired"]
+    assert seen == [200, COUNT, COUNT, COUNT]

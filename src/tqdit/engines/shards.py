@@ -124,6 +124,10 @@ class ShardFolder:
         """Finished shards."""
         return len(self._digests)
 
+    def digest(self, shard: int) -> str | None:
+        """SHA-256 of a finished shard; None where it is not done."""
+        return self._digests.get(shard_name(shard))
+
     def pending(self) -> list[int]:
         """Shards that are yet to be made; finished ones that are missing or altered are among them again."""
         for name, digest in list(self._digests.items()):
@@ -140,13 +144,7 @@ class ShardFolder:
 
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
         """The arrays of a finished shard. Raises FileFormatError where it is missing, truncated or altered."""
-        file = self.path / shard_name(shard)
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise FileFormatError(f"{file}: cannot be read ({error.strerror}). {_AGAIN}") from error
-        if hashlib.sha256(content).hexdigest() != self._digests.get(file.name):
-            raise FileFormatError(f"{file}: truncated or altered (its SHA-256 differs). {_AGAIN}")
+        file, content = self.path / shard_name(shard), self._content(shard)
         names, count = NAMES[self.job.content], len(self.job.images(shard))
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -156,6 +154,20 @@ class ShardFolder:
         if any(len(array) != count for array in found.values()):
             raise FileFormatError(f"{file}: expected {count} samples and labels. {_AGAIN}")
         return found
+
+    def check(self, shard: int) -> None:
+        """Raises FileFormatError where a finished shard is missing, truncated or altered."""
+        self._content(shard)
+
+    def _content(self, shard: int) -> bytes:
+        file = self.path / shard_name(shard)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise FileFormatError(f"{file}: cannot be read ({error.strerror}). {_AGAIN}") from error
+        if hashlib.sha256(content).hexdigest() != self.digest(shard):
+            raise FileFormatError(f"{file}: truncated or altered (its SHA-256 differs). {_AGAIN}")
+        return content
 
     def write_index(self) -> None:
         values = {

@@ -28,7 +28,8 @@ from tqdit.scale_table import even_boundaries
 if TYPE_CHECKING:
     from tqdit.evaluate.chains import Chains, Request
     from tqdit.evaluate.evaluation import Pairs
-    from tqdit.evaluate.samples import Images
+    from tqdit.evaluate.extractors import Extractor
+    from tqdit.evaluate.observe import Observed
     from tqdit.scale_table import ScaleTable
 
 SUMMARY = "say what quantization cost: distances to a reference, same-noise errors, a report"
@@ -37,6 +38,8 @@ examples:
   tqdit-evaluate                                      model.engine of the demo model, against its float model and data
   tqdit-evaluate int8.engine --against float.engine -n 256 --report report.html
   tqdit-evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights inception.pth
+  tqdit-evaluate samples/ --reference reference/ --inception-weights inception.pth
+                                                      folders of shards; the same command continues after a stop
   tqdit-evaluate --layers                             which layers cost most, and what would mend them
 
 Numbers are written as JSON, each with its sample count and 95 % interval. Nothing is downloaded: Inception's weights
@@ -47,14 +50,16 @@ SCALES = "scales.safetensors"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("subject", nargs="?", type=Path, default=Path("model.engine"), metavar="SAMPLES|ENGINE", help="an .npz or a "
-        "folder of images, or an engine bundle (default: %(default)s)")  # fmt: skip
+    add("subject", nargs="?", type=Path, default=Path("model.engine"), metavar="SAMPLES|ENGINE", help="an .npz, a "
+        "folder of images or of shards, or an engine bundle (default: %(default)s)")  # fmt: skip
     add("--reference", type=Path, metavar="REF", help="samples (arr_0) or statistics (mu, sigma, mu_s, sigma_s) as "
-        ".npz, or a folder of images (default for the demo model: fresh drawings of its data set)")  # fmt: skip
+        ".npz, or a folder of images or of shards (default for the demo model: fresh drawings of its data "
+        "set)")  # fmt: skip
     add("--against", type=Path, metavar="ENGINE", help="float engine to compare with on the same noise (default: one "
         "that is built for the occasion, where the model is at hand)")  # fmt: skip
     add("--alone", action="store_true", help="do not compare with a float model")
-    add("-n", type=int, metavar="N", help="images (default: 64 from an engine, all of a file)")
+    add("-n", type=int, metavar="N", help="images (default: 64 from an engine, all of a file or folder; the first "
+        "N of a sampling job need not wait for the others)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--float-seeds", type=int, default=1, metavar="K", help="other seeds of the float model, which show its own "
         "noise (default: %(default)s)")  # fmt: skip
@@ -125,28 +130,31 @@ class Evaluation:
 
 def _evaluate_files(args: argparse.Namespace, console: Console) -> Evaluation:
     from tqdit.evaluate.evaluation import verdict
+    from tqdit.evaluate.observe import observe
     from tqdit.evaluate.samples import read_images
     from tqdit.evaluate.tools import choose_tools, describe, write_reference
 
     for flag, given in (("--against", args.against), ("--layers", args.layers), ("--scales", args.scales)):
         if given:
             raise UsageError(f"{flag} needs an engine; {args.subject} holds images. Pass the engine that made them.")
-    images = read_images(args.subject).first(args.n)
-    tools = choose_tools(args, console, images.pixels.shape[1:], None)
+    images = read_images(args.subject, args.n)
+    tools = choose_tools(args, console, images.shape, None)
     if tools is None:
         raise UsageError(
-            f"{args.subject}: {images.pixels.shape[2]}x{images.pixels.shape[1]} images need an extractor. Pass "
-            "--inception-weights FILE."
+            f"{args.subject}: {images.shape[1]}x{images.shape[0]} images need an extractor. Pass --inception-weights "
+            "FILE."
         )
     console.say(f"measuring {len(images)} images of {args.subject} with {tools.extractor.name}")
-    found = tools.metrics.measure(images)
-    write_reference(args, tools.extractor, images)
+    pictures = {"samples": images.shown}
+    observed = observe(tools.extractor, images, console)
+    found = tools.metrics.measure(observed)
+    write_reference(args, observed)
     facts = describe(args, tools) | {
         "subject": {"name": str(args.subject), "kind": "images", "count": len(images)},
         "verdict": verdict(str(args.subject), found, [], None, None),
         "sets": {"samples": {name: measure.to_json() for name, measure in found.items()}},
     }
-    return Evaluation(facts, {"samples": images.pixels[:16]})
+    return Evaluation(facts, pictures)
 
 
 # an engine ---------------------------------------------------------------------------------------------------------
@@ -210,6 +218,7 @@ class _Engines:
 
     def evaluate(self) -> Evaluation:
         from tqdit.evaluate.evaluation import seed_noise, verdict
+        from tqdit.evaluate.samples import SHOWN
         from tqdit.evaluate.tools import choose_tools, describe, write_reference
 
         runs, pairs = self._sample()
@@ -220,15 +229,15 @@ class _Engines:
             tools = choose_tools(self.args, self.console, runs["subject"].pixels.shape[1:], self.card)
         if tools is not None:
             self.console.say(f"measuring with {tools.extractor.name}")
-            for name, chains in runs.items():
-                images = self._images(chains)
-                measured[name] = tools.metrics.measure(images)
+            seen = {name: self._observe(chains, tools.extractor) for name, chains in runs.items()}
+            for name, observed in seen.items():
+                measured[name] = tools.metrics.measure(observed)
                 sets[name] = {key: measure.to_json() for key, measure in measured[name].items()}
-            if pairs is not None and "float" in runs:
-                excess = tools.metrics.excess(self._images(runs["subject"]), self._images(runs["float"]))
+            if pairs is not None and "float" in seen:
+                excess = tools.metrics.excess(seen["subject"], seen["float"])
                 if excess is not None:
                     pairs = replace(pairs, measures={"frechet_excess": excess, **pairs.measures})
-            write_reference(self.args, tools.extractor, self._images(runs["subject"]))
+            write_reference(self.args, seen["subject"])
         floats = [found for name, found in measured.items() if name.startswith("float")]
         distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]
         subject = measured.get("subject", {})
@@ -247,7 +256,7 @@ class _Engines:
             "engines": self._engines(runs),
         }
         facts |= self._look_inside()
-        pictures = {name: run.pixels[:16] for name, run in runs.items() if run.pixels is not None}
+        pictures = {name: run.pixels[:SHOWN] for name, run in runs.items() if run.pixels is not None}
         return Evaluation(facts, {name: pictures[name] for name in ("float", "subject") if name in pictures})
 
     def _name(self) -> str:
@@ -264,11 +273,12 @@ class _Engines:
             "quantization": None if card.quantization is None else card.quantization.summary,
         }  # fmt: skip
 
-    def _images(self, chains: Chains) -> Images:
+    def _observe(self, chains: Chains, extractor: Extractor) -> Observed:
+        from tqdit.evaluate.observe import observe
         from tqdit.evaluate.samples import Images
 
         assert chains.pixels is not None
-        return Images(chains.pixels, self.labels, str(self.args.subject))
+        return observe(extractor, Images(chains.pixels, self.labels, str(self.args.subject)), self.console)
 
     def _request(self, seed: int) -> Request:
         from tqdit.evaluate.chains import Request

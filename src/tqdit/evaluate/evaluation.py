@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.evaluate.bootstrap import Measure, Z, around, dealt_out, jackknife, number, of_mean, of_share
 from tqdit.evaluate.chains import Chains
-from tqdit.evaluate.extractors import Extractor, Features
+from tqdit.evaluate.extractors import Extractor, identity
 from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
 from tqdit.evaluate.names import METRICS
+from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
-from tqdit.evaluate.samples import Images, Reference
+from tqdit.evaluate.samples import Reference
 from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
 
 
@@ -35,20 +37,20 @@ class Target:
     count: int | None  # of samples; None where only statistics are stored
 
 
-def describe_reference(reference: Reference, extractor: Extractor) -> Target:
+def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> Target:
     """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
-    identity = f"{extractor.name} {extractor.digest}"
-    if reference.extractor is not None and reference.extractor != identity:
+    own = identity(extractor)
+    if reference.extractor is not None and reference.extractor != own:
         raise UsageError(
             f"{reference.source}: holds statistics of the extractor '{reference.extractor}', these samples are "
-            f"measured with '{identity}'. Use the same weights, or write a new reference with --write-reference."
+            f"measured with '{own}'. Use the same weights, or write a new reference with --write-reference."
         )
     if reference.pooled is not None and len(reference.pooled.mean) != extractor.size:
         raise UsageError(
             f"{reference.source}: holds statistics of {len(reference.pooled.mean)} features, the extractor "
             f"'{extractor.name}' has {extractor.size}. They are of another extractor; pass a reference that fits."
         )
-    found = extractor(reference.images.pixels) if reference.images is not None else None
+    found = None if reference.images is None else observe(extractor, reference.images, console).features
     pooled, spatial = reference.pooled, reference.spatial
     if pooled is None:
         assert found is not None
@@ -71,8 +73,8 @@ class Wish:
 class Metrics:
     """All metrics of one set of images, each with its noise; what cannot be had comes with the reason."""
 
-    def __init__(self, extractor: Extractor, target: Target | None, wish: Wish) -> None:
-        self._extractor, self._target, self._wish = extractor, target, wish
+    def __init__(self, target: Target | None, wish: Wish) -> None:
+        self._target, self._wish = target, wish
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
         self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
@@ -85,22 +87,21 @@ class Metrics:
         if name in self._wish.metrics:
             self._distances[name] = frechet_to(gaussian), gaussian.rank
 
-    def measure(self, images: Images) -> dict[str, Measure]:
+    def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be had."""
-        features = self._extractor(images.pixels)
         self._hits = None
         found: dict[str, Measure] = {}
         for name in self._wish.metrics:
-            reason = self._reason_against(name, images, features)
+            reason = self._reason_against(name, images)
             if reason is None:
-                found[name] = self._compute(name, images, features)
+                found[name] = self._compute(name, images)
             elif self._wish.required:
                 raise UsageError(f"{images.source}: {name} {reason}")
             else:
                 self.missing[name] = reason
         return found
 
-    def excess(self, images: Images, floats: Images) -> Measure | None:
+    def excess(self, images: Observed, floats: Observed) -> Measure | None:
         """Frechet distance of these images less that of the float ones of the same noise; None where there is none.
 
         Both are left out of the jackknife together, so what the two share, bias and most of the noise, cancels.
@@ -110,21 +111,21 @@ class Metrics:
         distance, rank = self._distances["frechet_distance"]
         if len(images) <= rank:
             return None
-        x, y = (self._extractor(part.pixels).pooled.astype(np.float64) for part in (images, floats))
+        x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
             lambda weights: distance(weighted(x, weights)) - distance(weighted(y, weights)),
             len(images), self._wish.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
-    def _reason_against(self, name: str, images: Images, features: Features) -> str | None:
+    def _reason_against(self, name: str, images: Observed) -> str | None:
         """Why a metric cannot be had, or None."""
         count, advice = len(images), "Sample more with -n."
         if name == "accuracy":
-            if self._extractor.name != "judge":
+            if not images.extractor.startswith("judge "):
                 return "needs the judge, which knows the demo model's classes alone."
             return None if images.labels is not None else "needs the classes that were asked for (arr_1 of the .npz)."
         if name == "inception_score":
-            classes = features.probabilities.shape[1]
+            classes = images.features.probabilities.shape[1]
             return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"
         if self._target is None:
             return "needs a reference. Pass --reference FILE."
@@ -147,8 +148,8 @@ class Metrics:
             f"their covariance would be singular. {advice}"
         )
 
-    def _compute(self, name: str, images: Images, features: Features) -> Measure:
-        wish, count, strata = self._wish, len(images), dealt_out(images.labels)
+    def _compute(self, name: str, images: Observed) -> Measure:
+        wish, features, count, strata = self._wish, images.features, len(images), dealt_out(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)

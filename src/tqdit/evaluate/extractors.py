@@ -51,6 +51,11 @@ class Extractor(Protocol):
         ...
 
 
+def identity(extractor: Extractor) -> str:
+    """ "name digest", as files of statistics and features name what they are of."""
+    return f"{extractor.name} {extractor.digest}"
+
+
 class JudgeExtractor:
     """The classifier that ships with the demo model. It has no spatial features, so no sFID."""
 

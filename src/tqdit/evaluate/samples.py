@@ -1,8 +1,10 @@
-"""Images and references from files: an `.npz`, a folder of pictures, or stored statistics."""
+"""Images and references from files: an `.npz`, a folder of pictures or of shards, or stored statistics."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tqdit.engines.images import NOTES, write_npz
+from tqdit.engines.shards import INDEX, ShardFolder, read_index, shard_name
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.statistics import Gaussian
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SHOWN = 16  # images in a report
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,16 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, 3)."""
+        return self.pixels.shape[1:]
+
+    @property
+    def shown(self) -> NDArray[np.uint8]:
+        """The first few, for a report."""
+        return self.pixels[:SHOWN]
+
     def first(self, count: int | None) -> Images:
         """The first `count` of them, or all."""
         if count is None:
@@ -41,30 +55,78 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
+class ShardImages:
+    """The first `count` images of a folder of shards. Their pixels stay on the disk until a shard is asked for."""
+
+    folder: ShardFolder
+    count: int
+    source: str
+    shape: tuple[int, ...]  # (H, W, 3)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shown(self) -> NDArray[np.uint8]:
+        few = self.shards[: math.ceil(SHOWN / self.folder.job.shard_size)]
+        return np.concatenate([self.pixels(shard)[:SHOWN] for shard in few])[:SHOWN]  # no view of a whole shard
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,), as the job dealt them out."""
+        return np.concatenate([self.folder.job.labels(shard) for shard in self.shards])[: self.count]
+
+    @property
+    def shards(self) -> range:
+        return range(math.ceil(self.count / self.folder.job.shard_size))
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether all images of this shard are among the first `count`."""
+        return self.folder.job.images(shard).stop <= self.count
+
+    def pixels(self, shard: int) -> NDArray[np.uint8]:
+        """Those of one shard (n, H, W, 3), checked by its SHA-256."""
+        pixels = _pixels(self.folder, shard)
+        if pixels.shape[1:] != self.shape:
+            (h, w), (h0, w0) = pixels.shape[1:3], self.shape[:2]
+            file = self.folder.path / shard_name(shard)
+            raise FileFormatError(f"{file}: {w}x{h} pixels, the first shard has {w0}x{h0}. All must be of one size.")
+        return pixels[: self.count - self.folder.job.images(shard).start]
+
+
+AnyImages = Images | ShardImages
+
+
+@dataclass(frozen=True, eq=False)
 class Reference:
     """What samples are compared with. Any part may be missing; the pooled statistics of ADM's files have no images."""
 
     source: str
-    images: Images | None = None
+    images: AnyImages | None = None
     pooled: Gaussian | None = None
     spatial: Gaussian | None = None
     extractor: str | None = None  # "name digest", where the file says so
 
 
-def read_images(path: Path) -> Images:
-    """Images of an `.npz` (arr_0, arr_1 as the ADM evaluator names them) or a folder of pictures."""
+def read_images(path: Path, count: int | None = None) -> AnyImages:
+    """Images of an `.npz` (arr_0, arr_1 as the ADM evaluator names them), a folder of pictures or one of shards: the
+    first `count`, or all."""
+    if (path / INDEX).is_file():
+        return _shards(path, count, advise=True)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path).first(count)
     content = read_npz(path)
     if "arr_0" not in content:
         held = ", ".join(sorted(content)) or "nothing"
         advice = "Export with --vae DIR to sample images" if "latents" in content else "Write it with tqdit-sample -o"
         raise FileFormatError(f"{path}: holds {held}, expected images uint8 (N, H, W, 3) under 'arr_0'. {advice}.")
-    return _images(content, path)
+    return _images(content, path).first(count)
 
 
 def read_reference(path: Path) -> Reference:
     """Samples (arr_0), stored statistics (mu, sigma, mu_s, sigma_s), or both, as in ADM's reference batches."""
+    if (path / INDEX).is_file():
+        return Reference(str(path), _shards(path, None, advise=False))
     if path.is_dir():
         return Reference(str(path), _folder(path))
     content = read_npz(path)
@@ -140,6 +202,36 @@ def _folder(path: Path) -> Images:
                 f"{file}: {w}x{h} pixels, the images before it have {w0}x{h0}. All must be of one size."
             )
     return Images(np.stack(pictures), _labels(path, len(pictures)), str(path))
+
+
+def _shards(path: Path, count: int | None, advise: bool) -> ShardImages:
+    """The first `count` images of a job, which are finished, or all of them. advise: the command has -n for these."""
+    folder = read_index(path)
+    job = folder.job
+    if job.content != "images":
+        raise FileFormatError(f"{path}: holds latents, expected images. Export with --vae DIR to sample images.")
+    if count is not None and count > job.count:
+        raise UsageError(f"{path}: holds {job.count} images, -n asks for {count}. Sample more.")
+    wanted = job.count if count is None else count
+    finished = list(itertools.takewhile(lambda shard: folder.digest(shard) is not None, range(job.shards)))
+    ready = job.images(finished[-1]).stop if finished else 0
+    if wanted > ready:
+        other = f", or pass -n {ready} for those that are ready" if advise and ready else ""
+        raise FileFormatError(
+            f"{path}: {folder.done} of {job.shards} shards are done. Run the same tqdit-sample command again{other}."
+        )
+    needed = finished[: math.ceil(wanted / job.shard_size)]
+    missing = [file for shard in needed if not (file := path / shard_name(shard)).is_file()]
+    if missing:  # as after a copy that was cut short; better said before hours of work
+        raise FileFormatError(
+            f"{missing[0]}: no such file, but {INDEX} lists it. Copy the whole folder, or run the same tqdit-sample "
+            "command again."
+        )
+    return ShardImages(folder, wanted, str(path), _pixels(folder, 0).shape[1:])
+
+
+def _pixels(folder: ShardFolder, shard: int) -> NDArray[np.uint8]:
+    return _images(folder.read(shard), folder.path / shard_name(shard)).pixels
 
 
 def _labels(path: Path, count: int) -> NDArray[np.int64] | None:

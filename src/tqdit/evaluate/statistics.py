@@ -73,7 +73,8 @@ def weighted(features: NDArray[np.floating], weights: Float64) -> Gaussian:
     x = np.asarray(features, np.float64)
     share = weights / weights.sum()
     mean = share @ x
-    covariance = ((x - mean) * share[:, None]).T @ (x - mean) * (len(x) / (len(x) - 1))
+    centred = x - mean
+    covariance = (centred * share[:, None]).T @ centred * (len(x) / (len(x) - 1))
     return Gaussian(mean, covariance)
 
 

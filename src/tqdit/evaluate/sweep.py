@@ -37,6 +37,7 @@ from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
 from tqdit.evaluate.chains import Chains, Request, card_of, run, torch_sampler
 from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
 from tqdit.evaluate.extractors import JudgeExtractor
+from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.samples import Images, Reference
 from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED, processor
@@ -148,11 +149,11 @@ class Bench:
         self.labels = np.arange(size.images, dtype=np.int64) % model.num_classes
         need("matplotlib", "demo", "drawing the demo model's data")
         source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
-        extractor = JudgeExtractor()
+        self._extractor = JudgeExtractor()
         self.target: Target = describe_reference(
-            Reference(source, Images(*draw(DATA_COUNT, DATA_SEED), source)), extractor
+            Reference(source, Images(*draw(DATA_COUNT, DATA_SEED), source)), self._extractor, console
         )
-        self._metrics = Metrics(extractor, self.target, Wish(METRICS, required=True))
+        self._metrics = Metrics(self.target, Wish(METRICS, required=True))
         self._float: dict[int, Chains] = {}
 
     def chains(self, model: LoadedModel, seed: int, what: str) -> Chains:
@@ -181,15 +182,17 @@ class Bench:
             errors = relative_errors(reference.latents, found.latents)
             measures["final_error"] = of_mean(errors)
             measures["final_error_median"] = Measure(float(np.median(errors)), None, None, len(errors), "none")
-        assert found.pixels is not None
-        images = Images(found.pixels, self.labels, job.name)
+        images = self._observe(found, job.name)
         measures |= self._metrics.measure(images)
         if job.preset != "float":
-            assert reference.pixels is not None
-            excess = self._metrics.excess(images, Images(reference.pixels, self.labels, "float"))
+            excess = self._metrics.excess(images, self._observe(reference, "float"))
             assert excess is not None
             measures["frechet_excess"] = excess
         return Row(job, seed, measures, time.process_time() - cpu, time.monotonic() - started)
+
+    def _observe(self, chains: Chains, name: str) -> Observed:
+        assert chains.pixels is not None
+        return observe(self._extractor, Images(chains.pixels, self.labels, name), self.console)
 
     def _eps_error(self, quantized: LoadedModel) -> Measure:
         """Step-weighted error of the predicted noise on states that no calibration saw, by pairs of rows."""

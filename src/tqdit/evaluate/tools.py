@@ -17,6 +17,7 @@ from tqdit.errors import UsageError
 from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
+from tqdit.evaluate.observe import Observed
 from tqdit.evaluate.samples import Images, Reference, read_reference
 from tqdit.evaluate.samples import write_reference as write_statistics
 from tqdit.evaluate.statistics import moments
@@ -52,10 +53,10 @@ def choose_tools(
             )
         return None
     reference = _reference(args, console, extractor, card)
-    target = None if reference is None else describe_reference(reference, extractor)
+    target = None if reference is None else describe_reference(reference, extractor, console)
     resamples = args.bootstrap or (200 if extractor.size < 512 else 20)
     wish = Wish(tuple(args.metrics or METRICS), args.metrics is not None, resamples, args.seed)
-    return Tools(extractor, target, Metrics(extractor, target, wish), wish)
+    return Tools(extractor, target, Metrics(target, wish), wish)
 
 
 def _reference(
@@ -76,14 +77,14 @@ def _reference(
     return Reference(source, Images(pixels, labels, source))
 
 
-def write_reference(args: argparse.Namespace, extractor: Extractor, images: Images) -> None:
+def write_reference(args: argparse.Namespace, images: Observed) -> None:
     if args.write_reference is None:
         return
-
-    features = extractor(images.pixels)
-    spatial = None if features.spatial is None else moments(features.spatial).gaussian
-    identity = f"{extractor.name} {extractor.digest}"
-    write_statistics(args.write_reference, moments(features.pooled).gaussian, spatial, identity, len(images))
+    pooled, spatial = (
+        None if x is None else moments(x).gaussian for x in (images.features.pooled, images.features.spatial)
+    )
+    assert pooled is not None
+    write_statistics(args.write_reference, pooled, spatial, images.extractor, len(images))
 
 
 def describe(args: argparse.Namespace, tools: Tools | None) -> dict[str, Any]:
