@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.diffusion import SamplingSpec, ddim_step, guide
+from tqdit.files import sha256
 from tqdit.models.dit import DiT, DiTConfig, initialize
 
 CONFIG = DiTConfig(
@@ -279,7 +280,7 @@ def package(args: argparse.Namespace) -> None:
         half = {key: value.half().contiguous() for key, value in tensors.items() if value.is_floating_point()}
         path = PACKAGE_DATA / f"{name}.safetensors"
         save_file(half, path, meta)
-        print(f"{path} {path.stat().st_size / 1e6:.2f} MB")
+        print(f'"{path.name}": "{sha256(path)}"  # {path.stat().st_size / 1e6:.2f} MB; for src/tqdit/demo/weights.py')
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

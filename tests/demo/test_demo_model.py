@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from tqdit.cli import run
+from tqdit.demo import weights
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, draw
 from tqdit.demo.judge import load_judge, recognised, wilson_interval
+from tqdit.errors import CheckpointError
 from tqdit.models import load_model
 
 
@@ -31,6 +33,22 @@ def test_the_model_is_what_its_page_says():
     assert (model.num_classes, model.class_names) == (16, tuple(CLASSES))
     assert sum(p.numel() for p in model.network.parameters()) == 1_878_552
     assert all(torch.isfinite(p).all() for p in model.network.parameters())
+
+
+@pytest.mark.parametrize(("name", "load"), [
+    ("model.safetensors", lambda: load_model("demo")), ("judge.safetensors", load_judge),
+])  # fmt: skip
+def test_shipped_weights_are_used_as_they_were_shipped(tmp_path, monkeypatch, name, load):
+    load()
+    content = bytearray((weights.FOLDER / name).read_bytes())
+    content[-2000] ^= 1
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(weights, "FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name}: altered since tqdit shipped it .* Install tqdit again\."):
+        load()
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}: missing; it comes with tqdit"):
+        load()
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tqdit.demo.glyphs import CLASSES
+from tqdit.demo.weights import shipped
 
 
 class Judge(nn.Module):
@@ -39,7 +39,7 @@ class Judge(nn.Module):
 def load_judge() -> Judge:
     """The trained judge that ships with the package."""
     judge = Judge()
-    weights = load_file(str(resources.files("tqdit.demo") / "judge.safetensors"))
+    weights = load_file(shipped("judge.safetensors"))
     judge.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return judge.eval().requires_grad_(False)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
+from tqdit.demo.weights import shipped
 from tqdit.models import published
 from tqdit.models.loaded import LoadedModel
 
@@ -15,5 +14,4 @@ def matches(source: str) -> bool:
 
 
 def load(source: str, heads: int | None = None) -> LoadedModel:
-    path = resources.files("tqdit.demo") / "model.safetensors"
-    return published.load(str(path), heads).with_source(NAME)
+    return published.load(str(shipped("model.safetensors")), heads).with_source(NAME)
