@@ -47,6 +47,15 @@ def test_a_disk_that_fills_up_is_one_line_and_the_old_output_stays(inputs, tmp_p
     assert digest(tmp_path / name) == before
 
 
+def test_no_place_for_temporary_files_is_one_line(inputs, tmp_path, commands):
+    """Where no file may grow at all, PyTorch's exporter finds none."""
+    outcome = commands.run(*fill(EXPORT, inputs, tmp_path), limit=0)
+    outcome.check_refusal()
+    assert "PyTorch finds no place for its temporary files" in outcome.lines[0]
+    assert outcome.lines[0].endswith("Free some space, or set TMPDIR to a folder that you may write to.")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("argv", [["inspect", "demo"], ["inspect", "{inputs}/model.engine"],
                                   ["inspect", "--lint", "{inputs}/model.onnx"], NPZ])  # fmt: skip

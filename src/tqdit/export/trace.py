@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
+from tqdit.models.scratch import need_compiler, need_temporary_folder
 
 OPSETS = range(20, 24)  # 20 is the first with Gelu; 23 the last that torch's exporter writes
 _EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the exporter cannot mistake it for a constant
@@ -27,6 +28,8 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str, o
         raise UsageError(
             f"opset {opset} is not possible: exports use 20 (the first with Gelu) to {OPSETS[-1]}. Pass one of these."
         )
+    need_compiler()
+    need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
     with _quiet():
         program = torch.onnx.export(

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 from tqdit.errors import CheckpointError
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.scratch import need_compiler
 
 
 class Adapter(Protocol):
@@ -30,10 +31,12 @@ def find_adapters() -> tuple[Adapter, ...]:
 def load_model(source: str, heads: int | None = None) -> LoadedModel:
     """Load `demo`, a published DiT checkpoint (`.pt`, `.safetensors`) or a diffusers directory.
 
-    Raises CheckpointError with one line that names the file and what is wrong with it.
+    Raises CheckpointError with one line that names the file and what is wrong with it, and OutputError where PyTorch
+    finds no folder for temporary files.
     """
     for adapter in find_adapters():
         if adapter.matches(source):
+            need_compiler()
             return adapter.load(source, heads)
     if not Path(source).exists():
         raise CheckpointError(
