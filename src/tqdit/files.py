@@ -11,7 +11,9 @@ import errno
 import hashlib
 import os
 import shutil
+import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from tqdit.errors import OutputError
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _SUFFIX = ".partial"
+_ZIP_END = struct.Struct("<4s4HIIH")
 
 
 @contextmanager
@@ -94,6 +97,19 @@ def check_writable(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_listing(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raise BadZipFile where the file's end counts other members than were found: zipfile stops early without a word
+    where a length in its list is wrong, and an array would be missing."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _ZIP_END.size))
+        end = file.read(_ZIP_END.size)
+    if end[:4] != b"PK\5\6":  # a comment follows
+        return
+    count, found = _ZIP_END.unpack(end)[4], len(archive.infolist())
+    if found != count != 0xFFFF:  # which stands for more
+        raise zipfile.BadZipFile(f"{found} members, its end counts {count}")
 
 
 def _behind_links(path: Path) -> Path:

@@ -21,6 +21,7 @@ from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
+from tqdit.files import check_listing
 from tqdit.scale_table import is_scale_table, read_scale_table
 
 SUMMARY = "say what a file is: checkpoint, scale table, ONNX file, engine bundle or samples"
@@ -159,6 +160,7 @@ def _count(number: int, noun: str) -> str:
 def _samples(path: Path) -> Facts:
     try:
         with zipfile.ZipFile(path) as archive:
+            check_listing(path, archive)
             damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of '{damaged}'")

@@ -32,6 +32,7 @@ class Outcome:
 
     code: int  # minus the signal where one killed it
     err: str
+    out: str = ""  # of commands in this process
 
     @property
     def lines(self):
@@ -102,7 +103,8 @@ def run(capfd):
     def run(*argv):
         capfd.readouterr()
         code = cli.main(list(map(str, argv)))
-        return Outcome(code, capfd.readouterr().err)
+        said = capfd.readouterr()
+        return Outcome(code, said.err, said.out)
 
     return run
 

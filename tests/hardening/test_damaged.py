@@ -1,25 +1,31 @@
 """Files that were cut short or have flipped bits: refused in one line, or read as if nothing were wrong.
 
-A sealed file (bundle, shards, .npz) carries checksums, so a changed one is never used. The others carry none: a flipped
-bit of a weight makes another model, which only a digest kept elsewhere can tell (`tqdit-inspect` prints the
-fingerprint). There the promise is no crash, no hang and no traceback.
+A sealed file carries checksums (bundle, shards, scale table, ONNX file: SHA-256; `.npz` and `.pt`: CRC-32 of the zip
+file), so a changed one is refused or means the same: what its command says is compared with what it says of the intact
+one, and so are the table's content and the build of an ONNX file. The others carry none (docs/checksums.md): a flipped
+bit of a weight makes another model, which only a digest kept elsewhere can tell, such as the fingerprint that
+`tqdit-inspect` prints. There the promise is no crash, no hang and no traceback.
 """
 
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 
+import support
 from hardening.blows import cuts, flipped
 from tqdit.engines import Sampler
 from tqdit.errors import TqditError
 from tqdit.evaluate.samples import read_images
+from tqdit.scale_table import read_scale_table
 
 READERS = {
     "scales.safetensors": ["inspect"], "dit.safetensors": ["inspect"], "zip.pt": ["inspect", "--heads", "2"],
     "legacy.pt": ["inspect", "--heads", "2"], "model.onnx": ["inspect"], "samples.npz": ["inspect"],
 }  # fmt: skip
-SEALED = {"samples.npz"}
+SEALED = {"scales.safetensors", "zip.pt", "model.onnx", "samples.npz"}
+QUIET = ["--backend", "onnxruntime", "-q"]
 CUTS, FLIPS = 60, 300  # of each kind at most
 
 
@@ -46,7 +52,7 @@ def test_a_file_that_was_cut_anywhere_is_refused(inputs, spoilt, run, name):
 @pytest.mark.hardening
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("bits", [1, 30])
-def test_flipped_bits_are_refused_or_read_without_a_crash(inputs, spoilt, run, name, bits):
+def test_flipped_bits_are_refused_or_read_without_a_crash(inputs, tmp_path, spoilt, run, name, bits):
     data, rng = (inputs / name).read_bytes(), np.random.default_rng(bits)
     expected = run(*READERS[name], inputs / name)
     for _ in range(FLIPS):
@@ -55,6 +61,7 @@ def test_flipped_bits_are_refused_or_read_without_a_crash(inputs, spoilt, run, n
             outcome.check_refusal()
         else:
             assert outcome.err == expected.err == ""
+            assert name not in SEALED or outcome.out == expected.out.replace(str(inputs), str(tmp_path))
 
 
 @pytest.mark.hardening
@@ -70,18 +77,33 @@ def test_the_lint_takes_any_bytes(inputs, spoilt, run):
 def test_samples_with_flipped_bits_are_never_used(inputs, spoilt):
     """A zip file checks its members by CRC-32; the bits that it does not cover mean nothing."""
     data, rng = (inputs / "samples.npz").read_bytes(), np.random.default_rng(1)
-    expected = read_images(inputs / "samples.npz").pixels
+    expected = read_images(inputs / "samples.npz")
     refused = same = 0
     for _ in range(FLIPS):
         try:
-            found = read_images(spoilt("samples.npz", flipped(data, rng))).pixels
+            found = read_images(spoilt("samples.npz", flipped(data, rng)))
         except TqditError as error:
             refused += "\n" not in str(error)
         else:
-            np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(found.pixels, expected.pixels)
+            np.testing.assert_array_equal(found.labels, expected.labels)
             same += 1
     assert refused + same == FLIPS
     assert refused > same
+
+
+@pytest.mark.hardening
+@pytest.mark.parametrize("bits", [1, 30])
+def test_a_scale_table_with_flipped_bits_is_refused_or_the_same(inputs, spoilt, bits):
+    data, rng = (inputs / "scales.safetensors").read_bytes(), np.random.default_rng(4)
+    expected = read_scale_table(inputs / "scales.safetensors")
+    refused = 0
+    for _ in range(FLIPS):
+        try:
+            assert read_scale_table(spoilt("scales.safetensors", flipped(data, rng, bits))) == expected
+        except TqditError:
+            refused += 1
+    assert refused > 0.95 * FLIPS
 
 
 @pytest.fixture
@@ -162,13 +184,32 @@ def test_shards_with_flipped_bits_are_never_merged_into_other_images(inputs, tmp
 
 
 @pytest.mark.hardening
-def test_a_spoilt_onnx_file_ends_the_build_in_one_line_or_builds(inputs, tmp_path, commands):
+def test_a_spoilt_onnx_file_ends_the_build_in_one_line_or_builds_the_same(inputs, tmp_path, commands):
     """In a child each, since what the backend's compiler does with it is not ours."""
     data, rng = (inputs / "model.onnx").read_bytes(), np.random.default_rng(3)
+    graph = (inputs / "model.engine" / "graph.onnx").read_bytes()
     spoils = [data[:length] for length in cuts("model.onnx", data, 10)]
     spoils += [flipped(data, rng, bits) for bits in np.repeat([1, 30], 10)]
-    for spoil in spoils:
+    for spoil in [data, *spoils]:
         (tmp_path / "model.onnx").write_bytes(spoil)
+        outcome = commands.run("build", tmp_path / "model.onnx", "-o", tmp_path / "model.engine", *QUIET)
+        if outcome.code:
+            outcome.check_refusal()
+            assert spoil != data
+            assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+        else:
+            assert (tmp_path / "model.engine" / "graph.onnx").read_bytes() == graph
+            shutil.rmtree(tmp_path / "model.engine")
+
+
+@pytest.mark.hardening
+@pytest.mark.parametrize("bits", [1, 30])
+def test_a_spoilt_onnx_file_without_a_digest_ends_the_build_in_one_line_or_builds(inputs, tmp_path, commands, bits):
+    """As somebody edited it: nothing tells what was changed on purpose."""
+    support.save_edited(onnx.load(inputs / "model.onnx"), tmp_path / "model.onnx")
+    data, rng = (tmp_path / "model.onnx").read_bytes(), np.random.default_rng(3)
+    for _ in range(8):
+        (tmp_path / "model.onnx").write_bytes(flipped(data, rng, bits))
         outcome = commands.run("build", tmp_path / "model.onnx", "-o", tmp_path / "model.engine", "-q")
         if outcome.code:
             outcome.check_refusal()

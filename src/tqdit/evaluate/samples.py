@@ -19,6 +19,7 @@ from tqdit.engines.images import NOTES, write_npz
 from tqdit.engines.shards import INDEX, ShardFolder, read_index, shard_name
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.statistics import Gaussian
+from tqdit.files import check_listing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 16  # images in a report
@@ -157,6 +158,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
         raise UsageError(f"{path}: no such file or folder. Pass an .npz, a folder of images or an engine.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:  # a bad zip leaves it open
+            check_listing(path, content.zip)
             return {name: content[name] for name in content.files}
     except (
         OSError,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tqdit.errors import CheckpointError
+from tqdit.files import check_listing
 
 StateDict = dict[str, Tensor]
 CHUNK_BYTES = 1 << 24
@@ -122,6 +123,7 @@ def _check_members(path: Path) -> None:
     PyTorch can be told to leave the sums out (`torch.serialization.set_crc32_options`) and then writes zeros.
     """
     with zipfile.ZipFile(path) as archive:
+        check_listing(path, archive)
         for entry in archive.infolist():
             if entry.CRC:
                 with archive.open(entry) as member:
