@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import support
+from hardening.blows import DEALT
 from tables import Kind, make_table
 from tqdit import cli
 from tqdit.engines import build_engine
@@ -58,6 +59,8 @@ class Commands:
 
     def start(self, *argv, limit=None, stdout=None, user=None):
         """Begin a command and return its process id."""
+        DEALT["full disks"] += limit is not None or stdout is not None
+        DEALT["folders of other users"] += user is not None
         job = {"argv": list(map(str, argv)), "limit": limit, "stdout": stdout, "user": user, "log": str(self.log)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -80,12 +83,21 @@ class Commands:
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)  # a zombie at worst: it is reaped by `end`
-        return self.end()
+        outcome = self.end()
+        DEALT["kill -9"] += outcome.code == -signal.SIGKILL
+        return outcome
 
     def close(self):
         self.process.stdin.close()
         self.process.wait(timeout=TIME_LIMIT)
         self.process.stdout.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    if +DEALT:
+        terminalreporter.write_line(
+            "blows dealt: " + ", ".join(f"{count} {kind}" for kind, count in sorted((+DEALT).items()))
+        )
 
 
 @pytest.fixture(scope="session")
