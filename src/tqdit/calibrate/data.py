@@ -17,7 +17,7 @@ from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.rows import CalibrationRows, pick, renoise
 from tqdit.diffusion import SamplingSpec
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.files import sha256
+from tqdit.files import check_listing, sha256
 from tqdit.models import LoadedModel
 
 IMAGE_NAMES = ("arr_0", "images", "latents", "x")
@@ -42,6 +42,7 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
         raise UsageError(f"{path}: no such file. Pass an .npz of images or latents with labels.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            check_listing(path, content.zip)
             arrays = {name: content[name] for name in content.files}
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile,
             zlib.error) as error:  # fmt: skip
