@@ -278,3 +278,13 @@ def test_inspecting_a_table_tells_what_is_in_it_and_draws_it(
     assert main(["inspect", str(path), "--plot", str(picture)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspecting_a_table_tells_how_far_its_channels_were_equalised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.safetensors"
+    site = Site("qkv", "input", Symmetric(8, PerTensor(), f32(0.5)), divisor=f32(0.25, 2, 4))
+    write_scale_table(path, replace(small_table(), sites=(site,)))
+    assert main(["inspect", str(path)]) == 0
+    assert "inputs of 1 layer(s), by divisors from 0.25 to 4" in capsys.readouterr().out

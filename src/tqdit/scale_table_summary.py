@@ -30,12 +30,21 @@ def facts(table: ScaleTable) -> list[tuple[str, object]]:
         ("quantizes", f"{len(table.sites)} tensors of {len(table.by_module)} layers"),
         *(("", f"{count} x {kind}") for kind, count in sorted(kinds.items())),
         ("time groups", f"{table.groups}, on {grouped} tensors; boundaries {table.boundaries.tolist()}"),
+        *_equalised(table),
         ("guidance", f"calibrated at scale {table.guidance_scale}, seed {table.seed}"),
         ("method", ", ".join(str(settings[key]) for key in ("method", "metric", "fisher") if key in settings)),
         ("error", f"median {np.median(list(table.errors.values())):.2e}" if table.errors else "not recorded"),
         *(("", f"{error:.2e}  {name}") for name, error in worst),
         ("written by", ", ".join(f"{name} {version}" for name, version in table.versions.items())),
     ]
+
+
+def _equalised(table: ScaleTable) -> list[tuple[str, object]]:
+    divisors = [site.divisor for site in table.sites if site.divisor is not None]
+    if not divisors:
+        return []
+    every = np.concatenate(divisors)
+    return [("equalised", f"inputs of {len(divisors)} layer(s), by divisors from {every.min():.2g} to {every.max():.2g}")]
 
 
 def plot(table: ScaleTable, path: Path) -> None:
