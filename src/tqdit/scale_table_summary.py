@@ -44,7 +44,8 @@ def _equalised(table: ScaleTable) -> list[tuple[str, object]]:
     if not divisors:
         return []
     every = np.concatenate(divisors)
-    return [("equalised", f"inputs of {len(divisors)} layer(s), by divisors from {every.min():.2g} to {every.max():.2g}")]
+    reach = f"{every.min():.2g} to {every.max():.2g}"
+    return [("equalised", f"inputs of {len(divisors)} layer(s), by divisors from {reach}")]
 
 
 def plot(table: ScaleTable, path: Path) -> None:
