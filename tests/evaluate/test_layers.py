@@ -97,6 +97,19 @@ def test_the_diagnosis_is_one_that_a_calibration_can_take(patient, tmp_path: Pat
     assert mended.base.mean() < 0.9 * patient.base.mean()
 
 
+def test_a_table_with_equalised_channels_is_diagnosed_in_the_folded_network(tmp_path: Path):
+    model, work = tiny_model(), tmp_path / "work"
+    config = replace(PRESETS["best"], weight_bits=4, activation_bits=6, **SMALL)
+    table = calibrate(model, config, work).table
+    assert any(site.divisor is not None for site in table.sites)
+    patient = Patient(model, table, work, QUIET)
+    direct = patient.errors(apply(model, table).network)
+    np.testing.assert_allclose(patient.base, direct, rtol=1e-6)
+    found = diagnose(patient, 2, QUIET)
+    assert found["settings"]["equalize"] is True  # for the calibration that takes the advice
+    assert any(remedy["gain"] > 0 for remedy in found["remedies"])
+
+
 def test_a_change_is_offered_only_where_there_is_something_to_change(patient):
     by_module = patient.table.by_module
     assert {"time_groups": "all"} in changes_for(by_module["blocks.0.attn.qkv"])
