@@ -35,6 +35,7 @@ class Kind:
     groups: int = 1
     everywhere: bool = False  # time groups on every activation, not on the softmax alone
     conditioning_inputs: bool = False
+    uniform_softmax: bool = False  # one step for probabilities
     equalised: bool = False  # inputs of linear layers have divisors
 
 
@@ -59,7 +60,7 @@ def make_table(
         module = model.network.get_submodule(name)
         if isinstance(module, Scores | ValueProduct):
             left = symmetric(values[0], kind, rng)
-            if isinstance(module, ValueProduct):
+            if isinstance(module, ValueProduct) and not kind.uniform_softmax:
                 left = softmax(kind, rng)
             sites += [Site(name, "left", left), Site(name, "right", symmetric(values[1], kind, rng))]
             continue

@@ -69,7 +69,8 @@ def audit_graph(file: Path, card: GraphCard, float_type: str) -> Audit | None:
     """Compile an IR and read off which products multiply integers: by the types of both inputs.
 
     A layer's `runtimePrecision` says i8 also where only the weight is. Layers keep the names of what was fused into
-    them, of which those with MODULE/ are ours.
+    them, of which those with MODULE/ are ours. A whole attention may be one kernel: q, k and v are its inputs, and the
+    probabilities must be quantized inside.
     """
     if card.quantization is None:
         return None
@@ -78,10 +79,14 @@ def audit_graph(file: Path, card: GraphCard, float_type: str) -> Audit | None:
     floating: list[str] = []
     for layer in compiled.get_runtime_model().get_ops():
         info = layer.get_rt_info()
-        if info["layerType"].astype(str) not in PRODUCTS:
+        kind, names = info["layerType"].astype(str), info["originalLayersNames"].astype(str).split(",")
+        is_attention = kind == "Subgraph" and any(name.endswith("/Softmax") for name in names)
+        if kind not in PRODUCTS and not is_attention:
             continue
-        types = {layer.input(index).get_element_type().get_type_name() for index in (0, 1)}
-        (integer if types <= INTEGERS else floating).extend(info["originalLayersNames"].astype(str).split(","))
+        operands = layer.inputs() if is_attention else layer.inputs()[:2]
+        types = {operand.get_element_type().get_type_name() for operand in operands}
+        quantized = types <= INTEGERS and (not is_attention or any("/QuantizeLinear" in name for name in names))
+        (integer if quantized else floating).extend(names)
     return audit(card.quantization, integer, floating)
 
 
