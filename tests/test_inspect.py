@@ -8,6 +8,7 @@ import pytest
 
 from tqdit import cli
 from tqdit.console import Console
+from tqdit.engines.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
 from tqdit.inspect import inspect, run
 
@@ -154,7 +155,37 @@ def test_a_damaged_checkpoint_is_refused(checkpoint):
 
 
 def test_a_folder_of_unknown_kind_is_refused(tmp_path):
-    assert refusal(tmp_path, CheckpointError).startswith("neither 'model_index.json' nor 'config.json' is in it.")
+    assert refusal(tmp_path, UsageError) == (
+        "a folder of unknown kind; known are engine bundles (manifest.json), folders of shards (shards.json) and "
+        "diffusers directories (model_index.json or config.json). Pass one of these."
+    )
+
+
+def test_a_folder_of_shards_tells_its_job(tmp_path):
+    job = SamplingJob("0" * 64, (3, 5), 1.5, seed=7, count=300)
+    ShardFolder(tmp_path, job, {}).write_index()
+    assert facts(tmp_path) == {
+        "kind": "samples in shards",
+        "shards": "0 of 3 done, of 128 images each",
+        "samples": "300 of 2 class(es)",
+        "guidance": "scale 1.5, seed 7",
+        "engine": f"manifest {'0' * 64}",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "plot", "message"),
+    [
+        ("demo", "x.png", "demo: is no scale table."),
+        ("{samples}", "x.png", "is no scale table."),
+        ("missing", "x.jpeg", "--plot x.jpeg: unknown kind of picture. Name a file with .png, .svg, .pdf."),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_printed(samples, capsys, file, plot, message):
+    assert cli.run("inspect", [file.format(samples=samples), "--plot", plot]) == 2
+    out, line = capsys.readouterr()
+    assert out == ""
+    assert message in line
 
 
 @pytest.mark.parametrize("name", ["picture.png", "no-suffix"])

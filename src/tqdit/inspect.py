@@ -19,6 +19,7 @@ from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.shards import INDEX, read_index
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
 from tqdit.files import check_listing
@@ -34,6 +35,7 @@ examples:
   tqdit-inspect DiT-XL-2-256x256.pt"""
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
+PICTURES = (".png", ".svg", ".pdf")
 Facts = list[tuple[str, object]]
 
 
@@ -50,16 +52,23 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     if args.lint:
         _lint(Path(args.file))
         return None
+    if args.plot is not None:
+        _check_plot(Path(args.file), args.plot)
     facts = inspect(args.file, args.heads)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name:<{width}}  {value}")
     plot: Path | None = args.plot
     if plot is not None:
-        if not is_scale_table(Path(args.file)):
-            raise UsageError(f"{args.file}: is no scale table. --plot draws what tqdit-calibrate wrote.")
         scale_table_summary.plot(read_scale_table(Path(args.file)), plot)
     return plot
+
+
+def _check_plot(file: Path, plot: Path) -> None:
+    if (str(file) == "demo" or file.exists()) and not is_scale_table(file):
+        raise UsageError(f"{file}: is no scale table. --plot draws what tqdit-calibrate wrote.")
+    if plot.suffix not in PICTURES:
+        raise UsageError(f"--plot {plot}: unknown kind of picture. Name a file with {', '.join(PICTURES)}.")
 
 
 def inspect(file: str, heads: int | None = None) -> Facts:
@@ -69,6 +78,8 @@ def inspect(file: str, heads: int | None = None) -> Facts:
         raise UsageError(f"{file}: no such file or folder. Pass a file, a folder or 'demo'.")
     if (path / MANIFEST).is_file():
         return _bundle(path)
+    if (path / INDEX).is_file():
+        return _shards(path)
     readers: dict[str, Callable[[Path], Facts]] = {".onnx": _onnx, ".npz": _samples}
     if path.suffix in readers:
         return readers[path.suffix](path)
@@ -76,6 +87,11 @@ def inspect(file: str, heads: int | None = None) -> Facts:
         raise UsageError(
             f"{file}: a file of unknown kind; known are {', '.join([*readers, *CHECKPOINTS])}, engine bundles and "
             "diffusers directories."
+        )
+    if path.is_dir() and not any((path / name).is_file() for name in ("model_index.json", "config.json")):
+        raise UsageError(
+            f"{file}: a folder of unknown kind; known are engine bundles ({MANIFEST}), folders of shards ({INDEX}) and "
+            "diffusers directories (model_index.json or config.json). Pass one of these."
         )
     if path.suffix == ".safetensors" and is_scale_table(path):
         return scale_table_summary.facts(read_scale_table(path))
@@ -177,6 +193,20 @@ def _array(archive: zipfile.ZipFile, name: str) -> str:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     return f"{dtype} {shape}"
+
+
+def _shards(path: Path) -> Facts:
+    """The job of a folder of shards, from its index alone."""
+    folder = read_index(path)
+    job = folder.job
+    classes = len(set(job.classes))
+    return [
+        ("kind", "samples in shards"),
+        ("shards", f"{folder.done} of {job.shards} done, of {job.shard_size} {job.content} each"),
+        ("samples", f"{job.count} of {classes} class(es)"),
+        ("guidance", f"scale {job.guidance_scale}, seed {job.seed}"),
+        ("engine", f"manifest {job.engine}"),
+    ]
 
 
 def _checkpoint(file: str, heads: int | None) -> Facts:

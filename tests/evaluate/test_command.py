@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.statistics import frechet_distance, moments
 
 COUNT = 64
+NAMES = ("latents", "damaged", "half", "large", "picture")
 
 
 def evaluate(folder: Path, *arguments: object) -> dict:
@@ -222,6 +224,7 @@ def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
         (["--alone", "--against", "x"], "exclude each other"),
         (["{latents}"], "holds latents, expected images"),
         (["{damaged}"], "damaged, or not an .npz"),
+        (["{picture}"], "picture.npz: not an .npz. Pass an .npz, a folder of images or of shards, or an engine."),
         (["{samples}", "--reference", "{latents}"], "expected samples (arr_0) or statistics"),
         (["{samples}", "--reference", "{half}"], "holds mu without its partner"),
         (["{large}"], "32x32 images need an extractor"),
@@ -229,12 +232,31 @@ def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(samples, tmp_path, capsys, arguments, message):
-    files = {name: tmp_path / f"{name}.npz" for name in ("latents", "damaged", "half", "large")} | {"samples": samples}
+    files = {name: tmp_path / f"{name}.npz" for name in NAMES} | {"samples": samples}
     np.savez(files["latents"], latents=np.zeros((2, 4, 8, 8)))
     np.savez(files["half"], mu=np.zeros(128))
     np.savez(files["large"], arr_0=np.zeros((4, 32, 32, 3), np.uint8))
     files["damaged"].write_bytes(b"PK\x03\x04 no")
+    files["picture"].write_bytes(b"\x89PNG")
     assert message in refused(capsys, *(argument.format(**files) for argument in arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reference", "missing.npz"], "missing.npz: no such file or folder"),
+        (["--inception-weights", "missing.pth"], "missing.pth: no such file or folder"),
+        ([], "needs matplotlib, which is not installed. Run: pip install 'tqdit[demo]'"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_said_before_anything_is_sampled(flow, capsys, monkeypatch, arguments, message):
+    def sample(*_: object, **__: object) -> None:
+        raise AssertionError("sampled although the evaluation cannot end")
+
+    monkeypatch.setattr("tqdit.evaluate.chains.run", sample)
+    monkeypatch.setattr("tqdit.evaluate.chains.run_pair", sample)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert message in refused(capsys, flow / "model.engine", *arguments)
 
 
 def test_engines_that_are_no_pair_are_refused(flow, tmp_path, capsys):

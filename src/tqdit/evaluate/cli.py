@@ -161,8 +161,11 @@ def _evaluate_files(args: argparse.Namespace, console: Console) -> Evaluation:
 
 
 def _evaluate_engine(args: argparse.Namespace, console: Console) -> Evaluation:
+    from tqdit.evaluate.tools import check_reference
+
     manifest = read_manifest(args.subject)
     card = manifest.card
+    check_reference(args, card)
     table = _scale_table(args, card, console)
     with contextlib.ExitStack() as stack:
         sampler = stack.enter_context(Sampler.open(args.subject, batch=args.batch, threads=args.threads))

@@ -157,6 +157,10 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file or folder. Pass an .npz, a folder of images or an engine.")
     try:
+        with path.open("rb") as file:
+            magic = file.read(2)
+        if magic != b"PK":
+            raise FileFormatError(f"{path}: not an .npz. Pass an .npz, a folder of images or of shards, or an engine.")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:  # a bad zip leaves it open
             check_listing(path, content.zip)
             return {name: content[name] for name in content.files}

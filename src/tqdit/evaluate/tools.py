@@ -59,6 +59,19 @@ def choose_tools(
     return Tools(extractor, target, Metrics(target, wish), wish)
 
 
+def check_reference(args: argparse.Namespace, card: GraphCard) -> None:
+    """Refuse before minutes of sampling what `choose_tools` would refuse after them."""
+    for path in (args.reference, args.inception_weights):
+        if path is not None and not path.exists():
+            raise UsageError(f"{path}: no such file or folder. Check the path.")
+    if args.reference is None and args.inception_weights is None and card.model == "demo":
+        _need_drawing()
+
+
+def _need_drawing() -> None:
+    need("matplotlib", "demo", "drawing the demo model's data as a reference")
+
+
 def _reference(
     args: argparse.Namespace, console: Console, extractor: Extractor, card: GraphCard | None
 ) -> Reference | None:
@@ -68,7 +81,7 @@ def _reference(
         return read_reference(args.reference)
     if extractor.name != "judge" or (card is not None and card.model != "demo"):
         return None
-    need("matplotlib", "demo", "drawing the demo model's data as a reference")
+    _need_drawing()
     from tqdit.demo.glyphs import draw
 
     console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")
