@@ -16,6 +16,8 @@ PRODUCER = "tqdit"
 
 def read_card(path: Path) -> GraphCard:
     """The card inside an ONNX file of ours, without its weights."""
+    if path.is_dir():
+        raise FileFormatError(f"{path}: a folder; expected the ONNX file that tqdit-export wrote. Pass that file.")
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
     card = card_of(load_graph(path), path)

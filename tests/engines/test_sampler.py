@@ -92,6 +92,12 @@ def test_seed_class_and_guidance_each_change_the_image(bundle):
             assert np.abs(sampler.sample_latents(labels, scale, seed=seed) - base).max() > 1e-3
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_a_number_of_threads_below_one_is_refused(bundle, threads):
+    with pytest.raises(UsageError, match=f"threads is {threads}; it must be at least 1."):
+        Sampler.open(bundle, threads=threads)
+
+
 def test_the_engine_is_given_the_projects_noise_whatever_the_batch(bundle):
     """A recording engine stands for any backend: what it is fed does not depend on the backend."""
     with Sampler.open(bundle) as sampler:

@@ -63,6 +63,8 @@ class Sampler:
         threads per call; None leaves it to the backend.
         Raises FileFormatError for a damaged bundle, BackendError where it cannot run here.
         """
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads is {threads}; it must be at least 1.")
         folder = Path(path)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)

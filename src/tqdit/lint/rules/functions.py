@@ -105,7 +105,7 @@ def _any(program: Program) -> Iterator[Finding]:
             called[0].label,
             f"the file calls functions ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). OpenVINO refuses "
             "it: 'No conversion rule found'.",
-            f"Inline them before OpenVINO reads the file: {INLINE}.",
+            f"None where tqdit-build reads the file, which inlines them. Elsewhere inline them first: {INLINE}.",
             ("openvino",),
         )
 
