@@ -1,6 +1,6 @@
 """An image service around one engine: request, progress, cancel. docs/guides/http-service.md explains it.
 
-pip install 'tqdit[onnxruntime]' starlette uvicorn
+pip install '.[onnxruntime]' starlette uvicorn
 python examples/http_service.py model.engine --port 8000
 """
 
@@ -13,6 +13,7 @@ import itertools
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -23,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tqdit.engines import Progress, StepBatcher
+from tqdit.engines.bundle import read_manifest
 from tqdit.errors import DeadlineError, QueueFullError, TqditError, UsageError
 
 KEPT = 1000  # results that nobody has fetched; the oldest go first
@@ -65,6 +67,8 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
     async def submit(request: Request) -> Response:
         try:
             wanted = await request.json()
+            if not isinstance(wanted, dict) or "class" not in wanted:
+                raise UsageError('expected a JSON object with a class, such as {"class": 3, "seed": 7}.')
             job = Job()
             job.future = request.app.state.batcher.submit(
                 wanted["class"], guidance_scale=wanted.get("guidance_scale"), seed=wanted.get("seed", 0),
@@ -72,7 +76,7 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
             )  # fmt: skip
         except QueueFullError as error:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": "5"})
-        except (UsageError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UsageError, ValueError, TypeError) as error:
             return JSONResponse({"error": str(error)}, 400)
         name = str(next(numbers))
         jobs[name] = job
@@ -126,6 +130,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--batch", type=int, help="rows per engine call (default: the engine's choice)")
     args = parser.parse_args()
+    try:
+        read_manifest(Path(args.engine))  # the server would wrap its error into a traceback
+    except TqditError as error:
+        parser.error(str(error))
     uvicorn.run(make_app(args.engine, args.batch), host=args.host, port=args.port)
 
 

@@ -126,6 +126,20 @@ def test_a_bad_request_is_told_so(quick, body):
     assert answer["error"]
 
 
+@pytest.mark.parametrize("body", [[], {}, 3])
+def test_a_request_without_a_class_is_shown_one(quick, body):
+    assert ask(f"{quick}/images", "POST", body)[1]["error"].startswith(
+        'expected a JSON object with a class, such as {"'
+    )
+
+
+def test_an_engine_that_is_not_there_is_one_line(example, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["http_service.py", str(tmp_path / "x.engine")])
+    with pytest.raises(SystemExit, match="2"):
+        example.main()
+    assert "x.engine: no such engine. Run tqdit-build first." in capsys.readouterr().err
+
+
 def test_an_unknown_image_is_not_found(quick):
     for path, method in (("999", "GET"), ("999.png", "GET"), ("999", "DELETE")):
         assert ask(f"{quick}/images/{path}", method)[0] == 404
