@@ -51,7 +51,9 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     inputs: str = knob("symmetric", "inputs of linear layers", ("symmetric", "asymmetric"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
-    softmax: str = knob("two-region", "probabilities", ("uniform", "two-region"))
+    softmax: str = knob("two-region", "probabilities; auto takes two regions where they at least halve the layer's "
+                        "error, and else one step, with which engines make one kernel of an attention",
+                        ("uniform", "two-region", "auto"))  # fmt: skip
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high step 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
@@ -169,8 +171,8 @@ PAPER = replace(
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
 BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
-# Two regions after GELU only where they pay: a second product of fc2 is a third more of a block's work.
-FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto")
+# Two regions only where they pay: a second product of fc2 is a third more of a block's work.
+FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
 
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
            "fast": FAST}  # fmt: skip

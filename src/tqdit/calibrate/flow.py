@@ -36,7 +36,7 @@ from tqdit.console import Console
 from tqdit.models import LoadedModel
 from tqdit.scale_table import ScaleTable, Site
 
-TWO_REGIONS_PAY = 0.5  # of the error with one region after GELU: above it, the second product is not worth it
+TWO_REGIONS_PAY = 0.5  # of the error with one region: above it, the second product is not worth it
 SAVES_PER_TRAJECTORY = 25
 BATCH_ELEMENTS = 2**23  # of the widest tensor of a block in one batch; fixed, since batches decide the last bits
 
@@ -285,10 +285,8 @@ class Calibration:
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
     ) -> tuple[list[Site], float]:
         problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
-        two_regions = "input" in layer_plan.operands and layer_plan.operands["input"].scheme == "gelu"
-        config = self.config.for_layer(layer_plan.name)
-        if config.gelu == "auto" and two_regions:
-            one_region = with_one_region(layer_plan, config)
+        one_region = with_one_region(layer_plan, self.config.for_layer(layer_plan.name))
+        if one_region is not None:
             other, uniform = self._solve_plan(one_region, samples, weight, rows)
             if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
                 problem, solution = other, uniform

@@ -111,7 +111,7 @@ def _plan_layer(module: nn.Module, layer: Layer, config: QuantizationConfig) -> 
 
 
 def _left(layer: Layer, config: QuantizationConfig) -> OperandPlan:
-    scheme: Scheme = "softmax" if layer.scheme == "softmax" and config.softmax == "two-region" else "symmetric"
+    scheme: Scheme = "softmax" if layer.scheme == "softmax" and config.softmax != "uniform" else "symmetric"
     return OperandPlan(scheme, config.activation_bits, _groups(config, layer.scheme or "symmetric"))
 
 
@@ -122,10 +122,19 @@ def _input(layer: Layer, config: QuantizationConfig, bits: int) -> OperandPlan:
     return OperandPlan(scheme, bits, _groups(config, scheme))
 
 
-def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan:
-    """The same layer with a uniform input after GELU."""
-    uniform = _input(layer_plan.layer, replace(config, gelu="uniform"), layer_plan.operands["input"].bits)
-    return replace(layer_plan, operands={**layer_plan.operands, "input": uniform})
+def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
+    """The same layer with one region, where `config` leaves the choice; None where it does not.
+
+    One region of probabilities has one step for all groups: engines then make one integer kernel of an attention.
+    """
+    operands = layer_plan.operands
+    if config.gelu == "auto" and "input" in operands and operands["input"].scheme == "gelu":
+        uniform = _input(layer_plan.layer, replace(config, gelu="uniform"), operands["input"].bits)
+        return replace(layer_plan, operands={**operands, "input": uniform})
+    if config.softmax == "auto" and "left" in operands and operands["left"].scheme == "softmax":
+        uniform = OperandPlan("symmetric", operands["left"].bits, 1)
+        return replace(layer_plan, operands={**operands, "left": uniform})
+    return None
 
 
 def _groups(config: QuantizationConfig, scheme: Scheme) -> int:
