@@ -53,6 +53,7 @@ def test_the_demo_model_exports_with_no_arguments(tmp_path, monkeypatch, capsys)
         (["--model", "model.onnx"], 1, "model.onnx: no such file or directory"),
         (["--vae", "somewhere"], 1, "works on images and needs no decoder"),
         (["/dev/null/model.onnx"], 1, "cannot be written"),
+        (["model.engine"], 2, "model.engine: tqdit-export writes an ONNX file. Give it a name that ends in .onnx."),
     ],
 )
 def test_a_bad_request_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, code, message):

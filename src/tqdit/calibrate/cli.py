@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "diffusers directory (default: %(default)s)")  # fmt: skip
     add("-o", "--output", type=Path, default=Path("scales.safetensors"), help="scale table to write (default: "
         "%(default)s)")  # fmt: skip
-    add("--preset", choices=list(PRESETS), default="tq-dit", help="(default: %(default)s)")
+    add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
+        "read it; best, all that pays beyond it; fast, two regions only where they pay; paper, to the letter; and the "
+        "rows of the ablation (default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip
     add("--from-diagnosis", type=Path, metavar="FILE", help="take the settings and the advice of a diagnosis.json that "

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.models import load_model
 
     output: Path = args.output
+    if output.suffix != ".onnx":
+        raise UsageError(f"{output}: tqdit-export writes an ONNX file. Give it a name that ends in .onnx.")
     check_overwrite(output, args.force)
     check_writable(output)
     config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention, args.opset)

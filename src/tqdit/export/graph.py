@@ -13,7 +13,7 @@ from tqdit.diffusion import SamplerName, SamplingSpec
 from tqdit.export.passes.names import name_by_modules
 from tqdit.export.passes.quantize import describe, quantize
 from tqdit.export.step import SamplingStep
-from tqdit.export.trace import OPSETS, denoiser_inputs, step_inputs, trace
+from tqdit.export.trace import OPSETS, check_opset, denoiser_inputs, step_inputs, trace
 from tqdit.models import LoadedModel
 from tqdit.scale_table import ScaleTable
 
@@ -28,6 +28,9 @@ class ExportConfig:
     guided: bool = True
     attention: AttentionForm = "simulated"  # of a quantized graph
     opset: int = OPSETS.start
+
+    def __post_init__(self) -> None:
+        check_opset(self.opset)  # before a model is loaded for it
 
     def sampling(self, model: LoadedModel) -> SamplingSpec:
         spec = model.sampling

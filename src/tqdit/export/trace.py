@@ -24,10 +24,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str, o
     `inputs` names the graph's inputs in the order of the module's `forward`, each with an example of batch 3; an input
     that is None is left out of the graph. Module scopes are kept in the nodes' metadata.
     """
-    if opset not in OPSETS:
-        raise UsageError(
-            f"opset {opset} is not possible: exports use 20 (the first with Gelu) to {OPSETS[-1]}. Pass one of these."
-        )
+    check_opset(opset)
     need_compiler()
     need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
@@ -44,6 +41,13 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str, o
         )
     assert program is not None
     return program.model
+
+
+def check_opset(opset: int) -> None:
+    if opset not in OPSETS:
+        raise UsageError(
+            f"opset {opset} is not possible: exports use 20 (the first with Gelu) to {OPSETS[-1]}. Pass one of these."
+        )
 
 
 def step_inputs(shape: tuple[int, int, int], guided: bool) -> dict[str, Tensor | None]:
