@@ -39,7 +39,7 @@ def capture(model: LoadedModel, config: QuantizationConfig, work: Path, rows: Ca
     samples = {}
     for stage in reversed(range(len(run.stages))):
         plans = tuple(plan for plan in run.plans if run.stages.of(plan.name) == stage)
-        recorder = run._capture(stage, rows, plans)
+        recorder = run._capture(model.network, stage, rows, plans)
         samples |= {plan.name: recorder.samples(plan.name) for plan in plans}
     return rows, samples
 
