@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluate.commands import evaluate, refused
 from tqdit.cli import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.bundle import seal
@@ -20,24 +21,6 @@ from tqdit.evaluate.statistics import frechet_distance, moments
 
 COUNT = 64
 NAMES = ("latents", "damaged", "half", "large", "picture")
-
-
-def evaluate(folder: Path, *arguments: object) -> dict:
-    """Run it, and read what it wrote."""
-    output = folder / "evaluation.json"
-    assert run("evaluate", [*map(str, arguments), "-o", str(output), "-q"]) == 0
-    content: dict = json.loads(output.read_text())
-    return content
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a run that fails."""
-    capsys.readouterr()
-    assert run("evaluate", [*map(str, arguments), "-q"]) in (1, 2)
-    out, line = capsys.readouterr()
-    assert out == ""
-    assert line.count("\n") == 1
-    return line
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import tqdit.evaluate.feature_store as store_module
+from evaluate import commands
+from evaluate.commands import refused
 from tqdit.cli import run
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
@@ -77,18 +79,7 @@ def merged(folder: Path) -> Path:
 
 
 def evaluate(subject: Path, *arguments: object) -> dict:
-    output = subject.parent / "evaluation.json"
-    assert run("evaluate", [str(subject), *map(str, arguments), "-o", str(output), "-q"]) == 0
-    content: dict = json.loads(output.read_text())
-    return content
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run("evaluate", [*map(str, arguments), "-q"]) in (1, 2)
-    out, line = capsys.readouterr()
-    assert (out, line.count("\n")) == ("", 1)
-    return line
+    return commands.evaluate(subject.parent, subject, *arguments)
 
 
 def look(folder: Path, extractor: Means | None = None, console: Console = QUIET, count: int | None = None) -> Observed:
