@@ -118,7 +118,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _check_members(path: Path) -> None:
-    """Raise zipfile.BadZipFile where a member's CRC-32 differs: torch.load does not look. (6 GB/s.)
+    """Raise zipfile.BadZipFile where a member's CRC-32 differs: torch.load does not look.
 
     PyTorch can be told to leave the sums out (`torch.serialization.set_crc32_options`) and then writes zeros.
     """
