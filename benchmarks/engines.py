@@ -45,7 +45,7 @@ from tqdit.export.step import SamplingStep
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.loaded import LoadedModel, fingerprint
 from tqdit.models.origins import PUBLISHED
-from tqdit.noise import INITIAL, normal_rows
+from tqdit.sampling.noise import INITIAL, normal_rows
 
 Inputs = Mapping[str, NDArray[Any]]
 Step = Callable[[Inputs], NDArray[np.float32]]

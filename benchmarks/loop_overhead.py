@@ -25,7 +25,7 @@ from tqdit import __version__
 from tqdit.card import GraphCard
 from tqdit.diffusion import SamplingSpec
 from tqdit.engines import Sampler, StepBatcher
-from tqdit.noise import Normals
+from tqdit.sampling.noise import Normals
 
 
 class InstantEngine:

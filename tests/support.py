@@ -21,9 +21,9 @@ from tqdit.models import LoadedModel
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.loaded import fingerprint
 from tqdit.models.origins import DIFFUSERS, PUBLISHED, Origin
-from tqdit.noise import INITIAL, normal_rows
 from tqdit.onnx_seal import KEY
-from tqdit.scale_table import ScaleTable
+from tqdit.quantization.table import ScaleTable
+from tqdit.sampling.noise import INITIAL, normal_rows
 
 ORIGINS = {"published": PUBLISHED, "diffusers": DIFFUSERS}
 TINY = DiTConfig(

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from tqdit.calibrate.fold import fold_divisors, source_of
 from tqdit.models import LoadedModel
-from tqdit.models.dit import Scores, ValueProduct
-from tqdit.scale_table import (
+from tqdit.models.products import Scores, ValueProduct
+from tqdit.quantization.fold import fold_divisors, source_of
+from tqdit.quantization.table import (
     Asymmetric,
     PerChannel,
     PerTensor,

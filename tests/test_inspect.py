@@ -7,10 +7,10 @@ import onnx
 import pytest
 
 from tqdit import cli
+from tqdit.cli.inspect import inspect, run
 from tqdit.console import Console
 from tqdit.engines.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
-from tqdit.inspect import inspect, run
 
 
 def facts(file, heads=None):

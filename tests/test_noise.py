@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from tqdit import noise
 from tqdit.errors import UsageError
+from tqdit.sampling import noise
 
 SHAPE = (4, 8, 8)
 GOLDEN = "a2d292a1cbcf1780cff47baa821eb9579cecd5de18fa92304c7bb8c146fedea6"

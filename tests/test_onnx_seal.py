@@ -8,10 +8,10 @@ import pytest
 
 import support
 from tqdit import onnx_seal
+from tqdit.cli.inspect import inspect
 from tqdit.engines import build_engine
 from tqdit.errors import FileFormatError
 from tqdit.export import onnx_writer, write
-from tqdit.inspect import inspect
 from tqdit.onnx_file import external_files, load_graph
 from tqdit.onnx_seal import KEY, check_seal
 

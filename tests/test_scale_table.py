@@ -15,7 +15,8 @@ import safetensors.numpy
 
 from tqdit.cli import main
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.scale_table import (
+from tqdit.quantization.seal import seal
+from tqdit.quantization.table import (
     METADATA_KEY,
     Asymmetric,
     PerChannel,
@@ -32,7 +33,6 @@ from tqdit.scale_table import (
     read_scale_table,
     write_scale_table,
 )
-from tqdit.scale_table_seal import seal
 
 GOLDEN = Path(__file__).parent / "data" / "scales.safetensors"
 Tensors = dict[str, np.ndarray[Any, Any]]

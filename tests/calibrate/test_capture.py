@@ -21,7 +21,7 @@ from tqdit.calibrate.rows import CalibrationRows
 from tqdit.console import Console
 from tqdit.diffusion import step_coefficients
 from tqdit.models import LoadedModel
-from tqdit.noise import normal
+from tqdit.sampling.noise import normal
 
 CONFIG = QuantizationConfig(
     steps=20, groups=2, rows_per_group=6, chains=2, guidance_scale=1.5, token_share=1.0, fisher="plain",

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from support import tiny_model
 from tqdit.calibrate import apply
-from tqdit.calibrate.fake_quant import QuantizedNetwork, RowGroups, quantize_module
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
-from tqdit.models.dit import Scores, ValueProduct
-from tqdit.scale_table import (
+from tqdit.models.products import Scores, ValueProduct
+from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, quantize_module
+from tqdit.quantization.table import (
     Asymmetric,
     PerChannel,
     PerTensor,

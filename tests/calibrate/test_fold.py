@@ -11,11 +11,11 @@ import support
 from support import tiny_model
 from tables import Kind, make_table
 from tqdit.calibrate import apply
-from tqdit.calibrate.fold import fold, fold_divisors, source_of
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig
 from tqdit.models import LoadedModel
-from tqdit.models.dit import ValueProduct
+from tqdit.models.products import ValueProduct
+from tqdit.quantization.fold import fold, fold_divisors, source_of
 
 EQUALISED = [f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.proj", "attn.qkv", "mlp.fc1")]
 EQUALISED += ["final_layer.linear"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tqdit.calibrate import quantizers as Q
+from tqdit.quantization import quantizers as Q
 
 Array = NDArray[np.float32]
 BITS = st.integers(2, 8)

@@ -15,9 +15,16 @@ from tqdit.calibrate.capture import Samples
 from tqdit.calibrate.config import PRESETS, QuantizationConfig
 from tqdit.calibrate.layers import Layer, LayerPlan, OperandPlan
 from tqdit.calibrate.methods import METHODS, search
-from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem, make_problem
-from tqdit.scale_table import Asymmetric, PerChannel, PerTensor, PerTimestepGroup, TwoRegionGelu, TwoRegionSoftmax
+from tqdit.quantization.operands import Weight
+from tqdit.quantization.table import (
+    Asymmetric,
+    PerChannel,
+    PerTensor,
+    PerTimestepGroup,
+    TwoRegionGelu,
+    TwoRegionSoftmax,
+)
 
 ROWS, TOKENS, WIDTH, OUT, GROUPS = 12, 10, 24, 16, 3
 GROUP = torch.arange(ROWS) // 4

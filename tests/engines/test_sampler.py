@@ -7,11 +7,11 @@ import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit import noise
 from tqdit.calibrate import apply
 from tqdit.engines import Sampler
 from tqdit.engines.sampler import to_pixels
 from tqdit.errors import SamplingError, SamplingStopped, UsageError
+from tqdit.sampling import noise
 
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 

@@ -176,7 +176,7 @@ def test_a_folder_holds_pictures_or_shards_by_the_flags(bundle, tmp_path, more, 
 
 
 def test_many_images_go_into_shards(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("tqdit.engines.cli_sample.MOST_PICTURES", 3)
+    monkeypatch.setattr("tqdit.cli.sample.MOST_PICTURES", 3)
     assert run("sample", [str(bundle), "-n", "4", "-o", str(tmp_path / "samples"), "-q"]) == 0
     assert (tmp_path / "samples" / INDEX).is_file()
 

@@ -28,7 +28,8 @@ from tqdit.errors import BackendError, UsageError
 from tqdit.export import ExportConfig, write
 from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.models import load_model
-from tqdit.models.dit import DiT, DiTConfig, Scores, ValueProduct, randomize
+from tqdit.models.dit import DiT, DiTConfig, randomize
+from tqdit.models.products import Scores, ValueProduct
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
 

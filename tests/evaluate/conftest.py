@@ -16,7 +16,7 @@ from tqdit.engines import build_engine
 from tqdit.export import ExportConfig, write
 from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.models import load_model
-from tqdit.scale_table import read_scale_table
+from tqdit.quantization.table import read_scale_table
 
 SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "2", "--candidates", "10"]
 

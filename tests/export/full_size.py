@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tables import Kind, make_table
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models.dit import DiT as Network
-from tqdit.models.dit import DiTConfig, Scores, ValueProduct, randomize
+from tqdit.models.dit import DiTConfig, randomize
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.origins import PUBLISHED
+from tqdit.models.products import Scores, ValueProduct
 
 XL = DiTConfig(
     input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=1152, depth=28, mlp_hidden_size=4608,

@@ -13,7 +13,7 @@ from tqdit.cli import run
 from tqdit.engines.bundle import read_manifest
 from tqdit.models import load_model
 from tqdit.onnx_file import read_card
-from tqdit.scale_table import write_scale_table
+from tqdit.quantization.table import write_scale_table
 
 
 @pytest.fixture

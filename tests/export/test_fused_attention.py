@@ -19,12 +19,13 @@ import support
 from kernel_device import run_attention
 from tables import Kind, make_table
 from tqdit.calibrate import apply
+from tqdit.cli import export as cli
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig, cli, write
+from tqdit.export import ExportConfig, write
 from tqdit.export.passes.cast import cast_floats
 from tqdit.lint import lint
 from tqdit.onnx_file import read_card
-from tqdit.scale_table import PerTensor, ScaleTable, Symmetric, TwoRegionSoftmax
+from tqdit.quantization.table import PerTensor, ScaleTable, Symmetric, TwoRegionSoftmax
 
 KINDS = {
     "W8A8": Kind(),

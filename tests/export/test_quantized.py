@@ -20,13 +20,13 @@ import torch
 import support
 from tables import Kind, make_table
 from tqdit.calibrate import apply
-from tqdit.calibrate.fake_quant import weight_codes
 from tqdit.engines.onnxruntime.library import session_options
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.onnx_file import read_card
-from tqdit.scale_table import PerTensor, ScaleTable, Site, Symmetric
+from tqdit.quantization.fake_quant import weight_codes
+from tqdit.quantization.table import PerTensor, ScaleTable, Site, Symmetric
 
 KINDS = {
     "W8A8": Kind(),

@@ -13,8 +13,8 @@ import torch
 
 import support
 from tqdit.export import ExportConfig, export_graph, write
-from tqdit.noise import INITIAL, normal_rows
 from tqdit.onnx_file import load_graph, read_card
+from tqdit.sampling.noise import INITIAL, normal_rows
 
 RNG = np.random.default_rng(0)
 VARIANTS = [

@@ -11,11 +11,11 @@ import torch
 import support
 from tables import Kind, make_table
 from tqdit.calibrate import apply
-from tqdit.calibrate.fold import fold
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, write
 from tqdit.export.passes.strip import strip_quantization
 from tqdit.onnx_file import read_card
+from tqdit.quantization.fold import fold
 
 KINDS = {
     "W8A8": Kind(groups=10),

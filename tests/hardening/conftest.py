@@ -22,7 +22,7 @@ from tqdit import cli
 from tqdit.engines import build_engine
 from tqdit.export import ExportConfig, write
 from tqdit.models.dit import DiT, randomize
-from tqdit.scale_table import write_scale_table
+from tqdit.quantization.table import write_scale_table
 
 TIME_LIMIT = 120  # seconds; a command that takes longer hangs
 

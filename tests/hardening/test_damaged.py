@@ -18,7 +18,7 @@ from hardening.blows import cuts, flipped
 from tqdit.engines import Sampler
 from tqdit.errors import TqditError
 from tqdit.evaluate.samples import read_images
-from tqdit.scale_table import read_scale_table
+from tqdit.quantization.table import read_scale_table
 
 READERS = {
     "scales.safetensors": ["inspect"], "dit.safetensors": ["inspect"], "zip.pt": ["inspect", "--heads", "2"],

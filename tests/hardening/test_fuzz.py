@@ -22,9 +22,9 @@ from tqdit.lint import lint
 from tqdit.models.published import read_own_facts
 from tqdit.models.state import read_sharded
 from tqdit.onnx_file import external_files, load_graph, read_card
-from tqdit.scale_table import METADATA_KEY, granularity_from_text, granularity_to_text
-from tqdit.scale_table_checks import parse
-from tqdit.scale_table_seal import seal as seal_table
+from tqdit.quantization.checks import parse
+from tqdit.quantization.seal import seal as seal_table
+from tqdit.quantization.table import METADATA_KEY, granularity_from_text, granularity_to_text
 
 pytestmark = pytest.mark.hardening
 many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdit.calibrate.config import PRESETS, QuantizationConfig
-    from tqdit.calibrate.fake_quant import apply
     from tqdit.calibrate.flow import calibrate
+    from tqdit.quantization.fake_quant import apply
 
-_HOMES = {"PRESETS": "config", "QuantizationConfig": "config", "apply": "fake_quant", "calibrate": "flow"}
+_HOMES = {
+    "PRESETS": "tqdit.calibrate.config",
+    "QuantizationConfig": "tqdit.calibrate.config",
+    "apply": "tqdit.quantization.fake_quant",
+    "calibrate": "tqdit.calibrate.flow",
+}
 
 
 def __getattr__(name: str) -> Any:
     """On first use, since the command line describes this stage on machines without torch too."""
     if name not in _HOMES:
         raise AttributeError(f"module 'tqdit.calibrate' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"tqdit.calibrate.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 __all__ = ["PRESETS", "QuantizationConfig", "apply", "calibrate"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tqdit.calibrate.layers import LayerPlan
-from tqdit.models.dit import Scores, ValueProduct
+from tqdit.models.products import Scores, ValueProduct
 
 MOST_HEADS = 8  # of a row
 

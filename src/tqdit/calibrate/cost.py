@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tqdit.calibrate.layers import find_layers
 from tqdit.models import LoadedModel
-from tqdit.models.dit import Scores, ValueProduct
+from tqdit.models.products import Scores, ValueProduct
 
 
 def multiply_adds(model: LoadedModel) -> dict[str, int]:

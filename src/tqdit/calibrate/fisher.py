@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tqdit.calibrate.rows import CalibrationRows
 from tqdit.diffusion import SamplingSpec, step_coefficients
-from tqdit.noise import normal
+from tqdit.sampling.noise import normal
 
 COTANGENTS = 2**41  # image numbers from here on draw cotangents, apart from every noise
 

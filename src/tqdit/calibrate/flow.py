@@ -24,17 +24,17 @@ from tqdit.calibrate.data import DataSet, data_rows
 from tqdit.calibrate.device import exact_arithmetic
 from tqdit.calibrate.equalize import choose_divisor
 from tqdit.calibrate.fisher import FISHERS
-from tqdit.calibrate.fold import fold_divisors, source_of
 from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
-from tqdit.calibrate.operands import array
 from tqdit.calibrate.problem import Problem, Solution, make_problem
 from tqdit.calibrate.rows import CalibrationRows, Chains, every_state, pick, sampling_of, trajectory
 from tqdit.calibrate.stages import Batch, Stages
 from tqdit.calibrate.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.models import LoadedModel
-from tqdit.scale_table import ScaleTable, Site
+from tqdit.quantization.fold import fold_divisors, source_of
+from tqdit.quantization.operands import array
+from tqdit.quantization.table import ScaleTable, Site
 
 TWO_REGIONS_PAY = 0.5  # of the error with one region: above it, the second product is not worth it
 SAVES_PER_TRAJECTORY = 25

@@ -11,7 +11,7 @@ from torch import nn
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.errors import UsageError
 from tqdit.models.dit import Attention, DiT, DiTBlock, FinalLayer, Mlp, PatchEmbed, TimestepEmbedder
-from tqdit.scale_table import Role
+from tqdit.quantization.table import Role
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Scheme = Literal["symmetric", "asymmetric", "softmax", "gelu"]

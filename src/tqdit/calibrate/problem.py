@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tqdit.calibrate import quantizers
 from tqdit.calibrate.capture import Samples
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.layers import LayerPlan, OperandPlan
-from tqdit.calibrate.operands import (
+from tqdit.quantization import quantizers
+from tqdit.quantization.operands import (
     AsymmetricActivation,
     GeluActivation,
     Operand,
@@ -20,7 +20,7 @@ from tqdit.calibrate.operands import (
     SymmetricActivation,
     Weight,
 )
-from tqdit.scale_table import Role
+from tqdit.quantization.table import Role
 
 
 @dataclass(frozen=True, eq=False)

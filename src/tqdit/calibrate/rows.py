@@ -20,8 +20,8 @@ from tqdit.calibrate.drift import Drift, place_boundaries
 from tqdit.diffusion import SamplingSpec, step_coefficients
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
-from tqdit.noise import INITIAL, normal, normal_rows
-from tqdit.scale_table import even_boundaries
+from tqdit.quantization.table import even_boundaries
+from tqdit.sampling.noise import INITIAL, normal, normal_rows
 
 RENOISING = 2**40  # image numbers from here on draw the noise of re-noised rows, apart from that of chains
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tqdit.files import whole_file
-from tqdit.scale_table import ScaleTable, read_scale_table, write_scale_table
+from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
 
 DOOMED = "search-removed"
 

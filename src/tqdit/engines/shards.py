@@ -32,7 +32,7 @@ from tqdit.engines.step_rows import check_guidance, check_labels
 from tqdit.errors import FileFormatError, OutputError, UsageError
 from tqdit.files import check_writable, sha256, whole_file, writing
 from tqdit.locks import LOCK, lock_folder
-from tqdit.noise import check_key
+from tqdit.sampling.noise import check_key
 
 FORMAT_VERSION = 1
 INDEX = "shards.json"

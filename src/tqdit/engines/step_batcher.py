@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdit.engines.sampler import Sampler
 from tqdit.engines.step_rows import StepRows, check_guidance, check_labels
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, TqditError, UsageError
-from tqdit.noise import check_key
+from tqdit.sampling.noise import check_key
 
 
 @dataclass(frozen=True)

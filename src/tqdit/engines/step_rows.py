@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit import noise
 from tqdit.card import GraphCard
 from tqdit.errors import BackendError, SamplingError, UsageError
+from tqdit.sampling import noise
 
 
 class StepRows:

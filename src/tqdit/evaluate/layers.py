@@ -26,23 +26,23 @@ from torch import Tensor, nn
 from tqdit.calibrate import QuantizationConfig
 from tqdit.calibrate.advice import as_text
 from tqdit.calibrate.cost import multiply_adds
-from tqdit.calibrate.fake_quant import (
-    QuantizedLinear,
-    QuantizedNetwork,
-    QuantizedScores,
-    QuantizedValueProduct,
-    RowGroups,
-)
-from tqdit.calibrate.fake_quant import find_module as find
 from tqdit.calibrate.flow import Calibration
-from tqdit.calibrate.fold import fold
 from tqdit.calibrate.rows import CalibrationRows
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.diffusion import step_coefficients
 from tqdit.files import whole_file
 from tqdit.models import LoadedModel, load_model
-from tqdit.scale_table import PerTimestepGroup, Role, ScaleTable, Site
+from tqdit.quantization.fake_quant import (
+    QuantizedLinear,
+    QuantizedNetwork,
+    QuantizedScores,
+    QuantizedValueProduct,
+    RowGroups,
+)
+from tqdit.quantization.fake_quant import find_module as find
+from tqdit.quantization.fold import fold
+from tqdit.quantization.table import PerTimestepGroup, Role, ScaleTable, Site
 
 Float64 = NDArray[np.float64]
 BATCH = 64  # rows of a forward pass

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from tqdit import __version__
-from tqdit.calibrate.fold import fold
 from tqdit.card import AttentionForm, GraphCard, GraphName
 from tqdit.diffusion import SamplerName, SamplingSpec
 from tqdit.export.passes.names import name_by_modules
@@ -15,7 +14,8 @@ from tqdit.export.passes.quantize import describe, quantize
 from tqdit.export.step import SamplingStep
 from tqdit.export.trace import OPSETS, check_opset, denoiser_inputs, step_inputs, trace
 from tqdit.models import LoadedModel
-from tqdit.scale_table import ScaleTable
+from tqdit.quantization.fold import fold
+from tqdit.quantization.table import ScaleTable
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tqdit.models.products import Scores, ValueProduct
+
 FREQUENCY_EMBEDDING_SIZE = 256
 
 
@@ -96,20 +98,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Scores(nn.Module):
-    """q kᵀ / sqrt(d). q and k (N, heads, T, d); result (N, heads, T, T)."""
-
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.matmul(q, k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)
-
-
-class ValueProduct(nn.Module):
-    """Probabilities (N, heads, T, T) times v (N, heads, T, d)."""
-
-    def forward(self, probabilities: Tensor, v: Tensor) -> Tensor:
-        return torch.matmul(probabilities, v)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with its products and its softmax as submodules."""
 
@@ -146,7 +134,7 @@ class Mlp(nn.Module):
 class Modulation(nn.Module):
     """x (N, T, D) * (unit + scale (N, D)) + shift (N, D).
 
-    unit is 1. Where channels are equalised it is (D,) and holds 1 over their divisors (`tqdit.calibrate.fold`).
+    unit is 1. Where channels are equalised it is (D,) and holds 1 over their divisors (`tqdit.quantization.fold`).
     """
 
     unit: Tensor

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.methods import search
-from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem, Solution
-from tqdit.calibrate.quantizers import half_range
+from tqdit.quantization.operands import Weight
+from tqdit.quantization.quantizers import half_range
 
 DAMPING = 0.01  # of H, times its mean diagonal: columns that the samples hardly excite stay near W
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem
+from tqdit.quantization.operands import Weight
 
 HEAVIEST = 0.125  # share of the samples that a Hessian-weighted screening looks at
 FINALISTS = 6

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.methods.screen import finalists
-from tqdit.calibrate.operands import Parameters, Weight
 from tqdit.calibrate.problem import Problem, Solution
-from tqdit.scale_table import Role
+from tqdit.quantization.operands import Parameters, Weight
+from tqdit.quantization.table import Role
 
 Score = Callable[[Tensor], Tensor]  # one candidate per entry (E,) -> objective per entry (E,)
 

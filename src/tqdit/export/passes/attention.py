@@ -13,9 +13,9 @@ from tqdit.export.passes.emit import Emitter, quantize_dequantize, simulate
 from tqdit.export.passes.fused_attention import fuse_attention
 from tqdit.export.passes.groups import RowGroups, Step
 from tqdit.export.passes.scopes import Modules
-from tqdit.models.dit import Scores, ValueProduct
+from tqdit.models.products import Scores, ValueProduct
 from tqdit.plugins.multi_region_softmax.schema import OP_TYPE
-from tqdit.scale_table import PerTimestepGroup, ScaleTable, Site, Symmetric, TwoRegionSoftmax
+from tqdit.quantization.table import PerTimestepGroup, ScaleTable, Site, Symmetric, TwoRegionSoftmax
 
 RANK = 4  # of q, k, v and the probabilities
 Quantize = Callable[[Emitter, ir.Value, str, np.float32, int], ir.Value]

@@ -12,7 +12,7 @@ from tqdit.export.passes.emit import Emitter, codes
 from tqdit.export.passes.groups import RowGroups, Step
 from tqdit.export.passes.scopes import scope_of
 from tqdit.plugins.multi_region_attention.schema import OP_TYPE
-from tqdit.scale_table import PerTimestepGroup, ScaleTable, Site, Symmetric, TwoRegionSoftmax
+from tqdit.quantization.table import PerTimestepGroup, ScaleTable, Site, Symmetric, TwoRegionSoftmax
 
 RANK = 4  # of q, k and v
 TRANSPOSED = (0, 1, 3, 2)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tqdit.export.passes.emit import Emitter
 from tqdit.plugins.time_group_select.schema import OP_TYPE
-from tqdit.scale_table import factor_steps
+from tqdit.quantization.table import factor_steps
 
 
 class RowGroups:
@@ -31,7 +31,7 @@ class RowGroups:
 class Step:
     """A step s[g] = s_ref r[g], s_ref = max s[g]; with one scale r = 1 and is left out.
 
-    Mirrors `tqdit.calibrate.fake_quant.Step`, operation for operation.
+    Mirrors `tqdit.quantization.fake_quant.Step`, operation for operation.
     """
 
     def __init__(self, scale: NDArray[np.float32], groups: RowGroups) -> None:

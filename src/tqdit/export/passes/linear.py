@@ -9,12 +9,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import nn
 
-from tqdit.calibrate.fake_quant import weight_codes
 from tqdit.errors import UsageError
 from tqdit.export.passes.emit import Emitter, dequantize, quantize_dequantize
 from tqdit.export.passes.groups import RowGroups, Step
 from tqdit.export.passes.scopes import Modules
-from tqdit.scale_table import Asymmetric, PerChannel, Quantizer, ScaleTable, Site, Symmetric, TwoRegionGelu
+from tqdit.quantization.fake_quant import weight_codes
+from tqdit.quantization.table import Asymmetric, PerChannel, Quantizer, ScaleTable, Site, Symmetric, TwoRegionGelu
 
 Product = Callable[[ir.Value], ir.Value]
 

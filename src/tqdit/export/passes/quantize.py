@@ -8,19 +8,19 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
-from tqdit.calibrate.fake_quant import find_module
 from tqdit.card import AttentionForm, ProductForm, QuantizationCard
 from tqdit.errors import UsageError
 from tqdit.export.passes.attention import quantize_attention
 from tqdit.export.passes.groups import RowGroups
 from tqdit.export.passes.linear import quantize_linears
 from tqdit.export.passes.scopes import network_timestep
-from tqdit.models.dit import Scores, ValueProduct
+from tqdit.models.products import Scores, ValueProduct
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 from tqdit.plugins.time_group_select import schema as time_group_select
-from tqdit.scale_table import ScaleTable
+from tqdit.quantization.fake_quant import find_module
+from tqdit.quantization.table import ScaleTable
 
 SCHEMAS = (multi_region_attention, multi_region_softmax, time_group_select)
 

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tqdit.calibrate.fold import fold
-from tqdit.calibrate.quantizers import softmax_regions, symmetric, symmetric_codes
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
-from tqdit.models.dit import Scores, ValueProduct
-from tqdit.scale_table import (
+from tqdit.models.products import Scores, ValueProduct
+from tqdit.quantization.fold import fold
+from tqdit.quantization.quantizers import softmax_regions, symmetric, symmetric_codes
+from tqdit.quantization.table import (
     Asymmetric,
     PerChannel,
     PerTimestepGroup,

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tqdit.calibrate import quantizers
 from tqdit.calibrate.layers import OperandPlan
-from tqdit.scale_table import (
+from tqdit.quantization import quantizers
+from tqdit.quantization.table import (
     Asymmetric,
     Granularity,
     PerChannel,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
 from tqdit.models.dit import Attention, DiTBlock, FinalLayer, Modulation
-from tqdit.scale_table import ScaleTable
+from tqdit.quantization.table import ScaleTable
 
 Divide = Callable[[Tensor], None]
 

@@ -16,12 +16,12 @@ from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, UsageError
 
 VERBS = {
-    "calibrate": "tqdit.calibrate.cli",
-    "export": "tqdit.export.cli",
-    "build": "tqdit.engines.cli_build",
-    "sample": "tqdit.engines.cli_sample",
-    "evaluate": "tqdit.evaluate.cli",
-    "inspect": "tqdit.inspect",
+    "calibrate": "tqdit.cli.calibrate",
+    "export": "tqdit.cli.export",
+    "build": "tqdit.cli.build",
+    "sample": "tqdit.cli.sample",
+    "evaluate": "tqdit.cli.evaluate",
+    "inspect": "tqdit.cli.inspect",
 }
 # Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
 EXTRAS = {"calibrate": "calibrate", "export": "export", "evaluate": "evaluate"}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tqdit.extras import need
 from tqdit.files import whole_file
-from tqdit.scale_table import PerTimestepGroup, ScaleTable, Site, TwoRegionSoftmax
+from tqdit.quantization.table import PerTimestepGroup, ScaleTable, Site, TwoRegionSoftmax
 
 WORST = 5  # layers that the summary names
 

@@ -14,7 +14,7 @@ from tqdit.extras import need
 from tqdit.files import check_writable
 
 if TYPE_CHECKING:
-    from tqdit.scale_table import ScaleTable
+    from tqdit.quantization.table import ScaleTable
 
 SUMMARY = "write a diffusion transformer as one self-describing ONNX file"
 EXAMPLES = """\
@@ -99,7 +99,7 @@ def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | Non
     if path is None:
         console.say(f"no ./{DEFAULT_SCALES}: exporting in float32. Run tqdit-calibrate first for an int8 file.")
         return None
-    from tqdit.scale_table import read_scale_table
+    from tqdit.quantization.table import read_scale_table
 
     table = read_scale_table(path)
     if args.model is None and table.model != "demo" and not Path(table.model).exists():

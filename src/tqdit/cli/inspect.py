@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tqdit import scale_table_summary
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
@@ -23,7 +22,8 @@ from tqdit.engines.shards import INDEX, read_index
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
 from tqdit.files import check_listing
-from tqdit.scale_table import is_scale_table, read_scale_table
+from tqdit.quantization import summary as scale_table_summary
+from tqdit.quantization.table import is_scale_table, read_scale_table
 
 SUMMARY = "say what a file is: checkpoint, scale table, ONNX file, engine bundle or samples"
 EXAMPLES = """\

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
-from tqdit.scale_table_seal import seal
+from tqdit.quantization.seal import seal
 
 FORMAT_VERSION = 2
 METADATA_KEY = "tqdit_scales"
@@ -131,7 +131,7 @@ class Site:
     codes: int8, a weight's integers where they are not those of rounding to nearest.
     divisor: float32 (K,), of a linear layer's input: the channels of x come divided by it and W is multiplied with it,
     so the product stays the same and the channels get equal ranges. Every site of a table describes the network in
-    which this is done (`tqdit.calibrate.fold`): adaLN divides for qkv, fc1 and the final layer, rows of V for proj.
+    which this is done (`tqdit.quantization.fold`): adaLN divides for qkv, fc1 and the final layer, rows of V for proj.
     """
 
     module: str
@@ -170,7 +170,7 @@ class ScaleTable:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from tqdit.scale_table_checks import check_table  # which needs the types of this module
+        from tqdit.quantization.checks import check_table  # which needs the types of this module
 
         check_table(self)
 
@@ -282,7 +282,7 @@ def write_scale_table(path: Path, table: ScaleTable) -> None:
 
 def read_scale_table(path: Path) -> ScaleTable:
     """Read and validate everything. Raises FileFormatError with one line that names the file and what is wrong."""
-    from tqdit.scale_table_checks import parse
+    from tqdit.quantization.checks import parse
 
     safetensors = need("safetensors", "calibrate", "reading a scale table")
     if not path.is_file():

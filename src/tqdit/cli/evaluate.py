@@ -23,14 +23,14 @@ from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.tables import summary
 from tqdit.extras import need
 from tqdit.files import check_writable, whole_file
-from tqdit.scale_table import even_boundaries
+from tqdit.quantization.table import even_boundaries
 
 if TYPE_CHECKING:
     from tqdit.evaluate.chains import Chains, Request
     from tqdit.evaluate.evaluation import Pairs
     from tqdit.evaluate.extractors import Extractor
     from tqdit.evaluate.observe import Observed
-    from tqdit.scale_table import ScaleTable
+    from tqdit.quantization.table import ScaleTable
 
 SUMMARY = "say what quantization cost: distances to a reference, same-noise errors, a report"
 EXAMPLES = """\
@@ -343,7 +343,7 @@ class _Engines:
 
 def _scale_table(args: argparse.Namespace, card: GraphCard, console: Console) -> ScaleTable | None:
     """The table that was named, or the one beside the engine where it is for this model."""
-    from tqdit.scale_table import is_scale_table, read_scale_table
+    from tqdit.quantization.table import is_scale_table, read_scale_table
 
     beside = args.subject.parent / SCALES
     if args.scales is not None:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import FileFormatError
-from tqdit.scale_table import (
+from tqdit.quantization.seal import is_whole
+from tqdit.quantization.table import (
     BOUNDARIES,
     FORMAT_VERSION,
     METADATA_KEY,
@@ -30,7 +31,6 @@ from tqdit.scale_table import (
     Site,
     granularity_from_text,
 )
-from tqdit.scale_table_seal import is_whole
 
 Arrays = Mapping[str, NDArray[Any]]
 AGAIN = "Calibrate again."

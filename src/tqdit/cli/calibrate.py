@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     from tqdit.calibrate.device import choose_device, peak_device_bytes
     from tqdit.calibrate.flow import calibrate, finish
     from tqdit.models import load_model
-    from tqdit.scale_table import is_scale_table, write_scale_table
+    from tqdit.quantization.table import is_scale_table, write_scale_table
 
     changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}
     diagnosed = None if args.from_diagnosis is None else read_advice(args.from_diagnosis)

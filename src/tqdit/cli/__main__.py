@@ -1,0 +1,7 @@
+"""`python -m tqdit.cli VERB`."""
+
+import sys
+
+from tqdit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Schedules, samplers, guidance and noise, in NumPy: each formula once, for calibration, graphs and the runtime."""
