@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tqdit import __version__, cli
+from tqdit import __version__
+from tqdit.cli import main as cli
 from tqdit.errors import CheckpointError, UsageError
 
 
@@ -204,7 +205,7 @@ def without(libraries, *arguments):
     """The command on a machine where these libraries are not installed."""
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({libraries!r})); "
-        "from tqdit.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from tqdit.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tqdit import cli
+from tqdit.cli import main as cli
 from tqdit.cli.inspect import inspect, run
 from tqdit.console import Console
 from tqdit.engines.shards import SamplingJob, ShardFolder

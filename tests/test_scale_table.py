@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tqdit.cli import main
+from tqdit.cli.main import main
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.quantization.seal import seal
 from tqdit.quantization.table import (

@@ -21,7 +21,7 @@ from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate, flow
 from tqdit.calibrate.flow import finish
 from tqdit.calibrate.judge import chain_error, final_samples
 from tqdit.calibrate.work import WorkFolder
-from tqdit.cli import main
+from tqdit.cli.main import main
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel, load_model
 from tqdit.quantization.table import PerTensor, PerTimestepGroup, ScaleTable, read_scale_table

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.demo import weights
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, draw
 from tqdit.demo.judge import load_judge, recognised, wilson_interval

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import support
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.export import ExportConfig, write
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "safetensors", "matplotlib")
@@ -27,7 +27,7 @@ def test_importing_the_runtime_loads_no_torch_onnx_or_diffusers():
 
 def test_a_whole_sampling_run_loads_no_torch_onnx_or_diffusers(bundle, tmp_path):
     code = (
-        "import sys; from tqdit.cli import run\n"
+        "import sys; from tqdit.cli.main import run\n"
         "code = run('sample', [sys.argv[1], '-n', '3', '-o', sys.argv[2], '-q'])\n"
         f"print(code, [m for m in {HEAVY} if m in sys.modules])"
     )
@@ -95,7 +95,7 @@ def test_a_full_disk_loses_nothing(bundle, tmp_path):
     output = tmp_path / "s.npz"
     output.write_bytes(b"earlier")
     code = (
-        "import resource, signal, sys; from tqdit.cli import run\n"
+        "import resource, signal, sys; from tqdit.cli.main import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "sys.exit(run('sample', [sys.argv[1], '-n', '20', '-o', sys.argv[2], '-q']))"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tqdit import cli
+from tqdit.cli import main as cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 PYTHON = re.findall(r"```python\n(.*?)```", (DOCS / "guides" / "diffusers-pipeline.md").read_text("utf-8"), re.DOTALL)

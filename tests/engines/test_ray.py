@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.ray_workers import ATTEMPTS, Cluster, ClusterConfig

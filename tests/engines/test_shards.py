@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import support
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.engines import Sampler
 from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.shards import INDEX, SamplingJob, describe_job, merge_shards, open_shards, read_index, read_shards
@@ -256,7 +256,7 @@ def test_a_full_disk_keeps_the_finished_shards_and_the_next_run_goes_on(bundle, 
     """A file of the run cannot grow: the third shard is lost, the first two are not."""
     (folder / "shard-00002.npz").unlink()
     code = (
-        "import resource, signal, sys; from tqdit.cli import run\n"
+        "import resource, signal, sys; from tqdit.cli.main import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))\n"
         "sys.exit(run('sample', sys.argv[1:]))"

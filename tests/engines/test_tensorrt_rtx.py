@@ -16,7 +16,7 @@ from torch import nn
 
 import support
 from tables import Kind, make_table
-from tqdit import cli
+from tqdit.cli import main as cli
 from tqdit.engines import backends, build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig

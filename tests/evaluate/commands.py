@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tqdit.cli import run
+from tqdit.cli.main import run
 
 
 def evaluate(folder: Path, *arguments: object) -> dict:

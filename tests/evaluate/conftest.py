@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines import build_engine
 from tqdit.export import ExportConfig, write

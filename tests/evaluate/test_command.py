@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from evaluate.commands import evaluate, refused
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.bundle import seal
 from tqdit.evaluate.extractors import Features, JudgeExtractor

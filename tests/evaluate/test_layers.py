@@ -14,7 +14,7 @@ from support import tiny_model
 from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
 from tqdit.calibrate.advice import read_advice
 from tqdit.calibrate.layers import plan
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.layers import Patient, WorkCosts, changes_for, diagnose, layer_errors, leave_one_out

@@ -16,7 +16,7 @@ import pytest
 import tqdit.evaluate.feature_store as store_module
 from evaluate import commands
 from evaluate.commands import refused
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
 from tqdit.engines.shards import INDEX, SamplingJob, ShardFolder, merge_shards, open_shards, shard_name

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import support
 from tables import Kind, make_table
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest
 from tqdit.models import load_model
 from tqdit.onnx_file import read_card
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_nothing_half_written(checkpoint, tmp_path):
     """RLIMIT_FSIZE makes the write fail half way."""
     output = tmp_path / "out" / "model.onnx"
     code = (
-        "import resource, signal, sys; from tqdit.cli import run\n"
+        "import resource, signal, sys; from tqdit.cli.main import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "sys.exit(run('export', [sys.argv[1], '--model', sys.argv[2], '--heads', '2', '-q']))"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import support
-from tqdit.cli import run
+from tqdit.cli.main import run
 from tqdit.engines import Sampler, build_engine
 from tqdit.engines.sampler import to_pixels
 from tqdit.errors import CheckpointError, FileFormatError

@@ -20,7 +20,7 @@ import tqdit.engines.onnxruntime.run
 import tqdit.export
 import tqdit.lint
 import tqdit.models  # noqa: F401
-from tqdit.cli import main
+from tqdit.cli.main import main
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import pytest
 
 from lint_graphs import CONSTANTS, FUNCTION, QUANTIZED, graph, weight
 from support import exported
-from tqdit import cli
+from tqdit.cli import main as cli
 from tqdit.errors import UsageError
 from tqdit.lint import BACKENDS, lint, program
 

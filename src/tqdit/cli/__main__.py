@@ -2,6 +2,6 @@
 
 import sys
 
-from tqdit.cli import main
+from tqdit.cli.main import main
 
 sys.exit(main())

@@ -1,0 +1,156 @@
+"""The commands: `tqdit-VERB` and `tqdit VERB` are the same. Each stage keeps its own arguments in its `cli` module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, cast
+
+from tqdit import __version__
+from tqdit.console import Console
+from tqdit.errors import MissingLibraryError, TqditError, UsageError
+
+VERBS = {
+    "calibrate": "tqdit.cli.calibrate",
+    "export": "tqdit.cli.export",
+    "build": "tqdit.cli.build",
+    "sample": "tqdit.cli.sample",
+    "evaluate": "tqdit.cli.evaluate",
+    "inspect": "tqdit.cli.inspect",
+}
+# Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
+EXTRAS = {"calibrate": "calibrate", "export": "export", "evaluate": "evaluate"}
+
+
+class VerbModule(Protocol):
+    """What a verb's module offers. `run` returns the path that it wrote, which becomes the last line of stdout."""
+
+    SUMMARY: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace, console: Console) -> Path | None: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tqdit VERB ...`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in VERBS:
+        return run(arguments[0], arguments[1:], prog=f"tqdit {arguments[0]}")
+    parser = argparse.ArgumentParser(
+        prog="tqdit",
+        description="Deploy a quantized diffusion transformer: checkpoint -> ONNX -> engine -> images.",
+        epilog="tqdit VERB --help explains each; with no arguments every verb works on the demo model and on what "
+        "the verb before it wrote.",
+    )
+    parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
+    parser.add_argument("verb", choices=list(VERBS), help="; ".join(f"{verb}: {_summary(verb)}" for verb in VERBS))
+    parser.parse_args(arguments)
+    return 2
+
+
+def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one verb; every error of ours becomes one line and an exit code (1, or 2 for usage)."""
+    prog = prog or f"tqdit-{verb}"
+    try:
+        module = _load(verb)
+    except MissingLibraryError as error:
+        return _fail(prog, error, 1)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
+        epilog=module.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only the last line")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
+    args = parser.parse_args(argv)
+    try:
+        written = module.run(args, Console(args.quiet))
+        if written is not None:
+            print(written)
+        sys.stdout.flush()  # here, where a refusal becomes one line, and not when Python ends
+        return 0
+    except TqditError as error:
+        if args.debug:
+            raise
+        return _fail(prog, error, 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt as error:
+        kept = str(error) or "nothing was changed"  # a verb that keeps what is done says so
+        print(f"\n{prog}: interrupted; {kept}. Run the same command again.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
+        _drop_output()
+        return 1
+    except OSError as error:  # what the system refuses and no stage has words for: a full standard output, say
+        if args.debug:
+            raise
+        _drop_output()
+        return _fail(prog, error, 1)
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere, or Python would fail again when it ends."""
+    with suppress(OSError, ValueError):  # a stream without a file behind it has nothing that could fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(prog: str, error: Exception, code: int) -> int:
+    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a library put into it
+    return code
+
+
+def _load(verb: str) -> VerbModule:
+    try:
+        return cast(VerbModule, importlib.import_module(VERBS[verb]))
+    except ModuleNotFoundError as error:
+        library = (error.name or "tqdit").split(".")[0]
+        if verb not in EXTRAS or library == "tqdit":
+            raise
+        raise MissingLibraryError(
+            f"tqdit-{verb} needs {library}, which is not installed. Run: pip install 'tqdit[{EXTRAS[verb]}]'"
+        ) from error
+
+
+def _summary(verb: str) -> str:
+    """A machine that only samples has no torch, and its `tqdit --help` works as well."""
+    try:
+        return _load(verb).SUMMARY
+    except MissingLibraryError as error:
+        return str(error)
+
+
+def calibrate() -> int:
+    return run("calibrate")
+
+
+def export() -> int:
+    return run("export")
+
+
+def build() -> int:
+    return run("build")
+
+
+def sample() -> int:
+    return run("sample")
+
+
+def evaluate() -> int:
+    return run("evaluate")
+
+
+def inspect() -> int:
+    return run("inspect")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
