@@ -1,7 +1,8 @@
 """Adapter for checkpoints in the layout of facebookresearch/DiT: one `.pt` or `.safetensors` file.
 
 Width, depth, patch, classes, channels and image size are read off the tensors' shapes; the number of heads is that of
-the published family (S, B, L, XL) or given.
+the published family (S, B, L, XL) or given. Guiding three of four channels is a known slip of the published code
+(sample.py), kept because the published numbers contain it.
 """
 
 from __future__ import annotations
@@ -9,21 +10,36 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tqdit.card import Latents
 from tqdit.errors import CheckpointError
-from tqdit.models.dit import FREQUENCY_EMBEDDING_SIZE, DiT, DiTConfig
+from tqdit.models.dit import FREQUENCY_EMBEDDING_SIZE, DiT, DiTConfig, products_of, signature_of
 from tqdit.models.loaded import LoadedModel, fingerprint
-from tqdit.models.origins import DEMO, PUBLISHED, Origin
 from tqdit.models.state import StateDict, check_layout, read_metadata, read_tensors
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.process import Diffusion
+from tqdit.sampling.schedule import SamplingSpec
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 FAMILY_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> heads of DiT-S, B, L and XL
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How checkpoints of one origin are sampled at home."""
+
+    name: str
+    guidance: Guidance
+    latents: Latents | None
+
+
+PUBLISHED = Origin("published", Guidance(1.5, channels=3), Latents(0.18215))
+DEMO = Origin("demo", Guidance(1.5), None)
 
 
 @dataclass(frozen=True)
@@ -49,41 +65,44 @@ def build(
     path: Path, tensors: StateDict, heads: int | None, origin: Origin, class_names: tuple[str, ...] = ()
 ) -> LoadedModel:
     """A model from a state dict with published names."""
-    config = infer_config(path, tensors, heads, origin)
+    config = infer_config(path, tensors, heads)
     if class_names and len(class_names) != config.num_classes:
         raise CheckpointError(
             f"{path}: its metadata names {len(class_names)} classes, its label table has {config.num_classes} "
             "(and the null class). Get the file again."
         )
-    network = assemble(path, tensors, config)
+    return describe(assemble(path, tensors, config), str(path), origin, class_names)
+
+
+def describe(network: DiT, source: str, origin: Origin, class_names: tuple[str, ...] = ()) -> LoadedModel:
+    """A native DiT as the stages take it: 250 steps of DDPM on round(linspace(0, 999, T)) (diffusion/respace.py)."""
+    config = network.config
     return LoadedModel(
         network=network,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        height=config.input_size,
-        width=config.input_size,
-        num_classes=config.num_classes,
+        signature=signature_of(config),
+        products=products_of(network),
+        sampling=SamplingSpec(Diffusion(learned_variance=config.learns_variance), "ddpm", 250),
+        guidance=origin.guidance,
+        latents=origin.latents,
         origin=origin.name,
-        source=str(path),
+        source=source,
         fingerprint=fingerprint(network, config),
-        sampling=origin.sampling,
-        guidance_scale=origin.guidance_scale,
-        latent_scale=origin.latent_scale,
         class_names=class_names,
     )
 
 
-def assemble(path: Path, tensors: StateDict, config: DiTConfig, spell: Callable[[str], str] = str) -> nn.Module:
+def assemble(path: Path, tensors: StateDict, config: DiTConfig) -> DiT:
     """The network of `config` with these weights in float32 and eval mode; weights that are float32 are not copied."""
     _check_sizes(path, config)
     with torch.device("meta"):
         network = DiT(config)
-    check_layout(path, tensors, network.state_dict(), spell)
+    check_layout(path, tensors, network.state_dict())
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    return network
 
 
-def infer_config(path: Path, tensors: StateDict, heads: int | None, origin: Origin) -> DiTConfig:
+def infer_config(path: Path, tensors: StateDict, heads: int | None) -> DiTConfig:
     """The configuration that the shapes of published tensors tell."""
     width, in_channels, patch, _ = _shape(path, tensors, "x_embedder.proj.weight", 4)
     _, tokens, _ = _shape(path, tensors, "pos_embed", 3)
@@ -102,8 +121,7 @@ def infer_config(path: Path, tensors: StateDict, heads: int | None, origin: Orig
     return DiTConfig(
         input_size=side * patch, patch_size=patch, in_channels=in_channels, out_channels=rows // patch**2,
         hidden_size=width, depth=depth, mlp_hidden_size=mlp_width, num_classes=classes - 1,
-        num_heads=choose_heads(path, width, heads), frequency_shift=origin.frequency_shift,
-        mlp_norm_eps=origin.mlp_norm_eps,
+        num_heads=choose_heads(path, width, heads),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tqdit.demo.weights import shipped
-from tqdit.models import published
+from tqdit.models.families import published
 from tqdit.models.loaded import LoadedModel
 
 NAME = "demo"

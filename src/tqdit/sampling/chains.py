@@ -1,0 +1,230 @@
+"""The sampling loop: chains from noise to data, a row each, in buffers that are allocated once. NumPy alone.
+
+Calibration, `Sampler`, `StepBatcher`, shards and evaluation all run chains from here, so an image cannot depend on which
+of them made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.errors import BackendError, SamplingError
+from tqdit.ports import Signature
+from tqdit.sampling import noise
+from tqdit.sampling.guidance import Guidance, column, rows_per_image
+from tqdit.sampling.schedule import MOST_LAG, Schedule
+
+Float32 = NDArray[np.float32]
+Network = Callable[[Mapping[str, NDArray[Any]]], Float32]  # ports by name -> prediction; an engine is one
+INPUT_SCALE, NOISE, LOW, SPREAD = range(4)  # columns of a step's coefficients; weights of states and predictions follow
+
+
+class Chains:
+    """Up to `capacity` chains, each with its own schedule, step, request and seed. Not thread-safe: one thread owns it.
+
+    The chains in use are 0..count-1. `remove` moves the last one into the gap. What is computed for a chain does not
+    depend on its place or on its neighbours.
+    """
+
+    def __init__(self, signature: Signature, guidance: Guidance | None, capacity: int) -> None:
+        self.signature, self.guidance = signature, guidance
+        self.count = 0
+        self._capacity = capacity
+        self._rows_per_image = rows_per_image(guidance)
+        self._shape = signature.state.row_shape
+        self._normals = noise.Normals(self._shape)
+        self._keys = [(0, 0)] * capacity  # seed, image: beyond int64
+        self._schedules: list[Schedule] = []
+        self._tables: list[Float32] = []  # of coefficients, one per chain
+        self._step = np.zeros(capacity, np.int64)
+        self._scale = np.zeros(capacity, np.float32)
+        self._x = self._state_buffer()
+        self._noise, self._prediction, self._spread = (self._state_buffer() for _ in range(3))
+        self._scratch = self._state_buffer()
+        self._states: list[Float32] = []  # of the steps before, the latest first
+        self._predictions: list[Float32] = []
+        self._requests = {port.name: port.zeros(capacity) for port in signature.requests}
+        self._inputs = {port.name: port.zeros(capacity * self._rows_per_image) for port in signature.ports}
+        self._views: dict[str, NDArray[Any]] = {}
+        self._finite_values = np.zeros((capacity, self._x[0].size if capacity else 0), np.bool_)
+        self._finite = np.zeros(capacity, np.bool_)
+
+    def _state_buffer(self) -> Float32:
+        return np.zeros((self._capacity, *self._shape), np.float32)
+
+    @property
+    def x(self) -> Float32:
+        """The states (count, ...) in place: copy them to keep them past the next step."""
+        return self._x[: self.count]
+
+    def step_of(self, chain: int) -> int:
+        """The step that this chain computes next; -1 after its last one."""
+        return int(self._step[chain])
+
+    def add(
+        self, schedule: Schedule, request: Mapping[str, NDArray[Any]], scale: float, seed: int, image: int,
+        state: Float32 | None = None, step: int | None = None,
+    ) -> int:  # fmt: skip
+        """Begin a chain and return its number.
+
+        request: port -> one row of `check_requests`. state, step: where to go on, for schedules without lag; None: from
+        noise at the first step.
+        """
+        chain = self.count
+        self._keys[chain] = seed, image
+        self._grow(schedule.lag)
+        if state is None:
+            self._normals.fill(self._x[chain], seed, image, noise.INITIAL)
+            self._x[chain] *= np.float32(schedule.initial_scale)
+        else:
+            self._x[chain] = state
+        for past in (*self._states, *self._predictions):
+            past[chain] = 0  # what an earlier chain left may be infinite, and zero times infinity is not zero
+        for name, values in self._requests.items():
+            values[chain] = request[name]
+        self._step[chain], self._scale[chain] = len(schedule) - 1 if step is None else step, scale
+        self._schedules[chain:] = [schedule]
+        self._tables[chain:] = [coefficients(schedule)]
+        self._resize(chain + 1)
+        return chain
+
+    def remove(self, chain: int) -> None:
+        """End a chain; the last one takes its number."""
+        last = self.count - 1
+        if chain != last:
+            for values in (self._keys, self._schedules, self._tables):
+                values[chain] = values[last]  # type: ignore[index]
+            arrays = (self._x, self._step, self._scale, *self._states, *self._predictions, *self._requests.values())
+            for array in arrays:
+                array[chain] = array[last]
+        self._resize(last)
+
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        """The ports of the next network call: views of shape (count * rows per image, ...), conditional rows first."""
+        count, signature = self.count, self.signature
+        state, time = self._views[signature.state.name], self._views[signature.time.name]
+        scales = np.array([table[step, INPUT_SCALE] for table, step in self._current()], np.float32)
+        np.multiply(self.x, column(scales, state.ndim), out=state[:count])
+        time[:count] = [schedule.timesteps[step] for schedule, step in zip(self._schedules, self._step, strict=False)]
+        if self.guidance is not None:
+            state[count:], time[count:] = state[:count], time[:count]
+        return self._views
+
+    def advance(self, output: Float32) -> NDArray[np.bool_]:
+        """Take the network's prediction, make one step of every chain, and say which are finite: bool (count,).
+
+        output (count * rows per image, K, ...). Raises BackendError for another shape.
+        """
+        count = self.count
+        expected = (count * self._rows_per_image, *self.signature.output_shape)
+        if output.shape != expected:
+            raise BackendError(f"the engine returned shape {output.shape} for {expected}. Build the engine again.")
+        x, prediction, scratch = self.x, self._prediction[:count], self._scratch[:count]
+        rows = np.stack([table[step] for table, step in self._current()])
+        lag = len(self._states)
+        if self.guidance is None:
+            np.copyto(prediction, output[:, : self._shape[0]])
+        else:
+            self.guidance.combine(output, self._scale[:count], prediction)
+        noise_part = self._noise_of(rows, output[:count, self._shape[0] :])
+        weights = [column(weight, x.ndim) for weight in rows[:, SPREAD + 1 :].T]
+        if lag:
+            np.copyto(scratch, x)
+        x *= weights[0]
+        self._accumulate(prediction, weights[MOST_LAG + 1])
+        for age in range(lag):
+            self._accumulate(self._states[age][:count], weights[1 + age])
+            self._accumulate(self._predictions[age][:count], weights[MOST_LAG + 2 + age])
+        if noise_part is not None:
+            x += noise_part
+        self._remember(scratch, prediction)
+        self._step[:count] -= 1
+        values, finite = self._finite_values[:count], self._finite[:count]
+        np.isfinite(x.reshape(count, -1), out=values)
+        return np.all(values, axis=1, out=finite)
+
+    def failure(self, chain: int) -> SamplingError:
+        """The error for a chain that `advance` found not to be finite."""
+        request = ", ".join(f"{name} {values[chain]}" for name, values in self._requests.items() if values.ndim == 1)
+        return SamplingError(
+            f"image {self._keys[chain][1]}{f' ({request})' if request else ''} became NaN or infinite at step "
+            f"{self.step_of(chain) + 1}. Lower the guidance scale, or export the model again from a good checkpoint."
+        )
+
+    def _current(self) -> list[tuple[Float32, int]]:
+        """The table of coefficients and the step of each chain."""
+        return list(zip(self._tables, self._step[: self.count].tolist(), strict=False))
+
+    def _accumulate(self, values: Float32, weight: Float32) -> None:
+        """x += weight values."""
+        product = self._spread[: self.count]
+        np.multiply(values, weight, out=product)
+        self._x[: self.count] += product
+
+    def _noise_of(self, rows: Float32, learned: Float32) -> Float32 | None:
+        """sigma noise of each chain, None where no chain adds any. rows: the coefficients of each chain's step."""
+        if not rows[:, NOISE].any():
+            return None
+        drawn, factor = self._noise[: self.count], self._spread[: self.count]
+        for chain, weight in enumerate(rows[:, NOISE]):
+            if weight:
+                self._normals.fill(drawn[chain], *self._keys[chain], self.step_of(chain))
+            else:
+                drawn[chain] = 0
+        if rows[:, LOW : SPREAD + 1].any():
+            np.add(learned, 1, out=factor)
+            factor *= column(0.25 * rows[:, SPREAD], factor.ndim)  # half of the log variance, of half the range
+            factor += column(0.5 * rows[:, LOW], factor.ndim)
+            np.exp(factor, out=factor)
+            drawn *= factor
+        drawn *= column(rows[:, NOISE], drawn.ndim)
+        return drawn
+
+    def _grow(self, lag: int) -> None:
+        """Room for the states and predictions of `lag` steps before."""
+        while len(self._states) < lag:
+            self._states.append(self._state_buffer())
+            self._predictions.append(self._state_buffer())
+
+    def _remember(self, state: Float32, prediction: Float32) -> None:
+        if not self._states:
+            return
+        for kept, latest in ((self._states, state), (self._predictions, prediction)):
+            kept.insert(0, kept.pop())  # the oldest buffer becomes the latest
+            np.copyto(kept[0][: self.count], latest)
+
+    def _resize(self, count: int) -> None:
+        self.count = count
+        rows = count * self._rows_per_image
+        self._views = {name: values[:rows] for name, values in self._inputs.items()}
+        for port in self.signature.requests:
+            view = self._views[port.name]
+            view[:count] = self._requests[port.name][:count]
+            if self.guidance is not None:
+                view[count:] = view[:count] if port.null is None else port.null
+
+
+def coefficients(schedule: Schedule) -> Float32:
+    """Each step's input scale, noise weight, low and range of the log variance, and weights: (T, 4 + 2 (MOST_LAG + 1))."""
+    low, high = schedule.log_variance or (np.zeros(len(schedule)), np.zeros(len(schedule)))
+    padding = [(0, 0), (0, MOST_LAG - schedule.lag)]
+    columns = [schedule.input_scale, schedule.noise_weight, low, high - low]
+    weights = [np.pad(array, padding) for array in (schedule.state_weights, schedule.output_weights)]
+    return np.concatenate([np.stack(columns, axis=1), *weights], axis=1).astype(np.float32)
+
+
+def run(chains: Chains, network: Network, after: Callable[[int], object] = lambda step: None) -> Float32:
+    """Run chains that all stand at one step to their ends; `after` is called with every step that is done.
+
+    Returns the states (count, ...) in place. Raises SamplingError where a chain becomes NaN or infinite.
+    """
+    while (step := chains.step_of(0)) >= 0:
+        finite = chains.advance(network(chains.inputs()))
+        if not finite.all():
+            raise chains.failure(int(np.flatnonzero(~finite)[0]))
+        after(step)
+    return chains.x
