@@ -5,7 +5,7 @@ import torch
 
 import support
 from tables import Kind, make_table
-from tqdit.engines import build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models import load_model
 from tqdit.models.dit import randomize

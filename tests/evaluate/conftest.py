@@ -12,7 +12,7 @@ import torch
 
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
-from tqdit.engines import build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.export import ExportConfig, write
 from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.models import load_model
