@@ -75,9 +75,7 @@ class GraphCard:
 
     graph: GraphName
     signature: Signature  # of the network; a step graph takes the state and the requests of it
-    sampling: (
-        SamplingSpec  # the chain that the file proposes; of a quantized file the one that its scales were found for
-    )
+    sampling: SamplingSpec  # the chain that the file proposes; the scales of a quantized file were found for it
     guidance: Guidance | None
     latents: Latents | None  # None: the state is an image in -1..1
     class_names: tuple[str, ...]

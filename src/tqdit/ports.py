@@ -158,8 +158,8 @@ def _check_values(port: Port, values: Any) -> NDArray[Any]:
     if array.ndim == 0 or not len(array) or array.shape[1:] != port.row_shape or not np.issubdtype(array.dtype, wanted):
         rows = "N" if not port.row_shape else f"N, {', '.join(map(str, port.row_shape))}"
         raise UsageError(
-            f"'{port.name}' is {array.dtype}{list(array.shape)}, expected a non-empty array of {wanted.__name__} numbers "
-            f"({rows})."
+            f"'{port.name}' is {array.dtype}{list(array.shape)}, expected a non-empty array of {wanted.__name__} "
+            f"numbers ({rows})."
         )
     if port.values is not None and (bad := array[(array < 0) | (array >= port.values)]).size:
         known = f"0..{port.values - 1}" if port.null is None else f"0..{port.values - 2} (and {port.values - 1}: none)"

@@ -209,7 +209,9 @@ def signature_of(config: DiTConfig) -> Signature:
 
 def products_of(network: DiT) -> tuple[Product, ...]:
     """Its products, with the places where divisors of their inputs fold: adaLN's rows, and the rows of v."""
-    width, folds, row_blocks = network.config.hidden_size, {}, {}
+    width = network.config.hidden_size
+    folds: dict[str, tuple[Fold, ...]] = {}
+    row_blocks: dict[str, int] = {}
     for index in range(network.config.depth):
         block = f"blocks.{index}"
         adaln = f"{block}.adaLN_modulation.1"

@@ -124,12 +124,12 @@ class _Local:
     def __init__(self) -> None:
         self._modes: list[_Route] = []
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, _args: Any) -> None:
         mode = _Route(module)
         mode.__enter__()
         self._modes.append(mode)
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self._modes.pop().__exit__(None, None, None)
 
 
@@ -177,7 +177,7 @@ class _Observed(TorchFunctionMode):
         self.made[id(tensor)] = maker
         self.kept.append(tensor)
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, _args: Any) -> None:
         self.owners.append(module)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

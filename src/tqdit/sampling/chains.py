@@ -1,7 +1,7 @@
 """The sampling loop: chains from noise to data, a row each, in buffers that are allocated once. NumPy alone.
 
-Calibration, `Sampler`, `StepBatcher`, shards and evaluation all run chains from here, so an image cannot depend on which
-of them made it.
+Calibration, `Sampler`, `StepBatcher`, shards and evaluation all run chains from here, so an image cannot depend on
+which of them made it.
 """
 
 from __future__ import annotations
@@ -96,9 +96,16 @@ class Chains:
         """End a chain; the last one takes its number."""
         last = self.count - 1
         if chain != last:
-            for values in (self._keys, self._schedules, self._tables):
-                values[chain] = values[last]  # type: ignore[index]
-            arrays = (self._x, self._step, self._scale, *self._states, *self._predictions, *self._requests.values())
+            self._keys[chain] = self._keys[last]
+            self._schedules[chain], self._tables[chain] = self._schedules[last], self._tables[last]
+            arrays: tuple[NDArray[Any], ...] = (
+                self._x,
+                self._step,
+                self._scale,
+                *self._states,
+                *self._predictions,
+                *self._requests.values(),
+            )
             for array in arrays:
                 array[chain] = array[last]
         self._resize(last)
@@ -209,7 +216,7 @@ class Chains:
 
 
 def coefficients(schedule: Schedule) -> Float32:
-    """Each step's input scale, noise weight, low and range of the log variance, and weights: (T, 4 + 2 (MOST_LAG + 1))."""
+    """Of each step: input scale, noise weight, low and range of the log variance, weights: (T, 4 + 2 MOST_LAG + 2)."""
     low, high = schedule.log_variance or (np.zeros(len(schedule)), np.zeros(len(schedule)))
     padding = [(0, 0), (0, MOST_LAG - schedule.lag)]
     columns = [schedule.input_scale, schedule.noise_weight, low, high - low]
@@ -217,7 +224,7 @@ def coefficients(schedule: Schedule) -> Float32:
     return np.concatenate([np.stack(columns, axis=1), *weights], axis=1).astype(np.float32)
 
 
-def run(chains: Chains, network: Network, after: Callable[[int], object] = lambda step: None) -> Float32:
+def run(chains: Chains, network: Network, after: Callable[[int], object] = lambda _: None) -> Float32:
     """Run chains that all stand at one step to their ends; `after` is called with every step that is done.
 
     Returns the states (count, ...) in place. Raises SamplingError where a chain becomes NaN or infinite.

@@ -64,12 +64,12 @@ class Diffusion(msgspec.Struct, frozen=True, tag="diffusion"):
                 f"--steps is {steps}; a chain has 1 to {TRAINING_STEPS} steps. Pass a number in that range."
             )
         if self.spacing == "linspace":
-            return np.round(np.linspace(0, TRAINING_STEPS - 1, steps))
-        found = np.arange(steps) * float(TRAINING_STEPS // steps) + self.steps_offset
+            return np.asarray(np.round(np.linspace(0, TRAINING_STEPS - 1, steps)), np.float64)
+        found: Float64 = np.arange(steps) * float(TRAINING_STEPS // steps) + self.steps_offset
         if found[-1] >= TRAINING_STEPS:
             raise UsageError(
-                f"the chain's last timestep is {found[-1]:g}, beyond {TRAINING_STEPS - 1}: the offset of the spacing is "
-                f"too large for {steps} steps. Pass fewer --steps."
+                f"the chain's last timestep is {found[-1]:g}, beyond {TRAINING_STEPS - 1}: the offset of the "
+                f"spacing is too large for {steps} steps. Pass fewer --steps."
             )
         return found
 

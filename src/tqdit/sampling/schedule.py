@@ -49,7 +49,7 @@ class Schedule:
     @property
     def lag(self) -> int:
         """L: how many earlier steps an update looks back at."""
-        return self.state_weights.shape[1] - 1
+        return int(self.state_weights.shape[1]) - 1
 
     @property
     def is_stochastic(self) -> bool:

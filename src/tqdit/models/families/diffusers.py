@@ -97,7 +97,7 @@ def describe(
 def _folds(config: Any) -> dict[str, tuple[Fold, ...]]:
     """Where divisors of inputs fold: adaLN's rows, and the rows of v. Those of q, k and v would have to be one."""
     width = config.num_attention_heads * config.attention_head_dim
-    folds = {"proj_out_2": shift_and_scale("proj_out_1", 0, width)}
+    folds: dict[str, tuple[Fold, ...]] = {"proj_out_2": shift_and_scale("proj_out_1", 0, width)}
     for index in range(config.num_layers):
         block = f"transformer_blocks.{index}"
         folds[f"{block}.attn1.to_out.0"] = (Fold(f"{block}.attn1.to_v", 0, width),)

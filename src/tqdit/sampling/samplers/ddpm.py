@@ -11,7 +11,7 @@ PROCESS = Diffusion
 
 
 def schedule(process: Diffusion, steps: int) -> Schedule:
-    """Folding the predicted x_0 into two weights avoids its cancellation at noisy steps, where sqrt(1 / abar) is 157."""
+    """Two weights in place of a predicted x_0 avoid its cancellation at noisy steps, where sqrt(1 / abar) is 157."""
     timesteps = process.timesteps(steps)
     abar = process.alphas_cumprod[timesteps.astype(np.int64)]
     prev = np.append(1.0, abar[:-1])
