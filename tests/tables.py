@@ -21,7 +21,7 @@ from tqdit.quantization.table import (
 )
 
 if TYPE_CHECKING:
-    from tqdit.models import LoadedModel
+    from tqdit.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tqdit.calibrate.flow import Calibration
 from tqdit.calibrate.rows import CalibrationRows
 from tqdit.console import Console
 from tqdit.diffusion import step_coefficients
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.sampling.noise import normal
 
 CONFIG = QuantizationConfig(

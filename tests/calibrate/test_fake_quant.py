@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from support import tiny_model
 from tqdit.calibrate import apply
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, quantize_module
 from tqdit.quantization.table import (

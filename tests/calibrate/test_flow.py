@@ -23,7 +23,8 @@ from tqdit.calibrate.judge import chain_error, final_samples
 from tqdit.calibrate.work import WorkFolder
 from tqdit.cli.main import main
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel, load_model
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.table import PerTensor, PerTimestepGroup, ScaleTable, read_scale_table
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}

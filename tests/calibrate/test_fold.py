@@ -13,7 +13,7 @@ from tables import Kind, make_table
 from tqdit.calibrate import apply
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import ValueProduct
 from tqdit.quantization.fold import fold, fold_divisors, source_of
 

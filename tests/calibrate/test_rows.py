@@ -14,7 +14,7 @@ from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.data import data_rows, read_data
 from tqdit.calibrate.rows import CalibrationRows, Chains, pick, renoise, sampling_of
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.table import even_boundaries
 
 SMALL = QuantizationConfig(steps=20, groups=4, rows_per_group=6, chains=2, guidance_scale=1.5)

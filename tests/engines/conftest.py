@@ -44,7 +44,7 @@ def tiny_pipeline(tmp_path_factory):
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     from tqdit.export import ExportConfig, export_graph, write
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
     from tqdit.models.dit import randomize
 
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from tqdit.calibrate.judge import final_samples
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler
 from tqdit.export import ExportConfig, export_graph, write
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 STEPS, IMAGES, SEED, SCALE = 25, 8, 3, 1.5
 BACKENDS = ("onnxruntime", "openvino")

@@ -21,7 +21,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with scales.safetensors, model.engine (W6A6) and float.engine."""
     from tqdit.export.graph import ExportConfig, finish_graph, trace_graph
     from tqdit.export.onnx_writer import write
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
 
     folder = tmp_path_factory.mktemp("flow")
     table_file = folder / "scales.safetensors"

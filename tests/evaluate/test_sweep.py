@@ -16,7 +16,7 @@ from tqdit.console import Console
 from tqdit.evaluate import sweep as module
 from tqdit.evaluate.bootstrap import Measure
 from tqdit.evaluate.sweep import TABLES, Bench, Job, Row, Size, Store, lines_of, markdown, sweep, table_csv
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 QUIET = Console(quiet=True)
 SIZE = Size(steps=3, images=64, batch=32)

@@ -11,7 +11,7 @@ import support
 from tables import Kind, make_table
 from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 from tqdit.onnx_file import read_card
 from tqdit.quantization.table import write_scale_table
 

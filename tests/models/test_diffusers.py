@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tqdit.errors import CheckpointError
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 from tqdit.models.origins import DIFFUSERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import support
 from tqdit.errors import CheckpointError
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 from tqdit.models.dit import DiT, randomize
 from tqdit.models.origins import DEMO, PUBLISHED
 

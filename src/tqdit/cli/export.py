@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.export.graph import ExportConfig, export_graph
     from tqdit.export.onnx_writer import check_overwrite, write
     from tqdit.export.vae import load_decoder, trace_decoder
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
 
     output: Path = args.output
     if output.suffix != ".onnx":

@@ -211,7 +211,7 @@ def _shards(path: Path) -> Facts:
 
 def _checkpoint(file: str, heads: int | None) -> Facts:
     need("torch", "export", "inspecting a checkpoint")
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
 
     model = load_model(file, heads)
     parameters = sum(parameter.numel() for parameter in model.network.parameters())

@@ -20,7 +20,7 @@ from tqdit.evaluate.paired import relative_errors
 if TYPE_CHECKING:
     import torch
 
-    from tqdit.models import LoadedModel
+    from tqdit.models.loaded import LoadedModel
 
 Advance = Callable[[], object]
 
@@ -196,7 +196,7 @@ def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
     """
     from tqdit.engines.build.engine import build_engine
     from tqdit.export import ExportConfig, export_graph, write
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
 
     model = load_model(card.model)
     check_fingerprint(model.fingerprint, card)

@@ -32,7 +32,8 @@ from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.diffusion import step_coefficients
 from tqdit.files import whole_file
-from tqdit.models import LoadedModel, load_model
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import (
     QuantizedLinear,
     QuantizedNetwork,

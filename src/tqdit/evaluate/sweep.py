@@ -43,7 +43,8 @@ from tqdit.evaluate.samples import Images, Reference
 from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED, processor
 from tqdit.extras import need
 from tqdit.files import whole_file
-from tqdit.models import LoadedModel, load_model
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
 
 NOISE = 1000  # seed s samples with noise NOISE + s
 HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise

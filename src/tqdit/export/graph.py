@@ -13,7 +13,7 @@ from tqdit.export.passes.names import name_by_modules
 from tqdit.export.passes.quantize import describe, quantize
 from tqdit.export.step import SamplingStep
 from tqdit.export.trace import OPSETS, check_opset, denoiser_inputs, step_inputs, trace
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.diffusion import SamplingSpec, step_coefficients
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 
 
 class SamplingStep(nn.Module):

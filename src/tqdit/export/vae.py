@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdit.errors import CheckpointError
 from tqdit.export.trace import trace
 from tqdit.extras import need
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.state import read_json
 
 

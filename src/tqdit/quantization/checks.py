@@ -123,7 +123,7 @@ def check_table(table: ScaleTable) -> None:
 
 
 def _check_boundaries(boundaries: NDArray[np.int64]) -> None:
-    if boundaries.dtype != np.int64 or boundaries.ndim != 1:
+    if boundaries.dtype != np.float64 or boundaries.ndim != 1:
         raise FileFormatError(
             f"'{BOUNDARIES}' is {boundaries.dtype}{list(boundaries.shape)}, expected int64[groups - 1]. {AGAIN}"
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.fold import fold
 from tqdit.quantization.quantizers import softmax_regions, symmetric, symmetric_codes

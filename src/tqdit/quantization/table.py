@@ -238,11 +238,9 @@ class ScaleTable:
         }
 
 
-def even_boundaries(groups: int) -> NDArray[np.int64]:
-    """Boundaries (G - 1,) of groups of equal length: the first timesteps at or after multiples of 1000 / G."""
-    if not 1 <= groups <= TRAINING_STEPS:
-        raise UsageError(f"--groups is {groups}; there can be 1 to {TRAINING_STEPS} groups of timesteps.")
-    return -(-TRAINING_STEPS * np.arange(1, groups, dtype=np.int64) // groups)
+def even_boundaries(groups: int, span: tuple[float, float] = (0.0, 1000.0)) -> NDArray[np.float64]:
+    """Boundaries (G - 1,) of groups of equal length."""
+    return np.ceil(np.arange(1, groups) * 1000 / groups)
 
 
 def factor_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -29,7 +29,7 @@ from tqdit.export import ExportConfig, onnx_writer, write
 from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.export.vae import load_decoder, trace_decoder
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 KINDS = {
     "one group": Kind(),  # with the patch embedding as a convolution every row was 0.2 to 26 % off
