@@ -11,18 +11,12 @@ from torch import nn
 from tqdit.models import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.fold import fold_divisors, source_of
-from tqdit.quantization.table import (
-    Asymmetric,
-    PerChannel,
-    PerTensor,
-    PerTimestepGroup,
-    ScaleTable,
-    Site,
-    Symmetric,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
-    even_boundaries,
-)
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.quantization.table import ScaleTable, Site, even_boundaries
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class Kind:
     groups: int = 1
     everywhere: bool = False  # time groups on every activation, not on the softmax alone
     conditioning_inputs: bool = False
-    uniform_softmax: bool = False  # one step for probabilities
+    uniform_softmax: bool = False  # one scale for probabilities
     equalised: bool = False  # inputs of linear layers have divisors
 
 
