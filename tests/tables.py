@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
 
-from tqdit.quantization.table import (
-    Asymmetric,
-    PerChannel,
-    PerTensor,
-    PerTimestepGroup,
-    ScaleTable,
-    Site,
-    Symmetric,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
-    even_boundaries,
-)
-
-if TYPE_CHECKING:
-    from tqdit.models.loaded import LoadedModel
+from tqdit.models import LoadedModel
+from tqdit.models.products import Scores, ValueProduct
+from tqdit.quantization.fold import fold_divisors, source_of
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.quantization.table import ScaleTable, Site, even_boundaries
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Kind:
     groups: int = 1
     everywhere: bool = False  # time groups on every activation, not on the softmax alone
     conditioning_inputs: bool = False
-    uniform_softmax: bool = False  # one step for probabilities
+    uniform_softmax: bool = False  # one scale for probabilities
     equalised: bool = False  # inputs of linear layers have divisors
 
 
@@ -42,11 +37,6 @@ def make_table(
     model: LoadedModel, kind: Kind, seed: int = 0, operands: dict[str, tuple[np.ndarray, ...]] | None = None
 ) -> ScaleTable:
     """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
-    import torch
-
-    from tqdit.models.products import Scores, ValueProduct
-    from tqdit.quantization.fold import fold_divisors, source_of
-
     rng = np.random.default_rng(seed)
     divisors: dict[str, np.ndarray] = {}
     if kind.equalised:
@@ -88,11 +78,6 @@ def make_table(
 
 def record_operands(model: LoadedModel) -> dict[str, tuple[np.ndarray, ...]]:
     """Inputs of every product on a few random rows."""
-    import torch
-    from torch import nn
-
-    from tqdit.models.products import Scores, ValueProduct
-
     recorded: dict[str, tuple[np.ndarray, ...]] = {}
     hooks = []
     for name, module in model.network.named_modules():

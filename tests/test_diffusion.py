@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tqdit.diffusion import (
     SamplingSpec,
     Schedule,
@@ -16,6 +15,7 @@ from tqdit.diffusion import (
     space_timesteps,
     step_coefficients,
 )
+
 from tqdit.errors import UsageError
 
 RNG = np.random.default_rng(0)

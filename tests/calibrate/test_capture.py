@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from tqdit.diffusion import step_coefficients
 
 from support import tiny_model
 from tqdit.calibrate import capture as capture_module
@@ -19,7 +20,6 @@ from tqdit.calibrate.fisher import COTANGENTS, FISHERS, plain, step_weighted
 from tqdit.calibrate.flow import Calibration
 from tqdit.calibrate.rows import CalibrationRows
 from tqdit.console import Console
-from tqdit.diffusion import step_coefficients
 from tqdit.models.loaded import LoadedModel
 from tqdit.sampling.noise import normal
 

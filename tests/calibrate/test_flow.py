@@ -25,7 +25,8 @@ from tqdit.cli.main import main
 from tqdit.errors import UsageError
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
-from tqdit.quantization.table import PerTensor, PerTimestepGroup, ScaleTable, read_scale_table
+from tqdit.quantization.granularity import PerTensor, PerTimestepGroup
+from tqdit.quantization.table import ScaleTable, read_scale_table
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdit.models.origins import DIFFUSERS
 
 from tqdit.errors import CheckpointError
 from tqdit.models.load import load_model
-from tqdit.models.origins import DIFFUSERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

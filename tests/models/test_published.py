@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdit.models.origins import DEMO, PUBLISHED
 
 import support
 from tqdit.errors import CheckpointError
-from tqdit.models.load import load_model
 from tqdit.models.dit import DiT, randomize
-from tqdit.models.origins import DEMO, PUBLISHED
+from tqdit.models.load import load_model
 
 
 def shared_state_dict(config):

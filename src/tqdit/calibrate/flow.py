@@ -25,13 +25,13 @@ from tqdit.calibrate.equalize import choose_divisor
 from tqdit.calibrate.fisher import FISHERS
 from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
+from tqdit.calibrate.operands import array
 from tqdit.calibrate.problem import Problem, Solution, make_problem
 from tqdit.calibrate.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
 from tqdit.calibrate.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fold import fold_divisors
-from tqdit.quantization.operands import array
 from tqdit.quantization.table import ScaleTable, Site
 
 TWO_REGIONS_PAY = 0.5  # of the error with one region: above it, the second product is not worth it

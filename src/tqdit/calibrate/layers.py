@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,18 +11,20 @@ from tqdit.calibrate.config import QuantizationConfig
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Place, Product
-from tqdit.quantization.table import Role
-
-Scheme = Literal["symmetric", "asymmetric", "softmax", "gelu"]
+from tqdit.quantization.granularity import Role
 
 
 @dataclass(frozen=True)
 class OperandPlan:
-    """How one tensor is quantized. `steps` is the number of independent steps: 1, groups or output channels."""
+    """How one tensor is quantized. `scales` is the number of independent scales: 1, groups or output channels.
 
-    scheme: Scheme
+    options: settings that the scheme alone knows (`Quantizer.fixed`).
+    """
+
+    scheme: str
     bits: int
-    steps: int
+    scales: int
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -
     operands: dict[Role, OperandPlan] = {}
     if parts[layer.place] != "none":
         assert isinstance(module, nn.Linear | nn.Conv2d)
-        steps = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
-        operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), steps)
+        scales = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
+        operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), scales)
     if parts[layer.place] == "all":
         operands["input"] = _input(layer, config, max(least, config.activation_bits))
     return LayerPlan(layer, operands)
@@ -81,21 +83,21 @@ def _can_be_quantized(module: nn.Module) -> bool:
 
 
 def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
-    scheme: Scheme = "softmax" if layer.made_by == "softmax" and config.softmax != "uniform" else "symmetric"
-    return OperandPlan(scheme, config.activation_bits, _groups(config, layer.made_by or "symmetric"))
+    groups = _groups(config, layer.made_by or "symmetric")
+    if layer.made_by != "softmax" or config.softmax == "uniform":
+        return OperandPlan("symmetric", config.activation_bits, groups)
+    return OperandPlan("softmax", config.activation_bits, groups, {"top": config.softmax_top})
 
 
 def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
-    scheme: Scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else (
-        "asymmetric" if config.inputs == "asymmetric" else "symmetric"
-    )  # fmt: skip
+    scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else config.inputs
     return OperandPlan(scheme, bits, _groups(config, scheme))
 
 
 def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
     """The same layer with one region, where `config` leaves the choice; None where it does not.
 
-    One region of probabilities has one step for all groups: engines then make one integer kernel of an attention.
+    One region of probabilities has one scale for all groups: engines then make one integer kernel of an attention.
     """
     operands = layer_plan.operands
     if config.gelu == "auto" and "input" in operands and operands["input"].scheme == "gelu":
@@ -107,6 +109,6 @@ def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerP
     return None
 
 
-def _groups(config: QuantizationConfig, scheme: Scheme) -> int:
+def _groups(config: QuantizationConfig, scheme: str) -> int:
     grouped = config.time_groups == "all" or (config.time_groups == "softmax" and scheme == "softmax")
     return config.groups if grouped else 1

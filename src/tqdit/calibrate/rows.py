@@ -19,11 +19,12 @@ from tqdit.calibrate.drift import Drift, place_boundaries
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.ports import Port, Signature
+from tqdit.quantization.granularity import group_of
 from tqdit.quantization.table import even_boundaries
 from tqdit.sampling.chains import Chains
 from tqdit.sampling.guidance import rows_per_image
 from tqdit.sampling.noise import normal
-from tqdit.sampling.schedule import SamplingSpec, group_of
+from tqdit.sampling.schedule import SamplingSpec
 
 RENOISING = 2**40  # image numbers from here on draw the noise of re-noised rows, apart from that of chains
 

@@ -27,8 +27,8 @@ from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, export_graph, write
-from tqdit.models.load import load_model
 from tqdit.models.dit import randomize
+from tqdit.models.load import load_model
 
 # diffusers' schedulers hand NumPy objects of torch whose __array__ is of before NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*")
