@@ -12,6 +12,8 @@ from tqdit.engines import Sampler, build_engine
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models import load_model
 
+pytestmark = pytest.mark.slow
+
 STEPS, IMAGES, SEED, SCALE = 25, 8, 3, 1.5
 BACKENDS = ("onnxruntime", "openvino")
 

@@ -206,6 +206,7 @@ def test_latents_without_a_decoder_are_no_images(bundle_of):
         assert sampler.sample_latents([0]).shape == (1, 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_denoiser_engine_cannot_sample(bundle_of):
     with pytest.raises(UsageError, match="denoiser graph"):
         Sampler.open(bundle_of(graph="denoiser"))

@@ -58,6 +58,7 @@ def random_inputs(rows, steps, guided):
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided, rows):
@@ -123,6 +124,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(exported):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_bytes(tmp_path):
     for name in ("a.onnx", "b.onnx"):
         write(tmp_path / name, *export_graph(support.tiny_model(), ExportConfig()))
