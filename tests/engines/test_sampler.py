@@ -16,7 +16,7 @@ from tqdit.sampling import noise
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 
 
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_sampled_chain_equals_pytorch_plus_numpy(bundle_of, origin, guided):
     """20 steps; float32 in another order than PyTorch's: 2e-4 of the largest value, as for the graph itself."""

@@ -266,6 +266,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     support.assert_agrees(out, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [21, 22, 23])
 def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()

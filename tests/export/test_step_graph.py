@@ -74,6 +74,7 @@ def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided
     np.testing.assert_allclose(x_next, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
 def test_a_whole_chain_of_20_steps(exported, origin, sampler, guided):
     session, model, spec = exported(origin, sampler, guided)
@@ -105,6 +106,7 @@ def test_the_denoiser_graph_is_the_network(tmp_path, origin):
     np.testing.assert_allclose(noise_pred, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_unguided_graphs_have_no_guidance_input_and_noise_always_stays(exported):
     for _, sampler, guided in VARIANTS:
         session, _, _ = exported("published", sampler, guided)
