@@ -19,6 +19,8 @@ from tqdit.engines.bundle import seal
 from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.statistics import frechet_distance, moments
 
+pytestmark = pytest.mark.slow
+
 COUNT = 64
 NAMES = ("latents", "damaged", "half", "large", "picture")
 

@@ -17,6 +17,8 @@ from PIL import Image
 from tqdit.evaluate.bootstrap import Measure, number
 from tqdit.evaluate.report import look_up, page, write_report
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 
 

@@ -128,6 +128,7 @@ def test_tables_say_what_the_rows_say():
     ).items()
 
 
+@pytest.mark.slow
 def test_a_real_row_and_its_float_row(tmp_path, monkeypatch):
     """Few steps, few rows, W8A8: near float, and again the same."""
     monkeypatch.setattr(module, "TOTAL_ROWS", 8)

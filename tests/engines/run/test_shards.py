@@ -152,6 +152,7 @@ def test_other_settings_in_the_same_folder_are_refused_with_what_differs(bundle,
     assert content(folder) == whole
 
 
+@pytest.mark.slow
 def test_another_engine_in_the_same_folder_is_refused(bundle_of, folder, whole, capsys):
     assert "another run: engine " in refused(capsys, command(bundle_of(steps=10), folder))
     assert content(folder) == whole
@@ -189,6 +190,7 @@ def test_many_images_go_into_shards(bundle, tmp_path, monkeypatch):
     assert (tmp_path / "samples" / INDEX).is_file()
 
 
+@pytest.mark.slow
 def test_latents_go_into_shards_and_merge_as_well(bundle_of, tmp_path):
     folder = bundle_of(pixels=False)
     assert run("sample", [str(folder), "-n", "5", "-o", str(tmp_path / "s"), "-q"]) == 0
