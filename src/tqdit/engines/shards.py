@@ -30,8 +30,7 @@ from tqdit.engines.images import write_npz
 from tqdit.engines.sampler import Callback, Sampler
 from tqdit.engines.step_rows import check_guidance, check_labels
 from tqdit.errors import FileFormatError, OutputError, UsageError
-from tqdit.files import check_writable, sha256, whole_file, writing
-from tqdit.locks import LOCK, lock_folder
+from tqdit.files import LOCK, check_writable, lock_folder, sha256, whole_file, writing
 from tqdit.sampling.noise import check_key
 
 FORMAT_VERSION = 1
@@ -194,8 +193,6 @@ def open_shards(path: Path, job: SamplingJob, force: bool = False) -> Iterator[S
     check_writable(path)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file. Choose another name.")
-    with writing(path):
-        path.mkdir(exist_ok=True)
     with lock_folder(path):
         with writing(path):
             foreign = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
