@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 
 from tqdit.calibrate import PRESETS, QuantizationConfig, calibrate
 from tqdit.card import GraphCard
-from tqdit.engines import build_engine
 from tqdit.engines.backends import run_row
+from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.export import ExportConfig, export_graph, write

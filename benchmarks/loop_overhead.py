@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tqdit import __version__
 from tqdit.card import GraphCard
 from tqdit.diffusion import SamplingSpec
-from tqdit.engines import Sampler, StepBatcher
+from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.sampling.noise import Normals
 
 

@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tqdit.engines import Progress, StepBatcher
 from tqdit.engines.bundle import read_manifest
+from tqdit.engines.run.step_batcher import Progress, StepBatcher
 from tqdit.errors import DeadlineError, QueueFullError, TqditError, UsageError
 
 KEPT = 1000  # results that nobody has fetched; the oldest go first

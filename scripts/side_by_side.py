@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tqdit.console import Console
-from tqdit.engines import Sampler, StepReport
 from tqdit.engines.bundle import read_manifest
-from tqdit.engines.images import grid
-from tqdit.engines.sampler import to_pixels
+from tqdit.engines.run.images import grid
+from tqdit.engines.run.sampler import Sampler, StepReport, to_pixels
 from tqdit.files import whole_file
 
 

@@ -28,7 +28,7 @@ BUILDS = [  # attention of the file, precision, float type, targets
 BUILD = """
 import json, resource, sys, threading, time
 from pathlib import Path
-from tqdit.engines import build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.engines.config import BuildConfig
 source, output, precision, float_type, *targets = sys.argv[1:]
 started, compiler_peak, stop = time.perf_counter(), [0], threading.Event()

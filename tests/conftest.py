@@ -1,31 +1,66 @@
-"""Fixtures that more than one folder of tests uses; the models themselves stand in `support.py`."""
+"""Fixtures that more than one folder of tests uses; the models themselves stand in `support.py`.
 
+Neither this file nor `support.py` nor `tables.py` imports torch or onnx before a test needs them: `pytest
+tests/test_noise.py` starts in a second.
+"""
+
+import ctypes
 import json
+import os
+import sys
+import tempfile
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-import kernel_device  # noqa: F401 (before anything imports Triton)
 import support
-from tqdit.models.dit import DiT, randomize
+
+
+def has_cuda() -> bool:
+    """Whether the driver names a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+# Libraries read these when they are imported. One thread: the models are too small for two, parallel workers share the
+# cores, and results then do not depend on the machine's load.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+if not has_cuda():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    """A folder for traces, which the workers inherit from the process that starts them (`support.traced`)."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="tqdit-traces-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["TQDIT_TEST_TRACES"] = folder.name
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """A test sees the same numbers whichever tests run before it."""
-    torch.manual_seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
 def network():
     """A tiny DiT in the published layout: two blocks of width 16, random non-zero weights."""
+    from tqdit.models.dit import DiT, randomize
+
     return randomize(DiT(support.TINY), scale=0.3).eval()
 
 
 @pytest.fixture
 def checkpoint(tmp_path, network):
     """Its weights as a flat `.pt`; of unusual width, so it needs `heads=2`."""
+    import torch
+
     path = tmp_path / "tiny.pt"
     torch.save(network.state_dict(), path)
     return path
@@ -34,6 +69,8 @@ def checkpoint(tmp_path, network):
 @pytest.fixture
 def own_file(tmp_path, network):
     """Its weights as a safetensors file of ours, which says how many heads it has."""
+    from safetensors.torch import save_file
+
     path = tmp_path / "tiny.safetensors"
     save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2})})
     return path
@@ -43,6 +80,8 @@ def own_file(tmp_path, network):
 def theirs():
     """The tiny model as diffusers' own module, random non-zero weights, embedders that differ between the blocks."""
     from diffusers import DiTTransformer2DModel
+
+    from tqdit.models.dit import randomize
 
     model = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,

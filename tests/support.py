@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-import onnx_ir as ir
-import torch
 from PIL import Image
 
-from tqdit.card import GraphCard
 from tqdit.diffusion import Float64, SamplingSpec, ddim_step, ddpm_step, guide
-from tqdit.export import ExportConfig
-from tqdit.export.graph import export_graph, finish_graph, trace_graph
-from tqdit.models import LoadedModel
-from tqdit.models.dit import DiT, DiTConfig, randomize
-from tqdit.models.loaded import fingerprint
-from tqdit.models.origins import DIFFUSERS, PUBLISHED, Origin
-from tqdit.onnx_seal import KEY
-from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.noise import INITIAL, normal_rows
 
-ORIGINS = {"published": PUBLISHED, "diffusers": DIFFUSERS}
-TINY = DiTConfig(
-    input_size=8, patch_size=2, in_channels=4, out_channels=8, hidden_size=16, depth=2, mlp_hidden_size=64,
-    num_classes=5, num_heads=2,
-)  # fmt: skip
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from tqdit.card import GraphCard
+    from tqdit.export import ExportConfig
+    from tqdit.models import LoadedModel
+    from tqdit.models.dit import DiTConfig
+    from tqdit.quantization.table import ScaleTable
+
+
+@functools.cache
+def tiny_config() -> DiTConfig:
+    """Two blocks of width 16."""
+    from tqdit.models.dit import DiTConfig
+
+    return DiTConfig(
+        input_size=8, patch_size=2, in_channels=4, out_channels=8, hidden_size=16, depth=2, mlp_hidden_size=64,
+        num_classes=5, num_heads=2,
+    )  # fmt: skip
+
+
+def __getattr__(name: str) -> DiTConfig:
+    """TINY on first use, since its class stands in a module that imports torch."""
+    if name == "TINY":
+        return tiny_config()
+    raise AttributeError(f"module 'support' has no attribute '{name}'")
 
 
 def tiny_model(origin: str = "published", steps: int = 20, pixels: bool = False, seed: int = 0) -> LoadedModel:
     """Two blocks of width 16 with random non-zero weights, with every peculiarity of its origin."""
-    facts: Origin = ORIGINS[origin]
+    from tqdit.models import LoadedModel
+    from tqdit.models.dit import DiT, randomize
+    from tqdit.models.loaded import fingerprint
+    from tqdit.models.origins import DIFFUSERS, PUBLISHED
+
+    facts = {"published": PUBLISHED, "diffusers": DIFFUSERS}[origin]
     channels = 3 if pixels else 4
     config = replace(
-        TINY,
+        tiny_config(),
         in_channels=channels,
         out_channels=2 * channels,
         frequency_shift=facts.frequency_shift,
@@ -61,18 +79,28 @@ def tiny_model(origin: str = "published", steps: int = 20, pixels: bool = False,
     )
 
 
-DEFAULT = ExportConfig()
-
-
 @functools.cache
 def traced(config: ExportConfig, origin: str, steps: int, pixels: bool, seed: int) -> tuple[LoadedModel, ir.Model]:
-    """A tiny model and its float trace; cached, since torch needs seconds to trace even this."""
+    """A tiny model and its float trace, which takes torch seconds: made once for all workers of a test run.
+
+    The workers share the folder $TQDIT_TEST_TRACES, which `conftest.py` makes.
+    """
+    import onnx_ir as ir
+    from filelock import FileLock
+
+    from tqdit.export.graph import trace_graph
+
     model = tiny_model(origin, steps, pixels, seed)
-    return model, trace_graph(model, config)
+    name = hashlib.sha256(repr((config, origin, steps, pixels, seed)).encode()).hexdigest()
+    file = Path(os.environ["TQDIT_TEST_TRACES"], f"{name}.onnx")
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            ir.save(trace_graph(model, config), file)
+    return model, ir.load(file)
 
 
 def exported(
-    config: ExportConfig = DEFAULT,
+    config: ExportConfig | None = None,
     origin: str = "published",
     steps: int = 20,
     pixels: bool = False,
@@ -80,6 +108,9 @@ def exported(
     table: ScaleTable | None = None,
 ) -> tuple[ir.Model, GraphCard]:
     """A tiny model's graph and card, float or quantized."""
+    from tqdit.export.graph import ExportConfig, export_graph, finish_graph
+
+    config = config or ExportConfig()
     model, trace = traced(replace(config, attention="simulated"), origin, steps, pixels, seed)
     if table is not None and any(site.divisor is not None for site in table.sites):
         return export_graph(model, config, table)
@@ -88,6 +119,10 @@ def exported(
 
 def save_edited(model: onnx.ModelProto, path: Path, **options: object) -> None:
     """Save an exported graph that was changed on purpose: without the digest of what it was."""
+    import onnx
+
+    from tqdit.onnx_seal import KEY
+
     kept = [entry for entry in model.metadata_props if entry.key != KEY]
     assert len(kept) == len(model.metadata_props) - 1
     del model.metadata_props[:]
@@ -100,6 +135,7 @@ def reference_step(
     noise: np.ndarray,
 ) -> Float64:  # fmt: skip
     """One step as the papers write it: the PyTorch network in float32, everything else in float64 NumPy."""
+    import torch
 
     def network(y: np.ndarray) -> Float64:
         with torch.no_grad():

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import nn
 
-from tqdit.models import LoadedModel
-from tqdit.models.products import Scores, ValueProduct
-from tqdit.quantization.fold import fold_divisors, source_of
 from tqdit.quantization.table import (
     Asymmetric,
     PerChannel,
@@ -23,6 +19,9 @@ from tqdit.quantization.table import (
     TwoRegionSoftmax,
     even_boundaries,
 )
+
+if TYPE_CHECKING:
+    from tqdit.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,11 @@ def make_table(
     model: LoadedModel, kind: Kind, seed: int = 0, operands: dict[str, tuple[np.ndarray, ...]] | None = None
 ) -> ScaleTable:
     """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
+    import torch
+
+    from tqdit.models.products import Scores, ValueProduct
+    from tqdit.quantization.fold import fold_divisors, source_of
+
     rng = np.random.default_rng(seed)
     divisors: dict[str, np.ndarray] = {}
     if kind.equalised:
@@ -84,6 +88,11 @@ def make_table(
 
 def record_operands(model: LoadedModel) -> dict[str, tuple[np.ndarray, ...]]:
     """Inputs of every product on a few random rows."""
+    import torch
+    from torch import nn
+
+    from tqdit.models.products import Scores, ValueProduct
+
     recorded: dict[str, tuple[np.ndarray, ...]] = {}
     hooks = []
     for name, module in model.network.named_modules():

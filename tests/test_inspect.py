@@ -9,7 +9,7 @@ import pytest
 from tqdit.cli import main as cli
 from tqdit.cli.inspect import inspect, run
 from tqdit.console import Console
-from tqdit.engines.shards import SamplingJob, ShardFolder
+from tqdit.engines.run.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
 
 

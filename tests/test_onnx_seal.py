@@ -9,7 +9,7 @@ import pytest
 import support
 from tqdit import onnx_seal
 from tqdit.cli.inspect import inspect
-from tqdit.engines import build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.errors import FileFormatError
 from tqdit.export import onnx_writer, write
 from tqdit.onnx_file import external_files, load_graph

@@ -1,19 +1,17 @@
 """Files, engine bundles and a pipeline of tiny models."""
 
 import pytest
-import torch
 
 import support
 from tables import Kind, make_table
-from tqdit.engines import build_engine
-from tqdit.export import ExportConfig, export_graph, write
-from tqdit.models import load_model
-from tqdit.models.dit import randomize
+from tqdit.engines.build.engine import build_engine
 
 
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory):
     """bundle_of(origin, pixels=..., sampler=..., ...) -> folder of an ONNX Runtime bundle."""
+    from tqdit.export import ExportConfig, write
+
     made = {}
 
     def build(origin="published", pixels=True, kind=None, **config):
@@ -32,6 +30,8 @@ def bundle_of(tmp_path_factory):
 @pytest.fixture
 def quantized(tmp_path):
     """A W8A8 file of a pixel model, ten groups of timesteps, free to be changed."""
+    from tqdit.export import write
+
     path = tmp_path / "model.onnx"
     write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
     return path
@@ -40,7 +40,12 @@ def quantized(tmp_path):
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory):
     """A folder with a diffusers pipeline of random weights, DiT-XL-2-256, and the engine of its transformer."""
+    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    from tqdit.export import ExportConfig, export_graph, write
+    from tqdit.models import load_model
+    from tqdit.models.dit import randomize
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("guide")

@@ -8,8 +8,9 @@ import onnxruntime
 import pytest
 
 import support
-from tqdit.engines import Sampler, build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import MANIFEST, check_overwrite, read_manifest, seal
+from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
 from tqdit.export import write
 
@@ -127,7 +128,7 @@ def test_a_graph_that_cannot_be_compiled_leaves_no_bundle(tmp_path):
 
 
 def test_both_distributions_of_onnxruntime_are_refused(bundle, monkeypatch):
-    from tqdit.engines.onnxruntime import library
+    from tqdit.engines.backends.onnxruntime import library
 
     monkeypatch.setattr(library, "_installed", lambda _: True)
     with pytest.raises(BackendError, match=r"both installed.*pip uninstall"):

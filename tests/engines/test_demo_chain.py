@@ -8,7 +8,8 @@ import pytest
 from tables import Kind, make_table, record_operands
 from tqdit.calibrate import apply
 from tqdit.calibrate.judge import final_samples
-from tqdit.engines import Sampler, build_engine
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.run.sampler import Sampler
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models import load_model
 

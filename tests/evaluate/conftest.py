@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
-from tqdit.engines import build_engine
-from tqdit.export import ExportConfig, write
-from tqdit.export.graph import finish_graph, trace_graph
-from tqdit.models import load_model
+from tqdit.engines.build.engine import build_engine
 from tqdit.quantization.table import read_scale_table
 
 SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "2", "--candidates", "10"]
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with scales.safetensors, model.engine (W6A6) and float.engine."""
+    from tqdit.export.graph import ExportConfig, finish_graph, trace_graph
+    from tqdit.export.onnx_writer import write
+    from tqdit.models import load_model
+
     folder = tmp_path_factory.mktemp("flow")
     table_file = folder / "scales.safetensors"
     bits = ["--weight-bits", "6", "--activation-bits", "6"]

@@ -47,7 +47,7 @@ def test_every_number_comes_with_its_noise(done):
 
 def test_paired_errors_are_those_of_the_two_engines(done):
     """Against chains that are sampled here: the same latents, the same error."""
-    from tqdit.engines import Sampler
+    from tqdit.engines.run.sampler import Sampler
 
     flow, facts = done
     labels = np.arange(COUNT) % 16
@@ -75,7 +75,7 @@ def test_the_distance_above_float_is_the_difference_with_less_noise(done):
 
 def test_the_distance_is_that_of_the_library(done, reference):
     """Sampled and measured again by hand."""
-    from tqdit.engines import Sampler
+    from tqdit.engines.run.sampler import Sampler
 
     flow, facts = done
     extractor = JudgeExtractor()

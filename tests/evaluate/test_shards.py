@@ -19,7 +19,7 @@ from evaluate.commands import refused
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
-from tqdit.engines.shards import INDEX, SamplingJob, ShardFolder, merge_shards, open_shards, shard_name
+from tqdit.engines.run.shards import INDEX, SamplingJob, ShardFolder, merge_shards, open_shards, shard_name
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.observe import Observed, observe

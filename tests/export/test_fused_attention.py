@@ -20,9 +20,9 @@ from kernel_device import run_attention
 from tables import Kind, make_table
 from tqdit.calibrate import apply
 from tqdit.cli import export as cli
+from tqdit.engines.build.cast import cast_floats
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, write
-from tqdit.export.passes.cast import cast_floats
 from tqdit.lint import lint
 from tqdit.onnx_file import read_card
 from tqdit.quantization.table import PerTensor, ScaleTable, Symmetric, TwoRegionSoftmax

@@ -20,7 +20,7 @@ import torch
 import support
 from tables import Kind, make_table
 from tqdit.calibrate import apply
-from tqdit.engines.onnxruntime.library import session_options
+from tqdit.engines.backends.onnxruntime.library import session_options
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.export.passes.quantize import exported_sites

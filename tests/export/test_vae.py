@@ -9,8 +9,8 @@ import torch
 
 import support
 from tqdit.cli.main import run
-from tqdit.engines import Sampler, build_engine
-from tqdit.engines.sampler import to_pixels
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import CheckpointError, FileFormatError
 from tqdit.export import ExportConfig, export_graph, read_card, write
 from tqdit.export.vae import load_decoder, trace_decoder

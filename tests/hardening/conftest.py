@@ -19,7 +19,7 @@ import support
 from hardening.blows import DEALT
 from tables import Kind, make_table
 from tqdit.cli.main import main
-from tqdit.engines import build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.export import ExportConfig, write
 from tqdit.models.dit import DiT, randomize
 from tqdit.quantization.table import write_scale_table

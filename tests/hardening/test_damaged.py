@@ -15,7 +15,7 @@ import pytest
 
 import support
 from hardening.blows import cuts, flipped
-from tqdit.engines import Sampler
+from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import TqditError
 from tqdit.evaluate.samples import read_images
 from tqdit.quantization.table import read_scale_table

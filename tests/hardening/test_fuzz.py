@@ -16,7 +16,7 @@ from tqdit.calibrate.config import QuantizationConfig
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest, seal
 from tqdit.engines.config import BatchRange
-from tqdit.engines.shards import INDEX, parse_index
+from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
 from tqdit.models.published import read_own_facts

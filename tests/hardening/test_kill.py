@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tqdit.calibrate.work import open_search
-from tqdit.engines.shards import INDEX, read_index
+from tqdit.engines.run.shards import INDEX, read_index
 
 pytestmark = pytest.mark.hardening
 CALIBRATE = ["calibrate", "{inputs}/dit.safetensors", "--steps", "8", "--groups", "2", "--rows-per-group", "4",

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import tqdit.calibrate.flow
-import tqdit.engines.onnxruntime.build
-import tqdit.engines.onnxruntime.run
+import tqdit.engines.backends.onnxruntime.build
+import tqdit.engines.backends.onnxruntime.run
 import tqdit.export
 import tqdit.lint
 import tqdit.models  # noqa: F401

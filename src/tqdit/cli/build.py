@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdit.console import Console
 from tqdit.engines.backends import BACKENDS, choose_backend
-from tqdit.engines.build import build_engine
+from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
 from tqdit.extras import need

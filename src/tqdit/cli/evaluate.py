@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.console import Console
-from tqdit.engines import Sampler
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest
+from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import MissingLibraryError, UsageError
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.tables import summary

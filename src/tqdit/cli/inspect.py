@@ -18,7 +18,7 @@ from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.shards import INDEX, read_index
+from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
 from tqdit.quantization import summary as scale_table_summary

@@ -12,9 +12,9 @@ import numpy as np
 
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
-from tqdit.engines.images import check_output, kind_of, write_images, write_npz
-from tqdit.engines.sampler import Sampler, StepReport
-from tqdit.engines.shards import INDEX, SHARD_SIZE, ShardFolder, describe_job, merge_shards, open_shards
+from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
+from tqdit.engines.run.sampler import Sampler, StepReport
+from tqdit.engines.run.shards import INDEX, SHARD_SIZE, ShardFolder, describe_job, merge_shards, open_shards
 from tqdit.errors import OutputError, UsageError
 from tqdit.files import check_writable
 
@@ -168,7 +168,7 @@ def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
 
 
 def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, console: Console) -> Work:
-    from tqdit.engines.ray_workers import Cluster, ClusterConfig
+    from tqdit.engines.run.ray_workers import Cluster, ClusterConfig
 
     check_parts(args.engine, manifest)
     config = ClusterConfig(args.ray or None, args.workers, args.batch, args.threads)

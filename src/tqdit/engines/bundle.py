@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdit.card import GraphCard
-from tqdit.engines.audit import Audit
+from tqdit.engines.build.audit import Audit
 from tqdit.engines.config import BatchRange
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
 from tqdit.files import sha256

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.diffusion import step_coefficients
-from tqdit.engines import Sampler, StepReport
+from tqdit.engines.run.sampler import Sampler, StepReport
 from tqdit.errors import UsageError
 from tqdit.evaluate.paired import relative_errors
 
@@ -194,7 +194,7 @@ def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
 
     Raises UsageError where the model is another one by now.
     """
-    from tqdit.engines import build_engine
+    from tqdit.engines.build.engine import build_engine
     from tqdit.export import ExportConfig, export_graph, write
     from tqdit.models import load_model
 

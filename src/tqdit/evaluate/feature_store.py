@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from tqdit.console import Console
-from tqdit.engines.images import write_npz
-from tqdit.engines.shards import ShardFolder, shard_name
+from tqdit.engines.run.images import write_npz
+from tqdit.engines.run.shards import ShardFolder, shard_name
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.evaluate.extractors import Extractor, Features, identity
 from tqdit.files import check_writable, read_npz

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from tqdit.engines.images import NOTES, write_npz
-from tqdit.engines.shards import INDEX, ShardFolder, read_index, shard_name
+from tqdit.engines.run.images import NOTES, write_npz
+from tqdit.engines.run.shards import INDEX, ShardFolder, read_index, shard_name
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.statistics import Gaussian
 from tqdit.files import read_npz

@@ -1,0 +1,81 @@
+"""Run an optimised graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.engines.backends.onnxruntime.library import load_library, session_options
+from tqdit.engines.backends.onnxruntime.providers import CPU, NAMES, check_got, check_offered, settings_of
+from tqdit.engines.bundle import Manifest, check_machine, check_not_older
+from tqdit.errors import BackendError, UsageError
+
+
+class OrtEngine:
+    """One session. `threads` None leaves the choice to ONNX Runtime (one per physical core).
+
+    Inputs are read where they lie, and the result is written where the caller will read it: nothing is copied.
+    """
+
+    def __init__(
+        self, file: Path, threads: int | None, providers: list[Any] | None = None, provider: str = "cpu"
+    ) -> None:
+        ort = load_library()
+        check_offered(ort, provider)
+        options, settings = session_options(ort)
+        # All that is to become integer was fused when it was built. With this off, constants are folded through the
+        # dequantization that is left: weights that are quantized alone become float32 here, once.
+        if provider != "tensorrt":  # which fuses by itself
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session: Any = ort.InferenceSession(file, options, providers=providers or [CPU], **settings)
+        except Exception as error:  # ONNX Runtime raises a class of its own for each status code
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot load it ({reason}).") from error
+        check_got(self._session, provider)
+        self._file = file
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        output = self._session.get_outputs()[0]
+        self._output, self._shape = output.name, output.shape
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        session = self._session
+        if session is None:
+            raise UsageError("this engine is closed. Open it again.")
+        binding = session.io_binding()
+        fed = [np.ascontiguousarray(inputs[name]) for name in self._inputs]
+        for name, value in zip(self._inputs, fed, strict=True):
+            binding.bind_cpu_input(name, value)
+        out = np.empty((len(fed[0]), *self._shape[1:]), np.float32)
+        binding.bind_output(self._output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # as above
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({reason}).") from error
+        return out
+
+    def close(self) -> None:
+        """Calls under way end as usual; the memory goes with the last of them."""
+        self._session = None
+
+
+def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OrtEngine:
+    """Open one file of a bundle; refuses one that was built for another machine or by a newer ONNX Runtime."""
+    ort = load_library()
+    check_machine(folder, manifest)
+    check_not_older(folder, manifest, "onnxruntime", "ONNX Runtime", ort.__version__)
+    provider = NAMES.get(manifest.target.get("provider", CPU))
+    if provider is None:
+        raise BackendError(
+            f"{folder}: built for {manifest.target['provider']}, which this tqdit lacks. Build it again."
+        )
+    if file != manifest.entry and provider == "tensorrt":
+        provider = "cuda"  # the decoder
+    return OrtEngine(folder / file, threads, settings_of(provider, folder, manifest.card, manifest.batch), provider)

@@ -1,0 +1,127 @@
+"""Convert the exported graph to an OpenVINO IR, and prove from the compiled model that it stayed integer."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdit import __version__
+from tqdit.card import GraphCard
+from tqdit.engines.backends import Fitness
+from tqdit.engines.backends.openvino.angles import tabulate_angles
+from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
+from tqdit.engines.build.audit import Audit, audit
+from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
+from tqdit.errors import BackendError
+from tqdit.files import bring, temporary_folder
+
+GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
+DECODER_FILE = "decoder.xml"
+OPTIONS: frozenset[str] = frozenset()
+CASTS_FLOATS = True  # by its own precision hint; it takes the file as it was exported
+PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"}  # layers of a compiled model
+INTEGERS = {"i8", "u8"}
+# What OpenVINO calls nodes of its own; ours have a module before a slash.
+NAMELESS = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
+
+
+def fitness() -> Fitness:
+    if util.find_spec("openvino") is None:
+        return Fitness(0, "openvino is not installed")
+    return Fitness(20, "the fastest on CPUs")
+
+
+def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
+    """float32 first: bfloat16 rounds what the scales were calibrated for (docs/engine-bundle.md says how much)."""
+    return ("fp32", "bf16") if has_bfloat16(load_library()) else ("fp32",)
+
+
+def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
+    """Convert the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
+    ov = load_library()
+    float_type = "bf16" if config.float_type == "bf16" else "fp32"
+    parts = {GRAPH_FILE: source} | ({} if card.vae is None else {DECODER_FILE: source.parent / card.vae.file})
+    for done, (name, file) in enumerate(parts.items()):
+        progress(f"converting {file.name}", done, len(parts))
+        _convert(ov, file, folder / name, float_type)
+    report = audit_graph(folder / GRAPH_FILE, card, float_type)
+    if report is not None and not config.allow_fallback:
+        report.check("openvino", "a scale that is not a constant; run tqdit-inspect --lint on the file")
+    return Manifest(
+        backend="openvino",
+        precision=config.precision or "fp32",
+        card=card,
+        entry=GRAPH_FILE,
+        decoder=DECODER_FILE if card.vae is not None else None,
+        versions={"tqdit": __version__, "openvino": release(ov)},
+        target={"device": "CPU", "machine": platform.machine()},
+        audit=report,
+        files=describe_parts(folder),
+    )
+
+
+def audit_graph(file: Path, card: GraphCard, float_type: str) -> Audit | None:
+    """Compile an IR and read off which products multiply integers: by the types of both inputs.
+
+    A layer's `runtimePrecision` says i8 also where only the weight is. Layers keep the names of what was fused into
+    them, of which those with MODULE/ are ours. A whole attention may be one kernel: q, k and v are its inputs, and the
+    probabilities must be quantized inside.
+    """
+    if card.quantization is None:
+        return None
+    compiled = compile_file(load_library(), file, float_type)
+    integer: list[str] = []
+    floating: list[str] = []
+    for layer in compiled.get_runtime_model().get_ops():
+        info = layer.get_rt_info()
+        kind, names = info["layerType"].astype(str), info["originalLayersNames"].astype(str).split(",")
+        is_attention = kind == "Subgraph" and any(name.endswith("/Softmax") for name in names)
+        if kind not in PRODUCTS and not is_attention:
+            continue
+        operands = layer.inputs() if is_attention else layer.inputs()[:2]
+        types = {operand.get_element_type().get_type_name() for operand in operands}
+        quantized = types <= INTEGERS and (not is_attention or any("/QuantizeLinear" in name for name in names))
+        (integer if quantized else floating).extend(names)
+    return audit(card.quantization, integer, floating)
+
+
+def _convert(ov: ModuleType, source: Path, target: Path, float_type: str) -> None:
+    """Write the IR of an ONNX file, in float32; a hint at compilation asks for other types."""
+    with temporary_folder(target.with_name(f"{target.stem}.inlined")) as folder:
+        try:
+            model = ov.Core().read_model(_without_functions(source, folder))
+            if float_type == "bf16":
+                tabulate_angles(ov, model)
+            _name_the_nameless(model)
+            ov.save_model(model, target, compress_to_fp16=False)
+        except RuntimeError as error:  # what OpenVINO raises whatever went wrong
+            raise BackendError(f"{source}: OpenVINO {release(ov)} cannot convert it ({reason(error)}).") from error
+
+
+def _without_functions(source: Path, folder: Path) -> Path:
+    """A file without local functions, which OpenVINO refuses: `source`, or a copy in `folder` with them inlined."""
+    import onnx
+    import onnx.inliner
+
+    from tqdit.onnx_file import external_files, load_graph
+
+    model = load_graph(source)
+    if not model.functions:
+        return source
+    inlined = onnx.inliner.inline_local_functions(model)
+    for name in external_files(inlined, source):
+        bring(source.parent / name, folder / name)  # OpenVINO follows no links out of the file's own folder
+    onnx.save(inlined, folder / source.name)
+    return folder / source.name
+
+
+def _name_the_nameless(model: Any) -> None:
+    """Number nodes without a name by their place, not by how many this process has made: builds repeat bit for bit."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if NAMELESS.fullmatch(node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")

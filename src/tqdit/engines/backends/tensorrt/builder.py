@@ -1,0 +1,208 @@
+"""What both rows of the table do: inline, compile, audit, describe."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdit import __version__
+from tqdit.card import GraphCard
+from tqdit.engines.backends import Fitness
+from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.backends.tensorrt.compiler import Compiled, run_worker
+from tqdit.engines.backends.tensorrt.layers import audit_layers
+from tqdit.engines.backends.tensorrt.library import Library
+from tqdit.engines.backends.tensorrt.worker import Job
+from tqdit.engines.build.audit import Audit
+from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
+from tqdit.errors import BackendError, TqditError, UsageError
+from tqdit.extras import need
+from tqdit.files import temporary_folder
+
+PLAN_FILE = "engine.plan"
+DECODER_FILE = "decoder.plan"
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+DOMAIN = "tqdit"  # of the custom ops
+Custom = dict[str, list[str]]  # custom op -> names of its nodes
+CAUSE = "a scale that is computed at run time, or a form that is not fused; run tqdit-inspect --lint on the file"
+
+
+def fitness(library: Library, score: int) -> Fitness:
+    """Whether an engine of this library can run here; names the first thing that is missing."""
+    if not library.installed:
+        return Fitness(0, f"{library.module} is not installed")
+    elsewhere = "; it builds here for machines with one" if not library.needs_gpu_to_build else ""
+    if not cuda.installed():
+        return Fitness(0, f"cuda-python, which runs its engines, is not installed{elsewhere}")
+    try:
+        device = cuda.find_device()
+        known = library.targets(library.load("choosing a backend")) if library.takes_targets else (device.capability,)
+    except (TqditError, ImportError, OSError) as error:
+        return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}")
+    if device.capability not in known:
+        return Fitness(0, f"{library.title} has no kernels for compute capability {device.capability}")
+    return Fitness(score, f"GPU of compute capability {device.capability}")
+
+
+def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
+    """float16 first. Turing (7.5) has no bfloat16, and TensorRT-RTX no float32 products there."""
+    if not library.takes_targets:
+        return ("fp16", "bf16", "fp32")
+    return ("fp16",) if "7.5" in _checked(config.targets) else ("fp16", "bf16", "fp32")
+
+
+def build(
+    library: Library, source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
+) -> Manifest:
+    """Compile the graph and, where there is one, its decoder; prove that what was quantized is integer."""
+    if not library.installed:  # found here and not loaded: the compiler's process does that
+        library.load(f"--backend {library.backend}")
+    need("polygraphy", library.backend, f"--backend {library.backend}")
+    if config.lean_runtime == "exclude" and not config.version_compatible:
+        raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
+    device = cuda.find_device() if library.needs_gpu_to_build else None
+    batch = config.batch or BatchRange()
+    no_plugins = _why_no_plugins(library, config)
+    inline = no_plugins is not None
+
+    def compile_graph(spelled_out: Collection[str]) -> tuple[Compiled, Audit | None, Custom] | None:
+        with _prepared(source, folder, inline, spelled_out) as prepared:
+            if prepared is None:
+                return None
+            compiled = _compile(library, prepared.file, folder / PLAN_FILE, batch, config, not inline, progress)
+            return compiled, audit_layers(compiled.layers, card.quantization, prepared.products), prepared.custom
+
+    first = compile_graph(())
+    assert first is not None
+    compiled, report, custom = first
+    if report is not None and report.fallen_back:  # once more, with weights that the compiler treats otherwise
+        compiled, report, custom = compile_graph(report.fallen_back) or first
+    if report is not None and not config.allow_fallback:
+        report.check(library.backend, CAUSE)
+    if card.vae is not None:
+        with _prepared(source.parent / card.vae.file, folder, inline=True) as decoder:
+            assert decoder is not None
+            # one image at a time, in float32: decoders of this kind overflow float16
+            _compile(library, decoder.file, folder / DECODER_FILE, BatchRange(1, 1, 1), config, False, progress)
+    targets = compiled.targets if device is None else (device.capability,)
+    return Manifest(
+        backend=library.backend,
+        precision=config.precision or "fp32",
+        card=card,
+        entry=PLAN_FILE,
+        decoder=DECODER_FILE if card.vae is not None else None,
+        versions={"tqdit": __version__, library.module: compiled.version},
+        target=_target(library, targets, config),
+        audit=report,
+        files=describe_parts(folder),
+        batch=batch,
+        plugins=_kernels(custom, compiled.plugins, no_plugins),
+    )
+
+
+def _compile(
+    library: Library, source: Path, plan: Path, batch: BatchRange, config: BuildConfig, registers: bool,
+    progress: Progress,
+) -> Compiled:  # fmt: skip
+    job = Job(
+        backend=library.backend,
+        source=str(source),
+        plan=str(plan),
+        batch=(batch.least, batch.best, batch.most),
+        targets=_checked(config.targets),
+        workspace_bytes=config.workspace_bytes,
+        timing_cache=None if config.timing_cache is None else str(config.timing_cache),
+        optimization_level=config.optimization_level,
+        version_compatible=config.version_compatible,
+        exclude_lean_runtime=config.lean_runtime == "exclude",
+        register_plugins=registers,
+    )
+    try:
+        return run_worker(job, progress)
+    except BackendError as error:
+        raise BackendError(f"{source.name}: {error}") from error
+
+
+class Prepared(NamedTuple):
+    """A file as the compiler takes it."""
+
+    file: Path
+    products: list[str]  # names of its products
+    custom: Custom
+
+
+@contextmanager
+def _prepared(source: Path, folder: Path, inline: bool, spelled_out: Collection[str] = ()) -> Iterator[Prepared | None]:
+    """The file with its functions inlined and the weights of some modules spelled out; None where those have none.
+
+    Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word. Weights that lie
+    beside the file stay there; a link to them is enough.
+    """
+    from onnx import inliner, save_model
+
+    from tqdit.engines.backends.tensorrt.weights import spell_out_weights
+    from tqdit.onnx_file import external_files, load_graph
+
+    model = load_graph(source)
+    custom: Custom = {}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            custom.setdefault(node.op_type, []).append(node.name)
+    if not ((inline and model.functions) or spelled_out):
+        yield Prepared(source, _products(model), custom)
+        return
+    beside = external_files(model, source)
+    if inline:
+        model = inliner.inline_local_functions(model)
+    if spelled_out and not spell_out_weights(model, source.parent, spelled_out):
+        yield None
+        return
+    products = _products(model)
+    with temporary_folder(folder.with_name(f"{folder.name}.inlined")) as place:
+        for name in beside:
+            (place / name).symlink_to((source.parent / name).absolute())
+        save_model(model, place / source.name)
+        del model  # its weights are read again by the compiler
+        yield Prepared(place / source.name, products, custom)
+
+
+def _products(model: Any) -> list[str]:
+    return [node.name for node in model.graph.node if node.op_type in PRODUCTS]
+
+
+def _checked(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Compute capabilities in the form '8.9', each once."""
+    for target in targets:
+        major, dot, minor = target.partition(".")
+        if not (major.isdigit() and dot and minor.isdigit()):
+            raise UsageError(f"--target {target}: expected a compute capability such as 8.9 or 12.0.")
+    return tuple(dict.fromkeys(targets))
+
+
+def _target(library: Library, targets: tuple[str, ...], config: BuildConfig) -> dict[str, str]:
+    """What the engine asks of a machine. Those of TensorRT-RTX also move between operating systems."""
+    target = {"compute_capabilities": ",".join(targets)}
+    if not library.is_rtx:
+        target["machine"] = platform.machine()
+    return target | ({"version_compatible": config.lean_runtime} if config.version_compatible else {})
+
+
+def _why_no_plugins(library: Library, config: BuildConfig) -> str | None:
+    """None where the custom ops' plugins can be used."""
+    if not library.takes_plugins:
+        return f"{library.title} takes no plugins"
+    if not config.plugins:
+        return "--no-plugins"
+    from tqdit.plugins.tensorrt import why_unavailable  # imports TensorRT
+
+    return why_unavailable()
+
+
+def _kernels(custom: Custom, plugins: tuple[str, ...], no_plugins: str | None) -> dict[str, str]:
+    """What computes each custom op: 'plugin', or 'body' and why."""
+    why = no_plugins or "TensorRT took none for it"
+    return {op: "plugin" if set(nodes) <= set(plugins) else f"body: {why}" for op, nodes in custom.items()}

@@ -1,0 +1,133 @@
+"""The differences between TensorRT-RTX and TensorRT, and between 10.x and 11.x of the latter. Nothing else knows them.
+
+| | TensorRT-RTX 1.x | TensorRT 10.x | 11.x |
+|---|---|---|---|
+| builder and parser without a GPU | yes | no | no |
+| one engine for several compute capabilities | yes | no | no |
+| strongly typed networks | by a flag | by a flag | always; the flag is kept and ignored |
+| plugins | none: the parser aborts on a registered one | yes | yes |
+| timing cache, optimisation level | kept without effect | yes | yes |
+| engine runs on another release | never | the same major version, if built so | same |
+| proof of a layer's precision | layers in the detailed build log | engine inspector, `Layers` | same |
+| CUDA graphs | its own, chosen by runtime configuration | captured by us | captured by us |
+
+Sources: NVIDIA's migration guides and the attributes of the 10.16 and 11.4 bindings, which the tests hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util
+from types import ModuleType
+from typing import Any
+
+from tqdit.engines.backends.tensorrt.layers import Layer, from_inspector, from_log
+from tqdit.errors import BackendError
+from tqdit.extras import need
+
+RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read by Polygraphy once, when it is imported
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two."""
+
+    backend: str  # the row's name, and the extra that installs it
+    module: str
+    title: str
+    needs_gpu_to_build: bool
+    takes_targets: bool
+    takes_plugins: bool
+    is_rtx: bool
+    options: frozenset[str]  # fields of BuildConfig
+
+    @property
+    def installed(self) -> bool:
+        return util.find_spec(self.module) is not None
+
+    def load(self, why: str) -> ModuleType:
+        """Its Python module; MissingLibraryError with the pip command where it is not installed."""
+        return need(self.module, self.backend, why)
+
+    def choose_in_polygraphy(self) -> None:
+        """Point Polygraphy at this library. Must come before anything imports Polygraphy in this process."""
+        os.environ[RTX_SWITCH] = "1" if self.is_rtx else "0"
+
+    def config_loader(self, **settings: Any) -> Any:
+        """Polygraphy's loader for the builder's configuration."""
+        if self.is_rtx:
+            from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+            return CreateConfigRTX(**settings)
+        from polygraphy.backend.trt import CreateConfig
+
+        settings.pop("compute_capabilities", None)
+        return CreateConfig(tf32=True, **settings)  # float32 islands are small; TF32 is what RTX does by default
+
+    def targets(self, trt: ModuleType) -> tuple[str, ...]:
+        """Compute capabilities that an engine can be made for, such as ('8.0', '12.0')."""
+        if not self.takes_targets:
+            return ()
+        numbers = [name[2:] for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        return tuple(f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int))
+
+    def layers(self, trt: ModuleType, plan: Any, logger: Any, log: Sequence[str]) -> tuple[Layer, ...]:
+        """What was compiled: by the detailed build log, or by the inspector of the opened plan, which takes a GPU."""
+        if self.is_rtx:
+            return from_log(log)
+        runtime = trt.Runtime(logger)
+        if hasattr(runtime, "engine_host_code_allowed"):
+            runtime.engine_host_code_allowed = True  # built a moment ago by this process
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"{self.title} {trt.__version__} cannot open the plan that it has just built.")
+        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return from_inspector(json.loads(text))
+
+    def runs_engine_of(self, built_by: str, installed: str, version_compatible: bool) -> bool:
+        """Whether release `installed` may open an engine of release `built_by`."""
+        if version_compatible and not self.is_rtx:
+            built, here = _numbers(built_by), _numbers(installed)
+            return built[0] == here[0] and built <= here
+        return _numbers(built_by)[:3] == _numbers(installed)[:3]
+
+    def create_context(self, trt: ModuleType, engine: Any) -> Any:
+        """An execution context whose scratch memory we provide. RTX also captures and replays CUDA graphs by itself."""
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.is_rtx:
+            return engine.create_execution_context(strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(config)
+
+
+TENSORRT_RTX = Library(
+    backend="tensorrt-rtx",
+    module="tensorrt_rtx",
+    title="TensorRT-RTX",
+    needs_gpu_to_build=False,
+    takes_targets=True,
+    takes_plugins=False,
+    is_rtx=True,
+    options=frozenset({"batch", "targets", "workspace_bytes", "plugins"}),
+)
+TENSORRT = Library(
+    backend="tensorrt",
+    module="tensorrt",
+    title="TensorRT",
+    needs_gpu_to_build=True,
+    takes_targets=False,
+    takes_plugins=True,
+    is_rtx=False,
+    options=frozenset({"batch", "workspace_bytes", "timing_cache", "optimization_level", "plugins"})
+    | {"version_compatible", "lean_runtime"},
+)
+LIBRARIES = {library.backend: library for library in (TENSORRT_RTX, TENSORRT)}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

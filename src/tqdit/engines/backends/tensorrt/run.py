@@ -1,0 +1,311 @@
+"""Run a plan: buffers bound once for each number of rows, one stream, a CUDA graph after the first run."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.backends.tensorrt.library import TENSORRT, Library
+from tqdit.engines.bundle import Manifest, check_machine
+from tqdit.errors import BackendError, UsageError
+
+SHAPES_KEPT = 16  # numbers of rows whose buffers and graph are kept; the longest unused one goes first
+ALLOW_CODE = "TQDIT_ALLOW_ENGINE_CODE"
+LEAN_LIBRARY = "TQDIT_TENSORRT_LEAN"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of the engine."""
+
+    name: str
+    dtype: np.dtype[Any]
+    tail: tuple[int, ...]  # its shape without the rows
+
+
+@dataclass
+class Bound:
+    """An execution context with everything that it works on, for one number of rows."""
+
+    context: Any
+    device: dict[str, cuda.Memory]
+    host: dict[str, cuda.PinnedArray]
+    runs: int = 0
+    graph: cuda.Graph | None = None
+
+    def close(self) -> None:
+        self.context = None
+        if self.graph is not None:
+            self.graph.close()
+        for memory in self.device.values():
+            memory.free()
+        for array in self.host.values():
+            array.free()
+
+
+class TensorRTEngine:
+    """One plan. Safe to call from several threads: they take turns, as the GPU would have them do anyway."""
+
+    def __init__(self, library: Library, file: Path, manifest: Manifest, trt: ModuleType) -> None:
+        self._library, self._trt, self._file = library, trt, file
+        self._device = cuda.find_device()
+        self._lock = threading.Lock()
+        self._bound: OrderedDict[int, Bound] = OrderedDict()
+        self._least = 1 if manifest.batch is None or file.name != manifest.entry else manifest.batch.least
+        with cuda.on_device(self._device.index):
+            self._plan = _open_plan(library, trt, file, manifest)
+            self._engine: Any = self._plan.engine
+            self._inputs, (self._output,) = _tensors(trt, self._engine)
+            self._stream = cuda.Stream()
+            self._scratch = cuda.Memory(int(self._engine.device_memory_size_v2))
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """NumPy in, NumPy out. Fewer rows than the engine was made for are filled up with copies of the last one."""
+        with self._turn():
+            rows = self._rows({name: np.shape(value) for name, value in inputs.items()})
+            bound = self._bind(max(rows, self._least))
+            for tensor in self._inputs:
+                pinned = bound.host[tensor.name]
+                pinned.array[:rows] = inputs[tensor.name]
+                pinned.array[rows:] = pinned.array[rows - 1]
+                self._copy(bound.device[tensor.name].address, pinned.address, pinned.size_bytes, "HostToDevice")
+            self._run(bound)
+            out = bound.host[self._output.name]
+            self._copy(out.address, bound.device[self._output.name].address, out.size_bytes, "DeviceToHost")
+            self._stream.synchronize()
+            self._capture(bound)
+            return out.array[:rows].astype(np.float32, copy=True)
+
+    def run_on_device(self, inputs: Mapping[str, Any], stream: Any = None, out: Any = None) -> Any:
+        """GPU arrays in, a GPU array out, without waiting: (B, ...) as the graph names them.
+
+        inputs: arrays of cupy, torch, pycuda, numba, cuda.core, by `__cuda_array_interface__` or DLPack, contiguous and
+        of the graph's types. stream: the caller's, a handle or a stream of any of these; the engine starts after what
+        is on it, and what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes
+        one. Raises UsageError for arrays that do not fit.
+        """
+        caller = cuda.stream_handle(stream)
+        with self._turn():
+            mine = self._stream.handle
+            self._stream.wait_for(caller)
+            views = {t.name: cuda.view_array(inputs[t.name], t.name, mine) for t in self._inputs if t.name in inputs}
+            rows = self._rows({name: view.shape for name, view in views.items()})
+            if rows < self._least:
+                raise UsageError(f"{rows} row(s), but the engine was built for at least {self._least}.")
+            bound = self._bind(rows)
+            for tensor in self._inputs:
+                view = views[tensor.name]
+                if view.dtype != tensor.dtype:
+                    raise UsageError(f"'{tensor.name}' is {view.dtype}, the engine takes {tensor.dtype}.")
+                self._copy(
+                    bound.device[tensor.name].address, view.address, _bytes(view.shape, view.dtype), "DeviceToDevice"
+                )
+            self._run(bound)
+            shape = (rows, *self._output.tail)
+            result = cuda.DeviceArray(shape, self._output.dtype, self._device.index, caller) if out is None else out
+            target = cuda.view_array(result, "out", mine) if out is not None else result
+            if target.shape != shape or target.dtype != self._output.dtype:
+                raise UsageError(
+                    f"'out' is {target.dtype} {target.shape}, the engine makes {self._output.dtype} {shape}."
+                )
+            source = bound.device[self._output.name].address
+            self._copy(target.address, source, _bytes(shape, self._output.dtype), "DeviceToDevice")
+            cuda.order_streams(mine, caller)
+            if bound.runs == 1:
+                self._stream.synchronize()
+                self._capture(bound)
+            return result
+
+    def close(self) -> None:
+        """Free everything on the GPU. The engine cannot be called afterwards; closing twice does nothing."""
+        with self._lock:
+            if self._engine is None:
+                return
+            with cuda.on_device(self._device.index):
+                self._stream.synchronize()
+                for bound in self._bound.values():
+                    bound.close()
+                self._bound.clear()
+                self._engine = self._plan.engine = None
+                self._scratch.free()
+                self._stream.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._lock:
+            if self._engine is None:
+                raise UsageError("this engine is closed. Open the bundle again.")
+            with cuda.on_device(self._device.index):
+                yield
+
+    def _rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The number of rows, the same in every input."""
+        missing = [tensor.name for tensor in self._inputs if tensor.name not in shapes]
+        if missing:
+            raise UsageError(f"the engine also takes {', '.join(missing)}.")
+        rows = shapes[self._inputs[0].name][0]
+        for tensor in self._inputs:
+            if tuple(shapes[tensor.name]) != (rows, *tensor.tail):
+                raise UsageError(
+                    f"'{tensor.name}' has the shape {tuple(shapes[tensor.name])}, expected {(rows, *tensor.tail)}."
+                )
+        return rows
+
+    def _bind(self, rows: int) -> Bound:
+        """Buffers and a context for this many rows: made at the first call, then used again."""
+        if rows in self._bound:
+            self._bound.move_to_end(rows)
+            return self._bound[rows]
+        while len(self._bound) >= SHAPES_KEPT:
+            self._stream.synchronize()
+            self._bound.popitem(last=False)[1].close()
+        context = self._library.create_context(self._trt, self._engine)
+        if context is None:
+            raise BackendError(f"{self._file}: no execution context could be made; the GPU may be out of memory.")
+        context.set_device_memory(self._scratch.address, int(self._engine.device_memory_size_v2))
+        bound = Bound(context, {}, {})
+        try:
+            for tensor in (*self._inputs, self._output):
+                shape = (rows, *tensor.tail)
+                if tensor is not self._output and not context.set_input_shape(tensor.name, shape):
+                    raise UsageError(
+                        f"the engine was not built for {rows} row(s). Use fewer at a time, or build it with a larger "
+                        f"range: tqdit-build --batch 1,{max(1, rows // 2)},{rows}."
+                    )
+                bound.host[tensor.name] = cuda.PinnedArray(shape, tensor.dtype)
+                bound.device[tensor.name] = cuda.Memory(_bytes(shape, tensor.dtype))
+                if not context.set_tensor_address(tensor.name, bound.device[tensor.name].address):
+                    raise BackendError(f"{self._file}: the address of '{tensor.name}' was refused.")
+        except Exception:
+            bound.close()
+            raise
+        self._bound[rows] = bound
+        return bound
+
+    def _run(self, bound: Bound) -> None:
+        bound.runs += 1
+        if bound.graph is not None:
+            bound.graph.launch(self._stream.handle)
+        else:
+            self._enqueue(bound)
+
+    def _enqueue(self, bound: Bound) -> None:
+        if not bound.context.execute_async_v3(self._stream.handle):
+            raise BackendError(f"{self._file}: {self._library.title} could not run the engine (its log says why).")
+
+    def _capture(self, bound: Bound) -> None:
+        """After the first run, which let the library finish what it does lazily; RTX captures by itself."""
+        if bound.graph is not None or self._library.is_rtx:
+            return
+        with cuda.Capture(self._stream.handle) as capture:
+            self._enqueue(bound)
+        bound.graph = capture.graph
+
+    def _copy(self, target: int, source: int, size_bytes: int, kind: str) -> None:
+        cuda.copy(target, source, size_bytes, kind, self._stream.handle)
+
+
+def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> TensorRTEngine:
+    """The row `tensorrt`."""
+    return open_engine(TENSORRT, folder, manifest, file)
+
+
+def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -> TensorRTEngine:
+    """Open one file of a bundle; refuses another GPU, another release of the library and another kind of machine."""
+    trt = library.load("this engine")
+    device = cuda.find_device()
+    offered = manifest.target.get("compute_capabilities", "").split(",")
+    if device.capability not in offered:
+        raise BackendError(
+            f"{folder}: built for compute capability {', '.join(offered)}, this GPU has {device.capability}. "
+            f"Build the engine for it{': tqdit-build --target ' + device.capability if library.takes_targets else ''}."
+        )
+    check_machine(folder, manifest)
+    built_by = manifest.versions.get(library.module, "0")
+    compatible = "version_compatible" in manifest.target
+    if not library.runs_engine_of(built_by, trt.__version__, compatible):
+        raise BackendError(
+            f"{folder}: built by {library.title} {built_by}, installed is {trt.__version__}. Build the engine "
+            f"again, or run: pip install {library.module.replace('_', '-')}=={built_by}"
+        )
+    return TensorRTEngine(library, folder / file, manifest, trt)
+
+
+@dataclass
+class _Plan:
+    """An open plan and what must live as long as it."""
+
+    engine: Any
+    runtime: Any
+    logger: Any
+
+
+def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest) -> _Plan:
+    logger = _quiet_logger(trt)
+    runtime = trt.Runtime(logger)
+    lean = manifest.target.get("version_compatible")
+    if lean == "embed":
+        if os.environ.get(ALLOW_CODE) != "1":
+            raise BackendError(
+                f"{file}: this version-compatible plan carries program code (a lean runtime). If you trust where it "
+                f"comes from, set {ALLOW_CODE}=1, or build it with --exclude-lean-runtime."
+            )
+        runtime.engine_host_code_allowed = True
+    elif lean == "exclude" and manifest.versions.get(library.module) != trt.__version__:
+        path = os.environ.get(LEAN_LIBRARY)
+        if path is None:
+            raise BackendError(
+                f"{file}: needs the lean runtime of TensorRT {manifest.versions.get(library.module)}; set "
+                f"{LEAN_LIBRARY} to the path of its libnvinfer_lean."
+            )
+        runtime = runtime.load_runtime(path)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        reason = logger.errors[0] if logger.errors else "it gave no reason"
+        raise BackendError(f"{file}: {library.title} {trt.__version__} cannot open it ({' '.join(reason.split())}).")
+    return _Plan(engine, runtime, logger)
+
+
+def _quiet_logger(trt: ModuleType) -> Any:
+    """Keeps errors and says nothing."""
+    serious = (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR)
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in serious:
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _tensors(trt: ModuleType, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs and outputs in the engine's order."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
+        tensor = Tensor(name, dtype, tuple(engine.get_tensor_shape(name))[1:])
+        (inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs).append(tensor)
+    return tuple(inputs), tuple(outputs)
+
+
+def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

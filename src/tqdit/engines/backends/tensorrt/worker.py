@@ -1,0 +1,225 @@
+"""Compiling, in a process of its own: `python -m tqdit.engines.backends.tensorrt.worker`.
+
+Why a process: the first logger that a builder gets stays the logger of the whole process, and the log is our proof;
+Polygraphy chooses between the two libraries when it is imported; a compiler that aborts takes nothing with it; Ctrl-C
+ends it at once; its memory goes back. The job comes as one line of JSON on standard input, which stays open: when it
+closes, the caller is gone and so are we. Messages leave as lines of JSON on what was standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdit.engines.backends.tensorrt import layers
+from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library
+from tqdit.errors import BackendError, MissingLibraryError, TqditError, UsageError
+
+Tell = Callable[[dict[str, Any]], None]
+PROGRESS_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to compile. Shapes are those of the ONNX file with its batch dimension in `batch`."""
+
+    backend: str
+    source: str  # ONNX file
+    plan: str  # file to write
+    batch: tuple[int, int, int]
+    targets: tuple[str, ...] = ()  # compute capabilities; empty: all that the library knows from `least_target` on
+    least_target: str = "8.0"
+    workspace_bytes: int | None = None
+    timing_cache: str | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    exclude_lean_runtime: bool = False
+    register_plugins: bool = False
+
+
+def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
+    """Compile and describe: the library's version, targets, layers, and which custom ops became plugins."""
+    library = LIBRARIES[job.backend]
+    trt = library.load(f"--backend {job.backend}")
+    targets = choose_targets(library, library.targets(trt), job)
+    library.choose_in_polygraphy()
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
+    from polygraphy.backend.trt import util as polygraphy_util
+    from polygraphy.exception import PolygraphyException
+
+    log = BuildLog(trt)
+    polygraphy_util.TRT_LOGGER = log.logger  # Polygraphy's own would keep neither errors nor layers
+    if job.register_plugins:
+        from tqdit.plugins.tensorrt import register_plugins
+
+        register_plugins()
+    try:
+        builder, network, parser = NetworkFromOnnxPath(job.source, strongly_typed=True)()
+        settings: dict[str, Any] = {
+            "profiles": [_profile(network, job.batch, Profile())],
+            "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+            "progress_monitor": _monitor(trt, tell),
+        }
+        if targets:
+            settings["compute_capabilities"] = [tuple(map(int, target.split("."))) for target in targets]
+        if job.workspace_bytes is not None:
+            settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job.workspace_bytes}
+        if job.timing_cache is not None and Path(job.timing_cache).is_file():
+            settings["load_timing_cache"] = job.timing_cache
+        if job.optimization_level is not None:
+            settings["builder_optimization_level"] = job.optimization_level
+        if job.version_compatible:
+            settings |= {"version_compatible": True, "exclude_lean_runtime": job.exclude_lean_runtime}
+        plan = EngineBytesFromNetwork(
+            (builder, network, parser), library.config_loader(**settings), save_timing_cache=job.timing_cache
+        )()
+        compiled = library.layers(trt, plan, log.logger, log.listings)
+    except PolygraphyException as error:
+        raise BackendError(_reason(library, trt.__version__, log.errors or [str(error)], targets)) from error
+    Path(job.plan).write_bytes(memoryview(plan))
+    return {
+        "version": trt.__version__,
+        "targets": targets,
+        "layers": [asdict(layer) for layer in compiled],
+        "plugins": _plugin_layers(trt, network),
+    }
+
+
+def choose_targets(library: Library, known: tuple[str, ...], job: Job) -> tuple[str, ...]:
+    """The compute capabilities to compile for; refuses one that the library does not know."""
+    unknown = [target for target in job.targets if target not in known]
+    if unknown and library.takes_targets:
+        raise UsageError(
+            f"--target {', '.join(unknown)}: {library.title} compiles for {', '.join(known)}. For data-centre GPUs use "
+            "--backend tensorrt on a machine that has one."
+        )
+    return job.targets or tuple(target for target in known if _order(target) >= _order(job.least_target))
+
+
+class BuildLog:
+    """A logger that keeps what is needed of a detailed log: the errors and the lists of layers."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        self.errors: list[str] = []
+        self.listings: list[str] = []
+        log = self
+        serious = (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR)
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in serious:
+                    log.errors.append(message)
+                elif message.startswith(layers.HEADING):
+                    log.listings.append(message)
+
+        self.logger = Logger()
+
+
+def _profile(network: Any, batch: tuple[int, int, int], profile: Any) -> Any:
+    """Every input's first dimension is the batch; the others must be fixed."""
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if any(size < 0 for size in shape[1:]):
+            raise BackendError(f"input '{tensor.name}' has the shape {shape}; only its first dimension may vary.")
+        if shape and shape[0] < 0:
+            profile.add(tensor.name, *((rows, *shape[1:]) for rows in batch))
+    return profile
+
+
+def _monitor(trt: ModuleType, tell: Tell) -> Any:
+    """The library's progress as messages: at the start of every phase, then ten a second at most."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.next = 0.0
+
+        def phase_start(self, phase: str, _parent: str | None, steps: int) -> None:
+            self.totals[phase] = steps
+            tell({"kind": "progress", "what": phase, "done": 0, "total": steps})
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if time.monotonic() >= self.next:
+                self.next = time.monotonic() + PROGRESS_INTERVAL_S
+                tell({"kind": "progress", "what": phase, "done": step + 1, "total": self.totals.get(phase, 0)})
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            total = self.totals.pop(phase, 0)
+            tell({"kind": "progress", "what": phase, "done": total, "total": total})
+
+    return Monitor()
+
+
+def _plugin_layers(trt: ModuleType, network: Any) -> list[str]:
+    """Names of the ONNX nodes that became plugins."""
+    kind = getattr(trt.LayerType, "PLUGIN_V3", None)
+    found = (network.get_layer(index) for index in range(network.num_layers))
+    return [layer.name for layer in found if kind is not None and layer.type == kind]
+
+
+def _reason(library: Library, version: str, errors: list[str], targets: tuple[str, ...]) -> str:
+    """One line with what is known to help."""
+    telling = (error for error in errors if "ERROR:" in error or "Error Code" in error or "ssertion" in error)
+    text = " ".join(next(telling, errors[0]).split())
+    advice = ""
+    if "FP32 GEMM is not supported" in text:
+        advice = " Compute capability 7.5 has no float32 products, which quantized files need: leave it out."
+    elif "HW-specific datatypes" in text:
+        advice = f" A type of this file does not exist on one of {', '.join(targets)}; choose another --float-type."
+    elif "workspace limit" in text:
+        advice = " Raise --workspace or leave it out."
+    return f"{library.title} {version} cannot compile it ({text}).{advice}"
+
+
+def _order(target: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in target.split("."))
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides; it ends us
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what the libraries print joins their errors
+    job = Job(**as_tuples(json.loads(sys.stdin.readline())))
+    threading.Thread(target=_leave_with_caller, daemon=True).start()
+
+    def tell(message: dict[str, Any]) -> None:
+        messages.write(json.dumps(message) + "\n")
+
+    try:
+        tell({"kind": "done", **compile_job(job, tell)})
+    except TqditError as error:
+        kind = next(
+            one for one in (UsageError, MissingLibraryError, BackendError, TqditError) if isinstance(error, one)
+        )
+        tell({"kind": "refused", "error": kind.__name__, "text": str(error)})
+    messages.flush()
+    os._exit(0)  # the libraries' own teardown is not ours to wait for
+
+
+def as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _leave_with_caller() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

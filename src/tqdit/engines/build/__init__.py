@@ -1,0 +1,1 @@
+"""What builds an engine from an ONNX file."""

@@ -1,0 +1,237 @@
+"""Sampling jobs on a Ray cluster (docs/sampling-many.md).
+
+A worker is a Ray actor with an engine of its own. It opens the bundle by its path if that path holds the same bundle on
+its machine; otherwise it receives the files through the object store. It makes one shard at a time and returns the
+arrays; only the process that started the job writes files. If a worker dies, another one makes its shard.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdit.console import Bar, Console
+from tqdit.engines.bundle import MANIFEST, Manifest
+from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.shards import SamplingJob, ShardFolder
+from tqdit.errors import BackendError, SamplingError, TqditError, UsageError
+from tqdit.extras import need
+from tqdit.files import sha256
+
+ATTEMPTS = 3  # failures of one shard, or consecutive failures to open the engine, that end the job
+POLL_INTERVAL_S = 2.0  # between two checks of the cluster's size
+CONNECT_TIMEOUT_S = 10.0
+NO_WORKER_NOTICE_S = 60.0  # without any worker before a message says so
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx")
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The cluster of a job, and how much of it the job uses."""
+
+    address: str | None = None  # None: start a cluster on this machine that ends with the job
+    workers: int | None = None  # at most; None: as many as the cluster has room for
+    batch: int | None = None  # images per engine call
+    threads: int | None = None  # CPUs of a worker; None: 1
+
+
+class Worker:
+    """One engine in a process of its own."""
+
+    def __init__(self, batch: int | None, threads: int) -> None:
+        self._settings: dict[str, Any] = {"batch": batch, "threads": threads}
+        self._sampler: Sampler | None = None
+
+    def open(self, path: str, identity: str) -> bool:
+        """Open the bundle at a path of this machine. False if there is none or a different one."""
+        manifest = Path(path, MANIFEST)
+        if not manifest.is_file() or sha256(manifest) != identity:
+            return False
+        self._sampler = Sampler.open(path, **self._settings)
+        return True
+
+    def receive(self, files: dict[str, bytes]) -> bool:
+        """Open a bundle from the content of its files. They are removed when the engine is open."""
+        with tempfile.TemporaryDirectory(prefix="tqdit-engine-") as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            self._sampler = Sampler.open(folder, **self._settings)
+        return True
+
+    def make(self, job: SamplingJob, shard: int) -> dict[str, Any]:
+        assert self._sampler is not None
+        return job.make(self._sampler, shard)
+
+
+class Cluster:
+    """Runs jobs with one bundle on a Ray cluster."""
+
+    def __init__(self, engine: Path, manifest: Manifest, config: ClusterConfig, console: Console) -> None:
+        self.ray: Any = need("ray", "ray", "--ray")
+        if config.address is not None and Path(config.address).exists():
+            raise UsageError(f"--ray took '{config.address}' for its address. Name the engine before --ray.")
+        for name, value in (("workers", config.workers), ("threads", config.threads), ("batch", config.batch)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} is {value}; it must be at least 1.")
+        self.engine = engine.resolve()
+        self.manifest = manifest
+        self.config = config
+        self.console = console
+
+    def work(self, folder: ShardFolder, pending: list[int], bar: Bar) -> None:
+        """Make and write these shards. Raises SamplingError if one fails `ATTEMPTS` times."""
+        self._connect()
+        run = _Run(self, folder, pending, bar)
+        try:
+            run.finish()
+        finally:
+            run.close()
+            self.ray.shutdown()
+
+    def _connect(self) -> None:
+        options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+        if self.config.address is None:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send usage data over the network
+            options |= {"address": "local", "include_dashboard": False}
+        else:
+            options["address"] = self.config.address
+        try:
+            _check_reachable(self.config.address or "")
+            self.ray.init(**options)
+        except Exception as error:  # the class depends on the address and the release of Ray
+            where = "on this machine" if self.config.address is None else f"at '{self.config.address}'"
+            raise BackendError(f"no Ray cluster {where} ({error}). Start one: ray start --head") from error
+
+    def requirements(self) -> dict[str, float]:
+        """The resources of one worker."""
+        provider = self.manifest.target.get("provider")
+        gpu = self.manifest.backend in GPU_BACKENDS or provider in GPU_PROVIDERS
+        return {"CPU": float(self.config.threads or 1)} | ({"GPU": 1.0} if gpu else {})
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+class _Run:
+    """One job: its workers and the shards that are not finished."""
+
+    def __init__(self, cluster: Cluster, folder: ShardFolder, pending: list[int], bar: Bar) -> None:
+        self.cluster, self.folder, self.bar = cluster, folder, bar
+        self.ray = cluster.ray
+        self.unassigned = deque(pending)
+        self.opening: dict[Any, Any] = {}  # reference of a result -> worker
+        self.running: dict[Any, tuple[Any, int]] = {}  # reference of a result -> worker, shard
+        self.failures: dict[int, int] = {}  # of shards
+        self.failed_openings = 0  # since a worker last opened the engine
+        self.bundle: Any = None  # reference of the content of its files, if a worker needs it
+        self.last_running = time.monotonic()
+        required = cluster.requirements()
+        self.actor = self.ray.remote(Worker).options(num_cpus=required["CPU"], num_gpus=required.get("GPU", 0))
+
+    def finish(self) -> None:
+        while self.unassigned or self.running:
+            self._start_workers()
+            references = [*self.opening, *self.running]
+            self.ray.wait(references, num_returns=1, timeout=POLL_INTERVAL_S)
+            ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0)  # all that are ready now
+            for reference in ready:
+                if reference in self.opening:
+                    self._opened(reference)
+                else:
+                    self._made(reference)
+            self._report()
+
+    def close(self) -> None:
+        for worker in [*self.opening.values(), *(worker for worker, _ in self.running.values())]:
+            self.ray.kill(worker)
+
+    def _start_workers(self) -> None:
+        """Start as many workers as there is work and room for; machines may have joined since the last call."""
+        wanted = min(self._capacity(), len(self.unassigned) + len(self.running))
+        for _ in range(wanted - len(self.opening) - len(self.running)):
+            worker = self.actor.remote(self.cluster.config.batch, self.cluster.config.threads or 1)
+            self.opening[worker.open.remote(str(self.cluster.engine), self.folder.job.engine)] = worker
+
+    def _capacity(self) -> int:
+        """The number of workers that the cluster has room for, at least 1: an autoscaling cluster may start empty."""
+        total = self.ray.cluster_resources()
+        room = max(1, min(int(total.get(name, 0) // amount) for name, amount in self.cluster.requirements().items()))
+        return room if self.cluster.config.workers is None else min(room, self.cluster.config.workers)
+
+    def _opened(self, reference: Any) -> None:
+        worker = self.opening.pop(reference)
+        try:
+            opened = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            self.failed_openings += 1
+            self.ray.kill(worker)
+            if self.failed_openings >= ATTEMPTS:
+                raise _failure(error, "no worker can open the engine") from error
+            return
+        if opened:
+            self.failed_openings = 0
+            self._assign(worker)
+        else:
+            if self.bundle is None:
+                files = [MANIFEST, *self.cluster.manifest.files]
+                self.bundle = self.ray.put({name: (self.cluster.engine / name).read_bytes() for name in files})
+            self.opening[worker.receive.remote(self.bundle)] = worker
+
+    def _assign(self, worker: Any) -> None:
+        """Give a worker the next shard, or end it if there is none."""
+        if self.unassigned:
+            shard = self.unassigned.popleft()
+            self.running[worker.make.remote(self.folder.job, shard)] = worker, shard
+        else:
+            self.ray.kill(worker)
+
+    def _made(self, reference: Any) -> None:
+        worker, shard = self.running.pop(reference)
+        try:
+            arrays = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            self.failures[shard] = self.failures.get(shard, 0) + 1
+            self.ray.kill(worker)
+            if self.failures[shard] >= ATTEMPTS:
+                raise _failure(error, f"shard {shard} failed {ATTEMPTS} times") from error
+            self.unassigned.appendleft(shard)
+            return
+        self._assign(worker)  # before the write, so that the worker does not wait for it
+        self.folder.add(shard, arrays)
+        self.bar.update(len(self.folder.job.images(shard)))
+
+    def _report(self) -> None:
+        """Show the number of workers; say so if there has been none for a while."""
+        self.bar.set_postfix_str(f"{len(self.running)} workers")
+        now = time.monotonic()
+        if self.running:
+            self.last_running = now
+        elif now - self.last_running > NO_WORKER_NOTICE_S:
+            self.last_running = now
+            required = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.requirements().items())
+            free = ", ".join(f"{self.ray.available_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+            self.cluster.console.say(f"waiting for a worker: it needs {required}; the cluster has {free} free")
+
+
+def _failure(error: Any, what: str) -> TqditError:
+    """The error of a worker as one line."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, TqditError):
+        return cause
+    if isinstance(cause, ModuleNotFoundError) or "No module named 'tqdit'" in str(error):
+        return BackendError(
+            f"{what}: tqdit is missing on a worker's machine. Install it there with the backend's extra."
+        )
+    reason = str(cause or error).strip().splitlines()
+    return SamplingError(f"{what} ({reason[-1] if reason else type(error).__name__}). Run the same command again.")

@@ -1,0 +1,318 @@
+"""Many samples on disk: a folder of `.npz` shards and an index, continued from where it stopped.
+
+docs/sampling-many.md describes it for users.
+
+A shard is one file with a fixed number of images. The index lists it, with its SHA-256, when it is complete. An image
+depends only on its number and the job, so any process may make any shard, at any time and more than once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit import __version__
+from tqdit.card import GraphCard
+from tqdit.engines.bundle import MANIFEST, Manifest
+from tqdit.engines.run.images import write_npz
+from tqdit.engines.run.sampler import Callback, Sampler
+from tqdit.engines.run.step_rows import check_guidance, check_labels
+from tqdit.errors import FileFormatError, OutputError, UsageError
+from tqdit.files import LOCK, check_writable, lock_folder, sha256, whole_file, writing
+from tqdit.sampling.noise import check_key
+
+FORMAT_VERSION = 1
+INDEX = "shards.json"
+SHARD_SIZE = 128  # 25 MB of 256x256 images; a multiple of the default batch
+_SHARD = re.compile(r"shard-(\d{5,19})\.npz", re.ASCII)
+_OURS = re.compile(r"shard-\d{5,}\.npz|\.(shard-\d{5,}\.npz|shards\.json)\.\d+\.partial|shards\.json")
+
+_AGAIN = "Run the same tqdit-sample command again; it replaces the file."
+
+Arrays = Mapping[str, NDArray[Any]]
+Content = Literal["images", "latents"]
+# The arrays of a shard, and of the one file that tqdit-sample writes of fewer samples; ADM's evaluator reads the first.
+NAMES: dict[Content, tuple[str, str]] = {"images": ("arr_0", "arr_1"), "latents": ("latents", "labels")}
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """Everything that the bytes of a sampling run depend on. Raises UsageError for values that no run can have."""
+
+    engine: str  # SHA-256 of the bundle's manifest, which holds those of its parts
+    classes: tuple[int, ...]  # of the images in turn, repeated as often as necessary
+    guidance_scale: float
+    seed: int
+    count: int  # images in all
+    shard_size: int = SHARD_SIZE
+    content: Content = "images"
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise UsageError("a sampling job needs at least one class.")
+        if self.count < 1 or self.shard_size < 1:
+            raise UsageError(f"{self.count} images in shards of {self.shard_size}; both must be at least 1.")
+        check_key(self.seed, self.count - 1)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def images(self, shard: int) -> range:
+        """The numbers of the images in one shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    def labels(self, shard: int) -> NDArray[np.int64]:
+        """The classes (n,) of the images in one shard."""
+        cycle = np.asarray(self.classes, np.int64)
+        return cycle.take(np.asarray(self.images(shard)) % len(cycle))
+
+    def make(self, sampler: Sampler, shard: int, callback: Callback | None = None) -> dict[str, NDArray[Any]]:
+        """The arrays of one shard: samples and labels, under the names that its file gives them."""
+        labels, first = self.labels(shard), self.images(shard).start
+        sample = sampler.sample if self.content == "images" else sampler.sample_latents
+        samples = sample(labels, self.guidance_scale_for(sampler.card), self.seed, callback, first_image=first)
+        return dict(zip(NAMES[self.content], (samples, labels), strict=True))
+
+    def guidance_scale_for(self, card: GraphCard) -> float | None:
+        return self.guidance_scale if card.guided else None
+
+
+def describe_job(
+    engine: Path, manifest: Manifest, classes: list[int] | None, guidance_scale: float | None, seed: int, count: int,
+    shard_size: int = SHARD_SIZE,
+) -> SamplingJob:  # fmt: skip
+    """A job for a bundle. classes None: all of the model's, in turn. Raises UsageError for what the model cannot do."""
+    card = manifest.card
+    return SamplingJob(
+        engine=sha256(engine / MANIFEST),
+        classes=tuple(check_labels(card, classes or range(card.num_classes)).tolist()),
+        guidance_scale=check_guidance(card, guidance_scale),
+        seed=seed,
+        count=count,
+        shard_size=shard_size,
+        content="images" if card.latent_scale is None or manifest.decoder else "latents",
+    )
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The content of the index file."""
+
+    format_version: int
+    written_by: str
+    job: SamplingJob
+    shards: dict[str, str]  # name of a finished shard -> its SHA-256
+
+
+class _Version(msgspec.Struct):
+    """The part of an index that has the same form in every version."""
+
+    format_version: int
+
+
+class ShardFolder:
+    """The shards of one job on disk. `open_shards` makes sure that one process writes it; any number may read."""
+
+    def __init__(self, path: Path, job: SamplingJob, digests: Mapping[str, str]) -> None:
+        self.path = path
+        self.job = job
+        self._digests = dict(digests)
+
+    @property
+    def done(self) -> int:
+        """Finished shards."""
+        return len(self._digests)
+
+    def digest(self, shard: int) -> str | None:
+        """SHA-256 of a finished shard; None if it is not finished."""
+        return self._digests.get(shard_name(shard))
+
+    def pending(self) -> list[int]:
+        """Shards to make: those that are not finished, and finished ones whose file is missing or altered."""
+        for name, digest in list(self._digests.items()):
+            if not (self.path / name).is_file() or sha256(self.path / name) != digest:
+                del self._digests[name]
+        return [shard for shard in range(self.job.shards) if shard_name(shard) not in self._digests]
+
+    def add(self, shard: int, arrays: Arrays) -> None:
+        """Write one shard, then list it. Raises OutputError if it cannot be written."""
+        file = self.path / shard_name(shard)
+        write_npz(file, **arrays)
+        self._digests[file.name] = sha256(file)
+        self.write_index()
+
+    def read(self, shard: int) -> dict[str, NDArray[Any]]:
+        """The arrays of a finished shard. Raises FileFormatError if it is missing, truncated or altered."""
+        file, content = self.path / shard_name(shard), self._content(shard)
+        names, count = NAMES[self.job.content], len(self.job.images(shard))
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in names}
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise FileFormatError(f"{file}: not a shard ({error}). {_AGAIN}") from error
+        if any(len(array) != count for array in found.values()):
+            raise FileFormatError(f"{file}: expected {count} samples and labels. {_AGAIN}")
+        return found
+
+    def check(self, shard: int) -> None:
+        """Raise FileFormatError if a finished shard is missing, truncated or altered."""
+        self._content(shard)
+
+    def _content(self, shard: int) -> bytes:
+        file = self.path / shard_name(shard)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise FileFormatError(f"{file}: cannot be read ({error.strerror}). {_AGAIN}") from error
+        if hashlib.sha256(content).hexdigest() != self.digest(shard):
+            raise FileFormatError(f"{file}: truncated or altered (its SHA-256 differs). {_AGAIN}")
+        return content
+
+    def write_index(self) -> None:
+        index = _Index(FORMAT_VERSION, __version__, self.job, dict(sorted(self._digests.items())))
+        with whole_file(self.path / INDEX) as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(index), indent=1) + b"\n")
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.npz"
+
+
+@contextmanager
+def open_shards(path: Path, job: SamplingJob, force: bool = False) -> Iterator[ShardFolder]:
+    """The folder of a job, new or continued. This process is its only writer.
+
+    Raises OutputError if another process writes it, if it holds shards of another job (force: they are removed), or if
+    it holds any other file.
+    """
+    check_writable(path)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: is a file. Choose another name.")
+    with lock_folder(path):
+        with writing(path):
+            foreign = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
+        if foreign:
+            raise OutputError(f"{path}: holds '{foreign[0]}', which is not a shard of samples. Choose another name.")
+        if force:
+            _clear(path)
+        folder = _continued(path, job)
+        folder.write_index()
+        yield folder
+
+
+def _is_ours(name: str) -> bool:
+    return name == LOCK or _OURS.fullmatch(name) is not None
+
+
+def _clear(path: Path) -> None:
+    with writing(path):
+        (path / INDEX).unlink(missing_ok=True)  # first: a shard that no index lists is not finished
+        for entry in path.iterdir():
+            if entry.name != LOCK:
+                entry.unlink()
+
+
+def _continued(path: Path, job: SamplingJob) -> ShardFolder:
+    if not (path / INDEX).is_file():
+        return ShardFolder(path, job, {})
+    folder = read_index(path)
+    if folder.job != job:
+        differences = ", ".join(
+            f"{field.name} {_short(there)} (asked for {_short(asked)})"
+            for field in fields(job)
+            if (there := getattr(folder.job, field.name)) != (asked := getattr(job, field.name))
+        )
+        raise OutputError(
+            f"{path}: holds samples of another run: {differences}. Choose another folder, or --force to start anew."
+        )
+    return folder
+
+
+def _short(value: object) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 16 else f"{text[:12]}..."
+
+
+def read_index(path: Path) -> ShardFolder:
+    """What the index of a folder says; the shards are not read. Raises FileFormatError if it is missing or damaged."""
+    index = path / INDEX
+    if not index.is_file():
+        raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
+    try:
+        return parse_index(index.read_bytes(), path)
+    except OSError as error:
+        raise FileFormatError(f"{index}: cannot be read ({error}). Start anew with --force.") from error
+
+
+def parse_index(content: bytes, path: Path) -> ShardFolder:
+    """The content of the index of folder `path`."""
+    file = path / INDEX
+    try:
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{file}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
+                "Choose another folder, or --force to start anew."
+            )
+        index = msgspec.json.decode(content, type=_Index)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise FileFormatError(f"{file}: damaged ({error}). Start anew with --force.") from error
+    for name in index.shards:
+        if not _is_shard(name, index.job):
+            raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. Start anew with --force.")
+    return ShardFolder(path, index.job, index.shards)
+
+
+def _is_shard(name: str, job: SamplingJob) -> bool:
+    match = _SHARD.fullmatch(name)
+    return match is not None and int(match[1]) < job.shards and shard_name(int(match[1])) == name
+
+
+def read_shards(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    """The arrays of one shard after another, in the order of the images: arr_0 uint8 (n, H, W, 3) and arr_1 int64 (n,),
+    or latents float32 (n, C, H, W) and labels. The SHA-256 of each file is checked.
+
+    Raises FileFormatError if shards are unfinished, missing, truncated or altered.
+    """
+    folder = read_index(path)
+    if folder.done < folder.job.shards:
+        raise FileFormatError(
+            f"{path}: {folder.done} of {folder.job.shards} shards are done. Run the same tqdit-sample command again."
+        )
+    for shard in range(folder.job.shards):
+        yield folder.read(shard)
+
+
+def merge_shards(path: Path, output: Path) -> None:
+    """Write all samples to one `.npz`, the same bytes as one run with `-o output`. One shard at a time is in memory."""
+    job = read_index(path).job
+    samples, labels = NAMES[job.content]
+    with whole_file(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(f"{samples}.npy", "w", force_zip64=True) as file:
+            for number, arrays in enumerate(read_shards(path)):
+                if number == 0:
+                    file.write(_header(arrays[samples], job.count))
+                file.write(arrays[samples].tobytes())
+        with archive.open(f"{labels}.npy", "w", force_zip64=True) as file:
+            every = np.concatenate([job.labels(shard) for shard in range(job.shards)])
+            np.lib.format.write_array(file, every, allow_pickle=False)
+
+
+def _header(first: NDArray[Any], count: int) -> bytes:
+    """The header of an .npy file with `count` rows like those of `first`."""
+    head = io.BytesIO()
+    facts = np.lib.format.header_data_from_array_1_0(first) | {"shape": (count, *first.shape[1:])}
+    np.lib.format.write_array_header_1_0(head, facts)
+    return head.getvalue()

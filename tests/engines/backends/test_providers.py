@@ -1,0 +1,118 @@
+"""Execution providers of ONNX Runtime. A stand-in for the library records what is asked: no GPU provider runs here."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import support
+from tqdit.engines.backends.onnxruntime import build, providers, run
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.bundle import read_manifest
+from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.run.sampler import Sampler
+from tqdit.errors import BackendError, UsageError
+from tqdit.export import write
+
+EVERY = list(providers.PROVIDERS.values())
+
+
+@pytest.fixture
+def floating(tmp_path):
+    path = tmp_path / "float.onnx"
+    write(path, *support.exported(pixels=True))
+    return path
+
+
+@pytest.fixture
+def gpu_library(monkeypatch):
+    """ONNX Runtime that says it has every provider and runs all on the CPU; `asked` holds what sessions asked for."""
+    import onnxruntime
+
+    asked = []
+
+    def session(source, options, providers, **settings):
+        asked.append(providers)
+        inner = onnxruntime.InferenceSession(source, options, providers=[providers[-1]], **settings)
+        names = [entry[0] if isinstance(entry, tuple) else entry for entry in providers]
+        inner.get_providers = lambda: names
+        return inner
+
+    library = SimpleNamespace(**{name: getattr(onnxruntime, name) for name in dir(onnxruntime)})
+    library.InferenceSession, library.get_available_providers = session, lambda: EVERY
+    for module in (build, run):
+        monkeypatch.setattr(module, "load_library", lambda: library)
+    return asked
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_this_library_lacks_is_refused_with_the_pip_command(floating, tmp_path, provider):
+    with pytest.raises(
+        BackendError, match=rf"--provider {provider}: .* has no .*pip install 'tqdit\[onnxruntime-gpu\]'"
+    ):
+        build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider=provider))
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_a_silent_fallback_to_the_cpu_is_an_error():
+    session = SimpleNamespace(get_providers=lambda: [providers.CPU])
+    with pytest.raises(BackendError, match="asked ONNX Runtime for CUDAExecutionProvider, got CPUExecutionProvider"):
+        providers.check_got(session, "cuda")
+    providers.check_got(session, "cpu")
+
+
+def test_a_cuda_bundle_asks_for_cuda_when_built_and_when_opened(floating, tmp_path, gpu_library):
+    build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider="cuda", precision="fp32"))
+    manifest = read_manifest(tmp_path / "m.engine")
+    assert manifest.target["provider"] == "CUDAExecutionProvider"
+    with Sampler.open(tmp_path / "m.engine") as sampler:
+        assert sampler.sample([0], seed=1).shape == (1, 8, 8, 3)
+    assert gpu_library == [["CUDAExecutionProvider", providers.CPU]] * 2
+
+
+def test_a_cuda_bundle_is_not_opened_where_the_library_has_no_cuda(floating, tmp_path, gpu_library, monkeypatch):
+    import onnxruntime
+
+    build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider="cuda"))
+    monkeypatch.setattr(run, "load_library", lambda: onnxruntime)
+    with pytest.raises(BackendError, match=r"pip install 'tqdit\[onnxruntime-gpu\]'"):
+        Sampler.open(tmp_path / "m.engine")
+
+
+def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating, tmp_path, gpu_library):
+    config = BuildConfig(provider="tensorrt", precision="fp32", batch=BatchRange(1, 4, 8))
+    build_engine(floating, tmp_path / "m.engine", config=config)
+    (name, options), *others = gpu_library[0]
+    assert name == "TensorrtExecutionProvider"
+    assert others == ["CUDAExecutionProvider", providers.CPU]
+    assert options["trt_engine_cache_enable"]
+    image = "x3x8x8"
+    for key, count in (("min", 1), ("opt", 4), ("max", 8)):
+        expected = f"x:{count}{image},step:{count},class_labels:{count},guidance_scale:{count},noise:{count}{image}"
+        assert options[f"trt_profile_{key}_shapes"] == expected
+    manifest = read_manifest(tmp_path / "m.engine")
+    assert manifest.batch == BatchRange(1, 4, 8)
+    Sampler.open(tmp_path / "m.engine").close()
+    assert gpu_library[1][0][1]["trt_engine_cache_path"] == str(tmp_path / "m.engine")
+    with pytest.raises(UsageError, match="9"):
+        Sampler.open(tmp_path / "m.engine", batch=9)
+
+
+def test_integers_that_nothing_proves_are_refused(quantized, tmp_path, gpu_library):
+    with pytest.raises(BackendError, match=r"would run in float on onnxruntime.*hides the compiled layers"):
+        build_engine(quantized, tmp_path / "m.engine", config=BuildConfig(provider="tensorrt"))
+    kept = build_engine(quantized, tmp_path / "m.engine", config=BuildConfig(provider="tensorrt", allow_fallback=True))
+    assert kept.audit.integer == 0
+    assert len(kept.audit.fallen_back) == 10
+
+
+def test_a_batch_range_has_no_meaning_for_providers_that_take_any(floating, tmp_path):
+    with pytest.raises(UsageError, match="--batch has no meaning for --provider cpu"):
+        build_engine(floating, tmp_path / "m.engine", config=BuildConfig(batch=BatchRange()))
+
+
+def test_a_closed_engine_says_so(floating, tmp_path):
+    build_engine(floating, tmp_path / "m.engine")
+    engine = run.OrtEngine(tmp_path / "m.engine" / "graph.onnx", 1)
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        engine({})

@@ -1,0 +1,120 @@
+"""Reading the precision of products from an engine's layers."""
+
+import pytest
+
+from tqdit.card import QuantizationCard
+from tqdit.engines.backends.tensorrt.layers import Layer, audit_layers, from_inspector, from_log
+from tqdit.errors import BackendError
+
+TENSOR = "{{ Name: t, Dimensions: [-1,12], Strides: [12,1], StrideOrder: [1,0], Datatype: {}, Format: (Linear) Row }}"
+
+
+def line(name, kind, inputs, constants, outputs, metadata, event=""):
+    """One layer in the words of TensorRT-RTX 1.7's build log."""
+    lists = ["[ " + ", ".join(TENSOR.format(one) for one in group) + "]" for group in (inputs, constants, outputs)]
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: {lists[0]}, Constants: {lists[1]}, Outputs: {lists[2]}, "
+        f"TacticName: some_0x1, StreamId: 0, {event}Metadata: {metadata}"
+    )
+
+
+LOG = "\n".join([
+    "Layers:",
+    line("a/MatMul_myl0_1", "gemm", ["Int8"], ["Int8", "Float", "Float"], ["Float"], "[ONNX Layer: a/MatMul]"),
+    line("__myl_MulAdd_2", "kgen", ["Float"], ["Float"], ["Half"], "[ONNX Layer: a/MatMul][ONNX Layer: a/Add]"),
+    line("__mye_3", "signal", [], [], [], "", event="EventId: 11, "),
+    line("__myl_Fc_4", "runtime_fusion", ["Half"], ["Int8"], ["Half"], "[ONNX Layer: b/MatMul]\x1e[ONNX Layer: b/Add]"),
+    "",
+    "I/O Tensors:",
+    " Name: x, IOMode: Input",
+])  # fmt: skip
+
+
+def layer(kind="gemm", inputs=("Int8",), constants=("Int8",), nodes=(), name="n"):
+    return Layer(name, kind, inputs, constants, ("Float",), nodes)
+
+
+def test_a_build_log_is_read_layer_by_layer():
+    first, second, third, fourth = from_log(["Layers:\nName: of an engine before", "something else", LOG])
+    assert first == Layer("a/MatMul_myl0_1", "gemm", ("Int8",), ("Int8", "Float", "Float"), ("Float",), ("a/MatMul",))
+    assert (second.multiplies, second.nodes) == (False, ("a/MatMul", "a/Add"))
+    assert (third.kind, third.inputs, third.nodes) == ("signal", (), ())
+    assert (fourth.multiplies, fourth.is_integer, fourth.nodes) == (True, False, ("b/MatMul", "b/Add"))
+
+
+def test_a_log_that_proves_nothing_is_refused():
+    with pytest.raises(BackendError, match="lists no layers"):
+        from_log(["Engine generation completed"])
+    with pytest.raises(BackendError, match="cannot be read: Name: x, Something"):
+        from_log(["Layers:\nName: x, Something: else"])
+
+
+@pytest.mark.parametrize(("key", "ports"), [("Format/Datatype", "Bindings"), ("Datatype", "I/O Tensors")])
+def test_the_inspector_of_both_releases_is_read(key, ports):
+    """10.x and 11.x; what differs beyond the datatype's key is not read."""
+    word = "Row major Int8 format" if ports == "Bindings" else "Int8"
+    report = {
+        "Layers": [
+            {
+                "Name": "a/MatMul_1", "LayerType": "gemm", "Inputs": [{"Name": "q", key: word}],
+                "Constants": [{"Name": "w", key: word}], "Outputs": [{"Name": "y", key: "Float"}],
+                "Metadata": "[ONNX Layer: a/MatMul]\x1e[ONNX Layer: a/DequantizeLinear]",
+            }
+        ],
+        ports: [],
+    }  # fmt: skip
+    (only,) = from_inspector(report)
+    assert only.is_integer
+    assert only.nodes == ("a/MatMul", "a/DequantizeLinear")
+
+
+@pytest.mark.parametrize("report", [{}, {"Layers": []}, {"Layers": ["a/MatMul", "b/MatMul"]}])
+def test_an_engine_without_details_proves_nothing(report):
+    with pytest.raises(BackendError, match="no details"):
+        from_inspector(report)
+
+
+@pytest.mark.parametrize(
+    ("one", "integer"),
+    [
+        (layer(), True),
+        (layer(constants=("Int8", "Float", "Float")), True),
+        (layer(inputs=("Int8", "Int8"), constants=("Float", "Float")), True),  # both operands computed
+        (layer(inputs=("Int8",), constants=()), True),  # an inspector that lists no constants
+        (layer(inputs=("Half",), constants=("Int8",)), False),  # weights alone
+        (layer(inputs=("Int8",), constants=("Half",)), False),  # activations alone
+        (layer(inputs=("Half", "Int8", "Int8")), False),  # product in float with integers on the way
+        (layer("runtime_fusion"), False),  # may turn its integers into floats first
+        (layer("kgen", ("Int8",) * 3, (), name="_gemm_mha_v2"), True),
+        (layer("kgen", ("Half",) * 3, (), name="_gemm_mha_v2"), False),
+        (layer("kgen", ("Int8", "Int8", "Half"), (), name="_gemm_mha_v2"), False),
+        (layer("kgen", ("Int8", "Int8"), (), name="__myl_CastMul"), False),  # pointwise
+        (layer("CaskGemmMatrixMultiply", ("Int8",), ("Int8",)), True),
+    ],
+)
+def test_a_product_is_integer_only_where_both_operands_are(one, integer):
+    assert one.is_integer is integer
+
+
+def card(**products):
+    return QuantizationCard(8, 8, (), "simulated", products)
+
+
+def test_a_product_counts_by_all_of_its_nodes():
+    """Two regions are two nodes; one in float, or one that no layer names, makes the product a fallback."""
+    names = ["a/MatMul", "a/MatMul_2"]
+    both, one = [layer(nodes=("a/MatMul",)), layer(nodes=("a/MatMul_2",))], [layer(nodes=("a/MatMul",))]
+    half = layer("runtime_fusion", ("Half",), ("Int8",), ("a/MatMul_2",))
+    assert audit_layers(both, card(a="integer"), names).fallen_back == ()
+    assert audit_layers([*one, half], card(a="integer"), names).fallen_back == ("a",)
+    assert audit_layers(one, card(a="integer"), names).fallen_back == ("a",)
+
+
+def test_merged_layers_count_for_every_node_in_them():
+    merged = layer(nodes=("q/MatMul", "k/MatMul", "v/MatMul", "v/Add"))
+    audit = audit_layers([merged], card(q="integer", k="integer", v="integer"), ["q/MatMul", "k/MatMul", "v/MatMul"])
+    assert (audit.integer, audit.fallen_back) == (3, ())
+
+
+def test_float_graphs_have_no_audit():
+    assert audit_layers([layer()], None, []) is None

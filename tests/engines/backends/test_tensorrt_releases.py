@@ -1,0 +1,147 @@
+"""The builder against the recorded attributes of TensorRT 10.16 and 11.4: which settings reach which release.
+
+The library is a fake in tests/fake_tensorrt that lacks what the release lacks; the worker process, Polygraphy and the
+audit are the real ones. Nothing is compiled and nothing runs on a GPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import support
+from tables import Kind, make_table
+from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.bundle import read_manifest
+from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.errors import BackendError, UsageError
+from tqdit.export import ExportConfig, write
+
+TESTS = Path(__file__).parents[2]
+RELEASES = ["10.16", "11.4"]
+
+
+@pytest.fixture(params=RELEASES)
+def release(request, monkeypatch, tmp_path):
+    """One release installed, in this process and in the worker; gives its calls."""
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("TQDIT_TEST_SURFACE", str(TESTS / "data" / "tensorrt_surfaces" / f"{request.param}.json"))
+    monkeypatch.setenv("TQDIT_TEST_CALLS", str(calls))
+    monkeypatch.syspath_prepend(TESTS / "fake_tensorrt")
+    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(0, "8.7"))
+    yield lambda: [json.loads(line) for line in calls.read_text().splitlines()]
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    write(path, *support.exported(ExportConfig(), table=make_table(support.tiny_model(), Kind(groups=10))))
+    return path
+
+
+FAST = {"float_type": "fp32"}  # nothing to cast
+
+
+def test_a_build_with_every_option(release, source, tmp_path):
+    cache, progress = tmp_path / "timings", []
+    cache.write_bytes(b"old")
+    config = BuildConfig(
+        batch=BatchRange(1, 4, 8), workspace_bytes=1 << 30, timing_cache=cache, optimization_level=4,
+        version_compatible=True, lean_runtime="exclude", plugins=False, **FAST,
+    )  # fmt: skip
+    manifest = build_engine(source, tmp_path / "a.engine", "tensorrt", config, lambda *step: progress.append(step))
+    calls = release()
+    assert [call["strongly_typed"] for call in calls if "strongly_typed" in call] == [True]
+    flags = {call["flag"] for call in calls if "flag" in call}
+    assert flags == {"TF32", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"}  # no type flag: the network has types
+    assert {"pool": "WORKSPACE", "bytes": 1 << 30} in calls
+    assert {"timing_cache": "old"} in calls
+    assert cache.read_bytes() == b"old+timings"
+    settings = {call["set"]: call["to"] for call in calls if "set" in call}
+    assert settings["builder_optimization_level"] == 4
+    assert settings["profiling_verbosity"] == "DETAILED"
+    assert {"profile": "x", "shapes": [[1, 4, 8, 8], [4, 4, 8, 8], [8, 4, 8, 8]]} in calls
+    assert {"profile": "step", "shapes": [[1], [4], [8]]} in calls
+    assert {"functions": 0} in calls  # inlined beforehand
+    assert ("Building engine", 2, 2) in progress
+    assert manifest == read_manifest(tmp_path / "a.engine")
+    assert manifest.audit.line.startswith("quantized products: 10 int8, 4 simulated by choice")
+    assert manifest.audit.fallen_back == ()
+    assert manifest.target["compute_capabilities"] == "8.7"
+    assert manifest.target["version_compatible"] == "exclude"
+    assert set(manifest.plugins.values()) == {"body: --no-plugins"}
+
+
+def test_defaults_ask_for_nothing_special(release, source, tmp_path):
+    manifest = build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+    calls = release()
+    assert {call["flag"] for call in calls if "flag" in call} == {"TF32"}
+    assert not any("pool" in call for call in calls)
+    assert manifest.batch == BatchRange(1, 2, 16)
+    assert "version_compatible" not in manifest.target
+    assert set(manifest.plugins.values()) == {manifest.plugins["TimeGroupSelect"]}
+    assert manifest.plugins["TimeGroupSelect"].startswith("body: TensorRT 1")  # this fake has no plugin module
+
+
+def test_plugins_get_the_custom_ops_as_they_are(release, source, tmp_path, monkeypatch):
+    from tqdit.plugins import tensorrt as plugins
+
+    monkeypatch.setattr(plugins, "why_unavailable", lambda: None)
+    monkeypatch.setenv("TQDIT_TEST_PLUGINS", "1")
+    manifest = build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+    assert manifest.plugins == {"TimeGroupSelect": "plugin", "MultiRegionSoftmax": "plugin"}
+    assert {"functions": 2} in release()
+
+
+def test_a_plugin_that_is_not_taken_is_said(release, source, tmp_path, monkeypatch):
+    from tqdit.plugins import tensorrt as plugins
+
+    monkeypatch.setattr(plugins, "why_unavailable", lambda: None)
+    manifest = build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+    assert set(manifest.plugins.values()) == {"body: TensorRT took none for it"}
+
+
+def test_what_the_library_reports_is_the_reason(release, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDIT_TEST_FAIL", "Error Code 10: no implementation\nfor node x")
+    with pytest.raises(
+        BackendError, match=r"TensorRT 1.* cannot compile it \(Error Code 10: no implementation for node x"
+    ):
+        build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+
+
+def test_a_lean_runtime_alone_has_no_meaning(release, source, tmp_path):
+    with pytest.raises(UsageError, match="--exclude-lean-runtime goes with --version-compatible"):
+        build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(lean_runtime="exclude", **FAST))
+
+
+def test_without_a_gpu_it_does_not_start(release, source, tmp_path, monkeypatch):
+    def no_gpu():
+        raise BackendError("no usable NVIDIA GPU here (no GPU).")
+
+    monkeypatch.setattr(cuda, "find_device", no_gpu)
+    with pytest.raises(BackendError, match="no usable NVIDIA GPU here"):
+        build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+
+
+def test_the_runtime_uses_nothing_that_a_release_lacks():
+    """Attributes that run.py touches, on both releases."""
+    used = {
+        "ICudaEngine": {
+            "create_execution_context", "device_memory_size_v2", "get_tensor_name", "get_tensor_dtype",
+            "get_tensor_shape", "get_tensor_mode", "num_io_tensors",
+        },
+        "IExecutionContext": {"set_device_memory", "set_input_shape", "set_tensor_address", "execute_async_v3"},
+        "Runtime": {"deserialize_cuda_engine", "engine_host_code_allowed", "load_runtime"},
+        "ExecutionContextAllocationStrategy": {"USER_MANAGED"},
+        "TensorIOMode": {"INPUT", "OUTPUT"},
+        "Logger": {"ERROR", "INTERNAL_ERROR"},
+    }  # fmt: skip
+    for name in RELEASES:
+        surface = json.loads((TESTS / "data" / "tensorrt_surfaces" / f"{name}.json").read_text())["classes"]
+        assert {
+            kind: sorted(names - set(surface[kind])) for kind, names in used.items() if names - set(surface[kind])
+        } == {}

@@ -1,0 +1,379 @@
+"""The GPU runtime against a CUDA and a TensorRT that compute on the host; nothing here ran on a GPU."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import support
+from fake_gpu import FakeCuda, FakeTensorRT, Status, compute
+from tqdit.engines.backends.tensorrt import cuda, run
+from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
+from tqdit.engines.bundle import Manifest, Part, seal
+from tqdit.engines.config import BatchRange
+from tqdit.engines.run.sampler import Sampler
+from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
+from tqdit.export import ExportConfig
+
+SHAPE = (3, 4, 4)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(cuda, "runtime", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def manifest():
+    _, card = support.exported(ExportConfig(), pixels=True)
+    return Manifest(
+        "tensorrt", "int8", card, "engine.plan", None, {"tensorrt": "11.4.0"}, {"compute_capabilities": "8.9"},
+        files={"engine.plan": Part("", 4)}, batch=BatchRange(1, 2, 16),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    return tmp_path / "engine.plan"
+
+
+@pytest.fixture
+def engine(gpu, manifest, plan):
+    opened = run.TensorRTEngine(TENSORRT, plan, manifest, FakeTensorRT(gpu))
+    yield opened
+    opened.close()
+    assert gpu.memory == {}
+    assert gpu.streams == set()
+    assert gpu.graphs == {}
+
+
+def inputs(rows, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.standard_normal((rows, *SHAPE), np.float32),
+        "step": rng.integers(0, 250, rows),
+        "class_labels": rng.integers(0, 10, rows),
+        "guidance_scale": rng.uniform(1, 4, rows).astype(np.float32),
+        "noise": rng.standard_normal((rows, *SHAPE), np.float32),
+    }
+
+
+def test_it_computes_what_the_engine_computes_at_any_batch(engine):
+    for seed, rows in enumerate((1, 3, 1, 16, 3)):
+        fed = inputs(rows, seed)
+        assert np.array_equal(engine(fed), compute(fed))
+
+
+def test_a_graph_is_captured_after_the_first_run_and_replayed_from_then_on(engine, gpu):
+    for seed in range(4):
+        fed = inputs(2, seed)
+        gpu.calls.clear()
+        assert np.array_equal(engine(fed), compute(fed))
+        ran = [call for call in gpu.calls if call.startswith(("execute", "Graph", "StreamBegin", "StreamEnd"))]
+        first = [
+            "execute[2]",
+            "StreamBeginCapture",
+            "execute[2]",
+            "StreamEndCapture",
+            "GraphInstantiate",
+            "GraphDestroy",
+        ]
+        assert ran == (first if seed == 0 else ["GraphLaunch"])
+
+
+def test_a_step_allocates_nothing_after_the_first(engine, gpu):
+    engine(inputs(4))
+    gpu.calls.clear()
+    before = set(gpu.memory)
+    for seed in range(20):
+        engine(inputs(4, seed))
+    assert set(gpu.memory) == before
+    assert not {"Malloc", "MallocHost", "Free", "FreeHost", "StreamCreateWithFlags"} & set(gpu.calls)
+
+
+def test_contexts_share_one_scratch_memory(engine):
+    for rows in (1, 2, 3):
+        engine(inputs(rows))
+    assert len({context.scratch for context in engine._trt.contexts}) == 1
+
+
+def test_the_longest_unused_shape_is_forgotten(engine, gpu, monkeypatch):
+    monkeypatch.setattr(run, "SHAPES_KEPT", 2)
+    for rows in (1, 2, 1, 3):
+        engine(inputs(rows))
+    assert list(engine._bound) == [1, 3]
+    assert len(gpu.graphs) == 2
+    fed = inputs(2, 9)
+    assert np.array_equal(engine(fed), compute(fed))
+
+
+def test_rtx_captures_by_itself(gpu, manifest, plan):
+    trt = FakeTensorRT(gpu)
+    engine = run.TensorRTEngine(TENSORRT_RTX, plan, manifest, trt)
+    for seed in range(3):
+        fed = inputs(2, seed)
+        assert np.array_equal(engine(fed), compute(fed))
+    assert trt.contexts[0].configuration.cuda_graph_strategy == "WHOLE_GRAPH_CAPTURE"
+    assert trt.contexts[0].configuration.strategy == "USER_MANAGED"
+    assert trt.contexts[0].executions == 3
+    assert "StreamBeginCapture" not in gpu.calls
+    engine.close()
+
+
+def test_fewer_rows_than_the_engine_was_built_for_are_filled_up(gpu, manifest, plan):
+    trt = FakeTensorRT(gpu, batch=(4, 8))
+    engine = run.TensorRTEngine(TENSORRT, plan, replace(manifest, batch=BatchRange(4, 4, 8)), trt)
+    fed = inputs(3)
+    assert np.array_equal(engine(fed), compute(fed))
+    assert trt.contexts[0].shapes["x"][0] == 4
+    engine.close()
+
+
+def test_more_rows_than_it_was_built_for_are_refused_and_nothing_is_kept(engine, gpu):
+    before = set(gpu.memory)
+    with pytest.raises(UsageError, match=r"not built for 17 row\(s\).*--batch 1,8,17"):
+        engine(inputs(17))
+    assert set(gpu.memory) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", np.zeros((2, 3, 5, 4), np.float32), r"'x' has the shape \(2, 3, 5, 4\), expected \(2, 3, 4, 4\)"),
+        ("step", np.zeros(3, np.int64), r"'step' has the shape \(3,\), expected \(2,\)"),
+        ("noise", None, "the engine also takes noise"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(engine, name, value, message):
+    fed = inputs(2) | {name: value}
+    if value is None:
+        del fed[name]
+    with pytest.raises(UsageError, match=message):
+        engine(fed)
+
+
+def test_eight_threads_get_their_own_results(engine):
+    wrong = []
+
+    def work(seed):
+        for turn in range(10):
+            fed = inputs(1 + (seed + turn) % 5, 100 * seed + turn)
+            if not np.array_equal(engine(fed), compute(fed)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_closed_engine_says_so_and_closing_twice_is_fine(engine):
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="this engine is closed"):
+        engine(inputs(1))
+
+
+def test_a_failing_driver_is_one_line(engine, gpu):
+    gpu.fails["cudaMemcpyAsync"] = Status.cudaErrorIllegalAddress
+    with pytest.raises(BackendError, match=r"CUDA's cudaMemcpyAsync failed: cudaErrorIllegalAddress"):
+        engine(inputs(1))
+    gpu.fails.clear()
+    fed = inputs(1)
+    assert np.array_equal(engine(fed), compute(fed))
+
+
+def test_memory_that_runs_out_is_one_line_and_leaks_nothing(engine, gpu):
+    before = set(gpu.memory)
+    gpu.fails["cudaMalloc"] = Status.cudaErrorMemoryAllocation
+    with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation"):
+        engine(inputs(1))
+    gpu.fails.clear()
+    assert set(gpu.memory) == before
+
+
+class OnDevice:
+    """Somebody's array in "GPU memory"."""
+
+    def __init__(self, gpu, array, stream=None):
+        self.array, self.copy = array, np.ascontiguousarray(array).copy()
+        self.__cuda_array_interface__ = {
+            "shape": array.shape, "typestr": array.dtype.str, "data": (self.copy.ctypes.data, False), "version": 3,
+            "strides": None if array.flags.c_contiguous else array.strides, "stream": stream,
+        }  # fmt: skip
+
+
+class TorchLike:
+    cuda_stream = 77
+
+
+@pytest.mark.parametrize("stream", [None, 77, TorchLike()])
+def test_arrays_on_the_device_stay_there(engine, gpu, stream):
+    for seed in range(3):
+        fed = inputs(2, seed)
+        gpu.calls.clear()
+        out = engine.run_on_device({name: OnDevice(gpu, value) for name, value in fed.items()}, stream)
+        assert out.shape == (2, *SHAPE)
+        assert np.array_equal(out.numpy(), compute(fed))
+        assert out.__cuda_array_interface__["stream"] == (77 if stream else 1)
+        assert gpu.calls.count("StreamWaitEvent") == 2  # ours after the caller's, and the caller's after ours
+        assert "MallocHost" not in gpu.calls or seed == 0
+        del out
+
+
+def test_a_result_goes_into_the_array_that_the_caller_brings(engine, gpu):
+    fed = inputs(2)
+    given = OnDevice(gpu, np.zeros((2, *SHAPE), np.float32))
+    assert engine.run_on_device({n: OnDevice(gpu, v) for n, v in fed.items()}, 77, out=given) is given
+    assert np.array_equal(given.copy, compute(fed))
+    with pytest.raises(UsageError, match="'out' is float32"):
+        engine.run_on_device(
+            {n: OnDevice(gpu, v) for n, v in fed.items()}, 77, out=OnDevice(gpu, np.zeros((1, *SHAPE), np.float32))
+        )
+
+
+def test_arrays_of_another_type_or_layout_are_refused(engine, gpu):
+    fed = {name: OnDevice(gpu, value) for name, value in inputs(2).items()}
+    with pytest.raises(UsageError, match="'x' is float64, the engine takes float32"):
+        engine.run_on_device(fed | {"x": OnDevice(gpu, np.zeros((2, *SHAPE)))})
+    with pytest.raises(UsageError, match="'x' is not contiguous"):
+        engine.run_on_device(fed | {"x": OnDevice(gpu, np.zeros((*SHAPE[::-1], 2), np.float32).T)})
+    with pytest.raises(UsageError, match="'x' does not lie in GPU memory"):
+        engine.run_on_device(fed | {"x": np.zeros((2, *SHAPE), np.float32)})
+    with pytest.raises(UsageError, match="'x' is list, expected an array"):
+        engine.run_on_device(fed | {"x": [0.0]})
+
+
+def test_an_array_made_on_another_stream_is_waited_for(engine, gpu):
+    fed = {name: OnDevice(gpu, value, stream=5) for name, value in inputs(2).items()}
+    engine.run_on_device(fed, 77)
+    assert gpu.calls.count("StreamWaitEvent") == 2 + len(fed)
+
+
+def test_streams_of_other_libraries_are_understood():
+    class Protocol:
+        def __cuda_stream__(self):
+            return 0, 42
+
+    class Cupy:
+        ptr = 42
+
+    class Pycuda:
+        handle = 42
+
+    assert [cuda.stream_handle(one) for one in (Protocol(), Cupy(), Pycuda(), 42, None)] == [42, 42, 42, 42, 0]
+    with pytest.raises(UsageError, match="str is not a CUDA stream"):
+        cuda.stream_handle("first")
+
+
+def load(library, manifest, plan, trt, monkeypatch):
+    monkeypatch.setattr(type(library), "load", lambda *_: trt)
+    return run.open_engine(library, plan.parent, manifest, "engine.plan")
+
+
+def test_another_gpu_is_refused_with_what_to_do(gpu, manifest, plan, monkeypatch):
+    gpu.capability = (9, 0)
+    rtx = replace(manifest, target={"compute_capabilities": "8.9,12.0"}, versions={"tensorrt_rtx": "11.4.0"})
+    with pytest.raises(BackendError, match=r"built for compute capability 8.9, 12.0, this GPU has 9.0.*--target 9.0"):
+        load(TENSORRT_RTX, rtx, plan, FakeTensorRT(gpu), monkeypatch)
+
+
+def test_another_release_is_refused_with_what_to_do(gpu, manifest, plan, monkeypatch):
+    with pytest.raises(
+        BackendError, match=r"built by TensorRT 11.4.0, installed is 11.5.0.*pip install tensorrt==11.4.0"
+    ):
+        load(TENSORRT, manifest, plan, FakeTensorRT(gpu, "11.5.0"), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("built", "installed", "compatible", "runs"),
+    [
+        ("10.16.1.11", "10.16.1.12", False, True),
+        ("10.16.1.11", "10.16.2.1", False, False),
+        ("11.0.0.1", "11.4.0.106", True, True),
+        ("11.4.0.106", "11.0.0.1", True, False),
+        ("10.16.1.11", "11.4.0.106", True, False),
+    ],
+)
+def test_which_releases_run_a_plan(built, installed, compatible, runs):
+    assert TENSORRT.runs_engine_of(built, installed, compatible) is runs
+    assert not TENSORRT_RTX.runs_engine_of("1.6.0.1", "1.7.0.1", True)
+
+
+def test_a_plan_with_code_inside_opens_only_when_allowed(gpu, manifest, plan, monkeypatch):
+    embedded = replace(manifest, target=manifest.target | {"version_compatible": "embed"})
+    with pytest.raises(BackendError, match=r"carries program code.*TQDIT_ALLOW_ENGINE_CODE=1"):
+        load(TENSORRT, embedded, plan, FakeTensorRT(gpu, "11.5.0"), monkeypatch)
+    monkeypatch.setenv("TQDIT_ALLOW_ENGINE_CODE", "1")
+    load(TENSORRT, embedded, plan, FakeTensorRT(gpu, "11.5.0"), monkeypatch).close()
+
+
+def test_a_plan_without_its_lean_runtime_asks_for_it(gpu, manifest, plan, monkeypatch):
+    excluded = replace(manifest, target=manifest.target | {"version_compatible": "exclude"})
+    with pytest.raises(BackendError, match=r"lean runtime of TensorRT 11.4.0; set TQDIT_TENSORRT_LEAN"):
+        load(TENSORRT, excluded, plan, FakeTensorRT(gpu, "11.5.0"), monkeypatch)
+    monkeypatch.setenv("TQDIT_TENSORRT_LEAN", "libnvinfer_lean.so.11")
+    load(TENSORRT, excluded, plan, FakeTensorRT(gpu, "11.5.0"), monkeypatch).close()
+    load(TENSORRT, excluded, plan, FakeTensorRT(gpu, "11.4.0"), monkeypatch).close()
+
+
+def test_a_plan_that_the_library_cannot_open_is_one_line(gpu, manifest, plan, monkeypatch):
+    trt = FakeTensorRT(gpu)
+    trt.opens = False
+    with pytest.raises(
+        BackendError, match=r"cannot open it .Serialization assertion failed: version tag does not match"
+    ):
+        load(TENSORRT, manifest, plan, trt, monkeypatch)
+
+
+def test_a_missing_library_is_answered_with_the_pip_command(manifest, plan):
+    with pytest.raises(
+        MissingLibraryError, match=r"needs tensorrt, which is not installed. Run: pip install 'tqdit\[tensorrt\]'"
+    ):
+        run.open_engine(TENSORRT, plan.parent, manifest, "engine.plan")
+
+
+def test_a_machine_without_a_driver_is_told_so():
+    """The real cuda-python; on a machine with a GPU the capability comes back instead."""
+    from cuda.bindings import runtime as real
+
+    if int(real.cudaGetDeviceCount()[0]) == 0:
+        assert "." in cuda.find_device().capability
+        return
+    with pytest.raises(BackendError, match=r"no usable NVIDIA GPU here \(cuda\w+: .*\)\. Install NVIDIA's driver"):
+        cuda.find_device()
+
+
+def test_a_damaged_batch_range_is_refused(manifest):
+    values = manifest.to_json()
+    assert Manifest.from_json(json.dumps(values), Path("m")) == manifest
+    assert Manifest.from_json(json.dumps(seal(values | {"batch": None})), Path("m")) == replace(manifest, batch=None)
+    for damaged in ({"least": 3, "best": 2, "most": 1}, {"least": "one"}, [1, 2, 3]):
+        with pytest.raises(FileFormatError, match="m: damaged manifest"):
+            Manifest.from_json(json.dumps(seal(values | {"batch": damaged})), Path("m"))
+
+
+def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):
+    """The chain of a whole sampler equals the same chain in NumPy."""
+    trt = FakeTensorRT(gpu, shape=manifest.card.image_shape)
+    sampler = Sampler(manifest.card, load(TENSORRT, manifest, plan, trt, monkeypatch), batch=2)
+
+    class OnHost:
+        def __call__(self, fed):
+            return compute(fed)
+
+        def close(self):
+            pass
+
+    expected = Sampler(manifest.card, OnHost(), batch=2).sample_latents([0, 1, 2], seed=3)
+    assert np.array_equal(sampler.sample_latents([0, 1, 2], seed=3), expected)
+    sampler.close()
+    assert gpu.memory == {}

@@ -1,0 +1,83 @@
+"""A quantized file without its quantization: the float network with quantized weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+import support
+from tables import Kind, make_table
+from tqdit.calibrate import apply
+from tqdit.engines.build.strip import strip_quantization
+from tqdit.errors import UsageError
+from tqdit.export import ExportConfig, write
+from tqdit.onnx_file import read_card
+from tqdit.quantization.fold import fold
+
+KINDS = {
+    "W8A8": Kind(groups=10),
+    "groups everywhere": Kind(groups=5, everywhere=True),
+    "asymmetric": Kind(asymmetric=True, groups=3, everywhere=True),
+    "asymmetric, one group": Kind(asymmetric=True),
+    "W4A6": Kind(weight_bits=4, activation_bits=6, conditioning_inputs=True),
+    "equalised": Kind(groups=4, everywhere=True, equalised=True),
+}
+
+
+def stripped_file(tmp_path, table, attention="simulated", origin="published", graph="denoiser"):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported(ExportConfig(graph, attention=attention), origin, table=table))
+    model = ir.load(path)
+    strip_quantization(model, read_card(path))
+    ir.save(model, tmp_path / "stripped.onnx")
+    return tmp_path / "stripped.onnx"
+
+
+@pytest.mark.parametrize("attention", ["simulated", "integer", "float"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attention):
+    """Float sums in another order: 1e-4 of the output, relative."""
+    import onnxruntime as ort
+
+    model = support.tiny_model()
+    table = make_table(model, kind)
+    path = stripped_file(tmp_path, table, attention)
+    with torch.no_grad():
+        folded, plain = fold(model, table)
+        weights = replace(plain, sites=tuple(site for site in plain.sites if site.role == "weight"))
+        quantized = apply(folded, weights).network
+        rng = np.random.default_rng(0)
+        inputs = {"x": rng.standard_normal((5, 4, 8, 8), np.float32), "timestep": np.array([0, 180, 420, 700, 999]),
+                  "class_labels": np.arange(5)}  # fmt: skip
+        expected = quantized(*map(torch.from_numpy, inputs.values())).numpy()
+    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("attention", ["simulated", "integer"])
+@pytest.mark.parametrize("origin", ["published", "diffusers"])
+def test_nothing_of_the_quantization_is_left(tmp_path, origin, attention):
+    table = make_table(support.tiny_model(origin), Kind(asymmetric=True, groups=3, everywhere=True))
+    model = onnx.load(stripped_file(tmp_path, table, attention, origin, "step"))
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    assert not any("Linear" in node.op_type for node in model.graph.node)
+    assert not any(tensor.data_type == onnx.TensorProto.INT8 for tensor in model.graph.initializer)
+    # one product each for qkv, scores, value product, proj, fc1 and fc2
+    products = [
+        node.name for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith("blocks.0.")
+    ]
+    assert len([name for name in products if "adaLN" not in name and "embedder" not in name]) == 6
+
+
+def test_a_form_that_it_does_not_know_is_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported(table=make_table(support.tiny_model(), Kind())))
+    model = ir.load(path)
+    next(node for node in model.graph if node.name == "blocks.0.mlp.fc1/MatMul").name = "elsewhere/MatMul"
+    with pytest.raises(UsageError, match=r"'blocks\.0\.mlp\.fc1' cannot be stripped"):
+        strip_quantization(model, read_card(path))

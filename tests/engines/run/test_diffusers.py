@@ -1,0 +1,254 @@
+"""The denoiser engine by itself, and as the transformer of diffusers' DiT pipeline."""
+
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+import support
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.run.denoiser import Denoiser
+from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
+from tqdit.engines.run.sampler import Sampler
+from tqdit.errors import UsageError
+from tqdit.export import ExportConfig, export_graph, write
+from tqdit.models import load_model
+from tqdit.models.dit import randomize
+
+# diffusers' schedulers hand NumPy objects of torch whose __array__ is of before NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*")
+
+CLASSES = 1000  # the pipeline has the null class 1000 written into it
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """A tiny DiT of diffusers with random non-zero weights and 1000 classes."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=CLASSES,
+    )  # fmt: skip
+    return randomize(model, scale=0.2).eval()
+
+
+@pytest.fixture(scope="module")
+def pipeline(theirs):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
+    return DiTPipeline(theirs, vae, DDIMScheduler())
+
+
+@pytest.fixture(scope="module")
+def engine(theirs, tmp_path_factory):
+    """The same model as a float denoiser bundle for ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("denoiser")
+    theirs.save_pretrained(folder / "dit")
+    write(folder / "model.onnx", *export_graph(load_model(str(folder / "dit")), ExportConfig(graph="denoiser")))
+    build_engine(folder / "model.onnx", folder / "model.engine")
+    return folder / "model.engine"
+
+
+@pytest.fixture
+def ours(engine):
+    transformer = DiffusersTransformer.open(engine)
+    yield transformer
+    transformer.close()
+
+
+def draw(pipeline, scheduler, scale=4.0):
+    """float32 images (3, H, W, 3) in 0..1, of the same noise each time."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = scheduler
+    torch.manual_seed(4)  # for what a scheduler draws in its steps
+    generator = torch.Generator().manual_seed(3)
+    return pipeline(
+        [1, 207, 999], guidance_scale=scale, num_inference_steps=8, output_type="np", generator=generator
+    ).images
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(),
+        DPMSolverMultistepScheduler(),
+        DDPMScheduler(),  # draws noise in each step
+        EulerDiscreteScheduler(timestep_spacing="leading"),  # float timesteps, scaled inputs
+        PNDMScheduler(),
+        UniPCMultistepScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+@pytest.mark.parametrize("scale", [4.0, 1.0], ids=["guided", "unguided"])
+def test_a_pipeline_draws_the_same_images_on_our_engine(pipeline, theirs, ours, scheduler, scale):
+    """8 steps, float32 in another order than PyTorch's: 1e-4 of images in 0..1."""
+    expected = draw(pipeline, scheduler, scale)
+    pipeline.transformer = ours
+    try:
+        images = draw(pipeline, scheduler, scale)
+    finally:
+        pipeline.transformer = theirs
+    assert images.shape == (3, 8, 8, 3)
+    assert np.ptp(expected) > 0.2
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-4)
+
+
+def test_a_saved_pipeline_is_loaded_with_our_engine_in_it(pipeline, ours, tmp_path):
+    expected = draw(pipeline, DDIMScheduler())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = DiTPipeline.from_pretrained(tmp_path / "pipeline", transformer=ours)
+    assert loaded.transformer is ours
+    np.testing.assert_allclose(draw(loaded, DDIMScheduler()), expected, rtol=0, atol=1e-4)
+    with pytest.raises(UsageError, match="not saved with a pipeline"):
+        loaded.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-4), (torch.bfloat16, 0.03)])
+def test_a_pipeline_moves_it_to_another_dtype(pipeline, ours, dtype, limit):
+    """The engine computes in float32; in bfloat16 (8 bits) the network beside it rounds more; the VAE is the same."""
+    their_pipeline = copy.deepcopy(pipeline).to("cpu", dtype)
+    expected = draw(their_pipeline, DDIMScheduler())
+    our_pipeline = DiTPipeline(ours, copy.deepcopy(pipeline.vae), DDIMScheduler()).to("cpu", dtype)
+    assert ours.dtype == our_pipeline.dtype == our_pipeline.vae.dtype == dtype
+    assert ours.device == torch.device("cpu")
+    assert np.abs(draw(our_pipeline, DDIMScheduler()) - expected).mean() <= limit
+
+
+def test_it_answers_in_the_dtype_and_form_that_it_is_asked_for(theirs, ours):
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), torch.tensor([0, 1000])
+    with torch.no_grad():
+        expected = theirs(x, t, y).sample
+    for dtype, limit in [(torch.float32, 1e-4), (torch.bfloat16, 0.05)]:
+        out = ours(x.to(dtype), timestep=t, class_labels=y, return_dict=False)
+        assert len(out) == 1
+        assert out[0].dtype == dtype
+        torch.testing.assert_close(out[0].float(), expected, rtol=0, atol=limit * float(expected.abs().max()))
+    same = ours(x, t[:1].expand(2), y).sample
+    torch.testing.assert_close(ours(x, t[0], y).sample, same, rtol=0, atol=0)
+    torch.testing.assert_close(ours(x, 3.0, y).sample, same, rtol=0, atol=0)
+    assert ours.config.sample_size == 8
+    assert (ours.config.in_channels, ours.config["out_channels"]) == (4, 8)
+    assert list(ours.parameters()) == []
+
+
+def test_two_answers_do_not_share_memory(engine):
+    class Reuses:
+        out = np.zeros((2, 8, 8, 8), np.float32)
+
+        def __call__(self, inputs):
+            self.out += 1
+            return self.out
+
+        def close(self):
+            pass
+
+    with Denoiser.open(engine) as denoiser:
+        transformer = DiffusersTransformer(Denoiser(denoiser.card, Reuses()))
+    x, y = torch.zeros(2, 4, 8, 8), torch.tensor([0, 1])
+    first, second = transformer(x, 1, y).sample, transformer(x, 1, y).sample
+    assert (float(first.max()), float(second.max())) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"hidden_states": torch.zeros(2, 4, 16, 16)},
+            r"x has shape \(2, 4, 16, 16\); this engine takes \(B, 4, 8, 8\)",
+        ),
+        ({"hidden_states": torch.zeros(3, 4, 8, 8)}, "x has 3 rows"),
+        ({"class_labels": torch.tensor([0, 1001])}, r"class 1001 is out of range; this model knows 0\.\.999"),
+        ({"class_labels": torch.zeros(2)}, "expected integers"),
+        ({"class_labels": None}, "needs both"),
+        ({"timestep": torch.tensor([1, 1000])}, r"expected integers in 0\.\.999"),
+        ({"timestep": torch.tensor([19.98, 3.0])}, r"timestep 19\.98 is no whole number"),
+        ({"cross_attention_kwargs": {"scale": 1}}, "an engine's graph is fixed"),
+    ],
+)
+def test_what_the_graph_cannot_take_is_refused(ours, arguments, message):
+    usual = {
+        "hidden_states": torch.zeros(2, 4, 8, 8),
+        "timestep": torch.tensor([5, 5]),
+        "class_labels": torch.zeros(2).long(),
+    }
+    with pytest.raises(UsageError, match=message):
+        ours(**usual | arguments)
+
+
+def test_a_step_engine_is_refused(bundle):
+    with pytest.raises(UsageError, match=r"model\.engine: holds a step graph.*--graph denoiser"):
+        DiffusersTransformer.open(bundle)
+    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match="holds a step graph"):
+        Denoiser(sampler.card, sampler._step)
+
+
+def test_a_closed_denoiser_says_so(engine):
+    transformer = DiffusersTransformer.open(engine, threads=1)
+    transformer.close()
+    transformer.close()
+    with pytest.raises(UsageError, match="this denoiser is closed"):
+        transformer(torch.zeros(1, 4, 8, 8), 1, torch.tensor([0]))
+    with pytest.raises(UsageError, match=r"DiffusersTransformer\.open"):
+        DiffusersTransformer.from_pretrained("anything")
+
+
+def test_images_that_are_not_square_are_refused(bundle_of):
+    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
+        wide = Denoiser(replace(denoiser.card, width=16), lambda inputs: inputs["x"])
+    with pytest.raises(UsageError, match="8x16 images; diffusers' DiT pipeline knows square ones"):
+        DiffusersTransformer(wide)
+
+
+def test_a_denoiser_is_the_network(bundle_of):
+    """float32 in another order than PyTorch's: 1e-4 of the largest value."""
+    model = support.tiny_model(pixels=True)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 3, 8, 8)).astype(np.float32)
+    t, y = np.array([0, 500, 999]), np.array([0, 4, 5])
+    with torch.no_grad():
+        expected = model.network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(y)).numpy()
+    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
+        out = denoiser(x, t, y)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_array_equal(denoiser(x[1:2], t[1:2], y[1:2])[0], out[1])
+        np.testing.assert_array_equal(denoiser(x.astype(np.float64), t.astype(np.int32), y), out)
+
+
+def test_more_rows_than_an_engine_was_built_for_take_several_calls(bundle_of):
+    calls = []
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 3, 8, 8)).astype(np.float32)
+    t, y = np.arange(5) * 100, np.arange(5)
+    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
+
+        def counted(inputs):
+            calls.append(len(inputs["x"]))
+            return denoiser._engine(inputs)
+
+        np.testing.assert_array_equal(Denoiser(denoiser.card, counted, batch=2)(x, t, y), denoiser(x, t, y))
+    assert calls == [2, 2, 1]
+
+
+def test_the_engines_are_imported_without_torch_and_name_what_the_drop_in_lacks():
+    program = (
+        "import sys\nsys.modules['diffusers'] = None\nimport tqdit.engines.run.denoiser, tqdit.engines.run.sampler\n"
+        "assert 'torch' not in sys.modules and 'onnxruntime' not in sys.modules\n"
+        "try:\n    import tqdit.engines.run.diffusers_transformer\nexcept ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert "DiffusersTransformer needs diffusers" in done.stdout
+    assert "pip install 'tqdit[diffusers]'" in done.stdout

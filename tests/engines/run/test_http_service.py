@@ -1,0 +1,156 @@
+"""examples/http_service.py and the commands of its guide, over a real socket."""
+
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from tqdit.engines.run.sampler import Sampler
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("http_service", ROOT / "examples" / "http_service.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["http_service"] = module  # its dataclass looks there for its types
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def serve(example):
+    """serve(engine, ...) -> address of a running service."""
+    running = []
+
+    def start(engine, **options):
+        server = uvicorn.Server(
+            uvicorn.Config(example.make_app(str(engine), **options), port=0, log_level="error", ws="none")
+        )
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        running.append((server, thread))
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def ask(url, method="GET", body=None):
+    """Status and content, JSON decoded."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            status, content, kind = answer.status, answer.read(), answer.headers.get_content_type()
+    except urllib.error.HTTPError as error:
+        with error:
+            status, content, kind = error.code, error.read(), error.headers.get_content_type()
+    return status, json.loads(content) if kind == "application/json" and content else content
+
+
+@pytest.fixture(scope="module")
+def quick(serve, bundle):
+    return serve(bundle)
+
+
+@pytest.fixture(scope="module")
+def slow(serve, bundle_of):
+    return serve(bundle_of(steps=1000), batch=1, queue=0)
+
+
+def wait_for(address, name):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        state = ask(f"{address}/images/{name}")[1]
+        if state["state"] not in ("waiting", "working"):
+            return state
+        time.sleep(0.02)
+    raise AssertionError(state)
+
+
+def test_a_requested_image_is_that_of_the_sampler(quick, bundle):
+    status, answer = ask(f"{quick}/images", "POST", {"class": 3, "seed": 7, "guidance_scale": 2.0})
+    assert status == 202
+    assert wait_for(quick, answer["id"]) == {"state": "done"}
+    status, content = ask(f"{quick}/images/{answer['id']}.png")
+    assert status == 200
+    with Sampler.open(bundle) as sampler:
+        expected = sampler.sample([3], 2.0, seed=7)[0]
+    with Image.open(io.BytesIO(content)) as image:
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_progress_is_told_and_a_cancelled_request_frees_its_row(slow):
+    name = ask(f"{slow}/images", "POST", {"class": 1})[1]["id"]
+    until, state = time.monotonic() + 30, {}
+    while state.get("step", 0) < 2 and time.monotonic() < until:
+        state = ask(f"{slow}/images/{name}")[1]
+    assert state["state"] == "working"
+    assert 2 <= state["step"] <= state["steps"] == 1000
+    assert ask(f"{slow}/images/{name}.png")[0] == 409
+    status, answer = ask(f"{slow}/images", "POST", {"class": 2})  # one row, no queue
+    assert status == 503
+    assert "unfinished" in answer["error"]
+    assert ask(f"{slow}/images/{name}", "DELETE")[0] == 204
+    assert ask(f"{slow}/images/{name}")[0] == 404
+    while ask(f"{slow}/health")[1]["running"] and time.monotonic() < until:
+        time.sleep(0.01)
+    name = ask(f"{slow}/images", "POST", {"class": 2})[1]["id"]
+    assert ask(f"{slow}/images/{name}", "DELETE")[0] == 204
+
+
+@pytest.mark.parametrize("body", [b"", b"{", [], {}, {"class": 99}, {"class": "x"}, {"class": 0, "seed": -1}])
+def test_a_bad_request_is_told_so(quick, body):
+    status, answer = ask(f"{quick}/images", "POST", body)
+    assert status == 400
+    assert answer["error"]
+
+
+@pytest.mark.parametrize("body", [[], {}, 3])
+def test_a_request_without_a_class_is_shown_one(quick, body):
+    assert ask(f"{quick}/images", "POST", body)[1]["error"].startswith(
+        'expected a JSON object with a class, such as {"'
+    )
+
+
+def test_an_engine_that_is_not_there_is_one_line(example, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["http_service.py", str(tmp_path / "x.engine")])
+    with pytest.raises(SystemExit, match="2"):
+        example.main()
+    assert "x.engine: no such engine. Run tqdit-build first." in capsys.readouterr().err
+
+
+def test_an_unknown_image_is_not_found(quick):
+    for path, method in (("999", "GET"), ("999.png", "GET"), ("999", "DELETE")):
+        assert ask(f"{quick}/images/{path}", method)[0] == 404
+
+
+def test_the_shell_commands_of_the_guide_run(quick, tmp_path):
+    """The block with curl, in one shell, at this service's address."""
+    guide = (ROOT / "docs" / "guides" / "http-service.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(.*?)```", guide, re.DOTALL)
+    script = "set -e\n" + block.replace("http://127.0.0.1:8000", quick)
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (8, 8)
