@@ -46,6 +46,12 @@ class Outcome:
         assert self.lines[0].startswith("tqdit"), self.err
         assert "Traceback" not in self.err
 
+    def check_answer(self):
+        """A refusal, or success."""
+        if self.code:
+            self.check_refusal()
+        assert "Traceback" not in self.err
+
 
 class Commands:
     """Commands in children of a process that has imported everything."""
