@@ -14,7 +14,7 @@ from tqdit.extras import need
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 SIGMA = 1.5  # pixels, of the window of SSIM
 PEAK = 255.0
-BATCH = 64  # pairs at a time, which bounds the memory that SSIM takes
+BATCH = 16  # pairs at a time, which bounds the memory that SSIM takes
 
 
 def relative_errors(reference: NDArray[np.floating], found: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -53,7 +53,8 @@ def ssim(reference: Images, found: Images) -> NDArray[np.float64]:
     """Structural similarity of each image pair, -1..1: (N,), computed by torchmetrics in float64.
 
     Wang et al. 2004: Gaussian window of 11 pixels and sigma 1.5, K1 0.01, K2 0.03, over the positions at which the
-    window fits, mean over the three channels. Images of fewer than 11 pixels get the largest odd window that fits.
+    window fits, mean over the three channels. Smaller images get the largest odd window that fits, with a sigma
+    of 2/7 of its half width.
     Raises UsageError for images that are no pairs or have fewer than 3 pixels on a side.
     """
     check_pairs(reference, found)
@@ -65,7 +66,7 @@ def ssim(reference: Images, found: Images) -> NDArray[np.float64]:
     if smallest < 3:
         raise UsageError(f"SSIM needs images of at least 3x3 pixels, these have {smallest} on a side.")
     half = min(5, (smallest - 1) // 2)
-    sigma = min(SIGMA, half / 3.5)  # torchmetrics takes a window of 2 int(3.5 sigma + 0.5) + 1 pixels
+    sigma = SIGMA if half == 5 else half / 3.5  # torchmetrics' window has 2 int(3.5 sigma + 0.5) + 1 pixels
     values = []
     for start in range(0, len(reference), BATCH):
         a, b = (
