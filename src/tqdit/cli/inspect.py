@@ -153,13 +153,17 @@ def _onnx(path: Path) -> Facts:
 
 def _lint(path: Path) -> None:
     """Print findings and a count; raises LintError where one of them is an error."""
-    need("onnx", "build", "the lint")
+    need("onnx_ir", "build", "the lint")
     from tqdit.lint import lint
     from tqdit.onnx_file import load_graph
 
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Pass an ONNX file with --lint.")
-    findings = lint(load_graph(path), folder=path.parent)
+    model = load_graph(path)
+    try:
+        findings = lint(model, folder=path.parent)
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     for finding in findings:
         print(finding)
     errors = sum(finding.severity == "error" for finding in findings)
