@@ -133,6 +133,7 @@ def exact_diagonal(model: LoadedModel, rows: CalibrationRows, names: list[str]) 
     return total
 
 
+@pytest.mark.slow
 def test_ho_weights_converge_to_the_diagonal_of_the_gauss_newton_matrix(tmp_path: Path) -> None:
     model = tiny_model()
     count = 400

@@ -112,6 +112,7 @@ def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: 
     assert schemes(0.0) == {"asymmetric", "symmetric"}
 
 
+@pytest.mark.slow
 def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) -> None:
     model = load_model("demo")
     errors = []
@@ -270,6 +271,7 @@ def test_a_preset_prints_itself_with_the_flags_applied(capsys: pytest.CaptureFix
     assert lines["weight-granularity"] == "tensor"
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_then_the_same_command_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     def command(output: Path) -> subprocess.Popen[bytes]:
         arguments = [sys.executable, "-m", "tqdit.cli", "calibrate", str(checkpoint), "-o", str(output), "-q", *FLAGS]

@@ -91,6 +91,7 @@ def test_the_search_is_deterministic(problem: Problem) -> None:
         assert all(torch.equal(parameters[name], second.parameters[role][name]) for name in parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["ho", "mse"])
 def test_short_cuts_are_as_good_as_trying_every_candidate(metric: str) -> None:
     config, ratios = replace(CONFIG, metric=metric), []

@@ -101,6 +101,7 @@ def kept(folder: Path) -> list[Path]:
 # the same numbers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shards_of_whole_batches_give_the_numbers_of_the_merged_file_to_the_last_bit(drawn, reference):
     """A shard of 128 is two of the extractor's batches of 64, so every image is seen in the company it has there."""
     one = evaluate(drawn, "--reference", reference, "--report", drawn.parent / "report.html")
@@ -242,6 +243,7 @@ def test_kept_features_that_do_not_fit_are_made_again(small, spoil):
     assert extractor.calls == 1
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_kept_file_moves_a_feature(small):
     """Files of zip have checksums: what is read is what was written, or is made again."""
     expected, file = look(small), kept(small)[2]
@@ -311,6 +313,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_keeping_alone(small, capsys, 
     assert extractor.calls == 2
 
 
+@pytest.mark.slow
 def test_two_evaluations_at_once_both_end_well(drawn, reference, tmp_path):
     arguments = ["--reference", reference, "--metrics", "accuracy", "precision"]
     expected = evaluate(merged(drawn), *arguments)["sets"]

@@ -73,6 +73,7 @@ def test_openvino_computes_the_denoiser(file):
     support.assert_agrees(compile_for_openvino(path)(inputs)[0], expected)
 
 
+@pytest.mark.slow
 def test_polygraphy_inspects_and_sanitizes_it(file, tmp_path):
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     clean = tmp_path / "clean.onnx"

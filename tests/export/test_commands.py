@@ -27,6 +27,7 @@ def export(*arguments):
     return run("export", ["-q", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_exports_as_its_origin_samples(checkpoint, tmp_path, capsys):
     output = tmp_path / "model.onnx"
     assert export(output, "--model", checkpoint, "--heads", "2") == 0
@@ -36,6 +37,7 @@ def test_a_published_checkpoint_exports_as_its_origin_samples(checkpoint, tmp_pa
     assert (card.origin, card.latent_scale, card.guided) == ("published", 0.18215, True)
 
 
+@pytest.mark.slow
 def test_the_demo_model_exports_with_no_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert export() == 0
@@ -65,6 +67,7 @@ def test_a_bad_request_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_scales_lie_beside_and_their_model_is_taken(checkpoint, tmp_path, monkeypatch, capsys):
     """./scales.safetensors is used if it is there, and its model is the default; --float ignores it."""
     monkeypatch.chdir(tmp_path)
@@ -106,6 +109,7 @@ def test_an_onnx_file_is_no_model(tmp_path, capsys):
     assert "a model is expected here, '.onnx' is none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(checkpoint, tmp_path):
     """RLIMIT_FSIZE makes the write fail half way."""
     output = tmp_path / "out" / "model.onnx"
@@ -132,6 +136,7 @@ def test_a_foreign_file_is_not_overwritten_without_force(checkpoint, tmp_path, c
     assert output.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_an_export_leaves_the_old_file(checkpoint, tmp_path):
     output = tmp_path / "out" / "model.onnx"
     output.parent.mkdir()

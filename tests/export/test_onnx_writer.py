@@ -48,6 +48,7 @@ def test_large_weights_lie_beside_the_file_and_compute_the_same(exported, tmp_pa
     np.testing.assert_array_equal(run(large)[0], run(exported)[0])
 
 
+@pytest.mark.slow
 def test_a_replaced_export_takes_its_side_files_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "EXTERNAL_DATA_BYTES", 1000)
     path = tmp_path / "model.onnx"

@@ -62,7 +62,7 @@ def denoiser_inputs(rows):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, form):
     model = support.tiny_model(origin)
@@ -80,6 +80,7 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
     assert np.linalg.norm(expected - unquantized) > 1e-3 * np.linalg.norm(expected)  # it is quantized at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path, origin, guided):
@@ -185,6 +186,7 @@ def test_inlining_the_bodies_changes_nothing(tmp_path, form):
     )
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_bytes(tmp_path):
     model = support.tiny_model()
     table = make_table(model, KINDS["W4A8 everything"])
@@ -266,6 +268,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     support.assert_agrees(out, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [21, 22, 23])
 def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()

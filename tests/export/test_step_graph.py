@@ -58,6 +58,7 @@ def random_inputs(rows, steps, guided):
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided, rows):
@@ -73,6 +74,7 @@ def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided
     np.testing.assert_allclose(x_next, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
 def test_a_whole_chain_of_20_steps(exported, origin, sampler, guided):
     session, model, spec = exported(origin, sampler, guided)
@@ -104,6 +106,7 @@ def test_the_denoiser_graph_is_the_network(tmp_path, origin):
     np.testing.assert_allclose(noise_pred, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_unguided_graphs_have_no_guidance_input_and_noise_always_stays(exported):
     for _, sampler, guided in VARIANTS:
         session, _, _ = exported("published", sampler, guided)
@@ -123,6 +126,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(exported):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_bytes(tmp_path):
     for name in ("a.onnx", "b.onnx"):
         write(tmp_path / name, *export_graph(support.tiny_model(), ExportConfig()))

@@ -15,6 +15,8 @@ from tqdit.errors import CheckpointError, FileFormatError
 from tqdit.export import ExportConfig, export_graph, read_card, write
 from tqdit.export.vae import load_decoder, trace_decoder
 
+pytestmark = pytest.mark.slow
+
 
 def save_vae(folder, latent_channels=4):
     torch.manual_seed(0)

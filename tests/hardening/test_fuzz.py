@@ -15,7 +15,7 @@ from tqdit.models.published import read_own_facts
 from tqdit.calibrate.advice import as_text, read_advice
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.card import GraphCard
-from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest, seal
+from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
@@ -92,11 +92,9 @@ def test_cards(inputs, data):
 @given(st.data())
 @many
 def test_manifests(inputs, data):
-    """Sealed again, as one who means harm would."""
     good = json.loads((inputs / "model.engine" / MANIFEST).read_text())
-    spoilt = data.draw(changed(good))
-    spoilt = seal(spoilt) if isinstance(spoilt, dict) else spoilt
-    manifest = value_or_one_line(Manifest.from_json, json.dumps(spoilt), Path("x.engine/manifest.json"))
+    text = json.dumps(data.draw(changed(good)))
+    manifest = value_or_one_line(Manifest.from_json, text, Path("x.engine/manifest.json"))
     if manifest is not None:
         for name in [*manifest.files, manifest.entry]:
             assert Path("x.engine", name).resolve().parent == Path("x.engine").resolve()
@@ -106,7 +104,7 @@ def test_manifests(inputs, data):
 @many
 def test_shard_indexes(inputs, data):
     good = json.loads((inputs / "shards" / INDEX).read_text())
-    folder = value_or_one_line(parse_index, json.dumps(data.draw(changed(good))), Path("x"))
+    folder = value_or_one_line(parse_index, json.dumps(data.draw(changed(good))).encode(), Path("x"))
     assert folder is None or folder.done <= folder.job.shards
 
 
@@ -130,6 +128,7 @@ def test_scale_tables(inputs, data):
     tensors = {key: each for key, each in (tensors | {name: tensor}).items() if each is not None}
     table = value_or_one_line(parse, {METADATA_KEY: text}, tensors)
     if table is not None:  # what was accepted survives a round trip
+        assert not any(np.isnan(tensor).any() for tensor in tensors.values())
         again = safetensors.deserialize(table.to_bytes())
         assert {name for name, _ in again} == set(tensors)
 
@@ -245,7 +244,7 @@ def test_no_path_in_a_manifest_leaves_its_folder(inputs, tmp_path, name):
         {"files": {**good["files"], name: part}},
         {"decoder": name},
     ):
-        (tmp_path / MANIFEST).write_text(json.dumps(seal(good | changes)))
+        (tmp_path / MANIFEST).write_text(json.dumps(good | changes))
         if changes == {"decoder": ""}:  # none
             continue
         with pytest.raises(TqditError, match="not a file of this bundle"):
@@ -268,5 +267,5 @@ def test_no_path_of_external_data_leaves_its_folder(inputs, tmp_path, name):
 def test_no_path_in_an_index_of_shards_leaves_its_folder(inputs, name):
     values = json.loads((inputs / "shards" / INDEX).read_text())
     values["shards"][name] = "0" * 64
-    with pytest.raises(TqditError, match="no shards of this job"):
-        parse_index(json.dumps(values), Path("x"))
+    with pytest.raises(TqditError, match="not a shard of this job"):
+        parse_index(json.dumps(values).encode(), Path("x"))

@@ -80,6 +80,7 @@ def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path
         assert torch.equal(tensor, tensors[name].float())
 
 
+@pytest.mark.slow
 def test_dit_xl_2_of_full_size_loads_without_a_copy_of_its_weights(tmp_path):
     path = tmp_path / "DiT-XL-2-256x256.pt"
     torch.save(nested(shared_state_dict(XL_2)), path)

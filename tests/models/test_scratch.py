@@ -36,6 +36,7 @@ def test_no_folder_for_temporary_files_is_one_line(monkeypatch, work):
     assert str(error.value) == NOWHERE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["export", "m.onnx", "--float"], ["inspect", "demo"]])
 def test_a_spoilt_folder_of_pytorchs_is_named(tmp_path, command):
     """In a process of its own: PyTorch looks once."""

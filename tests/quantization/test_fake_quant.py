@@ -217,6 +217,7 @@ def test_a_quantized_model_can_be_copied_and_pickled() -> None:
         torch.testing.assert_close(copied(*batch), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_quantized_network_can_be_traced() -> None:
     model = tiny_model()
     quantized = apply(model, table_for(model)).network

@@ -106,6 +106,7 @@ def test_a_table_with_divisors_is_one_without_for_the_folded_network() -> None:
         )
 
 
+@pytest.mark.slow
 def test_equalisation_adds_no_node_to_the_exported_graph() -> None:
     config = ExportConfig("denoiser", attention="integer")
     model = tiny_model()

@@ -26,10 +26,11 @@ from tqdit.files import check_writable, whole_file
 from tqdit.quantization.table import even_boundaries
 
 if TYPE_CHECKING:
-    from tqdit.evaluate.chains import Chains, Request
+    from tqdit.evaluate.chains import Request, SampledChains
     from tqdit.evaluate.evaluation import Pairs
     from tqdit.evaluate.extractors import Extractor
     from tqdit.evaluate.observe import Observed
+    from tqdit.evaluate.tools import MeasurementOptions
     from tqdit.quantization.table import ScaleTable
 
 SUMMARY = "say what quantization cost: distances to a reference, same-noise errors, a report"
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".npz, or a folder of images or of shards (default for the demo model: fresh drawings of its data "
         "set)")  # fmt: skip
     add("--against", type=Path, metavar="ENGINE", help="float engine to compare with on the same noise (default: one "
-        "that is built for the occasion, where the model is at hand)")  # fmt: skip
+        "that is built from the checkpoint, if it is available)")  # fmt: skip
     add("--alone", action="store_true", help="do not compare with a float model")
     add("-n", type=int, metavar="N", help="images (default: 64 from an engine, all of a file or folder; the first "
         "N of a sampling job need not wait for the others)")  # fmt: skip
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
-    for library in ("torch", "safetensors"):
+    for library in ("torch", "safetensors", "torchmetrics", *(("jinja2", "matplotlib") if args.report else ())):
         need(library, "evaluate", "tqdit-evaluate")
     _check(args)
     output: Path = args.output
@@ -95,16 +96,33 @@ def run(args: argparse.Namespace, console: Console) -> Path:
             check_writable(path)
     is_engine = (args.subject / MANIFEST).is_file() or not args.subject.exists()
     evaluation = _evaluate_engine(args, console) if is_engine else _evaluate_files(args, console)
-    content = json.dumps(evaluation.facts, indent=1, allow_nan=False) + "\n"
     if args.report is not None:
         from tqdit.evaluate.report import write_report
 
         write_report(args.report, evaluation.facts, evaluation.pictures)
         console.say(f"report: {args.report}")
-    with whole_file(output) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    _write_json(output, evaluation.facts)
     print(summary(evaluation.facts))
     return output
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _options(args: argparse.Namespace) -> MeasurementOptions:
+    from tqdit.evaluate.tools import MeasurementOptions
+
+    metrics = None if not args.metrics else tuple(args.metrics)
+    return MeasurementOptions(
+        args.reference, args.inception_weights, metrics, args.bootstrap, args.seed, args.write_reference
+    )
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("seed", "float_seeds", "batch", "threads", "guidance_scale")
+    return {name: getattr(args, name) for name in names}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -138,7 +156,7 @@ def _evaluate_files(args: argparse.Namespace, console: Console) -> Evaluation:
         if given:
             raise UsageError(f"{flag} needs an engine; {args.subject} holds images. Pass the engine that made them.")
     images = read_images(args.subject, args.n)
-    tools = choose_tools(args, console, images.shape, None)
+    tools = choose_tools(_options(args), console, images.shape, None)
     if tools is None:
         raise UsageError(
             f"{args.subject}: {images.shape[1]}x{images.shape[0]} images need an extractor. Pass --inception-weights "
@@ -148,8 +166,9 @@ def _evaluate_files(args: argparse.Namespace, console: Console) -> Evaluation:
     pictures = {"samples": images.shown}
     observed = observe(tools.extractor, images, console)
     found = tools.metrics.measure(observed)
-    write_reference(args, observed)
-    facts = describe(args, tools) | {
+    if args.write_reference is not None:
+        write_reference(args.write_reference, observed)
+    facts = describe(_settings(args), tools) | {
         "subject": {"name": str(args.subject), "kind": "images", "count": len(images)},
         "verdict": verdict(str(args.subject), found, [], None, None),
         "sets": {"samples": {name: measure.to_json() for name, measure in found.items()}},
@@ -165,7 +184,7 @@ def _evaluate_engine(args: argparse.Namespace, console: Console) -> Evaluation:
 
     manifest = read_manifest(args.subject)
     card = manifest.card
-    check_reference(args, card)
+    check_reference(_options(args), card)
     table = _scale_table(args, card, console)
     with contextlib.ExitStack() as stack:
         sampler = stack.enter_context(Sampler.open(args.subject, batch=args.batch, threads=args.threads))
@@ -182,7 +201,7 @@ class _Float:
 
 @contextlib.contextmanager
 def _float_engine(args: argparse.Namespace, manifest: Manifest, console: Console) -> Iterator[_Float | None]:
-    """The engine to compare with: the one given, one built for the occasion, or none."""
+    """The engine to compare with: the one given, one built from the checkpoint if it is available, or none."""
     from tqdit.evaluate.chains import check_comparable, float_engine
 
     card = manifest.card
@@ -200,7 +219,7 @@ def _float_engine(args: argparse.Namespace, manifest: Manifest, console: Console
                 raise MissingLibraryError(f"{error} Or pass a float engine with --against, or --alone.") from error
         sampler = stack.enter_context(Sampler.open(path, batch=args.batch, threads=args.threads))
         check_comparable(sampler.card, card)
-        yield _Float(sampler, read_manifest(path), str(args.against or "built for the occasion"))
+        yield _Float(sampler, read_manifest(path), str(args.against or "built from the checkpoint"))
 
 
 class _Engines:
@@ -229,7 +248,7 @@ class _Engines:
         sets: dict[str, dict[str, Any]] = {}
         measured = {}
         if runs["subject"].pixels is not None:
-            tools = choose_tools(self.args, self.console, runs["subject"].pixels.shape[1:], self.card)
+            tools = choose_tools(_options(self.args), self.console, runs["subject"].pixels.shape[1:], self.card)
         if tools is not None:
             self.console.say(f"measuring with {tools.extractor.name}")
             seen = {name: self._observe(chains, tools.extractor) for name, chains in runs.items()}
@@ -240,14 +259,15 @@ class _Engines:
                 excess = tools.metrics.excess(seen["subject"], seen["float"])
                 if excess is not None:
                     pairs = replace(pairs, measures={"frechet_excess": excess, **pairs.measures})
-            write_reference(self.args, seen["subject"])
+            if self.args.write_reference is not None:
+                write_reference(self.args.write_reference, seen["subject"])
         floats = [found for name, found in measured.items() if name.startswith("float")]
         distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]
         subject = measured.get("subject", {})
         noise = None
         if "frechet_distance" in subject:
             noise = seed_noise(subject["frechet_distance"], distances)
-        facts = describe(self.args, tools) | {
+        facts = describe(_settings(self.args), tools) | {
             "subject": self._describe(),
             "verdict": verdict(self._name(), subject, floats, noise, pairs),
             "sets": sets,
@@ -276,7 +296,7 @@ class _Engines:
             "quantization": None if card.quantization is None else card.quantization.summary,
         }  # fmt: skip
 
-    def _observe(self, chains: Chains, extractor: Extractor) -> Observed:
+    def _observe(self, chains: SampledChains, extractor: Extractor) -> Observed:
         from tqdit.evaluate.observe import observe
         from tqdit.evaluate.samples import Images
 
@@ -288,7 +308,7 @@ class _Engines:
 
         return Request(self.labels, self.args.guidance_scale, seed)
 
-    def _sample(self) -> tuple[dict[str, Chains], Pairs | None]:
+    def _sample(self) -> tuple[dict[str, SampledChains], Pairs | None]:
         from tqdit.evaluate import chains
         from tqdit.evaluate.evaluation import pair_up
 
@@ -315,7 +335,7 @@ class _Engines:
         groups = boundaries or even_boundaries(10).tolist()
         return runs, pair_up(runs["float"], runs["subject"], timesteps, groups, self.lpips)
 
-    def _engines(self, runs: dict[str, Chains]) -> list[dict[str, Any]]:
+    def _engines(self, runs: dict[str, SampledChains]) -> list[dict[str, Any]]:
         """Size and speed of each engine that ran."""
         found = [("subject", str(self.args.subject), self.manifest)]
         if self.floating is not None:
@@ -333,12 +353,25 @@ class _Engines:
         ]  # fmt: skip
 
     def _look_inside(self) -> dict[str, Any]:
-        """Step sizes, layer errors and the diagnosis, where there is a scale table."""
-        if self.table is None:
-            return {"scale_steps": [], "layers": None, "diagnosis": None}
-        from tqdit.evaluate import layers
+        """Scales over time, layer errors and the diagnosis, if there is a scale table. Writes diagnosis.json."""
+        from tqdit.evaluate.layers import look_inside, scale_steps
 
-        return dict(layers.look_inside(self.table, self.card, self.args, self.console))
+        args = self.args
+        facts: dict[str, Any] = {"scale_steps": [], "layers": None, "diagnosis": None}
+        if self.table is None:
+            return facts
+        facts["scale_steps"] = scale_steps(self.table)
+        if args.layers or args.report is not None:
+            scales = args.scales or args.subject.parent / SCALES
+            kept_rows = scales.with_suffix(".safetensors.work")
+            facts |= look_inside(
+                self.table, self.card, kept_rows, args.diagnosed if args.layers else None, self.console
+            )  # fmt: skip
+        if args.layers:
+            path = args.output.with_name("diagnosis.json")
+            _write_json(path, facts["diagnosis"])
+            self.console.say(f"diagnosis: {path}")
+        return facts
 
 
 def _scale_table(args: argparse.Namespace, card: GraphCard, console: Console) -> ScaleTable | None:

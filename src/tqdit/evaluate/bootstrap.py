@@ -67,7 +67,7 @@ def resample(
     )
 
 
-def dealt_out(labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+def balanced_strata(labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
     """The labels, where every class has the same number of samples to within one, and at least two; else None.
 
     A distance between sets whose classes are dealt out moves less from seed to seed than one between sets with random
@@ -109,7 +109,7 @@ def jackknife(
     weight. A bootstrap sees 2 to 2.6 times the real spread of a distance that is near its bias, since resampling adds
     the noise that the distance measures once more; the jackknife sees 1.4 to 1.6 times (scripts/interval_check.py).
     """
-    strata = dealt_out(labels)
+    strata = balanced_strata(labels)
     classes = [] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
     by_class = 0 < 2 * len(classes) <= blocks
     groups = classes if by_class else [_shuffled(labels, count)]

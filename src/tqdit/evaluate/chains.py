@@ -1,4 +1,4 @@
-"""Chains of two engines from the same noise, and how far apart they are after every step."""
+"""SampledChains of two engines from the same noise, and how far apart they are after every step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Advance = Callable[[], object]
 
 
 @dataclass(frozen=True, eq=False)
-class Chains:
+class SampledChains:
     """What N chains ended with. step_errors: |x - x_ref|^2 / |x_ref|^2 after each step, step 0 (the last one) first."""
 
     latents: NDArray[np.float32]  # (N, C, H, W)
@@ -44,12 +44,14 @@ class Request:
     seed: int
 
 
-def run(sampler: Sampler, request: Request, advance: Advance) -> Chains:
+def run(sampler: Sampler, request: Request, advance: Advance) -> SampledChains:
     """All chains of one engine."""
     return _join([_part(sampler, request, start, None, advance)[0] for start in _starts(sampler, request)])
 
 
-def run_pair(reference: Sampler, other: Sampler, request: Request, advance: Advance) -> tuple[Chains, Chains]:
+def run_pair(
+    reference: Sampler, other: Sampler, request: Request, advance: Advance
+) -> tuple[SampledChains, SampledChains]:
     """The same chains of both, batch by batch, so that only one batch's trajectory is in memory."""
     check_comparable(reference.card, other.card)
     ours, theirs = [], []
@@ -82,7 +84,7 @@ def _starts(sampler: Sampler, request: Request) -> range:
 def _part(
     sampler: Sampler, request: Request, start: int, against: NDArray[np.float32] | None, advance: Advance,
     keep: bool = False,
-) -> tuple[Chains, NDArray[np.float32] | None]:  # fmt: skip
+) -> tuple[SampledChains, NDArray[np.float32] | None]:  # fmt: skip
     """One batch. `against` (T, B, C, H, W) are the states of the reference; with `keep` those of this one come back."""
     labels = request.labels[start : start + sampler.batch]
     shape, steps = (len(labels), *sampler.card.image_shape), sampler.card.sampling.steps
@@ -106,13 +108,13 @@ def _part(
     found: NDArray[Any] = sample(labels, callback=record, first_image=start, **arguments)
     seconds = time.perf_counter() - started
     pixels: NDArray[np.uint8] | None = found if sampler.makes_images else None
-    return Chains(latents, pixels, seconds, errors), states
+    return SampledChains(latents, pixels, seconds, errors), states
 
 
-def _join(parts: list[Chains]) -> Chains:
+def _join(parts: list[SampledChains]) -> SampledChains:
     pixels = [part.pixels for part in parts if part.pixels is not None]
     errors = [part.step_errors for part in parts if part.step_errors is not None]
-    return Chains(
+    return SampledChains(
         np.concatenate([part.latents for part in parts]),
         np.concatenate(pixels) if pixels else None,
         sum(part.seconds for part in parts),

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.bootstrap import Measure, Z, around, dealt_out, jackknife, number, of_mean, of_share
-from tqdit.evaluate.chains import Chains
+from tqdit.evaluate.bootstrap import Measure, Z, around, balanced_strata, jackknife, number, of_mean, of_share
+from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.extractors import Extractor, identity
 from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
 from tqdit.evaluate.names import METRICS
@@ -27,7 +27,7 @@ from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class ReferenceFeatures:
     """A reference as an extractor sees it."""
 
     source: str
@@ -37,7 +37,7 @@ class Target:
     count: int | None  # of samples; None where only statistics are stored
 
 
-def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> Target:
+def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
     """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
     own = identity(extractor)
     if reference.extractor is not None and reference.extractor != own:
@@ -57,11 +57,11 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
         pooled = moments(found.pooled).gaussian
         spatial = None if found.spatial is None else moments(found.spatial).gaussian
     count = None if reference.images is None else len(reference.images)
-    return Target(reference.source, pooled, spatial, None if found is None else found.pooled, count)
+    return ReferenceFeatures(reference.source, pooled, spatial, None if found is None else found.pooled, count)
 
 
 @dataclass(frozen=True)
-class Wish:
+class MetricChoice:
     """Which metrics, and with how many resamples. `required`: one that cannot be had is an error, not a remark."""
 
     metrics: tuple[str, ...] = METRICS
@@ -73,8 +73,8 @@ class Wish:
 class Metrics:
     """All metrics of one set of images, each with its noise; what cannot be had comes with the reason."""
 
-    def __init__(self, target: Target | None, wish: Wish) -> None:
-        self._target, self._wish = target, wish
+    def __init__(self, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
+        self._target, self._choice = target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
         self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
@@ -84,18 +84,18 @@ class Metrics:
                 self._add_distance("spatial_frechet_distance", target.spatial)
 
     def _add_distance(self, name: str, gaussian: Gaussian) -> None:
-        if name in self._wish.metrics:
+        if name in self._choice.metrics:
             self._distances[name] = frechet_to(gaussian), gaussian.rank
 
     def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be had."""
         self._hits = None
         found: dict[str, Measure] = {}
-        for name in self._wish.metrics:
+        for name in self._choice.metrics:
             reason = self._reason_against(name, images)
             if reason is None:
                 found[name] = self._compute(name, images)
-            elif self._wish.required:
+            elif self._choice.required:
                 raise UsageError(f"{images.source}: {name} {reason}")
             else:
                 self.missing[name] = reason
@@ -114,7 +114,7 @@ class Metrics:
         x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
             lambda weights: distance(weighted(x, weights)) - distance(weighted(y, weights)),
-            len(images), self._wish.resamples, images.labels, least=-math.inf,
+            len(images), self._choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
     def _reason_against(self, name: str, images: Observed) -> str | None:
@@ -149,13 +149,13 @@ class Metrics:
         )
 
     def _compute(self, name: str, images: Observed) -> Measure:
-        wish, features, count, strata = self._wish, images.features, len(images), dealt_out(images.labels)
+        choice, features, count, strata = self._choice, images.features, len(images), balanced_strata(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)
             case "inception_score":
                 p = features.probabilities
-                return around(lambda chosen: inception_score(p[chosen]), count, wish.resamples, wish.seed, strata)
+                return around(lambda chosen: inception_score(p[chosen]), count, choice.resamples, choice.seed, strata)
             case "precision" | "recall":
                 assert self._target is not None
                 assert self._target.features is not None
@@ -168,7 +168,7 @@ class Metrics:
         x = features.pooled if name == "frechet_distance" else features.spatial
         assert x is not None
         y = x.astype(np.float64)
-        return jackknife(lambda weights: distance(weighted(y, weights)), count, wish.resamples, images.labels)
+        return jackknife(lambda weights: distance(weighted(y, weights)), count, choice.resamples, images.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +182,8 @@ class Pairs:
 
 
 def pair_up(
-    reference: Chains,
-    found: Chains,
+    reference: SampledChains,
+    found: SampledChains,
     timesteps: NDArray[np.int64],
     boundaries: Iterable[int],
     lpips: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float64]] | None = None,

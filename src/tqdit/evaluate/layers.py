@@ -1,4 +1,4 @@
-"""Inside the model: what each layer adds to the error, which tensors cost most, and what would mend them.
+"""Inside the model: what each layer adds to the error, which tensors cost most, and which changes reduce it.
 
 Everything is measured on calibration rows, without chains. The error of a row is that of its predicted noise, weighted
 by the factor with which it enters the sampler's next state, as in the calibration's step-weighted objective:
@@ -7,9 +7,7 @@ by the factor with which it enters the sampler's next state, as in the calibrati
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,7 +29,6 @@ from tqdit.calibrate.rows import CalibrationRows
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.diffusion import step_coefficients
-from tqdit.files import whole_file
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import (
@@ -55,7 +52,7 @@ RESAMPLES = 500
 
 
 @dataclass(frozen=True)
-class Finding:
+class TensorGain:
     """One tensor left in float: how much of the error goes. Intervals are 95 %, over pairs of rows."""
 
     layer: str
@@ -81,7 +78,7 @@ class Remedy:
         return self.gain / max(self.cost, 1e-9)
 
 
-class Patient:
+class Diagnosis:
     """A model, its scale table, and rows that judge both."""
 
     def __init__(self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, pairs: int = PAIRS) -> None:
@@ -157,12 +154,12 @@ def _some(rows: CalibrationRows, pairs: int) -> CalibrationRows:
 
 
 @torch.no_grad()
-def layer_errors(patient: Patient) -> dict[str, list[float]]:
+def layer_errors(diagnosis: Diagnosis) -> dict[str, list[float]]:
     """layer -> relative squared error of its output for each group of timesteps, its input being the float model's."""
-    groups = patient.table.groups
-    totals = {name: np.zeros((2, groups)) for name in patient.table.by_module}
-    group = patient.rows.group.cpu().numpy()
-    float_network, quantized = patient.model.network, patient.quantized
+    groups = diagnosis.table.groups
+    totals = {name: np.zeros((2, groups)) for name in diagnosis.table.by_module}
+    group = diagnosis.rows.group.cpu().numpy()
+    float_network, quantized = diagnosis.model.network, diagnosis.quantized
     part = slice(0, 0)
 
     def listen(name: str, twin: nn.Module) -> Any:
@@ -176,9 +173,9 @@ def layer_errors(patient: Patient) -> dict[str, list[float]]:
 
     handles = [listen(name, find(quantized.network, name)) for name in totals]
     try:
-        for start in range(0, len(patient.rows), BATCH):
-            part = slice(start, min(start + BATCH, len(patient.rows)))
-            rows = patient.rows
+        for start in range(0, len(diagnosis.rows), BATCH):
+            part = slice(start, min(start + BATCH, len(diagnosis.rows)))
+            rows = diagnosis.rows
             with quantized.rows.set(rows.group[part]):
                 float_network(rows.x[part], rows.timestep[part], rows.label[part])
     finally:
@@ -218,19 +215,19 @@ def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
     return changed
 
 
-def leave_one_out(patient: Patient, advance: Callable[[], object]) -> list[Finding]:
+def leave_one_out(diagnosis: Diagnosis, advance: Callable[[], object]) -> list[TensorGain]:
     """Every tensor of the table in turn left in float; the largest gain first."""
-    findings = []
-    for site in patient.table.sites:
-        original = find(patient.model.network, site.module)
-        changed = without(find(patient.quantized.network, site.module), original, site.role)
-        with patient.replaced(site.module, changed) as network:
-            findings.append(Finding(site.module, site.role, *patient.gain(patient.errors(network))))
+    gains = []
+    for site in diagnosis.table.sites:
+        original = find(diagnosis.model.network, site.module)
+        changed = without(find(diagnosis.quantized.network, site.module), original, site.role)
+        with diagnosis.replaced(site.module, changed) as network:
+            gains.append(TensorGain(site.module, site.role, *diagnosis.gain(diagnosis.errors(network))))
         advance()
-    return sorted(findings, key=lambda finding: -finding.gain)
+    return sorted(gains, key=lambda gain: -gain.gain)
 
 
-# what would mend them ------------------------------------------------------------------------------------------------
+# remedies -------------------------------------------------------------------------------------------------------------
 
 
 def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
@@ -257,42 +254,42 @@ def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
     return found
 
 
-def remedies(patient: Patient, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
+def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
     """Each change of each of these layers, searched anew and measured; the largest gain per cost first."""
     wanted: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for layer in layers:
-        for change in changes_for(patient.table.by_module[layer]):
+        for change in changes_for(diagnosis.table.by_module[layer]):
             wanted.setdefault(next(iter(change)), []).append((layer, change))
-    work = WorkCosts(patient)
+    work = WorkCosts(diagnosis)
     found = []
     for entries in wanted.values():
-        tables = _search(patient, dict(entries))
+        tables = _search(diagnosis, dict(entries))
         for layer, change in entries:
             sites = tables[layer]
-            rebuilt = QuantizedNetwork(patient.model.network, replace(patient.table, sites=tuple(sites)))
+            rebuilt = QuantizedNetwork(diagnosis.model.network, replace(diagnosis.table, sites=tuple(sites)))
             module = find(rebuilt.network, layer)
-            _share_rows(module, patient.quantized)
-            with patient.replaced(layer, module) as network:
-                gain = patient.gain(patient.errors(network))
+            _share_rows(module, diagnosis.quantized)
+            with diagnosis.replaced(layer, module) as network:
+                gain = diagnosis.gain(diagnosis.errors(network))
             found.append(Remedy(layer, change, *gain, work.extra(layer, sites)))
             advance()
     return sorted(found, key=lambda remedy: -remedy.gain_per_cost)
 
 
-def count_changes(patient: Patient, layers: list[str]) -> int:
-    return int(sum(len(changes_for(patient.table.by_module[layer])) for layer in layers))
+def count_changes(diagnosis: Diagnosis, layers: list[str]) -> int:
+    return int(sum(len(changes_for(diagnosis.table.by_module[layer])) for layer in layers))
 
 
-def _search(patient: Patient, changes: dict[str, dict[str, Any]]) -> dict[str, list[Site]]:
+def _search(diagnosis: Diagnosis, changes: dict[str, dict[str, Any]]) -> dict[str, list[Site]]:
     """The sites of these layers, calibrated again with these changes on the same rows."""
-    knobs = {name: dict(held) for name, held in patient.config.layer_knobs.items()}
+    knobs = {name: dict(held) for name, held in diagnosis.config.layer_knobs.items()}
     for layer, change in changes.items():
         knobs.setdefault(layer, {}).update(change)
-    config = replace(patient.config, overrides=as_text(knobs)).for_model(patient.model)
+    config = replace(diagnosis.config, overrides=as_text(knobs)).for_model(diagnosis.model)
     with tempfile.TemporaryDirectory() as folder:
-        run = Calibration(patient.model, config, Path(folder), Console(quiet=True), None)
+        run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True), None)
         run.plans = tuple(plan for plan in run.plans if plan.name in changes)
-        rows = patient.calibration.rows()
+        rows = diagnosis.calibration.rows()
         run.forward(rows)
         for stage in reversed(range(len(run.stages))):
             run.search(stage, rows)
@@ -310,11 +307,11 @@ def _share_rows(module: nn.Module, network: QuantizedNetwork) -> None:
 class WorkCosts:
     """What a forward pass costs in bit operations: multiply-adds times the bits of both operands."""
 
-    def __init__(self, patient: Patient) -> None:
-        self.per_row = multiply_adds(patient.model)
-        self.model = patient.model
-        self.table = patient.table
-        held = patient.table.by_module
+    def __init__(self, diagnosis: Diagnosis) -> None:
+        self.per_row = multiply_adds(diagnosis.model)
+        self.model = diagnosis.model
+        self.table = diagnosis.table
+        held = diagnosis.table.by_module
         self.total = float(sum(self.of(name, held.get(name, {})) for name in self.per_row))
 
     def of(self, layer: str, sites: dict[str, Site]) -> float:
@@ -353,21 +350,21 @@ def _touches(site: Site) -> bool:
     return scheme == "asymmetric" or (scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup))
 
 
-def diagnose(patient: Patient, layers: int, console: Console) -> dict[str, Any]:
-    """Everything of `tqdit-evaluate --layers`: findings, remedies of the worst layers, and the advice that follows."""
-    with console.bar(len(patient.table.sites), "leaving one tensor in float", "tensors") as bar:
-        findings = leave_one_out(patient, bar.update)
-    worst = list(dict.fromkeys(finding.layer for finding in findings))[:layers]
-    with console.bar(count_changes(patient, worst), "remedies", "changes") as bar:
-        mended = remedies(patient, worst, bar.update)
+def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, Any]:
+    """Everything of `tqdit-evaluate --layers`: gains, remedies of the worst layers, and the advice that follows."""
+    with console.bar(len(diagnosis.table.sites), "leaving one tensor in float", "tensors") as bar:
+        gains = leave_one_out(diagnosis, bar.update)
+    worst = list(dict.fromkeys(gain.layer for gain in gains))[:layers]
+    with console.bar(count_changes(diagnosis, worst), "remedies", "changes") as bar:
+        mended = remedies(diagnosis, worst, bar.update)
     return {
         "tqdit_diagnosis": 1,
-        "model": patient.table.model,
-        "fingerprint": patient.table.fingerprint,
-        "settings": dict(patient.table.settings),
-        "rows": len(patient.rows),
-        "error": float(patient.base.mean()),
-        "sites": [vars(finding) for finding in findings],
+        "model": diagnosis.table.model,
+        "fingerprint": diagnosis.table.fingerprint,
+        "settings": dict(diagnosis.table.settings),
+        "rows": len(diagnosis.rows),
+        "error": float(diagnosis.base.mean()),
+        "sites": [vars(gain) for gain in gains],
         "remedies": [vars(remedy) | {"gain_per_cost": remedy.gain_per_cost} for remedy in mended],
         "advice": advice(mended),
     }
@@ -382,27 +379,23 @@ def advice(mended: list[Remedy]) -> list[dict[str, Any]]:
     return [{"layer": layer, "change": change} for layer, change in chosen.items()]
 
 
-def look_inside(table: ScaleTable, card: GraphCard, args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """For the report: step sizes over time, errors of the layers, and with `args.layers` the diagnosis, which is also
-    written beside the output."""
-    facts: dict[str, Any] = {"scale_steps": scale_steps(table), "layers": None, "diagnosis": None}
-    if not args.layers and args.report is None:
-        return facts
+def look_inside(
+    table: ScaleTable, card: GraphCard, kept_rows: Path, diagnosed: int | None, console: Console
+) -> dict[str, Any]:
+    """Errors of the layers and, with a number of layers to try remedies on, the diagnosis; None without one.
+
+    kept_rows: the folder in which the calibration kept its rows; without it they are sampled again.
+    """
     model = load_model(card.model)
-    beside = (args.scales or args.subject.parent / "scales.safetensors").with_suffix(".safetensors.work")
     with tempfile.TemporaryDirectory() as temporary:
         # copies: a calibration that was stopped there must find everything as it left it
-        for rows in beside.glob("rows-*.safetensors"):
+        for rows in kept_rows.glob("rows-*.safetensors"):
             shutil.copy(rows, temporary)
-        patient = Patient(model, table, Path(temporary), console)
-        facts["layers"] = {"boundaries": table.boundaries.tolist(), "errors": layer_errors(patient)}
-        if args.layers:
-            facts["diagnosis"] = diagnose(patient, args.diagnosed, console)
-            path = args.output.with_name("diagnosis.json")
-            with whole_file(path) as temporary_file:
-                temporary_file.write_text(json.dumps(facts["diagnosis"], indent=1) + "\n", encoding="utf-8")
-            console.say(f"diagnosis: {path}")
-    return facts
+        diagnosis = Diagnosis(model, table, Path(temporary), console)
+        return {
+            "layers": {"boundaries": table.boundaries.tolist(), "errors": layer_errors(diagnosis)},
+            "diagnosis": None if diagnosed is None else diagnose(diagnosis, diagnosed, console),
+        }
 
 
 def scale_steps(table: ScaleTable) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ from tqdit.export.passes.quantize import exported_sites
 from tqdit.export.vae import load_decoder, trace_decoder
 from tqdit.models.load import load_model
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "one group": Kind(),  # with the patch embedding as a convolution every row was 0.2 to 26 % off
     "asymmetric": Kind(asymmetric=True),

@@ -38,6 +38,7 @@ def test_others_see_our_memory(dtype, take):
     assert seen[1, 2, 3] == 99
 
 
+@pytest.mark.slow
 def test_our_memory_lives_as_long_as_it_is_used():
     lender = Lender(np.ones(3, np.float32))
     alive = weakref.ref(lender)

@@ -206,6 +206,7 @@ def test_a_closed_denoiser_says_so(engine):
         DiffusersTransformer.from_pretrained("anything")
 
 
+@pytest.mark.slow
 def test_images_that_are_not_square_are_refused(bundle_of):
     with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
         wide = Denoiser(replace(denoiser.card, width=16), lambda inputs: inputs["x"])

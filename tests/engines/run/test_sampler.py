@@ -15,7 +15,7 @@ from tqdit.sampling import noise
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 
 
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_sampled_chain_equals_pytorch_plus_numpy(bundle_of, origin, guided):
     """20 steps; float32 in another order than PyTorch's: 2e-4 of the largest value, as for the graph itself."""
@@ -205,6 +205,7 @@ def test_latents_without_a_decoder_are_no_images(bundle_of):
         assert sampler.sample_latents([0]).shape == (1, 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_denoiser_engine_cannot_sample(bundle_of):
     with pytest.raises(UsageError, match="denoiser graph"):
         Sampler.open(bundle_of(graph="denoiser"))

@@ -27,15 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.rows import Chains as CalibrationChains
-from tqdit.calibrate.rows import pick, sampling_of
+from tqdit.calibrate.rows import Chains, pick, sampling_of
 from tqdit.calibrate.work import digest, versions
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
 from tqdit.errors import TqditError, UsageError
 from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
-from tqdit.evaluate.chains import Chains, Request, card_of, run, torch_sampler
-from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
+from tqdit.evaluate.chains import Request, SampledChains, card_of, run, torch_sampler
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
 from tqdit.evaluate.extractors import JudgeExtractor
 from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.paired import relative_errors
@@ -148,22 +147,22 @@ class Bench:
         self.model, self.size, self.work, self.console = model, size, work, console
         self.card = card_of(model, size.steps)
         self.labels = np.arange(size.images, dtype=np.int64) % model.num_classes
-        need("matplotlib", "demo", "drawing the demo model's data")
+        need("matplotlib", "evaluate", "drawing the demo model's data")
         source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
         self._extractor = JudgeExtractor()
-        self.target: Target = describe_reference(
+        self.target: ReferenceFeatures = describe_reference(
             Reference(source, Images(*draw(DATA_COUNT, DATA_SEED), source)), self._extractor, console
         )
-        self._metrics = Metrics(self.target, Wish(METRICS, required=True))
-        self._float: dict[int, Chains] = {}
+        self._metrics = Metrics(self.target, MetricChoice(METRICS, required=True))
+        self._float: dict[int, SampledChains] = {}
 
-    def chains(self, model: LoadedModel, seed: int, what: str) -> Chains:
+    def chains(self, model: LoadedModel, seed: int, what: str) -> SampledChains:
         sampler = torch_sampler(model, self.card, self.size.batch)
         request = Request(self.labels, None, NOISE + seed)
         with self.console.bar(sampler.steps_for(self.size.images), what, "steps") as bar:
             return run(sampler, request, bar.update)
 
-    def float_chains(self, seed: int) -> Chains:
+    def float_chains(self, seed: int) -> SampledChains:
         """Those of the float model, kept in memory for the rows that follow."""
         if seed not in self._float:
             self._float[seed] = self.chains(self.model, seed, f"float, seed {seed}")
@@ -191,7 +190,7 @@ class Bench:
             measures["frechet_excess"] = excess
         return Row(job, seed, measures, time.process_time() - cpu, time.monotonic() - started)
 
-    def _observe(self, chains: Chains, name: str) -> Observed:
+    def _observe(self, chains: SampledChains, name: str) -> Observed:
         assert chains.pixels is not None
         return observe(self._extractor, Images(chains.pixels, self.labels, name), self.console)
 
@@ -212,7 +211,7 @@ class Bench:
             config = QuantizationConfig(steps=self.size.steps, groups=1, rows_per_group=160, chains=4, seed=HELD_OUT)
             config = config.for_model(self.model)
             spec = sampling_of(self.model, config)
-            chains = CalibrationChains(self.model, spec, config, pick(spec, config))
+            chains = Chains(self.model, spec, config, pick(spec, config))
             while chains.next_step >= 0:
                 chains.advance()
             rows = chains.rows()
@@ -351,7 +350,7 @@ def table_csv(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Distance above float and error of eps of each table, with intervals."""
-    need("matplotlib", "demo", "the plots")
+    need("matplotlib", "evaluate", "the plots")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7), layout="constrained")
