@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from PIL import Image
@@ -21,7 +20,6 @@ from tqdit.models import LoadedModel
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.loaded import fingerprint
 from tqdit.models.origins import DIFFUSERS, PUBLISHED, Origin
-from tqdit.onnx_seal import KEY
 from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.noise import INITIAL, normal_rows
 
@@ -84,15 +82,6 @@ def exported(
     if table is not None and any(site.divisor is not None for site in table.sites):
         return export_graph(model, config, table)
     return finish_graph(trace.clone(), model, config, table)
-
-
-def save_edited(model: onnx.ModelProto, path: Path, **options: object) -> None:
-    """Save an exported graph that was changed on purpose: without the digest of what it was."""
-    kept = [entry for entry in model.metadata_props if entry.key != KEY]
-    assert len(kept) == len(model.metadata_props) - 1
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    onnx.save(model, path, **options)
 
 
 def reference_step(
