@@ -13,7 +13,7 @@ import torch
 
 import support
 from tqdit.export import ExportConfig, export_graph, write
-from tqdit.onnx_file import load_graph, read_card
+from tqdit.onnx_file import OnnxFile, read_card
 from tqdit.sampling.noise import INITIAL, normal_rows
 
 RNG = np.random.default_rng(0)
@@ -140,4 +140,4 @@ def test_the_file_passes_the_full_checker_and_holds_its_card(tmp_path):
     onnx.checker.check_model(str(path), full_check=True)
     assert read_card(path) == card
     assert (card.sampling.steps, card.sampling.sampler, card.sampling.spacing) == (7, "ddim", "leading")
-    assert load_graph(path).producer_name == "tqdit"
+    assert OnnxFile.read(path).model.producer_name == "tqdit"

@@ -21,7 +21,7 @@ from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
 from tqdit.models.state import read_sharded
-from tqdit.onnx_file import external_files, load_graph, read_card
+from tqdit.onnx_file import OnnxFile, parse_model, read_card
 from tqdit.quantization.granularity import granularity_from_text, granularity_to_text
 from tqdit.quantization.table import METADATA_KEY, parse
 
@@ -184,7 +184,7 @@ def test_the_lints_reader(inputs, data):
 def test_onnx_files_of_any_bytes(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.onnx"
     path.write_bytes(content)
-    model = value_or_one_line(load_graph, path)
+    model = value_or_one_line(parse_model, path)
     assert model is None or model.graph.node
     findings = () if model is None else value_or_one_line(lint, model)
     assert all(finding.node and finding.remedy for finding in findings or ())
@@ -260,7 +260,7 @@ def test_no_path_of_external_data_leaves_its_folder(inputs, tmp_path, name):
     tensor.external_data.add(key="location", value=name)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(TqditError, match="outside its own folder"):
-        external_files(load_graph(tmp_path / "model.onnx"), tmp_path / "model.onnx")
+        _ = OnnxFile.read(tmp_path / "model.onnx").weight_files
 
 
 @pytest.mark.parametrize("name", [*NAMES, "shard-00000.npz/../../x", "shard-00009.npz"])

@@ -12,7 +12,7 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, Status, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import Manifest, Part, seal
+from tqdit.engines.bundle import Manifest, Part
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
@@ -32,8 +32,9 @@ def gpu(monkeypatch):
 def manifest():
     _, card = support.exported(ExportConfig(), pixels=True)
     return Manifest(
-        "tensorrt", "int8", card, "engine.plan", None, {"tensorrt": "11.4.0"}, {"compute_capabilities": "8.9"},
-        files={"engine.plan": Part("", 4)}, batch=BatchRange(1, 2, 16),
+        backend="tensorrt", precision="int8", card=card, entry="engine.plan", decoder=None,
+        versions={"tensorrt": "11.4.0"}, target={"compute_capabilities": "8.9"}, files={"engine.plan": Part("", 4)},
+        batch=BatchRange(1, 2, 16),
     )  # fmt: skip
 
 
@@ -355,10 +356,10 @@ def test_a_machine_without_a_driver_is_told_so():
 def test_a_damaged_batch_range_is_refused(manifest):
     values = manifest.to_json()
     assert Manifest.from_json(json.dumps(values), Path("m")) == manifest
-    assert Manifest.from_json(json.dumps(seal(values | {"batch": None})), Path("m")) == replace(manifest, batch=None)
+    assert Manifest.from_json(json.dumps(values | {"batch": None}), Path("m")) == replace(manifest, batch=None)
     for damaged in ({"least": 3, "best": 2, "most": 1}, {"least": "one"}, [1, 2, 3]):
         with pytest.raises(FileFormatError, match="m: damaged manifest"):
-            Manifest.from_json(json.dumps(seal(values | {"batch": damaged})), Path("m"))
+            Manifest.from_json(json.dumps(values | {"batch": damaged}), Path("m"))
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):

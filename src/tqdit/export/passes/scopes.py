@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from tqdit.errors import UsageError
+from tqdit.graph_names import SCOPE_KEY
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # written by torch's exporter
-OWN_SCOPE_KEY = "tqdit.scope"  # written by our passes on nodes that they add
 NETWORK = "network"  # name of the network inside the sampling step
 
 
 def scope_of(node: ir.Node) -> str:
     """Name of a node's innermost module in the network's module tree; '' for the step around the network."""
-    own = node.metadata_props.get(OWN_SCOPE_KEY)
+    own = node.metadata_props.get(SCOPE_KEY)
     if own is not None:
         return own
     text = node.metadata_props.get(SCOPES_KEY)

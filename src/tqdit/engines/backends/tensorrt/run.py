@@ -218,7 +218,7 @@ class TensorRTEngine:
 
 
 def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> TensorRTEngine:
-    """The row `tensorrt`."""
+    """Open one file of a bundle of the backend `tensorrt`."""
     return open_engine(TENSORRT, folder, manifest, file)
 
 
