@@ -8,6 +8,7 @@ and that values which cannot be (NaN, negative scales, wrong shapes) are refused
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 
 from hardening.damage import cuts, flipped
