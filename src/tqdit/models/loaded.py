@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.card import Latents
+from tqdit import __version__
+from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard, VaeCard
 from tqdit.models.products import Product
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -51,6 +52,25 @@ class LoadedModel:
             output = self.call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
         result: NDArray[np.float32] = output.cpu().numpy()
         return result
+
+    def card(
+        self, graph: GraphName = "denoiser", quantization: QuantizationCard | None = None, vae: VaeCard | None = None
+    ) -> GraphCard:
+        """The card of this model's graph."""
+        return GraphCard(
+            graph=graph,
+            signature=self.signature,
+            sampling=self.sampling,
+            guidance=self.guidance,
+            latents=self.latents,
+            class_names=self.class_names,
+            model=self.source,
+            origin=self.origin,
+            fingerprint=self.fingerprint,
+            written_by=__version__,
+            vae=vae,
+            quantization=quantization,
+        )
 
     def to(self, device: str | torch.device) -> LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""
