@@ -177,7 +177,7 @@ def test_progress_goes_to_stderr(verb, capsys):
     out, errors = capsys.readouterr()
     assert out == "out.onnx\n"
     assert errors.startswith("loading\n")
-    assert "sampling: 100%" in errors
+    assert "sampling: 100 %, 2 of 2 steps" in errors
 
 
 def run(*arguments, **options):

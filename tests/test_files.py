@@ -1,17 +1,19 @@
 """Outputs appear whole or not at all, whatever happens on the way."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-import tqdit.files
-from tqdit.errors import OutputError
-from tqdit.files import check_writable, sha256, temporary_folder, whole_file, whole_folder
+from tqdit.errors import FileFormatError, OutputError
+from tqdit.files import LOCK, check_writable, lock_folder, read_npz, sha256, temporary_folder, whole_file, whole_folder
 
 
 def content(folder):
@@ -89,40 +91,45 @@ def test_a_folder_appears_with_its_whole_content(tmp_path):
     assert content(tmp_path) == {"deep/out/a": "1", "deep/out/b": "2"}
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "where names cannot be exchanged"])
-def test_a_folder_is_replaced_as_a_whole(tmp_path, monkeypatch, exchange):
-    if not exchange:
-        monkeypatch.setattr(tqdit.files, "_exchange", lambda *_: False)
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
     write_folder(tmp_path / "out", old="1", both="1")
     write_folder(tmp_path / "out", new="2", both="2")
     assert content(tmp_path) == {"out/new": "2", "out/both": "2"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_linux_exchanges_folders_in_one_step(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    assert tqdit.files._exchange(tmp_path / "a", tmp_path / "b")
-    assert content(tmp_path) == {"a/file": "b", "b/file": "a"}
-
-
-def test_a_failed_exchange_puts_the_old_folder_back(tmp_path, monkeypatch):
+def test_the_old_folder_returns_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     write_folder(tmp_path / "out", old="1")
-    monkeypatch.setattr(tqdit.files, "_exchange", lambda *_: False)
-    rename, calls = Path.rename, []
+    rename = Path.rename
 
-    def fail_second(self, target):
-        calls.append(target)
-        if len(calls) == 2:
+    def fail_if_the_place_is_free(self, target):
+        if target == tmp_path / "out" and not target.exists() and (self / "new").exists():
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_second)
+    monkeypatch.setattr(Path, "rename", fail_if_the_place_is_free)
     with pytest.raises(OutputError, match="No space left on device"):
         write_folder(tmp_path / "out", new="2")
     assert content(tmp_path) == {"out/old": "1"}
+
+
+def test_a_folder_that_another_run_puts_there_meanwhile_is_replaced(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", old="1")
+    rename, theirs = Path.rename, []
+
+    def add_theirs(self, target):
+        result = rename(self, target)
+        if self == tmp_path / "out" and not theirs:
+            theirs.append(self)
+            self.mkdir()
+            (self / "theirs").write_text("3")
+        return result
+
+    monkeypatch.setattr(Path, "rename", add_theirs)
+    write_folder(tmp_path / "out", new="2")
+    assert theirs
+    assert content(tmp_path) == {"out/new": "2"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -316,3 +323,75 @@ def test_a_temporary_folder_is_gone_afterwards(tmp_path):
 def test_sha256_is_that_of_the_standard(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+HOLD = """
+    import sys, time
+    from pathlib import Path
+    from tqdit.files import lock_folder
+    with lock_folder(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_writer_of_a_folder_is_refused_at_once_until_the_first_is_killed(tmp_path):
+    owner = python(HOLD, tmp_path)
+    try:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(OutputError) as error, lock_folder(tmp_path):
+            pass
+        assert str(error.value).startswith(f"{tmp_path}: another process is writing it")
+        assert "\n" not in str(error.value)
+    finally:
+        owner.kill()
+        owner.communicate()
+    with lock_folder(tmp_path):
+        assert [file.name for file in tmp_path.iterdir()] == [LOCK]
+    assert content(tmp_path) == {}
+
+
+def test_a_folder_can_be_locked_again_after_an_error(tmp_path):
+    with pytest.raises(ValueError, match="why"), lock_folder(tmp_path):
+        raise ValueError("why")
+    with lock_folder(tmp_path), pytest.raises(OutputError), lock_folder(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OutputError, match="file: cannot be written"), lock_folder(tmp_path / "file"):
+        pass
+
+
+def test_arrays_are_read_and_anything_else_is_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.arange(3), y=np.zeros((2, 0), np.float32))
+    arrays = read_npz(path)
+    assert arrays["x"].tolist() == [0, 1, 2]
+    assert (arrays["y"].shape, arrays["y"].dtype) == ((2, 0), np.float32)
+    whole = path.read_bytes()
+    np.save(tmp_path / "one.npy", np.arange(3))
+    np.savez(tmp_path / "pickled.npz", x=np.array([{}], object))
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("x.txt", "text")
+    for name, data in {"cut.npz": whole[:-40], "flipped.npz": whole.replace(b"\1\0\0\0\0", b"\3\0\0\0\0"),
+                       "text.npz": b"text", "empty.npz": b""}.items():  # fmt: skip
+        assert data != whole
+        (tmp_path / name).write_bytes(data)
+    refused = ["cut.npz", "flipped.npz", "text.npz", "empty.npz", "one.npy", "pickled.npz", "other.npz", "missing.npz"]
+    for name in refused:
+        with pytest.raises(FileFormatError) as error:
+            read_npz(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: ")
+        assert str(error.value).endswith(". Write it again.")
+
+
+def test_an_array_too_large_for_the_memory_is_refused(tmp_path):
+    """A damaged header can ask for any size."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 55,)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    with pytest.raises(FileFormatError):
+        read_npz(tmp_path / "a.npz")

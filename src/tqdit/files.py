@@ -1,29 +1,33 @@
-"""Outputs appear whole or not at all; inputs are checked by their SHA-256.
+"""Files on disk: outputs that are written whole or not at all, folders with one writer, arrays that are read safely.
 
-A file or folder is written under a temporary name beside its final one and renamed when it is complete. What a killed
-run left behind is removed by the next run that writes the same output.
+A file or folder is written under a temporary name beside its final one and renamed when it is complete. The next run
+that writes the same output removes the temporary files of a killed run.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
 import shutil
-import struct
-import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from tqdit.errors import OutputError
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
+from tqdit.errors import FileFormatError, OutputError
+
+# Damaged files raise all of these. RuntimeError: a member marked as encrypted; MemoryError: a shape that is too large.
+_NPZ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+LOCK = ".lock"  # an empty file in a locked folder
 _SUFFIX = ".partial"
-_ZIP_END = struct.Struct("<4s4HIIH")
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename met a full folder or a file
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to prepare it in; removed at the end or, if this run is killed, by the next one."""
+    """Yield a folder beside `path` to prepare it in. It is removed at the end or, after a kill, by the next run."""
     folder = _temporary_path(path)
     try:
         with writing(path):
@@ -71,7 +75,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line that names the output."""
+    """Turn an OSError into an OutputError: one line that names the output."""
     try:
         yield
     except OSError as error:
@@ -86,7 +90,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse an output that could not be written, before hours of work and not after."""
+    """Raise OutputError if an output cannot be written; called before hours of work, not after."""
     with writing(path):
         _require_ordinary(path, lambda: path.is_file() or path.is_dir())
         _make_parent(path)
@@ -99,21 +103,43 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_listing(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise BadZipFile where the file's end counts other members than were found: zipfile stops early without a word
-    where a length in its list is wrong, and an array would be missing."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _ZIP_END.size))
-        end = file.read(_ZIP_END.size)
-    if end[:4] != b"PK\5\6":  # a comment follows
-        return
-    count, found = _ZIP_END.unpack(end)[4], len(archive.infolist())
-    if found != count != 0xFFFF:  # which stands for more
-        raise zipfile.BadZipFile(f"{found} members, its end counts {count}")
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an `.npz` file, without pickled objects. Raises FileFormatError if it cannot be read."""
+    try:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except _NPZ_ERRORS as error:
+        raise FileFormatError(f"{path}: damaged, or not an .npz of plain arrays ({error}). Write it again.") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy returns other members of the zip file as bytes
+            raise FileFormatError(f"{path}: '{name}' is not an array. Write it again.")
+    return arrays
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and this process its only writer. The lock ends with the process, even if it is killed.
+
+    Raises OutputError if another process holds it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(folder / LOCK).acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(
+                f"{folder}: another process is writing it. Wait until it ends, or choose another folder."
+            ) from error
+    with lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # filelock refuses a lock on a removed file: the next owner makes a new one
 
 
 def _behind_links(path: Path) -> Path:
-    """Where `path` is a link, its target is replaced and the link stays."""
+    """The target of a link: it is replaced, and the link stays."""
     with suppress(OSError):
         return Path(os.path.realpath(path)) if path.is_symlink() else path
     return path
@@ -130,7 +156,7 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What dead runs left beside `path`."""
+    """Remove the temporary files that killed runs left beside `path`."""
     prefix = f".{path.name}."
     for old in path.parent.iterdir():
         if old.name.startswith(prefix) and old.name.endswith(_SUFFIX):
@@ -140,7 +166,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there and as far as it goes."""
+    """Remove a file, a link or a folder if it exists; ignore what cannot be removed."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -149,7 +175,7 @@ def _remove(path: Path) -> None:
 
 
 def _require_ordinary(path: Path, is_ordinary: Callable[[], bool]) -> None:
-    """A rename would put a file in the place of a device or a pipe."""
+    """Raise FileExistsError for a device or a pipe, which a rename would replace by a file."""
     if path.exists() and not is_ordinary():
         raise FileExistsError(errno.EEXIST, "something other than a file is there")
 
@@ -165,9 +191,9 @@ def _alive(pid: int) -> bool:
 
 
 def bring(file: Path, target: Path) -> None:
-    """The same content under another name: a hard link, or a copy where the two lie on different disks.
+    """Give a file a second name: a hard link, or a copy if the two are on different disks.
 
-    For libraries that follow no symbolic links out of a folder.
+    For libraries that do not follow symbolic links out of a folder.
     """
     try:
         target.hardlink_to(file.resolve())
@@ -176,40 +202,30 @@ def bring(file: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """To the disk before the rename, so that a power cut cannot leave a complete name on incomplete content."""
+    """Write a file to the disk before its rename: after a power cut, a file with its final name is complete."""
     if path.exists():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put folder `new` at `path` in one step (two where the system cannot exchange names); the old content, if any,
-    ends up under the temporary name or is removed."""
-    try:
-        if not path.exists():
-            new.rename(path)
-            return
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another run has put its own there meanwhile
-            raise
-    if _exchange(new, path):
-        return
+    """Put folder `new` at `path`. What was there moves aside first, and returns if the second rename fails."""
     aside = new.with_name(f"{new.name}{_SUFFIX}")
-    path.rename(aside)
-    try:
-        new.rename(path)
-    except OSError:
-        aside.rename(path)
-        raise
+    while not _rename(new, path, aside):  # again if another run puts its own folder there between the two renames
+        _remove(aside)
+        with suppress(FileNotFoundError):
+            path.rename(aside)
     _remove(aside)
 
 
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step, where the system can."""
-    if sys.platform != "linux":
-        return False
+def _rename(new: Path, path: Path, aside: Path) -> bool:
+    """False if something is at `path`."""
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    return bool(renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+        new.rename(path)
+    except OSError as error:
+        if error.errno in _OCCUPIED:
+            return False
+        with suppress(OSError):
+            aside.rename(path)
+        raise
+    return True

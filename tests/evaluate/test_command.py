@@ -207,7 +207,7 @@ def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
         (["--alone", "--against", "x"], "exclude each other"),
         (["{latents}"], "holds latents, expected images"),
         (["{damaged}"], "damaged, or not an .npz"),
-        (["{picture}"], "picture.npz: not an .npz. Pass an .npz, a folder of images or of shards, or an engine."),
+        (["{picture}"], "picture.npz: damaged, or not an .npz"),
         (["{samples}", "--reference", "{latents}"], "expected samples (arr_0) or statistics"),
         (["{samples}", "--reference", "{half}"], "holds mu without its partner"),
         (["{large}"], "32x32 images need an extractor"),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import support
 from hardening.blows import DEALT
 from tables import Kind, make_table
-from tqdit import cli
+from tqdit.cli.main import main
 from tqdit.engines.build.engine import build_engine
 from tqdit.export import ExportConfig, write
 from tqdit.models.dit import DiT, randomize
@@ -114,7 +114,7 @@ def run(capfd):
 
     def run(*argv):
         capfd.readouterr()
-        code = cli.main(list(map(str, argv)))
+        code = main(list(map(str, argv)))
         said = capfd.readouterr()
         return Outcome(code, said.err, said.out)
 
@@ -136,6 +136,6 @@ def inputs(tmp_path_factory):
     save_file(network.state_dict(), folder / "dit.safetensors", {"tqdit": json.dumps({"num_heads": 2})})
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "samples.npz", arr_0=images, arr_1=np.arange(4))
-    assert cli.main(["sample", str(folder / "model.engine"), "-n", "5", "--shard-size", "2", "-q", "-o",
+    assert main(["sample", str(folder / "model.engine"), "-n", "5", "--shard-size", "2", "-q", "-o",
                      str(folder / "shards")]) == 0  # fmt: skip
     return folder

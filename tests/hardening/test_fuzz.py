@@ -107,7 +107,7 @@ def test_manifests(inputs, data):
 @many
 def test_shard_indexes(inputs, data):
     good = json.loads((inputs / "shards" / INDEX).read_text())
-    folder = value_or_one_line(parse_index, json.dumps(data.draw(changed(good))), Path("x"))
+    folder = value_or_one_line(parse_index, json.dumps(data.draw(changed(good))).encode(), Path("x"))
     assert folder is None or folder.done <= folder.job.shards
 
 
@@ -271,5 +271,5 @@ def test_no_path_of_external_data_leaves_its_folder(inputs, tmp_path, name):
 def test_no_path_in_an_index_of_shards_leaves_its_folder(inputs, name):
     values = json.loads((inputs / "shards" / INDEX).read_text())
     values["shards"][name] = "0" * 64
-    with pytest.raises(TqditError, match="no shards of this job"):
-        parse_index(json.dumps(values), Path("x"))
+    with pytest.raises(TqditError, match="not a shard of this job"):
+        parse_index(json.dumps(values).encode(), Path("x"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from torch import Tensor
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.rows import CalibrationRows, pick, renoise
 from tqdit.diffusion import SamplingSpec
-from tqdit.errors import FileFormatError, UsageError
-from tqdit.files import check_listing, sha256
+from tqdit.errors import UsageError
+from tqdit.files import read_npz, sha256
 from tqdit.models import LoadedModel
 
 IMAGE_NAMES = ("arr_0", "images", "latents", "x")
@@ -40,13 +38,7 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Pass an .npz of images or latents with labels.")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            check_listing(path, content.zip)
-            arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile,
-            zlib.error) as error:  # fmt: skip
-        raise FileFormatError(f"{path}: damaged or not an .npz of plain arrays ({error}). Write it again.") from error
+    arrays = read_npz(path)
     x0 = _first(path, arrays, IMAGE_NAMES)
     labels = _first(path, arrays, LABEL_NAMES)
     if x0.dtype == np.uint8:

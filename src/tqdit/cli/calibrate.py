@@ -13,8 +13,7 @@ from tqdit.calibrate.config import PRESETS, TQ_DIT, flag
 from tqdit.console import Console
 from tqdit.errors import OutputError
 from tqdit.extras import need
-from tqdit.files import check_writable, writing
-from tqdit.locks import lock_folder
+from tqdit.files import check_writable, lock_folder
 
 SUMMARY = "find the scales that turn a float diffusion transformer into integers"
 EXAMPLES = """\
@@ -93,8 +92,6 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     if diagnosed is not None:
         diagnosed.check_model(model.fingerprint, args.model)
     data = read_data(args.data, model) if args.data else None
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
     with lock_folder(work):  # two runs would remove each other's results
         result = calibrate(model, config, work, console, data)
         write_scale_table(output, result.table)

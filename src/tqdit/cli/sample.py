@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tqdit.console import Console
+from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
 from tqdit.engines.run.sampler import Sampler, StepReport
@@ -19,10 +18,7 @@ from tqdit.engines.run.shards import INDEX, SHARD_SIZE, ShardFolder, describe_jo
 from tqdit.errors import OutputError, UsageError
 from tqdit.files import check_writable
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    Work = Callable[[ShardFolder, list[int], tqdm[Any]], None]  # makes these shards
+Work = Callable[[ShardFolder, list[int], Bar], None]  # makes these shards
 
 SUMMARY = "sample images with an engine bundle"
 EXAMPLES = """\
@@ -160,7 +156,7 @@ def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
         raise UsageError("--workers belongs to --ray.")
     sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
 
-    def work(folder: ShardFolder, pending: list[int], bar: tqdm[Any]) -> None:
+    def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         def advance(report: StepReport) -> None:
             bar.set_postfix_str(f"step {report.steps - report.step} of {report.steps}", refresh=False)
             bar.update(len(report.images) if report.step == 0 else 0)

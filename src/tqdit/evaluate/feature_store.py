@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from tqdit.console import Console
 from tqdit.engines.run.images import write_npz
 from tqdit.engines.run.shards import ShardFolder, shard_name
-from tqdit.errors import FileFormatError, OutputError, UsageError
+from tqdit.errors import FileFormatError, OutputError
 from tqdit.evaluate.extractors import Extractor, Features, identity
-from tqdit.evaluate.samples import read_npz
-from tqdit.files import check_writable
+from tqdit.files import check_writable, read_npz
 
 VERSION = 1  # of the files, and of what extractors.py computes: raised where either changes
 
@@ -44,7 +43,7 @@ class FeatureStore:
         """Features of a whole shard, or None where they are to be extracted."""
         try:
             content = read_npz(self._file(shard))
-        except (FileFormatError, UsageError):  # damaged, or not there
+        except FileFormatError:  # missing or damaged
             return None
         if any(str(content.pop(name, None)) != fact for name, fact in self._facts(shard).items()):
             return None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from tqdit.engines.run.images import NOTES, write_npz
 from tqdit.engines.run.shards import INDEX, ShardFolder, read_index, shard_name
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.statistics import Gaussian
-from tqdit.files import check_listing
+from tqdit.files import read_npz
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 16  # images in a report
@@ -116,7 +114,7 @@ def read_images(path: Path, count: int | None = None) -> AnyImages:
         return _shards(path, count, advise=True)
     if path.is_dir():
         return _folder(path).first(count)
-    content = read_npz(path)
+    content = _arrays(path)
     if "arr_0" not in content:
         held = ", ".join(sorted(content)) or "nothing"
         advice = "Export with --vae DIR to sample images" if "latents" in content else "Write it with tqdit-sample -o"
@@ -130,7 +128,7 @@ def read_reference(path: Path) -> Reference:
         return Reference(str(path), _shards(path, None, advise=False))
     if path.is_dir():
         return Reference(str(path), _folder(path))
-    content = read_npz(path)
+    content = _arrays(path)
     images = _images(content, path) if "arr_0" in content else None
     pooled, spatial = (_gaussian(content, path, suffix) for suffix in ("", "_s"))
     if images is None and pooled is None:
@@ -152,30 +150,12 @@ def write_reference(path: Path, pooled: Gaussian, spatial: Gaussian | None, extr
     write_npz(path, **arrays)
 
 
-def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of a file; nothing that is pickled."""
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
-        raise UsageError(f"{path}: no such file or folder. Pass an .npz, a folder of images or an engine.")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(2)
-        if magic != b"PK":
-            raise FileFormatError(f"{path}: not an .npz. Pass an .npz, a folder of images or of shards, or an engine.")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:  # a bad zip leaves it open
-            check_listing(path, content.zip)
-            return {name: content[name] for name in content.files}
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,  # a member marked as encrypted, or compressed in a way that is not known
-        TypeError,
-        AttributeError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise FileFormatError(f"{path}: damaged, or not an .npz ({error}). Write it again.") from error
+        raise UsageError(
+            f"{path}: no such file or folder. Pass an .npz, a folder of images or of shards, or an engine."
+        )
+    return read_npz(path)
 
 
 def _images(content: dict[str, NDArray[Any]], path: Path) -> Images:

@@ -7,7 +7,6 @@ import json
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tqdit.errors import CheckpointError
-from tqdit.files import check_listing
 
 StateDict = dict[str, Tensor]
-CHUNK_BYTES = 1 << 24
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -87,10 +84,7 @@ def _read_torch(path: Path) -> StateDict:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about the pickle protocol of damaged files; our line says more
         try:
-            is_zip = _is_zip(path)
-            if is_zip:
-                _check_members(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
         except Exception as error:  # a damaged pickle or archive fails with almost any class
@@ -115,20 +109,6 @@ def _is_entry(name: object, value: object) -> bool:
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _check_members(path: Path) -> None:
-    """Raise zipfile.BadZipFile where a member's CRC-32 differs: torch.load does not look.
-
-    PyTorch can be told to leave the sums out (`torch.serialization.set_crc32_options`) and then writes zeros.
-    """
-    with zipfile.ZipFile(path) as archive:
-        check_listing(path, archive)
-        for entry in archive.infolist():
-            if entry.CRC:
-                with archive.open(entry) as member:
-                    while member.read(CHUNK_BYTES):
-                        pass
 
 
 def _refusal(reason: str) -> str:

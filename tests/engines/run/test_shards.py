@@ -1,7 +1,6 @@
 """Many samples: shards on disk, continued from wherever a run stopped, always with the same bytes."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -169,7 +168,7 @@ def test_a_folder_of_other_things_is_never_touched(bundle, tmp_path, capsys):
     (tmp_path / "samples" / "thesis.tex").write_text("years")
     for more in ([], ["--force"]):
         message = refused(capsys, command(bundle, tmp_path / "samples", *more))
-        assert "holds 'thesis.tex', which is no shard of samples" in message
+        assert "holds 'thesis.tex', which is not a shard of samples" in message
     assert content(tmp_path / "samples") == {"thesis.tex": b"years"}
     (tmp_path / "thesis").write_text("years")
     assert "thesis: is a file" in refused(capsys, command(bundle, tmp_path / "thesis"))
@@ -219,7 +218,7 @@ def test_two_processes_cannot_write_one_folder(bundle, folder, whole, capsys):
     job = read_index(folder).job
     with open_shards(folder, job):
         message = refused(capsys, command(bundle, folder))
-    assert f"samples: process {os.getpid()} is writing it. Wait for its end" in message
+    assert f"{folder}: another process is writing it" in message
     assert content(folder) == whole
 
 
@@ -280,10 +279,12 @@ def test_a_full_disk_keeps_the_finished_shards_and_the_next_run_goes_on(bundle, 
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda text: text[:-30], "damaged"), (lambda text: text[:0] + "[]", "damaged"), (lambda text: text[:0], "damaged"),
-    (lambda text: text.replace('"count": 11', '"count": "11"'), "damaged"),
+    (lambda text: text.replace('"count": 11', '"count": "11"'), "$.job.count"),
+    (lambda text: text.replace('"seed": 0', '"seed": -1'), "seed -1"),
+    (lambda text: text.replace('"content": "images"', '"content": "sounds"'), "$.job.content"),
     (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "written in format 2"),
-    (lambda text: text.replace("shard-00000", "../../etc/x"), "no shards of this job"),
-    (lambda text: text.replace("shard-00002", "shard-00003"), "no shards of this job"),
+    (lambda text: text.replace("shard-00000", "../../etc/x"), "not a shard of this job"),
+    (lambda text: text.replace("shard-00002", "shard-00003"), "not a shard of this job"),
 ])  # fmt: skip
 def test_a_spoilt_index_is_refused_and_force_starts_anew(bundle, folder, whole, capsys, change, message):
     (folder / INDEX).write_text(change((folder / INDEX).read_text()))
@@ -293,9 +294,20 @@ def test_a_spoilt_index_is_refused_and_force_starts_anew(bundle, folder, whole, 
     assert content(folder) == whole
 
 
-def test_a_job_refuses_what_is_no_number():
-    with pytest.raises(UsageError, match="no classes"):
-        SamplingJob("x", (), 1.0, 0, 1)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"classes": ()}, "at least one class"), ({"count": 0}, "0 images"), ({"shard_size": -1}, "shards of -1"),
+    ({"seed": -1}, "seed -1"),
+])  # fmt: skip
+def test_a_job_that_no_run_can_have_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        SamplingJob(**{"engine": "x", "classes": (1,), "guidance_scale": 1.0, "seed": 0, "count": 1, **changes})
+
+
+def test_the_index_has_one_line_per_shard(whole):
+    """So that a diff of two folders shows which shards differ."""
+    text = whole[INDEX].decode()
+    assert text.endswith("}\n")
+    assert sum("shard-0000" in line for line in text.splitlines()) == 3
 
 
 def test_a_read_only_folder_is_one_line(bundle, tmp_path, monkeypatch, capsys):

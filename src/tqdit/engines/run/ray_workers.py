@@ -1,8 +1,8 @@
-"""The shards of a sampling job on a Ray cluster (docs/sampling-many.md): an engine per worker.
+"""Sampling jobs on a Ray cluster (docs/sampling-many.md).
 
-A worker is an actor. It opens the bundle by its path where that path holds the same bundle on its machine, and takes
-it from the object store otherwise. It gets one shard at a time and hands the arrays back; the process that started the
-job is the only one that writes. A worker that dies gives its shard back to the queue.
+A worker is a Ray actor with an engine of its own. It opens the bundle by its path if that path holds the same bundle on
+its machine; otherwise it receives the files through the object store. It makes one shard at a time and returns the
+arrays; only the process that started the job writes files. If a worker dies, another one makes its shard.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tqdit.console import Console
+from tqdit.console import Bar, Console
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.shards import SamplingJob, ShardFolder
@@ -24,22 +24,19 @@ from tqdit.errors import BackendError, SamplingError, TqditError, UsageError
 from tqdit.extras import need
 from tqdit.files import sha256
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-ATTEMPTS = 3  # at a shard, and at opening the engine, before the job ends
-LOOK_AROUND = 2.0  # seconds between two looks at the size of the cluster
-KNOCKING = 10.0  # seconds that a cluster may take to answer
-PATIENCE = 60.0  # seconds without any worker before the user hears of it
+ATTEMPTS = 3  # failures of one shard, or consecutive failures to open the engine, that end the job
+POLL_INTERVAL_S = 2.0  # between two checks of the cluster's size
+CONNECT_TIMEOUT_S = 10.0
+NO_WORKER_NOTICE_S = 60.0  # without any worker before a message says so
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx")
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where a job runs, and on how much of it."""
+    """The cluster of a job, and how much of it the job uses."""
 
-    address: str | None = None  # None: a cluster of this machine alone, which ends with the job
+    address: str | None = None  # None: start a cluster on this machine that ends with the job
     workers: int | None = None  # at most; None: as many as the cluster has room for
     batch: int | None = None  # images per engine call
     threads: int | None = None  # CPUs of a worker; None: 1
@@ -53,7 +50,7 @@ class Worker:
         self._sampler: Sampler | None = None
 
     def open(self, path: str, identity: str) -> bool:
-        """Open the bundle at a path of this machine. False: there is none, or another one."""
+        """Open the bundle at a path of this machine. False if there is none or a different one."""
         manifest = Path(path, MANIFEST)
         if not manifest.is_file() or sha256(manifest) != identity:
             return False
@@ -61,7 +58,7 @@ class Worker:
         return True
 
     def receive(self, files: dict[str, bytes]) -> bool:
-        """Open a bundle from its content, which the machine keeps only as far as the open engine needs it."""
+        """Open a bundle from the content of its files. They are removed when the engine is open."""
         with tempfile.TemporaryDirectory(prefix="tqdit-engine-") as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
@@ -88,8 +85,8 @@ class Cluster:
         self.config = config
         self.console = console
 
-    def work(self, folder: ShardFolder, pending: list[int], bar: tqdm[Any]) -> None:
-        """Make and write these shards. Raises SamplingError where one fails `ATTEMPTS` times."""
+    def work(self, folder: ShardFolder, pending: list[int], bar: Bar) -> None:
+        """Make and write these shards. Raises SamplingError if one fails `ATTEMPTS` times."""
         self._connect()
         run = _Run(self, folder, pending, bar)
         try:
@@ -101,75 +98,75 @@ class Cluster:
     def _connect(self) -> None:
         options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
         if self.config.address is None:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of ours calls home
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send usage data over the network
             options |= {"address": "local", "include_dashboard": False}
         else:
             options["address"] = self.config.address
         try:
-            _knock(self.config.address or "")
+            _check_reachable(self.config.address or "")
             self.ray.init(**options)
-        except Exception as error:  # ConnectionError, RuntimeError, ValueError and more, by kind of address and release
+        except Exception as error:  # the class depends on the address and the release of Ray
             where = "on this machine" if self.config.address is None else f"at '{self.config.address}'"
             raise BackendError(f"no Ray cluster {where} ({error}). Start one: ray start --head") from error
 
-    def needs(self) -> dict[str, float]:
-        """What a worker takes of the cluster."""
+    def requirements(self) -> dict[str, float]:
+        """The resources of one worker."""
         provider = self.manifest.target.get("provider")
         gpu = self.manifest.backend in GPU_BACKENDS or provider in GPU_PROVIDERS
         return {"CPU": float(self.config.threads or 1)} | ({"GPU": 1.0} if gpu else {})
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at host:port; Ray itself tries for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host, int(port)), KNOCKING).close()
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
 
 
 class _Run:
-    """One job: workers that come and go, and the shards that are left."""
+    """One job: its workers and the shards that are not finished."""
 
-    def __init__(self, cluster: Cluster, folder: ShardFolder, pending: list[int], bar: tqdm[Any]) -> None:
+    def __init__(self, cluster: Cluster, folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         self.cluster, self.folder, self.bar = cluster, folder, bar
         self.ray = cluster.ray
-        self.left = deque(pending)
+        self.unassigned = deque(pending)
         self.opening: dict[Any, Any] = {}  # reference of a result -> worker
-        self.making: dict[Any, tuple[Any, int]] = {}  # reference of a result -> worker, shard
+        self.running: dict[Any, tuple[Any, int]] = {}  # reference of a result -> worker, shard
         self.failures: dict[int, int] = {}  # of shards
-        self.failed_openings = 0  # since a worker last came up
-        self.shipped: Any = None  # reference of the bundle's content
-        self.alone_since = time.monotonic()
-        needs = cluster.needs()
-        self.actor = self.ray.remote(Worker).options(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))
+        self.failed_openings = 0  # since a worker last opened the engine
+        self.bundle: Any = None  # reference of the content of its files, if a worker needs it
+        self.last_running = time.monotonic()
+        required = cluster.requirements()
+        self.actor = self.ray.remote(Worker).options(num_cpus=required["CPU"], num_gpus=required.get("GPU", 0))
 
     def finish(self) -> None:
-        while self.left or self.making:
-            self._hire()
-            references = [*self.opening, *self.making]
-            self.ray.wait(references, num_returns=1, timeout=LOOK_AROUND)
-            ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0)  # all: none shall starve
+        while self.unassigned or self.running:
+            self._start_workers()
+            references = [*self.opening, *self.running]
+            self.ray.wait(references, num_returns=1, timeout=POLL_INTERVAL_S)
+            ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0)  # all that are ready now
             for reference in ready:
                 if reference in self.opening:
                     self._opened(reference)
                 else:
                     self._made(reference)
-            self._tell()
+            self._report()
 
     def close(self) -> None:
-        for worker in [*self.opening.values(), *(worker for worker, _ in self.making.values())]:
+        for worker in [*self.opening.values(), *(worker for worker, _ in self.running.values())]:
             self.ray.kill(worker)
 
-    def _hire(self) -> None:
-        """Ask for as many workers as there is work and room for; machines may have joined since the last look."""
-        wanted = min(self._room(), len(self.left) + len(self.making))
-        for _ in range(wanted - len(self.opening) - len(self.making)):
+    def _start_workers(self) -> None:
+        """Start as many workers as there is work and room for; machines may have joined since the last call."""
+        wanted = min(self._capacity(), len(self.unassigned) + len(self.running))
+        for _ in range(wanted - len(self.opening) - len(self.running)):
             worker = self.actor.remote(self.cluster.config.batch, self.cluster.config.threads or 1)
             self.opening[worker.open.remote(str(self.cluster.engine), self.folder.job.engine)] = worker
 
-    def _room(self) -> int:
+    def _capacity(self) -> int:
+        """The number of workers that the cluster has room for, at least 1: an autoscaling cluster may start empty."""
         total = self.ray.cluster_resources()
-        room = min(int(total.get(name, 0) // amount) for name, amount in self.cluster.needs().items())
-        room = max(room, 1)  # a cluster that grows on demand begins with nothing
+        room = max(1, min(int(total.get(name, 0) // amount) for name, amount in self.cluster.requirements().items()))
         return room if self.cluster.config.workers is None else min(room, self.cluster.config.workers)
 
     def _opened(self, reference: Any) -> None:
@@ -180,55 +177,55 @@ class _Run:
             self.failed_openings += 1
             self.ray.kill(worker)
             if self.failed_openings >= ATTEMPTS:
-                raise _told(error, "no worker can open the engine") from error
+                raise _failure(error, "no worker can open the engine") from error
             return
         if opened:
             self.failed_openings = 0
-            self._give(worker)
+            self._assign(worker)
         else:
-            if self.shipped is None:
+            if self.bundle is None:
                 files = [MANIFEST, *self.cluster.manifest.files]
-                self.shipped = self.ray.put({name: (self.cluster.engine / name).read_bytes() for name in files})
-            self.opening[worker.receive.remote(self.shipped)] = worker
+                self.bundle = self.ray.put({name: (self.cluster.engine / name).read_bytes() for name in files})
+            self.opening[worker.receive.remote(self.bundle)] = worker
 
-    def _give(self, worker: Any) -> None:
-        """The next shard, or the end."""
-        if self.left:
-            shard = self.left.popleft()
-            self.making[worker.make.remote(self.folder.job, shard)] = worker, shard
+    def _assign(self, worker: Any) -> None:
+        """Give a worker the next shard, or end it if there is none."""
+        if self.unassigned:
+            shard = self.unassigned.popleft()
+            self.running[worker.make.remote(self.folder.job, shard)] = worker, shard
         else:
             self.ray.kill(worker)
 
     def _made(self, reference: Any) -> None:
-        worker, shard = self.making.pop(reference)
+        worker, shard = self.running.pop(reference)
         try:
             arrays = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             self.failures[shard] = self.failures.get(shard, 0) + 1
             self.ray.kill(worker)
             if self.failures[shard] >= ATTEMPTS:
-                raise _told(error, f"shard {shard} failed {ATTEMPTS} times") from error
-            self.left.appendleft(shard)
+                raise _failure(error, f"shard {shard} failed {ATTEMPTS} times") from error
+            self.unassigned.appendleft(shard)
             return
-        self._give(worker)  # first, so that it works while this process writes
+        self._assign(worker)  # before the write, so that the worker does not wait for it
         self.folder.add(shard, arrays)
         self.bar.update(len(self.folder.job.images(shard)))
 
-    def _tell(self) -> None:
-        """The number of workers beside the bar, and a line where none comes."""
-        self.bar.set_postfix_str(f"{len(self.making)} workers")
+    def _report(self) -> None:
+        """Show the number of workers; say so if there has been none for a while."""
+        self.bar.set_postfix_str(f"{len(self.running)} workers")
         now = time.monotonic()
-        if self.making:
-            self.alone_since = now
-        elif now - self.alone_since > PATIENCE:
-            self.alone_since = now
-            needs = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.needs().items())
+        if self.running:
+            self.last_running = now
+        elif now - self.last_running > NO_WORKER_NOTICE_S:
+            self.last_running = now
+            required = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.requirements().items())
             free = ", ".join(f"{self.ray.available_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-            self.cluster.console.say(f"waiting for a worker: it needs {needs}; the cluster has {free} free")
+            self.cluster.console.say(f"waiting for a worker: it needs {required}; the cluster has {free} free")
 
 
-def _told(error: Any, what: str) -> TqditError:
-    """One line for what happened on another machine."""
+def _failure(error: Any, what: str) -> TqditError:
+    """The error of a worker as one line."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, TqditError):
         return cause

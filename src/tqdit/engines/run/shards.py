@@ -2,24 +2,23 @@
 
 docs/sampling-many.md describes it for users.
 
-A shard is a whole file of a fixed number of images; the index lists it, with its SHA-256, once it is complete. An
-image depends on its number and the job alone, so it does not matter who makes which shard, when, or how often.
+A shard is one file with a fixed number of images. The index lists it, with its SHA-256, when it is complete. An image
+depends only on its number and the job, so any process may make any shard, at any time and more than once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,16 +29,16 @@ from tqdit.engines.run.images import write_npz
 from tqdit.engines.run.sampler import Callback, Sampler
 from tqdit.engines.run.step_rows import check_guidance, check_labels
 from tqdit.errors import FileFormatError, OutputError, UsageError
-from tqdit.files import check_writable, sha256, whole_file, writing
-from tqdit.locks import LOCK, lock_folder
+from tqdit.files import LOCK, check_writable, lock_folder, sha256, whole_file, writing
 from tqdit.sampling.noise import check_key
 
 FORMAT_VERSION = 1
 INDEX = "shards.json"
 SHARD_SIZE = 128  # 25 MB of 256x256 images; a multiple of the default batch
+_SHARD = re.compile(r"shard-(\d{5,19})\.npz", re.ASCII)
 _OURS = re.compile(r"shard-\d{5,}\.npz|\.(shard-\d{5,}\.npz|shards\.json)\.\d+\.partial|shards\.json")
 
-_AGAIN = "Run the same tqdit-sample command again, which mends it."
+_AGAIN = "Run the same tqdit-sample command again; it replaces the file."
 
 Arrays = Mapping[str, NDArray[Any]]
 Content = Literal["images", "latents"]
@@ -49,10 +48,10 @@ NAMES: dict[Content, tuple[str, str]] = {"images": ("arr_0", "arr_1"), "latents"
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """All that the bytes of a sampling run depend on."""
+    """Everything that the bytes of a sampling run depend on. Raises UsageError for values that no run can have."""
 
     engine: str  # SHA-256 of the bundle's manifest, which holds those of its parts
-    classes: tuple[int, ...]  # cycled
+    classes: tuple[int, ...]  # of the images in turn, repeated as often as necessary
     guidance_scale: float
     seed: int
     count: int  # images in all
@@ -60,26 +59,22 @@ class SamplingJob:
     content: Content = "images"
 
     def __post_init__(self) -> None:
-        numbers = (self.seed, self.count, self.shard_size, *self.classes)
-        texts = (self.engine, self.content)
-        if any(type(number) is not int for number in numbers) or any(type(text) is not str for text in texts):
-            raise UsageError("a sampling job is made of whole numbers and texts.")
-        if type(self.guidance_scale) is not float or self.content not in NAMES or not self.classes:
-            raise UsageError(f"guidance scale {self.guidance_scale}, content '{self.content}' or no classes.")
+        if not self.classes:
+            raise UsageError("a sampling job needs at least one class.")
         if self.count < 1 or self.shard_size < 1:
             raise UsageError(f"{self.count} images in shards of {self.shard_size}; both must be at least 1.")
         check_key(self.seed, self.count - 1)
 
     @property
     def shards(self) -> int:
-        return math.ceil(self.count / self.shard_size)
+        return -(-self.count // self.shard_size)
 
     def images(self, shard: int) -> range:
-        """Numbers of the images in one shard."""
+        """The numbers of the images in one shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
     def labels(self, shard: int) -> NDArray[np.int64]:
-        """Their classes (n,)."""
+        """The classes (n,) of the images in one shard."""
         cycle = np.asarray(self.classes, np.int64)
         return cycle.take(np.asarray(self.images(shard)) % len(cycle))
 
@@ -111,8 +106,24 @@ def describe_job(
     )
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The content of the index file."""
+
+    format_version: int
+    written_by: str
+    job: SamplingJob
+    shards: dict[str, str]  # name of a finished shard -> its SHA-256
+
+
+class _Version(msgspec.Struct):
+    """The part of an index that has the same form in every version."""
+
+    format_version: int
+
+
 class ShardFolder:
-    """The shards of one job on disk. One process writes it, which `open_shards` sees to; any number may read."""
+    """The shards of one job on disk. `open_shards` makes sure that one process writes it; any number may read."""
 
     def __init__(self, path: Path, job: SamplingJob, digests: Mapping[str, str]) -> None:
         self.path = path
@@ -125,25 +136,25 @@ class ShardFolder:
         return len(self._digests)
 
     def digest(self, shard: int) -> str | None:
-        """SHA-256 of a finished shard; None where it is not done."""
+        """SHA-256 of a finished shard; None if it is not finished."""
         return self._digests.get(shard_name(shard))
 
     def pending(self) -> list[int]:
-        """Shards that are yet to be made; finished ones that are missing or altered are among them again."""
+        """Shards to make: those that are not finished, and finished ones whose file is missing or altered."""
         for name, digest in list(self._digests.items()):
             if not (self.path / name).is_file() or sha256(self.path / name) != digest:
                 del self._digests[name]
         return [shard for shard in range(self.job.shards) if shard_name(shard) not in self._digests]
 
     def add(self, shard: int, arrays: Arrays) -> None:
-        """Write one shard, then list it. Raises OutputError where it cannot be written."""
+        """Write one shard, then list it. Raises OutputError if it cannot be written."""
         file = self.path / shard_name(shard)
         write_npz(file, **arrays)
         self._digests[file.name] = sha256(file)
         self.write_index()
 
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a finished shard. Raises FileFormatError where it is missing, truncated or altered."""
+        """The arrays of a finished shard. Raises FileFormatError if it is missing, truncated or altered."""
         file, content = self.path / shard_name(shard), self._content(shard)
         names, count = NAMES[self.job.content], len(self.job.images(shard))
         try:
@@ -156,7 +167,7 @@ class ShardFolder:
         return found
 
     def check(self, shard: int) -> None:
-        """Raises FileFormatError where a finished shard is missing, truncated or altered."""
+        """Raise FileFormatError if a finished shard is missing, truncated or altered."""
         self._content(shard)
 
     def _content(self, shard: int) -> bytes:
@@ -170,14 +181,9 @@ class ShardFolder:
         return content
 
     def write_index(self) -> None:
-        values = {
-            "format_version": FORMAT_VERSION,
-            "written_by": __version__,
-            "job": asdict(self.job),
-            "shards": dict(sorted(self._digests.items())),
-        }
+        index = _Index(FORMAT_VERSION, __version__, self.job, dict(sorted(self._digests.items())))
         with whole_file(self.path / INDEX) as temporary:
-            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(index), indent=1) + b"\n")
 
 
 def shard_name(shard: int) -> str:
@@ -186,21 +192,19 @@ def shard_name(shard: int) -> str:
 
 @contextmanager
 def open_shards(path: Path, job: SamplingJob, force: bool = False) -> Iterator[ShardFolder]:
-    """The folder of a job, new or continued, for this process alone.
+    """The folder of a job, new or continued. This process is its only writer.
 
-    Raises OutputError where another process writes it, where it holds shards of another job (force: they are removed)
-    or anything else.
+    Raises OutputError if another process writes it, if it holds shards of another job (force: they are removed), or if
+    it holds any other file.
     """
     check_writable(path)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file. Choose another name.")
-    with writing(path):
-        path.mkdir(exist_ok=True)
     with lock_folder(path):
         with writing(path):
             foreign = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
         if foreign:
-            raise OutputError(f"{path}: holds '{foreign[0]}', which is no shard of samples. Choose another name.")
+            raise OutputError(f"{path}: holds '{foreign[0]}', which is not a shard of samples. Choose another name.")
         if force:
             _clear(path)
         folder = _continued(path, job)
@@ -214,7 +218,7 @@ def _is_ours(name: str) -> bool:
 
 def _clear(path: Path) -> None:
     with writing(path):
-        (path / INDEX).unlink(missing_ok=True)  # first: shards that no index lists are never taken for finished
+        (path / INDEX).unlink(missing_ok=True)  # first: a shard that no index lists is not finished
         for entry in path.iterdir():
             if entry.name != LOCK:
                 entry.unlink()
@@ -225,11 +229,10 @@ def _continued(path: Path, job: SamplingJob) -> ShardFolder:
         return ShardFolder(path, job, {})
     folder = read_index(path)
     if folder.job != job:
-        there, asked = asdict(folder.job), asdict(job)
         differences = ", ".join(
-            f"{name} {_short(there[name])} (asked for {_short(asked[name])})"
-            for name in there
-            if there[name] != asked[name]
+            f"{field.name} {_short(there)} (asked for {_short(asked)})"
+            for field in fields(job)
+            if (there := getattr(folder.job, field.name)) != (asked := getattr(job, field.name))
         )
         raise OutputError(
             f"{path}: holds samples of another run: {differences}. Choose another folder, or --force to start anew."
@@ -238,57 +241,50 @@ def _continued(path: Path, job: SamplingJob) -> ShardFolder:
 
 
 def _short(value: object) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 16 else f"{text[:12]}..."
 
 
 def read_index(path: Path) -> ShardFolder:
-    """What a folder says of itself; its shards are not looked at. Raises FileFormatError where it is damaged."""
+    """What the index of a folder says; the shards are not read. Raises FileFormatError if it is missing or damaged."""
     index = path / INDEX
     if not index.is_file():
         raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
     try:
-        return parse_index(index.read_text(encoding="utf-8"), path)
-    except (OSError, ValueError) as error:
+        return parse_index(index.read_bytes(), path)
+    except OSError as error:
         raise FileFormatError(f"{index}: cannot be read ({error}). Start anew with --force.") from error
 
 
-def parse_index(text: str, path: Path) -> ShardFolder:
+def parse_index(content: bytes, path: Path) -> ShardFolder:
     """The content of the index of folder `path`."""
-    index = path / INDEX
+    file = path / INDEX
     try:
-        values = json.loads(text)
-        version = values["format_version"]
-        if version == FORMAT_VERSION:
-            job = SamplingJob(**values["job"] | {"classes": tuple(values["job"]["classes"])})
-            digests = {str(name): str(digest) for name, digest in values["shards"].items()}
-            if not all(_is_shard(name, job) for name in digests):
-                raise ValueError("it lists files that are no shards of this job")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise FileFormatError(f"{index}: damaged ({error!r}). Start anew with --force.") from error
-    if version != FORMAT_VERSION:
-        raise FileFormatError(
-            f"{index}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-            "Choose another folder, or --force to start anew."
-        )
-    return ShardFolder(path, job, digests)
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{file}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
+                "Choose another folder, or --force to start anew."
+            )
+        index = msgspec.json.decode(content, type=_Index)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise FileFormatError(f"{file}: damaged ({error}). Start anew with --force.") from error
+    for name in index.shards:
+        if not _is_shard(name, index.job):
+            raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. Start anew with --force.")
+    return ShardFolder(path, index.job, index.shards)
 
 
 def _is_shard(name: str, job: SamplingJob) -> bool:
-    number = name.removeprefix("shard-").removesuffix(".npz")
-    return (
-        number.isdecimal()
-        and number.isascii()
-        and len(number) < 20
-        and (shard_name(int(number)) == name and int(number) < job.shards)
-    )
+    match = _SHARD.fullmatch(name)
+    return match is not None and int(match[1]) < job.shards and shard_name(int(match[1])) == name
 
 
 def read_shards(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
-    """The arrays of one finished shard after the other, in the order of the images: arr_0 uint8 (n, H, W, 3) and arr_1
-    int64 (n,), or latents float32 (n, C, H, W) and labels. Each file is checked before it is used.
+    """The arrays of one shard after another, in the order of the images: arr_0 uint8 (n, H, W, 3) and arr_1 int64 (n,),
+    or latents float32 (n, C, H, W) and labels. The SHA-256 of each file is checked.
 
-    Raises FileFormatError where shards are unfinished, missing, truncated or altered.
+    Raises FileFormatError if shards are unfinished, missing, truncated or altered.
     """
     folder = read_index(path)
     if folder.done < folder.job.shards:
@@ -300,7 +296,7 @@ def read_shards(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
 
 
 def merge_shards(path: Path, output: Path) -> None:
-    """One `.npz` of all samples, byte for byte what one run with `-o output` writes; a shard is in memory at a time."""
+    """Write all samples to one `.npz`, the same bytes as one run with `-o output`. One shard at a time is in memory."""
     job = read_index(path).job
     samples, labels = NAMES[job.content]
     with whole_file(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -315,7 +311,7 @@ def merge_shards(path: Path, output: Path) -> None:
 
 
 def _header(first: NDArray[Any], count: int) -> bytes:
-    """The head of an .npy file of `count` rows like those of `first`."""
+    """The header of an .npy file with `count` rows like those of `first`."""
     head = io.BytesIO()
     facts = np.lib.format.header_data_from_array_1_0(first) | {"shape": (count, *first.shape[1:])}
     np.lib.format.write_array_header_1_0(head, facts)
