@@ -88,8 +88,8 @@ class Chains:
         for name, values in self._requests.items():
             values[chain] = request[name]
         self._step[chain], self._scale[chain] = len(schedule) - 1 if step is None else step, scale
-        self._schedules[chain:] = [schedule]
-        self._tables[chain:] = [coefficients(schedule)]
+        self._schedules.append(schedule)
+        self._tables.append(coefficients(schedule))
         self._resize(chain + 1)
         return chain
 
@@ -109,6 +109,7 @@ class Chains:
             )
             for array in arrays:
                 array[chain] = array[last]
+        del self._schedules[last:], self._tables[last:]
         self._resize(last)
 
     def inputs(self) -> Mapping[str, NDArray[Any]]:
@@ -159,11 +160,11 @@ class Chains:
         """Of the step that each chain computes next: (count, ...), or (1, ...) if all chains compute the same one."""
         if self._current is None:
             first, step = self._tables[0], int(self._step[0])
-            if all(table is first for table in self._tables[: self.count]) and np.all(self._step[: self.count] == step):
+            steps = self._step[: self.count].tolist()
+            if all(table is first for table in self._tables) and steps.count(step) == len(steps):
                 self._current = first[step : step + 1]
             else:
-                steps = self._step[: self.count].tolist()
-                self._current = np.stack([table[step] for table, step in zip(self._tables, steps, strict=False)])
+                self._current = np.stack([table[step] for table, step in zip(self._tables, steps, strict=True)])
         return self._current
 
     def _update(self, prediction: Float32, weights: list[Float32]) -> None:

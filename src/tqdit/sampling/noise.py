@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Normals:
         self._bits = np.empty((2, self._rows, self._pairs), np.uint64)
         self._uniform, self._values = np.empty(self._bits.shape), np.empty(self._bits.shape)
         self._generator = np.random.Philox(key=0)
-        self._state = cast(dict[str, Any], self._generator.state)  # with an empty buffer
+        self._state: Any = self._generator.state  # with an empty buffer
 
     def fill(self, out: NDArray[np.float32], seed: int, image: int, step: int) -> None:
         """Overwrite `out`, contiguous and of this shape, with the numbers of (seed, image, step)."""
@@ -85,7 +85,7 @@ class Normals:
         counter_and_key["counter"][2] = step + 1
         counter_and_key["key"][0], counter_and_key["key"][1] = seed, image
         self._generator.state = self._state
-        return cast(NDArray[np.uint64], self._generator.random_raw(2 * self._pairs))
+        return self._generator.random_raw(2 * self._pairs)
 
 
 def normal_rows(

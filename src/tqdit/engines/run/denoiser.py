@@ -73,7 +73,8 @@ class Denoiser:
         """The ports of a call, like the arguments of a function."""
         names = self.card.signature.names
         if len(values) > len(names) or set(names[: len(values)]) & set(ports):
-            raise UsageError(f"found {len(values)} arrays and {', '.join(ports) or 'no names'}; expected {', '.join(names)}.")
+            found = ", ".join([f"{len(values)} array(s) without a name", *ports])
+            raise UsageError(f"found {found}; expected {', '.join(names)}, each once.")
         return dict(zip(names, values, strict=False)) | ports
 
     def _check_time(self, timesteps: NDArray[Any]) -> None:

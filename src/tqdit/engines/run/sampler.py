@@ -1,4 +1,4 @@
-"""The runtime: sample with an engine, the sampling loop on the host. NumPy and one backend, no torch, no global state."""
+"""The runtime: sample with an engine; the loop runs on the host. NumPy and one backend, no torch, no global state."""
 
 from __future__ import annotations
 

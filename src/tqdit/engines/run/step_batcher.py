@@ -58,7 +58,13 @@ class _Request(Future[Result]):
     """
 
     def __init__(
-        self, batcher: StepBatcher, schedule: Schedule, ports: dict[str, NDArray[Any]], scale: float, seed: int, image: int
+        self,
+        batcher: StepBatcher,
+        schedule: Schedule,
+        ports: dict[str, NDArray[Any]],
+        scale: float,
+        seed: int,
+        image: int,
     ) -> None:
         super().__init__()
         self.schedule, self.ports, self.scale, self.seed, self.image = schedule, ports, scale, seed, image
