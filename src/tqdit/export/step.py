@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
+from tqdit.export.passes.scopes import TIMESTEPS
 from tqdit.export.trace import EXAMPLE_BATCH
 from tqdit.models.loaded import LoadedModel, prediction_of
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 
-TIMESTEPS = "timesteps"  # the table's name in the graph
 STATE, OUTPUT, NOISE, LOW, SPREAD, INPUT_SCALE = range(6)  # columns of a step's coefficients
 
 
