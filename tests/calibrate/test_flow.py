@@ -24,7 +24,8 @@ from tqdit.calibrate.work import WorkFolder
 from tqdit.cli.main import main
 from tqdit.errors import UsageError
 from tqdit.models import LoadedModel, load_model
-from tqdit.quantization.table import PerTensor, PerTimestepGroup, ScaleTable, read_scale_table
+from tqdit.quantization.granularity import PerTensor, PerTimestepGroup
+from tqdit.quantization.table import ScaleTable, read_scale_table
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
 

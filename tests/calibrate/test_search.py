@@ -15,16 +15,12 @@ from tqdit.calibrate.capture import Samples
 from tqdit.calibrate.config import PRESETS, QuantizationConfig
 from tqdit.calibrate.layers import Layer, LayerPlan, OperandPlan
 from tqdit.calibrate.methods import METHODS, search
+from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem, make_problem
-from tqdit.quantization.operands import Weight
-from tqdit.quantization.table import (
-    Asymmetric,
-    PerChannel,
-    PerTensor,
-    PerTimestepGroup,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
-)
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
 
 ROWS, TOKENS, WIDTH, OUT, GROUPS = 12, 10, 24, 16, 3
 GROUP = torch.arange(ROWS) // 4
@@ -40,7 +36,7 @@ def ranges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_problem(
-    scheme: Any, bits: int, steps: int, weight_steps: int, config: QuantizationConfig = CONFIG, tokens: int = TOKENS
+    scheme: Any, bits: int, scales: int, weight_scales: int, config: QuantizationConfig = CONFIG, tokens: int = TOKENS
 ) -> Problem:
     """Inputs that grow from group to group, with heavy tails, and unequal weights of the errors."""
     x = random(ROWS, tokens, WIDTH) * torch.exp(random(ROWS, tokens, 1, seed=1)) * (1 + GROUP)[:, None, None]
@@ -49,30 +45,30 @@ def linear_problem(
     weight, g2 = random(OUT, WIDTH, seed=2), torch.exp(random(ROWS, tokens, OUT, seed=3))
     plan = LayerPlan(
         Layer("m", "block"),
-        {"input": OperandPlan(scheme, bits, steps), "weight": OperandPlan("symmetric", bits, weight_steps)},
+        {"input": OperandPlan(scheme, bits, scales), "weight": OperandPlan("symmetric", bits, weight_scales)},
     )
     return make_problem(plan, Samples(x, None, g2, {"left": ranges(x)}), weight, GROUP, config)
 
 
-def attention_problem(scheme: Any, bits: int, steps: int, config: QuantizationConfig = CONFIG) -> Problem:
+def attention_problem(scheme: Any, bits: int, scales: int, config: QuantizationConfig = CONFIG) -> Problem:
     scores = random(ROWS, 2, TOKENS, TOKENS) * 2 ** (GROUP + 1)[:, None, None, None]
     left = torch.softmax(scores, -1) if scheme == "softmax" else scores
     right, g2 = random(ROWS, 2, TOKENS, 8, seed=2), torch.exp(random(ROWS, 2, TOKENS, 8, seed=3))
     plan = LayerPlan(
         Layer("m", "attention"),
-        {"left": OperandPlan(scheme, bits, steps), "right": OperandPlan("symmetric", bits, steps)},
+        {"left": OperandPlan(scheme, bits, scales), "right": OperandPlan("symmetric", bits, scales)},
     )
     samples = Samples(left, right, g2, {"left": ranges(left), "right": ranges(right)})
     return make_problem(plan, samples, None, GROUP, config)
 
 
 PROBLEMS = [
-    *((f"{scheme} {bits} bits, {steps} steps", linear_problem(scheme, bits, steps, OUT))
-      for scheme in ("symmetric", "asymmetric", "gelu") for bits in (3, 6, 8) for steps in (1, GROUPS)),
+    *((f"{scheme} {bits} bits, {scales} scales", linear_problem(scheme, bits, scales, OUT))
+      for scheme in ("symmetric", "asymmetric", "gelu") for bits in (3, 6, 8) for scales in (1, GROUPS)),
     ("weight per tensor", linear_problem("symmetric", 6, 1, 1)),
     ("weight in two blocks", linear_problem("symmetric", 6, 1, 2)),
-    *((f"attention {scheme} {bits} bits, {steps} steps", attention_problem(scheme, bits, steps))
-      for scheme in ("symmetric", "softmax") for bits in (4, 8) for steps in (1, GROUPS)),
+    *((f"attention {scheme} {bits} bits, {scales} scales", attention_problem(scheme, bits, scales))
+      for scheme in ("symmetric", "softmax") for bits in (4, 8) for scales in (1, GROUPS)),
 ]  # fmt: skip
 problems = pytest.mark.parametrize("problem", [p for _, p in PROBLEMS], ids=[name for name, _ in PROBLEMS])
 
@@ -121,7 +117,7 @@ def test_the_objective_is_the_weighted_squared_error_of_the_product() -> None:
     assert plain.objective(parameters) == pytest.approx(float((error**2).sum()), rel=1e-4)
 
 
-def test_the_step_of_a_group_is_that_of_its_rows_alone() -> None:
+def test_the_scale_of_a_group_is_that_of_its_rows_alone() -> None:
     together = search.solve(linear_problem("symmetric", 4, GROUPS, OUT), CONFIG).parameters["input"]["scale"]
     whole = linear_problem("symmetric", 4, GROUPS, OUT)
     x = whole.left.clone()
@@ -138,14 +134,14 @@ def test_the_step_of_a_group_is_that_of_its_rows_alone() -> None:
     assert together[0] < together[2]
 
 
-def test_three_matrices_in_one_weight_get_three_steps() -> None:
+def test_three_matrices_in_one_weight_get_three_scales() -> None:
     weight = torch.cat([random(4, 8, seed=i) * 10**i for i in range(3)])
     operand = Weight(weight, OperandPlan("symmetric", 8, 3), torch.ones(1))
     parameters = operand.initial
     assert len(parameters["scale"]) == 3
     quantizer = operand.quantizer(parameters)
     assert quantizer.granularity == PerChannel(0)
-    scale = quantizer.scale  # type: ignore[union-attr]
+    scale = quantizer.scale  # type: ignore[attr-defined]
     assert scale.shape == (12,)
     assert len(set(scale.tolist())) == 3
     assert scale[0] < scale[4] < scale[8]
@@ -162,13 +158,13 @@ def test_solutions_become_entries_of_the_table() -> None:
     assert entry(linear_problem("symmetric", 6, 1, 1), "weight").granularity == PerTensor()
     gelu = entry(linear_problem("gelu", 6, 1, 1), "input")
     assert isinstance(gelu, TwoRegionGelu)
-    assert gelu.negative_step < gelu.positive_step
+    assert gelu.negative_scale < gelu.positive_scale
     softmax = entry(attention_problem("softmax", 6, GROUPS), "left")
     assert isinstance(softmax, TwoRegionSoftmax)
-    assert np.isin(softmax.high_step / softmax.low_step, 2.0 ** np.arange(6)).all()
+    assert np.isin(softmax.high_scale / softmax.low_scale, 2.0 ** np.arange(6)).all()
 
 
-def test_a_layer_that_nothing_weighs_keeps_its_range_based_steps() -> None:
+def test_a_layer_that_nothing_weighs_keeps_its_range_based_scales() -> None:
     problem = linear_problem("symmetric", 6, 1, OUT)
     assert problem.g2 is not None
     problem.g2.zero_()

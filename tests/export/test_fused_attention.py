@@ -25,7 +25,10 @@ from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, write
 from tqdit.lint import lint
 from tqdit.onnx_file import read_card
-from tqdit.quantization.table import PerTensor, ScaleTable, Symmetric, TwoRegionSoftmax
+from tqdit.quantization.granularity import PerTensor
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.quantization.table import ScaleTable
 
 KINDS = {
     "W8A8": Kind(),
@@ -94,7 +97,7 @@ def test_scores_softmax_and_product_are_one_node(tmp_path):
 
 
 def test_q_k_and_v_enter_as_integer_codes(tmp_path):
-    """Their steps are in the scale and behind the node, so float16 and bfloat16 hold them exactly."""
+    """Their scales are in the node's scale and behind the node, so float16 and bfloat16 hold them exactly."""
     table = make_table(support.tiny_model(), Kind(groups=10))
     model = onnx.load(fused_file(tmp_path, table))
     named = {node.name: node for node in model.graph.node}
@@ -108,9 +111,9 @@ def test_q_k_and_v_enter_as_integer_codes(tmp_path):
         assert codes.shape == (48, 2, 16, 8)
         np.testing.assert_array_equal(codes, codes.astype(np.int8))
         assert len(np.unique(codes)) > 20
-    steps = [float(site.quantizer.scale) for site in table.sites if site.module == "blocks.0.attn.scores"]
+    scales = [float(site.quantizer.scale) for site in table.sites if site.module == "blocks.0.attn.scores"]
     attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-    assert attributes["scale"] == pytest.approx(steps[0] * steps[1] / 8**0.5, rel=1e-6)
+    assert attributes["scale"] == pytest.approx(scales[0] * scales[1] / 8**0.5, rel=1e-6)
     assert attributes["bits"] == 8
 
 
@@ -146,14 +149,14 @@ def test_a_softmax_on_one_region_stays_simulated(tmp_path):
     support.assert_agrees(run(path, inputs), fake_quantized(model, table, inputs))
 
 
-def test_a_low_step_that_float16_cannot_count_in_is_refused(tmp_path):
+def test_a_low_scale_that_float16_cannot_count_in_is_refused(tmp_path):
     def change(site):
         if not isinstance(site.quantizer, TwoRegionSoftmax):
             return site.quantizer
-        return replace(site.quantizer, low_step=site.quantizer.high_step / np.float32(600))
+        return replace(site.quantizer, low_scale=site.quantizer.high_scale / np.float32(600))
 
     table = with_quantizers(make_table(support.tiny_model(), Kind()), change)
-    with pytest.raises(UsageError, match=r"value_product' has a low step 600 times finer .* takes up to 516 times"):
+    with pytest.raises(UsageError, match=r"value_product' has a low scale 600 times finer .* takes up to 516 times"):
         fused_file(tmp_path, table)
 
 

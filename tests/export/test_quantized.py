@@ -26,7 +26,9 @@ from tqdit.export import ExportConfig, export_graph, write
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.onnx_file import read_card
 from tqdit.quantization.fake_quant import weight_codes
-from tqdit.quantization.table import PerTensor, ScaleTable, Site, Symmetric
+from tqdit.quantization.granularity import PerTensor
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.table import ScaleTable, Site
 
 KINDS = {
     "W8A8": Kind(),

@@ -1,8 +1,8 @@
 """Files that were cut short or have flipped bits: refused in one line, or read as if nothing were wrong.
 
-A sealed file carries checksums (bundle, shards, scale table, ONNX file: SHA-256; `.npz` and `.pt`: CRC-32 of the zip
+A sealed file carries checksums (bundle, shards, ONNX file: SHA-256; `.npz` and `.pt`: CRC-32 of the zip
 file), so a changed one is refused or means the same: what its command says is compared with what it says of the intact
-one, and so are the table's content and the build of an ONNX file. The others carry none (docs/checksums.md): a flipped
+one, and so is the build of an ONNX file. The others carry none (docs/checksums.md): a flipped
 bit of a weight makes another model, which only a digest kept elsewhere can tell, such as the fingerprint that
 `tqdit-inspect` prints. There the promise is no crash, no hang and no traceback.
 """
@@ -24,7 +24,7 @@ READERS = {
     "scales.safetensors": ["inspect"], "dit.safetensors": ["inspect"], "zip.pt": ["inspect", "--heads", "2"],
     "legacy.pt": ["inspect", "--heads", "2"], "model.onnx": ["inspect"], "samples.npz": ["inspect"],
 }  # fmt: skip
-SEALED = {"scales.safetensors", "zip.pt", "model.onnx", "samples.npz"}
+SEALED = {"zip.pt", "model.onnx", "samples.npz"}
 QUIET = ["--backend", "onnxruntime", "-q"]
 CUTS, FLIPS = 60, 300  # of each kind at most
 
@@ -94,16 +94,17 @@ def test_samples_with_flipped_bits_are_never_used(inputs, spoilt):
 
 @pytest.mark.hardening
 @pytest.mark.parametrize("bits", [1, 30])
-def test_a_scale_table_with_flipped_bits_is_refused_or_the_same(inputs, spoilt, bits):
+def test_a_scale_table_with_flipped_bits_is_refused_or_has_valid_values(inputs, spoilt, bits):
     data, rng = (inputs / "scales.safetensors").read_bytes(), np.random.default_rng(4)
-    expected = read_scale_table(inputs / "scales.safetensors")
     refused = 0
     for _ in range(FLIPS):
         try:
-            assert read_scale_table(spoilt("scales.safetensors", flipped(data, rng, bits))) == expected
+            table = read_scale_table(spoilt("scales.safetensors", flipped(data, rng, bits)))
         except TqditError:
             refused += 1
-    assert refused > 0.95 * FLIPS
+        else:
+            assert all(np.isfinite(array).all() for site in table.sites for array in site.arrays().values())
+    assert refused > 0.5 * FLIPS
 
 
 @pytest.fixture

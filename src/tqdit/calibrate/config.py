@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tqdit.errors import UsageError
+from tqdit.quantization.schemes import schemes_of
 
 if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models import LoadedModel
 
 
-def knob(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field that is also a flag of `tqdit-calibrate`."""
+Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
+
+
+def knob(default: Any, help_text: str, choices: Choices = ()) -> Any:
+    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices."""
     return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+def choices_of(knob_field: Field[Any]) -> tuple[str, ...]:
+    """The values that a knob can have, () if they cannot be listed."""
+    choices: Choices = knob_field.metadata["choices"]
+    return choices() if callable(choices) else choices
 
 
 @dataclass(frozen=True)
@@ -41,23 +53,23 @@ class QuantizationConfig:
         "the paper's loss (eq. 11)", ("step", "plain", "loss"),
     )  # fmt: skip
     rounds: int = knob(3, "alternating rounds R of the search")
-    candidates: int = knob(100, "candidate steps between --alpha and --beta times the range-based one")
+    candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one")
     alpha: float = knob(0.01, "smallest candidate factor")
     beta: float = knob(1.2, "largest candidate factor")
     coarse: int = knob(8, "stride of the first pass over the candidates, refined around the best; 1 tries each one")
     token_share: float = knob(0.1, "share of a row's tokens that a search looks at")
 
-    weight_granularity: str = knob("channel", "one weight step per output channel or per tensor (three for qkv)",
+    weight_granularity: str = knob("channel", "one weight scale per output channel or per tensor (three for qkv)",
                                    ("channel", "tensor"))  # fmt: skip
-    inputs: str = knob("symmetric", "inputs of linear layers", ("symmetric", "asymmetric"))
+    inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
     softmax: str = knob("two-region", "probabilities; auto takes two regions where they at least halve the layer's "
-                        "error, and else one step, with which engines make one kernel of an attention",
+                        "error, and else one scale, with which engines make one kernel of an attention",
                         ("uniform", "two-region", "auto"))  # fmt: skip
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
-    softmax_top: str = knob("exact", "high step 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
-    time_groups: str = knob("softmax", "which activations have a step per group", ("none", "softmax", "all"))
+    softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
+    time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
 
     attention: bool = knob(True, "quantize both products of attention")
     patch: str = knob("weights", "what is quantized of the patch embedding", ("none", "weights", "all"))
@@ -80,7 +92,7 @@ class QuantizationConfig:
         self._within("coarse", 1, 10_000)
         self._within("seed", 0, 2**63)
         for knob_field in fields(self):
-            choices, value = knob_field.metadata["choices"], getattr(self, knob_field.name)
+            choices, value = choices_of(knob_field), getattr(self, knob_field.name)
             if choices and value not in choices:
                 raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(choices)}.")
         if not 0 < self.alpha < self.beta or not 0 < self.token_share <= 1:

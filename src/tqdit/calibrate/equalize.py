@@ -1,7 +1,7 @@
 """Channel equalisation: each input channel is divided by a constant that its weights are multiplied with.
 
-A channel with a large range spends the step of all others; its weights are often small. Dividing moves range from the
-activation, which has one step, to the weight, which has one per output channel, and changes nothing in float. Here the
+A channel with a large range leaves few codes to all others; its weights are often small. Dividing moves range from the
+activation, which has one scale, to the weight, which has one per output channel, and changes nothing in float. Here the
 divisors are chosen; `fold` puts them where they cost nothing.
 """
 
@@ -25,7 +25,7 @@ LIMIT = 100.0  # of a divisor, against channels that the samples hardly excite
 def choose_divisor(
     plan: LayerPlan, samples: Samples, weight: Tensor, group: Tensor, config: QuantizationConfig
 ) -> tuple[Tensor | None, int]:
-    """The divisors (K,) with which range-based steps do best, None where none helps; and the multiply-adds it took.
+    """The divisors (K,) with which range-based scales do best, None where none helps; and the multiply-adds it took.
 
     weight (O, K) of the layer; group (R,) of each row of the samples.
     """

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from tqdit.calibrate.equalize import choose_divisor
 from tqdit.calibrate.fisher import FISHERS
 from tqdit.calibrate.layers import LayerPlan, plan, with_one_region
 from tqdit.calibrate.methods import METHODS
+from tqdit.calibrate.operands import array
 from tqdit.calibrate.problem import Problem, Solution, make_problem
 from tqdit.calibrate.rows import CalibrationRows, Chains, every_state, pick, sampling_of, trajectory
 from tqdit.calibrate.stages import Batch, Stages
@@ -33,7 +35,6 @@ from tqdit.calibrate.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.models import LoadedModel
 from tqdit.quantization.fold import fold_divisors, source_of
-from tqdit.quantization.operands import array
 from tqdit.quantization.table import ScaleTable, Site
 
 TWO_REGIONS_PAY = 0.5  # of the error with one region: above it, the second product is not worth it
@@ -330,7 +331,7 @@ class Calibration:
         return ScaleTable(
             model=self.model.source,
             fingerprint=self.model.fingerprint,
-            boundaries=rows.boundaries.cpu().numpy(),
+            boundaries=rows.boundaries.cpu().numpy().astype(np.float64),
             sites=tuple(sites),
             seed=self.config.seed,
             guidance_scale=self.config.guidance_scale,

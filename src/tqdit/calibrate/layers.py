@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -11,10 +11,9 @@ from torch import nn
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.errors import UsageError
 from tqdit.models.dit import Attention, DiT, DiTBlock, FinalLayer, Mlp, PatchEmbed, TimestepEmbedder
-from tqdit.quantization.table import Role
+from tqdit.quantization.granularity import Role
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
-Scheme = Literal["symmetric", "asymmetric", "softmax", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,21 @@ class Layer:
 
     name: str
     place: Place
-    scheme: Scheme | None = None  # of its left operand or input, where that follows from its place
+    scheme: str | None = None  # of its left operand or input, where that follows from its place
     row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in qkv
 
 
 @dataclass(frozen=True)
 class OperandPlan:
-    """How one tensor is quantized. `steps` is the number of independent steps: 1, groups or output channels."""
+    """How one tensor is quantized. `scales` is the number of independent scales: 1, groups or output channels.
 
-    scheme: Scheme
+    options: settings that the scheme alone knows (`Quantizer.fixed`).
+    """
+
+    scheme: str
     bits: int
-    steps: int
+    scales: int
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,29 +106,29 @@ def _plan_layer(module: nn.Module, layer: Layer, config: QuantizationConfig) -> 
     operands: dict[Role, OperandPlan] = {}
     if parts[layer.place] != "none":
         assert isinstance(module, nn.Linear | nn.Conv2d)
-        steps = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
-        operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), steps)
+        scales = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
+        operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), scales)
     if parts[layer.place] == "all":
         operands["input"] = _input(layer, config, max(least, config.activation_bits))
     return LayerPlan(layer, operands)
 
 
 def _left(layer: Layer, config: QuantizationConfig) -> OperandPlan:
-    scheme: Scheme = "softmax" if layer.scheme == "softmax" and config.softmax != "uniform" else "symmetric"
-    return OperandPlan(scheme, config.activation_bits, _groups(config, layer.scheme or "symmetric"))
+    groups = _groups(config, layer.scheme or "symmetric")
+    if layer.scheme != "softmax" or config.softmax == "uniform":
+        return OperandPlan("symmetric", config.activation_bits, groups)
+    return OperandPlan("softmax", config.activation_bits, groups, {"top": config.softmax_top})
 
 
 def _input(layer: Layer, config: QuantizationConfig, bits: int) -> OperandPlan:
-    scheme: Scheme = "gelu" if layer.scheme == "gelu" and config.gelu != "uniform" else (
-        "asymmetric" if config.inputs == "asymmetric" else "symmetric"
-    )  # fmt: skip
+    scheme = "gelu" if layer.scheme == "gelu" and config.gelu != "uniform" else config.inputs
     return OperandPlan(scheme, bits, _groups(config, scheme))
 
 
 def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
     """The same layer with one region, where `config` leaves the choice; None where it does not.
 
-    One region of probabilities has one step for all groups: engines then make one integer kernel of an attention.
+    One region of probabilities has one scale for all groups: engines then make one integer kernel of an attention.
     """
     operands = layer_plan.operands
     if config.gelu == "auto" and "input" in operands and operands["input"].scheme == "gelu":
@@ -137,6 +140,6 @@ def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerP
     return None
 
 
-def _groups(config: QuantizationConfig, scheme: Scheme) -> int:
+def _groups(config: QuantizationConfig, scheme: str) -> int:
     grouped = config.time_groups == "all" or (config.time_groups == "softmax" and scheme == "softmax")
     return config.groups if grouped else 1

@@ -9,18 +9,10 @@ from torch import Tensor
 
 from tqdit.calibrate.capture import Samples
 from tqdit.calibrate.config import QuantizationConfig
-from tqdit.calibrate.layers import LayerPlan, OperandPlan
-from tqdit.quantization import quantizers
-from tqdit.quantization.operands import (
-    AsymmetricActivation,
-    GeluActivation,
-    Operand,
-    Parameters,
-    SoftmaxActivation,
-    SymmetricActivation,
-    Weight,
-)
-from tqdit.quantization.table import Role
+from tqdit.calibrate.layers import LayerPlan
+from tqdit.calibrate.operands import Activation, Operand, Weight
+from tqdit.quantization.granularity import ROLES, Role
+from tqdit.quantization.quantizer import Parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +74,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The parameters of each operand. history: the objective before the first step and after each one.
+    """The parameters of each operand. history: the objective at the start and after each improvement.
 
     weight_codes: the integers of the weight, as float (O, K), where they are not those of rounding to nearest.
     """
@@ -99,9 +91,8 @@ def make_problem(
     """One layer's problem; `weight` (O, ...) where it has one, group (R,) of each row."""
     factors = torch.linspace(config.alpha, config.beta, config.candidates).to(samples.left.device)
     operands: dict[Role, Operand] = {}
-    order: tuple[Role, ...] = ("weight", "input", "left", "right")  # W then X, A then B (Algorithm 1)
     matrix = None if weight is None else weight.detach().flatten(1)
-    for role in order:
+    for role in ROLES:  # W then X, A then B (Algorithm 1)
         if role not in plan.operands:
             continue
         if role == "weight":
@@ -109,25 +100,10 @@ def make_problem(
             operands[role] = Weight(matrix, plan.operands[role], factors)
         else:
             side = "right" if role == "right" else "left"
-            operands[role] = _activation(plan.operands[role], samples, side, group, factors, config)
+            x = samples.right if side == "right" else samples.left
+            assert x is not None
+            operands[role] = Activation(x, plan.operands[role], factors, group, *samples.ranges[side])
     right = samples.right if matrix is None else matrix
     assert right is not None
     g2 = samples.g2 if config.metric == "ho" else None
     return Problem(samples.left, right, matrix is not None, g2, operands)
-
-
-def _activation(
-    plan: OperandPlan, samples: Samples, side: str, group: Tensor, factors: Tensor, config: QuantizationConfig
-) -> Operand:
-    x = samples.right if side == "right" else samples.left
-    assert x is not None
-    facts = (x, plan, factors, group, *samples.ranges[side])
-    match plan.scheme:
-        case "symmetric":
-            return SymmetricActivation(*facts)
-        case "asymmetric":
-            return AsymmetricActivation(*facts)
-        case "gelu":
-            return GeluActivation(*facts)
-        case "softmax":
-            return SoftmaxActivation(*facts, quantizers.softmax_high_step(plan.bits, config.softmax_top == "exact"))

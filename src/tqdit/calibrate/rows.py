@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Picks:
     group: NDArray[np.int64]
     chain: NDArray[np.int64]
     step: NDArray[np.int64]
-    boundaries: NDArray[np.int64]  # (G - 1,)
+    boundaries: NDArray[Any]  # (G - 1,)
 
 
 def sampling_of(model: LoadedModel, config: QuantizationConfig) -> SamplingSpec:
@@ -61,7 +62,7 @@ def sampling_of(model: LoadedModel, config: QuantizationConfig) -> SamplingSpec:
     return replace(model.sampling, steps=config.steps)
 
 
-def pick(spec: SamplingSpec, config: QuantizationConfig, boundaries: NDArray[np.int64] | None = None) -> Picks:
+def pick(spec: SamplingSpec, config: QuantizationConfig, boundaries: NDArray[Any] | None = None) -> Picks:
     """n / 2 pairs per group, spread evenly over the group's steps, chains in turn; random but seeded.
 
     boundaries (G - 1,): those of even groups where None are given.

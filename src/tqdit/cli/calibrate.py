@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdit.calibrate.advice import read_advice
-from tqdit.calibrate.config import PRESETS, TQ_DIT, flag
+from tqdit.calibrate.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
 from tqdit.errors import OutputError
 from tqdit.extras import need
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {default})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif knob.metadata["choices"]:
-            options["choices"] = knob.metadata["choices"]
+        elif choices_of(knob):
+            options["choices"] = choices_of(knob)
         elif isinstance(default, str):
             options["metavar"] = "TEXT"
         else:

@@ -42,7 +42,9 @@ from tqdit.quantization.fake_quant import (
 )
 from tqdit.quantization.fake_quant import find_module as find
 from tqdit.quantization.fold import fold
-from tqdit.quantization.table import PerTimestepGroup, Role, ScaleTable, Site
+from tqdit.quantization.granularity import PerTimestepGroup, Role
+from tqdit.quantization.quantizer import Part
+from tqdit.quantization.table import ScaleTable, Site
 
 Float64 = NDArray[np.float64]
 BATCH = 64  # rows of a forward pass
@@ -193,16 +195,8 @@ def layer_errors(patient: Patient) -> dict[str, list[float]]:
 class FloatOperand(nn.Module):
     """An operand of a product that is not quantized, with the interface of one that is."""
 
-    class _One(nn.Module):
-        def multiply(self, y: Tensor) -> Tensor:
-            return y
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = self._One()
-
-    def codes_times_reference(self, x: Tensor) -> Tensor:
-        return x
+    def parts(self, x: Tensor) -> Iterator[Part[Tensor]]:
+        yield Part(x)
 
 
 def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
@@ -415,7 +409,6 @@ def scale_steps(table: ScaleTable) -> list[dict[str, Any]]:
     found = []
     for site in table.sites:
         if isinstance(site.quantizer.granularity, PerTimestepGroup):
-            arrays = site.arrays()
-            name = next(key for key in ("low_step", "positive_step", "scale") if key in arrays)
-            found.append({"site": site.name, "steps": [float(value) for value in arrays[name]]})
+            values = site.arrays()[site.quantizer.plotted]
+            found.append({"site": site.name, "steps": [float(value) for value in values]})
     return found

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit import __version__
-from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard, VaeCard
+from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
 from tqdit.models.products import Product
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -54,21 +54,21 @@ class LoadedModel:
         return result
 
     def card(
-        self, graph: GraphName = "denoiser", quantization: QuantizationCard | None = None, vae: VaeCard | None = None
-    ) -> GraphCard:
-        """The card of this model's graph."""
+        self, graph: GraphName = "denoiser", *, sampling: SamplingSpec | None = None,
+        guidance: Guidance | Literal["own"] | None = "own", quantization: QuantizationCard | None = None,
+    ) -> GraphCard:  # fmt: skip
+        """The card of a graph of this model, sampled as the model says unless something else is given."""
         return GraphCard(
             graph=graph,
             signature=self.signature,
-            sampling=self.sampling,
-            guidance=self.guidance,
+            sampling=sampling or self.sampling,
+            guidance=self.guidance if guidance == "own" else guidance,
             latents=self.latents,
             class_names=self.class_names,
             model=self.source,
             origin=self.origin,
             fingerprint=self.fingerprint,
             written_by=__version__,
-            vae=vae,
             quantization=quantization,
         )
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.methods import search
+from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem, Solution
-from tqdit.quantization.operands import Weight
-from tqdit.quantization.quantizers import half_range
+from tqdit.quantization.rounding import code_range
 
 DAMPING = 0.01  # of H, times its mean diagonal: columns that the samples hardly excite stay near W
 
@@ -61,12 +61,12 @@ def _round(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
 
     `factor` is the Cholesky factor of H.
     """
-    q = half_range(bits)
+    low, high = code_range(bits)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)  # H^-1 = U^T U
     weight, codes = weight.clone(), torch.empty_like(weight)
     for column in range(weight.shape[1]):
         exact = weight[:, column : column + 1]
-        code = torch.clamp(torch.round(exact / scale), -q, q - 1)
+        code = torch.clamp(torch.round(exact / scale), low, high)
         codes[:, column : column + 1] = code
         error = (exact - code * scale) / upper[column, column]
         weight[:, column + 1 :] -= error * upper[column, column + 1 :]

@@ -1,4 +1,4 @@
-"""The baseline: every step from the range of its tensor."""
+"""The baseline: every scale from the range of its tensor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which weight steps deserve a full product.
+"""Which weight scales deserve a full product.
 
-The error of an output channel jumps up and down as its step changes, since a few hundred weights change their codes one
-by one. Going from coarse to fine candidates misses the best ones (measured: 4 % at the median); so all candidates are
-scored cheaply, and the best few of each entry exactly.
+The error of an output channel jumps up and down as its scale changes, since a few hundred weights change their codes
+one by one. Going from coarse to fine candidates misses the best ones (measured: 4 % at the median); so all candidates
+are scored cheaply, and the best few of each entry exactly.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem
-from tqdit.quantization.operands import Weight
 
 HEAVIEST = 0.125  # share of the samples that a Hessian-weighted screening looks at
 FINALISTS = 6

@@ -1,8 +1,8 @@
 """Phase 3: alternating search (Algorithm 1, lines 14 to 33): W then X for linear layers, A then B for attention.
 
-Every step tries candidates for one parameter while all others stay as they are, keeps the best of each entry, and has
-the incumbent among its candidates, so no step increases the objective. Activations go from coarse to fine candidates,
-weights are screened (screen.py); --coarse 1 tries every candidate of either.
+Every improvement tries candidates for one parameter while all others stay as they are and keeps the best of each
+entry. The incumbent is among the candidates, so the objective never increases. Activations go from coarse to fine
+candidates, weights are screened (screen.py); --coarse 1 tries every candidate of either.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.methods.screen import finalists
+from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem, Solution
-from tqdit.quantization.operands import Parameters, Weight
-from tqdit.quantization.table import Role
+from tqdit.quantization.granularity import Role
+from tqdit.quantization.quantizer import Parameters
 
 Score = Callable[[Tensor], Tensor]  # one candidate per entry (E,) -> objective per entry (E,)
 
@@ -36,7 +37,7 @@ def solve(problem: Problem, config: QuantizationConfig) -> Solution:
 def improve(
     problem: Problem, parameters: dict[Role, Parameters], role: Role, name: str, coarse: int, first: bool
 ) -> tuple[dict[Role, Parameters], float, int]:
-    """One step: (new parameters, their objective, multiply-adds spent)."""
+    """One improvement: (new parameters, their objective, multiply-adds spent)."""
     operand = problem.operands[role]
     left, right = problem.sides(parameters)
     is_left = role in ("left", "input")

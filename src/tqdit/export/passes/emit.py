@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tqdit.export.passes.scopes import OWN_SCOPE_KEY
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
+from tqdit.quantization.rounding import code_range
 
 
 class Emitter:
@@ -44,41 +45,35 @@ class Emitter:
 def dequantize(emit: Emitter, name: str, codes: NDArray[np.int8], scale: NDArray[np.float32], axis: int) -> ir.Value:
     """Integer weights and their scales as constants, and the node that multiplies them."""
     stored = emit.constant(f"{name}.codes", codes)
-    steps = emit.constant(f"{name}.scale", scale)
+    scales = emit.constant(f"{name}.scale", scale)
     if scale.ndim == 0:
-        return emit.op("DequantizeLinear", stored, steps)
-    return emit.op("DequantizeLinear", stored, steps, axis=axis)
+        return emit.op("DequantizeLinear", stored, scales)
+    return emit.op("DequantizeLinear", stored, scales, axis=axis)
 
 
-def quantize_dequantize(emit: Emitter, x: ir.Value, name: str, step: np.float32, bits: int) -> ir.Value:
-    """s clip(round(x / s), -q, q - 1) as Q/DQ with a constant step: what engines turn into integers.
+def quantize_dequantize(emit: Emitter, x: ir.Value, name: str, scale: np.float32, bits: int) -> ir.Value:
+    """s clip(round(x / s), -q, q - 1) as Q/DQ with a constant scale: what engines turn into integers.
 
     Below 8 bits the values are clipped before, which gives the same codes: both ends of the range are codes themselves.
     """
-    scale = emit.constant(f"{name}.scale", np.float32(step))
+    scales = emit.constant(f"{name}.scale", np.float32(scale))
     zero = emit.constant(f"{name}.zero_point", np.int8(0))
     if bits < 8:
         low, high = code_range(bits)
-        x = emit.op("Clip", x, emit.constant(f"{name}.low", np.float32(low) * np.float32(step)),
-                    emit.constant(f"{name}.high", np.float32(high) * np.float32(step)))  # fmt: skip
-    return emit.op("DequantizeLinear", emit.op("QuantizeLinear", x, scale, zero), scale, zero)
+        x = emit.op("Clip", x, emit.constant(f"{name}.low", np.float32(low) * np.float32(scale)),
+                    emit.constant(f"{name}.high", np.float32(high) * np.float32(scale)))  # fmt: skip
+    return emit.op("DequantizeLinear", emit.op("QuantizeLinear", x, scales, zero), scales, zero)
 
 
-def simulate(emit: Emitter, x: ir.Value, name: str, step: np.float32, bits: int) -> ir.Value:
+def simulate(emit: Emitter, x: ir.Value, name: str, scale: np.float32, bits: int) -> ir.Value:
     """The same values in float arithmetic, which no engine mistakes for integers."""
-    return emit.op("Mul", codes(emit, x, name, step, bits), emit.constant(f"{name}.scale", np.float32(step)))
+    return emit.op("Mul", codes(emit, x, name, scale, bits), emit.constant(f"{name}.scale", np.float32(scale)))
 
 
-def codes(emit: Emitter, x: ir.Value, name: str, step: np.float32, bits: int) -> ir.Value:
+def codes(emit: Emitter, x: ir.Value, name: str, scale: np.float32, bits: int) -> ir.Value:
     """clip(round(x / s), -q, q - 1) in float arithmetic."""
     low, high = code_range(bits)
-    rounded = emit.op("Round", emit.op("Div", x, emit.constant(f"{name}.scale", np.float32(step))))
+    rounded = emit.op("Round", emit.op("Div", x, emit.constant(f"{name}.scale", np.float32(scale))))
     return emit.op(
         "Clip", rounded, emit.constant(f"{name}.low", np.float32(low)), emit.constant(f"{name}.high", np.float32(high))
     )
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """(-q, q - 1), q = 2^(bits - 1)."""
-    q = 1 << (bits - 1)
-    return -q, q - 1

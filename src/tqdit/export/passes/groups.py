@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from tqdit.export.passes.emit import Emitter
 from tqdit.plugins.time_group_select.schema import OP_TYPE
-from tqdit.quantization.table import factor_steps
 
 
 class RowGroups:
-    """Selects entries of per-group tables for the rows of one graph."""
+    """Selects entries of per-group tables for the rows of one graph. boundaries float64 (G - 1,)."""
 
-    def __init__(self, timestep: ir.Value, boundaries: NDArray[np.int64]) -> None:
-        self.timestep, self.boundaries = timestep, boundaries
+    def __init__(self, timestep: ir.Value, boundaries: NDArray[np.float64]) -> None:
+        self.timestep = timestep
+        self.boundaries = in_type(boundaries, np.dtype(np.int64 if timestep.dtype == ir.DataType.INT64 else np.float32))
         self._selected: dict[str, ir.Value] = {}
 
     def select(self, emit: Emitter, name: str, table: NDArray[np.float32], rank: int) -> ir.Value:
@@ -28,23 +30,9 @@ class RowGroups:
         return self._selected[full_name]
 
 
-class Step:
-    """A step s[g] = s_ref r[g], s_ref = max s[g]; with one scale r = 1 and is left out.
-
-    Mirrors `tqdit.quantization.fake_quant.Step`, operation for operation.
-    """
-
-    def __init__(self, scale: NDArray[np.float32], groups: RowGroups) -> None:
-        reference, self._ratio = factor_steps(scale)
-        self.reference = np.float32(reference)
-        self.grouped = scale.ndim == 1
-        self._groups = groups
-
-    def ratio(self, emit: Emitter, name: str, rank: int) -> ir.Value:
-        return self._groups.select(emit, f"{name}.ratio", self._ratio, rank)
-
-    def divide(self, emit: Emitter, x: ir.Value, name: str, rank: int) -> ir.Value:
-        return emit.op("Div", x, self.ratio(emit, name, rank)) if self.grouped else x
-
-    def multiply(self, emit: Emitter, y: ir.Value, name: str, rank: int) -> ir.Value:
-        return emit.op("Mul", y, self.ratio(emit, name, rank)) if self.grouped else y
+def in_type(boundaries: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The least value of `dtype`, int64 or float32, that is not below each boundary: t >= b stays the same."""
+    if dtype == np.int64:
+        return np.ceil(boundaries).astype(np.int64)
+    near = boundaries.astype(np.float32)
+    return np.where(near < boundaries, np.nextafter(near, np.float32(np.inf)), near)

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions: int8 weights, Q/DQ inputs, exact foldings of asymmetric and grouped inputs."""
+"""Linear layers and convolutions: int8 weights, and inputs as their schemes say."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tqdit.errors import UsageError
-from tqdit.export.passes.emit import Emitter, dequantize, quantize_dequantize
-from tqdit.export.passes.groups import RowGroups, Step
+from tqdit.export.passes.emit import Emitter, dequantize
+from tqdit.export.passes.groups import RowGroups
+from tqdit.export.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.export.passes.scopes import Modules
 from tqdit.quantization.fake_quant import weight_codes
-from tqdit.quantization.table import Asymmetric, PerChannel, Quantizer, ScaleTable, Site, Symmetric, TwoRegionGelu
+from tqdit.quantization.granularity import PerChannel
+from tqdit.quantization.quantizer import Quantizer
+from tqdit.quantization.table import ScaleTable, Site
 
 Product = Callable[[ir.Value], ir.Value]
+PATCHES_RANK = 3  # (N, T, C p p)
 
 
 def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, groups: RowGroups) -> None:
     """Requires: a float trace of `network` whose linear layers are MatMul + Add or Gemm, convolutions one Conv.
 
     Ensures: for every site of the table on a linear layer or a convolution, weights are int8 initializers behind a
-    DequantizeLinear, inputs pass Q/DQ with constant steps, in the order of operations of docs/scale-table.md. The float
-    weights have no consumer any more.
+    DequantizeLinear, inputs pass Q/DQ with constant scales, in the order of operations of docs/scale-table.md. The
+    float weights have no consumer any more.
     """
     modules = Modules(model)
     for name, sites in table.by_module.items():
         module = network.get_submodule(name)
         if isinstance(module, nn.Linear):
-            _Linear(model.graph, modules.one(name, "MatMul", "Gemm"), name, module, sites, groups).rewrite()
+            for node in modules.all(name, "MatMul", "Gemm"):
+                _Linear(model.graph, node, name, module, sites, groups).rewrite()
         elif isinstance(module, nn.Conv2d):
-            _PatchEmbedding(model.graph, modules.one(name, "Conv"), name, module, sites, groups).rewrite()
+            for node in modules.all(name, "Conv"):
+                _PatchEmbedding(model.graph, node, name, module, sites, groups).rewrite()
 
 
 class _Linear:
@@ -47,7 +53,7 @@ class _Linear:
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)
-        self.rank = 2 if node.op_type == "Gemm" else 3  # of the input
+        self.rank = PATCHES_RANK if isinstance(module, nn.Conv2d) else rank_of(node.outputs[0])  # of the input
         self.float_weight = module.weight.detach()
 
     def rewrite(self) -> None:
@@ -62,8 +68,7 @@ class _Linear:
         y = product(x) if site is None else self.quantized(x, site.quantizer, product, sums)
         if len(self.node.inputs) == 3 and (bias := self.node.inputs[2]) is not None:
             y = self.emit.op("Add", y, bias)
-        self.node.outputs[0].replace_all_uses_with(self.leave(y))
-        self.emit.graph.remove(self.node, safe=True)
+        replace(self.emit.graph, self.node, self.leave(y))
 
     def enter(self, x: ir.Value) -> ir.Value:
         """The input as rows of the product."""
@@ -74,39 +79,15 @@ class _Linear:
         return y
 
     def quantized(self, x: ir.Value, quantizer: Quantizer, product: Product, sums: NDArray[np.float32]) -> ir.Value:
-        match quantizer:
-            case Symmetric(bits=bits, scale=scale):
-                return self.scaled(x, Step(scale, self.groups), bits, product, "input")
-            case Asymmetric():
-                return self.asymmetric(x, quantizer, product, sums)
-            case TwoRegionGelu(bits=bits, negative_step=negative, positive_step=positive):
-                zero = self.emit.constant("input.zero", np.float32(0))
-                parts = [
-                    self.scaled(self.emit.op(op, x, zero), Step(scale, self.groups), bits, product, f"input.{region}")
-                    for op, scale, region in (("Min", negative, "negative"), ("Max", positive, "positive"))
-                ]
-                return self.emit.op("Add", *parts)
-        raise UsageError(f"'{self.name}.input' cannot have the scheme '{quantizer.scheme}'. Calibrate again.")
+        """x^ W^T, an offset b of x^ adding b rowsum(W^)."""
 
-    def scaled(self, x: ir.Value, step: Step, bits: int, product: Product, name: str) -> ir.Value:
-        """Q(x / r) -> product -> * r."""
-        x = step.divide(self.emit, x, name, self.rank)
-        y = product(quantize_dequantize(self.emit, x, name, step.reference, bits))
-        return step.multiply(self.emit, y, name, self.rank)
+        def shift(offset: ir.Value) -> ir.Value:
+            if offset.const_value is not None:
+                return self.emit.constant("input.shift", offset.const_value.numpy() * sums)
+            return self.emit.op("Mul", offset, self.emit.constant("weight.sums", sums))
 
-    def asymmetric(self, x: ir.Value, quantizer: Asymmetric, product: Product, sums: NDArray[np.float32]) -> ir.Value:
-        """Q((x - b) / r) -> product -> * r + b rowsum(W^), b = (q - o) s."""
-        offset = quantizer.offset
-        step = Step(quantizer.scale, self.groups)
-        sums_value = self.emit.constant("weight.sums", sums)
-        if step.grouped:
-            b = self.groups.select(self.emit, "input.offset", offset, self.rank)
-            shift = self.emit.op("Mul", b, sums_value)
-        else:
-            b = self.emit.constant("input.offset", np.float32(offset))
-            shift = self.emit.constant("input.shift", np.float32(offset) * sums)
-        y = self.scaled(self.emit.op("Sub", x, b), step, quantizer.bits, product, "input")
-        return self.emit.op("Add", y, shift)
+        operand = GraphOperand(self.emit, quantizer, "input", self.rank, self.groups, "integer")
+        return multiply(self.emit, operand.parts(x), product, shift)
 
     def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
         """W^ transposed (K, D), int8 behind a DequantizeLinear where it is quantized, and its row sums (D,)."""
@@ -120,9 +101,9 @@ class _Linear:
                 f"'{site.name}' has one scale per index of axis {granularity.axis}; engines need one per output "
                 "channel (axis 0). Calibrate again."
             )
-        values, steps = weight_codes(self.float_weight, site)
+        values, scales = weight_codes(self.float_weight, site)
         codes = values.flatten(1).numpy().astype(np.int8)
-        scale = steps.numpy().reshape(-1 if steps.ndim else ()).astype(np.float32)
+        scale = scales.numpy().reshape(-1 if scales.ndim else ()).astype(np.float32)
         sums = codes.sum(axis=1, dtype=np.int64).astype(np.float32) * scale
         return dequantize(self.emit, "weight", np.ascontiguousarray(codes.T), scale, axis=1), sums
 

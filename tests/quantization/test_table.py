@@ -9,32 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from tqdit.cli.main import main
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.quantization.seal import seal
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.quantizer import factor_scales
+from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
 from tqdit.quantization.table import (
     METADATA_KEY,
-    Asymmetric,
-    PerChannel,
-    PerTensor,
-    PerTimestepGroup,
     ScaleTable,
     Site,
-    Symmetric,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
     even_boundaries,
-    factor_steps,
     is_scale_table,
     read_scale_table,
     write_scale_table,
 )
 
-GOLDEN = Path(__file__).parent / "data" / "scales.safetensors"
+GOLDEN = Path(__file__).parents[1] / "data" / "scales.safetensors"
 Tensors = dict[str, np.ndarray[Any, Any]]
 
 
@@ -61,6 +59,7 @@ def small_table() -> ScaleTable:
 
 
 def test_the_file_is_the_golden_one_byte_for_byte() -> None:
+    """The golden file is `small_table().to_bytes()`; write it anew only together with a new format version."""
     assert small_table().to_bytes() == GOLDEN.read_bytes()
 
 
@@ -81,11 +80,11 @@ def test_a_divisor_travels_with_its_input(tmp_path: Path) -> None:
     assert divisor.tolist() == [1, 2, 4]
 
 
-def test_steps_factor_into_a_reference_and_ratios_of_at_most_one() -> None:
-    reference, ratio = factor_steps(f32(0.5, 0.125, 0.25))
+def test_scales_factor_into_a_reference_and_ratios_of_at_most_one() -> None:
+    reference, ratio = factor_scales(f32(0.5, 0.125, 0.25))
     assert reference == 0.5
     assert ratio.tolist() == [1, 0.25, 0.5]
-    assert small_table().by_module["qkv"]["input"].quantizer.offset.tolist() == [62.5, -15.25]  # type: ignore[union-attr]
+    assert small_table().by_module["qkv"]["input"].quantizer.offset.tolist() == [62.5, -15.25]  # type: ignore[attr-defined]
 
 
 def test_a_boundary_timestep_belongs_to_the_later_group() -> None:
@@ -97,6 +96,12 @@ def test_a_boundary_timestep_belongs_to_the_later_group() -> None:
 )
 def test_even_groups_begin_at_multiples_of_their_length(groups: int, expected: list[int]) -> None:
     assert even_boundaries(groups).tolist() == expected
+
+
+def test_even_groups_divide_any_span() -> None:
+    assert even_boundaries(4, (0.0, 1.0)).tolist() == [0.25, 0.5, 0.75]
+    assert even_boundaries(3, (-1, 9)).tolist() == [3, 6]
+    assert even_boundaries(3).dtype == np.float64
 
 
 @pytest.mark.parametrize("groups", [0, -1, 1001])
@@ -140,10 +145,10 @@ def _site(index: int, **entries: Any) -> Callable[[Tensors, dict[str, Any]], Non
     [
         (_set("qkv.weight.scale", float("nan")), r"'qkv.weight.scale' holds NaN or infinite values"),
         (_set("qkv.weight.scale", float("inf")), r"'qkv.weight.scale' holds NaN or infinite values"),
-        (_set("fc2.input.negative_step", -1.0), r"'fc2.input.negative_step' holds -1, expected steps of at least"),
-        (_set("fc2.input.positive_step", 0.0), r"no zero, negative or denormal"),
-        (_set("fc2.input.positive_step", 1e-40), r"no zero, negative or denormal"),
-        (_drop("value_product.left.low_step"), r"'value_product.left.low_step' is missing"),
+        (_set("fc2.input.negative_scale", -1.0), r"'fc2.input.negative_scale' holds -1, expected scales of at least"),
+        (_set("fc2.input.positive_scale", 0.0), r"no zero, negative or denormal"),
+        (_set("fc2.input.positive_scale", 1e-40), r"no zero, negative or denormal"),
+        (_drop("value_product.left.low_scale"), r"'value_product.left.low_scale' is missing"),
         (_drop("boundaries"), r"'boundaries' is missing"),
         (_set("extra.weight.scale", 1.0), r"'extra.weight.scale' belongs to no site"),
         (_set("qkv.weight.codes2", 1.0), r"'qkv.weight.codes2' belongs to no site"),
@@ -151,30 +156,35 @@ def _site(index: int, **entries: Any) -> Callable[[Tensors, dict[str, Any]], Non
         (_set("qkv.weight.scale", 0.5, 0.5), r"'qkv.weight.scale' is float32\[2\], expected float32\[\]"),
         (_set("qkv.weight.scale", 0.5, dtype="float64"), r"'qkv.weight.scale' is float64\[\], expected float32"),
         (_set("qkv.input.zero_point", 3, 256, dtype="int32"), r"'qkv.input.zero_point' holds values outside 0..255"),
-        (_set("value_product.left.low_step", 0.001, 0.5), r"low_step' is above its high step"),
+        (_set("value_product.left.low_scale", 0.001, 0.5), r"low_scale' is above its high scale"),
         (_set("fc2.weight.codes", 8, 0, dtype="int8"), r"'fc2.weight.codes' leaves -8..7, the range of 4 bits"),
         (_set("fc2.weight.codes", 7, 0, dtype="int8"), r"its 3 scales do not fit axis 0"),
         (_set("fc2.weight.codes", 7, 0, dtype="int32"), r"'fc2.weight.codes' is int32, expected int8"),
         (_set("fc2.input.divisor", 1, -1, 1), r"'fc2.input.divisor' holds -1, expected"),
         (_set("fc2.input.divisor", 1.0), r"'fc2.input.divisor' is float32\[\], expected float32\['channels'\]"),
         (_set("fc2.weight.divisor", 1, 1), r"'fc2.weight.divisor' belongs to an input, not to a weight"),
-        (_set("boundaries", 1000, dtype="int64"), r"'boundaries' is int64\[\]"),
-        (lambda t, h: t.update(boundaries=np.array([1000])), r"'boundaries' is \[1000\], expected increasing"),
-        (lambda t, h: t.update(boundaries=np.array([0])), r"'boundaries' is \[0\], expected increasing"),
-        (lambda t, h: t.update(boundaries=np.array([500, 500])), r"'boundaries' is \[500, 500\], expected increasing"),
-        (lambda t, h: t.update(boundaries=np.array([300, 600])), r"has 2 groups, the table's boundaries make 3"),
-        (_header(format_version=1), r"written in format 1, this tqdit reads format 2"),
-        (_header(sites="none"), r"no list of sites"),
-        (_header(errors={"qkv": float("nan")}), r"error of 'qkv' is nan"),
-        (_header(guidance_scale=float("inf")), r"guidance scale is inf"),
-        (_header(seed="seven"), r"metadata is damaged"),
-        (lambda t, h: h.pop("fingerprint") and None, r"metadata is damaged"),
+        (_set("boundaries", 500, 600, dtype="int64"), r"'boundaries' is int64\[2\], expected float64"),
+        (_set("boundaries", 500, dtype="float64"), r"'boundaries' is float64\[\], expected float64"),
+        (
+            lambda t, h: t.update(boundaries=np.array([0.5, np.nan])),
+            r"'boundaries' is \[0.5, nan\], expected increasing",
+        ),
+        (lambda t, h: t.update(boundaries=np.array([np.inf])), r"'boundaries' is \[inf\], expected increasing"),
+        (lambda t, h: t.update(boundaries=np.array([5.0, 5.0])), r"'boundaries' is \[5.0, 5.0\], expected increasing"),
+        (lambda t, h: t.update(boundaries=np.array([300.0, 600.0])), r"has 2 groups, the table's boundaries make 3"),
+        (_header(format_version=2), r"written in format 2, this tqdit reads format 3"),
+        (_header(sites="none"), r"metadata is damaged .*`array`.*\$.sites"),
+        (_header(errors={"qkv": -1.0}), r"error of 'qkv' is -1"),
+        (_header(errors={"qkv": float("nan")}), r"metadata is damaged"),
+        (_header(guidance_scale="much"), r"metadata is damaged .*\$.guidance_scale"),
+        (_header(seed="seven"), r"metadata is damaged .*\$.seed"),
+        (lambda t, h: h.pop("fingerprint") and None, r"metadata is damaged .*fingerprint"),
         (_site(0, scheme="log"), r"'fc2.weight' has scheme 'log'; known are"),
         (_site(2, bits=9), r"'qkv.weight' has 9 bits, expected 2..8"),
         (_site(2, role="bias"), r"'qkv.bias.scale' is missing"),
         (_site(2, granularity="rows"), r"granularity 'rows' is unknown"),
         (_site(2, granularity="group:2"), r"'qkv.weight' has granularity"),
-        (lambda t, h: h["sites"][2].pop("bits") and None, r"a site of its metadata is damaged"),
+        (lambda t, h: h["sites"][2].pop("bits") and None, r"metadata is damaged .*bits.*sites"),
         (lambda t, h: h["sites"].append(h["sites"][2]), r"'qkv.weight' is listed twice"),
     ],
 )
@@ -183,43 +193,21 @@ def test_a_wrong_entry_is_refused_by_name(
 ) -> None:
     path = tmp_path / "scales.safetensors"
     tensors: Tensors = safetensors.numpy.load(small_table().to_bytes())
-    header = small_table()._metadata()
+    header = msgspec.to_builtins(small_table()._header())
     change(tensors, header)
-    path.write_bytes(file_of(tensors, seal(header, tensors)))
+    path.write_bytes(file_of(tensors, header))
     with pytest.raises(FileFormatError, match=message) as caught:
         read_scale_table(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _set("qkv.weight.scale", 0.0078),
-        _set("qkv.input.zero_point", 3, 251, dtype="int32"),
-        lambda t, h: t.update({"boundaries": np.array([501])}),
-        lambda t, h: t.update({"qkv.input.scale": t["qkv.input.scale"][::-1]}),
-        _header(seed=8),
-        _header(model="demp"),
-        _header(errors={"fc2": 0.001, "qkv": 0.251}),
-        _site(1, module="fc3"),
-        _drop("fc2.weight.codes"),
-    ],
-)
-def test_a_table_that_would_pass_every_check_is_refused_by_its_digest(
-    tmp_path: Path, change: Callable[[Tensors, dict[str, Any]], None]
-) -> None:
+def test_an_edited_table_is_read_as_it_is_now(tmp_path: Path) -> None:
     path = tmp_path / "scales.safetensors"
     tensors: Tensors = safetensors.numpy.load(small_table().to_bytes())
-    header = seal(small_table()._metadata(), tensors)
-    path.write_bytes(file_of(tensors, header))
-    assert read_scale_table(path) == small_table()
-    change(tensors, header)
-    for changed in (header, {name: value for name, value in header.items() if name != "sha256"}):
-        path.write_bytes(file_of(tensors, changed))
-        with pytest.raises(FileFormatError) as caught:
-            read_scale_table(path)
-        assert str(caught.value) == f"{path}: truncated or altered (its SHA-256 differs). Calibrate again."
+    tensors["qkv.weight.scale"] = f32(0.25)
+    path.write_bytes(file_of(tensors, msgspec.to_builtins(small_table()._header())))
+    assert read_scale_table(path).by_module["qkv"]["weight"].arrays()["scale"] == 0.25
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
@@ -230,20 +218,19 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
             read_scale_table(path)
 
 
-def test_a_flipped_byte_is_refused_or_means_nothing(tmp_path: Path) -> None:
+def test_a_flipped_byte_is_refused_in_one_line_or_gives_valid_values(tmp_path: Path) -> None:
     path, content = tmp_path / "scales.safetensors", small_table().to_bytes()
-    refused = 0
+    messages = []
     for position in range(0, len(content), 7):
         damaged = bytearray(content)
         damaged[position] ^= 0x55
         path.write_bytes(damaged)
         try:
-            table = read_scale_table(path)
-        except FileFormatError:
-            refused += 1
-        else:  # a space behind the header, say
-            assert table == small_table()
-    assert refused > 0.95 * len(range(0, len(content), 7))
+            read_scale_table(path)
+        except FileFormatError as error:
+            messages.append(str(error))
+    assert len(messages) > 0.5 * len(range(0, len(content), 7))
+    assert not [message for message in messages if "\n" in message]
 
 
 def test_other_safetensors_files_are_not_taken_for_a_table(tmp_path: Path) -> None:
@@ -257,6 +244,10 @@ def test_other_safetensors_files_are_not_taken_for_a_table(tmp_path: Path) -> No
 
 
 def test_a_table_in_memory_is_validated_too() -> None:
+    with pytest.raises(FileFormatError, match="error of 'qkv' is nan"):
+        replace(small_table(), errors={"qkv": float("nan")})
+    with pytest.raises(FileFormatError, match="guidance scale is inf"):
+        replace(small_table(), guidance_scale=float("inf"))
     with pytest.raises(FileFormatError, match="listed twice"):
         replace(small_table(), sites=small_table().sites * 2)
     site = Site("a", "weight", Asymmetric(8, PerTensor(), f32(1), np.array(0, dtype=np.int32)))

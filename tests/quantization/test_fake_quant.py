@@ -19,18 +19,12 @@ from tqdit.errors import UsageError
 from tqdit.models import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, quantize_module
-from tqdit.quantization.table import (
-    Asymmetric,
-    PerChannel,
-    PerTensor,
-    PerTimestepGroup,
-    ScaleTable,
-    Site,
-    Symmetric,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
-    even_boundaries,
-)
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.quantization.table import ScaleTable, Site, even_boundaries
 
 PER_GROUP = PerTimestepGroup(3)
 GROUPS = torch.tensor([2, 0, 1, 1])
@@ -107,7 +101,7 @@ def test_scores_multiply_the_ratios_of_both_operands() -> None:
         np.testing.assert_allclose(y[row], a @ b.transpose(0, 2, 1) / np.sqrt(np.float32(3)), rtol=1e-5, atol=1e-5)
 
 
-def test_value_product_takes_the_low_step_of_each_row() -> None:
+def test_value_product_takes_the_low_scale_of_each_row() -> None:
     p, v = torch.softmax(3 * random(4, 2, 6, 6), -1), random(4, 2, 6, 3, seed=1)
     low, high = f32(1 / 31 / 8, 1 / 31 / 4, 1 / 31), f32(1 / 31)
     sites = {"left": Site("m", "left", TwoRegionSoftmax(6, PER_GROUP, low, high)),
@@ -174,13 +168,13 @@ def test_each_row_takes_the_group_of_its_own_timestep() -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_a_group_boundary_step_uses_the_later_scale() -> None:
+def test_a_timestep_on_a_boundary_uses_the_later_scale() -> None:
     model = tiny_model()
     x, t, y = inputs([400])
     with torch.no_grad():
-        at = apply(model, table_for(model, np.array([300, 400]))).network(x, t, y)
-        before = apply(model, table_for(model, np.array([300, 401]))).network(x, t, y)
-        last = apply(model, table_for(model, np.array([10, 20]))).network(x, t, y)
+        at = apply(model, table_for(model, np.array([300.0, 400.0]))).network(x, t, y)
+        before = apply(model, table_for(model, np.array([300.0, 401.0]))).network(x, t, y)
+        last = apply(model, table_for(model, np.array([10.0, 20.0]))).network(x, t, y)
     torch.testing.assert_close(at, last, rtol=0, atol=0)
     assert (at - before).abs().max() > 1e-3
 
