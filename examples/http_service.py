@@ -72,7 +72,7 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
             job = Job()
             job.future = request.app.state.batcher.submit(
                 wanted["class"], guidance_scale=wanted.get("guidance_scale"), seed=wanted.get("seed", 0),
-                deadline=DEADLINE, on_progress=job.advance,
+                steps=wanted.get("steps"), sampler=wanted.get("sampler"), deadline=DEADLINE, on_progress=job.advance,
             )  # fmt: skip
         except QueueFullError as error:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": "5"})
@@ -106,7 +106,7 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
         job = jobs.pop(request.path_params["name"], None)
         if job is None:
             return JSONResponse({"error": "no such image"}, 404)
-        job.future.cancel()  # its row is free at the next step
+        job.future.cancel()  # it takes no part in the next step
         return Response(status_code=204)
 
     async def health(request: Request) -> Response:
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("engine", nargs="?", default="model.engine", help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, help="rows per engine call (default: the engine's choice)")
+    parser.add_argument("--batch", type=int, help="images per engine call (default: the engine's choice)")
     args = parser.parse_args()
     try:
         read_manifest(Path(args.engine))  # the server would wrap its error into a traceback

@@ -6,6 +6,7 @@ that the network was trained for) and in `models.products` (its products).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -143,6 +144,37 @@ def check_requests(signature: Signature, requests: Requests) -> tuple[int, dict[
     if len(counts) != 1:
         raise UsageError(f"the arrays of {_names(ports)} have different lengths {sorted(counts)}. Pass one row each.")
     return counts.pop(), arrays
+
+
+def check_request(signature: Signature, request: Any) -> dict[str, NDArray[Any]]:
+    """Request port -> its row, of what a user asks for of one image: what `check_requests` takes, without the images.
+
+    None for a network without request ports.
+    """
+    if not signature.requests:
+        if request is not None:
+            raise UsageError(f"{signature.family} is unconditional: expected None for a request, found {request!r}.")
+        return {}
+    if isinstance(request, dict):
+        rows: Requests = {name: [value] for name, value in request.items()}
+    else:
+        rows = [request]
+    return {name: values[0] for name, values in check_requests(signature, rows)[1].items()}
+
+
+def check_call(signature: Signature, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The inputs of one network call as contiguous arrays of the ports' types.
+
+    values: port -> array (rows, ...), the same number of rows for each. Raises UsageError for what the network does not
+    take.
+    """
+    if set(values) != set(signature.names):
+        raise UsageError(f"found {', '.join(map(repr, values))}; {signature.family} takes {_names(signature.ports)}.")
+    arrays = {port.name: _check_values(port, values[port.name]) for port in signature.ports}
+    if len({len(array) for array in arrays.values()}) != 1:
+        rows = ", ".join(f"'{name}' has {len(array)}" for name, array in arrays.items())
+        raise UsageError(f"the inputs of a call have different numbers of rows: {rows}. Pass as many of each.")
+    return arrays
 
 
 def _names(ports: tuple[Port, ...]) -> str:

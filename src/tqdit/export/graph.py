@@ -6,25 +6,25 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from tqdit import __version__
 from tqdit.card import AttentionForm, GraphCard, GraphName
-from tqdit.diffusion import SamplerName, SamplingSpec
 from tqdit.export.passes.names import name_by_modules
 from tqdit.export.passes.quantize import describe, quantize
-from tqdit.export.step import SamplingStep
-from tqdit.export.trace import OPSETS, check_opset, denoiser_inputs, step_inputs, trace
-from tqdit.models.loaded import LoadedModel
+from tqdit.export.step import SamplingStep, step_inputs
+from tqdit.export.trace import OPSETS, check_opset, denoiser_inputs, trace
+from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import SamplingSpec
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What the user chose; None means: as the checkpoint's origin does."""
+    """What the user chose; None means: as the scales were found, or as the model's origin samples."""
 
-    graph: GraphName = "step"
+    graph: GraphName = "denoiser"
     steps: int | None = None
-    sampler: SamplerName | None = None
+    sampler: str | None = None
     guided: bool = True
     attention: AttentionForm = "simulated"  # of a quantized graph
     opset: int = OPSETS.start
@@ -32,32 +32,44 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_opset(self.opset)  # before a model is loaded for it
 
-    def sampling(self, model: LoadedModel) -> SamplingSpec:
-        spec = model.sampling
-        steps = spec.steps if self.steps is None else self.steps
-        return replace(spec, steps=steps, sampler=self.sampler or spec.sampler)
+    def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
+        """The chain that the file proposes, or that a step graph computes."""
+        return calibrated_for(model, table).choose(self.steps, self.sampler)
+
+    def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
+        """With the scale that the quantization scales were found for."""
+        if model.guidance is None or not self.guided:
+            return None
+        return model.guidance if table is None else replace(model.guidance, scale=table.guidance_scale)
+
+
+def calibrated_for(model: LoadedModel, table: ScaleTable | None) -> SamplingSpec:
+    """The chain that a table's scales were found for; the model's own if the table does not say, or there is none."""
+    settings = {} if table is None else table.settings
+    return model.sampling.choose(settings.get("steps"), settings.get("sampler"))
 
 
 def export_graph(
     model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None
 ) -> tuple[ir.Model, GraphCard]:
-    """The step graph or the denoiser graph of a model, with its card; quantized where a scale table is given.
+    """The denoiser graph or the step graph of a model, with its card; quantized if a scale table is given.
 
-    Raises UsageError where the table is for another model or does not fit the trace.
+    Raises UsageError if the table is for another model or does not fit the trace.
     """
     if table is not None:
         table.check_model(model.fingerprint, model.source)
         model, table = fold(model, table)
-    return finish_graph(trace_graph(model, config), model, config, table)
+    return finish_graph(trace_graph(model, config, table), model, config, table)
 
 
-def trace_graph(model: LoadedModel, config: ExportConfig) -> ir.Model:
+def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
-    shape = (model.in_channels, model.height, model.width)
     if config.graph == "denoiser":
-        return trace(model.network, denoiser_inputs(shape), "noise_pred", config.opset)
-    step = SamplingStep(model, config.sampling(model))
-    return trace(step, step_inputs(shape, config.guided), "x_next", config.opset)
+        call = PositionalCall(model.network, model.signature)
+        return trace(call, denoiser_inputs(model.signature), "prediction", config.opset)
+    guidance = config.guidance(model, table)
+    step = SamplingStep(model, config.sampling(model, table), guidance)
+    return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset)
 
 
 def finish_graph(
@@ -65,24 +77,11 @@ def finish_graph(
 ) -> tuple[ir.Model, GraphCard]:
     """Run the passes over a float trace, in place, and describe the result. The table has no divisors (`fold`)."""
     if table is not None:
-        quantize(graph, model.network, table, config.attention)
+        quantize(graph, model, table, config.attention)
     name_by_modules(graph)
-    card = GraphCard(
-        graph=config.graph,
-        channels=model.in_channels,
-        out_channels=model.out_channels,
-        height=model.height,
-        width=model.width,
-        num_classes=model.num_classes,
-        guided=config.guided and config.graph == "step",
-        guidance_scale=model.guidance_scale if table is None else table.guidance_scale,
-        sampling=config.sampling(model),
-        latent_scale=model.latent_scale,
-        class_names=model.class_names,
-        model=model.source,
-        origin=model.origin,
-        fingerprint=model.fingerprint,
-        written_by=__version__,
+    return graph, model.card(
+        config.graph,
+        sampling=config.sampling(model, table),
+        guidance=config.guidance(model, table),
         quantization=None if table is None else describe(table, config.attention),
     )
-    return graph, card

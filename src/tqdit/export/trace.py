@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from tqdit.errors import UsageError
 from tqdit.models.scratch import need_compiler, need_temporary_folder
+from tqdit.ports import Signature
 
 OPSETS = range(20, 24)  # 20 is the first with Gelu; 23 the last that torch's exporter writes
-_EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the exporter cannot mistake it for a constant
+EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the exporter cannot mistake it for a constant
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str, opset: int = OPSETS.start) -> ir.Model:
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start) -> ir.Model:
     """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`.
 
-    `inputs` names the graph's inputs in the order of the module's `forward`, each with an example of batch 3; an input
-    that is None is left out of the graph. Module scopes are kept in the nodes' metadata.
+    `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
+    this order. Module scopes are kept in the nodes' metadata.
     """
     check_opset(opset)
     need_compiler()
@@ -34,9 +35,9 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor | None], output: str, o
             tuple(inputs.values()),
             dynamo=True,
             opset_version=opset,
-            input_names=[name for name, tensor in inputs.items() if tensor is not None],
+            input_names=list(inputs),
             output_names=[output],
-            dynamic_shapes=tuple(None if tensor is None else {0: batch} for tensor in inputs.values()),
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
             verbose=False,
         )
     assert program is not None
@@ -50,18 +51,9 @@ def check_opset(opset: int) -> None:
         )
 
 
-def step_inputs(shape: tuple[int, int, int], guided: bool) -> dict[str, Tensor | None]:
-    """Example inputs of a step graph for images of `shape` (C, H, W)."""
-    x = torch.zeros(_EXAMPLE_BATCH, *shape)
-    index = torch.zeros(_EXAMPLE_BATCH, dtype=torch.int64)
-    scale = torch.ones(_EXAMPLE_BATCH) if guided else None
-    return {"x": x, "step": index, "class_labels": index.clone(), "guidance_scale": scale, "noise": x.clone()}
-
-
-def denoiser_inputs(shape: tuple[int, int, int]) -> dict[str, Tensor | None]:
-    """Example inputs of a denoiser graph for images of `shape` (C, H, W)."""
-    index = torch.zeros(_EXAMPLE_BATCH, dtype=torch.int64)
-    return {"x": torch.zeros(_EXAMPLE_BATCH, *shape), "timestep": index, "class_labels": index.clone()}
+def denoiser_inputs(signature: Signature) -> dict[str, Tensor]:
+    """Example inputs of a denoiser graph, in their order."""
+    return {name: torch.from_numpy(array) for name, array in signature.zeros(EXAMPLE_BATCH).items()}
 
 
 @contextlib.contextmanager

@@ -9,28 +9,30 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from tqdit.card import Latents
 from tqdit.errors import CheckpointError
-from tqdit.export.trace import trace
+from tqdit.export.trace import EXAMPLE_BATCH, trace
 from tqdit.extras import need
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.state import read_json
 
 
 class Decoder(nn.Module):
-    """Undo the latent scale, then decode."""
+    """From states to codes (`Latents`), then decode. forward(*inputs) takes one, as `trace` calls it."""
 
-    def __init__(self, vae: Any, latent_scale: float) -> None:
+    def __init__(self, vae: Any, latents: Latents) -> None:
         super().__init__()
-        self.vae = vae
-        self.latent_scale = latent_scale
+        self.vae, self.latents = vae, latents
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.latent_scale, return_dict=False)[0]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (states,) = inputs
+        codes = states / self.latents.scale
+        return self.vae.decode(codes + self.latents.shift if self.latents.shift else codes, return_dict=False)[0]
 
 
 def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
     """The decoder in a diffusers VAE directory; refuses one that does not fit the model."""
-    if model.latent_scale is None:
+    if model.latents is None:
         raise CheckpointError(f"{folder}: --vae was given, but {model.source} works on images and needs no decoder.")
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -40,9 +42,9 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
         raise CheckpointError(
             f"{config_file}: '_class_name' is {config.get('_class_name')!r}, expected 'AutoencoderKL'."
         )
-    if config.get("latent_channels") != model.in_channels:
+    if config.get("latent_channels") != model.signature.channels:
         raise CheckpointError(
-            f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has {model.in_channels}. "
+            f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has {model.signature.channels}. "
             "Pass the VAE that the model was trained with."
         )
     diffusers = need("diffusers", "vae", "exporting a VAE decoder")
@@ -51,13 +53,12 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: its weights cannot be loaded ({reason}). Get the directory again.") from error
-    scale = float(str(config.get("scaling_factor", model.latent_scale)))
-    return Decoder(vae.eval().requires_grad_(False), scale)
+    return Decoder(vae.eval().requires_grad_(False), model.latents)
 
 
 def trace_decoder(decoder: Decoder, model: LoadedModel) -> tuple[ir.Model, tuple[int, int]]:
     """The decoder's graph and the (height, width) of its images."""
-    latents = torch.zeros(3, model.in_channels, model.height, model.width)
+    latents = torch.zeros(EXAMPLE_BATCH, *model.signature.state.row_shape)
     with torch.no_grad():
         height, width = decoder(latents[:1]).shape[-2:]
     return trace(decoder, {"latents": latents}, "image"), (int(height), int(width))

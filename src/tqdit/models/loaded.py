@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.card import Latents
+from tqdit import __version__
+from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
 from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -51,6 +52,25 @@ class LoadedModel:
             output = self.call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
         result: NDArray[np.float32] = output.cpu().numpy()
         return result
+
+    def card(
+        self, graph: GraphName = "denoiser", *, sampling: SamplingSpec | None = None,
+        guidance: Guidance | Literal["own"] | None = "own", quantization: QuantizationCard | None = None,
+    ) -> GraphCard:  # fmt: skip
+        """The card of a graph of this model, sampled as the model says unless something else is given."""
+        return GraphCard(
+            graph=graph,
+            signature=self.signature,
+            sampling=sampling or self.sampling,
+            guidance=self.guidance if guidance == "own" else guidance,
+            latents=self.latents,
+            class_names=self.class_names,
+            model=self.source,
+            origin=self.origin,
+            fingerprint=self.fingerprint,
+            written_by=__version__,
+            quantization=quantization,
+        )
 
     def to(self, device: str | torch.device) -> LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""

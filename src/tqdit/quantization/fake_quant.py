@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.products import Scores, ValueProduct, prediction_of
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Part, Quantizer, factor_scales
@@ -37,19 +37,20 @@ def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
     """
     table.check_model(model.fingerprint, model.source)
     model, table = fold(model, table)
-    return replace(model, network=QuantizedNetwork(model.network, table).eval())
+    return replace(model, network=QuantizedNetwork(model.network, table, model.signature.time.name).eval())
 
 
 class QuantizedNetwork(nn.Module):
-    """(x (N, C, H, W), timestep (N,), class_labels (N,)) -> (N, K, H, W), like the network that it copies.
+    """Ports by name to the prediction, like the network that it copies. time: name of the port that tells the timestep.
 
     A network with a table that has divisors must be folded before (`apply` does it).
     """
 
     boundaries: Tensor
 
-    def __init__(self, network: nn.Module, table: ScaleTable) -> None:
+    def __init__(self, network: nn.Module, table: ScaleTable, time: str) -> None:
         super().__init__()
+        self.time = time
         assert all(site.divisor is None for site in table.sites)
         self.rows = RowGroups()
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
@@ -62,11 +63,10 @@ class QuantizedNetwork(nn.Module):
             setattr(self.network.get_submodule(parent), leaf, quantized)
         self.to(device)
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        groups = (timestep[:, None] >= self.boundaries[None]).sum(1)  # (N,)
+    def forward(self, **ports: Tensor) -> Tensor:
+        groups = (ports[self.time][:, None] >= self.boundaries[None]).sum(1)  # (N,)
         with self.rows.set(groups):
-            output: Tensor = self.network(x, timestep, class_labels)
-        return output
+            return prediction_of(self.network(**ports))
 
 
 class RowGroups:

@@ -7,6 +7,7 @@ which of them made it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,13 @@ class Chains:
         self._step = np.zeros(capacity, np.int64)
         self._scale = np.zeros(capacity, np.float32)
         self._x = self._state_buffer()
-        self._noise, self._prediction, self._spread = (self._state_buffer() for _ in range(3))
-        self._scratch = self._state_buffer()
-        self._states: list[Float32] = []  # of the steps before, the latest first
+        self._noise, self._prediction, self._product = (self._state_buffer() for _ in range(3))
+        self._states: list[Float32] = []  # of the steps before, the latest first; `advance` writes into the oldest
         self._predictions: list[Float32] = []
         self._requests = {port.name: port.zeros(capacity) for port in signature.requests}
         self._inputs = {port.name: port.zeros(capacity * self._rows_per_image) for port in signature.ports}
-        self._views: dict[str, NDArray[Any]] = {}
+        self._views: dict[str, NDArray[Any]] | None = None  # of the inputs; None: the chains in use have changed
+        self._current: Float32 | None = None  # coefficients of the steps to compute; None: not gathered yet
         self._finite_values = np.zeros((capacity, self._x[0].size if capacity else 0), np.bool_)
         self._finite = np.zeros(capacity, np.bool_)
 
@@ -77,8 +78,8 @@ class Chains:
         for name, values in self._requests.items():
             values[chain] = request[name]
         self._step[chain], self._scale[chain] = len(schedule) - 1, scale
-        self._schedules[chain:] = [schedule]
-        self._tables[chain:] = [coefficients(schedule)]
+        self._schedules.append(schedule)
+        self._tables.append(coefficients(schedule))
         self._resize(chain + 1)
         return chain
 
@@ -98,6 +99,7 @@ class Chains:
             )
             for array in arrays:
                 array[chain] = array[last]
+        del self._schedules[last:], self._tables[last:]
         self._resize(last)
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
@@ -115,10 +117,11 @@ class Chains:
 
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         """The ports of the next network call: views of shape (count * rows per image, ...), conditional rows first."""
+        if self._views is None:
+            self._views = self._fill_requests()
         count, signature = self.count, self.signature
         state, time = self._views[signature.state.name], self._views[signature.time.name]
-        scales = np.array([table[step, INPUT_SCALE] for table, step in self._current()], np.float32)
-        np.multiply(self.x, column(scales, state.ndim), out=state[:count])
+        np.multiply(self.x, column(self._coefficients()[:, INPUT_SCALE], state.ndim), out=state[:count])
         time[:count] = [schedule.timesteps[step] for schedule, step in zip(self._schedules, self._step, strict=False)]
         if self.guidance is not None:
             state[count:], time[count:] = state[:count], time[:count]
@@ -133,26 +136,17 @@ class Chains:
         expected = (count * self._rows_per_image, *self.signature.output_shape)
         if output.shape != expected:
             raise BackendError(f"the engine returned shape {output.shape} for {expected}. Build the engine again.")
-        x, prediction, scratch = self.x, self._prediction[:count], self._scratch[:count]
-        rows = np.stack([table[step] for table, step in self._current()])
-        lag = len(self._states)
+        x, prediction, rows = self.x, self._prediction[:count], self._coefficients()
         if self.guidance is None:
             np.copyto(prediction, output[:, : self._shape[0]])
         else:
             self.guidance.combine(output, self._scale[:count], prediction)
         noise_part = self._noise_of(rows, output[:count, self._shape[0] :])
-        weights = [column(weight, x.ndim) for weight in rows[:, SPREAD + 1 :].T]
-        if lag:
-            np.copyto(scratch, x)
-        x *= weights[0]
-        self._accumulate(prediction, weights[MOST_LAG + 1])
-        for age in range(lag):
-            self._accumulate(self._states[age][:count], weights[1 + age])
-            self._accumulate(self._predictions[age][:count], weights[MOST_LAG + 2 + age])
+        self._update(prediction, [column(weight, x.ndim) for weight in rows[:, SPREAD + 1 :].T])
         if noise_part is not None:
             x += noise_part
-        self._remember(scratch, prediction)
         self._step[:count] -= 1
+        self._current = None
         values, finite = self._finite_values[:count], self._finite[:count]
         np.isfinite(x.reshape(count, -1), out=values)
         return np.all(values, axis=1, out=finite)
@@ -165,64 +159,90 @@ class Chains:
             f"{self.step_of(chain) + 1}. Lower the guidance scale, or export the model again from a good checkpoint."
         )
 
-    def _current(self) -> list[tuple[Float32, int]]:
-        """The table of coefficients and the step of each chain."""
-        return list(zip(self._tables, self._step[: self.count].tolist(), strict=False))
+    def _coefficients(self) -> Float32:
+        """Of the step that each chain computes next: (count, ...), or (1, ...) if all chains compute the same one."""
+        if self._current is None:
+            first, step = self._tables[0], int(self._step[0])
+            steps = self._step[: self.count].tolist()
+            if all(table is first for table in self._tables) and steps.count(step) == len(steps):
+                self._current = first[step : step + 1]
+            else:
+                self._current = np.stack([table[step] for table, step in zip(self._tables, steps, strict=True)])
+        return self._current
+
+    def _update(self, prediction: Float32, weights: list[Float32]) -> None:
+        """x = the weighted states and predictions of this step and of the steps before."""
+        x, states, predictions = self.x, self._states, self._predictions
+        if states:  # the last place of both lists is for the values of this step
+            np.copyto(states[-1][: self.count], x)
+            np.copyto(predictions[-1][: self.count], prediction)
+        x *= weights[0]
+        self._accumulate(prediction, weights[MOST_LAG + 1])
+        for age, (state, output) in enumerate(zip(states[:-1], predictions[:-1], strict=True)):
+            self._accumulate(state[: self.count], weights[1 + age])
+            self._accumulate(output[: self.count], weights[MOST_LAG + 2 + age])
+        for past in (states, predictions):
+            past[:] = past[-1:] + past[:-1]
 
     def _accumulate(self, values: Float32, weight: Float32) -> None:
         """x += weight values."""
-        product = self._spread[: self.count]
+        product = self._product[: self.count]
         np.multiply(values, weight, out=product)
         self._x[: self.count] += product
 
     def _noise_of(self, rows: Float32, learned: Float32) -> Float32 | None:
-        """sigma noise of each chain, None where no chain adds any. rows: the coefficients of each chain's step."""
-        if not rows[:, NOISE].any():
+        """sigma noise of each chain; None if no chain adds any. rows: the coefficients of each chain's step."""
+        weights = rows[:, NOISE]
+        if not weights.any():
             return None
-        drawn, factor = self._noise[: self.count], self._spread[: self.count]
-        for chain, weight in enumerate(rows[:, NOISE]):
-            if weight:
-                self._normals.fill(drawn[chain], *self._keys[chain], self.step_of(chain))
-            else:
-                drawn[chain] = 0
+        drawn, factor = self._noise[: self.count], self._product[: self.count]
+        keys = [(*key, step) for key, step in zip(self._keys, self._step[: self.count].tolist(), strict=False)]
+        if weights.all():
+            self._normals.fill_rows(drawn, keys)
+        else:
+            for chain, weight in enumerate(weights):
+                if weight:
+                    self._normals.fill(drawn[chain], *keys[chain])
+                else:
+                    drawn[chain] = 0
         if rows[:, LOW : SPREAD + 1].any():
             np.add(learned, 1, out=factor)
             factor *= column(0.25 * rows[:, SPREAD], factor.ndim)  # half of the log variance, of half the range
             factor += column(0.5 * rows[:, LOW], factor.ndim)
             np.exp(factor, out=factor)
             drawn *= factor
-        drawn *= column(rows[:, NOISE], drawn.ndim)
+        drawn *= column(weights, drawn.ndim)
         return drawn
 
     def _grow(self, lag: int) -> None:
-        """Room for the states and predictions of `lag` steps before."""
-        while len(self._states) < lag:
+        """Room for the states and predictions of `lag` steps before, and of the step that is being computed."""
+        while lag and len(self._states) <= lag:
             self._states.append(self._state_buffer())
             self._predictions.append(self._state_buffer())
 
-    def _remember(self, state: Float32, prediction: Float32) -> None:
-        if not self._states:
-            return
-        for kept, latest in ((self._states, state), (self._predictions, prediction)):
-            kept.insert(0, kept.pop())  # the oldest buffer becomes the latest
-            np.copyto(kept[0][: self.count], latest)
-
     def _resize(self, count: int) -> None:
         self.count = count
-        rows = count * self._rows_per_image
-        self._views = {name: values[:rows] for name, values in self._inputs.items()}
+        self._views = self._current = None
+
+    def _fill_requests(self) -> dict[str, NDArray[Any]]:
+        """The inputs of the chains in use, with the requests in them."""
+        count = self.count
+        views = {name: values[: count * self._rows_per_image] for name, values in self._inputs.items()}
         for port in self.signature.requests:
-            view = self._views[port.name]
+            view = views[port.name]
             view[:count] = self._requests[port.name][:count]
             if self.guidance is not None:
                 view[count:] = view[:count] if port.null is None else port.null
+        return views
 
 
+@lru_cache(maxsize=256)
 def coefficients(schedule: Schedule) -> Float32:
     """Of each step: input scale, noise weight, low and range of the log variance, weights: (T, 4 + 2 MOST_LAG + 2)."""
     low, high = schedule.log_variance or (np.zeros(len(schedule)), np.zeros(len(schedule)))
+    noisy = schedule.noise_weight != 0  # without noise its variance is not used, whatever the network predicts
     padding = [(0, 0), (0, MOST_LAG - schedule.lag)]
-    columns = [schedule.input_scale, schedule.noise_weight, low, high - low]
+    columns = [schedule.input_scale, schedule.noise_weight, noisy * low, noisy * (high - low)]
     weights = [np.pad(array, padding) for array in (schedule.state_weights, schedule.output_weights)]
     return np.concatenate([np.stack(columns, axis=1), *weights], axis=1).astype(np.float32)
 
@@ -230,7 +250,7 @@ def coefficients(schedule: Schedule) -> Float32:
 def run(chains: Chains, network: Network, after: Callable[[int], object] = lambda _: None) -> Float32:
     """Run chains that all stand at one step to their ends; `after` is called with every step that is done.
 
-    Returns the states (count, ...) in place. Raises SamplingError where a chain becomes NaN or infinite.
+    Returns the states (count, ...) in place. Raises SamplingError if a chain becomes NaN or infinite.
     """
     while (step := chains.step_of(0)) >= 0:
         finite = chains.advance(network(chains.inputs()))

@@ -11,14 +11,12 @@ from tqdit.card import AttentionForm
 from tqdit.export.passes.emit import Emitter
 from tqdit.export.passes.fused_attention import fuse_attention
 from tqdit.export.passes.groups import RowGroups
-from tqdit.export.passes.operands import GraphOperand, multiply, replace
+from tqdit.export.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.export.passes.scopes import Modules
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.granularity import Role
 from tqdit.quantization.quantizer import Rounding
 from tqdit.quantization.table import ScaleTable, Site
-
-RANK = 4  # of q, k, v and the probabilities
 
 
 def quantize_attention(
@@ -40,7 +38,8 @@ def quantize_attention(
         if isinstance(module, Scores | ValueProduct) and name not in fused:
             # k comes transposed, which changes no code; the trace's own Mul by 1 / sqrt(d) follows the scores
             order: tuple[Role, Role] = ("left", "right") if isinstance(module, Scores) else ("right", "left")
-            _quantize_product(model.graph, modules.one(name, "MatMul"), name, sites, order, groups, rounding)
+            for node in modules.all(name, "MatMul"):
+                _quantize_product(model.graph, node, name, sites, order, groups, rounding)
 
 
 def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: RowGroups) -> set[str]:
@@ -48,7 +47,8 @@ def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: RowGroup
     done = set()
     for name, sites in table.by_module.items():
         if "left" in sites and sites["left"].quantizer.softmax_regions() is not None:
-            done |= {name, fuse_attention(model.graph, modules.one(name, "MatMul"), name, table, groups)}
+            nodes = modules.all(name, "MatMul")
+            done |= {name} | {fuse_attention(model.graph, node, name, table, groups) for node in nodes}
     return done
 
 
@@ -63,7 +63,7 @@ def _quantize_product(
     for role in order:
         value = inputs[role]
         assert value is not None
-        operand = GraphOperand(emit, sites[role].quantizer, role, RANK, groups, rounding)
+        operand = GraphOperand(emit, sites[role].quantizer, role, rank_of(node.outputs[0]), groups, rounding)
         parts[role] = list(operand.parts(value))
     (right,) = parts["right"]  # schemes of the role right have one part
     y = multiply(emit, parts["left"], lambda x: emit.op("MatMul", x, right.values))

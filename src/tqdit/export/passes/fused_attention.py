@@ -8,7 +8,7 @@ import onnx_ir as ir
 from tqdit.errors import UsageError
 from tqdit.export.passes.emit import Emitter
 from tqdit.export.passes.groups import RowGroups
-from tqdit.export.passes.operands import GraphOperand, low_scales, replace
+from tqdit.export.passes.operands import GraphOperand, low_scales, rank_of, replace
 from tqdit.export.passes.scopes import scope_of
 from tqdit.plugins.multi_region_attention.schema import OP_TYPE
 from tqdit.quantization.quantizer import Float32, Part
@@ -34,8 +34,8 @@ def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTab
     softmax = table.by_module[name]["left"].quantizer
     low, high = (softmax.constants()[scale] for scale in softmax.softmax_regions() or ())
     _check_range(low, high, softmax.bits, name)
-    q, k, factor, scores = _scores_of(probabilities, name)
     emit = Emitter(graph, product, name)
+    q, k, factor, scores = _scores_of(emit, probabilities, name)
     left, right = (_codes(emit, value, table.by_module.get(scores, {}).get(role), role, groups)
                    for value, role in ((q, "left"), (k, "right")))  # fmt: skip
     q = left.values
@@ -70,24 +70,38 @@ def _codes(emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: Row
     return part
 
 
-def _scores_of(probabilities: ir.Value, name: str) -> tuple[ir.Value, ir.Value, float, str]:
+def _scores_of(emit: Emitter, probabilities: ir.Value, name: str) -> tuple[ir.Value, ir.Value, float, str]:
     """(q, k, factor, name of the scores' module) of probabilities = Softmax(factor q kᵀ)."""
     softmax = probabilities.producer()
-    scaled = softmax.inputs[0] if softmax is not None else None
-    scaling = scaled.producer() if scaled is not None else None
-    matmul = scaling.inputs[0].producer() if scaling is not None and scaling.inputs[0] is not None else None
-    transpose = matmul.inputs[1].producer() if matmul is not None and matmul.inputs[1] is not None else None
-    chain = [None if node is None else node.op_type for node in (softmax, scaling, matmul, transpose)]
-    if chain != ["Softmax", "Mul", "MatMul", "Transpose"]:
-        raise UsageError(f"the trace of '{name}' multiplies {chain}, expected a Softmax of scaled scores. "
-                         "Export with --attention simulated.")  # fmt: skip
-    assert scaling is not None
-    assert matmul is not None
-    assert transpose is not None
-    q, k, constant = matmul.inputs[0], transpose.inputs[0], scaling.inputs[1]
+    found = [None if softmax is None else softmax.op_type]
+    node, factor = _maker_of(softmax, 0), 1.0
+    while node is not None and node.op_type == "Mul" and (constant := node.inputs[1]) is not None:
+        if constant.const_value is None or constant.const_value.size != 1:
+            break
+        factor *= float(constant.const_value.numpy().item())
+        found.append("Mul")
+        node = _maker_of(node, 0)
+    found.append(None if node is None else node.op_type)
+    if found[0] != "Softmax" or node is None or node.op_type != "MatMul" or rank_of(probabilities) != RANK:
+        raise UsageError(
+            f"the trace of '{name}' multiplies {found} of {rank_of(probabilities)} dimensions, expected a Softmax of "
+            f"scaled scores of {RANK} dimensions. Export with --attention simulated."
+        )
+    q, transposed = node.inputs
     assert q is not None
-    assert k is not None
-    assert constant is not None
-    assert constant.const_value is not None
-    assert tuple(transpose.attributes["perm"].as_ints()) == TRANSPOSED
-    return q, k, float(constant.const_value.numpy()), scope_of(matmul)
+    assert transposed is not None
+    return q, _transpose(emit, transposed), factor, scope_of(node)
+
+
+def _maker_of(node: ir.Node | None, index: int) -> ir.Node | None:
+    value = None if node is None else node.inputs[index]
+    return None if value is None else value.producer()
+
+
+def _transpose(emit: Emitter, transposed: ir.Value) -> ir.Value:
+    """k of kᵀ. The exporter may have merged other transposes into the one of the scores; they become one here too."""
+    node, order = transposed.producer(), TRANSPOSED
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        merged = tuple(node.attributes["perm"].as_ints())
+        transposed, order = node.inputs[0], tuple(merged[axis] for axis in TRANSPOSED)
+    return transposed if order == tuple(range(RANK)) else emit.op("Transpose", transposed, perm=order)

@@ -12,7 +12,7 @@ from torch import nn
 from tqdit.errors import UsageError
 from tqdit.export.passes.emit import Emitter, dequantize
 from tqdit.export.passes.groups import RowGroups
-from tqdit.export.passes.operands import GraphOperand, multiply
+from tqdit.export.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.export.passes.scopes import Modules
 from tqdit.quantization.fake_quant import weight_codes
 from tqdit.quantization.granularity import PerChannel
@@ -20,6 +20,7 @@ from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.table import ScaleTable, Site
 
 Product = Callable[[ir.Value], ir.Value]
+PATCHES_RANK = 3  # (N, T, C p p)
 
 
 def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, groups: RowGroups) -> None:
@@ -33,9 +34,11 @@ def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, gro
     for name, sites in table.by_module.items():
         module = network.get_submodule(name)
         if isinstance(module, nn.Linear):
-            _Linear(model.graph, modules.one(name, "MatMul", "Gemm"), name, module, sites, groups).rewrite()
+            for node in modules.all(name, "MatMul", "Gemm"):
+                _Linear(model.graph, node, name, module, sites, groups).rewrite()
         elif isinstance(module, nn.Conv2d):
-            _PatchEmbedding(model.graph, modules.one(name, "Conv"), name, module, sites, groups).rewrite()
+            for node in modules.all(name, "Conv"):
+                _PatchEmbedding(model.graph, node, name, module, sites, groups).rewrite()
 
 
 class _Linear:
@@ -50,7 +53,7 @@ class _Linear:
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)
-        self.rank = 2 if node.op_type == "Gemm" else 3  # of the input
+        self.rank = PATCHES_RANK if isinstance(module, nn.Conv2d) else rank_of(node.outputs[0])  # of the input
         self.float_weight = module.weight.detach()
 
     def rewrite(self) -> None:
@@ -65,8 +68,7 @@ class _Linear:
         y = product(x) if site is None else self.quantized(x, site.quantizer, product, sums)
         if len(self.node.inputs) == 3 and (bias := self.node.inputs[2]) is not None:
             y = self.emit.op("Add", y, bias)
-        self.node.outputs[0].replace_all_uses_with(self.leave(y))
-        self.emit.graph.remove(self.node, safe=True)
+        replace(self.emit.graph, self.node, self.leave(y))
 
     def enter(self, x: ir.Value) -> ir.Value:
         """The input as rows of the product."""

@@ -103,6 +103,12 @@ def multiply(
 
 
 def replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Use `value` in place of what `node` gives."""
+    """Use `value` in place of what `node` gives; it takes over its type and shape."""
+    value.type, value.shape = node.outputs[0].type, node.outputs[0].shape
     node.outputs[0].replace_all_uses_with(value)
     graph.remove(node, safe=True)
+
+
+def rank_of(value: ir.Value) -> int:
+    assert value.shape is not None, "the trace has shapes, and `replace` keeps them"
+    return len(value.shape)

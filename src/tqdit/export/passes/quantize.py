@@ -14,6 +14,7 @@ from tqdit.export.passes.attention import quantize_attention
 from tqdit.export.passes.groups import RowGroups
 from tqdit.export.passes.linear import quantize_linears
 from tqdit.export.passes.scopes import network_timestep
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
@@ -28,7 +29,7 @@ SCHEMAS = (multi_region_attention, multi_region_softmax, time_group_select)
 def exported_sites(table: ScaleTable, form: AttentionForm) -> ScaleTable:
     """The part of a table that an export holds: with float attention, without the sites of its products.
 
-    `tqdit.calibrate.apply` of this table is what the export computes.
+    `tqdit.quantization.fake_quant.apply` of this table is what the export computes.
     """
     if form != "float":
         return table
@@ -47,26 +48,26 @@ def describe(table: ScaleTable, form: AttentionForm) -> QuantizationCard:
     return QuantizationCard(
         weight_bits=min((site.quantizer.bits for site in exported.sites if site.role == "weight"), default=32),
         activation_bits=min((site.quantizer.bits for site in exported.sites if site.role != "weight"), default=32),
-        boundaries=tuple(int(boundary) for boundary in table.boundaries),
+        boundaries=tuple(float(boundary) for boundary in table.boundaries),
         attention=form,
         products=products,
     )
 
 
-def quantize(model: ir.Model, network: nn.Module, table: ScaleTable, form: AttentionForm) -> None:
-    """Requires: a float trace of `network` or of a sampling step around it; a table without divisors (`fold`).
+def quantize(graph: ir.Model, model: LoadedModel, table: ScaleTable, form: AttentionForm) -> None:
+    """Requires: a float trace of the model's network or of a sampling step around it; a table without divisors (`fold`).
 
-    Ensures: every site of `exported_sites(table, form)` is quantized; bodies of the custom ops in use are in the model;
+    Ensures: every site of `exported_sites(table, form)` is quantized; bodies of the custom ops in use are in the graph;
     nothing unused is left.
     """
     assert all(site.divisor is None for site in table.sites)
     table = exported_sites(table, form)
-    check_sites(network, table)
-    groups = RowGroups(network_timestep(model), table.boundaries)
-    quantize_linears(model, network, table, groups)
-    quantize_attention(model, network, table, groups, form)
-    RemoveUnusedNodesPass()(model)
-    add_bodies(model)
+    check_sites(model.network, table)
+    groups = RowGroups(network_timestep(graph, model.signature.time), table.boundaries)
+    quantize_linears(graph, model.network, table, groups)
+    quantize_attention(graph, model.network, table, groups, form)
+    RemoveUnusedNodesPass()(graph)
+    add_bodies(graph)
 
 
 def check_sites(network: nn.Module, table: ScaleTable) -> None:

@@ -9,13 +9,15 @@ import onnx_ir as ir
 
 from tqdit.errors import UsageError
 from tqdit.graph_names import SCOPE_KEY
+from tqdit.ports import Port
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # written by torch's exporter
-NETWORK = "network"  # name of the network inside the sampling step
+NETWORK = "network"  # name of the network inside what is traced
+TIMESTEPS = "timesteps"  # name of the sampling step's table of them
 
 
 def scope_of(node: ir.Node) -> str:
-    """Name of a node's innermost module in the network's module tree; '' for the step around the network."""
+    """Name of a node's innermost module in the network's module tree; '' outside the network."""
     own = node.metadata_props.get(SCOPE_KEY)
     if own is not None:
         return own
@@ -41,34 +43,37 @@ class Modules:
         for node in model.graph:
             self._nodes.setdefault(scope_of(node), []).append(node)
 
-    def one(self, module: str, *op_types: str) -> ir.Node:
-        """The only node of these types in a module; refuses a trace where there are none or several."""
+    def all(self, module: str, *op_types: str) -> list[ir.Node]:
+        """The nodes of these types in a module, one for each of its calls. Refuses a trace without any.
+
+        The exporter merges calls that are equal: a module that is called twice may have one node.
+        """
         found = [node for node in self._nodes.get(module, []) if node.op_type in op_types]
-        if len(found) != 1:
+        if not found:
             raise UsageError(
-                f"the trace of '{module}' has {len(found)} nodes of type {' or '.join(op_types)}, expected 1. "
+                f"the trace of '{module}' has no node of type {' or '.join(op_types)}, expected one for each call. "
                 "This model cannot be exported with quantized sites there; leave them out of the calibration."
             )
-        return found[0]
+        return found
 
 
-def network_timestep(model: ir.Model) -> ir.Value:
-    """The int64 value that tells the network the timestep of each of its rows.
+def network_timestep(model: ir.Model, time: Port) -> ir.Value:
+    """The value that tells the network the timestep of each of its rows. time: the network's port for it.
 
-    In a denoiser graph the input `timestep`; in a step graph what the step hands to the network, which with guidance
-    has two rows per image.
+    In a denoiser graph an input; in a step graph what the step hands to the network, which with guidance has two rows
+    per image.
     """
-    for value in model.graph.inputs:
-        if value.name == "timestep":
-            return value
+    if TIMESTEPS not in model.graph.initializers:
+        return next(value for value in model.graph.inputs if value.name == time.name)
+    dtype = ir.DataType.INT64 if time.dtype == "int64" else ir.DataType.FLOAT
     entering = {
         id(value): value
         for node in model.graph
         if is_in_network(node)
         for value in node.inputs
-        if value is not None and value.dtype == ir.DataType.INT64 and _is_made_around_network(value)
+        if value is not None and value.dtype == dtype and _is_made_around_network(value)
     }
-    found = [value for value in entering.values() if "timesteps" in _ancestor_names(value)]
+    found = [value for value in entering.values() if TIMESTEPS in _ancestor_names(value)]
     if len(found) != 1:
         raise UsageError(f"the trace hands {len(found)} timestep values to the network, expected 1. Report this model.")
     return found[0]

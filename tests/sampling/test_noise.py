@@ -81,3 +81,14 @@ def test_the_highest_seeds_differ_from_their_neighbours():
     """2^64 - 1 and 2^63 + 1 are no float64 numbers, so they must not pass through one."""
     for seed in (2**64 - 1, 2**63 + 1):
         assert not np.array_equal(noise.normal(seed, 1, 0, SHAPE), noise.normal(seed - 1, 1, 0, SHAPE))
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (3, 5, 7), (1,), (2, 3)])
+def test_rows_that_are_made_together_are_those_of_lone_calls_bit_for_bit(shape):
+    """More rows than a block has, each with a key of its own."""
+    rows = 2 * noise.BLOCK // ((np.prod(shape) + 1) // 2) + 3 if np.prod(shape) > 100 else 50
+    keys = [(2**64 - 1 - row % 3, row**5, row % 7 - 1) for row in range(int(rows))]
+    out = np.empty((len(keys), *shape), np.float32)
+    noise.Normals(shape).fill_rows(out, keys)
+    for row, key in zip(out, keys, strict=True):
+        np.testing.assert_array_equal(row, noise.normal(*key, shape))
