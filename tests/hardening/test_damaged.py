@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from hardening.blows import cuts, flipped
+from hardening.damage import cuts, flipped
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import TqditError
 from tqdit.evaluate.samples import read_images

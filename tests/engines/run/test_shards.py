@@ -237,20 +237,20 @@ def slow(bundle_of, tmp_path_factory):
     return bundle, content(folder)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_stopped_is_continued_to_the_same_bytes(slow, tmp_path, blow):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_is_continued_to_the_same_bytes(slow, tmp_path, signal_number):
     (bundle, expected), output = slow, tmp_path / "samples"
     process = sampling(bundle, output)
     until = time.monotonic() + 60
     while not (output / "shard-00000.npz").exists() and time.monotonic() < until:
         time.sleep(0.001)
-    process.send_signal(blow)
+    process.send_signal(signal_number)
     _, err = process.communicate(timeout=60)
-    if blow == signal.SIGINT:
+    if signal_number == signal.SIGINT:
         assert process.returncode == 130
         assert "shards are done and kept in" in err
     else:
-        assert process.returncode == -blow
+        assert process.returncode == -signal_number
         assert err == ""
     first = (output / "shard-00000.npz").stat().st_mtime_ns
     listed = len(read_index(output).pending()) < 3
