@@ -34,8 +34,7 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import (
     QuantizedLinear,
     QuantizedNetwork,
-    QuantizedScores,
-    QuantizedValueProduct,
+    QuantizedProduct,
     RowGroups,
 )
 from tqdit.quantization.fake_quant import find_module as find
@@ -201,7 +200,7 @@ def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
     """A copy of a quantized module with one of its tensors in float."""
     changed = copy.copy(module)
     changed._modules, changed._buffers = dict(module._modules), dict(module._buffers)
-    if isinstance(module, QuantizedScores | QuantizedValueProduct):
+    if isinstance(module, QuantizedProduct):
         setattr(changed, role, FloatOperand())
         return changed
     assert isinstance(module, QuantizedLinear)
