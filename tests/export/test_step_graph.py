@@ -16,7 +16,7 @@ import support
 from tables import random_rows
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, export_graph, write
-from tqdit.onnx_file import load_graph, read_card
+from tqdit.onnx_file import OnnxFile, read_card
 from tqdit.sampling import schedule as schedules
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.noise import INITIAL, normal_rows
@@ -202,4 +202,4 @@ def test_the_file_passes_the_full_checker_and_holds_its_card(tmp_path, graph):
     onnx.checker.check_model(str(path), full_check=True)
     assert read_card(path) == card
     assert (card.sampling.steps, card.sampling.sampler, card.sampling.process.spacing) == (7, "ddim", "leading")
-    assert load_graph(path).producer_name == "tqdit"
+    assert OnnxFile.read(path).model.producer_name == "tqdit"

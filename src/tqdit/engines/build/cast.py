@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from tqdit.card import GraphCard
 from tqdit.errors import UsageError
+from tqdit.graph_names import scope_of
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
 
@@ -23,11 +24,10 @@ FLOAT32 = ir.DataType.FLOAT
 LARGEST_FLOAT16 = 65504.0
 NO_BFLOAT16 = {"Conv"}  # in opset 20
 QKV = 3  # inputs of MultiRegionAttention that take the network's type; the low step stays float32
-STEP_SCOPE = "graph"  # the sampling step around the network, see `names`
 
 
 def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None:
-    """Requires: a float32 file of ours, whose nodes are named by the module tree.
+    """Requires: a float32 file of ours, with scopes in the nodes' metadata.
 
     Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes, the angles of
@@ -76,8 +76,8 @@ class _Caster:
                     value.dtype = self.target
 
     def _is_cast_down(self, node: ir.Node) -> bool:
-        scope = (node.name or "").split("/")[0]
-        if scope == STEP_SCOPE or scope in self.islands or node.domain:
+        scope = scope_of(node)
+        if not scope or scope in self.islands or node.domain:  # no scope: the sampling step around the network
             return False
         if self.target == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16:
             return False

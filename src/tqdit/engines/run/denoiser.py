@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.diffusion import TRAINING_STEPS
-from tqdit.engines.backends import Engine, run_row
 from tqdit.engines.bundle import check_parts, read_manifest
+from tqdit.engines.run.backend import Engine, runner
 from tqdit.engines.run.step_rows import check_labels
 from tqdit.errors import UsageError
 
@@ -49,7 +49,7 @@ class Denoiser:
                 f"{folder}: holds a step graph, which has its sampler inside. Export again with --graph denoiser."
             )
         check_parts(folder, manifest)
-        engine = run_row(manifest.backend).load(folder, manifest, manifest.entry, threads)
+        engine = runner(manifest.backend).load(folder, manifest, manifest.entry, threads)
         return cls(manifest.card, engine, None if manifest.batch is None else manifest.batch.most)
 
     def __call__(

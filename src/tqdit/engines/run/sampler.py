@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends import Engine, run_row
 from tqdit.engines.bundle import check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.run.backend import Engine, runner
 from tqdit.engines.run.step_rows import StepRows, check_guidance, check_labels
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 
@@ -69,9 +69,9 @@ class Sampler:
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
         batch = choose_batch(folder, manifest.batch, batch)
-        row = run_row(manifest.backend)
-        step = row.load(folder, manifest, manifest.entry, threads)
-        decoder = row.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
+        backend = runner(manifest.backend)
+        step = backend.load(folder, manifest, manifest.entry, threads)
+        decoder = backend.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
         return cls(manifest.card, step, decoder, batch)
 
     @property
