@@ -194,7 +194,7 @@ def card_of(model: LoadedModel, steps: int | None = None) -> GraphCard:
 def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
     """A float engine of the model that a card names, with the card's sampler and steps, in `folder`.
 
-    Raises UsageError where the model is another one by now.
+    Raises UsageError if the model has changed since.
     """
     from tqdit.engines.build.engine import build_engine
     from tqdit.export import ExportConfig, export_graph, write
