@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import support
 from hardening.blows import DEALT
 from tables import Kind, make_table
-from tqdit import cli
+from tqdit.cli import main as cli
 from tqdit.engines.build.engine import build_engine
 from tqdit.export import ExportConfig, write
 from tqdit.models.dit import DiT, randomize
