@@ -115,7 +115,7 @@ def versions(device: torch.device | None = None) -> dict[str, str]:
     """Of the libraries that decide the numbers, and the kind of device: results of two kinds are not mixed."""
     import numpy as np
 
-    from tqdit import __version__
+    from tqdit.version import __version__
 
     kind = {} if device is None or device.type == "cpu" else {"device": device.type}
     return {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__} | kind

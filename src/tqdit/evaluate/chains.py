@@ -180,7 +180,7 @@ def torch_sampler(model: LoadedModel, card: GraphCard, batch: int) -> Sampler:
 
 def card_of(model: LoadedModel, steps: int | None = None) -> GraphCard:
     """The card that an export of this model would have: a guided step graph."""
-    from tqdit import __version__
+    from tqdit.version import __version__
 
     sampling = model.sampling if steps is None else replace(model.sampling, steps=steps)
     return GraphCard(

@@ -112,7 +112,7 @@ def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]
     """How everything was measured; `settings` are those of the sampling."""
     import torch
 
-    from tqdit import __version__
+    from tqdit.version import __version__
 
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,

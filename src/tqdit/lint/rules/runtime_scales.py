@@ -1,8 +1,8 @@
 """Scales that are known only while the graph runs.
 
 1. The scale of a QuantizeLinear or DequantizeLinear is not a constant: neither an initializer that no input can
-   override, nor a Constant, nor computed from such. Every backend builds it, and TensorRT and OpenVINO then run the product in
-   float; ONNX Runtime keeps INT8 for one scale a tensor and loses it for one a row.
+   override, nor a Constant, nor computed from such. Every backend builds it, and TensorRT and OpenVINO then run the
+   product in float; ONNX Runtime keeps INT8 for one scale a tensor and loses it for one a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check(program: Program) -> Iterator[Finding]:
                 "error",
                 node.label,
                 f"its scale '{node.input_names[1]}' is computed at run time. Every backend builds this without an "
-                "error; TensorRT and OpenVINO then run the product in float, ONNX Runtime does unless there is one scale for "
-                "the whole tensor.",
+                "error; TensorRT and OpenVINO then run the product in float, ONNX Runtime does unless there is one scale "
+                "for the whole tensor.",
                 f"Make the scale a constant; if it changes with the timestep use the ratio form: {RATIO_FORM}.",
             )
