@@ -23,7 +23,7 @@ def check(program: Program) -> Iterator[Finding]:
                 "error",
                 node.label,
                 f"its scale '{node.input_names[1]}' is computed at run time. Every backend builds this without an "
-                "error; TensorRT and OpenVINO then run the product in float, ONNX Runtime does unless there is one scale "
-                "for the whole tensor.",
+                "error; TensorRT and OpenVINO then run the product in float, ONNX Runtime does unless there is one "
+                "scale for the whole tensor.",
                 f"Make the scale a constant; if it changes with the timestep use the ratio form: {RATIO_FORM}.",
             )
