@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from tqdit.sampling.schedule import SamplingSpec
 
 
+TOYS = Path(__file__).parent / "toys"  # one of each kind that a user may add
+
+
 @functools.cache
 def tiny_config() -> DiTConfig:
     """Two blocks of width 16."""
