@@ -15,12 +15,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tqdit.models.origins import PUBLISHED
+
 from tables import Kind, make_table
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models.dit import DiT as Network
 from tqdit.models.dit import DiTConfig, randomize
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.origins import PUBLISHED
 from tqdit.models.products import Scores, ValueProduct
 
 XL = DiTConfig(

@@ -66,7 +66,8 @@ class SamplingStep(nn.Module):
     def predict(self, given: Mapping[str, Tensor], state: Tensor) -> Tensor:
         """The prediction, guided: u + scale (c - u) on the guided channels, from one call of the network."""
         ports = {port.name: given[port.name] for port in self.signature.requests}
-        ports |= {self.signature.state.name: state, self.signature.time.name: self.timesteps[given["step"]]}
+        told = self.timesteps.index_select(0, given["step"])
+        ports |= {self.signature.state.name: state, self.signature.time.name: told}
         if self.guidance is None:
             return prediction_of(self.network(**ports))
         both = {port.name: torch.cat([ports[port.name], unconditional(port, ports[port.name])])
