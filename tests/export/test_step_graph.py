@@ -121,8 +121,11 @@ def test_a_whole_chain_of_20_steps(exported, origin, sampler, guided):
 
 
 def test_a_flow_model_is_sampled_by_euler(tmp_path):
-    """The published tiny model, taken for one that learned a rectified flow and reads timesteps in 0..1000."""
-    model = replace(support.tiny_model(), sampling=SamplingSpec(Flow(shift=2), "euler", 10))
+    """The published tiny model, taken for one that learned a rectified flow and reads a float in 0..1000."""
+    model = support.tiny_model()
+    ports = tuple(replace(port, dtype="float32") if port.kind == "time" else port for port in model.signature.ports)
+    flow = SamplingSpec(Flow(shift=2), "euler", 10)
+    model = replace(model, signature=replace(model.signature, ports=ports), sampling=flow)
     session = open_session(tmp_path / "model.onnx", *(made := export_graph(model, ExportConfig("step"))))
     labels = np.array([0, 4, 5])
     x = run_steps(session, made[1].sampling, 3, {"class_labels": labels}, 2.0)
@@ -130,7 +133,7 @@ def test_a_flow_model_is_sampled_by_euler(tmp_path):
     t = 2 * u / (1 + u)
     expected = normal_rows(3, np.arange(3), INITIAL, (4, 8, 8)).astype(np.float64)
     for step in reversed(range(10)):
-        told = np.full(3, 1000 * t[step + 1]).astype(np.int64)
+        told = np.full(3, 1000 * t[step + 1], np.float32)
         rows = {"x": expected.astype(np.float32), "timestep": told}
         c, n = (model(rows | {"class_labels": y}).astype(np.float64)[:, :4] for y in (labels, np.full(3, 5)))
         velocity = n + 2.0 * (c - n)

@@ -67,12 +67,14 @@ class SamplingStep(nn.Module):
     def predict(self, given: Mapping[str, Tensor], state: Tensor) -> Tensor:
         """The prediction, guided: u + scale (c - u) on the guided channels, from one call of the network."""
         ports = {port.name: given[port.name] for port in self.signature.requests}
-        ports |= {self.signature.state.name: state, self.signature.time.name: self.timesteps[given["step"]]}
+        told = self.timesteps.index_select(0, given["step"])
+        ports |= {self.signature.state.name: state, self.signature.time.name: told}
         if self.guidance is None:
             return prediction_of(self.network(**ports))
         both = {port.name: torch.cat([ports[port.name], unconditional(port, ports[port.name])])
                 for port in self.signature.ports}  # fmt: skip
-        c, u = prediction_of(self.network(**both)).chunk(2)
+        output, rows = prediction_of(self.network(**both)), state.shape[0]
+        c, u = output[:rows], output[rows:]
         moved = self.signature.channels if self.guidance.channels is None else self.guidance.channels
         scale = given["guidance_scale"].reshape(-1, *[1] * (u.ndim - 1))
         return torch.cat([u[:, :moved] + scale * (c[:, :moved] - u[:, :moved]), c[:, moved:]], dim=1)
