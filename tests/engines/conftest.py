@@ -44,8 +44,8 @@ def tiny_pipeline(tmp_path_factory):
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     from tqdit.export import ExportConfig, export_graph, write
-    from tqdit.models.load import load_model
     from tqdit.models.dit import randomize
+    from tqdit.models.load import load_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("guide")

@@ -177,7 +177,10 @@ def test_two_answers_do_not_share_memory(engine):
         ({"class_labels": torch.tensor([0, 1001])}, r"'class_labels' 1001 is out of range; this model knows 0\.\.999"),
         ({"class_labels": torch.zeros(2)}, "expected integers"),
         ({"class_labels": None}, "needs both"),
-        ({"timestep": torch.tensor([1, 1000])}, r"'timestep' 1000 is out of range; this model knows timesteps 0\.\.999"),
+        (
+            {"timestep": torch.tensor([1, 1000])},
+            r"'timestep' 1000 is out of range; this model knows timesteps 0\.\.999",
+        ),
         ({"timestep": torch.tensor([19.98, 3.0])}, r"timestep 19\.98 is not a whole number"),
         ({"cross_attention_kwargs": {"scale": 1}}, "an engine's graph is fixed"),
     ],

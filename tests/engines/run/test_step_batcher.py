@@ -298,9 +298,7 @@ def test_an_engine_that_fails_fails_the_requests_of_that_call_and_no_more(held):
     engine.let_go()
     assert {len(steps) for steps in engine.calls[1:3]} == {2}
     for future in rows:
-        with pytest.raises(
-            SamplingError, match=r"failed in a call of 2 image\(s\) \(OSError: device lost\)"
-        ) as e:
+        with pytest.raises(SamplingError, match=r"failed in a call of 2 image\(s\) \(OSError: device lost\)") as e:
             future.result(0)
         assert isinstance(e.value.__cause__, OSError)
     np.testing.assert_array_equal(waiting.result(SOON), alone(batcher.card, 2))
