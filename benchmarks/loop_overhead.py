@@ -5,8 +5,8 @@
 The engine is a stand-in that returns the same array at once, so everything else is measured: milliseconds per step of a
 guided DDPM chain with learned variance (new noise for each image and step). The least of the repetitions is the cost on
 an idle core; the median and the largest value show how busy the machine was. --engine-ms is what a real step of
---engine-images images takes; the loop's cost is printed as a part of it. Targets: 5 % of a step of 16 demo images, 1 % of
-a step of DiT-XL/2 (docs/runtime.md).
+--engine-images images takes; the loop's cost is printed as a part of it. Targets: 5 % of a step of 16 demo images, 1 %
+of a step of DiT-XL/2 (docs/runtime.md).
 """
 
 from __future__ import annotations
