@@ -1,10 +1,15 @@
 """Files, engine bundles and a pipeline of tiny models."""
 
+from pathlib import Path
+
 import pytest
 
 import support
 from tables import Kind, make_table
+from tqdit.engines import backends
 from tqdit.engines.build.engine import build_engine
+
+TOYS = Path(__file__).parents[1] / "toys" / "backends"
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +40,12 @@ def quantized(tmp_path):
     path = tmp_path / "model.onnx"
     write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
     return path
+
+
+@pytest.fixture
+def plain_backend(monkeypatch):
+    """The backend `plain` of tests/toys/backends."""
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(TOYS)])
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from PIL import Image
 from evaluate.commands import evaluate, refused
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
-from tqdit.engines.bundle import seal
 from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.statistics import frechet_distance, moments
 
@@ -247,7 +246,7 @@ def test_engines_that_are_no_pair_are_refused(flow, tmp_path, capsys):
     shutil.copytree(flow / "float.engine", other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["card"]["fingerprint"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(seal(manifest)))
+    (other / "manifest.json").write_text(json.dumps(manifest))
     line = refused(capsys, flow / "model.engine", "--against", other)
     assert "the two engines differ in their model (fingerprint)" in line
 

@@ -8,12 +8,12 @@ import onnxruntime as ort
 import pytest
 
 import support
+from tqdit import onnx_file
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError, OutputError
-from tqdit.export import onnx_writer as writing
 from tqdit.export import write
 from tqdit.export.onnx_writer import check_overwrite
-from tqdit.onnx_file import load_graph, read_card
+from tqdit.onnx_file import OnnxFile, read_card
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def run(path):
 
 
 def test_large_weights_lie_beside_the_file_and_compute_the_same(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
     large = tmp_path / "large" / "model.onnx"
     large.parent.mkdir()
     write(large, *support.exported())
@@ -49,7 +49,7 @@ def test_large_weights_lie_beside_the_file_and_compute_the_same(exported, tmp_pa
 
 
 def test_a_replaced_export_takes_its_side_files_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
     path = tmp_path / "model.onnx"
     for seed in (0, 1):
         write(path, *support.exported(seed=seed))
@@ -63,7 +63,7 @@ def test_a_failed_export_leaves_the_old_one_untouched(exported, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing.onnx, "save", fail)
+    monkeypatch.setattr(onnx_file.onnx, "save", fail)
     with pytest.raises(OutputError, match=r"model\.onnx: cannot be written \(No space left on device\)\. Free some"):
         write(exported, *support.exported(seed=1))
     assert exported.read_bytes() == before
@@ -99,17 +99,15 @@ def test_a_foreign_onnx_file_is_refused(tmp_path):
 
 
 def test_weights_outside_the_folder_are_refused(exported, monkeypatch):
-    from tqdit.onnx_file import external_files
-
-    monkeypatch.setattr(writing, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
     write(exported, *support.exported())
-    model = load_graph(exported)
-    for tensor in model.graph.initializer:
+    file = OnnxFile.read(exported)
+    for tensor in file.model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = "../secret.data"
     with pytest.raises(FileFormatError, match=r"'\.\./secret\.data', outside its own folder"):
-        external_files(model, exported)
+        _ = file.weight_files
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Files that were cut short or have flipped bits: refused in one line, or read as if nothing were wrong.
 
-A sealed file carries checksums (bundle, shards, ONNX file: SHA-256; `.npz` and `.pt`: CRC-32 of the zip
-file), so a changed one is refused or means the same: what its command says is compared with what it says of the intact
-one, and so is the build of an ONNX file. The others carry none (docs/checksums.md): a flipped
+A sealed file carries checksums (bundle, shards: SHA-256; `.npz` and `.pt`: CRC-32 of the zip file), so a changed one is
+refused or means the same: what its command says is compared with what it says of the intact one. The others, the ONNX
+file and the scale table among them, carry none (docs/checksums.md): a flipped
 bit of a weight makes another model, which only a digest kept elsewhere can tell, such as the fingerprint that
 `tqdit-inspect` prints. There the promise is no crash, no hang and no traceback.
 """
@@ -10,10 +10,8 @@ bit of a weight makes another model, which only a digest kept elsewhere can tell
 import shutil
 
 import numpy as np
-import onnx
 import pytest
 
-import support
 from hardening.blows import cuts, flipped
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import TqditError
@@ -24,7 +22,7 @@ READERS = {
     "scales.safetensors": ["inspect"], "dit.safetensors": ["inspect"], "zip.pt": ["inspect", "--heads", "2"],
     "legacy.pt": ["inspect", "--heads", "2"], "model.onnx": ["inspect"], "samples.npz": ["inspect"],
 }  # fmt: skip
-SEALED = {"zip.pt", "model.onnx", "samples.npz"}
+SEALED = {"zip.pt", "samples.npz"}
 QUIET = ["--backend", "onnxruntime", "-q"]
 CUTS, FLIPS = 60, 300  # of each kind at most
 
@@ -185,32 +183,13 @@ def test_shards_with_flipped_bits_are_never_merged_into_other_images(inputs, tmp
 
 
 @pytest.mark.hardening
-def test_a_spoilt_onnx_file_ends_the_build_in_one_line_or_builds_the_same(inputs, tmp_path, commands):
+@pytest.mark.parametrize("bits", [1, 30])
+def test_a_spoilt_onnx_file_ends_the_build_in_one_line_or_builds(inputs, tmp_path, commands, bits):
     """In a child each, since what the backend's compiler does with it is not ours."""
     data, rng = (inputs / "model.onnx").read_bytes(), np.random.default_rng(3)
-    graph = (inputs / "model.engine" / "graph.onnx").read_bytes()
-    spoils = [data[:length] for length in cuts("model.onnx", data, 10)]
-    spoils += [flipped(data, rng, bits) for bits in np.repeat([1, 30], 10)]
-    for spoil in [data, *spoils]:
-        (tmp_path / "model.onnx").write_bytes(spoil)
-        outcome = commands.run("build", tmp_path / "model.onnx", "-o", tmp_path / "model.engine", *QUIET)
-        if outcome.code:
-            outcome.check_refusal()
-            assert spoil != data
-            assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
-        else:
-            assert (tmp_path / "model.engine" / "graph.onnx").read_bytes() == graph
-            shutil.rmtree(tmp_path / "model.engine")
-
-
-@pytest.mark.hardening
-@pytest.mark.parametrize("bits", [1, 30])
-def test_a_spoilt_onnx_file_without_a_digest_ends_the_build_in_one_line_or_builds(inputs, tmp_path, commands, bits):
-    """As somebody edited it: nothing tells what was changed on purpose."""
-    support.save_edited(onnx.load(inputs / "model.onnx"), tmp_path / "model.onnx")
-    data, rng = (tmp_path / "model.onnx").read_bytes(), np.random.default_rng(3)
-    for _ in range(8):
-        (tmp_path / "model.onnx").write_bytes(flipped(data, rng, bits))
+    cut = [data[:length] for length in cuts("model.onnx", data, 5)]
+    for spoilt in [*cut, *(flipped(data, rng, bits) for _ in range(8))]:
+        (tmp_path / "model.onnx").write_bytes(spoilt)
         outcome = commands.run("build", tmp_path / "model.onnx", "-o", tmp_path / "model.engine", "-q")
         if outcome.code:
             outcome.check_refusal()

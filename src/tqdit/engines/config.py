@@ -46,7 +46,7 @@ class BatchRange:
 class BuildConfig:
     """One build. Where a field is None the backend chooses.
 
-    Every backend takes `precision`, `float_type` and `allow_fallback`; the rest are named in its row's `OPTIONS`.
+    Every backend takes `precision`, `float_type` and `allow_fallback`; the rest are named in its `OPTIONS`.
     """
 
     precision: Precision | None = None  # None: int8 for a quantized file, fp32 for a float one

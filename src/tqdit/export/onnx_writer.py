@@ -6,16 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import flush, sha256, temporary_folder
-from tqdit.onnx_file import PRODUCER, external_files, load_graph, read_card
-from tqdit.onnx_seal import add_entry, seal
-
-EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf file ends at 2 GB; from half of that weights go beside it
+from tqdit.onnx_file import PRODUCER, OnnxFile, read_card, save
 
 
 def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tuple[int, int]] | None = None) -> None:
@@ -30,8 +26,7 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
             card = replace(card, vae=_write_vae(folder, path, *vae))
         model.metadata_props[METADATA_KEY] = json.dumps(card.to_json(), sort_keys=True)
         model.producer_name, model.producer_version = PRODUCER, card.written_by
-        beside = save(model, folder / path.name)
-        seal(folder / path.name, beside)
+        save(model, folder / path.name)
         fresh = {file.name for file in folder.iterdir()}
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the graph itself last
             flush(file)
@@ -64,41 +59,11 @@ def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int])
     return VaeCard(name, digest, *size)
 
 
-def save(model: ir.Model, target: Path) -> dict[str, str]:
-    """Save with weights inside, or beside under a name that carries a piece of their SHA-256; the names with all of it.
-
-    The place for the file's own digest is left empty.
-    """
-    total = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
-    if total < EXTERNAL_DATA_BYTES:
-        _store(ir.to_proto(model), target)
-        return {}
-    draft, data = target.with_name("draft.onnx"), target.with_name("draft.data")
-    ir.save(model, draft, external_data=data.name)
-    digest = sha256(data)
-    name = f"{target.stem}-{digest[:8]}.onnx.data"
-    data.rename(target.with_name(name))
-    proto = onnx.load(draft, load_external_data=False)
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = name
-    _store(proto, target)
-    draft.unlink()
-    return {name: digest}
-
-
-def _store(proto: onnx.ModelProto, target: Path) -> None:
-    add_entry(proto)
-    onnx.save(proto, target)
-
-
 def _side_files(path: Path) -> set[Path]:
     """Files beside an existing export that belong to it alone."""
     try:
-        card, names = read_card(path), external_files(load_graph(path), path)
+        file = OnnxFile.read(path)
+        card, names = file.own_card, {weights.name for weights in file.weight_files}
     except FileFormatError:
         return set()
     names |= {card.vae.file} if card.vae else set()

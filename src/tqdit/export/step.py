@@ -71,7 +71,8 @@ class SamplingStep(nn.Module):
             return prediction_of(self.network(**ports))
         both = {port.name: torch.cat([ports[port.name], unconditional(port, ports[port.name])])
                 for port in self.signature.ports}  # fmt: skip
-        c, u = prediction_of(self.network(**both)).chunk(2)
+        output, rows = prediction_of(self.network(**both)), state.shape[0]
+        c, u = output[:rows], output[rows:]
         moved = self.signature.channels if self.guidance.channels is None else self.guidance.channels
         scale = given["guidance_scale"].reshape(-1, *[1] * (u.ndim - 1))
         return torch.cat([u[:, :moved] + scale * (c[:, :moved] - u[:, :moved]), c[:, moved:]], dim=1)

@@ -44,8 +44,8 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
         )
     if config.get("latent_channels") != model.signature.channels:
         raise CheckpointError(
-            f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has {model.signature.channels}. "
-            "Pass the VAE that the model was trained with."
+            f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has "
+            f"{model.signature.channels}. Pass the VAE that the model was trained with."
         )
     diffusers = need("diffusers", "vae", "exporting a VAE decoder")
     try:

@@ -16,20 +16,22 @@ import torch
 
 import support
 from tables import Kind, make_table
+from tqdit import onnx_file
 from tqdit.calibrate import apply
 from tqdit.card import ATTENTION_FORMS
 from tqdit.engines.backends.openvino import build, library
 from tqdit.engines.backends.openvino.run import load
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.bundle import MANIFEST, read_manifest, seal
+from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
-from tqdit.export import ExportConfig, onnx_writer, write
+from tqdit.export import ExportConfig, write
 from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.export.vae import load_decoder, trace_decoder
 from tqdit.models import load_model
+from tqdit.onnx_file import OnnxFile
 
 KINDS = {
     "one group": Kind(),  # with the patch embedding as a convolution every row was 0.2 to 26 % off
@@ -111,9 +113,9 @@ def test_an_attention_that_becomes_one_kernel_is_known_as_integer_and_computes_t
         if layer.get_rt_info()["layerType"].astype(str) == "Subgraph"
     ]
     assert [name for name in kernels if "blocks.0.attn.softmax/Softmax" in name]
-    card = read_manifest(folder).card
+    card, scopes = read_manifest(folder).card, OnnxFile.read(folder.with_name("model.onnx")).scopes
     promised = [module for module, form in card.quantization.products.items() if form == "integer"]
-    report = build.audit_graph(folder / "graph.xml", card, "fp32")
+    report = build.audit_graph(folder / "graph.xml", card, scopes, "fp32")
     assert (report.integer, report.fallen_back) == (len(promised), ())
     inputs = step_inputs(40)
     expected = unoptimised(folder.with_name("model.onnx"), inputs)
@@ -121,7 +123,7 @@ def test_an_attention_that_becomes_one_kernel_is_known_as_integer_and_computes_t
     assert np.median(off) < 1e-6
     assert max(off) < 0.03
     monkeypatch.setattr(build, "INTEGERS", {"u8"})  # as if q, k and v were no integers
-    fallen = build.audit_graph(folder / "graph.xml", card, "fp32").fallen_back
+    fallen = build.audit_graph(folder / "graph.xml", card, scopes, "fp32").fallen_back
     assert {"blocks.0.attn.scores", "blocks.0.attn.value_product"} <= set(fallen)
 
 
@@ -344,7 +346,7 @@ def broken(path, module, how):
         model.graph.node.insert(0, second)
         model.graph.node.insert(0, first)
         quantize.input[1] = dequantize.input[1] = "run_time_step"
-    support.save_edited(model, path)
+    onnx.save(model, path)
 
 
 @pytest.mark.parametrize("how", ["no rounding", "run-time scale"])
@@ -376,7 +378,7 @@ def test_two_builds_give_the_same_bytes_without_paths_of_this_machine(quantized,
 
 
 def test_weights_beside_the_file_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_writer, "EXTERNAL_DATA_BYTES", 1)
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1)
     path = tmp_path / "model.onnx"
     write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
     assert list(tmp_path.glob("*.data"))
@@ -387,7 +389,7 @@ def test_weights_beside_the_file_are_found(tmp_path, monkeypatch):
 
 def change_manifest(folder, **changes):
     values = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(seal(values | changes)))
+    (folder / MANIFEST).write_text(json.dumps(values | changes))
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,7 @@ def test_a_file_that_openvino_cannot_take_leaves_no_bundle(tmp_path):
     edited = onnx.load(path)
     for node in edited.graph.node:
         node.op_type = node.op_type.replace("LayerNormalization", "LayerNormalizatiom")
-    support.save_edited(edited, path)
+    onnx.save(edited, path)
     with pytest.raises(BackendError, match=r"model\.onnx: OpenVINO .* cannot convert it") as caught:
         build_engine(path, tmp_path / "model.engine", "openvino")
     assert len(str(caught.value).splitlines()) == 1

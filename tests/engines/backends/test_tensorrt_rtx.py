@@ -17,10 +17,10 @@ from torch import nn
 import support
 from tables import Kind, make_table
 from tqdit.cli import main as cli
-from tqdit.engines import backends
 from tqdit.engines.backends.tensorrt import builder, compiler, cuda, worker
 from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
+from tqdit.engines.build.backend import builder as build_side
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -211,7 +211,7 @@ def with_run_time_scale(source, target, module):
     for offset, node in enumerate(extra):
         model.graph.node.insert(at + offset, node)
     quantize.input[1] = dequantize.input[1] = "broken/scale"
-    support.save_edited(model, target)
+    onnx.save(model, target)
 
 
 def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
@@ -233,7 +233,7 @@ def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
 def test_weights_beside_the_file_are_found(tiny, tmp_path):
     """Large models: the graph is inlined, its weights stay where they are."""
     beside = {"save_as_external_data": True, "location": "big.data", "size_threshold": 0}
-    support.save_edited(onnx.load(tiny), tmp_path / "big.onnx", **beside)
+    onnx.save(onnx.load(tiny), tmp_path / "big.onnx", **beside)
     assert (tmp_path / "big.data").stat().st_size > 10_000
     manifest = build_engine(tmp_path / "big.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
     assert (manifest.audit.integer, manifest.audit.fallen_back) == (10, ())
@@ -277,7 +277,7 @@ def test_a_file_that_cannot_be_parsed_is_one_line(demo, tmp_path):
     model = onnx.load(demo["float"])
     zero = next(one for one in model.graph.initializer if one.name == "blocks.0.mlp.fc1.input.zero_point")
     zero.CopyFrom(numpy_helper.from_array(np.int8(3), zero.name))  # TensorRT quantizes around 0 only
-    support.save_edited(model, tmp_path / "odd.onnx")
+    onnx.save(model, tmp_path / "odd.onnx")
     with pytest.raises(BackendError, match=r"odd.onnx: TensorRT-RTX .* cannot compile it") as caught:
         build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
     assert "\n" not in str(caught.value)
@@ -388,9 +388,9 @@ def test_auto_takes_it_only_where_it_runs(monkeypatch, capability, score, reason
         return cuda.Device(0, capability)
 
     monkeypatch.setattr(cuda, "find_device", find_device)
-    fitness = backends.build_row(BACKEND).fitness()
+    fitness = build_side(BACKEND).fitness()
     assert fitness == (score, reason)
 
 
 def test_full_tensorrt_is_out_where_it_is_not_installed():
-    assert backends.build_row("tensorrt").fitness() == (0, "tensorrt is not installed")
+    assert build_side("tensorrt").fitness() == (0, "tensorrt is not installed")

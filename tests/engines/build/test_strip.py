@@ -14,6 +14,7 @@ from tqdit.calibrate import apply
 from tqdit.engines.build.strip import strip_quantization
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, write
+from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
 from tqdit.quantization.fold import fold
 
@@ -78,6 +79,7 @@ def test_a_form_that_it_does_not_know_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     write(path, *support.exported(table=make_table(support.tiny_model(), Kind())))
     model = ir.load(path)
-    next(node for node in model.graph if node.name == "blocks.0.mlp.fc1/MatMul").name = "elsewhere/MatMul"
+    product = next(node for node in model.graph if node.name == "blocks.0.mlp.fc1/MatMul")
+    product.metadata_props[SCOPE_KEY] = "elsewhere"
     with pytest.raises(UsageError, match=r"'blocks\.0\.mlp\.fc1' cannot be stripped"):
         strip_quantization(model, read_card(path))

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends import Engine, run_row
 from tqdit.engines.bundle import check_parts, read_manifest
+from tqdit.engines.run.backend import Engine, runner
 from tqdit.errors import UsageError
 from tqdit.ports import check_call
 
@@ -47,7 +47,7 @@ class Denoiser:
         if manifest.card.graph != "denoiser":  # before the work of loading it
             raise UsageError(f"{folder}: {STEP_GRAPH}")
         check_parts(folder, manifest)
-        engine = run_row(manifest.backend).load(folder, manifest, manifest.entry, threads)
+        engine = runner(manifest.backend).load(folder, manifest, manifest.entry, threads)
         return cls(manifest.card, engine, None if manifest.batch is None else manifest.batch.most)
 
     def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends import run_row
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.run.backend import runner
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -76,9 +76,9 @@ class Sampler:
         _check_graph(manifest.card, f"{folder}: ")
         check_parts(folder, manifest)
         batch = choose_batch(folder, manifest.card.guidance, manifest.batch, batch)
-        row = run_row(manifest.backend)
-        network = row.load(folder, manifest, manifest.entry, threads)
-        decoder = row.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
+        backend = runner(manifest.backend)
+        network = backend.load(folder, manifest, manifest.entry, threads)
+        decoder = backend.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
         return cls(manifest.card, network, decoder, batch)
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tqdit.export.passes.scopes import OWN_SCOPE_KEY
+from tqdit.graph_names import SCOPE_KEY
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
 from tqdit.quantization.rounding import code_range
@@ -22,7 +22,7 @@ class Emitter:
 
     def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output and return that."""
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, metadata_props={OWN_SCOPE_KEY: self.scope})
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, metadata_props={SCOPE_KEY: self.scope})
         self.graph.insert_before(self.before, node)
         return node.outputs[0]
 

@@ -7,21 +7,24 @@ from collections import Counter
 import onnx_ir as ir
 
 from tqdit.export.passes.scopes import NETWORK, is_in_network, scope_of
+from tqdit.graph_names import SCOPE_KEY
 
 
 def name_by_modules(model: ir.Model) -> None:
     """Requires: scopes in the nodes' metadata.
 
-    Ensures: nodes are named SCOPE/OpType, values after the node that makes them, parameters as in the module tree; the
-    tracer's own metadata (which holds source lines of the exporting machine) is gone. Inputs and outputs of the graph
-    keep their names. Two runs give the same names.
+    Ensures: nodes are named SCOPE/OpType, values after the node that makes them, parameters as in the module tree. The
+    scope of a node is its only metadata (`tqdit.graph_names`); the tracer's own, which holds source lines of the
+    exporting machine, is gone. Inputs and outputs of the graph keep their names. Two runs give the same names.
     """
     graph = model.graph
     outputs = {id(value) for value in graph.outputs}
     seen: Counter[str] = Counter()
+    scopes: list[str] = []
     for node in graph:
-        scope = scope_of(node) or ("network" if is_in_network(node) else "graph")
-        name = _unique(f"{scope}/{node.op_type}", seen)
+        scope = scope_of(node) or (NETWORK if is_in_network(node) else "")
+        scopes.append(scope)
+        name = _unique(f"{scope or 'graph'}/{node.op_type}", seen)
         node.name = name
         for index, value in enumerate(node.outputs):
             if id(value) not in outputs:
@@ -29,8 +32,10 @@ def name_by_modules(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in list(graph.initializers.values()):
         value.name = _unique(_initializer_name(value), seen)
-    for node in graph:
+    for node, scope in zip(graph, scopes, strict=True):
         node.metadata_props.clear()
+        if scope:
+            node.metadata_props[SCOPE_KEY] = scope
     model.metadata_props.clear()
     graph.metadata_props.clear()
     for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from tqdit.errors import UsageError
+from tqdit.graph_names import SCOPE_KEY
 from tqdit.ports import Port
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # written by torch's exporter
-OWN_SCOPE_KEY = "tqdit.scope"  # written by our passes on nodes that they add
 NETWORK = "network"  # name of the network inside what is traced
 TIMESTEPS = "timesteps"  # name of the sampling step's table of them
 
 
 def scope_of(node: ir.Node) -> str:
     """Name of a node's innermost module in the network's module tree; '' outside the network."""
-    own = node.metadata_props.get(OWN_SCOPE_KEY)
+    own = node.metadata_props.get(SCOPE_KEY)
     if own is not None:
         return own
     text = node.metadata_props.get(SCOPES_KEY)

@@ -35,7 +35,7 @@ RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read by Polygraphy once, when it i
 class Library:
     """One of the two."""
 
-    backend: str  # the row's name, and the extra that installs it
+    backend: str  # the backend's name, and the extra that installs it
     module: str
     title: str
     needs_gpu_to_build: bool

@@ -23,6 +23,7 @@ from typing import Any
 from tqdit.engines.backends.tensorrt import layers
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library
 from tqdit.errors import BackendError, MissingLibraryError, TqditError, UsageError
+from tqdit.plugins.tensorrt import register_plugins
 
 Tell = Callable[[dict[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.1
@@ -59,8 +60,6 @@ def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
     log = BuildLog(trt)
     polygraphy_util.TRT_LOGGER = log.logger  # Polygraphy's own would keep neither errors nor layers
     if job.register_plugins:
-        from tqdit.plugins.tensorrt import register_plugins
-
         register_plugins()
     try:
         builder, network, parser = NetworkFromOnnxPath(job.source, strongly_typed=True)()
