@@ -206,7 +206,7 @@ def test_build_refuses_what_is_no_export(tmp_path, capsys):
     assert "not an ONNX file" in err
     assert "absent.onnx: no such file. Run tqdit-export absent.onnx first." in err
     assert run("build", [str(tmp_path)]) == 1
-    assert "a folder; expected the ONNX file that tqdit-export wrote" in capsys.readouterr().err
+    assert "expected the ONNX file that tqdit-export wrote" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 

@@ -72,8 +72,8 @@ class Chains:
     ) -> int:  # fmt: skip
         """Begin a chain and return its number.
 
-        request: port -> one row of `check_requests`. state, step: where to go on, for schedules without lag; None: from
-        noise at the first step.
+        request: port -> one row of `check_requests`. state, step: where to go on, for schedules without lag;
+        None: from noise at the first step.
         """
         chain = self.count
         self._keys[chain] = seed, image
