@@ -142,7 +142,7 @@ def test_a_folder_of_unknown_kind_is_refused(tmp_path):
 
 
 def test_a_folder_of_shards_tells_its_job(tmp_path):
-    job = SamplingJob("0" * 64, (3, 5), 1.5, seed=7, count=300)
+    job = SamplingJob("0" * 64, 20, "ddpm", (3, 5), 1.5, seed=7, count=300)
     ShardFolder(tmp_path, job, {}).write_index()
     assert facts(tmp_path) == {
         "kind": "samples in shards",

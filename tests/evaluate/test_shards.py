@@ -49,7 +49,7 @@ class Means:
 
 def write_shards(path: Path, pixels: np.ndarray, labels: np.ndarray, size: int, which: list[int] | None = None) -> Path:
     """These images as tqdit-sample leaves them; `which`: the shards that it has come to."""
-    job = SamplingJob("0" * 64, tuple(labels.tolist()), 1.0, 0, len(pixels), size)
+    job = SamplingJob("0" * 64, 20, "ddpm", tuple(labels.tolist()), 1.0, 0, len(pixels), size)
     with open_shards(path, job) as folder:
         for shard in range(job.shards) if which is None else which:
             part = job.images(shard)
@@ -405,7 +405,7 @@ def test_the_finished_beginning_of_an_unfinished_job_can_be_measured(tmp_path, r
 
 
 def test_latents_are_refused_as_samples_and_as_a_reference(small, drawn, tmp_path, capsys):
-    job = SamplingJob("0" * 64, (0,), 1.0, 0, 4, 4, "latents")
+    job = SamplingJob("0" * 64, 20, "ddpm", (0,), 1.0, 0, 4, 4, "latents")
     latents = tmp_path / "latents"
     with open_shards(latents, job) as folder:
         folder.add(0, {"latents": np.zeros((4, 4, 8, 8), np.float32), "labels": job.labels(0)})
@@ -416,7 +416,7 @@ def test_latents_are_refused_as_samples_and_as_a_reference(small, drawn, tmp_pat
 
 def test_shards_that_hold_no_images_are_refused_by_name(tmp_path):
     def written(*arrays: np.ndarray) -> Path:
-        job = SamplingJob("0" * 64, (0,), 1.0, 0, 8, 4)
+        job = SamplingJob("0" * 64, 20, "ddpm", (0,), 1.0, 0, 8, 4)
         with open_shards(tmp_path / "samples", job, force=True) as folder:
             for shard, array in enumerate(arrays):
                 folder.add(shard, {"arr_0": array, "arr_1": job.labels(shard)})

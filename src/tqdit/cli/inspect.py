@@ -190,12 +190,13 @@ def _shards(path: Path) -> Facts:
     """The job of a folder of shards, from its index alone."""
     folder = read_index(path)
     job = folder.job
-    classes = len(set(job.classes))
+    scale = "none" if job.guidance_scale is None else f"scale {job.guidance_scale}"
     return [
         ("kind", "samples in shards"),
         ("shards", f"{folder.done} of {job.shards} done, of {job.shard_size} {job.content} each"),
-        ("samples", f"{job.count} of {classes} class(es)"),
-        ("guidance", f"scale {job.guidance_scale}, seed {job.seed}"),
+        ("samples", f"{job.count} of {len(set(job.classes))} class(es)"),
+        ("chain", f"{job.steps} steps of {job.sampler}"),
+        ("guidance", f"{scale}, seed {job.seed}"),
         ("engine", f"manifest {job.engine}"),
     ]
 

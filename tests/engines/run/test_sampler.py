@@ -171,8 +171,8 @@ def toy(*requests, shape=(3, 8, 8), **changes):
     ports = (Port("latent", "state", "float32", (None, *shape)), Port("sigma", "time", "float32", (None,)), *requests)
     card = GraphCard(
         graph="denoiser", signature=Signature(ports, (None, *shape), "Toy"), guidance=None, latents=None,
-        class_names=(),
-        sampling=SamplingSpec(Flow(1.0), "euler", 4), model="toy", origin="test", fingerprint="", written_by="test",
+        class_names=(), sampling=SamplingSpec(Flow(1.0), "euler", 4), model="toy",
+        origin="test", fingerprint="", written_by="test",
     )  # fmt: skip
 
     def network(inputs):
