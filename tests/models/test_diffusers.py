@@ -328,8 +328,8 @@ def test_a_wrong_layout_is_named_in_the_names_of_the_file(diffusers_folder):
 
     assert change(diffusers_folder, edit) == (
         f"its tensors are not those of its network: missing '{FC2}'; unexpected "
-        "'transformer_blocks.0.ff.net.3.weight'. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel "
-        "directory."
+        "'transformer_blocks.0.ff.net.3.weight'. Pass a published DiT checkpoint or a diffusers "
+        "DiTTransformer2DModel directory."
     )
 
 

@@ -85,7 +85,6 @@ def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path
         assert torch.equal(tensor, tensors[name].float())
 
 
-@pytest.mark.slow
 def test_dit_xl_2_of_full_size_loads_without_a_copy_of_its_weights(tmp_path):
     path = tmp_path / "DiT-XL-2-256x256.pt"
     torch.save(nested(shared_state_dict(XL_2)), path)
@@ -236,8 +235,7 @@ def test_a_wrong_layout_is_named_by_its_missing_and_unexpected_keys(checkpoint):
 
     assert change(checkpoint, edit) == (
         "its tensors are not those of its network: missing 'blocks.1.attn.qkv.weight'; unexpected "
-        "'blocks.1.attn.q.weight', 'extra'. Pass a published DiT checkpoint or a diffusers "
-        "DiTTransformer2DModel directory."
+        "'blocks.1.attn.q.weight', 'extra'. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
     )
 
 
