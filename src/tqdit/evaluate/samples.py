@@ -160,11 +160,12 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def _images(content: dict[str, NDArray[Any]], path: Path) -> Images:
     pixels = content["arr_0"]
-    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not len(pixels):
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or pixels.dtype != np.uint8 or not len(pixels):
         raise FileFormatError(
-            f"{path}: arr_0 is {pixels.dtype} {pixels.shape}, expected images uint8 (N, H, W, 3). Write it with "
-            "tqdit-sample -o FILE.npz."
+            f"{path}: arr_0 is {pixels.dtype} {pixels.shape}, expected images uint8 (N, H, W, 3), or (N, H, W, 1) if "
+            "they are grey. Write it with tqdit-sample -o FILE.npz."
         )
+    pixels = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
     labels = content.get("arr_1")
     if labels is not None and labels.shape != (len(pixels),):
         raise FileFormatError(f"{path}: {labels.shape} labels (arr_1) for {len(pixels)} images. Write it again.")
