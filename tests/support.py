@@ -55,7 +55,8 @@ def tiny_model(origin: str = "published", steps: int = 20, pixels: bool = False,
 
     channels = 3 if pixels else 4
     if origin == "diffusers":
-        model = diffusers.describe(randomize(diffusers_dit(channels), seed, scale=0.2), "tiny")
+        # Larger weights amplify rounding: then the last bit of a sine moves more codes than tests allow for.
+        model = diffusers.describe(randomize(diffusers_dit(channels), seed, scale=0.1), "tiny")
     else:
         config = replace(tiny_config(), in_channels=channels, out_channels=2 * channels)
         network = randomize(DiT(config), seed, scale=0.2).eval().requires_grad_(False)

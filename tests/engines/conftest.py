@@ -68,8 +68,8 @@ def tiny_pipeline(tmp_path_factory):
     pipeline = DiTPipeline(randomize(network, scale=0.2), vae, DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(folder / "DiT-XL-2-256")
     model = load_model(str(folder / "DiT-XL-2-256"))
-    write(folder / "denoiser.onnx", *export_graph(model, ExportConfig(graph="denoiser")))
-    build_engine(folder / "denoiser.onnx", folder / "denoiser.engine")
+    write(folder / "dit.onnx", *export_graph(model, ExportConfig()))
+    build_engine(folder / "dit.onnx", folder / "dit.engine")
     return folder
 
 

@@ -13,18 +13,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import torch
 
 import support
 from kernel_device import run_attention
-from tables import Kind, make_table
-from tqdit.calibrate import apply
+from tables import Kind, make_table, random_rows
 from tqdit.cli import export as cli
 from tqdit.engines.build.cast import cast_floats
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, write
 from tqdit.lint import lint
 from tqdit.onnx_file import read_card
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.granularity import PerTensor
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
@@ -52,18 +51,9 @@ def run(path, inputs):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
-def denoiser_inputs(rows=48):
-    rng = np.random.default_rng(0)
-    return {
-        "x": rng.standard_normal((rows, 4, 8, 8), np.float32),
-        "timestep": np.linspace(0, 999, rows).astype(np.int64),  # rows in every group of timesteps
-        "class_labels": rng.integers(0, 6, rows),
-    }
-
-
-def fake_quantized(model, table, inputs):
-    with torch.no_grad():
-        return apply(model, table).network(*map(torch.from_numpy, inputs.values())).numpy()
+def denoiser_inputs(rows=48, origin="published"):
+    """Rows in every group of timesteps."""
+    return random_rows(support.tiny_model(origin).signature, rows, last=999)
 
 
 def with_quantizers(table, change):
@@ -75,10 +65,10 @@ def with_quantizers(table, change):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_it_equals_the_fake_quantized_model(tmp_path, kind, origin):
     model = support.tiny_model(origin)
-    table, inputs = make_table(model, kind), denoiser_inputs()
+    table, inputs = make_table(model, kind), denoiser_inputs(origin=origin)
     path = fused_file(tmp_path, table, origin)
     onnx.checker.check_model(str(path), full_check=True)
-    support.assert_agrees(run(path, inputs), fake_quantized(model, table, inputs))
+    support.assert_agrees(run(path, inputs), apply(model, table)(inputs))
 
 
 def test_scores_softmax_and_product_are_one_node(tmp_path):
@@ -146,7 +136,7 @@ def test_a_softmax_on_one_region_stays_simulated(tmp_path):
     path = fused_file(tmp_path, table)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("MultiRegionAttention") == kinds.count("Softmax") == 1
-    support.assert_agrees(run(path, inputs), fake_quantized(model, table, inputs))
+    support.assert_agrees(run(path, inputs), apply(model, table)(inputs))
 
 
 def test_a_low_scale_that_float16_cannot_count_in_is_refused(tmp_path):
@@ -167,7 +157,7 @@ def test_scores_without_sites_are_fused_as_they_are(tmp_path):
     )
     path, inputs = fused_file(tmp_path, table), denoiser_inputs()
     assert {node.name for node in onnx.load(path).graph.node} >= ATTENTION
-    support.assert_agrees(run(path, inputs), fake_quantized(model, table, inputs))
+    support.assert_agrees(run(path, inputs), apply(model, table)(inputs))
 
 
 @pytest.mark.parametrize("float_type", ["fp16", "bf16"])

@@ -15,17 +15,15 @@ import onnx.inliner
 import onnx.numpy_helper
 import onnxruntime as ort
 import pytest
-import torch
 
 import support
-from tables import Kind, make_table
-from tqdit.calibrate import apply
+from tables import Kind, make_table, random_rows
 from tqdit.engines.backends.onnxruntime.library import session_options
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.onnx_file import read_card
-from tqdit.quantization.fake_quant import weight_codes
+from tqdit.quantization.fake_quant import apply, weight_codes
 from tqdit.quantization.granularity import PerTensor
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.table import ScaleTable, Site
@@ -53,14 +51,6 @@ def session(path, optimise=False):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def denoiser_inputs(rows):
-    return {
-        "x": RNG.standard_normal((rows, 4, 8, 8), np.float32),
-        "timestep": np.linspace(0, 999, rows).astype(np.int64),
-        "class_labels": RNG.integers(0, 6, rows),
-    }
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -70,12 +60,9 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
     path = tmp_path / "model.onnx"
     write(path, *support.exported(ExportConfig(graph="denoiser", attention=form), origin, table=table))
     onnx.checker.check_model(str(path), full_check=True)
-    inputs = denoiser_inputs(48)  # rows in every group of timesteps
+    inputs = random_rows(model.signature, 48, last=999)  # rows in every group of timesteps
     (out,) = session(path).run(None, inputs)
-    with torch.no_grad():
-        quantized = apply(model, exported_sites(table, form)).network
-        expected = quantized(*map(torch.from_numpy, inputs.values())).numpy()
-        unquantized = model.network(*map(torch.from_numpy, inputs.values())).numpy()
+    expected, unquantized = apply(model, exported_sites(table, form))(inputs), model(inputs)
     support.assert_agrees(out, expected)
     assert np.linalg.norm(expected - unquantized) > 1e-3 * np.linalg.norm(expected)  # it is quantized at all
 
@@ -87,7 +74,8 @@ def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path,
     model = support.tiny_model(origin)
     table = make_table(model, KINDS["W8A8 10 groups everywhere, asymmetric"])
     path = tmp_path / "model.onnx"
-    _, card = graph = support.exported(ExportConfig(guided=guided, attention="float"), origin, table=table)
+    config = ExportConfig("step", guided=guided, attention="float")
+    _, card = graph = support.exported(config, origin, table=table)
     write(path, *graph)
     rows = 20
     step = np.arange(20)[::-1].copy()
@@ -119,9 +107,7 @@ def test_a_boundary_timestep_uses_the_later_scale(tmp_path):
     x = np.repeat(RNG.standard_normal((1, 4, 8, 8), np.float32), 3, axis=0)
     inputs = {"x": x, "timestep": np.array([99, 100, 101]), "class_labels": np.zeros(3, np.int64)}
     (out,) = session(path).run(None, inputs)
-    with torch.no_grad():
-        network = apply(model, exported_sites(table, "float")).network
-        expected = network(*map(torch.from_numpy, inputs.values())).numpy()
+    expected = apply(model, exported_sites(table, "float"))(inputs)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -173,7 +159,7 @@ def test_inlining_the_bodies_changes_nothing(tmp_path, form):
     model = support.tiny_model()
     table = make_table(model, KINDS["W6A6 10 groups everywhere"])
     path = tmp_path / "model.onnx"
-    write(path, *support.exported(ExportConfig(attention=form), table=table))
+    write(path, *support.exported(ExportConfig("step", attention=form), table=table))
     inlined = onnx.inliner.inline_local_functions(onnx.load(path))
     assert not inlined.functions
     assert {node.domain for node in inlined.graph.node} == {""}
@@ -261,7 +247,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
         path,
         *support.exported(ExportConfig(graph="denoiser", attention=form), table=make_table(model, Kind(groups=10))),
     )
-    inputs = denoiser_inputs(48)
+    inputs = random_rows(model.signature, 48, last=999)
     options, settings = session_options(ort)
     (out,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], **settings).run(None, inputs)
     (expected,) = session(path).run(None, inputs)
@@ -274,7 +260,7 @@ def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()
     table = make_table(model, Kind(groups=10))
     outs = []
-    inputs = denoiser_inputs(8)
+    inputs = random_rows(model.signature, 8)
     for version in (20, opset):
         path = tmp_path / f"{version}.onnx"
         write(path, *support.exported(ExportConfig("denoiser", opset=version), table=table))

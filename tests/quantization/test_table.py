@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +72,15 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert table.by_module["qkv"]["input"].quantizer.granularity == PerTimestepGroup(2)
     assert table.errors == {"fc2": 0.001, "qkv": 0.25}
     assert is_scale_table(tmp_path / "s.safetensors")
+
+
+def test_reading_a_table_needs_neither_torch_nor_onnx() -> None:
+    code = (
+        "import pathlib, sys; from tqdit.quantization.table import read_scale_table; "
+        f"read_scale_table(pathlib.Path({str(GOLDEN)!r})); "
+        "sys.exit(bool({'torch', 'onnx', 'onnx_ir'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_divisor_travels_with_its_input(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def lagging(steps=9):
     for age in (1, 2):
         weights[:, steps - age :, age] = 0
     return Schedule(
-        rng.uniform(0, 999, steps).round(), weights[0], weights[1], rng.uniform(0, 1, steps), rng.uniform(0.5, 2, steps),
-        initial_scale=3.0,
+        rng.uniform(0, 999, steps).round(), weights[0], weights[1], rng.uniform(0, 1, steps),
+        rng.uniform(0.5, 2, steps), initial_scale=3.0,
     )  # fmt: skip
 
 

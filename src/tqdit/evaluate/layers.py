@@ -36,8 +36,7 @@ from tqdit.models.products import Product, prediction_of
 from tqdit.quantization.fake_quant import (
     QuantizedLinear,
     QuantizedNetwork,
-    QuantizedScores,
-    QuantizedValueProduct,
+    QuantizedProduct,
     find_module,
     quantize_module,
 )
@@ -56,18 +55,18 @@ RESAMPLES = 500
 
 @dataclass(frozen=True)
 class TensorGain:
-    """One tensor left in float: how much of the error goes. Intervals are 95 %, over images."""
+    """One tensor left in float: by how much the error falls. Intervals are 95 %, over images."""
 
     layer: str
     role: Role
-    gain: float  # share of E that goes
+    gain: float  # share of E that is removed
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """One change of a layer: how much of the error goes, and what it costs in bit operations of the whole model."""
+    """One change of a layer: by how much the error falls, and what it costs in bit operations of the whole model."""
 
     layer: str
     change: dict[str, Any]  # knobs of the calibration
@@ -124,7 +123,7 @@ class Diagnosis:
         return of_images
 
     def gain(self, errors: Float64) -> tuple[float, float, float]:
-        """(share of E that goes, low, high) against the quantized network, resampling images."""
+        """(share of E that is removed, low, high) against the quantized network, resampling images."""
         rng = np.random.default_rng(0)
         chosen = rng.integers(0, len(errors), (RESAMPLES, len(errors)))
         draws = 1 - errors[chosen].sum(axis=1) / self.base[chosen].sum(axis=1)
@@ -209,7 +208,7 @@ def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
     """A copy of a quantized module with one of its tensors in float."""
     changed = copy.copy(module)
     changed._modules, changed._buffers = dict(module._modules), dict(module._buffers)
-    if isinstance(module, QuantizedScores | QuantizedValueProduct):
+    if isinstance(module, QuantizedProduct):
         setattr(changed, role, FloatOperand())
         return changed
     assert isinstance(module, QuantizedLinear)
@@ -365,7 +364,7 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
         gains = leave_one_out(diagnosis, bar.update)
     worst = list(dict.fromkeys(gain.layer for gain in gains))[:layers]
     with console.bar(count_changes(diagnosis, worst), "remedies", "changes") as bar:
-        mended = remedies(diagnosis, worst, bar.update)
+        found = remedies(diagnosis, worst, bar.update)
     return {
         "tqdit_diagnosis": 1,
         "model": diagnosis.table.model,
@@ -374,15 +373,15 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
         "rows": len(diagnosis.rows),
         "error": float(diagnosis.base.mean()),
         "sites": [vars(gain) for gain in gains],
-        "remedies": [vars(remedy) | {"gain_per_cost": remedy.gain_per_cost} for remedy in mended],
-        "advice": advice(mended),
+        "remedies": [vars(remedy) | {"gain_per_cost": remedy.gain_per_cost} for remedy in found],
+        "advice": advice(found),
     }
 
 
-def advice(mended: list[Remedy]) -> list[dict[str, Any]]:
+def advice(found: list[Remedy]) -> list[dict[str, Any]]:
     """For each layer the changes that certainly help (the interval of their gain lies above zero), best value first."""
     chosen: dict[str, dict[str, Any]] = {}
-    for remedy in mended:
+    for remedy in found:
         if remedy.low > 0:
             chosen.setdefault(remedy.layer, {}).update(remedy.change)
     return [{"layer": layer, "change": change} for layer, change in chosen.items()]

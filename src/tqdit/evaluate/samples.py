@@ -25,7 +25,7 @@ SHOWN = 16  # images in a report
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """uint8 (N, H, W, 3) and, where they are known, the classes that were asked for (N,)."""
+    """uint8 (N, H, W, 3) and, if they are known, the classes that were asked for (N,)."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
@@ -72,7 +72,7 @@ class ShardImages:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(N,), as the job dealt them out."""
+        """(N,), as the job assigned them."""
         return np.concatenate([self.folder.job.labels(shard) for shard in self.shards])[: self.count]
 
     @property
@@ -104,7 +104,7 @@ class Reference:
     images: AnyImages | None = None
     pooled: Gaussian | None = None
     spatial: Gaussian | None = None
-    extractor: str | None = None  # "name digest", where the file says so
+    extractor: str | None = None  # "name digest", if the file says so
 
 
 def read_images(path: Path, count: int | None = None) -> AnyImages:

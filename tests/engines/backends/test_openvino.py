@@ -31,6 +31,7 @@ from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.export.vae import load_decoder, trace_decoder
 from tqdit.models.load import load_model
+from tqdit.onnx_file import OnnxFile
 
 pytestmark = pytest.mark.slow
 
@@ -114,9 +115,9 @@ def test_an_attention_that_becomes_one_kernel_is_known_as_integer_and_computes_t
         if layer.get_rt_info()["layerType"].astype(str) == "Subgraph"
     ]
     assert [name for name in kernels if "blocks.0.attn.softmax/Softmax" in name]
-    card = read_manifest(folder).card
+    card, scopes = read_manifest(folder).card, OnnxFile.read(folder.with_name("model.onnx")).scopes
     promised = [module for module, form in card.quantization.products.items() if form == "integer"]
-    report = build.audit_graph(folder / "graph.xml", card, "fp32")
+    report = build.audit_graph(folder / "graph.xml", card, scopes, "fp32")
     assert (report.integer, report.fallen_back) == (len(promised), ())
     inputs = step_inputs(40)
     expected = unoptimised(folder.with_name("model.onnx"), inputs)
@@ -124,7 +125,7 @@ def test_an_attention_that_becomes_one_kernel_is_known_as_integer_and_computes_t
     assert np.median(off) < 1e-6
     assert max(off) < 0.03
     monkeypatch.setattr(build, "INTEGERS", {"u8"})  # as if q, k and v were no integers
-    fallen = build.audit_graph(folder / "graph.xml", card, "fp32").fallen_back
+    fallen = build.audit_graph(folder / "graph.xml", card, scopes, "fp32").fallen_back
     assert {"blocks.0.attn.scores", "blocks.0.attn.value_product"} <= set(fallen)
 
 

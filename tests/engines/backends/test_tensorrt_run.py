@@ -12,7 +12,7 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, Status, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import Manifest, Part
+from tqdit.engines.bundle import Manifest, Part, describe_parts, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
@@ -247,7 +247,7 @@ def test_arrays_of_another_type_or_layout_are_refused(engine, gpu):
         engine.run_on_device(fed | {"x": OnDevice(gpu, np.zeros((2, *SHAPE)))})
     with pytest.raises(UsageError, match="'x' is not contiguous"):
         engine.run_on_device(fed | {"x": OnDevice(gpu, np.zeros((*SHAPE[::-1], 2), np.float32).T)})
-    with pytest.raises(UsageError, match="'x' does not lie in GPU memory"):
+    with pytest.raises(UsageError, match=r"'x' is ndarray, expected an array with __cuda_array_interface__"):
         engine.run_on_device(fed | {"x": np.zeros((2, *SHAPE), np.float32)})
     with pytest.raises(UsageError, match="'x' is list, expected an array"):
         engine.run_on_device(fed | {"x": [0.0]})
@@ -360,6 +360,21 @@ def test_a_damaged_batch_range_is_refused(manifest):
     for damaged in ({"least": 3, "best": 2, "most": 1}, {"least": "one"}, [1, 2, 3]):
         with pytest.raises(FileFormatError, match="m: damaged manifest"):
             Manifest.from_json(json.dumps(values | {"batch": damaged}), Path("m"))
+
+
+def test_the_engine_of_a_bundle_opens_by_the_path_of_the_folder(gpu, manifest, plan, monkeypatch):
+    monkeypatch.setattr(type(TENSORRT), "load", lambda *_: FakeTensorRT(gpu, shape=manifest.card.image_shape))
+    write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent)))
+    run.TensorRTEngine.open(str(plan.parent)).close()
+    write_manifest(plan.parent, replace(manifest, backend="openvino", files={"engine.plan": Part("", 4)}))
+    with pytest.raises(FileFormatError, match=r"engine\.plan: altered"):
+        run.TensorRTEngine.open(plan.parent)
+
+
+def test_the_engine_of_another_backend_is_refused(manifest, plan):
+    write_manifest(plan.parent, replace(manifest, backend="openvino", files=describe_parts(plan.parent)))
+    with pytest.raises(UsageError, match="built for openvino, expected tensorrt-rtx or tensorrt"):
+        run.TensorRTEngine.open(plan.parent)
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):
