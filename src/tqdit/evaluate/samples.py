@@ -71,9 +71,10 @@ class ShardImages:
         return np.concatenate([self.pixels(shard)[:SHOWN] for shard in few])[:SHOWN]  # no view of a whole shard
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,), as the job assigned them."""
-        return np.concatenate([self.folder.job.labels(shard) for shard in self.shards])[: self.count]
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,), as the job assigned them; None for an unconditional model."""
+        parts = [self.folder.job.labels(shard) for shard in self.shards]
+        return None if parts[0] is None else np.concatenate([part for part in parts if part is not None])[: self.count]
 
     @property
     def shards(self) -> range:
