@@ -76,7 +76,7 @@ def test_the_rows_of_an_unguided_model_are_single_and_may_be_odd() -> None:
     _, rows = run(unguided(), replace(SMALL, rows_per_group=5, guidance_scale=None))
     assert len(rows) == 20
     assert (rows.inputs["class_labels"] < 5).all()
-    with pytest.raises(UsageError, match="--rows-per-group is 5.*even"):
+    with pytest.raises(UsageError, match=r"--rows-per-group is 5.*even"):
         pick(tiny_model(), replace(SMALL, rows_per_group=5))
 
 

@@ -172,7 +172,7 @@ class Calibration:
                 name = f"table-{entry.name}"
                 if not self.folder.has(name):
                     weight = _weight(model.network, entry.name)
-                    sites, error = self._solve(entry, capture.samples(entry.name), weight, rows)
+                    sites, error = self.solve(entry, capture.samples(entry.name), weight, rows)
                     sites = _with_divisor(sites, divisors)
                     self.folder.save_table(name, self._table(sites, {entry.name: error}, rows))
                 parts.append(self.folder.load_table(name))
@@ -180,9 +180,10 @@ class Calibration:
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
 
-    def _solve(
+    def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
     ) -> tuple[list[Site], float]:
+        """The sites of one product, and its error relative to its energy."""
         problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
         one_region = with_one_region(layer_plan, self.config.for_layer(layer_plan.name))
         if one_region is not None:

@@ -185,8 +185,8 @@ class Pairs:
 def pair_up(
     reference: SampledChains,
     found: SampledChains,
-    timesteps: NDArray[np.int64],
-    boundaries: Iterable[int],
+    timesteps: NDArray[np.float64],
+    boundaries: Iterable[float],
     lpips: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float64]] | None = None,
 ) -> Pairs:
     """Errors of the final states, of every step and of each group, PSNR and SSIM if there are images."""
@@ -209,11 +209,16 @@ def pair_up(
         errors = found.step_errors[:, members].mean(axis=1)  # (N,)
         measure = of_mean(errors, resamples=500)
         groups.append({
-            "group": int(group), "first_timestep": int(timesteps[members[0]]),
-            "last_timestep": int(timesteps[members[-1]]), "error": measure.to_json(),
+            "group": int(group), "first_timestep": plain(timesteps[members[0]]),
+            "last_timestep": plain(timesteps[members[-1]]), "error": measure.to_json(),
             "signal_to_error_db": _decibels(float(errors.mean())),
         })  # fmt: skip
     return Pairs(final, measures, found.step_errors.mean(axis=0), tuple(groups))
+
+
+def plain(timestep: float) -> float:
+    """As people write it: 999 for 999.0."""
+    return int(timestep) if float(timestep).is_integer() else float(timestep)
 
 
 def _decibels(error: float) -> float | None:

@@ -111,8 +111,8 @@ def _chart_over_time(facts: Facts) -> str:
 def _chart_of_scales(facts: Facts) -> str:
     """Scales over time, each relative to its geometric mean, so that one chart shows them all."""
     lines = []
-    for entry in (facts.get("scale_steps") or [])[:LINES]:
-        values = np.array(entry["steps"])
+    for entry in (facts.get("scales") or [])[:LINES]:
+        values = np.array(entry["scales"])
         lines.append((entry["site"], range(len(values)), values / np.exp(np.log(values).mean())))
     return _chart(lines, "group of timesteps (0 is the cleanest)", "scale / its geometric mean") if lines else ""
 
