@@ -235,7 +235,8 @@ def test_a_wrong_layout_is_named_by_its_missing_and_unexpected_keys(checkpoint):
 
     assert change(checkpoint, edit) == (
         "its tensors are not those of its network: missing 'blocks.1.attn.qkv.weight'; unexpected "
-        "'blocks.1.attn.q.weight', 'extra'. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
+        "'blocks.1.attn.q.weight', 'extra'. Pass a published DiT checkpoint or a "
+        "diffusers DiTTransformer2DModel directory."
     )
 
 
