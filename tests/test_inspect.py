@@ -148,6 +148,7 @@ def test_a_folder_of_shards_tells_its_job(tmp_path):
         "kind": "samples in shards",
         "shards": "0 of 3 done, of 128 images each",
         "samples": "300 of 2 class(es)",
+        "chain": "20 steps of ddpm",
         "guidance": "scale 1.5, seed 7",
         "engine": f"manifest {'0' * 64}",
     }

@@ -30,7 +30,7 @@ from tqdit.export import ExportConfig, write
 from tqdit.export.graph import finish_graph, trace_graph
 from tqdit.export.passes.quantize import exported_sites
 from tqdit.export.vae import load_decoder, trace_decoder
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 from tqdit.onnx_file import OnnxFile
 
 KINDS = {
