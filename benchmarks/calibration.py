@@ -25,7 +25,7 @@ from tqdit.calibrate.methods import search
 from tqdit.calibrate.problem import Problem, Solution
 from tqdit.calibrate.work import versions
 from tqdit.console import Console
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 
 @dataclass(frozen=True)

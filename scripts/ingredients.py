@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdit.diffusion import step_coefficients
 
 from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
 from tqdit.calibrate.judge import chain_error, final_samples
 from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of
 from tqdit.calibrate.work import versions
-from tqdit.diffusion import step_coefficients
-from tqdit.models import LoadedModel, load_model
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
 
 TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
 HELD_OUT_SEED = 10_000  # of chains that judge, away from every calibration

@@ -25,10 +25,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdit.diffusion import SamplingSpec, ddim_step, guide
 
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
-from tqdit.diffusion import SamplingSpec, ddim_step, guide
 from tqdit.files import sha256
 from tqdit.models.dit import DiT, DiTConfig, initialize
 

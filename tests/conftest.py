@@ -34,11 +34,11 @@ if not has_cuda():
 
 
 def pytest_configure(config):
-    """A folder for traces, which the workers inherit from the process that starts them (`support.traced`)."""
+    """The folder of `support.made_once`: workers inherit its name from the process that starts them."""
     if not hasattr(config, "workerinput"):
-        folder = tempfile.TemporaryDirectory(prefix="tqdit-traces-")
+        folder = tempfile.TemporaryDirectory(prefix="tqdit-tests-")
         config.add_cleanup(folder.cleanup)
-        os.environ["TQDIT_TEST_TRACES"] = folder.name
+        os.environ["TQDIT_TEST_SHARED"] = folder.name
 
 
 @pytest.fixture(autouse=True)

@@ -139,6 +139,13 @@ def test_what_the_system_refuses_is_one_line(verb, capsys):
     assert capsys.readouterr().err == "tqdit-export: [Errno 2] No such file or directory: 'model.onnx.data'\n"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 8.00 EiB")])
+def test_a_lack_of_memory_is_one_line(verb, capsys, error):
+    verb(raising(error))
+    assert cli.run("export", []) == 1
+    assert capsys.readouterr().err == f"tqdit-export: {str(error) or 'out of memory'}\n"
+
+
 @pytest.mark.parametrize("error", [CheckpointError("x"), UsageError("x"), OSError(5, "x")])
 def test_debug_shows_the_traceback(verb, error):
     verb(raising(error))

@@ -1,20 +1,20 @@
 """Everything that TQDiT raises on purpose.
 
 A message is one line that names the thing, what was found, what was expected and what to do. A command prints it and
-exits with 1, or with 2 where the command line itself was wrong.
+exits with 1, or with 2 if the command line is wrong.
 
     TqditError
     |-- UsageError            a value that the caller passed
     |-- CheckpointError       a model that cannot be loaded
-    |-- FileFormatError       a file of ours that is damaged, truncated, altered or of an unknown version
-    |-- LintError             an ONNX file that a backend would refuse or run in float without a word
+    |-- FileFormatError       a file of TQDiT that is damaged or of an unknown version
+    |-- LintError             an ONNX file that a backend would refuse, or run in float without a message
     |-- OutputError           an output that cannot be written
     |-- MissingLibraryError   an extra that is not installed
     |-- BackendError          an engine that cannot be built or run here
-    `-- SamplingError         a chain that went wrong (NaN) or was stopped
+    `-- SamplingError         a chain that became NaN or was stopped
         |-- SamplingStopped
-        |-- QueueFullError    a request that a StepBatcher has no place for
-        `-- DeadlineError     a request that was not done in time
+        |-- QueueFullError    a request that the full queue of a StepBatcher refuses
+        `-- DeadlineError     a request that missed its deadline
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class CheckpointError(TqditError):
 
 
 class FileFormatError(TqditError):
-    """A file of ours is damaged, truncated, altered, or of an unknown version."""
+    """A file of TQDiT is damaged, truncated or of an unknown version, or a bundle or shard was altered."""
 
 
 class LintError(TqditError):
-    """An ONNX file that a backend would refuse, or run in float or wrongly without a word."""
+    """A backend would refuse an ONNX file, or run it in float or wrongly without a message."""
 
 
 class OutputError(TqditError):
@@ -53,16 +53,16 @@ class BackendError(TqditError):
 
 
 class SamplingError(TqditError):
-    """A sampling chain went wrong."""
+    """A sampling chain cannot go on: NaN, or stopped."""
 
 
-class SamplingStopped(SamplingError):  # noqa: N818 (a caller's wish, not a failure)
-    """A callback asked to stop; nothing was written."""
+class SamplingStopped(SamplingError):  # noqa: N818 (not a failure: the caller asked for it)
+    """A callback stopped the chain; nothing was written."""
 
 
 class QueueFullError(SamplingError):
-    """A StepBatcher has as many unfinished requests as it takes; nothing was queued."""
+    """The queue of a StepBatcher is full; the request was not queued."""
 
 
 class DeadlineError(SamplingError, TimeoutError):
-    """A request's deadline passed before its image was done."""
+    """The deadline of a request passed before its image was finished."""

@@ -1,4 +1,4 @@
-"""Optional libraries: each stage asks here for what it needs, and a missing one is answered with the pip command."""
+"""Imports of optional libraries; the error for a missing one holds the pip command."""
 
 from __future__ import annotations
 

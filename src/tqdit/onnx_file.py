@@ -114,13 +114,15 @@ def save(model: ir.Model, target: Path) -> onnx.ModelProto:
     draft = target.with_name("draft.data")
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) >= EXTERNAL_DATA_BYTES:
         ir.external_data.unload_from_model(model, target.parent, draft.name, size_threshold_bytes=SMALL_BYTES)
+    else:
+        ir.external_data.load_to_model(model)  # of a file whose weights lay beside it
     proto = ir.to_proto(model)
     for value, tensor in zip(values, tensors, strict=True):
         value.const_value = tensor
     if draft.exists():
         name = f"{target.stem}-{sha256(draft)[:8]}.onnx.data"
         draft.rename(target.with_name(name))
-        for entry in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        for entry in (entry for tensor in _tensors(proto) for entry in tensor.external_data):
             if entry.key == "location":
                 entry.value = name
     onnx.save(proto, target)

@@ -74,13 +74,14 @@ def test_a_gpu_finds_the_scales_of_the_cpu_and_the_same_bytes_in_each_run(tmp_pa
 def test_the_fake_quantized_model_computes_on_a_gpu_what_it_computes_on_a_cpu(tmp_path: Path) -> None:
     model = tiny_model()
     table = calibrate(model, replace(PRESETS["best"], **SMALL), tmp_path).table
-    x, t, y = (
-        torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-        torch.arange(6) * 180,
-        torch.arange(6),
-    )
+    inputs = {
+        "x": torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.arange(6) * 180,
+        "class_labels": torch.arange(6),
+    }
     with torch.no_grad():
-        expected = apply(model, table).network(x, t, y)
-        moved = apply(model.to("cuda"), table).network(x.cuda(), t.cuda(), y.cuda()).cpu()
+        expected = apply(model, table).call(inputs)
+        on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
+        moved = apply(model.to("cuda"), table).call(on_gpu).cpu()
     # sums in another order flip a code here and there, which is worth a step of one activation
     assert float((moved - expected).square().sum() / expected.square().sum()) < 1e-4

@@ -12,7 +12,7 @@ import pytest
 from support import tiny_model
 from tqdit.calibrate import PRESETS, QuantizationConfig, calibrate
 from tqdit.calibrate.drift import place_boundaries
-from tqdit.calibrate.rows import Chains, every_state, sampling_of
+from tqdit.calibrate.rows import Trajectory, every_state, sampling_of
 from tqdit.errors import UsageError
 
 SMALL = QuantizationConfig(steps=12, groups=3, rows_per_group=4, chains=2, candidates=20, boundaries="drift")
@@ -46,34 +46,36 @@ def test_every_step_is_measured_and_every_group_gets_its_rows():
     model = tiny_model()
     config = SMALL.for_model(model)
     spec = sampling_of(model, config)
-    chains = Chains(model, spec, config, every_state(spec, config))
+    trajectory = Trajectory(model, config, every_state(spec, config))
     states = {}
-    while chains.next_step >= 0:
-        states[chains.next_step] = chains.x
-        chains.advance()
-    assert chains.drift.statistics.shape[0] == 12
-    assert (chains.drift.statistics.std(0) > 0).any()
-    assert np.isfinite(chains.drift.statistics.numpy()).all()
-    chains.place_boundaries()
-    rows = chains.rows()
+    while trajectory.next_step >= 0:
+        states[trajectory.next_step] = trajectory.chains.x.copy()
+        trajectory.advance()
+    statistics = trajectory.drift.statistics.numpy()
+    operands = len(model.products) + sum(product.place == "attention" for product in model.products)
+    assert statistics.shape == (12, 2 * operands)
+    assert (statistics.std(0) > 0).any()
+    assert np.isfinite(statistics).all()
+    trajectory.place_boundaries()
+    rows = trajectory.rows()
     assert np.bincount(rows.group.numpy()).tolist() == [4, 4, 4]
-    for index, (step, chain) in enumerate(zip(chains.picks.step, chains.picks.chain, strict=True)):
-        assert (rows.x[2 * index] == states[int(step)][int(chain)]).all()
-        assert (rows.timestep[2 * index] >= rows.boundaries).sum() == rows.group[2 * index]
+    for index, (step, chain) in enumerate(zip(trajectory.picks.step, trajectory.picks.chain, strict=True)):
+        assert (rows.inputs["x"][2 * index].numpy() == states[int(step)][int(chain)]).all()
+        assert (rows.inputs["timestep"][2 * index] >= rows.boundaries).sum() == rows.group[2 * index]
 
 
 def test_the_table_holds_the_boundaries_and_a_resumed_run_the_same(tmp_path: Path, monkeypatch):
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **{**vars(SMALL), "time_groups": "all"})
     table = calibrate(model, config, tmp_path / "a").table
     assert table.groups == 3
-    advance, calls = Chains.advance, iter(range(100))
+    advance, calls = Trajectory.advance, iter(range(100))
 
-    def killed(chains):
+    def killed(trajectory):
         if next(calls) == 7:
             raise KeyboardInterrupt
-        advance(chains)
+        advance(trajectory)
 
-    monkeypatch.setattr(Chains, "advance", killed)
+    monkeypatch.setattr(Trajectory, "advance", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, config, tmp_path / "b")
     assert calibrate(model, config, tmp_path / "b").table == table

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tqdit.calibrate.capture import Samples
 from tqdit.calibrate.config import PRESETS, QuantizationConfig
-from tqdit.calibrate.layers import Layer, LayerPlan, OperandPlan
+from tqdit.calibrate.layers import LayerPlan, OperandPlan
 from tqdit.calibrate.methods import METHODS, search
 from tqdit.calibrate.operands import Weight
 from tqdit.calibrate.problem import Problem, make_problem
+from tqdit.models.products import Product
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
 from tqdit.quantization.schemes.asymmetric import Asymmetric
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
@@ -44,7 +45,7 @@ def linear_problem(
         x = torch.nn.functional.gelu(x, approximate="tanh")
     weight, g2 = random(OUT, WIDTH, seed=2), torch.exp(random(ROWS, tokens, OUT, seed=3))
     plan = LayerPlan(
-        Layer("m", "block"),
+        Product("m", "block"),
         {"input": OperandPlan(scheme, bits, scales), "weight": OperandPlan("symmetric", bits, weight_scales)},
     )
     return make_problem(plan, Samples(x, None, g2, {"left": ranges(x)}), weight, GROUP, config)
@@ -55,7 +56,7 @@ def attention_problem(scheme: Any, bits: int, scales: int, config: QuantizationC
     left = torch.softmax(scores, -1) if scheme == "softmax" else scores
     right, g2 = random(ROWS, 2, TOKENS, 8, seed=2), torch.exp(random(ROWS, 2, TOKENS, 8, seed=3))
     plan = LayerPlan(
-        Layer("m", "attention"),
+        Product("m", "attention"),
         {"left": OperandPlan(scheme, bits, scales), "right": OperandPlan("symmetric", bits, scales)},
     )
     samples = Samples(left, right, g2, {"left": ranges(left), "right": ranges(right)})
@@ -91,6 +92,7 @@ def test_the_search_is_deterministic(problem: Problem) -> None:
         assert all(torch.equal(parameters[name], second.parameters[role][name]) for name in parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["ho", "mse"])
 def test_short_cuts_are_as_good_as_trying_every_candidate(metric: str) -> None:
     config, ratios = replace(CONFIG, metric=metric), []
@@ -124,9 +126,9 @@ def test_the_scale_of_a_group_is_that_of_its_rows_alone() -> None:
     x[GROUP == 2] *= 3  # only the last group changes
     assert whole.g2 is not None
     samples = Samples(x, None, whole.g2, {"left": ranges(x)})
-    plan = LayerPlan(Layer("m", "block"), {"input": OperandPlan("symmetric", 4, GROUPS)})
+    plan = LayerPlan(Product("m", "block"), {"input": OperandPlan("symmetric", 4, GROUPS)})
     alone = search.solve(make_problem(plan, samples, whole.right, GROUP, CONFIG), CONFIG).parameters["input"]["scale"]
-    before = LayerPlan(Layer("m", "block"), {"input": OperandPlan("symmetric", 4, GROUPS)})
+    before = LayerPlan(Product("m", "block"), {"input": OperandPlan("symmetric", 4, GROUPS)})
     samples = Samples(whole.left, None, whole.g2, {"left": ranges(whole.left)})
     base = search.solve(make_problem(before, samples, whole.right, GROUP, CONFIG), CONFIG).parameters["input"]["scale"]
     assert torch.equal(alone[:2], base[:2])
@@ -187,7 +189,7 @@ def test_adjacent_presets_differ_in_one_ingredient() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_error_feedback_rounds_weights_better_than_to_nearest(bits: int) -> None:
     plan = LayerPlan(
-        Layer("m", "block"), {"input": OperandPlan("symmetric", 8, 1), "weight": OperandPlan("symmetric", bits, OUT)}
+        Product("m", "block"), {"input": OperandPlan("symmetric", 8, 1), "weight": OperandPlan("symmetric", bits, OUT)}
     )
     x = random(ROWS, 100, WIDTH) @ random(WIDTH, WIDTH, seed=5)  # correlated, as inputs are
     g2 = torch.exp(random(ROWS, 100, OUT, seed=3))

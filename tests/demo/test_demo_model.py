@@ -9,7 +9,7 @@ from tqdit.demo import weights
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, draw
 from tqdit.demo.judge import load_judge, recognised, wilson_interval
 from tqdit.errors import CheckpointError
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 
 def test_drawings_are_reproducible_balanced_and_varied():

@@ -171,6 +171,7 @@ def test_a_full_disk_loses_nothing(bundle, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["s.npz"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_sampling_writes_nothing(bundle_of, tmp_path):
     output = tmp_path / "s.png"
     folder = bundle_of(steps=1000)

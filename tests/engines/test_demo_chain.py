@@ -12,6 +12,8 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models.load import load_model
 
+pytestmark = pytest.mark.slow
+
 STEPS, IMAGES, SEED, SCALE = 25, 8, 3, 1.5
 LABELS = np.random.default_rng(2).integers(0, 16, IMAGES)
 BACKENDS = ("onnxruntime", "openvino")

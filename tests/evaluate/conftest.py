@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support import made_once
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.build.engine import build_engine
@@ -16,14 +18,12 @@ from tqdit.quantization.table import read_scale_table
 SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "2", "--candidates", "10"]
 
 
-@pytest.fixture(scope="session")
-def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with scales.safetensors, model.engine (W6A6) and float.engine."""
+def make_flow(folder: Path) -> None:
+    """Calibrate, export and build."""
     from tqdit.export.graph import ExportConfig, finish_graph, trace_graph
     from tqdit.export.onnx_writer import write
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
 
-    folder = tmp_path_factory.mktemp("flow")
     table_file = folder / "scales.safetensors"
     bits = ["--weight-bits", "6", "--activation-bits", "6"]
     assert run("calibrate", ["demo", "-o", str(table_file), "--preset", "ho", "-q", *SMALL, *bits]) == 0
@@ -32,7 +32,12 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, table in (("model", read_scale_table(table_file)), ("float", None)):
         write(folder / f"{name}.onnx", *finish_graph(trace.clone(), model, config, table))
         build_engine(folder / f"{name}.onnx", folder / f"{name}.engine")
-    return folder
+
+
+@pytest.fixture(scope="session")
+def flow() -> Path:
+    """A folder with scales.safetensors, model.engine (W6A6) and float.engine."""
+    return made_once("flow", make_flow)
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +51,18 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def done(flow: Path, reference: Path) -> tuple[Path, dict]:
-    """One evaluation of the int8 engine with everything: float engine, seeds, layers, report."""
-    arguments = [
-        flow / "model.engine", "--against", flow / "float.engine", "--reference", reference, "-n", 64, "--layers",
-        "--diagnosed", "2", "--report", flow / "report.html", "-o", flow / "evaluation.json", "-q",
-    ]  # fmt: skip
-    assert run("evaluate", [str(argument) for argument in arguments]) == 0
-    return flow, json.loads((flow / "evaluation.json").read_text())
+    """A copy of `flow` with one evaluation of the int8 engine: float engine, seeds, layers, report."""
+
+    def evaluate(folder: Path) -> None:
+        shutil.copytree(flow, folder, dirs_exist_ok=True)
+        arguments = [
+            folder / "model.engine", "--against", folder / "float.engine", "--reference", reference, "-n", 64,
+            "--layers", "--diagnosed", "2", "--report", folder / "report.html", "-o", folder / "evaluation.json", "-q",
+        ]  # fmt: skip
+        assert run("evaluate", [str(argument) for argument in arguments]) == 0
+
+    folder = made_once("evaluation", evaluate)
+    return folder, json.loads((folder / "evaluation.json").read_text())
 
 
 @pytest.fixture(scope="session")

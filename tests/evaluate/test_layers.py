@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import reference
 from support import tiny_model
 from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
 from tqdit.calibrate.advice import read_advice
@@ -17,69 +18,73 @@ from tqdit.calibrate.layers import plan
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.evaluate.layers import Patient, WorkCosts, changes_for, diagnose, layer_errors, leave_one_out
+from tqdit.evaluate.layers import BitOperations, Diagnosis, changes_for, diagnose, layer_errors, leave_one_out, remedies
+from tqdit.models import families
+from tqdit.models.load import load_model
+from tqdit.quantization.granularity import PerTimestepGroup
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 8, "chains": 2, "candidates": 20}
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
+def diagnosis(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
     model, work = tiny_model(), tmp_path_factory.mktemp("work")
     config = replace(PRESETS["tq-dit"], weight_bits=4, activation_bits=6, **SMALL)
-    return Patient(model, calibrate(model, config, work).table, work, QUIET)
+    return Diagnosis(model, calibrate(model, config, work).table, work, QUIET)
 
 
-def test_the_error_is_that_of_the_predicted_noise_weighted_by_the_step(patient):
-    from tqdit.diffusion import step_coefficients
-
-    rows, spec = patient.rows, patient.calibration.spec
+def test_the_error_is_that_of_the_predicted_noise_weighted_by_the_step(diagnosis):
+    """Under DDPM an error of the predicted noise enters the next state times beta / sqrt((1 - abar) alpha)."""
+    rows, chain = diagnosis.rows, reference.timesteps(12)
     with torch.no_grad():
         a, b = (
-            network(rows.x, rows.timestep, rows.label)[:, :4].double()
-            for network in (patient.model.network, apply(patient.model, patient.table).network)
+            model.call(rows.inputs)[:, :4].double()
+            for model in (diagnosis.model, apply(diagnosis.model, diagnosis.table))
         )
-    weight = step_coefficients(spec.schedule, spec.sampler).from_eps[rows.step.numpy()] ** 2
+    every, before = reference.alphas_cumprod(chain)
+    beta = 1 - every / before
+    weight = (beta**2 / ((1 - every) * (1 - beta)))[rows.step.numpy()]
     error, energy = ((x**2).flatten(1).sum(1).numpy() @ weight for x in (b - a, a))
-    assert patient.base.mean() == pytest.approx(error / energy, rel=1e-9)
+    assert diagnosis.base.mean() == pytest.approx(error / energy, rel=1e-9)
 
 
-def test_every_tensor_is_left_out_once_and_the_network_is_as_it_was(patient):
-    before = patient.errors(patient.quantized)
-    findings = leave_one_out(patient, lambda: None)
-    assert {(f.layer, f.role) for f in findings} == {(site.module, site.role) for site in patient.table.sites}
-    np.testing.assert_array_equal(patient.errors(patient.quantized), before)
-    np.testing.assert_array_equal(before, patient.base)
-    assert all(finding.low <= finding.gain <= finding.high for finding in findings)
-    assert max(finding.gain for finding in findings) > 0.05  # 4-bit weights
-    assert all(finding.gain != 0 for finding in findings)  # each tensor has some effect
+def test_every_tensor_is_left_out_once_and_the_network_is_as_it_was(diagnosis):
+    before = diagnosis.errors(diagnosis.quantized)
+    gains = leave_one_out(diagnosis, lambda: None)
+    assert {(f.layer, f.role) for f in gains} == {(site.module, site.role) for site in diagnosis.table.sites}
+    np.testing.assert_array_equal(diagnosis.errors(diagnosis.quantized), before)
+    np.testing.assert_array_equal(before, diagnosis.base)
+    assert all(gain.low <= gain.gain <= gain.high for gain in gains)
+    assert max(gain.gain for gain in gains) > 0.05  # 4-bit weights
+    assert all(gain.gain != 0 for gain in gains)  # each tensor has some effect
 
 
-def test_leaving_a_tensor_out_is_the_table_without_its_site(patient):
+def test_leaving_a_tensor_out_is_the_table_without_its_site(diagnosis):
     """For a linear layer the same network can be made from a shorter table."""
-    findings = {(f.layer, f.role): f.gain for f in leave_one_out(patient, lambda: None)}
+    gains = {(f.layer, f.role): f.gain for f in leave_one_out(diagnosis, lambda: None)}
     for layer, role in (
         ("blocks.0.mlp.fc1", "input"),
         ("blocks.1.attn.proj", "weight"),
         ("final_layer.linear", "input"),
     ):
-        kept = tuple(s for s in patient.table.sites if (s.module, s.role) != (layer, role))
-        errors = {name: error for name, error in patient.table.errors.items() if name in {s.module for s in kept}}
-        shorter = replace(patient.table, sites=kept, errors=errors)
-        error = patient.errors(apply(patient.model, shorter).network)
-        assert findings[layer, role] == pytest.approx(1 - error.sum() / patient.base.sum(), abs=1e-6)
+        kept = tuple(s for s in diagnosis.table.sites if (s.module, s.role) != (layer, role))
+        errors = {name: error for name, error in diagnosis.table.errors.items() if name in {s.module for s in kept}}
+        shorter = replace(diagnosis.table, sites=kept, errors=errors)
+        error = diagnosis.errors(apply(diagnosis.model, shorter).network)
+        assert gains[layer, role] == pytest.approx(1 - error.sum() / diagnosis.base.sum(), abs=1e-6)
 
 
-def test_a_layers_error_is_that_of_its_own_quantization(patient):
+def test_a_layers_error_is_that_of_its_own_quantization(diagnosis):
     """The 4-bit weights of a block lose more than the 8-bit ones of the conditioning; groups are those of the rows."""
-    errors = layer_errors(patient)
-    assert set(errors) == set(patient.table.by_module)
+    errors = layer_errors(diagnosis)
+    assert set(errors) == set(diagnosis.table.by_module)
     assert all(len(values) == 3 and min(values) > 0 for values in errors.values())
     assert min(errors["blocks.0.attn.qkv"]) > 10 * max(errors["t_embedder.mlp.0"])
 
 
-def test_the_diagnosis_is_one_that_a_calibration_can_take(patient, tmp_path: Path):
-    found = diagnose(patient, 3, QUIET)
+def test_the_diagnosis_is_one_that_a_calibration_can_take(diagnosis, tmp_path: Path):
+    found = diagnose(diagnosis, 3, QUIET)
     assert [r["gain_per_cost"] for r in found["remedies"]] == sorted(
         (r["gain_per_cost"] for r in found["remedies"]), reverse=True
     )
@@ -88,13 +93,13 @@ def test_the_diagnosis_is_one_that_a_calibration_can_take(patient, tmp_path: Pat
     assert max(r["gain"] for r in bits) > 0.05  # 6 bits for 4
     (tmp_path / "diagnosis.json").write_text(json.dumps(found))
     advice = read_advice(tmp_path / "diagnosis.json")
-    assert advice.fingerprint == patient.model.fingerprint
-    table = calibrate(patient.model, advice.config, tmp_path / "work").table
+    assert advice.fingerprint == diagnosis.model.fingerprint
+    table = calibrate(diagnosis.model, advice.config, tmp_path / "work").table
     for entry in found["advice"]:
         if "weight_bits" in entry["change"]:
             assert table.by_module[entry["layer"]]["weight"].quantizer.bits == 6
-    mended = Patient(patient.model, table, tmp_path / "work", QUIET)
-    assert mended.base.mean() < 0.9 * patient.base.mean()
+    mended = Diagnosis(diagnosis.model, table, tmp_path / "work", QUIET)
+    assert mended.base.mean() < 0.9 * diagnosis.base.mean()
 
 
 def test_a_table_with_equalised_channels_is_diagnosed_in_the_folded_network(tmp_path: Path):
@@ -102,36 +107,75 @@ def test_a_table_with_equalised_channels_is_diagnosed_in_the_folded_network(tmp_
     config = replace(PRESETS["best"], weight_bits=4, activation_bits=6, **SMALL)
     table = calibrate(model, config, work).table
     assert any(site.divisor is not None for site in table.sites)
-    patient = Patient(model, table, work, QUIET)
-    direct = patient.errors(apply(model, table).network)
-    np.testing.assert_allclose(patient.base, direct, rtol=1e-6)
-    found = diagnose(patient, 2, QUIET)
+    diagnosis = Diagnosis(model, table, work, QUIET)
+    direct = diagnosis.errors(apply(model, table).network)
+    np.testing.assert_allclose(diagnosis.base, direct, rtol=1e-6)
+    found = diagnose(diagnosis, 2, QUIET)
     assert found["settings"]["equalize"] is True  # for the calibration that takes the advice
     assert any(remedy["gain"] > 0 for remedy in found["remedies"])
 
 
-def test_a_change_is_offered_only_where_there_is_something_to_change(patient):
-    by_module = patient.table.by_module
-    assert {"time_groups": "all"} in changes_for(by_module["blocks.0.attn.qkv"])
-    assert {"softmax": "two-region"} not in changes_for(by_module["blocks.0.attn.value_product"])  # it has them
-    assert {"final": "weights"} in changes_for(by_module["final_layer.linear"])
-    assert changes_for(by_module["t_embedder.mlp.0"]) == []  # 8-bit weights alone
+def test_a_change_is_offered_only_where_there_is_something_to_change(diagnosis):
+    def changes(layer: str) -> list:
+        return changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
+
+    assert {"time_groups": "all"} in changes("blocks.0.attn.qkv")
+    assert {"softmax": "two-region"} not in changes("blocks.0.attn.value_product")  # it has them
+    assert {"gelu": "two-region"} not in changes("blocks.0.mlp.fc2")
+    assert {"final": "weights"} in changes("final_layer.linear")
+    assert changes("t_embedder.mlp.0") == []  # 8-bit weights alone
 
 
-def test_costs_are_bit_operations(patient):
-    costs = WorkCosts(patient)
-    sites = patient.table.by_module["blocks.0.attn.qkv"]
+def test_two_regions_are_offered_for_what_a_softmax_or_a_gelu_makes(tmp_path: Path):
+    model = tiny_model()
+    config = replace(PRESETS["ho"], softmax="uniform", gelu="uniform", **SMALL)
+    diagnosis = Diagnosis(model, calibrate(model, config, tmp_path).table, tmp_path, QUIET)
+    offered = {
+        product.name: changes_for(product, diagnosis.table.by_module[product.name]) for product in model.products
+    }
+    assert {name for name, found in offered.items() if {"softmax": "two-region"} in found} == {
+        "blocks.0.attn.value_product", "blocks.1.attn.value_product"
+    }  # fmt: skip
+    assert {name for name, found in offered.items() if {"gelu": "two-region"} in found} == {
+        "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"
+    }  # fmt: skip
+    mended = remedies(diagnosis, ["blocks.0.attn.value_product"], lambda: None)
+    two_regions = next(remedy for remedy in mended if remedy.change == {"softmax": "two-region"})
+    assert two_regions.gain != 0
+    assert two_regions.cost > 0  # a second product
+
+
+def test_a_network_that_is_no_dit_is_diagnosed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Two token streams, a float timestep, no guidance and flow matching: each row is an image of its own."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(Path(__file__).parents[1] / "toys/families")])
+    model = load_model("two-streams")
+    table = calibrate(model, replace(PRESETS["tq-dit"], weight_bits=4, **SMALL), tmp_path).table
+    diagnosis = Diagnosis(model, table, tmp_path, QUIET)
+    assert len(diagnosis.base) == len(diagnosis.rows) == 24
+    found = diagnose(diagnosis, 2, QUIET)
+    assert {site["layer"] for site in found["sites"]} == set(table.by_module)
+    assert max(remedy["gain"] for remedy in found["remedies"] if "weight_bits" in remedy["change"]) > 0
+    assert set(layer_errors(diagnosis)) == set(table.by_module)
+
+
+def test_costs_are_bit_operations(diagnosis):
+    costs = BitOperations(diagnosis)
+    sites = diagnosis.table.by_module["blocks.0.attn.qkv"]
     products = 16 * 16 * 48  # tokens, width, three times width
     assert costs.of("blocks.0.attn.qkv", sites) == products * 4 * 6
-    assert costs.of("blocks.0.mlp.fc2", patient.table.by_module["blocks.0.mlp.fc2"]) == 2 * 16 * 64 * 16 * 4 * 6
-    assert costs.extra("blocks.0.attn.qkv", list(sites.values())) == 0
+    assert costs.of("blocks.0.mlp.fc2", diagnosis.table.by_module["blocks.0.mlp.fc2"]) == 2 * 16 * 64 * 16 * 4 * 6
+    assert costs.extra("blocks.0.attn.qkv", sites) == 0
+    with_groups = replace(sites["input"].quantizer, granularity=PerTimestepGroup(3), scale=np.ones(3, np.float32))
+    grouped = {**sites, "input": replace(sites["input"], quantizer=with_groups)}
+    per_element = 2 * 32 * 32  # x / r before the product and its inverse behind it, in float32
+    assert costs.of("blocks.0.attn.qkv", grouped) == products * 4 * 6 + 16 * 16 * per_element
 
 
 def test_overrides_change_the_layer_that_they_name_and_no_other():
     config = QuantizationConfig(
         overrides="blocks.0.mlp.fc1:weight-bits=4,inputs=asymmetric;final_layer.linear:final=weights"
     )
-    plans = {entry.name: entry.operands for entry in plan(tiny_model().network, config)}
+    plans = {entry.name: entry.operands for entry in plan(tiny_model(), config)}
     assert plans["blocks.0.mlp.fc1"]["weight"].bits == 4
     assert plans["blocks.0.mlp.fc1"]["input"].scheme == "asymmetric"
     assert plans["blocks.1.mlp.fc1"]["weight"].bits == 8
@@ -155,7 +199,7 @@ def test_overrides_that_make_no_sense_are_refused(text, message):
 
 def test_an_override_of_an_unknown_layer_is_refused():
     with pytest.raises(UsageError, match=r"names 'blocks\.9\.mlp\.fc1', which is no layer of this model"):
-        plan(tiny_model().network, QuantizationConfig(overrides="blocks.9.mlp.fc1:weight_bits=8"))
+        plan(tiny_model(), QuantizationConfig(overrides="blocks.9.mlp.fc1:weight_bits=8"))
 
 
 def test_a_file_that_is_no_diagnosis_is_refused(tmp_path, capsys):

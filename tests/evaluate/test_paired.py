@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tqdit.errors import UsageError
-from tqdit.evaluate.bootstrap import Measure, around, dealt_out, number, of_mean, of_share
+from tqdit.evaluate.bootstrap import Measure, around, balanced_strata, number, of_mean, of_share
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
 
 RNG = np.random.default_rng(0)
@@ -119,8 +119,8 @@ def test_classes_that_were_dealt_out_are_resampled_within_themselves():
     """Ten classes far apart, 40 of each: the mean over all moves with the spread within the classes alone."""
     labels = np.arange(400) % 10
     x = 100.0 * labels + np.random.default_rng(4).normal(size=400)
-    assert dealt_out(labels) is labels
-    found = around(lambda chosen: float(x[chosen].mean()), 400, resamples=400, strata=dealt_out(labels))
+    assert balanced_strata(labels) is labels
+    found = around(lambda chosen: float(x[chosen].mean()), 400, resamples=400, strata=balanced_strata(labels))
     assert found.standard_error == pytest.approx(1 / 20, rel=0.15)
     plain = around(lambda chosen: float(x[chosen].mean()), 400, resamples=400)
     assert plain.standard_error > 100 * found.standard_error
@@ -128,4 +128,4 @@ def test_classes_that_were_dealt_out_are_resampled_within_themselves():
 
 @pytest.mark.parametrize("labels", [None, np.array([0, 0, 0, 1]), np.array([0, 1, 2, 3])])
 def test_random_or_single_labels_are_no_strata(labels):
-    assert dealt_out(labels) is None
+    assert balanced_strata(labels) is None

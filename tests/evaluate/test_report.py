@@ -5,17 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tqdit.evaluate.bootstrap import Measure, number
-from tqdit.evaluate.report import look_up, page, write_report
+from tqdit.evaluate.report import page, write_report
+
+pytestmark = pytest.mark.slow
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 
@@ -42,7 +46,7 @@ def facts() -> dict:
                     "signal_to_error_db": 20.0}],
         "timesteps": timesteps, "steps": [0.001 * (index + 1) for index in range(10)],
         "layers": {"boundaries": [250, 500, 750], "errors": layers},
-        "scale_steps": [{"site": "blocks.0.attn.value_product.left", "steps": [0.1, 0.2, 0.1, 0.05]}],
+        "scales": [{"site": "blocks.0.attn.value_product.left", "scales": [0.1, 0.2, 0.1, 0.05]}],
         "engines": [{"set": "subject", "name": "model.engine", "backend": "onnxruntime", "precision": "int8",
                      "size_mb": 2.1, "ms_per_image_and_step": 1.5, "batch": 16, "audit": "all int8"}],
         "diagnosis": {"error": 1e-4, "rows": 96,
@@ -72,7 +76,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         held = dict(attrs)
         self.tags.append((tag, held))
-        if "data-key" in held and tag != "rect":
+        if "data-key" in held:
             self._key = held["data-key"]
             self.numbers[self._key] = ""
 
@@ -91,6 +95,19 @@ def read(html: str) -> Reader:
     return reader
 
 
+def look_up(facts: Any, key: str) -> Any:
+    """The value of a `data-key` in the JSON. Layer and set names hold dots and commas, so the longest name wins."""
+    if not key:
+        return facts
+    if isinstance(facts, list):
+        head, _, rest = key.partition(".")
+        return look_up(facts[int(head)], rest)
+    for name in sorted(facts, key=len, reverse=True):
+        if key == name or key.startswith(f"{name}."):
+            return look_up(facts[name], key[len(name) + 1 :])
+    raise KeyError(key)
+
+
 def check_numbers(html: str, facts: dict) -> int:
     """Every number on the page is that of the JSON; returns how many there are."""
     numbers = read(html).numbers
@@ -105,8 +122,8 @@ def check_no_request(html: str) -> None:
     for tag, held in read(html).tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base", "audio", "video", "source", "form")
         for name in ("src", "href", "srcset", "poster", "data", "action", "background", "xlink:href"):
-            assert (held.get(name) or "data:").startswith("data:"), (tag, held)
-        assert "url(" not in (held.get("style") or "")
+            assert (held.get(name) or "data:").startswith(("data:", "#")), (tag, held)
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}  # a part of the same page
     style = html.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style
     assert "@import" not in style
@@ -152,13 +169,45 @@ def test_names_cannot_break_the_page(facts, pictures):
 
 
 def test_every_layer_and_group_has_a_cell(facts, pictures):
-    cells = [held for tag, held in read(page(facts, pictures)).tags if tag == "rect" and "data-key" in held]
+    reader = read(page(facts, pictures))
+    cells = [held for tag, held in reader.tags if tag == "td" and "background" in (held.get("style") or "")]
     assert len(cells) == 3 * 4
-    assert len({cell["fill"] for cell in cells}) >= 6  # errors span decades
+    assert len({cell["style"] for cell in cells}) >= 6  # errors span decades
+    assert reader.numbers["layers.errors.blocks.2.mlp.fc1.3"] == "1.00e-05"
+
+
+def test_an_error_of_zero_has_a_cell_too(facts, pictures):
+    facts["layers"]["errors"] = {"a": [0.0, 0.0], "b": [0.0, 0.0]}
+    assert read(page(facts, pictures)).numbers["layers.errors.b.1"] == "0.0"
+
+
+def points(html: str, line: int) -> list[list[tuple[float, float]]]:
+    """The corners of this line in each chart that has it, in pixels from the top left."""
+    paths = re.findall(rf'<g id="line-{line}">\s*<path d="([^"]*)"', html)
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)] for path in paths]
+
+
+def test_charts_show_every_step_in_its_place(facts, pictures):
+    facts["steps"][3] = 0.0  # has no place on a logarithmic axis
+    over_time, scales = points(page(facts, pictures), 0)
+    assert len(over_time) == len(facts["timesteps"]) - 1
+    left, height = np.array(over_time).T
+    kept = [index for index in range(10) if index != 3]
+    np.testing.assert_allclose(np.corrcoef(left, np.array(facts["timesteps"])[kept])[0, 1], 1)
+    np.testing.assert_allclose(np.corrcoef(height, np.log(np.array(facts["steps"])[kept]))[0, 1], -1)
+    np.testing.assert_allclose(scales[0][1], scales[2][1])  # 0.1 both times
+    assert scales[1][1] < scales[0][1] < scales[3][1]  # y counts from the top
+
+
+def test_a_chain_without_any_error_has_no_chart(facts, pictures):
+    facts["steps"] = [0.0] * 10
+    html = page(facts, pictures)
+    assert "No error at all." in html
+    assert len(points(html, 0)) == 1  # that of the scales
 
 
 def test_a_page_without_pairs_layers_or_engine_is_whole(facts):
-    for name in ("paired", "groups", "layers", "scale_steps", "engines", "diagnosis"):
+    for name in ("paired", "groups", "layers", "scales", "engines", "diagnosis"):
         facts.pop(name)
     html = page(facts, {})
     check_no_request(html)

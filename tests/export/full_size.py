@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,9 +18,7 @@ from tables import Kind, make_table
 from tqdit.export import ExportConfig, export_graph, write
 from tqdit.models.dit import DiT as Network
 from tqdit.models.dit import DiTConfig, randomize
-from tqdit.models.loaded import LoadedModel
-from tqdit.models.origins import PUBLISHED
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.families import published
 
 XL = DiTConfig(
     input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=1152, depth=28, mlp_hidden_size=4608,
@@ -31,13 +28,8 @@ XL = DiTConfig(
 
 def main(folder: Path, form: str) -> None:
     network = randomize(Network(XL)).eval().requires_grad_(False)
-    model = LoadedModel(
-        network, 4, 8, 32, 32, 1000, "published", "xl", "0" * 64, PUBLISHED.sampling, 1.5, PUBLISHED.latent_scale
-    )
-    products = nn.Linear | nn.Conv2d | Scores | ValueProduct
-    ranges = {
-        name: (np.float32([-3, 3]),) * 2 for name, module in network.named_modules() if isinstance(module, products)
-    }
+    model = published.describe(network, "xl", published.PUBLISHED)
+    ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
     table = None if form == "none" else make_table(model, Kind(groups=10), operands=ranges)
     started = time.perf_counter()
     graph, card = export_graph(model, ExportConfig(attention="float" if form == "none" else form), table)

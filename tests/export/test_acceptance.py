@@ -30,7 +30,7 @@ def file(request, tmp_path_factory):
     form, kind = request.param
     path = tmp_path_factory.mktemp("variant") / "model.onnx"
     table = None if kind is None else make_table(support.tiny_model(), kind)
-    write(path, *support.exported(ExportConfig(attention=form), table=table))
+    write(path, *support.exported(ExportConfig("step", attention=form), table=table))
     write(path.with_name("denoiser.onnx"), *support.exported(ExportConfig("denoiser", attention=form), table=table))
     return path
 
@@ -73,6 +73,7 @@ def test_openvino_computes_the_denoiser(file):
     support.assert_agrees(compile_for_openvino(path)(inputs)[0], expected)
 
 
+@pytest.mark.slow
 def test_polygraphy_inspects_and_sanitizes_it(file, tmp_path):
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     clean = tmp_path / "clean.onnx"

@@ -3,17 +3,20 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import save_file
 
 import support
 from tables import Kind, make_table
+from tqdit.card import Latents
 from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 from tqdit.onnx_file import read_card
 from tqdit.quantization.table import write_scale_table
+from tqdit.sampling.guidance import Guidance
 
 
 @pytest.fixture
@@ -27,20 +30,47 @@ def export(*arguments):
     return run("export", ["-q", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_exports_as_its_origin_samples(checkpoint, tmp_path, capsys):
     output = tmp_path / "model.onnx"
     assert export(output, "--model", checkpoint, "--heads", "2") == 0
     assert capsys.readouterr().out == f"{output}\n"
     card = read_card(output)
-    assert (card.sampling.steps, card.sampling.sampler, card.sampling.guided_channels) == (250, "ddpm", 3)
-    assert (card.origin, card.latent_scale, card.guided) == ("published", 0.18215, True)
+    assert card.graph == "denoiser"
+    assert (card.sampling.steps, card.sampling.sampler) == (250, "ddpm")
+    assert (card.origin, card.latents, card.guidance) == ("published", Latents(0.18215), Guidance(1.5, channels=3))
 
 
+def test_steps_and_sampler_are_what_the_file_proposes_and_unguided_files_have_no_guidance(checkpoint, tmp_path):
+    output = tmp_path / "model.onnx"
+    wanted = ["--steps", "20", "--sampler", "ddim", "--unguided"]
+    assert export(output, "--model", checkpoint, "--heads", "2", *wanted) == 0
+    card = read_card(output)
+    assert (card.sampling.steps, card.sampling.sampler, card.guidance) == (20, "ddim", None)
+
+
+def test_a_chain_other_than_that_of_the_scales_is_said(checkpoint, tmp_path, capsys):
+    """The file proposes the chain that the scales were found for, unless the command says otherwise."""
+    table = make_table(load_model(str(checkpoint), heads=2), Kind())
+    scales, output = tmp_path / "scales.safetensors", tmp_path / "model.onnx"
+    write_scale_table(scales, replace(table, settings={"steps": 100}))
+    arguments = [str(output), "--model", str(checkpoint), "--heads", "2", "--scales", str(scales)]
+    assert run("export", arguments) == 0
+    assert "100 steps of ddpm; the file" not in capsys.readouterr().err
+    assert read_card(output).sampling.steps == 100
+    assert run("export", [*arguments, "--steps", "50", "--sampler", "ddim"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "100 steps of ddpm" in line]
+    assert len(said) == 1
+    assert "50 steps of ddim" in said[0]
+    assert (read_card(output).sampling.steps, read_card(output).sampling.sampler) == (50, "ddim")
+
+
+@pytest.mark.slow
 def test_the_demo_model_exports_with_no_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert export() == 0
     card = read_card(tmp_path / "model.onnx")
-    assert (card.model, card.num_classes, card.latent_scale, card.sampling.steps) == ("demo", 16, None, 250)
+    assert (card.model, len(card.class_names), card.latents, card.sampling.steps) == ("demo", 16, None, 250)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +95,7 @@ def test_a_bad_request_gets_one_line_and_writes_nothing(tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_scales_lie_beside_and_their_model_is_taken(checkpoint, tmp_path, monkeypatch, capsys):
     """./scales.safetensors is used if it is there, and its model is the default; --float ignores it."""
     monkeypatch.chdir(tmp_path)
@@ -103,9 +134,10 @@ def test_a_table_of_another_model_and_a_missing_model_are_refused(checkpoint, tm
 def test_an_onnx_file_is_no_model(tmp_path, capsys):
     (tmp_path / "other.onnx").write_bytes(b"onnx")
     assert export(tmp_path / "model.onnx", "--model", tmp_path / "other.onnx") == 1
-    assert "a model is expected here, '.onnx' is none" in capsys.readouterr().err
+    assert "other.onnx: unsupported file type '.onnx'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_half_written(checkpoint, tmp_path):
     """RLIMIT_FSIZE makes the write fail half way."""
     output = tmp_path / "out" / "model.onnx"
@@ -132,6 +164,7 @@ def test_a_foreign_file_is_not_overwritten_without_force(checkpoint, tmp_path, c
     assert output.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_an_export_leaves_the_old_file(checkpoint, tmp_path):
     output = tmp_path / "out" / "model.onnx"
     output.parent.mkdir()

@@ -52,7 +52,7 @@ def session(path, optimise=False):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, form):
     model = support.tiny_model(origin)
@@ -67,6 +67,7 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
     assert np.linalg.norm(expected - unquantized) > 1e-3 * np.linalg.norm(expected)  # it is quantized at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path, origin, guided):
@@ -171,6 +172,7 @@ def test_inlining_the_bodies_changes_nothing(tmp_path, form):
     )
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_bytes(tmp_path):
     model = support.tiny_model()
     table = make_table(model, KINDS["W4A8 everything"])
@@ -252,6 +254,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     support.assert_agrees(out, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [21, 22, 23])
 def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()

@@ -67,6 +67,7 @@ def random_inputs(rows, steps, guided):
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided, rows):
@@ -106,6 +107,7 @@ def run_loop(model, card, seed, requests, scale, count=3):
     return run(chains, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
 def test_a_whole_chain_of_20_steps(exported, origin, sampler, guided):
     session, model, card = exported(origin, sampler, guided)
@@ -170,6 +172,7 @@ def test_the_denoiser_graph_is_the_network(tmp_path, origin):
     np.testing.assert_allclose(prediction, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_unguided_graphs_have_no_guidance_input_and_noise_always_stays(exported):
     for _, sampler, guided in VARIANTS:
         session, _, card = exported("published", sampler, guided)

@@ -1,19 +1,24 @@
 """The VAE decoder beside a latent model: exported from diffusers' AutoencoderKL, carried by the bundle."""
 
 import shutil
+from dataclasses import replace
 
 import diffusers
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
 import support
+from tqdit.card import Latents
 from tqdit.cli.main import run
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import CheckpointError, FileFormatError
 from tqdit.export import ExportConfig, export_graph, read_card, write
 from tqdit.export.vae import load_decoder, trace_decoder
+
+pytestmark = pytest.mark.slow
 
 
 def save_vae(folder, latent_channels=4):
@@ -30,7 +35,7 @@ def save_vae(folder, latent_channels=4):
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae = save_vae(folder / "vae")
-    model = support.tiny_model("diffusers")
+    model = replace(support.tiny_model("diffusers"), latents=Latents(0.5, 0.1))
     graph, card = export_graph(model, ExportConfig(steps=4))
     write(folder / "model.onnx", graph, card, trace_decoder(load_decoder(folder / "vae", model), model))
     build_engine(folder / "model.onnx", folder / "model.engine")
@@ -44,7 +49,7 @@ def test_the_decoder_is_diffusers_own(exported):
         latents = sampler.sample_latents([0, 1, 2], seed=1)
         images = sampler.sample([0, 1, 2], seed=1)
     with torch.no_grad():
-        expected = vae.decode(torch.from_numpy(latents) / 0.5).sample.numpy()
+        expected = vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy()
     assert images.shape == (3, 16, 16, 3)
     assert np.abs(images.astype(int) - to_pixels(expected).astype(int)).max() <= 1  # truncation to uint8
 
@@ -55,6 +60,17 @@ def test_the_bundle_is_complete_without_the_onnx_files(exported, tmp_path, capsy
     output = tmp_path / "s.png"
     assert run("sample", ["-q", str(alone), "-n", "4", "-o", str(output)]) == 0
     assert support.read_picture(output).shape == (2 * 64 + 2, 2 * 64 + 2, 3)
+
+
+def test_states_are_scaled_and_shifted_to_codes(exported):
+    """The decoder's graph alone, against diffusers' decoder: 1e-5 of images in about -1..1."""
+    folder, vae = exported
+    (file,) = folder.glob("*.vae-*.onnx")
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    (images,) = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"latents": latents})
+    with torch.no_grad():
+        expected = vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy()
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_card_names_the_decoder_and_its_image_size(exported):

@@ -1,4 +1,4 @@
-"""What every blow needs: small inputs of every kind, commands in forked children, and the verdict."""
+"""Shared by the tests: small inputs of every kind, commands in forked children, and checks of how they end."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import support
-from hardening.blows import DEALT
+from hardening.damage import CAUSED
 from tables import Kind, make_table
 from tqdit.cli.main import main
 from tqdit.engines.build.engine import build_engine
@@ -46,6 +46,12 @@ class Outcome:
         assert self.lines[0].startswith("tqdit"), self.err
         assert "Traceback" not in self.err
 
+    def check_answer(self):
+        """A refusal, or success."""
+        if self.code:
+            self.check_refusal()
+        assert "Traceback" not in self.err
+
 
 class Commands:
     """Commands in children of a process that has imported everything."""
@@ -59,8 +65,8 @@ class Commands:
 
     def start(self, *argv, limit=None, stdout=None, user=None):
         """Begin a command and return its process id."""
-        DEALT["full disks"] += limit is not None or stdout is not None
-        DEALT["folders of other users"] += user is not None
+        CAUSED["full disks"] += limit is not None or stdout is not None
+        CAUSED["folders of other users"] += user is not None
         job = {"argv": list(map(str, argv)), "limit": limit, "stdout": stdout, "user": user, "log": str(self.log)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -84,7 +90,7 @@ class Commands:
             time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)  # a zombie at worst: it is reaped by `end`
         outcome = self.end()
-        DEALT["kill -9"] += outcome.code == -signal.SIGKILL
+        CAUSED["kill -9"] += outcome.code == -signal.SIGKILL
         return outcome
 
     def close(self):
@@ -94,9 +100,9 @@ class Commands:
 
 
 def pytest_terminal_summary(terminalreporter):
-    if +DEALT:
+    if +CAUSED:
         terminalreporter.write_line(
-            "blows dealt: " + ", ".join(f"{count} {kind}" for kind, count in sorted((+DEALT).items()))
+            "failures caused: " + ", ".join(f"{count} {kind}" for kind, count in sorted((+CAUSED).items()))
         )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hardening.blows import DEALT
 from hardening.conftest import Commands, Outcome
+from hardening.damage import CAUSED
 from hardening.test_kill import BUILD, CALIBRATE, EXPORT, SAMPLE, SHEET, digest
 
 pytestmark = pytest.mark.hardening
@@ -102,7 +102,7 @@ def test_two_commands_that_write_one_output_both_end_well_or_one_is_refused(inpu
             for each in (commands, others):
                 each.start(*fill(argv, inputs, here))
             outcomes = [each.end() for each in (commands, others)]
-            DEALT["pairs of writers"] += 1
+            CAUSED["pairs of writers"] += 1
             codes = sorted(outcome.code for outcome in outcomes)
             for outcome in outcomes:
                 if outcome.code:

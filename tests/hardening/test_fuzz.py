@@ -10,6 +10,7 @@ import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tqdit.models.published import read_own_facts
 
 from tqdit.calibrate.advice import as_text, read_advice
 from tqdit.calibrate.config import QuantizationConfig
@@ -19,7 +20,6 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
-from tqdit.models.published import read_own_facts
 from tqdit.models.state import read_sharded
 from tqdit.onnx_file import OnnxFile, parse_model, read_card
 from tqdit.quantization.granularity import granularity_from_text, granularity_to_text
@@ -93,8 +93,8 @@ def test_cards(inputs, data):
 @many
 def test_manifests(inputs, data):
     good = json.loads((inputs / "model.engine" / MANIFEST).read_text())
-    spoilt = data.draw(changed(good))
-    manifest = value_or_one_line(Manifest.from_json, json.dumps(spoilt), Path("x.engine/manifest.json"))
+    text = json.dumps(data.draw(changed(good)))
+    manifest = value_or_one_line(Manifest.from_json, text, Path("x.engine/manifest.json"))
     if manifest is not None:
         for name in [*manifest.files, manifest.entry]:
             assert Path("x.engine", name).resolve().parent == Path("x.engine").resolve()
@@ -128,6 +128,7 @@ def test_scale_tables(inputs, data):
     tensors = {key: each for key, each in (tensors | {name: tensor}).items() if each is not None}
     table = value_or_one_line(parse, {METADATA_KEY: text}, tensors)
     if table is not None:  # what was accepted survives a round trip
+        assert not any(np.isnan(tensor).any() for tensor in tensors.values())
         again = safetensors.deserialize(table.to_bytes())
         assert {name for name, _ in again} == set(tensors)
 

@@ -1,5 +1,5 @@
-"""kill -9 at random moments of every stage: the output is the old one, none, or the whole new one; the same command
-ends with the bytes of a run that nobody disturbed."""
+"""kill -9 at random moments of every stage: the output is the old one, none, or the whole new one, and the same command
+then ends with the bytes of an undisturbed run."""
 
 import hashlib
 import shutil

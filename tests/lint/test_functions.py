@@ -34,7 +34,7 @@ def test_a_function_that_nobody_calls_is_none_for_openvino():
 def test_a_function_that_calls_a_function_is_an_error():
     finding = only(called(OUTER, "y = tqdit.outer<k = 2.0>(x)"), "tensorrt-rtx")
     assert (finding.rule, finding.severity, finding.node) == ("function", "error", "function tqdit.outer")
-    assert "hands an attribute on to it" in finding.message
+    assert "passes an attribute on to it" in finding.message
 
 
 def test_two_functions_side_by_side_pass():
@@ -78,3 +78,14 @@ def test_a_rule_sees_a_function_once_however_often_it_is_called():
         "h = tqdit.twice(x) y = tqdit.twice(x)",
     )
     assert found(model, "onnxruntime") == [("scale-value", "twice/q")]
+
+
+def test_a_function_for_another_opset_is_still_looked_into():
+    function = FUNCTION.replace("[add] b = Add(a, a)", "k = Constant<value_float = 0.0>() [q] b = QuantizeLinear(a, k)")
+    model = called(function.replace(": 20", ": 21"))
+    assert sorted(found(model, "onnxruntime")) == [("function", "function tqdit.twice"), ("scale-value", "twice/q")]
+
+
+def test_a_call_with_more_inputs_than_the_function_has_leaves_the_other_findings():
+    body = "h = tqdit.twice(x, x) k = Constant<value_float = 0.0>() [q] y = QuantizeLinear(h, k)"
+    assert ("scale-value", "q") in found(graph(body, functions=FUNCTION, **SAME), "onnxruntime")

@@ -9,7 +9,7 @@ import pytest
 from lint_graphs import CONSTANTS, FUNCTION, QUANTIZED, graph, weight
 from support import exported
 from tqdit.cli import main as cli
-from tqdit.errors import UsageError
+from tqdit.errors import FileFormatError, UsageError
 from tqdit.lint import BACKENDS, lint, program
 
 BAD = "[float] f = QuantizeLinear(w, ws, zero)" + QUANTIZED.replace("(w, ws)", "(f, ws)").replace("(x, s", "(x, r")
@@ -35,6 +35,25 @@ def test_the_model_is_left_as_it_was():
     assert model.SerializeToString(deterministic=True) == before
 
 
+def test_a_graph_that_onnx_does_not_allow_is_refused_in_one_line(tmp_path, capsys):
+    model = bad()
+    model.graph.node[1].output[0] = model.graph.node[0].output[0]  # two nodes write one value
+    with pytest.raises(FileFormatError, match="the ONNX graph is damaged"):
+        lint(model)
+    onnx.save(model, tmp_path / "m.onnx")
+    assert cli.run("inspect", ["--lint", str(tmp_path / "m.onnx")]) == 1
+    err = capsys.readouterr().err
+    assert "m.onnx: the ONNX graph is damaged" in err
+    assert err.count("\n") == 1
+
+
+def test_a_node_that_makes_no_sense_leaves_the_other_findings():
+    model = bad()
+    nonsense = onnx.helper.make_node("Reshape", ["x"], ["nothing"], name="odd", axis="text")
+    model.graph.node.insert(0, nonsense)
+    assert [finding.node for finding in lint(model)] == ["q", "float"]
+
+
 def test_an_unknown_backend_is_a_usage_error():
     with pytest.raises(UsageError, match="unknown backend 'cuda'; the lint knows onnxruntime, openvino"):
         lint(bad(), "cuda")
@@ -58,7 +77,7 @@ def test_five_thousand_nodes_take_a_second():
 
 
 def test_functions_that_double_thirty_times_end(monkeypatch):
-    monkeypatch.setattr(program, "MAX_SITES", 5000)
+    monkeypatch.setattr(program, "MAX_NODES", 5000)
     levels = "".join(
         f'<domain: "tqdit", opset_import: ["" : 20, "tqdit" : 1]> f{i} (a) => (b) {{ c = tqdit.f{i + 1}(a) '
         f"b = tqdit.f{i + 1}(c) }}\n"

@@ -51,6 +51,29 @@ def test_a_scale_that_a_cast_takes_to_zero_is_zero():
     assert found(graph(body, constants)) == [("scale-value", "q"), ("scale-value", "dq")]
 
 
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "r = Sub(tiny, tiny)",
+        "n = Constant<value_ints = [1, 1]>() h = Reshape(tiny, n) r = Squeeze(h)",
+        "n = Constant<value_ints = [0]>() h = Unsqueeze(tiny, n) i = Transpose(h) z = Mul(i, i) r = Mul(z, z)",
+    ],
+)
+def test_numbers_are_followed_through_operators(chain):
+    body = chain + QUANTIZED.replace("x, s", "x, r").replace("a, s", "a, r")
+    constants = "int8 zero = {0}, float ws = {0.01}, float tiny = {0.0}"
+    assert found(graph(body, constants)) == [("scale-value", "q"), ("scale-value", "dq")]
+
+
+def test_a_constant_too_large_to_hold_is_not_computed():
+    """Each operand is small, their sum would take 16 GB."""
+    wide = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in
+            (("row", (1, 65536)), ("column", (65536, 1)))]  # fmt: skip
+    model = graph("big = Add(row, column)" + QUANTIZED)
+    model.graph.initializer.extend(wide)
+    assert found(model) == []
+
+
 def test_a_scale_beside_the_file_is_read_from_its_folder_only(tmp_path):
     import onnx
 

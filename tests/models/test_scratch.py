@@ -14,7 +14,7 @@ import support
 from tqdit.errors import OutputError
 from tqdit.export import ExportConfig
 from tqdit.export.graph import trace_graph
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 NOWHERE = (
     "PyTorch finds no place for its temporary files (No usable temporary directory found in ['/tmp', '/here']). "
@@ -36,6 +36,7 @@ def test_no_folder_for_temporary_files_is_one_line(monkeypatch, work):
     assert str(error.value) == NOWHERE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["export", "m.onnx", "--float"], ["inspect", "demo"]])
 def test_a_spoilt_folder_of_pytorchs_is_named(tmp_path, command):
     """In a process of its own: PyTorch looks once."""

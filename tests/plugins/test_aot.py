@@ -15,6 +15,8 @@ from tqdit.plugins.multi_region_attention import plan as attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
 
 SCALE = 0.1
@@ -64,7 +66,6 @@ def test_kernels_compile_for_every_type(floats):
         assert aot.compile_kernel(kernel, (8, 0)).threads == 32 * kernel.num_warps
 
 
-@pytest.mark.slow
 def test_every_block_shape_of_the_widest_head_fits_a_small_chip():
     """And the last one every launcher: beyond 48 KiB a launcher must ask the driver first."""
     candidates = attention.candidates("fp16", 128, 1024)

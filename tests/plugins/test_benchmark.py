@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 
 
+@pytest.mark.slow
 def test_every_kernel_is_checked_and_every_variant_timed(tmp_path):
     command = [sys.executable, BENCHMARK, "--dry-run", "--tokens", "40", "--json", tmp_path / "out.json"]
     subprocess.run(command, check=True, capture_output=True)
@@ -25,6 +26,7 @@ def test_every_kernel_is_checked_and_every_variant_timed(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_sweep_times_every_block_shape(tmp_path):
     command = [sys.executable, BENCHMARK, "--dry-run", "--sweep", "--tokens", "33", "--batches", "1", "--json"]
     subprocess.run([*command, tmp_path / "out.json"], check=True, capture_output=True)

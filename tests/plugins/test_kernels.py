@@ -187,6 +187,7 @@ def test_multi_region_attention(data):
     assert_attended(out, q, k, v, low, bits, np.float32(high), np.float32(scale), floats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [64, 72, 88, 128])
 @pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
 def test_every_head_size_in_every_tiling(head, blocks):
@@ -197,6 +198,7 @@ def test_every_head_size_in_every_tiling(head, blocks):
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [256, 300, pytest.param(1024, marks=pytest.mark.slow)])
 def test_attention_over_many_tokens(tokens):
     rng = np.random.default_rng(0)

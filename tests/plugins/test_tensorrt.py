@@ -20,6 +20,8 @@ from tqdit.plugins import aot, tensorrt
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
 from tqdit.plugins.multi_region_attention import plan as attention
 
+pytestmark = pytest.mark.slow
+
 # What the bindings need of TensorRT's libraries to be loaded; none of it is called.
 SYMBOLS = (
     "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",

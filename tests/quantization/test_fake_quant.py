@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from support import tiny_model
 from tqdit.calibrate import apply
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, quantize_module
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
@@ -217,6 +217,7 @@ def test_a_quantized_model_can_be_copied_and_pickled() -> None:
         torch.testing.assert_close(copied(*batch), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_quantized_network_can_be_traced() -> None:
     model = tiny_model()
     quantized = apply(model, table_for(model)).network

@@ -13,7 +13,7 @@ from tables import Kind, make_table
 from tqdit.calibrate import apply
 from tqdit.errors import UsageError
 from tqdit.export import ExportConfig
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import ValueProduct
 from tqdit.quantization.fold import fold, fold_divisors, source_of
 
@@ -106,6 +106,7 @@ def test_a_table_with_divisors_is_one_without_for_the_folded_network() -> None:
         )
 
 
+@pytest.mark.slow
 def test_equalisation_adds_no_node_to_the_exported_graph() -> None:
     config = ExportConfig("denoiser", attention="integer")
     model = tiny_model()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import safetensors.numpy
 
 from tqdit.cli.main import main
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup, group_of
 from tqdit.quantization.quantizer import factor_scales
 from tqdit.quantization.schemes.asymmetric import Asymmetric
 from tqdit.quantization.schemes.symmetric import Symmetric
@@ -72,6 +74,15 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert is_scale_table(tmp_path / "s.safetensors")
 
 
+def test_reading_a_table_needs_neither_torch_nor_onnx() -> None:
+    code = (
+        "import pathlib, sys; from tqdit.quantization.table import read_scale_table; "
+        f"read_scale_table(pathlib.Path({str(GOLDEN)!r})); "
+        "sys.exit(bool({'torch', 'onnx', 'onnx_ir'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_divisor_travels_with_its_input(tmp_path: Path) -> None:
     site = Site("qkv", "input", Symmetric(8, PerTensor(), f32(0.5)), divisor=f32(1, 2, 4))
     write_scale_table(tmp_path / "s.safetensors", replace(small_table(), sites=(site,)))
@@ -88,7 +99,8 @@ def test_scales_factor_into_a_reference_and_ratios_of_at_most_one() -> None:
 
 
 def test_a_boundary_timestep_belongs_to_the_later_group() -> None:
-    assert small_table().group_of(np.array([0, 499, 500, 999])).tolist() == [0, 0, 1, 1]
+    assert group_of(small_table().boundaries, np.array([0, 499, 500, 999])).tolist() == [0, 0, 1, 1]
+    assert group_of(np.array([0.3, 0.7]), np.array([0.0, 0.299, 0.3, 0.7, 1.0])).tolist() == [0, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

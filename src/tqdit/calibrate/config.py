@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
+from tqdit.sampling.guidance import check_scale
 
 if TYPE_CHECKING:  # which needs torch; this module does not
-    from tqdit.models import LoadedModel
+    from tqdit.models.loaded import LoadedModel
 
 
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
@@ -85,7 +86,7 @@ class QuantizationConfig:
         for name in ("weight_bits", "activation_bits", "outer_bits"):
             self._within(name, 2, 8)
         self._within("groups", 1, 1000)
-        self._within("rows_per_group", 2, 100_000)
+        self._within("rows_per_group", 1, 100_000)
         self._within("chains", 1, 100_000)
         self._within("rounds", 1, 100)
         self._within("candidates", 2, 10_000)
@@ -99,11 +100,6 @@ class QuantizationConfig:
             raise UsageError(
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
                 "0 < alpha < beta and a share in (0, 1]."
-            )
-        if self.rows_per_group % 2:
-            raise UsageError(
-                f"--rows-per-group is {self.rows_per_group}; the two rows of a guided pair come together. "
-                "Pass an even number."
             )
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
@@ -139,7 +135,7 @@ class QuantizationConfig:
         return replace(
             self,
             steps=model.sampling.steps if self.steps is None else self.steps,
-            guidance_scale=model.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            guidance_scale=None if model.guidance is None else check_scale(model.guidance, self.guidance_scale),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -7,37 +7,35 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tqdit.calibrate.layers import find_layers
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
 
 
 def multiply_adds(model: LoadedModel) -> dict[str, int]:
     """Of each product of the network, for one row."""
     counts: dict[str, int] = {}
-    modules = {layer.name: model.network.get_submodule(layer.name) for layer in find_layers(model.network)}
 
     def hook(name: str) -> Any:
         def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(module, Scores | ValueProduct):
                 contracted = inputs[0].shape[-1]
             else:
-                assert isinstance(module, nn.Linear | nn.Conv2d)
-                contracted = module.weight[0].numel()
-            counts[name] = output.numel() * contracted
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                contracted = weight[0].numel()
+            counts[name] = counts.get(name, 0) + output.numel() * contracted
 
         return count
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    with torch.no_grad():
-        x = torch.zeros(1, model.in_channels, model.height, model.width, device=model.device)
-        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-        model.network(x, zero, zero)
-    for handle in handles:
-        handle.remove()
+    names = [product.name for product in model.products]
+    handles = [model.network.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        model(model.signature.zeros(1))
+    finally:
+        for handle in handles:
+            handle.remove()
     return counts
 
 
@@ -45,20 +43,19 @@ def multiply_adds(model: LoadedModel) -> dict[str, int]:
 class Meter:
     """Multiply-adds that this process spent, by phase. Work that a resumed run found on disk is not in it."""
 
-    per_row: dict[str, int]
+    per_row: dict[str, int]  # of each product
     spent: dict[str, float] = field(default_factory=dict)
 
     def add(self, phase: str, count: float) -> None:
         self.spent[phase] = self.spent.get(phase, 0.0) + count
 
-    def forward(self, phase: str, rows: int, layers: list[str] | None = None) -> None:
-        """Forward passes through some layers, or all."""
-        self.add(phase, rows * sum(self.per_row[name] for name in (self.per_row if layers is None else layers)))
+    def forward(self, phase: str, rows: int) -> None:
+        self.add(phase, rows * sum(self.per_row.values()))
 
-    def backward(self, phase: str, rows: int, layers: list[str]) -> None:
+    def backward(self, phase: str, rows: int) -> None:
         """Gradients of inputs alone: one product per linear layer, two per product of attention."""
-        products = sum(self.per_row[name] * (2 if name.endswith(("scores", "value_product")) else 1) for name in layers)
-        self.add(phase, rows * products)
+        attention = ("scores", "value_product")
+        self.add(phase, rows * sum(n * (2 if name.endswith(attention) else 1) for name, n in self.per_row.items()))
 
     @property
     def forward_equivalents(self) -> dict[str, float]:

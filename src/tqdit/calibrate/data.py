@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.calibrate.rows import CalibrationRows, pick, renoise
-from tqdit.diffusion import SamplingSpec
 from tqdit.errors import UsageError
 from tqdit.files import read_npz, sha256
-from tqdit.models import LoadedModel
+from tqdit.models.loaded import LoadedModel
+from tqdit.sampling.schedule import SamplingSpec
 
 IMAGE_NAMES = ("arr_0", "images", "latents", "x")
 LABEL_NAMES = ("arr_1", "labels", "class_labels", "y")
@@ -26,8 +24,8 @@ LABEL_NAMES = ("arr_1", "labels", "class_labels", "y")
 class DataSet:
     """x0 float32 (B, C, H, W) in the model's own space, labels int64 (B,), and the digest of the file."""
 
-    x0: Tensor
-    labels: Tensor
+    x0: NDArray[np.float32]
+    labels: NDArray[np.int64]
     sha256: str
 
 
@@ -43,7 +41,9 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
     labels = _first(path, arrays, LABEL_NAMES)
     if x0.dtype == np.uint8:
         x0 = x0.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1 if x0.ndim == 4 else x0
-    expected = (model.in_channels, model.height, model.width)
+    expected, port = model.signature.state.row_shape, model.signature.label
+    if port is None or port.choices is None:
+        raise UsageError(f"{path}: --data is for models of classes; {model.signature.family} takes other requests.")
     if x0.ndim != 4 or x0.shape[1:] != expected or not np.issubdtype(x0.dtype, np.floating):
         raise UsageError(
             f"{path}: holds {x0.dtype}{list(x0.shape)}, the model works on {list(expected)}. Pass uint8 images "
@@ -51,9 +51,9 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
         )
     if labels.shape != x0.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(f"{path}: its labels are {labels.dtype}{list(labels.shape)}, expected {len(x0)} integers.")
-    if not np.isfinite(x0).all() or not ((labels >= 0) & (labels < model.num_classes)).all():
-        raise UsageError(f"{path}: holds NaN or infinite values, or labels outside 0..{model.num_classes - 1}.")
-    return DataSet(torch.from_numpy(x0.astype(np.float32)), torch.from_numpy(labels.astype(np.int64)), sha256(path))
+    if not np.isfinite(x0).all() or not ((labels >= 0) & (labels < port.choices)).all():
+        raise UsageError(f"{path}: holds NaN or infinite values, or labels outside 0..{port.choices - 1}.")
+    return DataSet(x0.astype(np.float32), labels.astype(np.int64), sha256(path))
 
 
 def _first(path: Path, arrays: dict[str, NDArray[Any]], names: tuple[str, ...]) -> NDArray[Any]:
@@ -67,5 +67,7 @@ def data_rows(model: LoadedModel, spec: SamplingSpec, config: QuantizationConfig
     """Rows from the data set instead of chains: the same steps, each from one of its images in turn."""
     if config.boundaries == "drift":
         raise UsageError("--boundaries drift is measured on the model's own chains. Leave out --data, or pass even.")
-    picks = pick(spec, replace(config, chains=len(data.x0)))
-    return renoise(model, spec, picks, data.x0.to(model.device), data.labels.to(model.device), config.seed)
+    port = model.signature.label
+    assert port is not None
+    picks = pick(model, config, chains=len(data.x0))
+    return renoise(model, spec, picks, data.x0, {port.name: data.labels}, config.seed)

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibrate.layers import find_layers
 from tqdit.errors import UsageError
+from tqdit.models.loaded import LoadedModel
 
 TINY = 1e-12  # of an operand that is all zeros
 
@@ -26,8 +26,8 @@ TINY = 1e-12  # of an operand that is all zeros
 class Drift:
     """Statistics (T, F) of the operands of every product at each step of the chains."""
 
-    def __init__(self, network: nn.Module, steps: int) -> None:
-        self.modules = [network.get_submodule(layer.name) for layer in find_layers(network)]
+    def __init__(self, model: LoadedModel, steps: int) -> None:
+        self.modules = [model.network.get_submodule(product.name) for product in model.products]
         self.statistics = torch.zeros(steps, 0)
         self._steps = steps
 
@@ -53,7 +53,9 @@ class Drift:
         self.statistics[step] = row
 
 
-def place_boundaries(statistics: NDArray[np.float64], timesteps: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+def place_boundaries(
+    statistics: NDArray[np.float64], timesteps: NDArray[np.float64], groups: int
+) -> NDArray[np.float64]:
     """The boundaries (G - 1,) of G contiguous groups of steps that are most alike.
 
     statistics (T, F) and timesteps (T,) of the steps 0..T-1, in increasing order of timesteps. A boundary is the first
@@ -75,7 +77,7 @@ def place_boundaries(statistics: NDArray[np.float64], timesteps: NDArray[np.int6
     for group in range(groups, 1, -1):
         stop = int(origin[group, stop])
         starts.append(stop)
-    return np.asarray(timesteps, np.int64)[starts[::-1]]
+    return np.asarray(timesteps, np.float64)[starts[::-1]]
 
 
 def _costs(x: NDArray[np.float64]) -> NDArray[np.float64]:

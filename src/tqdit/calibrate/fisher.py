@@ -2,7 +2,7 @@
 layer's output weighs that output's errors by g^2.
 
 With v ~ N(0, I), E[g^2] = diag(J^T J): an unbiased Gauss-Newton diagonal that needs no data set. The gradient of the
-squared error against the float output is never used: it is zero where the rest of the network is float.
+squared error against the float output is never used: it is zero if the rest of the network is float.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from tqdit.calibrate.rows import CalibrationRows
-from tqdit.diffusion import SamplingSpec, step_coefficients
 from tqdit.sampling.noise import normal
+from tqdit.sampling.schedule import SamplingSpec
 
 COTANGENTS = 2**41  # image numbers from here on draw cotangents, apart from every noise
 
-# (rows, their indices (N,), output (N, K, H, W), spec, seed) -> cotangent (N, K, H, W)
+# (rows, their indices (N,), output (N, K, ...), spec, seed) -> cotangent (N, K, ...)
 Fisher = Callable[[CalibrationRows, Tensor, Tensor, SamplingSpec, int], Tensor]
 
 
 def plain(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
-    """v ~ N(0, I) on the noise channels, 0 on the learned variance. A row's v does not depend on its batch."""
-    shape = tuple(rows.x.shape[1:])
+    """v ~ N(0, I) on the prediction, 0 on the other channels. A row's v does not depend on its batch."""
+    shape = tuple(rows.target.shape[1:])
     cotangent = torch.zeros_like(output)
     draws = np.stack([normal(seed, COTANGENTS + int(row), 0, shape) for row in index])
     cotangent[:, : shape[0]] = torch.from_numpy(draws).to(output.device)
@@ -33,16 +33,16 @@ def plain(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSp
 
 
 def step_weighted(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
-    """v times the factor with which an error of eps enters the sampler's next state, at each row's own step."""
-    factor = torch.from_numpy(np.abs(step_coefficients(spec.schedule, spec.sampler).from_eps)).float().to(output.device)
-    return plain(rows, index, output, spec, seed) * factor[rows.step[index]].reshape(-1, 1, 1, 1)
+    """v times the factor with which an error of the prediction enters the next state, at each row's own step."""
+    factor = torch.from_numpy(spec.schedule.error_weights).float().to(output.device)[rows.step[index]]
+    return plain(rows, index, output, spec, seed) * factor.reshape(-1, *[1] * (output.ndim - 1))
 
 
 def loss_gradient(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
-    """2 (eps_theta - eps), the gradient of the paper's loss (eq. 11) on rows that were noised with a known eps."""
-    channels = rows.x.shape[1]
+    """2 (prediction - target), the gradient of the paper's loss (eq. 11) on rows that were noised with known noise."""
+    channels = rows.target.shape[1]
     cotangent = torch.zeros_like(output)
-    cotangent[:, :channels] = 2 * (output[:, :channels] - rows.noise[index])
+    cotangent[:, :channels] = 2 * (output[:, :channels] - rows.target[index])
     return cotangent
 
 

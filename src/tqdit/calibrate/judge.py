@@ -6,18 +6,17 @@ of an image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tqdit.calibrate.config import QuantizationConfig
-from tqdit.calibrate.rows import CalibrationRows, Chains, Picks
-from tqdit.diffusion import SamplingSpec
-from tqdit.models import LoadedModel
+from tqdit.calibrate.rows import CalibrationRows, Picks, Trajectory
+from tqdit.models.loaded import LoadedModel
 
-NO_PICKS = Picks(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
+NO_PICKS = Picks(*(np.zeros(0, dtype=np.int64) for _ in range(3)), np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,12 @@ class ChainError:
 
 
 def final_samples(model: LoadedModel, steps: int, images: int, guidance_scale: float, seed: int) -> Tensor:
-    """x_0 of guided chains with seeded noise and classes, (images, C, H, W)."""
+    """x_0 of chains with seeded noise and requests, (images, C, ...)."""
     config = QuantizationConfig(steps=steps, chains=images, guidance_scale=guidance_scale, seed=seed)
-    chains = Chains(model, replace(model.sampling, steps=steps), config, NO_PICKS)
-    while chains.next_step >= 0:
-        chains.advance()
-    return chains.x
+    trajectory = Trajectory(model, config, NO_PICKS)
+    while trajectory.next_step >= 0:
+        trajectory.advance()
+    return torch.from_numpy(trajectory.chains.x.copy())
 
 
 def chain_error(reference: Tensor, found: Tensor) -> ChainError:
@@ -51,9 +50,8 @@ def chain_error(reference: Tensor, found: Tensor) -> ChainError:
 
 
 @torch.no_grad()
-def eps_error(model: LoadedModel, quantized: LoadedModel, rows: CalibrationRows, spec: SamplingSpec) -> float:
-    """Squared error of the predicted noise on given rows, relative to its energy."""
-    channels = model.in_channels
-    a = model.network(rows.x, rows.timestep, rows.label)[:, :channels]
-    b = quantized.network(rows.x, rows.timestep, rows.label)[:, :channels]
+def eps_error(model: LoadedModel, quantized: LoadedModel, rows: CalibrationRows) -> float:
+    """Squared error of the prediction on given rows, relative to its energy."""
+    channels = model.signature.channels
+    a, b = (each.call(rows.inputs)[:, :channels] for each in (model, quantized))
     return float((a - b).square().sum() / a.square().sum())

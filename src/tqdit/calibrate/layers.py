@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import nn
 
 from tqdit.calibrate.config import QuantizationConfig
 from tqdit.errors import UsageError
-from tqdit.models.dit import Attention, DiT, DiTBlock, FinalLayer, Mlp, PatchEmbed, TimestepEmbedder
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Place, Product
 from tqdit.quantization.granularity import Role
-
-Place = Literal["block", "attention", "patch", "final", "conditioning"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One product of the network: a linear layer, a convolution or a product of attention."""
-
-    name: str
-    place: Place
-    scheme: str | None = None  # of its left operand or input, where that follows from its place
-    row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in qkv
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ class OperandPlan:
 class LayerPlan:
     """One product with the operands that are quantized; an operand without a plan stays float."""
 
-    layer: Layer
+    layer: Product
     operands: dict[Role, OperandPlan]
 
     @property
@@ -51,49 +39,23 @@ class LayerPlan:
         return self.layer.name
 
 
-def find_layers(network: nn.Module) -> tuple[Layer, ...]:
-    """Every product of a DiT, in the order of its modules."""
-    if not isinstance(network, DiT):
-        raise UsageError(f"a {type(network).__name__} cannot be calibrated yet, only a DiT. Load one with load_model.")
-    return tuple(layer for name, module in network.named_modules() for layer in _products_of(name, module))
-
-
-def _products_of(name: str, module: nn.Module) -> Iterator[Layer]:
-    match module:
-        case Attention():
-            yield Layer(f"{name}.qkv", "block", row_blocks=3)
-            yield Layer(f"{name}.scores", "attention")
-            yield Layer(f"{name}.value_product", "attention", scheme="softmax")
-            yield Layer(f"{name}.proj", "block")
-        case Mlp():
-            yield Layer(f"{name}.fc1", "block")
-            yield Layer(f"{name}.fc2", "block", scheme="gelu")
-        case PatchEmbed():
-            yield Layer(f"{name}.proj", "patch")
-        case TimestepEmbedder():
-            yield Layer(f"{name}.mlp.0", "conditioning")
-            yield Layer(f"{name}.mlp.2", "conditioning")
-        case DiTBlock():
-            yield Layer(f"{name}.adaLN_modulation.1", "conditioning")
-        case FinalLayer():
-            yield Layer(f"{name}.linear", "final")
-            yield Layer(f"{name}.adaLN_modulation.1", "conditioning")
-
-
-def plan(network: nn.Module, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
+def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
     """The products that `config` quantizes."""
-    layers = find_layers(network)
-    unknown = set(config.layer_knobs) - {layer.name for layer in layers}
+    names = [product.name for product in model.products]
+    unknown = set(config.layer_knobs) - set(names)
     if unknown:
         raise UsageError(f"--overrides names '{min(unknown)}', which is no layer of this model. Name one such as "
-                         f"'{layers[-1].name}'.")  # fmt: skip
+                         f"'{names[-1]}'.")  # fmt: skip
     plans = (
-        _plan_layer(network.get_submodule(layer.name), layer, config.for_layer(layer.name)) for layer in layers
-    )  # fmt: skip
+        _plan_layer(model.network.get_submodule(product.name), product, config.for_layer(product.name))
+        for product in model.products
+    )
     return tuple(layer_plan for layer_plan in plans if layer_plan.operands)
 
 
-def _plan_layer(module: nn.Module, layer: Layer, config: QuantizationConfig) -> LayerPlan:
+def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -> LayerPlan:
+    if not _can_be_quantized(module):
+        return LayerPlan(layer, {})
     if layer.place == "attention":
         if not config.attention:
             return LayerPlan(layer, {})
@@ -113,15 +75,22 @@ def _plan_layer(module: nn.Module, layer: Layer, config: QuantizationConfig) -> 
     return LayerPlan(layer, operands)
 
 
-def _left(layer: Layer, config: QuantizationConfig) -> OperandPlan:
-    groups = _groups(config, layer.scheme or "symmetric")
-    if layer.scheme != "softmax" or config.softmax == "uniform":
+def _can_be_quantized(module: nn.Module) -> bool:
+    """Convolutions only if their stride is their kernel: a linear layer on patches."""
+    if isinstance(module, nn.Conv2d):
+        return module.stride == module.kernel_size and not any(module.padding) and module.groups == 1
+    return not isinstance(module, nn.Conv1d | nn.Conv3d)
+
+
+def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
+    groups = _groups(config, layer.made_by or "symmetric")
+    if layer.made_by != "softmax" or config.softmax == "uniform":
         return OperandPlan("symmetric", config.activation_bits, groups)
     return OperandPlan("softmax", config.activation_bits, groups, {"top": config.softmax_top})
 
 
-def _input(layer: Layer, config: QuantizationConfig, bits: int) -> OperandPlan:
-    scheme = "gelu" if layer.scheme == "gelu" and config.gelu != "uniform" else config.inputs
+def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
+    scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else config.inputs
     return OperandPlan(scheme, bits, _groups(config, scheme))
 
 

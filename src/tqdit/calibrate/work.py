@@ -59,11 +59,18 @@ class WorkFolder:
         with safe_open(self._file(name), "pt", device=self.device) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
-    def load_rows(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of one tensor; the others are not read."""
+    def keys(self, name: str, prefix: str) -> list[str]:
+        """What follows `prefix` in the names of the tensors that begin with it."""
         with safe_open(self._file(name), "pt", device=self.device) as file:
-            rows: Tensor = file.get_slice(key)[start:stop]
-        return rows
+            return [key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+
+    def join(self, names: list[str], key: str) -> Tensor:
+        """One tensor that lies in several files, in pieces along its first axis; nothing else is read."""
+        pieces = []
+        for name in names:
+            with safe_open(self._file(name), "pt", device=self.device) as file:
+                pieces.append(file.get_tensor(key))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def load_or_none(self, name: str) -> dict[str, Tensor] | None:
         """None where there is no such file, or one that something else than a kill has damaged."""
@@ -108,7 +115,7 @@ def versions(device: torch.device | None = None) -> dict[str, str]:
     """Of the libraries that decide the numbers, and the kind of device: results of two kinds are not mixed."""
     import numpy as np
 
-    from tqdit import __version__
+    from tqdit.version import __version__
 
     kind = {} if device is None or device.type == "cpu" else {"device": device.type}
     return {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__} | kind

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     from tqdit.calibrate.data import read_data
     from tqdit.calibrate.device import choose_device, peak_device_bytes
     from tqdit.calibrate.flow import calibrate, finish
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
     from tqdit.quantization.table import is_scale_table, write_scale_table
 
     changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast
 
-from tqdit import __version__
 from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, UsageError
+from tqdit.version import __version__
 
 VERBS = {
     "calibrate": "tqdit.cli.calibrate",
@@ -90,11 +90,11 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
         _drop_output()
         return 1
-    except OSError as error:  # what the system refuses and no stage has words for: a full standard output, say
+    except (OSError, MemoryError) as error:  # any that no stage has turned into a TqditError, as a full standard output
         if args.debug:
             raise
         _drop_output()
-        return _fail(prog, error, 1)
+        return _fail(prog, error if str(error) else "out of memory", 1)
 
 
 def _drop_output() -> None:
@@ -103,7 +103,7 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(prog: str, error: Exception, code: int) -> int:
+def _fail(prog: str, error: Exception | str, code: int) -> int:
     print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a library put into it
     return code
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.bootstrap import Measure, Z, around, dealt_out, jackknife, number, of_mean, of_share
-from tqdit.evaluate.chains import Chains
+from tqdit.evaluate.bootstrap import Measure, Z, around, balanced_strata, jackknife, number, of_mean, of_share
+from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.extractors import Extractor, identity
 from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
 from tqdit.evaluate.names import METRICS
@@ -27,17 +27,17 @@ from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class ReferenceFeatures:
     """A reference as an extractor sees it."""
 
     source: str
     pooled: Gaussian
     spatial: Gaussian | None
     features: NDArray[np.float32] | None  # for precision and recall
-    count: int | None  # of samples; None where only statistics are stored
+    count: int | None  # of samples; None if only statistics are stored
 
 
-def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> Target:
+def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
     """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
     own = identity(extractor)
     if reference.extractor is not None and reference.extractor != own:
@@ -57,12 +57,12 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
         pooled = moments(found.pooled).gaussian
         spatial = None if found.spatial is None else moments(found.spatial).gaussian
     count = None if reference.images is None else len(reference.images)
-    return Target(reference.source, pooled, spatial, None if found is None else found.pooled, count)
+    return ReferenceFeatures(reference.source, pooled, spatial, None if found is None else found.pooled, count)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Which metrics, and with how many resamples. `required`: one that cannot be had is an error, not a remark."""
+class MetricChoice:
+    """Which metrics, and with how many resamples. `required`: one that cannot be computed is an error, not a remark."""
 
     metrics: tuple[str, ...] = METRICS
     required: bool = False
@@ -71,10 +71,10 @@ class Wish:
 
 
 class Metrics:
-    """All metrics of one set of images, each with its noise; what cannot be had comes with the reason."""
+    """All metrics of one set of images, each with its noise; what cannot be computed comes with the reason."""
 
-    def __init__(self, target: Target | None, wish: Wish) -> None:
-        self._target, self._wish = target, wish
+    def __init__(self, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
+        self._target, self._choice = target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
         self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
@@ -84,26 +84,27 @@ class Metrics:
                 self._add_distance("spatial_frechet_distance", target.spatial)
 
     def _add_distance(self, name: str, gaussian: Gaussian) -> None:
-        if name in self._wish.metrics:
+        if name in self._choice.metrics:
             self._distances[name] = frechet_to(gaussian), gaussian.rank
 
     def measure(self, images: Observed) -> dict[str, Measure]:
-        """Every metric that was asked for and can be had."""
+        """Every metric that was asked for and can be computed."""
         self._hits = None
         found: dict[str, Measure] = {}
-        for name in self._wish.metrics:
+        for name in self._choice.metrics:
             reason = self._reason_against(name, images)
             if reason is None:
                 found[name] = self._compute(name, images)
-            elif self._wish.required:
+            elif self._choice.required:
                 raise UsageError(f"{images.source}: {name} {reason}")
             else:
                 self.missing[name] = reason
         return found
 
     def excess(self, images: Observed, floats: Observed) -> Measure | None:
-        """Frechet distance of these images less that of the float ones of the same noise; None where there is none.
+        """Frechet distance of these images less that of the float ones of the same noise.
 
+        None if the distance was not asked for or cannot be computed.
         Both are left out of the jackknife together, so what the two share, bias and most of the noise, cancels.
         """
         if "frechet_distance" not in self._distances:
@@ -114,11 +115,11 @@ class Metrics:
         x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
             lambda weights: distance(weighted(x, weights)) - distance(weighted(y, weights)),
-            len(images), self._wish.resamples, images.labels, least=-math.inf,
+            len(images), self._choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
     def _reason_against(self, name: str, images: Observed) -> str | None:
-        """Why a metric cannot be had, or None."""
+        """Why a metric cannot be computed, or None."""
         count, advice = len(images), "Sample more with -n."
         if name == "accuracy":
             if not images.extractor.startswith("judge "):
@@ -149,13 +150,13 @@ class Metrics:
         )
 
     def _compute(self, name: str, images: Observed) -> Measure:
-        wish, features, count, strata = self._wish, images.features, len(images), dealt_out(images.labels)
+        choice, features, count, strata = self._choice, images.features, len(images), balanced_strata(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)
             case "inception_score":
                 p = features.probabilities
-                return around(lambda chosen: inception_score(p[chosen]), count, wish.resamples, wish.seed, strata)
+                return around(lambda chosen: inception_score(p[chosen]), count, choice.resamples, choice.seed, strata)
             case "precision" | "recall":
                 assert self._target is not None
                 assert self._target.features is not None
@@ -168,7 +169,7 @@ class Metrics:
         x = features.pooled if name == "frechet_distance" else features.spatial
         assert x is not None
         y = x.astype(np.float64)
-        return jackknife(lambda weights: distance(weighted(y, weights)), count, wish.resamples, images.labels)
+        return jackknife(lambda weights: distance(weighted(y, weights)), count, choice.resamples, images.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,13 +183,13 @@ class Pairs:
 
 
 def pair_up(
-    reference: Chains,
-    found: Chains,
-    timesteps: NDArray[np.int64],
-    boundaries: Iterable[int],
+    reference: SampledChains,
+    found: SampledChains,
+    timesteps: NDArray[np.float64],
+    boundaries: Iterable[float],
     lpips: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float64]] | None = None,
 ) -> Pairs:
-    """Errors of the final states, of every step and of each group, PSNR and SSIM where there are images."""
+    """Errors of the final states, of every step and of each group, PSNR and SSIM if there are images."""
     final = relative_errors(reference.latents, found.latents)
     middle = float(np.median(final))
     measures = {
@@ -208,11 +209,16 @@ def pair_up(
         errors = found.step_errors[:, members].mean(axis=1)  # (N,)
         measure = of_mean(errors, resamples=500)
         groups.append({
-            "group": int(group), "first_timestep": int(timesteps[members[0]]),
-            "last_timestep": int(timesteps[members[-1]]), "error": measure.to_json(),
+            "group": int(group), "first_timestep": plain(timesteps[members[0]]),
+            "last_timestep": plain(timesteps[members[-1]]), "error": measure.to_json(),
             "signal_to_error_db": _decibels(float(errors.mean())),
         })  # fmt: skip
     return Pairs(final, measures, found.step_errors.mean(axis=0), tuple(groups))
+
+
+def plain(timestep: float) -> float:
+    """As people write it: 999 for 999.0."""
+    return int(timestep) if float(timestep).is_integer() else float(timestep)
 
 
 def _decibels(error: float) -> float | None:

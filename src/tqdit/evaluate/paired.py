@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
 from tqdit.evaluate.bootstrap import Measure, resample
+from tqdit.extras import need
 
 Images = NDArray[np.uint8]  # (N, H, W, 3)
-WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # of SSIM (Wang et al. 2004)
+SIGMA = 1.5  # pixels, of the window of SSIM
 PEAK = 255.0
+BATCH = 16  # pairs at a time, which bounds the memory that SSIM takes
 
 
 def relative_errors(reference: NDArray[np.floating], found: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -48,13 +50,35 @@ def psnr(reference: Images, found: Images, resamples: int = 200, seed: int = 0) 
 
 
 def ssim(reference: Images, found: Images) -> NDArray[np.float64]:
-    """Structural similarity of each image pair, -1..1: (N,).
+    """Structural similarity of each image pair, -1..1: (N,), computed by torchmetrics in float64.
 
-    Wang et al. 2004: Gaussian window of 11 pixels (the largest odd number that fits, for smaller images) and sigma 1.5,
-    K1 0.01, K2 0.03, over the positions where the window fits, mean over the three channels.
+    Wang et al. 2004: Gaussian window of 11 pixels and sigma 1.5, K1 0.01, K2 0.03, over the positions at which the
+    window fits, mean over the three channels. Smaller images get the largest odd window that fits, with a sigma
+    of 2/7 of its half width.
+    Raises UsageError for images that are no pairs or have fewer than 3 pixels on a side.
     """
     check_pairs(reference, found)
-    return np.array([_ssim(a, b) for a, b in zip(reference, found, strict=True)])
+    need("torchmetrics", "evaluate", "SSIM")
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    smallest = min(reference.shape[1:3])
+    if smallest < 3:
+        raise UsageError(f"SSIM needs images of at least 3x3 pixels, these have {smallest} on a side.")
+    half = min(5, (smallest - 1) // 2)
+    sigma = SIGMA if half == 5 else half / 3.5  # torchmetrics' window has 2 int(3.5 sigma + 0.5) + 1 pixels
+    values = []
+    for start in range(0, len(reference), BATCH):
+        a, b = (
+            torch.from_numpy(images[start : start + BATCH].transpose(0, 3, 1, 2).astype(np.float64))
+            for images in (reference, found)
+        )
+        _, at_each_pixel = structural_similarity_index_measure(
+            a, b, sigma=sigma, data_range=PEAK, reduction="none", return_full_image=True
+        )
+        inner = at_each_pixel[..., half:-half, half:-half]  # positions that need no padding
+        values.append(inner.flatten(1).mean(dim=1).numpy())
+    return np.concatenate(values)
 
 
 def check_pairs(reference: Images, found: Images) -> None:
@@ -63,23 +87,3 @@ def check_pairs(reference: Images, found: Images) -> None:
             f"images of shape {reference.shape[1:]} (N = {len(reference)}) cannot be paired with {found.shape[1:]} "
             f"(N = {len(found)}). Sample both with the same model, count and seed."
         )
-
-
-def _ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    size = min(WINDOW, *(side - (side + 1) % 2 for side in x.shape[:2]))
-    position = np.arange(size) - size // 2
-    window = np.exp(-(position**2) / (2 * SIGMA**2))
-    window /= window.sum()
-
-    def blur(image: NDArray[np.float64]) -> NDArray[np.float64]:
-        for axis in (0, 1):
-            image = np.lib.stride_tricks.sliding_window_view(image, size, axis=axis) @ window
-        return image
-
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    values = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return float((values / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.evaluation import Metrics, Target, Wish, describe_reference
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
@@ -26,59 +26,68 @@ from tqdit.extras import need
 DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings that no training has seen
 
 
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """What to measure with. None: the default for the images."""
+
+    reference: Path | None = None
+    inception_weights: Path | None = None
+    metrics: tuple[str, ...] | None = None  # these and no others; one that cannot be computed is an error
+    resamples: int | None = None
+    seed: int = 0
+    write_reference: Path | None = None  # where the statistics of the samples go
+
+
 @dataclass(frozen=True, eq=False)
 class Tools:
     extractor: Extractor
-    target: Target | None
+    target: ReferenceFeatures | None
     metrics: Metrics
-    wish: Wish
+    choice: MetricChoice
 
 
 def choose_tools(
-    args: argparse.Namespace, console: Console, shape: tuple[int, ...], card: GraphCard | None
+    options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
 ) -> Tools | None:
-    """Extractor and reference for images of this shape, or None where there is no extractor for them."""
+    """Extractor and reference for images of this shape, or None if there is no extractor for them."""
     from tqdit.demo.glyphs import IMAGE_SIZE
 
     extractor: Extractor
-    if args.inception_weights is not None:
-        extractor = InceptionExtractor(args.inception_weights)
+    if options.inception_weights is not None:
+        extractor = InceptionExtractor(options.inception_weights)
     elif shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
         extractor = JudgeExtractor()
     else:
-        if args.reference is not None or args.metrics or args.write_reference is not None:
+        if options.reference is not None or options.metrics or options.write_reference is not None:
             raise UsageError(
                 f"images of {shape[1]}x{shape[0]} need Inception for --reference and --metrics. Pass "
                 "--inception-weights FILE."
             )
         return None
-    reference = _reference(args, console, extractor, card)
+    reference = _reference(options.reference, console, extractor, card)
     target = None if reference is None else describe_reference(reference, extractor, console)
-    resamples = args.bootstrap or (200 if extractor.size < 512 else 20)
-    wish = Wish(tuple(args.metrics or METRICS), args.metrics is not None, resamples, args.seed)
-    return Tools(extractor, target, Metrics(target, wish), wish)
+    resamples = options.resamples or (200 if extractor.size < 512 else 20)
+    choice = MetricChoice(options.metrics or METRICS, options.metrics is not None, resamples, options.seed)
+    return Tools(extractor, target, Metrics(target, choice), choice)
 
 
-def check_reference(args: argparse.Namespace, card: GraphCard) -> None:
+def check_reference(options: MeasurementOptions, card: GraphCard) -> None:
     """Refuse before minutes of sampling what `choose_tools` would refuse after them."""
-    for path in (args.reference, args.inception_weights):
+    for path in (options.reference, options.inception_weights):
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file or folder. Check the path.")
-    if args.reference is None and args.inception_weights is None and card.model == "demo":
+    if options.reference is None and options.inception_weights is None and card.model == "demo":
         _need_drawing()
 
 
 def _need_drawing() -> None:
-    need("matplotlib", "demo", "drawing the demo model's data as a reference")
+    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
 
 
-def _reference(
-    args: argparse.Namespace, console: Console, extractor: Extractor, card: GraphCard | None
-) -> Reference | None:
-    """The file that was named; the demo model's data where the judge measures; else none."""
-
-    if args.reference is not None:
-        return read_reference(args.reference)
+def _reference(path: Path | None, console: Console, extractor: Extractor, card: GraphCard | None) -> Reference | None:
+    """The file that was named; the demo model's data if the judge measures it; otherwise none."""
+    if path is not None:
+        return read_reference(path)
     if extractor.name != "judge" or (card is not None and card.model != "demo"):
         return None
     _need_drawing()
@@ -90,37 +99,33 @@ def _reference(
     return Reference(source, Images(pixels, labels, source))
 
 
-def write_reference(args: argparse.Namespace, images: Observed) -> None:
-    if args.write_reference is None:
-        return
+def write_reference(path: Path, images: Observed) -> None:
+    """Write the statistics of these images as a reference for later runs."""
     pooled, spatial = (
         None if x is None else moments(x).gaussian for x in (images.features.pooled, images.features.spatial)
     )
     assert pooled is not None
-    write_statistics(args.write_reference, pooled, spatial, images.extractor, len(images))
+    write_statistics(path, pooled, spatial, images.extractor, len(images))
 
 
-def describe(args: argparse.Namespace, tools: Tools | None) -> dict[str, Any]:
-    """How everything was measured."""
+def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
+    """How everything was measured; `settings` are those of the sampling."""
     import torch
 
-    from tqdit import __version__
+    from tqdit.version import __version__
 
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,
         "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
-        "settings": {
-            "seed": args.seed, "float_seeds": args.float_seeds, "batch": args.batch, "threads": args.threads,
-            "guidance_scale": args.guidance_scale,
-        },
+        "settings": dict(settings),
         "extractor": None, "reference": None, "not_computed": {},
     }  # fmt: skip
     if tools is not None:
         facts["extractor"] = {
             "name": tools.extractor.name, "weights": tools.extractor.digest, "features": tools.extractor.size
         }  # fmt: skip
-        facts["settings"]["bootstrap"] = tools.wish.resamples
+        facts["settings"]["bootstrap"] = tools.choice.resamples
         facts["not_computed"] = dict(tools.metrics.missing)
         if tools.target is not None:
             facts["reference"] = {"name": tools.target.source, "count": tools.target.count}

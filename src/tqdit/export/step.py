@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdit.errors import UsageError
 from tqdit.export.passes.scopes import TIMESTEPS
 from tqdit.export.trace import EXAMPLE_BATCH
-from tqdit.models.loaded import LoadedModel, prediction_of
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import prediction_of
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
@@ -66,7 +67,8 @@ class SamplingStep(nn.Module):
     def predict(self, given: Mapping[str, Tensor], state: Tensor) -> Tensor:
         """The prediction, guided: u + scale (c - u) on the guided channels, from one call of the network."""
         ports = {port.name: given[port.name] for port in self.signature.requests}
-        ports |= {self.signature.state.name: state, self.signature.time.name: self.timesteps[given["step"]]}
+        told = self.timesteps.index_select(0, given["step"])
+        ports |= {self.signature.state.name: state, self.signature.time.name: told}
         if self.guidance is None:
             return prediction_of(self.network(**ports))
         both = {port.name: torch.cat([ports[port.name], unconditional(port, ports[port.name])])

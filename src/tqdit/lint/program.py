@@ -1,223 +1,219 @@
-"""A model as the rules see it: every node once for each way it is reached, with what is known about its inputs.
+"""A model as the rules see it: its nodes in order, functions inlined, with what is known about their inputs.
 
-Calls of functions are followed as a backend would inline them, so a scale that a function takes as an input or as an
-attribute is judged by what each call passes. Subgraphs see the values around them. Weights are never read.
+onnx_ir inlines functions and infers types and shapes. A scale that a function takes as an input or as an attribute is
+therefore judged by what each call passes. Subgraphs see the values around them. Weights are never read.
 """
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+import onnx_ir as ir
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from tqdit.lint.folding import Attributes, constant_node, fold, from_tensor
-from tqdit.lint.types import STANDARD, output_type
-from tqdit.lint.values import UNKNOWN, Quantized, Value
+from tqdit.errors import FileFormatError
+from tqdit.lint.values import UNKNOWN, Value, Values
 
-MAX_SITES = 100_000  # functions that call functions twice, thirty deep, would be more; such calls stay unopened,
-MAX_DEPTH = 50  # and so do these
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
-           "Dropout"}  # fmt: skip
+STANDARD = ("", "ai.onnx")
+MAX_NODES = 100_000  # a file with more nodes once its functions are inlined is read without inlining,
+MAX_DEPTH = 50  # and so is one whose functions call one another deeper than this
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# Without a handler, Python would print the library's remarks about damaged files to stderr.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 FunctionKey = tuple[str, str, str]
-Values = MutableMapping[str, Value]
 
 
-@dataclass(frozen=True)
-class Site:
-    """One node. `label` names it for people; `scope` is the torch module that it was traced from, '' where unknown."""
+@dataclass(frozen=True, eq=False)
+class GraphNode:
+    """One node. `label` names it for people; `scope` is the torch module that it was traced from, '' if unknown."""
 
-    node: NodeProto
-    label: str
-    scope: str
-    opset: int
-    attributes: Attributes
+    ir_node: ir.Node
     inputs: tuple[Value, ...]
 
     @property
+    def label(self) -> str:
+        return str(self.ir_node.meta["label"])
+
+    @property
+    def opset(self) -> int:
+        return int(self.ir_node.meta["opset"])
+
+    @property
     def op_type(self) -> str:
-        return str(self.node.op_type)
+        return self.ir_node.op_type
 
     @property
     def standard(self) -> bool:
-        return self.node.domain in STANDARD
+        return self.ir_node.domain in STANDARD
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """As the file has them: inlining renames. '' for an input that is left out."""
+        return tuple(self.ir_node.meta["inputs"])
+
+    @property
+    def scope(self) -> str:
+        """From what PyTorch's exporter notes: a list in Python's spelling whose last entry is the node."""
+        names = [name.strip(" '\"") for name in self.ir_node.metadata_props.get(_SCOPES, "").strip("[]").split(",")]
+        return names[-2] if len(names) > 1 else ""
 
     def given(self, index: int) -> bool:
         """Whether the node has its input number `index`."""
-        return len(self.node.input) > index and bool(self.node.input[index])
+        return len(self.ir_node.inputs) > index and self.ir_node.inputs[index] is not None
 
     def value(self, index: int) -> Value:
         return self.inputs[index] if index < len(self.inputs) else UNKNOWN
 
     def integer(self, name: str, default: int) -> int:
-        return int(self.attributes[name].i) if name in self.attributes else default
+        return integer(self.ir_node, name, default)
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A call of a function as the file has it, before inlining."""
+
+    label: str
+    key: FunctionKey
+    given: tuple[bool, ...]  # for each input of the call
 
 
 @dataclass(frozen=True)
 class Program:
     model: ModelProto
-    sites: tuple[Site, ...]
+    nodes: tuple[GraphNode, ...]
+    calls: tuple[FunctionCall, ...]
     opset: int
     functions: Mapping[FunctionKey, FunctionProto]
 
-    def standard_sites(self, *op_types: str) -> Iterator[Site]:
+    def standard_nodes(self, *op_types: str) -> Iterator[GraphNode]:
         """The nodes of these standard operators, in order."""
-        return (site for site in self.sites if site.op_type in op_types and site.standard)
+        return (node for node in self.nodes if node.op_type in op_types and node.standard)
 
 
 def read_program(model: ModelProto, folder: Path | None = None) -> Program:
-    """`folder` is where external data lies; small constants are read from there."""
+    """`folder` holds the external data; small constants are read from there.
+
+    Raises FileFormatError if the graph is not one that ONNX allows, or has parts that onnx_ir does not read.
+    """
     functions = {(function.domain, function.name, function.overload): function for function in model.functions}
-    walk = _Walk(functions, folder, overridable=model.ir_version >= 4)
-    opset = standard_opset(model.opset_import)
-    walk.graph(model.graph, _Place(opset=opset), {})
-    return Program(model, tuple(walk.sites), opset, functions)
+    try:
+        read = _read(model, folder)
+        calls = tuple(_calls(read))
+        read = _inline(read) or _read(model, folder)
+        ShapeInferencePass(check_type=False, strict_mode=False)(read)
+        nodes = tuple(_nodes(read, folder))
+    except Exception as error:  # onnx_ir raises errors of many kinds for such graphs
+        reason = " ".join(str(_first_cause(error)).split())[:160]
+        raise FileFormatError(
+            f"the ONNX graph is damaged, or has parts that onnx_ir does not read ({reason}). Export it again."
+        ) from error
+    return Program(model, nodes, calls, standard_opset(model), functions)
 
 
-def standard_opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
-    """The version of ONNX's own operators; 1 where none is named, as the specification has it."""
-    return next((int(entry.version) for entry in imports if entry.domain in STANDARD), 1)
+def _first_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
+
+
+def standard_opset(model: ModelProto | FunctionProto) -> int:
+    """The version of ONNX's own operators; 1 if none is named, as the specification has it."""
+    return next((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD), 1)
 
 
 def function_key(node: NodeProto) -> FunctionKey:
     return (node.domain, node.op_type, node.overload)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a body stands: the names that lead to it, what its attribute references mean, the calls around it."""
-
-    opset: int
-    path: str = ""
-    references: Attributes = field(default_factory=dict)
-    calls: tuple[FunctionKey, ...] = ()
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An attribute's value, or the default if it is absent or of another type."""
+    found = node.attributes.get(name)
+    value = None if found is None else found.value
+    return value if isinstance(value, int) else default
 
 
-@dataclass
-class _Walk:
-    functions: Mapping[FunctionKey, FunctionProto]
-    folder: Path | None
-    overridable: bool  # since IR 4 an initializer that is also an input is only a default
-    sites: list[Site] = field(default_factory=list)
-
-    def graph(self, graph: GraphProto, place: _Place, outside: Values) -> None:
-        values: Values = ChainMap({}, outside)
-        inputs = {value.name for value in graph.input}
-        for tensor in graph.initializer:
-            constant = not (self.overridable and tensor.name in inputs)
-            values[tensor.name] = replace(from_tensor(tensor, self.folder), constant=constant)
-        for sparse in graph.sparse_initializer:
-            values[sparse.values.name] = Value(True, sparse.values.data_type, tuple(sparse.dims))
-        declared = _declared([*graph.input, *graph.value_info, *graph.output])
-        for value in graph.input:
-            if self.overridable or value.name not in values:
-                values[value.name] = Value(dtype=declared.get(value.name, 0))
-        self.body(graph.node, place, values, declared)
-
-    def body(self, nodes: Sequence[NodeProto], place: _Place, values: Values, declared: Mapping[str, int]) -> None:
-        for node in nodes:
-            site = _site(node, place, values)
-            self.sites.append(site)
-            for attribute in site.attributes.values():
-                for graph in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
-                    inner = replace(place, path=f"{site.label}/{attribute.name}/")
-                    self.graph(graph, inner, values)
-            for name, value in zip(node.output, self.outputs(site, place), strict=True):
-                if name:
-                    values[name] = value if value.dtype else replace(value, dtype=declared.get(name, 0))
-
-    def outputs(self, site: Site, place: _Place) -> list[Value]:
-        key, count = function_key(site.node), len(site.node.output)
-        if key in self.functions:
-            if key in place.calls or len(place.calls) > MAX_DEPTH or len(self.sites) > MAX_SITES:
-                return [UNKNOWN] * count
-            results = self.call(self.functions[key], site, replace(place, calls=(*place.calls, key)))
-            return (results + [UNKNOWN] * count)[:count]
-        if not site.standard:
-            return [UNKNOWN] * count
-        return [_output(site, index, self.folder) for index in range(count)]
-
-    def call(self, function: FunctionProto, site: Site, place: _Place) -> list[Value]:
-        """The values of a function's outputs; its nodes join the sites under the function's name."""
-        defaults = {attribute.name: attribute for attribute in function.attribute_proto}
-        inner = replace(
-            place,
-            opset=standard_opset(function.opset_import),
-            path=f"{function.name}/",
-            references={**defaults, **site.attributes},
-        )
-        values: Values = dict(zip(function.input, site.inputs, strict=False))
-        self.body(function.node, inner, values, _declared(function.value_info))
-        return [values.get(name, UNKNOWN) for name in function.output]
+def _read(model: ModelProto, folder: Path | None) -> ir.Model:
+    """The model; the `meta` of each node, which inlining keeps, holds its label, its opset and its inputs' names."""
+    read = ir.from_proto(model)
+    if folder is not None:
+        ir.external_data.set_base_dir(read.graph, folder)
+    _mark(read.graph, "", standard_opset(model))
+    for key, function in read.functions.items():
+        opset = next((version for domain, version in function.opset_imports.items() if domain in STANDARD), 1)
+        _mark(function, f"{key[1]}/", opset)
+        for domain in read.opset_imports:  # a function of another opset has a rule of its own, and is inlined
+            function.opset_imports.pop(domain, None)
+    return read
 
 
-def _site(node: NodeProto, place: _Place, values: Values) -> Site:
-    attributes = {}
-    for attribute in node.attribute:
-        resolved = place.references.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
-        if resolved is not None:
-            attributes[attribute.name] = resolved
-    name = node.name or f"{node.op_type} -> {next(iter(node.output), '')}"
-    inputs = tuple(values.get(source, UNKNOWN) for source in node.input)
-    return Site(node, place.path + name, _scope(node), place.opset, attributes, inputs)
+def _mark(nodes: ir.Graph | ir.Function, path: str, opset: int) -> None:
+    for node in nodes:
+        first = next((output.name or "" for output in node.outputs), "")
+        label = path + (node.name or f"{node.op_type} -> {first}")
+        names = [(value.name or "") if value is not None else "" for value in node.inputs]
+        node.meta.update({"label": label, "opset": opset, "inputs": names})
+        for name, graph in _subgraphs(node):
+            _mark(graph, f"{label}/{name}/", opset)
 
 
-def _scope(node: NodeProto) -> str:
-    """The module path that PyTorch's exporter notes: a list in Python's spelling whose last entry is the node."""
-    for entry in node.metadata_props:
-        if entry.key == _SCOPES:
-            names = [name.strip(" '\"") for name in entry.value.strip("[]").split(",")]
-            return names[-2] if len(names) > 1 else ""
-    return ""
+def _subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from ((name, graph) for graph in attribute.as_graphs())
 
 
-def _declared(values: Iterable[onnx.ValueInfoProto]) -> dict[str, int]:
-    return {value.name: value.type.tensor_type.elem_type for value in values if value.type.HasField("tensor_type")}
+def _calls(model: ir.Model) -> Iterator[FunctionCall]:
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for nodes in bodies:
+        for node in nodes.all_nodes():
+            if node.op_identifier() in model.functions:
+                given = tuple(value is not None for value in node.inputs)
+                yield FunctionCall(str(node.meta["label"]), node.op_identifier(), given)
 
 
-def _output(site: Site, index: int, folder: Path | None) -> Value:
-    """One output of a standard operator."""
-    if site.op_type == "Constant":
-        return constant_node(site.attributes, folder)
-    if site.op_type == "QuantizeLinear":
-        source = site.value(0)
-        return Value(
-            source.constant and site.value(1).constant, quantized_type(site), source.shape, None, source.origin
-        )
-    if site.op_type == "DequantizeLinear":
-        return _dequantized(site)
-    given = [value for value, name in zip(site.inputs, site.node.input, strict=True) if name]
-    opens = any(
-        attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for attribute in site.attributes.values()
-    )
-    constant = all(value.constant for value in given) and site.op_type not in _RANDOM and not opens
-    if site.op_type == "Cast":
-        dtype = site.integer("to", TensorProto.UNDEFINED)
-    elif site.op_type == "ConstantOfShape":
-        dtype = site.attributes["value"].t.data_type if "value" in site.attributes else int(TensorProto.FLOAT)
-    else:
-        dtype = output_type(site.op_type, site.opset, site.inputs, index)
-    return fold(site.op_type, site.attributes, site.inputs, Value(constant, dtype))
+def _inline(model: ir.Model) -> ir.Model | None:
+    """The model, changed in place; None if its functions cannot be inlined, which may leave it half changed."""
+    sizes: dict[FunctionKey, float] = {}
+
+    def size(nodes: ir.Graph | ir.Function, calls: tuple[FunctionKey, ...]) -> float:
+        """Nodes after inlining; infinite if functions call themselves."""
+        total = 0.0
+        for node in nodes.all_nodes():
+            key = node.op_identifier()
+            if key in model.functions:
+                if key in calls or len(calls) > MAX_DEPTH:
+                    return math.inf
+                if key not in sizes:
+                    sizes[key] = size(model.functions[key], (*calls, key))
+                total += sizes[key]
+            total += 1
+        return total
+
+    if size(model.graph, ()) > MAX_NODES:
+        return None
+    try:
+        InlinePass()(model)
+    except (ValueError, RuntimeError):  # as for a call with more inputs than its function has
+        return None
+    return model
 
 
-def quantized_type(site: Site) -> int:
+def _nodes(model: ir.Model, folder: Path | None) -> Iterator[GraphNode]:
+    values = Values(overridable=(model.ir_version or 0) >= 4, read_external=folder is not None)
+    for ir_node in model.graph.all_nodes():
+        node = GraphNode(ir_node, tuple(values.of(value) for value in ir_node.inputs))
+        values.add(node)
+        yield node
+
+
+def quantized_type(node: GraphNode) -> int:
     """The integer type that a QuantizeLinear writes: its zero point's, else `output_dtype`, else uint8."""
-    if site.given(2):
-        return site.value(2).dtype
-    return site.integer("output_dtype", 0) or int(TensorProto.UINT8)
-
-
-def _dequantized(site: Site) -> Value:
-    data, scale = site.value(0), site.value(1)
-    axis = site.integer("axis", 1)
-    if axis < 0 and data.shape is not None:
-        axis += len(data.shape)
-    one_axis = scale.shape is not None and len(scale.shape) == 1 and scale.shape[0] > 1
-    quantized = Quantized(site.label, data, scale, axis if one_axis else None)
-    dtype = site.integer("output_dtype", 0) or scale.dtype
-    return Value(data.constant and scale.constant, dtype, data.shape, None, data.origin, quantized)
+    if node.given(2):
+        return node.value(2).dtype
+    return node.integer("output_dtype", 0) or int(TensorProto.UINT8)

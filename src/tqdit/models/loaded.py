@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit import __version__
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
-from tqdit.models.products import Product
+from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
+from tqdit.version import __version__
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,6 @@ class PositionalCall(nn.Module):
 
     def forward(self, *ports: Tensor) -> Tensor:
         return prediction_of(self.network(**dict(zip(self.names, ports, strict=True))))
-
-
-def prediction_of(output: Any) -> Tensor:
-    """The tensor in what a network returns: itself, the first of a tuple, or the `sample` of a diffusers output."""
-    if isinstance(output, Tensor):
-        return output
-    found: Tensor = output[0] if isinstance(output, tuple | list) else output.sample
-    return found
 
 
 def fingerprint(network: nn.Module, configuration: object) -> str:

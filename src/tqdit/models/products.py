@@ -155,6 +155,7 @@ class _Observed(TorchFunctionMode):
     owners: list[nn.Module] = field(default_factory=list)  # of the function that runs, innermost last
     attention: dict[nn.Module, int] = field(default_factory=dict)
     products: dict[str, _Call] = field(default_factory=dict)
+    outputs: list[tuple[str, Tensor]] = field(default_factory=list)  # of the products
     made: dict[int, Maker] = field(default_factory=dict)  # by id of a tensor
     kept: list[Tensor] = field(default_factory=list)  # an id is unique while its tensor lives
 
@@ -173,6 +174,16 @@ class _Observed(TorchFunctionMode):
             self._keep(output, self.made[id(args[0])])
         return output
 
+    def drop_dead(self, prediction: Tensor) -> None:
+        """Forget products that the prediction does not depend on, such as the last block's of a second stream."""
+        if not self.outputs:
+            return
+        tensors = [tensor for _, tensor in self.outputs]
+        gradients = torch.autograd.grad(prediction.sum(), tensors, allow_unused=True)
+        alive = {name for (name, _), gradient in zip(self.outputs, gradients, strict=True) if gradient is not None}
+        self.products = {name: call for name, call in self.products.items() if name in alive}
+        self.outputs = []
+
     def _keep(self, tensor: Tensor, maker: Maker) -> None:
         self.made[id(tensor)] = maker
         self.kept.append(tensor)
@@ -188,6 +199,17 @@ class _Observed(TorchFunctionMode):
             x = args[0]
             call = _Call(x.ndim, len(x), self.made.get(id(x)))
             self.products.setdefault(self.names[module], call)
+            if not output.requires_grad:
+                output.requires_grad_()
+            self.outputs.append((self.names[module], output))
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The tensor in what a network returns: itself, the first of a tuple, or the `sample` of a diffusers output."""
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output.sample
+    return found
 
 
 def is_product(module: nn.Module) -> bool:
@@ -200,11 +222,12 @@ def _observe(network: nn.Module, example: Mapping[str, Tensor]) -> _Observed:
         module.register_forward_pre_hook(seen.enter), module.register_forward_hook(seen.leave, always_call=True)
     )]  # fmt: skip
     try:
-        with torch.no_grad(), seen:
-            network(**example)
+        with torch.enable_grad(), seen:
+            prediction = prediction_of(network(**example))
     finally:
         for handle in handles:
             handle.remove()
+    seen.drop_dead(prediction)
     return seen
 
 
@@ -213,6 +236,8 @@ def find_products(
     row_blocks: Mapping[str, int] | None = None,
 ) -> tuple[Product, ...]:  # fmt: skip
     """Make the network's attention explicit, in place, and describe its products in the order of their calls.
+
+    Products that the prediction does not depend on are left out.
 
     example: ports by name with at least two rows. folds, row_blocks: what a family knows about products by name.
     """

@@ -12,7 +12,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tqdit.errors import UsageError
-from tqdit.models.loaded import LoadedModel, prediction_of
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Scores, ValueProduct, prediction_of
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Part, Quantizer, factor_scales
@@ -177,35 +176,20 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedScores(nn.Module):
-    """q^ k^T * r_q * r_k / sqrt(d). q and k (N, heads, T, d)."""
+class QuantizedProduct(nn.Module):
+    """A product of attention: q^ k^T / sqrt(d), or P^ v^. left and right (N, heads, T, ...)."""
 
-    def __init__(self, left: QuantizedOperand, right: QuantizedOperand) -> None:
+    def __init__(self, module: Scores | ValueProduct, left: QuantizedOperand, right: QuantizedOperand) -> None:
         super().__init__()
+        self.is_scores = isinstance(module, Scores)
         self.left, self.right = left, right
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        product = _attention_product(self.left.parts(q), self.right.parts(k), transposed=True)
-        return product.mul(q.shape[-1] ** -0.5)
-
-
-class QuantizedValueProduct(nn.Module):
-    """P^ v^. Probabilities (N, heads, T, T), v (N, heads, T, d)."""
-
-    def __init__(self, left: QuantizedOperand, right: QuantizedOperand) -> None:
-        super().__init__()
-        self.left, self.right = left, right
-
-    def forward(self, probabilities: Tensor, v: Tensor) -> Tensor:
-        return _attention_product(self.left.parts(probabilities), self.right.parts(v), transposed=False)
-
-
-def _attention_product(left: Iterator[Part[Tensor]], right: Iterator[Part[Tensor]], transposed: bool) -> Tensor:
-    """A scheme of the role right has one part without an offset."""
-    (other,) = right
-    values = other.values.transpose(-2, -1) if transposed else other.values
-    y = multiply(left, lambda x: torch.matmul(x, values), None)
-    return y if other.ratio is None else y * other.ratio
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        (other,) = self.right.parts(right)  # schemes of the role right have one part, without an offset
+        values = other.values.transpose(-2, -1) if self.is_scores else other.values
+        y = multiply(self.left.parts(left), lambda x: torch.matmul(x, values), None)
+        y = y if other.ratio is None else y * other.ratio
+        return y * (left.shape[-1] ** -0.5) if self.is_scores else y
 
 
 def find_module(network: nn.Module, name: str) -> nn.Module:
@@ -217,25 +201,22 @@ def find_module(network: nn.Module, name: str) -> nn.Module:
 
 def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], rows: RowGroups) -> nn.Module:
     """The quantized form of one module of the network."""
-    products: dict[type[nn.Module], Any] = {Scores: QuantizedScores, ValueProduct: QuantizedValueProduct}
-    expected = {"left", "right"} if type(module) in products else {"weight", "input"}
+    expected = {"left", "right"} if isinstance(module, Scores | ValueProduct) else {"weight", "input"}
     if not isinstance(module, nn.Linear | nn.Conv2d | Scores | ValueProduct) or not set(sites) <= expected:
         raise UsageError(f"the scale table quantizes {sorted(sites)} of '{name}', a {type(module).__name__}. "
                          "Calibrate again.")  # fmt: skip
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        weight = module.weight.detach()
-        if "weight" in sites:
-            weight = dequantized_weight(weight, sites["weight"])
-        operand = QuantizedOperand(sites["input"].quantizer, rows) if "input" in sites else None
-        if isinstance(module, nn.Conv2d) and any(module.padding):
-            raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
-        return QuantizedLinear(module, weight, operand)
-    if set(sites) != expected:
-        raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. Calibrate again.")
-    built: nn.Module = products[type(module)](
-        *(QuantizedOperand(sites[role].quantizer, rows) for role in ("left", "right"))
-    )
-    return built
+    operands = {role: QuantizedOperand(site.quantizer, rows) for role, site in sites.items() if role != "weight"}
+    if isinstance(module, Scores | ValueProduct):
+        if set(sites) != expected:
+            raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. "
+                             "Calibrate again.")  # fmt: skip
+        return QuantizedProduct(module, operands["left"], operands["right"])
+    if isinstance(module, nn.Conv2d) and any(module.padding):
+        raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
+    weight = module.weight.detach()
+    if "weight" in sites:
+        weight = dequantized_weight(weight, sites["weight"])
+    return QuantizedLinear(module, weight, operands.get("input"))
 
 
 def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def fold(model: LoadedModel, table: ScaleTable) -> tuple[LoadedModel, ScaleTable
 
 
 def fold_divisors(model: LoadedModel, divisors: Mapping[str, Tensor]) -> LoadedModel:
-    """A model that computes the same with the inputs of some products divided by (K,) each; other weights are shared."""
+    """A model that computes the same with inputs of products divided by (K,) each; it shares the other weights."""
     if not divisors:
         return model
     shared = {id(tensor): tensor for tensor in model.network.parameters()}

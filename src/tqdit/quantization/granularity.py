@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tqdit.errors import FileFormatError
 
@@ -51,3 +54,8 @@ def granularity_from_text(text: str) -> Granularity:
     if kind in ("channel", "group") and number.isdecimal() and len(number) < 10:
         return PerChannel(int(number)) if kind == "channel" else PerTimestepGroup(int(number))
     raise FileFormatError(f"granularity '{text}' is unknown; known are tensor, channel:AXIS, group:N. Calibrate again.")
+
+
+def group_of(boundaries: NDArray[np.float64], timesteps: NDArray[Any]) -> NDArray[np.int64]:
+    """The group 0..G-1 of each timestep: the number of boundaries at or below it."""
+    return np.searchsorted(boundaries, timesteps, side="right").astype(np.int64)

@@ -119,10 +119,6 @@ class ScaleTable:
             modules.setdefault(site.module, {})[site.role] = site
         return modules
 
-    def group_of(self, timestep: NDArray[Any]) -> NDArray[np.int64]:
-        """Group 0..G-1 of each timestep."""
-        return np.searchsorted(self.boundaries, timestep, side="right").astype(np.int64)
-
     def check_model(self, fingerprint: str, source: str) -> None:
         """Refuse a model other than the calibrated one."""
         if fingerprint != self.fingerprint:

@@ -66,28 +66,18 @@ class Chains:
         """The step that this chain computes next; -1 after its last one."""
         return int(self._step[chain])
 
-    def add(
-        self, schedule: Schedule, request: Mapping[str, NDArray[Any]], scale: float, seed: int, image: int,
-        state: Float32 | None = None, step: int | None = None,
-    ) -> int:  # fmt: skip
-        """Begin a chain and return its number.
-
-        request: port -> one row of `check_requests`. state, step: where to go on, for schedules without lag;
-        None: from noise at the first step.
-        """
+    def add(self, schedule: Schedule, request: Mapping[str, NDArray[Any]], scale: float, seed: int, image: int) -> int:
+        """Begin a chain and return its number. request: port -> one row of `check_requests`."""
         chain = self.count
         self._keys[chain] = seed, image
         self._grow(schedule.lag)
-        if state is None:
-            self._normals.fill(self._x[chain], seed, image, noise.INITIAL)
-            self._x[chain] *= np.float32(schedule.initial_scale)
-        else:
-            self._x[chain] = state
+        self._normals.fill(self._x[chain], seed, image, noise.INITIAL)
+        self._x[chain] *= np.float32(schedule.initial_scale)
         for past in (*self._states, *self._predictions):
             past[chain] = 0  # what an earlier chain left may be infinite, and zero times infinity is not zero
         for name, values in self._requests.items():
             values[chain] = request[name]
-        self._step[chain], self._scale[chain] = len(schedule) - 1 if step is None else step, scale
+        self._step[chain], self._scale[chain] = len(schedule) - 1, scale
         self._schedules.append(schedule)
         self._tables.append(coefficients(schedule))
         self._resize(chain + 1)
@@ -111,6 +101,19 @@ class Chains:
                 array[chain] = array[last]
         del self._schedules[last:], self._tables[last:]
         self._resize(last)
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """A copy of all that changes from step to step, by name, for `restore` on chains that were added alike."""
+        return {name: array.copy() for name, array in self._moving().items()}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, array in self._moving().items():
+            array[:] = arrays[name]
+
+    def _moving(self) -> dict[str, NDArray[Any]]:
+        past = {f"state-{age}": array for age, array in enumerate(self._states)}
+        past |= {f"prediction-{age}": array for age, array in enumerate(self._predictions)}
+        return {"x": self._x, "step": self._step, **past}
 
     def inputs(self) -> Mapping[str, NDArray[Any]]:
         """The ports of the next network call: views of shape (count * rows per image, ...), conditional rows first."""

@@ -47,7 +47,7 @@ class Diffusion(msgspec.Struct, frozen=True, tag="diffusion"):
     @property
     def span(self) -> tuple[float, float]:
         """Timesteps lie in span[0] <= t < span[1]."""
-        return 0.0, float(TRAINING_STEPS)
+        return 0, TRAINING_STEPS
 
     @property
     def alphas_cumprod(self) -> Float64:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
@@ -112,8 +111,3 @@ def sampler_names() -> tuple[str, ...]:
 def samplers_of(process: Process) -> tuple[str, ...]:
     """Names of the samplers for a process."""
     return tuple(name for name, module in find_modules(samplers).items() if isinstance(process, module.PROCESS))
-
-
-def group_of(boundaries: NDArray[np.float64], timesteps: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The group of each timestep: the number of boundaries at or below it."""
-    return np.searchsorted(boundaries, timesteps, side="right").astype(np.int64)

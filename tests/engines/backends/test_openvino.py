@@ -33,6 +33,8 @@ from tqdit.export.vae import load_decoder, trace_decoder
 from tqdit.models.load import load_model
 from tqdit.onnx_file import OnnxFile
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "one group": Kind(),  # with the patch embedding as a convolution every row was 0.2 to 26 % off
     "asymmetric": Kind(asymmetric=True),

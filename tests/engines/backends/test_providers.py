@@ -87,7 +87,7 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
     assert options["trt_engine_cache_enable"]
     image = "x3x8x8"
     for key, count in (("min", 1), ("opt", 4), ("max", 8)):
-        expected = f"x:{count}{image},step:{count},class_labels:{count},guidance_scale:{count},noise:{count}{image}"
+        expected = f"x:{count}{image},timestep:{count},class_labels:{count}"
         assert options[f"trt_profile_{key}_shapes"] == expected
     manifest = read_manifest(tmp_path / "m.engine")
     assert manifest.batch == BatchRange(1, 4, 8)

@@ -32,6 +32,8 @@ from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.load import load_model
 from tqdit.models.products import Scores, ValueProduct
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
 
 BACKEND = "tensorrt-rtx"

@@ -14,7 +14,7 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
-from tqdit.errors import BackendError, UsageError
+from tqdit.errors import BackendError, FileFormatError, UsageError
 from tqdit.export import write
 from tqdit.graph_names import SCOPE_KEY, Scopes
 
@@ -179,3 +179,24 @@ def test_weights_beside_a_small_file_come_into_the_bundle(tmp_path):
             images.append(sampler.sample([1]))
     assert (tmp_path / "edited" / "weights.data").is_file()
     np.testing.assert_array_equal(*images)
+
+
+def test_a_stripped_file_takes_the_weights_along_that_lay_beside_it(quantized, tmp_path):
+    beside = {"save_as_external_data": True, "location": "weights.data", "size_threshold": 200}
+    (tmp_path / "edited").mkdir()
+    onnx.save(onnx.load(quantized), tmp_path / "edited" / "model.onnx", **beside)
+    latents = []
+    for source in (quantized, tmp_path / "edited" / "model.onnx"):
+        build_engine(source, source.with_suffix(".engine"), config=BuildConfig(precision="fp32"))
+        with Sampler.open(source.with_suffix(".engine")) as sampler:
+            latents.append(sampler.sample_latents([1]))
+    np.testing.assert_array_equal(*latents)
+
+
+def test_a_file_whose_nodes_lost_their_metadata_is_refused(quantized, tmp_path):
+    model = onnx.load(quantized)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, quantized)
+    with pytest.raises(FileFormatError, match=r"model\.onnx: no node says to which module.*tqdit\.scope.*Export again"):
+        build_engine(quantized, tmp_path / "model.engine")

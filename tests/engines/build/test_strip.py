@@ -37,6 +37,7 @@ def stripped_file(tmp_path, table, attention="simulated", origin="published", gr
     return tmp_path / "stripped.onnx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["simulated", "integer", "float"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attention):
@@ -58,6 +59,7 @@ def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attentio
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["simulated", "integer"])
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_nothing_of_the_quantization_is_left(tmp_path, origin, attention):

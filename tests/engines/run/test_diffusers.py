@@ -223,6 +223,7 @@ def test_a_closed_denoiser_says_so(engine):
         DiffusersTransformer.from_pretrained("anything")
 
 
+@pytest.mark.slow
 def test_images_that_are_not_square_are_refused(bundle_of):
     card = read_manifest(bundle_of()).card
     ports = tuple(replace(p, shape=(None, 3, 8, 16)) if p.kind == "state" else p for p in card.signature.ports)

@@ -16,6 +16,7 @@ from tqdit.errors import SamplingError
 
 COUNT, SIZE = 22, 2  # eleven shards
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:ray.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray closes files and processes when Python ends

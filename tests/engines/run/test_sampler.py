@@ -31,7 +31,7 @@ def card(bundle):
     return read_manifest(bundle).card
 
 
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_sampled_chain_equals_pytorch_plus_numpy(bundle_of, origin, guided):
     """20 steps; float32 in another order than PyTorch's: 2e-4 of the largest value, as for the graph itself."""
@@ -339,6 +339,7 @@ def test_latents_without_a_decoder_are_no_images(bundle_of):
         assert sampler.sample_latents([0]).shape == (1, 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_step_engine_is_refused_in_one_line(bundle_of, card):
     with pytest.raises(
         UsageError, match=r"model\.engine: holds a step graph.*other languages.*--graph step"

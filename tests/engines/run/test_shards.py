@@ -157,6 +157,7 @@ def test_other_settings_in_the_same_folder_are_refused_with_what_differs(bundle,
     assert content(folder) == whole
 
 
+@pytest.mark.slow
 def test_another_engine_in_the_same_folder_is_refused(bundle_of, folder, whole, capsys):
     assert "another run: engine " in refused(capsys, command(bundle_of(steps=10), folder))
     assert content(folder) == whole
@@ -194,6 +195,7 @@ def test_many_images_go_into_shards(bundle, tmp_path, monkeypatch):
     assert (tmp_path / "samples" / INDEX).is_file()
 
 
+@pytest.mark.slow
 def test_latents_go_into_shards_and_merge_as_well(bundle_of, tmp_path):
     folder = bundle_of(pixels=False)
     assert run("sample", [str(folder), "-n", "5", "-o", str(tmp_path / "s"), "-q"]) == 0
@@ -275,20 +277,20 @@ def slow(bundle_of, tmp_path_factory):
     return bundle, content(folder)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_stopped_is_continued_to_the_same_bytes(slow, tmp_path, blow):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_is_continued_to_the_same_bytes(slow, tmp_path, signal_number):
     (bundle, expected), output = slow, tmp_path / "samples"
     process = sampling(bundle, output)
     until = time.monotonic() + 60
     while not (output / "shard-00000.npz").exists() and time.monotonic() < until:
         time.sleep(0.001)
-    process.send_signal(blow)
+    process.send_signal(signal_number)
     _, err = process.communicate(timeout=60)
-    if blow == signal.SIGINT:
+    if signal_number == signal.SIGINT:
         assert process.returncode == 130
         assert "shards are done and kept in" in err
     else:
-        assert process.returncode == -blow
+        assert process.returncode == -signal_number
         assert err == ""
     first = (output / "shard-00000.npz").stat().st_mtime_ns
     listed = len(read_index(output).pending()) < 3

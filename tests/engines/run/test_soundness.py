@@ -46,6 +46,7 @@ def in_threads(count, work):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, Kind(groups=10)], ids=["float", "int8"])
 def test_a_sampling_loop_of_a_thousand_steps_leaks_nothing(bundle_of, kind):
     with Sampler.open(bundle_of(kind=kind), batch=8, threads=1) as sampler:
@@ -54,6 +55,7 @@ def test_a_sampling_loop_of_a_thousand_steps_leaks_nothing(bundle_of, kind):
         assert resident_growth(lambda: sampler.sample(labels)) < LEAK_BYTES
 
 
+@pytest.mark.slow
 def test_the_leak_test_would_see_states_that_are_kept(bundle):
     with Sampler.open(bundle, batch=8, threads=1) as sampler:
         kept, engine = [], sampler.predict
@@ -61,6 +63,7 @@ def test_the_leak_test_would_see_states_that_are_kept(bundle):
         assert resident_growth(lambda: leaking.sample([0] * 8)) > LEAK_BYTES
 
 
+@pytest.mark.slow
 def test_step_batching_for_a_thousand_steps_leaks_nothing(bundle):
     with StepBatcher(bundle, batch=8, threads=1) as batcher:
 
@@ -71,6 +74,7 @@ def test_step_batching_for_a_thousand_steps_leaks_nothing(bundle):
         assert resident_growth(work) < LEAK_BYTES
 
 
+@pytest.mark.slow
 def test_opening_and_closing_engines_leaks_nothing(bundle):
     def work():
         with Sampler.open(bundle, threads=1) as sampler:
@@ -79,6 +83,7 @@ def test_opening_and_closing_engines_leaks_nothing(bundle):
     assert resident_growth(work) < LEAK_BYTES
 
 
+@pytest.mark.slow
 def test_two_samplers_in_one_process_keep_apart(bundle_of):
     """A float and an int8 engine, each from two threads, at once."""
     folders = [bundle_of(), bundle_of(kind=Kind(groups=10))]
@@ -95,6 +100,7 @@ def test_two_samplers_in_one_process_keep_apart(bundle_of):
             np.testing.assert_array_equal(image, expected[number % 2])
 
 
+@pytest.mark.slow
 def test_one_sampler_from_eight_threads_gives_the_right_images(bundle_of):
     """Batches of different sizes, classes, seeds and scales at once, against the same one after another."""
 

@@ -108,6 +108,7 @@ def submit_random(batcher, rng, count, states):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, Kind(asymmetric=True, groups=10, everywhere=True)], ids=["float", "int8"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_an_image_is_that_of_sampling_alone_bit_for_bit(bundle_of, tmp_path, kind, backend):
@@ -137,6 +138,7 @@ def test_latents_without_a_decoder_are_the_result(bundle_of):
             np.testing.assert_array_equal(future.result(SOON), sampler.sample_latents([label], seed=3)[0])
 
 
+@pytest.mark.slow
 def test_an_unguided_engine_takes_requests_without_a_scale(bundle_of):
     with StepBatcher(bundle_of(guided=False)) as batcher:
         assert batcher.submit(1).result(SOON).shape == (8, 8, 3)
@@ -516,6 +518,7 @@ def test_waiting_requests_hold_no_state(card):
     batcher.close(drain=False)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_requests(card):
     with StepBatcher(Sampler(card, FakeEngine()), batch=4) as batcher:
 
@@ -553,6 +556,7 @@ def test_a_forgotten_batcher_does_not_keep_the_interpreter_from_ending(bundle):
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_hundreds_of_random_arrivals_cancels_and_failures(card, seed):
     """Eight threads submit 400 requests in all; every one ends exactly once, in a way that it asked for."""

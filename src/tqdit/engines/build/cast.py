@@ -62,9 +62,7 @@ def _angles(graph: ir.Graph) -> frozenset[int]:
 
 
 class _Caster:
-    def __init__(
-        self, graph: ir.Graph, islands: Collection[str], angles: Collection[int], target: ir.DataType
-    ) -> None:
+    def __init__(self, graph: ir.Graph, islands: Collection[str], angles: Collection[int], target: ir.DataType) -> None:
         self.graph, self.islands, self.angles, self.target = graph, islands, angles, target
         self._casts: dict[tuple[int, ir.DataType], ir.Value] = {}
 

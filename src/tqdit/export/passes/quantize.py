@@ -55,8 +55,7 @@ def describe(table: ScaleTable, form: AttentionForm) -> QuantizationCard:
 
 
 def quantize(graph: ir.Model, model: LoadedModel, table: ScaleTable, form: AttentionForm) -> None:
-    """Requires: a float trace of the model's network or of a sampling step around it; a table without
-    divisors (`fold`).
+    """Requires: a float trace of the model's network or of a step around it; a table without divisors (`fold`).
 
     Ensures: every site of `exported_sites(table, form)` is quantized; bodies of the custom ops in use are in the graph;
     nothing unused is left.

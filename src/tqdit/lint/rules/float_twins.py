@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tqdit.lint.finding import Finding
-from tqdit.lint.program import Program, Site
+from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.rules.products import operands
 from tqdit.lint.values import FLOATS, Value
 
@@ -26,7 +26,7 @@ Size = tuple[int, ...]
 class _Weight:
     """A constant factor of a product."""
 
-    site: Site
+    node: GraphNode
     value: Value
 
     @property
@@ -37,9 +37,9 @@ class _Weight:
 
 def check(program: Program) -> Iterator[Finding]:
     weights = [
-        _Weight(site, value)
-        for site in program.sites
-        for value in operands(site)
+        _Weight(node, value)
+        for node in program.nodes
+        for value in operands(node)
         if value.constant and value.shape is not None and len(value.shape) > 1
     ]
     quantized = [weight for weight in weights if weight.value.quantized is not None]
@@ -55,25 +55,25 @@ def _is_float(value: Value) -> bool:
 def _survivors(floats: list[_Weight], quantized: list[_Weight]) -> Iterator[Finding]:
     origins = {weight.value.origin: weight for weight in quantized if weight.value.origin}
     names = {(_stem(weight.value.origin), weight.size): weight for weight in quantized if weight.value.origin}
-    scopes = {(weight.site.scope, weight.size): weight for weight in quantized if weight.site.scope}
+    scopes = {(weight.node.scope, weight.size): weight for weight in quantized if weight.node.scope}
     for weight in floats:
         origin = weight.value.origin
         twin = origins.get(origin) or names.get((_stem(origin), weight.size))
-        twin = twin or scopes.get((weight.site.scope, weight.size))
+        twin = twin or scopes.get((weight.node.scope, weight.size))
         if twin is not None:
             yield Finding(
                 RULE,
                 "error",
-                weight.site.label,
+                weight.node.label,
                 f"it multiplies by the float weight '{origin}', whose quantized twin '{twin.value.origin}' feeds "
-                f"{twin.site.label}. This product runs in float, and the file holds the weight twice.",
+                f"{twin.node.label}. This product runs in float, and the file holds the weight twice.",
                 "Let every use of the weight read the dequantized one, and remove the float initializer.",
             )
 
 
 def _unused(program: Program, quantized: list[_Weight]) -> Iterator[Finding]:
     names = {(_stem(weight.value.origin), weight.size): weight for weight in quantized if weight.value.origin}
-    used = {name for site in program.sites for name in site.node.input}
+    used = {value.name for node in program.nodes for value in node.ir_node.inputs if value is not None}
     used |= {value.name for value in program.model.graph.output}
     for tensor in program.model.graph.initializer:
         twin = names.get((_stem(tensor.name), tuple(sorted(tensor.dims))))
@@ -82,21 +82,21 @@ def _unused(program: Program, quantized: list[_Weight]) -> Iterator[Finding]:
                 RULE,
                 "warning",
                 tensor.name,
-                f"nothing uses this float weight; its quantized twin '{twin.value.origin}' feeds {twin.site.label}. "
+                f"nothing uses this float weight; its quantized twin '{twin.value.origin}' feeds {twin.node.label}. "
                 "It costs four times the space of the integers.",
                 "Remove the initializer.",
             )
 
 
 def _stored_in_float(program: Program) -> Iterator[Finding]:
-    for site in program.standard_sites("QuantizeLinear"):
-        weight = site.value(0)
+    for node in program.standard_nodes("QuantizeLinear"):
+        weight = node.value(0)
         if weight.constant and weight.dtype in FLOATS and weight.shape is not None and len(weight.shape) > 1:
             yield Finding(
                 RULE,
                 "warning",
-                site.label,
-                f"it quantizes the constant '{weight.origin or site.node.input[0]}', which the file stores in float: "
+                node.label,
+                f"it quantizes the constant '{weight.origin or node.input_names[0]}', which the file stores in float: "
                 "four times the space of its integers.",
                 "Store the int8 codes as the initializer and keep only the DequantizeLinear.",
             )

@@ -1,6 +1,6 @@
 """Local functions (FunctionProto): what keeps them from running, or from running right, once a backend inlines them.
 
-1. A function calls a function. TensorRT-RTX 1.7 loses the attribute that the outer one hands on and computes 0.0.
+1. A function calls a function. TensorRT-RTX 1.7 loses the attribute that the outer one passes on and computes 0.0.
 2. A call leaves out an input.
 3. A function has the name of a standard operator; TensorRT looks at the name only.
 4. A function is written for another opset than the model.
@@ -15,8 +15,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto
 
 from tqdit.lint.finding import TENSORRT, Finding
-from tqdit.lint.program import Program, function_key
-from tqdit.lint.types import STANDARD
+from tqdit.lint.program import STANDARD, Program, function_key
 
 RULE = "function"
 INLINE = "onnx.inliner.inline_local_functions(model)"
@@ -36,33 +35,32 @@ def _nested(program: Program, function: FunctionProto) -> Iterator[Finding]:
     for node in _all_nodes(function.node):
         if function_key(node) not in program.functions:
             continue
-        hands_on = any(attribute.ref_attr_name for attribute in node.attribute)
+        passes_on = any(attribute.ref_attr_name for attribute in node.attribute)
         yield Finding(
             RULE,
             "error",
             f"function {_full_name(function)}",
             f"it calls the function {node.domain}.{node.op_type}"
-            + (" and hands an attribute on to it. " if hands_on else ". ")
-            + "TensorRT-RTX parses nested functions and silently computes 0.0 where an attribute is handed on.",
+            + (" and passes an attribute on to it. " if passes_on else ". ")
+            + "TensorRT-RTX parses nested functions and silently computes 0.0 if an attribute is passed on.",
             f"Write the inner function's nodes into the outer one, or inline: {INLINE}.",
             TENSORRT,
         )
 
 
 def _calls(program: Program) -> Iterator[Finding]:
-    for site in program.sites:
-        function = program.functions.get(function_key(site.node))
-        if function is None:
-            continue
-        left_out = [name for index, name in enumerate(function.input) if not site.given(index)]
+    for call in program.calls:
+        function = program.functions[call.key]
+        given = (*call.given, *[False] * len(function.input))
+        left_out = [name for name, here in zip(function.input, given, strict=False) if not here]
         if left_out:
             yield Finding(
                 RULE,
                 "error",
-                site.label,
+                call.label,
                 f"it calls {_full_name(function)} without its input '{left_out[0]}'. TensorRT refuses the file: "
                 "'Invalid Node'.",
-                "Pass every input of a function; make two functions where one input is optional.",
+                "Pass every input of a function; make two functions if one input is optional.",
                 TENSORRT,
             )
 
@@ -73,8 +71,8 @@ def _name(function: FunctionProto) -> Iterator[Finding]:
             RULE,
             "error",
             f"function {_full_name(function)}",
-            f"it has the name of the standard operator {function.name}. TensorRT's parser goes by the name without the "
-            "domain and runs the standard operator instead.",
+            f"it has the name of the standard operator {function.name}. TensorRT's parser looks at the name without "
+            "the domain and runs the standard operator instead.",
             "Give it a name that no ONNX operator has.",
             TENSORRT,
         )
@@ -96,16 +94,15 @@ def _opset(program: Program, function: FunctionProto) -> Iterator[Finding]:
 
 
 def _any(program: Program) -> Iterator[Finding]:
-    called = [site for site in program.sites if function_key(site.node) in program.functions]
-    names = sorted({_full_name(program.functions[function_key(site.node)]) for site in called})
-    if called:
+    names = sorted({_full_name(program.functions[call.key]) for call in program.calls})
+    if names:
         yield Finding(
             RULE,
             "warning",
-            called[0].label,
+            program.calls[0].label,
             f"the file calls functions ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). OpenVINO refuses "
             "it: 'No conversion rule found'.",
-            f"None where tqdit-build reads the file, which inlines them. Elsewhere inline them first: {INLINE}.",
+            f"None for tqdit-build, which inlines them. For other tools inline them first: {INLINE}.",
             ("openvino",),
         )
 

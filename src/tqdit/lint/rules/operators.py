@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from onnx import TensorProto
 
 from tqdit.lint.finding import TENSORRT, Finding
-from tqdit.lint.program import Program, Site, quantized_type
+from tqdit.lint.program import GraphNode, Program, quantized_type
 
 RULE = "operator"
 INTEGER_OPERATORS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
@@ -24,27 +24,27 @@ REMEDY: dict[int, str] = {
 
 
 def check(program: Program) -> Iterator[Finding]:
-    for site in program.sites:
-        if site.op_type in INTEGER_OPERATORS or site.op_type.startswith("QLinear"):
+    for node in program.nodes:
+        if node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear"):
             yield Finding(
                 RULE,
                 "error",
-                site.label,
-                f"TensorRT does not know {site.op_type} and refuses the file.",
+                node.label,
+                f"TensorRT does not know {node.op_type} and refuses the file.",
                 "Write QuantizeLinear -> DequantizeLinear -> the float operator with constant scales; backends make "
                 "the integer product of it.",
                 TENSORRT,
             )
-        elif site.standard and site.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            yield from _type(site)
+        elif node.standard and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from _type(node)
 
 
-def _type(site: Site) -> Iterator[Finding]:
-    quantizes = site.op_type == "QuantizeLinear"
-    dtype = quantized_type(site) if quantizes else site.value(0).dtype
+def _type(node: GraphNode) -> Iterator[Finding]:
+    quantizes = node.op_type == "QuantizeLinear"
+    dtype = quantized_type(node) if quantizes else node.value(0).dtype
     if dtype in REMEDY and not (quantizes and dtype == TensorProto.INT32):
         what = "writes" if quantizes else "dequantizes"
         name = str(TensorProto.DataType.Name(dtype)).lower()
         yield Finding(
-            RULE, "error", site.label, f"it {what} {name}. TensorRT's parser refuses the file.", REMEDY[dtype], TENSORRT
+            RULE, "error", node.label, f"it {what} {name}. TensorRT's parser refuses the file.", REMEDY[dtype], TENSORRT
         )

@@ -4,7 +4,7 @@
 2. Per-channel scales below opset 13.
 3. float16 scales below opset 19.
 4. Outside what a backend takes.
-5. Below 20, where what TQDiT writes and measures begins.
+5. Below 20, the opset that TQDiT writes and measures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from tqdit.lint.finding import Finding, Severity
-from tqdit.lint.program import Program, Site
+from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.values import per_channel
 
 RULE = "opset"
@@ -27,7 +27,10 @@ TQDIT = 20  # Gelu-20; the function bodies of domain `tqdit` are written in it
 
 @dataclass(frozen=True)
 class Limit:
-    """Opsets that a backend is known to take; `severity` is error where it refuses the others, else nobody looked."""
+    """Opsets that a backend is known to take.
+
+    `severity` is error if it refuses the others, and warning if the others were not tried.
+    """
 
     lowest: int
     highest: int
@@ -44,24 +47,24 @@ LIMITS = {
 
 
 def check(program: Program) -> Iterator[Finding]:
-    for site in program.sites:
-        if site.standard:
-            yield from _missing(site)
-        if site.standard and site.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            yield from _scales(site)
+    for node in program.nodes:
+        if node.standard:
+            yield from _missing(node)
+        if node.standard and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from _scales(node)
     yield from _limits(program)
 
 
-def _missing(site: Site) -> Iterator[Finding]:
-    if onnx.defs.has(site.op_type, site.opset, "") or not onnx.defs.has(site.op_type):
+def _missing(node: GraphNode) -> Iterator[Finding]:
+    if onnx.defs.has(node.op_type, node.opset, "") or not onnx.defs.has(node.op_type):
         return
-    since = min(schema.since_version for schema in _versions(site.op_type))
-    if since > site.opset:
+    since = min(schema.since_version for schema in _versions(node.op_type))
+    if since > node.opset:
         yield Finding(
             RULE,
             "error",
-            site.label,
-            f"{site.op_type} exists from opset {since} on, the file is written for {site.opset}. No backend has to "
+            node.label,
+            f"{node.op_type} exists from opset {since} on, the file is written for {node.opset}. No backend has to "
             "take it.",
             f"Export with opset {max(since, TQDIT)}.",
         )
@@ -73,26 +76,26 @@ def _versions(op_type: str) -> list[onnx.defs.OpSchema]:
     ]
 
 
-def _scales(site: Site) -> Iterator[Finding]:
-    scale = site.value(1)
+def _scales(node: GraphNode) -> Iterator[Finding]:
+    scale = node.value(1)
     needs = (
         (PER_CHANNEL, per_channel(scale), "per-channel scales"),
         (FLOAT16_SCALES, scale.dtype == TensorProto.FLOAT16, "float16 scales"),
     )
     for lowest, found, what in needs:
-        if found and site.opset < lowest:
+        if found and node.opset < lowest:
             yield Finding(
                 RULE,
                 "error",
-                site.label,
-                f"it has {what}, which exist from opset {lowest} on; the file is written for {site.opset}. ONNX's "
+                node.label,
+                f"it has {what}, which exist from opset {lowest} on; the file is written for {node.opset}. ONNX's "
                 "checker and ONNX Runtime refuse it.",
                 f"Export with opset {TQDIT}.",
             )
 
 
 def _limits(program: Program) -> Iterator[Finding]:
-    first = next((site.label for site in program.sites if site.standard), "the graph")
+    first = next((node.label for node in program.nodes if node.standard), "the graph")
     for backend, limit in LIMITS.items():
         if not limit.lowest <= program.opset <= limit.highest:
             yield Finding(
@@ -104,7 +107,7 @@ def _limits(program: Program) -> Iterator[Finding]:
                 f"Export with opset {TQDIT}, or convert: onnx.version_converter.convert_version(model, {TQDIT}).",
                 (backend,),
             )
-    if program.opset < TQDIT and any(site.standard for site in program.sites):
+    if program.opset < TQDIT and any(node.standard for node in program.nodes):
         yield Finding(
             RULE,
             "warning",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from tqdit.lint.program import Site
+from tqdit.lint.program import GraphNode
 from tqdit.lint.values import Value
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
 
-def operands(site: Site) -> tuple[Value, ...]:
+def operands(node: GraphNode) -> tuple[Value, ...]:
     """The two factors of a product, nothing for other nodes."""
-    return site.inputs[:2] if site.op_type in PRODUCTS and site.standard else ()
+    return node.inputs[:2] if node.op_type in PRODUCTS and node.standard else ()
 
 
-def output_channel(site: Site, operand: int, rank: int) -> int:
+def output_channel(node: GraphNode, operand: int, rank: int) -> int:
     """The axis of a product's factor along which its results stay apart, so that a scale can be taken out."""
-    if site.op_type == "Conv":
+    if node.op_type == "Conv":
         return 0
-    if site.op_type == "ConvTranspose":
+    if node.op_type == "ConvTranspose":
         return 1
     last = operand == 1
-    if site.op_type == "Gemm" and site.integer("transB" if operand == 1 else "transA", 0):
+    if node.op_type == "Gemm" and node.integer("transB" if operand == 1 else "transA", 0):
         last = not last
     return rank - 1 if last else rank - 2

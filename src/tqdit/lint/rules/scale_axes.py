@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tqdit.lint.finding import TENSORRT, Finding
-from tqdit.lint.program import Program, Site
+from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.rules.products import operands, output_channel
 from tqdit.lint.values import Quantized, Value, blocked, per_channel
 
@@ -19,42 +19,42 @@ RULE = "scale-axis"
 
 
 def check(program: Program) -> Iterator[Finding]:
-    for site in program.sites:
-        if site.standard and site.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            yield from _count(site)
-            yield from _activation(site)
-        for index, value in enumerate(operands(site)):
+    for node in program.nodes:
+        if node.standard and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            yield from _count(node)
+            yield from _activation(node)
+        for index, value in enumerate(operands(node)):
             if value.quantized is not None and value.constant:
-                yield from _weight(site, index, value, value.quantized)
+                yield from _weight(node, index, value, value.quantized)
 
 
-def _weight(site: Site, index: int, value: Value, quantized: Quantized) -> Iterator[Finding]:
+def _weight(node: GraphNode, index: int, value: Value, quantized: Quantized) -> Iterator[Finding]:
     if quantized.axis is None or value.shape is None or len(value.shape) < 2:
         return
-    wanted = output_channel(site, index, len(value.shape))
+    wanted = output_channel(node, index, len(value.shape))
     if quantized.axis != wanted:
         yield Finding(
             RULE,
             "error",
             quantized.node,
-            f"its scales lie on axis {quantized.axis} of the weight as {site.label} takes it, the output channels on "
-            f"axis {wanted}. No integer product can apply them afterwards: TensorRT runs it in float without a word, "
+            f"its scales lie on axis {quantized.axis} of the weight as {node.label} takes it, the output channels on "
+            f"axis {wanted}. No integer product can apply them afterwards: TensorRT runs it in float silently, "
             "OpenVINO and ONNX Runtime's optimiser give wrong values.",
             "Give one scale per output channel: axis 1 for MatMul, axis 0 for Gemm with transB=1 and for Conv.",
         )
 
 
-def _count(site: Site) -> Iterator[Finding]:
-    data, scale = site.value(0), site.value(1)
+def _count(node: GraphNode) -> Iterator[Finding]:
+    data, scale = node.value(0), node.value(1)
     if data.shape is None or scale.shape is None or not per_channel(scale):
         return
-    axis = site.integer("axis", 1)
+    axis = node.integer("axis", 1)
     have = data.shape[axis] if -len(data.shape) <= axis < len(data.shape) else None
     if have != scale.shape[0]:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"it has {scale.shape[0]} scales for axis {axis}, "
             + (f"which has {have} entries." if have is not None else f"which a tensor of shape {data.shape} lacks.")
             + " Every backend refuses this.",
@@ -62,8 +62,8 @@ def _count(site: Site) -> Iterator[Finding]:
         )
 
 
-def _activation(site: Site) -> Iterator[Finding]:
-    data, scale = site.value(0), site.value(1)
+def _activation(node: GraphNode) -> Iterator[Finding]:
+    data, scale = node.value(0), node.value(1)
     if data.constant or not scale.constant:  # a scale at run time has a rule of its own
         return
     remedy = (
@@ -74,9 +74,9 @@ def _activation(site: Site) -> Iterator[Finding]:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"it has {scale.size} scales for an activation. Scales along the summed axis cannot be taken out of an "
-            "integer product: TensorRT and ONNX Runtime run it in float without a word.",
+            "integer product: TensorRT and ONNX Runtime run it in float silently.",
             remedy,
             ("onnxruntime", *TENSORRT),
         )
@@ -84,9 +84,9 @@ def _activation(site: Site) -> Iterator[Finding]:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"it has a scale of shape {scale.shape} (blocks or tokens) for an activation. TensorRT "
-            "and ONNX Runtime run the product in float without a word.",
+            "and ONNX Runtime run the product in float silently.",
             remedy,
             ("onnxruntime", *TENSORRT),
         )

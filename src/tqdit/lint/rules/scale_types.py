@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tqdit.lint.finding import Finding
-from tqdit.lint.program import Program, Site
+from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.rules.products import operands
 from tqdit.lint.values import type_name
 
@@ -17,29 +17,29 @@ RULE = "scale-type"
 
 
 def check(program: Program) -> Iterator[Finding]:
-    for site in program.sites:
-        if not site.standard:
+    for node in program.nodes:
+        if not node.standard:
             continue
-        if site.op_type == "QuantizeLinear":
-            yield from _input(site)
+        if node.op_type == "QuantizeLinear":
+            yield from _input(node)
         else:
-            yield from _product(site)
+            yield from _product(node)
 
 
-def _input(site: Site) -> Iterator[Finding]:
-    x, scale = site.value(0).dtype, site.value(1).dtype
+def _input(node: GraphNode) -> Iterator[Finding]:
+    x, scale = node.value(0).dtype, node.value(1).dtype
     if x and scale and x != scale:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"it quantizes {type_name(x)} with a {type_name(scale)} scale. ONNX Runtime refuses the file.",
             "Cast the input to the type of the scale; float32 around the integers is the safe choice.",
         )
 
 
-def _product(site: Site) -> Iterator[Finding]:
-    pair = [(value.quantized, value.dtype) for value in operands(site) if value.quantized is not None]
+def _product(node: GraphNode) -> Iterator[Finding]:
+    pair = [(value.quantized, value.dtype) for value in operands(node) if value.quantized is not None]
     if len(pair) != 2:
         return
     (a, a_type), (b, b_type) = ((quantized, quantized.scale.dtype or dtype) for quantized, dtype in pair)
@@ -47,7 +47,7 @@ def _product(site: Site) -> Iterator[Finding]:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"its operands are dequantized with a {type_name(a_type)} scale ({a.node}) and a {type_name(b_type)} scale "
             f"({b.node}). Backends refuse it, or, with a cast between, TensorRT and ONNX Runtime run it in float.",
             "Give both scales one type; float32 around the integers is the safe choice.",

@@ -27,8 +27,8 @@ SMALLEST_NORMAL: dict[int, float] = {
 
 
 def check(program: Program) -> Iterator[Finding]:
-    for site in program.standard_sites("QuantizeLinear", "DequantizeLinear"):
-        scale = site.value(1)
+    for node in program.standard_nodes("QuantizeLinear", "DequantizeLinear"):
+        scale = node.value(1)
         if scale.array is None or scale.dtype not in SMALLEST_NORMAL:
             continue
         with np.errstate(invalid="ignore"):  # a NaN is what this looks for
@@ -39,8 +39,8 @@ def check(program: Program) -> Iterator[Finding]:
             yield Finding(
                 "scale-value",
                 "error",
-                site.label,
-                f"its scale '{site.node.input[1]}' {what}. {consequence}",
+                node.label,
+                f"its scale '{node.input_names[1]}' {what}. {consequence}",
                 "Calibrate again; for a tensor that is all zero take any normal scale, such as 1. A float16 scale that "
                 "is too small for its type belongs in float32.",
             )

@@ -14,41 +14,41 @@ import numpy as np
 from onnx import TensorProto
 
 from tqdit.lint.finding import TENSORRT, Finding
-from tqdit.lint.program import Program, Site, quantized_type
+from tqdit.lint.program import GraphNode, Program, quantized_type
 
 RULE = "zero-point"
 
 
 def check(program: Program) -> Iterator[Finding]:
-    for site in program.standard_sites("QuantizeLinear", "DequantizeLinear"):
-        yield from _integer_type(site)
-        yield from _zero_point(site)
+    for node in program.standard_nodes("QuantizeLinear", "DequantizeLinear"):
+        yield from _integer_type(node)
+        yield from _zero_point(node)
 
 
-def _integer_type(site: Site) -> Iterator[Finding]:
-    quantizes = site.op_type == "QuantizeLinear"
-    dtype = quantized_type(site) if quantizes else site.value(2 if site.given(2) else 0).dtype
+def _integer_type(node: GraphNode) -> Iterator[Finding]:
+    quantizes = node.op_type == "QuantizeLinear"
+    dtype = quantized_type(node) if quantizes else node.value(2 if node.given(2) else 0).dtype
     if dtype == TensorProto.UINT8:
-        why = "" if site.given(2) or not quantizes else ", since it has no zero point and uint8 is the default"
-        stored = not quantizes and site.value(0).constant
+        why = "" if node.given(2) or not quantizes else ", since it has no zero point and uint8 is the default"
+        stored = not quantizes and node.value(0).constant
         consequence = (
             "TensorRT refuses uint8 initializers."
             if stored
-            else "TensorRT takes them for int8 without a word: codes above 127 saturate."
+            else "TensorRT takes them for int8 silently: codes above 127 saturate."
         )
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"its integers are uint8{why}. {consequence}",
             "Use int8 with a zero point of 0 (an int8 zero point has to be written out on QuantizeLinear).",
             TENSORRT,
         )
-    elif quantizes and dtype == TensorProto.INT8 and not site.given(2):
+    elif quantizes and dtype == TensorProto.INT8 and not node.given(2):
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             "it writes int8 by output_dtype, without a zero point. ONNX Runtime does not fuse such a node: the product "
             "runs in float.",
             "Give it and its DequantizeLinear a constant int8 zero point of 0.",
@@ -56,15 +56,15 @@ def _integer_type(site: Site) -> Iterator[Finding]:
         )
 
 
-def _zero_point(site: Site) -> Iterator[Finding]:
-    if not site.given(2):
+def _zero_point(node: GraphNode) -> Iterator[Finding]:
+    if not node.given(2):
         return
-    value, name = site.value(2), site.node.input[2]
+    value, name = node.value(2), node.input_names[2]
     if not value.constant:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"its zero point '{name}' is computed at run time. TensorRT refuses the file, other backends lose INT8.",
             "Use a constant zero point of 0; take an offset out before: (x - b) / r -> QuantizeLinear.",
         )
@@ -72,7 +72,7 @@ def _zero_point(site: Site) -> Iterator[Finding]:
         yield Finding(
             RULE,
             "error",
-            site.label,
+            node.label,
             f"its zero point '{name}' is not 0. TensorRT is symmetric only and refuses the file.",
             "Use a zero point of 0 and fold the offset b exactly: (x - b) -> QuantizeLinear/DequantizeLinear -> MatMul "
             "-> + b * colsum(W).",

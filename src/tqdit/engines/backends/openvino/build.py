@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx.inliner
 
-from tqdit import __version__
 from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
@@ -23,6 +22,7 @@ from tqdit.errors import BackendError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
+from tqdit.version import __version__
 
 GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
 DECODER_FILE = "decoder.xml"

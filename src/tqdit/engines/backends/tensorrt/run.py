@@ -105,10 +105,10 @@ class TensorRTEngine:
     def run_on_device(self, inputs: Mapping[str, Any], stream: Any = None, out: Any = None) -> Any:
         """GPU arrays in, a GPU array out, without waiting: (B, ...) as the graph names them.
 
-        inputs: arrays of cupy, torch, pycuda, numba, by `__cuda_array_interface__`, contiguous and of the graph's types.
-        stream: the caller's, a handle or a stream of any of these; the engine starts after what
-        is on it, and what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes
-        one. Raises UsageError for arrays that do not fit.
+        inputs: arrays of cupy, torch, pycuda or numba, by `__cuda_array_interface__`, contiguous and of the graph's
+        types. stream: the caller's, a handle or a stream of any of these; the engine starts after what is on it, and
+        what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes one. Raises
+        UsageError for arrays that do not fit.
         """
         caller = cuda.stream_handle(stream)
         with self._turn():

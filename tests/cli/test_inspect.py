@@ -1,16 +1,21 @@
 """`tqdit-inspect`: what it says about each kind of file, and about files that are damaged or unknown."""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+import support
+from tqdit.card import Latents
 from tqdit.cli import main as cli
-from tqdit.cli.inspect import inspect, run
+from tqdit.cli.inspect import _card, inspect, run
 from tqdit.console import Console
 from tqdit.engines.run.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.models import families
 
 
 def facts(file, heads=None):
@@ -27,8 +32,14 @@ def refusal(file, error, heads=None):
 def test_the_demo_model_is_described():
     said = facts("demo")
     assert said["kind"] == "diffusion transformer, origin 'demo'"
-    assert said["image"].endswith("pixels")
-    assert said["samples with"] == "ddpm, 250 steps, guidance 1.5"
+    assert said["port x"] == "state, float32 rows x 3 x 16 x 16"
+    assert said["port timestep"] == "time, int64 rows"
+    assert said["port class_labels"] == "request, int64 rows, 0..16, 16 in an unconditional row"
+    assert said["prediction"].startswith("rows x ")
+    assert said["state"] == "pixels"
+    assert said["sampled with"].startswith("250 steps of ddpm; any of ")
+    assert "ddim" in said["sampled with"]
+    assert said["guidance"] == "classifier-free, scale 1.5 unless chosen"
     assert said["parameters"].endswith(" million")
     assert len(said["fingerprint"]) == 64
 
@@ -37,7 +48,10 @@ def test_a_checkpoint_is_described(checkpoint):
     said = facts(checkpoint, heads=2)
     assert said["kind"] == "diffusion transformer, origin 'published'"
     assert "hidden_size=16, depth=2" in said["configuration"]
-    assert said["image"] == "4 x 8 x 8, latents of scale 0.18215"
+    assert said["port x"] == "state, float32 rows x 4 x 8 x 8"
+    assert said["prediction"] == "rows x 8 x 8 x 8"
+    assert said["state"] == "latents of scale 0.18215"
+    assert said["guidance"] == "classifier-free of the first 3 channels, scale 1.5 unless chosen"
     assert said["classes"] == "5"
 
 
@@ -52,7 +66,28 @@ def test_a_file_of_ours_needs_no_heads(own_file):
 def test_a_diffusers_directory_is_described(diffusers_folder):
     said = facts(diffusers_folder)
     assert said["kind"] == "diffusion transformer, origin 'diffusers'"
-    assert said["samples with"] == "ddim, 50 steps, guidance 4.0"
+    assert said["sampled with"].startswith("50 steps of ddim; ")
+    assert said["guidance"].endswith("scale 4 unless chosen")
+
+
+def test_a_network_that_is_no_dit_is_described_by_its_ports(monkeypatch):
+    toys = Path(__file__).parents[1] / "toys" / "families"
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(toys)])
+    monkeypatch.setattr("tqdit.cli.inspect.Path.exists", lambda _: True)
+    said = facts("two-streams")
+    assert said["port latents"] == "state, float32 rows x 5 x 12"
+    assert said["port words"] == "request, int64 rows x 4, 0..6"
+    assert said["port sigma"] == "time, float32 rows"
+    assert said["state"] == "values as they are"
+    assert "euler" in said["sampled with"]
+    assert said["guidance"] == "none"
+    assert "classes" not in said
+
+
+def test_a_shift_of_latents_is_shown():
+    model = support.tiny_model()
+    card = replace(model, latents=Latents(0.5, 0.125)).card()
+    assert dict(_card(card))["state"] == "latents of scale 0.5, shift 0.125"
 
 
 @pytest.fixture
@@ -142,14 +177,13 @@ def test_a_folder_of_unknown_kind_is_refused(tmp_path):
 
 
 def test_a_folder_of_shards_tells_its_job(tmp_path):
-    job = SamplingJob("0" * 64, 20, "ddpm", (3, 5), 1.5, seed=7, count=300)
+    job = SamplingJob("0" * 64, 20, "ddim", (3, 5), 1.5, seed=7, count=300)
     ShardFolder(tmp_path, job, {}).write_index()
     assert facts(tmp_path) == {
         "kind": "samples in shards",
         "shards": "0 of 3 done, of 128 images each",
-        "samples": "300 of 2 class(es)",
-        "chain": "20 steps of ddpm",
-        "guidance": "scale 1.5, seed 7",
+        "samples": "300 of 2 class(es), seed 7",
+        "sampled with": "20 steps of ddim, guidance: scale 1.5",
         "engine": f"manifest {'0' * 64}",
     }
 

@@ -1,4 +1,4 @@
-"""Ways to spoil a file: cuts at its structural boundaries, and flipped bits. And a count of all blows."""
+"""Ways to damage a file (cuts at its structural boundaries, flipped bits), and how many failures the tests caused."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-DEALT = Counter()  # kind of blow -> how many; those of a test that passed were survived
+CAUSED = Counter()  # kind of failure -> how many
 
 
 def boundaries(name, data):
@@ -24,13 +24,13 @@ def cuts(name, data, most=None):
     lengths = sorted({at + beside for at in boundaries(name, data) for beside in (-1, 0, 1)} & set(range(len(data))))
     if most is not None and len(lengths) > most:
         lengths = [lengths[int(index)] for index in np.linspace(0, len(lengths) - 1, most)]
-    DEALT["files cut short"] += len(lengths)
+    CAUSED["files cut short"] += len(lengths)
     return lengths
 
 
 def flipped(data, rng, bits=1):
     """A copy with random bits flipped."""
-    DEALT["files with flipped bits"] += 1
+    CAUSED["files with flipped bits"] += 1
     spoilt = bytearray(data)
     for bit in rng.choice(8 * len(data), bits, replace=False):
         spoilt[bit // 8] ^= 1 << (bit % 8)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,17 @@ import pytest
 
 from tqdit.calibrate import PRESETS
 from tqdit.console import Console
-from tqdit.evaluate import sweep as module
 from tqdit.evaluate.bootstrap import Measure
-from tqdit.evaluate.sweep import TABLES, Bench, Job, Row, Size, Store, lines_of, markdown, sweep, table_csv
-from tqdit.models import load_model
+from tqdit.models.load import load_model
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "ablation.py"
+SPEC = importlib.util.spec_from_file_location("ablation", SCRIPT)
+assert SPEC is not None
+assert SPEC.loader is not None
+module = sys.modules["ablation"] = importlib.util.module_from_spec(SPEC)  # dataclasses look their module up there
+SPEC.loader.exec_module(module)
+TABLES, Bench, Job, Row, Size, Store = module.TABLES, module.Bench, module.Job, module.Row, module.Size, module.Store
+lines_of, markdown, sweep, table_csv = module.lines_of, module.markdown, module.sweep, module.table_csv
 
 QUIET = Console(quiet=True)
 SIZE = Size(steps=3, images=64, batch=32)
@@ -128,6 +137,7 @@ def test_tables_say_what_the_rows_say():
     ).items()
 
 
+@pytest.mark.slow
 def test_a_real_row_and_its_float_row(tmp_path, monkeypatch):
     """Few steps, few rows, W8A8: near float, and again the same."""
     monkeypatch.setattr(module, "TOTAL_ROWS", 8)
