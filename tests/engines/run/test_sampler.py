@@ -258,7 +258,7 @@ def test_a_guided_image_is_two_rows_of_a_network_call(card):
         1,
         2,
         8,
-    )  # which doubles them inside
+    )  # it doubles them inside
 
 
 def test_a_callback_sees_every_step_and_can_stop(bundle):
