@@ -34,13 +34,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tqdit.calibrate import PRESETS, QuantizationConfig, calibrate
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
 from tqdit.card import GraphCard
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.backend import runner
-from tqdit.export import ExportConfig, export_graph, write
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families.published import PUBLISHED, describe
 from tqdit.models.loaded import LoadedModel

@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.rows import CalibrationRows, Trajectory, pick
-from tqdit.calibrate.work import digest, versions
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.work import digest, versions
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
 from tqdit.engines.run.sampler import Sampler
@@ -47,6 +48,7 @@ from tqdit.extras import need
 from tqdit.files import whole_file
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fake_quant import apply
 
 NOISE = 1000  # seed s samples with noise NOISE + s
 HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.judge import chain_error, final_samples
-from tqdit.calibrate.rows import CalibrationRows, Trajectory, pick
-from tqdit.calibrate.work import versions
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.judge import chain_error, final_samples
+from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.work import versions
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fake_quant import apply
 
 TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
 HELD_OUT_SEED = 10_000  # of chains that judge, away from every calibration

@@ -220,7 +220,8 @@ def sample(model: DiT, count: int, seed: int, device: torch.device) -> tuple[Ten
     labels = np.arange(count) % CONFIG.num_classes
     chains = Chains(signature_of(CONFIG), Guidance(2.0), count)
     for image, label in enumerate(labels):
-        chains.add(SamplingSpec(steps=50, sampler="ddim").schedule, {"class_labels": label}, 2.0, seed, image)
+        request: dict[str, NDArray[Any]] = {"class_labels": np.asarray(label)}
+        chains.add(SamplingSpec(steps=50, sampler="ddim").schedule, request, 2.0, seed, image)
 
     def network(inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         output: NDArray[np.float32] = model(*(torch.from_numpy(x).to(device) for x in inputs.values())).cpu().numpy()

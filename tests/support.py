@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
     from tqdit.card import GraphCard
-    from tqdit.export import ExportConfig
+    from tqdit.exporter.graph import ExportConfig
     from tqdit.models.dit import DiTConfig
     from tqdit.models.loaded import LoadedModel
     from tqdit.quantization.table import ScaleTable
@@ -103,7 +103,7 @@ def traced(config: ExportConfig, origin: str, steps: int, pixels: bool, seed: in
     import onnx
     import onnx_ir as ir
 
-    from tqdit.export.graph import trace_graph
+    from tqdit.exporter.graph import trace_graph
 
     model = tiny_model(origin, steps, pixels, seed)
 
@@ -124,7 +124,7 @@ def exported(
     table: ScaleTable | None = None,
 ) -> tuple[ir.Model, GraphCard]:
     """A tiny model's graph and card, float or quantized."""
-    from tqdit.export.graph import ExportConfig, export_graph, finish_graph
+    from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph
 
     config = config or ExportConfig()
     model, trace = traced(replace(config, attention="simulated"), origin, steps, pixels, seed)

@@ -55,10 +55,10 @@ def calibrate(
     with labels. Raises UsageError for a preset or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
-    from tqdit.calibrate.config import PRESETS
-    from tqdit.calibrate.data import read_data
-    from tqdit.calibrate.flow import calibrate as find_scales
-    from tqdit.calibrate.flow import finish
+    from tqdit.calibration.config import PRESETS
+    from tqdit.calibration.data import read_data
+    from tqdit.calibration.flow import calibrate as find_scales
+    from tqdit.calibration.flow import finish
     from tqdit.quantization.table import write_scale_table
 
     if preset not in PRESETS:
@@ -92,9 +92,9 @@ def export(
     a file that tqdit did not write.
     """
     _need_stage("export", "tqdit.export")
-    from tqdit.export.graph import ExportConfig, export_graph
-    from tqdit.export.onnx_writer import check_overwrite, write
-    from tqdit.export.vae import load_decoder, trace_decoder
+    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.onnx_writer import check_overwrite, write
+    from tqdit.exporter.vae import load_decoder, trace_decoder
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)

@@ -16,7 +16,7 @@ from tables import Kind
 from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest, write_manifest
 from tqdit.engines.run.sampler import Sampler
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 from tqdit.ports import Port
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "safetensors", "matplotlib")

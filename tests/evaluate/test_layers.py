@@ -12,15 +12,17 @@ import torch
 
 import reference
 from support import tiny_model
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.advice import read_advice
-from tqdit.calibrate.layers import plan
+from tqdit.calibration.advice import read_advice
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.layers import plan
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.layers import BitOperations, Diagnosis, changes_for, diagnose, layer_errors, leave_one_out, remedies
 from tqdit.models import families
 from tqdit.models.load import load_model
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.granularity import PerTimestepGroup
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 8, "chains": 2, "candidates": 20}

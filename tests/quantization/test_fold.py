@@ -10,11 +10,11 @@ from torch import Tensor, nn
 import support
 from support import tiny_model
 from tables import Kind, make_table
-from tqdit.calibrate import apply
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig
+from tqdit.exporter.graph import ExportConfig
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import ValueProduct
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.fold import fold, fold_divisors, source_of
 
 EQUALISED = [f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.proj", "attn.qkv", "mlp.fc1")]

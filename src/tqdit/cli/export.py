@@ -64,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
         need(library, "export", "tqdit-export")
-    from tqdit.export.graph import ExportConfig, calibrated_for, export_graph
-    from tqdit.export.onnx_writer import check_overwrite, write
-    from tqdit.export.vae import load_decoder, trace_decoder
+    from tqdit.exporter.graph import ExportConfig, calibrated_for, export_graph
+    from tqdit.exporter.onnx_writer import check_overwrite, write
+    from tqdit.exporter.vae import load_decoder, trace_decoder
     from tqdit.models.load import load_model
 
     output: Path = args.output

@@ -113,7 +113,8 @@ def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
     Raises UsageError if the model has changed since.
     """
     from tqdit.engines.build.engine import build_engine
-    from tqdit.export import ExportConfig, export_graph, write
+    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.onnx_writer import write
     from tqdit.models.load import load_model
 
     model = load_model(card.model)

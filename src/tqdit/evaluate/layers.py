@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibrate import QuantizationConfig
-from tqdit.calibrate.advice import as_text
-from tqdit.calibrate.capture import Capture
-from tqdit.calibrate.cost import multiply_adds
-from tqdit.calibrate.flow import Calibration
-from tqdit.calibrate.rows import CalibrationRows
+from tqdit.calibration.advice import as_text
+from tqdit.calibration.capture import Capture
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.cost import multiply_adds
+from tqdit.calibration.flow import Calibration
+from tqdit.calibration.rows import CalibrationRows
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.models.load import load_model

@@ -68,13 +68,15 @@ def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor) -> None:
     rows = slice(place.start, place.stop)
     weight = linear.weight.detach().clone()
     weight[rows] /= divisor[:, None]
-    bias = torch.zeros(len(weight), device=weight.device) if linear.bias is None else linear.bias.detach().clone()
+    bias: Tensor | None = linear.bias
+    bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach().clone()
     bias[rows] = bias[rows] / divisor + place.offset * (1 / divisor - 1)
-    _set(linear, weight, None if linear.bias is None and not place.offset else bias)
+    _set(linear, weight, bias)
 
 
 def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new parameters; those that it had belong to other networks as well."""
     trains = linear.weight.requires_grad
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=trains)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)

@@ -11,7 +11,7 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 
 EVERY = list(providers.PROVIDERS.values())
 

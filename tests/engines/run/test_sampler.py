@@ -9,7 +9,6 @@ import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit.calibrate import apply
 from tqdit.card import GraphCard, Latents
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange
@@ -17,6 +16,7 @@ from tqdit.engines.run.sampler import Sampler, choose_batch, to_pixels
 from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import FileFormatError, SamplingError, SamplingStopped, UsageError
 from tqdit.ports import Port, Signature
+from tqdit.quantization.fake_quant import apply
 from tqdit.sampling import noise
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Flow
