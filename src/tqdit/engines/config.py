@@ -18,7 +18,7 @@ FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Images per engine call: the fewest, the number to tune for, the most."""
+    """Rows per engine call (with guidance two of an image): the fewest, the number to tune for, the most."""
 
     least: int = 1
     best: int = 2
