@@ -91,6 +91,15 @@ class GraphCard:
         """Of one row."""
         return self.signature.state.row_shape
 
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The graph's inputs by name, in their order, with the shape of one row."""
+        if self.graph == "denoiser":
+            return {port.name: port.row_shape for port in self.signature.ports}
+        requests = {port.name: port.row_shape for port in self.signature.requests}
+        scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
+        return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
+
     def remark(self, chosen: SamplingSpec) -> str | None:
         """One line if the scales were found for another chain than the chosen one; None otherwise."""
         if self.quantization is None or chosen == self.sampling:

@@ -15,7 +15,8 @@ TOYS = Path(__file__).parents[1] / "toys" / "backends"
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory):
     """bundle_of(origin, pixels=..., sampler=..., ...) -> folder of an ONNX Runtime bundle."""
-    from tqdit.export import ExportConfig, write
+    from tqdit.exporter.graph import ExportConfig
+    from tqdit.exporter.onnx_writer import write
 
     made = {}
 
@@ -35,7 +36,7 @@ def bundle_of(tmp_path_factory):
 @pytest.fixture
 def quantized(tmp_path):
     """A W8A8 file of a pixel model, ten groups of timesteps, free to be changed."""
-    from tqdit.export import write
+    from tqdit.exporter.onnx_writer import write
 
     path = tmp_path / "model.onnx"
     write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
@@ -54,7 +55,8 @@ def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    from tqdit.export import ExportConfig, export_graph, write
+    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.onnx_writer import write
     from tqdit.models.dit import randomize
     from tqdit.models.load import load_model
 

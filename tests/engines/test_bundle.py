@@ -12,7 +12,7 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import MANIFEST, check_overwrite, read_manifest
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from tables import Kind, make_table, record_operands
-from tqdit.calibrate import apply
-from tqdit.calibrate.judge import final_samples
+from tqdit.calibration.judge import final_samples
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler
-from tqdit.export import ExportConfig, export_graph, write
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.load import load_model
+from tqdit.quantization.fake_quant import apply
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from tables import Kind, make_table
 from tqdit.cli.main import main
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.config import BuildConfig
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 
 
 @pytest.fixture

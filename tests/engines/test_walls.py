@@ -17,7 +17,7 @@ import importlib, sys
 for name in {names}:
     importlib.import_module(name)
 print(*(name for name in sys.modules if name.split(".")[0] in ("torch", "onnx", "onnx_ir", "google")
-        or name.startswith(("tqdit.engines.build", "tqdit.export", "tqdit.calibrate", "tqdit.onnx_file"))
+        or name.startswith(("tqdit.engines.build", "tqdit.exporter", "tqdit.calibration", "tqdit.onnx_file"))
         or (name.startswith("tqdit.engines.backends.") and name.endswith(".build"))))
 """
 

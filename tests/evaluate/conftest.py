@@ -20,8 +20,8 @@ SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "
 
 def make_flow(folder: Path) -> None:
     """Calibrate, export and build."""
-    from tqdit.export.graph import ExportConfig, finish_graph, trace_graph
-    from tqdit.export.onnx_writer import write
+    from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+    from tqdit.exporter.onnx_writer import write
     from tqdit.models.load import load_model
 
     table_file = folder / "scales.safetensors"

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tqdit.models.published import read_own_facts
 
-from tqdit.calibrate.advice import as_text, read_advice
-from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibration.advice import as_text, read_advice
+from tqdit.calibration.config import QuantizationConfig
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest
 from tqdit.engines.config import BatchRange

@@ -91,7 +91,9 @@ def test_explicit_attention_computes_the_same_in_copies_and_recomputed(name: str
         gradients.append([leaf.grad for leaf in leaves.values()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
-    torch.testing.assert_close(attend(*inputs.values()), expected, rtol=0, atol=0)  # nothing outside of the module changed
+    torch.testing.assert_close(
+        attend(*inputs.values()), expected, rtol=0, atol=0
+    )  # nothing outside of the module changed
 
 
 def test_rows_of_a_mask_without_a_key_stay_finite() -> None:

@@ -12,8 +12,7 @@ import pytest
 
 import support
 from tqdit.errors import OutputError
-from tqdit.export import ExportConfig
-from tqdit.export.graph import trace_graph
+from tqdit.exporter.graph import ExportConfig, trace_graph
 from tqdit.models.load import load_model
 
 NOWHERE = (

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from support import tiny_model
-from tqdit.calibrate import apply
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct
-from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, quantize_module
+from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, apply, quantize_module
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
 from tqdit.quantization.schemes.asymmetric import Asymmetric
 from tqdit.quantization.schemes.symmetric import Symmetric

@@ -100,6 +100,7 @@ def test_scales_factor_into_a_reference_and_ratios_of_at_most_one() -> None:
 
 def test_a_boundary_timestep_belongs_to_the_later_group() -> None:
     assert group_of(small_table().boundaries, np.array([0, 499, 500, 999])).tolist() == [0, 0, 1, 1]
+    assert group_of(np.array([0.3, 0.7]), np.array([0.0, 0.299, 0.3, 0.7, 1.0])).tolist() == [0, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

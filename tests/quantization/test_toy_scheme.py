@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import support
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.config import choices_of
+from tqdit.calibration.config import PRESETS, QuantizationConfig, choices_of
+from tqdit.calibration.flow import calibrate
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.export import ExportConfig, write
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
 from tqdit.quantization import schemes
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.granularity import PerTensor
 from tqdit.quantization.table import Site, read_scale_table, write_scale_table
 

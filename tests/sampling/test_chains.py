@@ -151,14 +151,19 @@ def test_a_fractional_time_port_is_told_fractions():
     assert chains.inputs()["t"][0] == pytest.approx(1000 * 2 / (1 + 2 * 2 / 3))
 
 
-def test_a_chain_goes_on_from_a_state_and_a_step():
-    whole = Chains(signature(), Guidance(1.5), 1)
-    whole.add(DDPM.schedule, request(1), 2.0, 3, 4)
+@pytest.mark.parametrize("schedule", ["ddpm", "lagging"])
+def test_chains_go_on_from_a_snapshot(schedule):
+    table = DDPM.schedule if schedule == "ddpm" else lagging()
+    whole, rest = (Chains(signature(), Guidance(1.5), 2) for _ in range(2))
+    for chains in (whole, rest):
+        for row in range(2):
+            chains.add(table, request(row), 2.0, 3, row)
     for _ in range(5):
         whole.advance(network(whole.inputs()))
-    rest = Chains(signature(), Guidance(1.5), 1)
-    rest.add(DDPM.schedule, request(1), 2.0, 3, 4, state=whole.x[0], step=whole.step_of(0))
-    np.testing.assert_array_equal(run(rest, network), run(whole, network))
+    kept = whole.snapshot()
+    expected = run(whole, network).copy()
+    rest.restore(kept)
+    np.testing.assert_array_equal(run(rest, network), expected)
 
 
 def test_a_network_may_reuse_the_buffer_of_its_output():
@@ -202,7 +207,9 @@ def test_a_chain_that_is_not_finite_is_named():
 def test_noise_without_weight_is_none_whatever_the_network_predicts():
     """At a chain's last step exp(v / 2) may overflow: beside a chain that has noise it must not become NaN."""
     chains = Chains(signature(), None, 2)
-    chains.add(DDPM.schedule, request(0), 1.0, 0, 0, state=np.zeros(SHAPE, np.float32), step=0)
+    chains.add(DDPM.schedule, request(0), 1.0, 0, 0)
+    for _ in range(len(DDPM.schedule) - 1):
+        chains.advance(np.zeros((1, 6, *SHAPE[1:]), np.float32))
     chains.add(DDPM.schedule, request(0), 1.0, 0, 0)
     output = np.zeros((2, 6, *SHAPE[1:]), np.float32)
     output[0, 3:] = 1e6

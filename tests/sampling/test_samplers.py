@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import reference
 from tqdit.errors import UsageError
 from tqdit.sampling.process import Diffusion, Flow
-from tqdit.sampling.schedule import SamplingSpec, Schedule, group_of, make_schedule, sampler_names, samplers_of
+from tqdit.sampling.schedule import SamplingSpec, Schedule, make_schedule, sampler_names, samplers_of
 
 RNG = np.random.default_rng(0)
 LEARNED = Diffusion(learned_variance=True)
@@ -195,12 +195,6 @@ def test_a_table_that_looks_back_before_the_chain_is_refused():
     early[2, 1] = 1  # of the chain's first step
     with pytest.raises(ValueError, match="3 steps"):
         Schedule(np.arange(3.0), early, early, ones, ones)
-
-
-def test_a_group_of_timesteps_begins_at_its_boundary():
-    assert group_of(np.array([300.0, 700.0]), np.array([0.0, 299.9, 300.0, 699.0, 700.0, 999.0])).tolist() == [
-        0, 0, 1, 1, 2, 2,
-    ]  # fmt: skip
 
 
 def test_the_weight_of_an_error_is_that_of_the_prediction():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tqdit.calibrate import PRESETS
+from tqdit.calibration.config import PRESETS
 from tqdit.console import Console
 from tqdit.evaluate.bootstrap import Measure
 from tqdit.models.load import load_model

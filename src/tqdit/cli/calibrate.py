@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdit.calibrate.advice import read_advice
-from tqdit.calibrate.config import PRESETS, TQ_DIT, choices_of, flag
+from tqdit.calibration.advice import read_advice
+from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
 from tqdit.errors import OutputError
 from tqdit.extras import need
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path | None:
     for library in ("torch", "safetensors"):
         need(library, "calibrate", "tqdit-calibrate")
-    from tqdit.calibrate.cost import peak_memory_bytes
-    from tqdit.calibrate.data import read_data
-    from tqdit.calibrate.device import choose_device, peak_device_bytes
-    from tqdit.calibrate.flow import calibrate, finish
+    from tqdit.calibration.cost import peak_memory_bytes
+    from tqdit.calibration.data import read_data
+    from tqdit.calibration.device import choose_device, peak_device_bytes
+    from tqdit.calibration.flow import calibrate, finish
     from tqdit.models.load import load_model
     from tqdit.quantization.table import is_scale_table, write_scale_table
 

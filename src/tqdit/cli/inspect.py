@@ -18,11 +18,15 @@ from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
+from tqdit.ports import Port
 from tqdit.quantization import summary as scale_table_summary
 from tqdit.quantization.table import is_scale_table, read_scale_table
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import samplers_of
 
 SUMMARY = "say what a file is: checkpoint, scale table, ONNX file, engine bundle or samples"
 EXAMPLES = """\
@@ -42,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo'")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
     parser.add_argument("--lint", action="store_true", help="say what in an ONNX file makes a backend lose INT8, "
-        "compute something else or refuse; exit code 1 where there are errors")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: step sizes against the group "
+        "compute something else or refuse; exit code 1 if there are errors")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
 
@@ -71,7 +75,7 @@ def _check_plot(file: Path, plot: Path) -> None:
 
 
 def inspect(file: str, heads: int | None = None) -> Facts:
-    """The facts about one file as (name, value) pairs. Raises TqditError where it is damaged or unknown."""
+    """The facts about one file as (name, value) pairs. Raises TqditError if it is damaged or unknown."""
     path = Path(file)
     if file != "demo" and not path.exists():
         raise UsageError(f"{file}: no such file or folder. Pass a file, a folder or 'demo'.")
@@ -120,7 +124,7 @@ def _bundle(path: Path) -> Facts:
 
 
 def _batch(batch: BatchRange) -> str:
-    return f"{batch.least} to {batch.most} images per call, tuned for {batch.best}"
+    return f"{batch.least} to {batch.most} rows per call, tuned for {batch.best}"
 
 
 def _onnx(path: Path) -> Facts:
@@ -144,7 +148,7 @@ def _onnx(path: Path) -> Facts:
 
 
 def _lint(path: Path) -> None:
-    """Print findings and a count; raises LintError where one of them is an error."""
+    """Print findings and a count; raises LintError if one of them is an error."""
     need("onnx_ir", "build", "the lint")
     from tqdit.lint import lint
     from tqdit.onnx_file import OnnxFile
@@ -190,12 +194,13 @@ def _shards(path: Path) -> Facts:
     """The job of a folder of shards, from its index alone."""
     folder = read_index(path)
     job = folder.job
-    classes = len(set(job.classes))
+    classes = f" of {len(set(job.classes))} class(es)" if job.classes else ""
+    guidance = "none" if job.guidance_scale is None else f"scale {job.guidance_scale:g}"
     return [
         ("kind", "samples in shards"),
         ("shards", f"{folder.done} of {job.shards} done, of {job.shard_size} {job.content} each"),
-        ("samples", f"{job.count} of {classes} class(es)"),
-        ("guidance", f"scale {job.guidance_scale}, seed {job.seed}"),
+        ("samples", f"{job.count}{classes}, seed {job.seed}"),
+        ("sampled with", f"{job.steps} steps of {job.sampler}, guidance: {guidance}"),
         ("engine", f"manifest {job.engine}"),
     ]
 
@@ -208,30 +213,60 @@ def _checkpoint(file: str, heads: int | None) -> Facts:
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     return [
         ("kind", f"diffusion transformer, origin '{model.origin}'"),
-        ("configuration", getattr(model.network, "config", "not a native DiT")),
+        ("configuration", getattr(model.network, "config", "not known")),
         ("parameters", f"{parameters / 1e6:.2f} million"),
-        ("image", f"{model.in_channels} x {model.height} x {model.width}, {_space(model.latent_scale)}"),
-        ("classes", _classes(model.num_classes, model.class_names)),
-        ("samples with", f"{model.sampling.sampler}, {model.sampling.steps} steps, guidance {model.guidance_scale}"),
+        *_sampled(model.card()),
         ("fingerprint", model.fingerprint),
     ]
 
 
 def _card(card: GraphCard) -> Facts:
-    guidance = f"default scale {card.guidance_scale}" if card.guided else "none"
     return [
         ("graph", f"{card.graph} of {card.model} (origin '{card.origin}')"),
-        ("image", f"{card.channels} x {card.height} x {card.width}, {_space(card.latent_scale)}"),
-        ("classes", _classes(card.num_classes, card.class_names)),
-        ("sampler", f"{card.sampling.sampler}, {card.sampling.steps} steps, guidance: {guidance}"),
+        *_sampled(card),
         ("quantization", "none" if card.quantization is None else card.quantization.summary),
         ("fingerprint", card.fingerprint),
         ("written by", f"tqdit {card.written_by}"),
     ]
 
 
-def _space(latent_scale: float | None) -> str:
-    return "pixels" if latent_scale is None else f"latents of scale {latent_scale}"
+def _sampled(card: GraphCard) -> Facts:
+    """The network's call, and how it is sampled."""
+    signature = card.signature
+    label = signature.label
+    classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
+    return [
+        *((f"port {port.name}", _port(port)) for port in signature.ports),
+        ("prediction", _shape(signature.output)),
+        ("state", _space(card)),
+        *classes,
+        ("sampled with", f"{card.sampling}; any of {', '.join(samplers_of(card.sampling.process))}"),
+        ("guidance", _guidance(card.guidance)),
+    ]
+
+
+def _port(port: Port) -> str:
+    values = "" if port.values is None else f", 0..{port.values - 1}"
+    null = "" if port.null is None else f", {port.null:g} in an unconditional row"
+    return f"{port.kind}, {port.dtype} {_shape(port.shape)}{values}{null}"
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return " x ".join("rows" if size is None else str(size) for size in shape)
+
+
+def _space(card: GraphCard) -> str:
+    if card.latents is None:
+        return "pixels" if has_pixels(card) else "values as they are"
+    shift = f", shift {card.latents.shift:g}" if card.latents.shift else ""
+    return f"latents of scale {card.latents.scale:g}{shift}"
+
+
+def _guidance(guidance: Guidance | None) -> str:
+    if guidance is None:
+        return "none"
+    channels = "" if guidance.channels is None else f" of the first {guidance.channels} channels"
+    return f"classifier-free{channels}, scale {guidance.scale:g} unless chosen"
 
 
 def _classes(count: int, names: tuple[str, ...]) -> str:

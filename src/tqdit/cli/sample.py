@@ -42,7 +42,7 @@ examples:
 An image depends on the engine, the seed, its number, its class, the guidance, --steps and --sampler, never on
 --batch, --threads or --ray."""
 
-MOST_PICTURES = 1000  # of a folder of PNGs, where --format does not say
+MOST_PICTURES = 1000  # in a folder of PNGs, unless --format says otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
-        "--batch", type=int, help="images per engine call at most (default: 16, or fewer where the engine was built so)"
+        "--batch",
+        type=int,
+        help="images per engine call at most (default: 16, or fewer if the engine was built for fewer)",
     )
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit import __version__
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
 from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
+from tqdit.version import __version__
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Chains:
         self.count = 0
         self._capacity = capacity
         self._rows_per_image = rows_per_image(guidance)
-        self._shape = signature.state.row_shape
+        self._shape, self._output_shape = signature.state.row_shape, signature.output_shape
         self._normals = noise.Normals(self._shape)
         self._keys = [(0, 0)] * capacity  # seed, image: beyond int64
         self._schedules: list[Schedule] = []
@@ -133,7 +133,7 @@ class Chains:
         output (count * rows per image, K, ...). Raises BackendError for another shape.
         """
         count = self.count
-        expected = (count * self._rows_per_image, *self.signature.output_shape)
+        expected = (count * self._rows_per_image, *self._output_shape)
         if output.shape != expected:
             raise BackendError(f"the engine returned shape {output.shape} for {expected}. Build the engine again.")
         x, prediction, rows = self.x, self._prediction[:count], self._coefficients()
@@ -211,7 +211,8 @@ class Chains:
             factor += column(0.5 * rows[:, LOW], factor.ndim)
             np.exp(factor, out=factor)
             drawn *= factor
-        drawn *= column(weights, drawn.ndim)
+        if not np.all(weights == 1):
+            drawn *= column(weights, drawn.ndim)
         return drawn
 
     def _grow(self, lag: int) -> None:

@@ -65,7 +65,7 @@ class Diffusion(msgspec.Struct, frozen=True, tag="diffusion"):
             )
         if self.spacing == "linspace":
             return np.asarray(np.round(np.linspace(0, TRAINING_STEPS - 1, steps)), np.float64)
-        found: Float64 = np.arange(steps) * float(TRAINING_STEPS // steps) + self.steps_offset
+        found = np.arange(steps, dtype=np.float64) * (TRAINING_STEPS // steps) + self.steps_offset
         if found[-1] >= TRAINING_STEPS:
             raise UsageError(
                 f"the chain's last timestep is {found[-1]:g}, beyond {TRAINING_STEPS - 1}: the offset of the "

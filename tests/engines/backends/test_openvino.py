@@ -17,7 +17,6 @@ import torch
 import support
 from tables import Kind, make_table
 from tqdit import onnx_file
-from tqdit.calibrate import apply
 from tqdit.card import ATTENTION_FORMS
 from tqdit.engines.backends.openvino import build, library
 from tqdit.engines.backends.openvino.run import load
@@ -26,12 +25,13 @@ from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
-from tqdit.export import ExportConfig, write
-from tqdit.export.graph import finish_graph, trace_graph
-from tqdit.export.passes.quantize import exported_sites
-from tqdit.export.vae import load_decoder, trace_decoder
+from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+from tqdit.exporter.onnx_writer import write
+from tqdit.exporter.passes.quantize import exported_sites
+from tqdit.exporter.vae import load_decoder, trace_decoder
 from tqdit.models.load import load_model
 from tqdit.onnx_file import OnnxFile
+from tqdit.quantization.fake_quant import apply
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 
 EVERY = list(providers.PROVIDERS.values())
 
@@ -87,7 +87,7 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
     assert options["trt_engine_cache_enable"]
     image = "x3x8x8"
     for key, count in (("min", 1), ("opt", 4), ("max", 8)):
-        expected = f"x:{count}{image},step:{count},class_labels:{count},guidance_scale:{count},noise:{count}{image}"
+        expected = f"x:{count}{image},timestep:{count},class_labels:{count}"
         assert options[f"trt_profile_{key}_shapes"] == expected
     manifest = read_manifest(tmp_path / "m.engine")
     assert manifest.batch == BatchRange(1, 4, 8)

@@ -17,7 +17,8 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.errors import BackendError, UsageError
-from tqdit.export import ExportConfig, write
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
 
 TESTS = Path(__file__).parents[2]
 RELEASES = ["10.16", "11.4"]

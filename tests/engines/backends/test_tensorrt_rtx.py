@@ -26,8 +26,8 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
-from tqdit.export import ExportConfig, write
-from tqdit.export.graph import finish_graph, trace_graph
+from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.load import load_model
 from tqdit.models.products import Scores, ValueProduct

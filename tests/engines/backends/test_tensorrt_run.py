@@ -16,7 +16,7 @@ from tqdit.engines.bundle import Manifest, Part, describe_parts, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
-from tqdit.export import ExportConfig
+from tqdit.exporter.graph import ExportConfig
 
 SHAPE = (3, 4, 4)
 

@@ -15,7 +15,7 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, UsageError
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY, Scopes
 
 

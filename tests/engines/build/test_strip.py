@@ -10,12 +10,13 @@ import torch
 
 import support
 from tables import Kind, make_table
-from tqdit.calibrate import apply
 from tqdit.engines.build.strip import strip_quantization
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig, write
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.fold import fold
 
 KINDS = {

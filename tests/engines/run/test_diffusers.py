@@ -26,7 +26,8 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig, export_graph, write
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import randomize
 from tqdit.models.load import load_model
 from tqdit.ports import Port, Signature

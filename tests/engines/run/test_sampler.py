@@ -9,7 +9,6 @@ import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit.calibrate import apply
 from tqdit.card import GraphCard, Latents
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange
@@ -17,6 +16,7 @@ from tqdit.engines.run.sampler import Sampler, choose_batch, to_pixels
 from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import FileFormatError, SamplingError, SamplingStopped, UsageError
 from tqdit.ports import Port, Signature
+from tqdit.quantization.fake_quant import apply
 from tqdit.sampling import noise
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Flow
@@ -170,8 +170,9 @@ def toy(*requests, shape=(3, 8, 8), **changes):
     """A sampler of another kind of network: velocity, fractional time, no guidance; its states end at `pull`."""
     ports = (Port("latent", "state", "float32", (None, *shape)), Port("sigma", "time", "float32", (None,)), *requests)
     card = GraphCard(
-        graph="denoiser", signature=Signature(ports, (None, *shape), "Toy"), guidance=None, latents=None, class_names=(),
-        sampling=SamplingSpec(Flow(1.0), "euler", 4), model="toy", origin="test", fingerprint="", written_by="test",
+        graph="denoiser", signature=Signature(ports, (None, *shape), "Toy"), guidance=None, latents=None,
+        class_names=(), sampling=SamplingSpec(Flow(1.0), "euler", 4), model="toy",
+        origin="test", fingerprint="", written_by="test",
     )  # fmt: skip
 
     def network(inputs):

@@ -22,7 +22,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit import __version__
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
 from tqdit.engines.run.sampler import Callback, Sampler, makes_images
@@ -31,6 +30,7 @@ from tqdit.files import LOCK, check_writable, lock_folder, sha256, whole_file, w
 from tqdit.ports import Requests, Signature, check_requests
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
+from tqdit.version import __version__
 
 FORMAT_VERSION = 2
 INDEX = "shards.json"

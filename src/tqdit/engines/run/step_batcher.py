@@ -80,7 +80,7 @@ class _Request(Future[Result]):
             self._batcher._forget(self)
         cancelled = super().cancel()
         if cancelled and self._notifying.acquire(blocking=False):
-            self.set_running_or_notify_cancel()  # wakes concurrent.futures.wait; a second call fails
+            self.set_running_or_notify_cancel()  # for concurrent.futures.wait; a second call fails
         return cancelled
 
 
@@ -134,7 +134,7 @@ class StepBatcher:
         self._stopping = False  # and the old ones are not finished either
         self._calls = self._steps = 0
         self._worker = threading.Thread(target=self._work, name="tqdit-step-batcher", daemon=True)
-        # A daemon thread inside an engine call must not outlive the interpreter: finalizers run before it goes down.
+        # Finalizers run before the interpreter ends. A daemon thread that is inside an engine call then would crash.
         weakref.finalize(self, _close_at_exit, weakref.ref(self))
         self._worker.start()
 

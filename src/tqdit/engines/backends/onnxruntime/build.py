@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from tqdit import __version__
 from tqdit.card import GraphCard
 from tqdit.engines.backends.onnxruntime.library import load_library, session_options
 from tqdit.engines.backends.onnxruntime.providers import (
@@ -32,6 +31,7 @@ from tqdit.errors import BackendError, UsageError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import SCOPE_KEY, Scopes, scope_of
 from tqdit.onnx_file import OnnxFile, parse_model
+from tqdit.version import __version__
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"

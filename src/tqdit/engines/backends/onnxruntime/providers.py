@@ -46,12 +46,8 @@ def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange 
 
 
 def _shapes(card: GraphCard, count: int) -> list[str]:
-    """Shapes of a step or denoiser graph's inputs, as the TensorRT provider spells them."""
-    image = "x".join(map(str, (count, *card.image_shape)))
-    if card.graph == "denoiser":
-        return [f"x:{image}", f"timestep:{count}", f"class_labels:{count}"]
-    guidance = [f"guidance_scale:{count}"] if card.guided else []
-    return [f"x:{image}", f"step:{count}", f"class_labels:{count}", *guidance, f"noise:{image}"]
+    """Shapes of the graph's inputs, as the TensorRT provider spells them."""
+    return [f"{name}:{'x'.join(map(str, (count, *shape)))}" for name, shape in card.inputs.items()]
 
 
 def check_offered(ort: ModuleType, provider: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx.inliner
 
-from tqdit import __version__
 from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
@@ -23,6 +22,7 @@ from tqdit.errors import BackendError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
+from tqdit.version import __version__
 
 GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
 DECODER_FILE = "decoder.xml"
@@ -56,7 +56,7 @@ def build(
         parts[DECODER_FILE] = OnnxFile.read(source.path.parent / card.vae.file)
     for done, (name, file) in enumerate(parts.items()):
         progress(f"converting {file.path.name}", done, len(parts))
-        _convert(ov, file, folder / name, float_type)
+        _convert(ov, file, folder / name, float_type, card)
     report = audit_graph(folder / GRAPH_FILE, card, source.scopes, float_type)
     if report is not None and not config.allow_fallback:
         check_audit(report, "openvino", "a scale that is not a constant; run tqdit-inspect --lint on the file")
@@ -98,13 +98,13 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
     return audit(card.quantization, scopes, integer, floating)
 
 
-def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str) -> None:
+def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, card: GraphCard) -> None:
     """Write the IR of an ONNX file, in float32; a hint at compilation asks for other types."""
     with temporary_folder(target.with_name(f"{target.stem}.inlined")) as folder:
         try:
             model = ov.Core().read_model(_without_functions(source, folder))
             if float_type == "bf16":
-                tabulate_angles(ov, model)
+                tabulate_angles(ov, model, card)
             _name_the_nameless(model)
             ov.save_model(model, target, compress_to_fp16=False)
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong

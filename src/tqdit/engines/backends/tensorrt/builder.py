@@ -11,7 +11,6 @@ from typing import NamedTuple
 import onnx
 import onnx.inliner
 
-from tqdit import __version__
 from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import Compiled, run_worker
@@ -29,6 +28,7 @@ from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
 from tqdit.plugins import tensorrt as plugins
+from tqdit.version import __version__
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"

@@ -1,0 +1,277 @@
+"""Phase 2: what a search needs of each product: inputs, squared gradients, ranges (Algorithm 1, lines 9 to 12).
+
+One forward and one backward pass over the whole network record every product. Of each row only some tokens and heads
+are kept, since a search looks at no more; ranges are those of all. The samples go to disk batch by batch, so memory
+holds one batch with its gradients, and a killed run goes on with the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tqdit.calibration.work import WorkFolder
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Scores, ValueProduct
+
+MOST_HEADS = 8  # of a row
+HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
+GRAPH_BYTES = 500_000_000  # of what autograd keeps for one batch
+MOST_ROWS = 64  # of one batch
+
+Cotangent = Callable[[Tensor, Tensor], Tensor]  # row numbers (N,), output (N, K, ...) -> cotangent like the output
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One product's samples. S tokens of each row; for a product without tokens S is 1.
+
+    Linear and convolution: left (R, S, K), g2 (R, S, O). Attention: left (R, H, S, K), right (R, H, K, O), g2
+    (R, H, S, O), bfloat16, of the H heads that are kept. ranges: smallest and largest value (R,) of each operand over
+    all tokens and heads of a row; channels: the same of each input channel of a linear layer, (R, K).
+    """
+
+    left: Tensor
+    right: Tensor | None
+    g2: Tensor
+    ranges: dict[str, tuple[Tensor, Tensor]]
+    channels: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Picker:
+    """Which tokens and heads of each of R rows are kept, at random but seeded."""
+
+    rows: int
+    share: float
+    seed: int
+    _tokens: dict[int, Tensor] = field(default_factory=dict)
+    _heads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def tokens(self, tokens: int) -> Tensor:
+        """int64 (R, S), S = ceil(share T)."""
+        if tokens not in self._tokens:
+            self._tokens[tokens] = choose_tokens(self.rows, tokens, self.share, self.seed)
+        return self._tokens[tokens]
+
+    def heads(self, heads: int, head_elements: int) -> Tensor:
+        """int64 (R, H): all, or as many as fit; head_elements is the size of K or V of one head."""
+        most = max(1, min(MOST_HEADS, HEAD_ELEMENTS // (self.rows * head_elements)))
+        if (heads, most) not in self._heads:
+            self._heads[heads, most] = choose_heads(self.rows, heads, self.seed, most)
+        return self._heads[heads, most]
+
+    def keep(self, matrix: Tensor, start: int, head_elements: int) -> Tensor:
+        """The kept heads and tokens of (N, T, K) or (N, H, T, K), rows from `start`; a product without tokens keeps
+        its one."""
+        if matrix.ndim == 4:
+            matrix = self.keep_heads(matrix, start, head_elements)
+        axis = matrix.ndim - 2
+        if matrix.shape[axis] == 1:
+            return matrix
+        index = self.tokens(matrix.shape[axis])[start : start + len(matrix)].to(matrix.device)
+        index = index.reshape(len(matrix), *[1] * (axis - 1), index.shape[1], 1)
+        return matrix.gather(axis, index.expand(*matrix.shape[:axis], -1, matrix.shape[-1]))
+
+    def keep_heads(self, x: Tensor, start: int, head_elements: int) -> Tensor:
+        """The kept heads of (N, H, T, K)."""
+        index = self.heads(x.shape[1], head_elements)[start : start + len(x)].to(x.device)
+        if index.shape[1] == x.shape[1]:
+            return x
+        return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+
+class Recorder:
+    """Collects the samples of some products during one network call."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
+        self.modules = {name: network.get_submodule(name) for name in names}
+        self.picker = picker
+        self.outputs: list[tuple[str, Tensor]] = []
+        self.parts: list[dict[str, Tensor]] = []  # of the same calls
+        self._start = self._rows = 0
+
+    @contextmanager
+    def listen(self, start: int, rows: int) -> Iterator[None]:
+        """Record what runs inside: a call with `rows` rows, the first of which is number `start`."""
+        self._start, self._rows, self.outputs, self.parts = start, rows, [], []
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()  # its gradient starts here
+            self.outputs.append((name, output))
+            self.parts.append(self._operands(module, [tensor.detach() for tensor in inputs]))
+
+        return hook
+
+    def _operands(self, module: nn.Module, operands: list[Tensor]) -> dict[str, Tensor]:
+        part: dict[str, Tensor] = {}
+        for role, tensor in zip(("left", "right"), operands, strict=False):
+            flat = tensor.reshape(self._rows, -1)
+            part[f"{role}.low"], part[f"{role}.high"] = flat.amin(1), flat.amax(1)
+        left = self._matrix(module, operands[0])
+        if isinstance(module, nn.Linear):
+            part["channel.low"], part["channel.high"] = left.amin(1), left.amax(1)
+        part["left"] = self.picker.keep(left, self._start, _head_elements(operands))
+        if len(operands) > 1:
+            right = self.picker.keep_heads(operands[1], self._start, _head_elements(operands))
+            part["right"] = (right.transpose(-2, -1) if isinstance(module, Scores) else right).contiguous()
+        return part
+
+    def _matrix(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An operand as rows of tokens: (N, T, K), or (N, H, T, K) of attention."""
+        if isinstance(module, nn.Conv2d):
+            return F.unfold(x, _pair(module.kernel_size), stride=_pair(module.stride)).transpose(1, 2)
+        if isinstance(module, Scores | ValueProduct):
+            return x
+        return x.reshape(self._rows, -1, x.shape[-1])
+
+    def samples(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The recorded tensors as `NAME|KEY`, with the squared gradients of the recorded outputs.
+
+        A product that was called several times has the tokens of all its calls.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for (name, _), part, gradient in zip(self.outputs, self.parts, gradients, strict=True):
+            for key, tensor in (*part.items(), ("g2", self._weights(name, part, gradient))):
+                found.setdefault(f"{name}|{key}", []).append(tensor)
+        self.outputs, self.parts = [], []
+        return {name: _join(name, tensors) for name, tensors in found.items()}
+
+    def _weights(self, name: str, part: dict[str, Tensor], gradient: Tensor) -> Tensor:
+        module = self.modules[name]
+        if isinstance(module, Scores | ValueProduct):
+            matrix = gradient
+            if isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
+                matrix = matrix * part["left"].shape[-1] ** -0.5
+            elements = part["right"].shape[-1] * part["right"].shape[-2]
+            kept = self.picker.keep(matrix, self._start, elements)
+        else:
+            matrix = gradient.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else gradient
+            kept = self.picker.keep(matrix.reshape(self._rows, -1, matrix.shape[-1]), self._start, 1)
+        # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
+        return kept.square().to(torch.bfloat16)
+
+
+def _join(name: str, tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0].contiguous()
+    key = name.rpartition("|")[2]
+    if key.endswith((".low", ".high")):
+        stacked = torch.stack(tensors)
+        return stacked.amin(0) if key.endswith(".low") else stacked.amax(0)
+    return torch.cat(tensors, dim=-2)
+
+
+def _head_elements(operands: list[Tensor]) -> int:
+    """Of K or V of one head."""
+    return int(operands[1].shape[-1] * operands[1].shape[-2]) if len(operands) > 1 else 1
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The samples of some products of a model on R rows, kept in a work folder under `label`."""
+
+    model: LoadedModel
+    names: tuple[str, ...]
+    inputs: dict[str, Tensor]  # port -> (R, ...)
+    picker: Picker
+    cotangent: Cotangent
+    folder: WorkFolder
+    label: str = "samples"
+
+    @cached_property
+    def batches(self) -> list[range]:
+        size = rows_per_batch(self.model, self.inputs)
+        return [range(start, min(start + size, self.picker.rows)) for start in range(0, self.picker.rows, size)]
+
+    def _file(self, batch: range) -> str:
+        return f"{self.label}-{batch.start:07d}"
+
+    def run(self, done: Callable[[int], object]) -> int:
+        """Record what is not on disk yet; `done` gets the number of rows of each batch. Returns the rows recorded."""
+        recorded = 0
+        for batch in self.batches:
+            if not self.folder.has(self._file(batch)):
+                self.folder.save(self._file(batch), self._record(batch))
+                recorded += len(batch)
+            done(len(batch))
+        return recorded
+
+    def _record(self, batch: range) -> dict[str, Tensor]:
+        recorder = Recorder(self.model.network, self.names, self.picker)
+        inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
+        with torch.enable_grad():
+            with recorder.listen(batch.start, len(batch)):
+                output = self.model.call(inputs)
+            rows = torch.arange(batch.start, batch.stop, device=output.device)
+            wanted = [tensor for _, tensor in recorder.outputs]
+            found = torch.autograd.grad(output, wanted, self.cotangent(rows, output.detach()), allow_unused=True)
+        filled = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+        return recorder.samples(filled)
+
+    def samples(self, name: str) -> Samples:
+        """Everything of one product, read from disk."""
+        keys = self.folder.keys(self._file(self.batches[0]), f"{name}|")
+        tensors = {
+            key: self.folder.join([self._file(batch) for batch in self.batches], f"{name}|{key}") for key in keys
+        }
+        roles = ("left", "right") if "right" in tensors else ("left",)
+        ranges = {role: (tensors[f"{role}.low"], tensors[f"{role}.high"]) for role in roles}
+        channels = (tensors["channel.low"], tensors["channel.high"]) if "channel.low" in tensors else None
+        return Samples(tensors["left"], tensors.get("right"), tensors["g2"], ranges, channels)
+
+    def delete(self) -> None:
+        for batch in self.batches:
+            self.folder.remove(self._file(batch))
+
+
+def rows_per_batch(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
+    """As many rows as autograd can keep the intermediate tensors of, measured on one row."""
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+        return tensor
+
+    state = model.signature.state.name
+    one = {name: tensor[:1].clone() for name, tensor in inputs.items()}
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        one[state].requires_grad_()
+        model.call(one)
+    return max(1, min(MOST_ROWS, GRAPH_BYTES // max(1, kept)))
+
+
+def choose_heads(rows: int, heads: int, seed: int, most: int = MOST_HEADS) -> Tensor:
+    """Which heads of each row are kept, int64 (R, H): all, or a random subset per row.
+
+    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)  # apart from the tokens
+    return torch.rand(rows, heads, generator=generator).argsort(dim=1)[:, :most].sort(dim=1).values
+
+
+def choose_tokens(rows: int, tokens: int, share: float, seed: int) -> Tensor:
+    """Which tokens of each row are kept, int64 (R, S): a random subset per row, S = ceil(share T)."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = max(1, min(tokens, -int(-share * tokens // 1)))
+    return torch.rand(rows, tokens, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
