@@ -16,7 +16,8 @@ from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.rows import CalibrationRows, Picks, Trajectory
 from tqdit.models.loaded import LoadedModel
 
-NO_PICKS = Picks(*(np.zeros(0, dtype=np.int64) for _ in range(3)), np.zeros(0))
+NONE = np.zeros(0, np.int64)
+NO_PICKS = Picks(NONE, NONE, NONE, np.zeros(0))
 
 
 @dataclass(frozen=True)

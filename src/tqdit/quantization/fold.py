@@ -68,13 +68,17 @@ def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor) -> None:
     rows = slice(place.start, place.stop)
     weight = linear.weight.detach().clone()
     weight[rows] /= divisor[:, None]
-    bias = torch.zeros(len(weight), device=weight.device) if linear.bias is None else linear.bias.detach().clone()
+    given: Tensor | None = linear.bias
+    if given is None and not place.offset:
+        _set(linear, weight, None)
+        return
+    bias = torch.zeros(len(weight), device=weight.device) if given is None else given.detach().clone()
     bias[rows] = bias[rows] / divisor + place.offset * (1 / divisor - 1)
-    _set(linear, weight, None if linear.bias is None and not place.offset else bias)
+    _set(linear, weight, bias)
 
 
 def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new parameters; those that it had belong to other networks as well."""
     trains = linear.weight.requires_grad
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=trains)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=trains))
