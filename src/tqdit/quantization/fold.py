@@ -68,11 +68,8 @@ def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor) -> None:
     rows = slice(place.start, place.stop)
     weight = linear.weight.detach().clone()
     weight[rows] /= divisor[:, None]
-    given: Tensor | None = linear.bias
-    if given is None and not place.offset:
-        _set(linear, weight, None)
-        return
-    bias = torch.zeros(len(weight), device=weight.device) if given is None else given.detach().clone()
+    bias: Tensor | None = linear.bias
+    bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach().clone()
     bias[rows] = bias[rows] / divisor + place.offset * (1 / divisor - 1)
     _set(linear, weight, bias)
 
@@ -81,4 +78,5 @@ def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new parameters; those that it had belong to other networks as well."""
     trains = linear.weight.requires_grad
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
-    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=trains))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)

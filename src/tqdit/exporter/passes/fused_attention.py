@@ -100,7 +100,8 @@ def _maker_of(node: ir.Node | None, index: int) -> ir.Node | None:
 
 def _transpose(emit: Emitter, transposed: ir.Value) -> ir.Value:
     """k of kᵀ. The exporter may have merged other transposes into the one of the scores; they become one here too."""
-    node, order = transposed.producer(), TRANSPOSED
+    node = transposed.producer()
+    order: tuple[int, ...] = TRANSPOSED
     if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
         merged = tuple(node.attributes["perm"].as_ints())
         transposed, order = node.inputs[0], tuple(merged[axis] for axis in TRANSPOSED)
