@@ -63,7 +63,7 @@ class Judge:
         weights = trajectory.spec.schedule.error_weights
         self.factor = torch.from_numpy(weights[self.rows.step.cpu()]).square()
         self.images = images
-        self.guidance_scale = held_out.guidance_scale
+        self.guidance_scale = held_out.guidance_scale or 1.0
         self.samples = self._samples(model)
         self.eps = self._eps(model)
 
