@@ -8,14 +8,17 @@ holds one batch with its gradients, and a killed run goes on with the next batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tqdit.calibration.work import WorkFolder
 from tqdit.models.loaded import LoadedModel
@@ -23,7 +26,7 @@ from tqdit.models.products import Scores, ValueProduct
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
-GRAPH_BYTES = 500_000_000  # of what autograd keeps for one batch
+GRAPH_BYTES = 100_000_000  # of what autograd keeps for one batch
 MOST_ROWS = 64  # of one batch
 
 Cotangent = Callable[[Tensor, Tensor], Tensor]  # row numbers (N,), output (N, K, ...) -> cotangent like the output
@@ -94,14 +97,15 @@ class Recorder:
     def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
         self.modules = {name: network.get_submodule(name) for name in names}
         self.picker = picker
-        self.outputs: list[tuple[str, Tensor]] = []
-        self.parts: list[dict[str, Tensor]] = []  # of the same calls
+        self.found: dict[str, list[dict[str, Tensor]]] = {}  # of each product, call by call
         self._start = self._rows = 0
+        self._recording = False
 
     @contextmanager
     def listen(self, start: int, rows: int) -> Iterator[None]:
-        """Record what runs inside: a call with `rows` rows, the first of which is number `start`."""
-        self._start, self._rows, self.outputs, self.parts = start, rows, [], []
+        """Record a call, whose first row is number `start`, and the backward pass after it."""
+        self._start, self._rows, self.found = start, rows, {}
+        self._recording = True
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
         try:
             yield
@@ -109,14 +113,24 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
+    def forward_is_done(self) -> None:
+        """Blocks that are computed again in the backward pass are not recorded again."""
+        self._recording = False
+
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 output.requires_grad_()  # its gradient starts here
-            self.outputs.append((name, output))
-            self.parts.append(self._operands(module, [tensor.detach() for tensor in inputs]))
+            if self._recording:
+                part = self._operands(module, [tensor.detach() for tensor in inputs])
+                part["g2"] = self._weights(module, part, torch.zeros_like(output))  # if no gradient comes
+                self.found.setdefault(name, []).append(part)
+                output.register_hook(partial(self._put_weights, module, part))  # type: ignore[no-untyped-call]
 
         return hook
+
+    def _put_weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> None:
+        part["g2"] = self._weights(module, part, gradient)
 
     def _operands(self, module: nn.Module, operands: list[Tensor]) -> dict[str, Tensor]:
         part: dict[str, Tensor] = {}
@@ -140,20 +154,18 @@ class Recorder:
             return x
         return x.reshape(self._rows, -1, x.shape[-1])
 
-    def samples(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The recorded tensors as `NAME|KEY`, with the squared gradients of the recorded outputs.
+    def samples(self) -> dict[str, Tensor]:
+        """The recorded tensors as `NAME|KEY`, g2 the squared gradient of the product.
 
         A product that was called several times has the tokens of all its calls.
         """
-        found: dict[str, list[Tensor]] = {}
-        for (name, _), part, gradient in zip(self.outputs, self.parts, gradients, strict=True):
-            for key, tensor in (*part.items(), ("g2", self._weights(name, part, gradient))):
-                found.setdefault(f"{name}|{key}", []).append(tensor)
-        self.outputs, self.parts = [], []
-        return {name: _join(name, tensors) for name, tensors in found.items()}
+        return {
+            f"{name}|{key}": _join(key, [part[key] for part in parts])
+            for name, parts in self.found.items()
+            for key in parts[0]
+        }
 
-    def _weights(self, name: str, part: dict[str, Tensor], gradient: Tensor) -> Tensor:
-        module = self.modules[name]
+    def _weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> Tensor:
         if isinstance(module, Scores | ValueProduct):
             matrix = gradient
             if isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
@@ -167,10 +179,9 @@ class Recorder:
         return kept.square().to(torch.bfloat16)
 
 
-def _join(name: str, tensors: list[Tensor]) -> Tensor:
+def _join(key: str, tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0].contiguous()
-    key = name.rpartition("|")[2]
     if key.endswith((".low", ".high")):
         stacked = torch.stack(tensors)
         return stacked.amin(0) if key.endswith(".low") else stacked.amax(0)
@@ -200,8 +211,17 @@ class Capture:
 
     @cached_property
     def batches(self) -> list[range]:
-        size = rows_per_batch(self.model, self.inputs)
+        size = self._batching.rows
         return [range(start, min(start + size, self.picker.rows)) for start in range(0, self.picker.rows, size)]
+
+    @cached_property
+    def _batching(self) -> Batching:
+        return choose_batching(self.model, self.inputs)
+
+    @property
+    def forward_passes(self) -> int:
+        """Of each row: blocks that are computed again take a second one."""
+        return 2 if self._batching.recompute else 1
 
     def _file(self, batch: range) -> str:
         return f"{self.label}-{batch.start:07d}"
@@ -219,14 +239,14 @@ class Capture:
     def _record(self, batch: range) -> dict[str, Tensor]:
         recorder = Recorder(self.model.network, self.names, self.picker)
         inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
-        with torch.enable_grad():
-            with recorder.listen(batch.start, len(batch)):
-                output = self.model.call(inputs)
+        inputs[self.model.signature.state.name].requires_grad_()  # or a block that is computed again would differ
+        blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
+        with torch.enable_grad(), blocks, recorder.listen(batch.start, len(batch)):
+            output = self.model.call(inputs)
+            recorder.forward_is_done()
             rows = torch.arange(batch.start, batch.stop, device=output.device)
-            wanted = [tensor for _, tensor in recorder.outputs]
-            found = torch.autograd.grad(output, wanted, self.cotangent(rows, output.detach()), allow_unused=True)
-        filled = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
-        return recorder.samples(filled)
+            torch.autograd.backward(output, self.cotangent(rows, output.detach()))
+        return recorder.samples()
 
     def samples(self, name: str) -> Samples:
         """Everything of one product, read from disk."""
@@ -244,21 +264,64 @@ class Capture:
             self.folder.remove(self._file(batch))
 
 
-def rows_per_batch(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
+@dataclass(frozen=True)
+class Batching:
+    """Rows per batch, and whether blocks are computed again in the backward pass instead of kept."""
+
+    rows: int
+    recompute: bool
+
+
+def choose_batching(model: LoadedModel, inputs: dict[str, Tensor]) -> Batching:
     """As many rows as autograd can keep the intermediate tensors of, measured on one row."""
-    kept = 0
+    whole = _kept_bytes(model, inputs)
+    if 4 * whole <= GRAPH_BYTES:
+        return Batching(min(MOST_ROWS, GRAPH_BYTES // max(1, whole)), recompute=False)
+    blocks = sum(len(blocks) for blocks in _block_lists(model.network)) or 1
+    with recomputed(model.network):
+        kept = _kept_bytes(model, inputs) + whole // blocks
+    return Batching(max(1, min(MOST_ROWS, GRAPH_BYTES // kept)), recompute=True)
+
+
+def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
+    """Of what autograd keeps of a call with one row, without the weights; measured on tensors without memory."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    parameters = {name: fake.from_tensor(tensor) for name, tensor in model.network.named_parameters()}
+    weights = {tensor.untyped_storage()._cdata for tensor in parameters.values()}
+    kept: dict[int, Tensor] = {}  # by storage, whose address is unique while the tensor lives
 
     def count(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept[storage] = tensor
         return tensor
 
-    state = model.signature.state.name
-    one = {name: tensor[:1].clone() for name, tensor in inputs.items()}
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        one[state].requires_grad_()
-        model.call(one)
-    return max(1, min(MOST_ROWS, GRAPH_BYTES // max(1, kept)))
+    one = {name: fake.from_tensor(tensor[:1].clone()) for name, tensor in inputs.items()}
+    with fake, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        one[model.signature.state.name].requires_grad_()
+        functional_call(model.network, parameters, kwargs=one)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _block_lists(network: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of modules: a transformer's blocks."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    found = [network.get_submodule(name) for name in outermost]
+    return [blocks for blocks in found if isinstance(blocks, nn.ModuleList)]
+
+
+@contextmanager
+def recomputed(network: nn.Module) -> Iterator[None]:
+    """Inside, the blocks of the network are computed again in the backward pass, so their tensors need not be kept."""
+    blocks = [block for blocks in _block_lists(network) for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def choose_heads(rows: int, heads: int, seed: int, most: int = MOST_HEADS) -> Tensor:

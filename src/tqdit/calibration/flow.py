@@ -143,7 +143,7 @@ class Calibration:
         found = Capture(model, names, rows.inputs, picker, cotangent, self.folder, label)
         with self.console.bar(len(rows), "2/3 inputs and gradients", "rows") as bar:
             recorded = found.run(bar.update)
-        self.meter.forward("inputs", recorded)
+        self.meter.forward("inputs", found.forward_passes * recorded)
         self.meter.backward("gradients", recorded)
         return found
 
