@@ -11,6 +11,7 @@ import pytest
 
 import support
 import tqdit
+from tqdit.cli.main import main
 from tqdit.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,9 @@ def test_the_guide_runs():
     assert names["prediction"].shape == (2, 6, 8, 8)
     assert names["manifest"].precision == "int8"
     assert Path("float.engine", "manifest.json").is_file()
+    sample = ["sample", "model.engine", "-n", "5", "--steps", "3", "--format", "npz", "--shard-size", "4", "-o", "samples/"]
+    assert main(sample) == 0
+    assert run(blocks_of("docs/sampling-many.md"))["count"] == 5
 
 
 def test_the_guide_names_every_public_name():
