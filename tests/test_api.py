@@ -62,8 +62,8 @@ def test_the_guide_runs():
     assert names["prediction"].shape == (2, 6, 8, 8)
     assert names["manifest"].precision == "int8"
     assert Path("float.engine", "manifest.json").is_file()
-    sample = ["sample", "model.engine", "-n", "5", "--steps", "3", "--format", "npz", "--shard-size", "4", "-o", "samples/"]
-    assert main(sample) == 0
+    command = "sample model.engine -n 5 --steps 3 --format npz --shard-size 4 -o samples/"
+    assert main(command.split()) == 0
     assert run(blocks_of("docs/sampling-many.md"))["count"] == 5
 
 
