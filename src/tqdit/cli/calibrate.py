@@ -24,8 +24,8 @@ examples:
   tqdit-calibrate --preset paper --print                      every setting of a preset
 
 A preset is a set of all knobs; a flag changes one of them. The work folder beside the output (its name with .work)
-keeps what was done: after a kill the same command goes on and ends with the same bytes. Afterwards only the calibration
-rows stay there, for further searches; delete the folder at will. docs/calibration.md explains methods and presets."""
+keeps what was done: after a kill the same command continues and ends with the same bytes. Then only the calibration
+rows stay there, for further searches; you may delete the folder. docs/calibration.md explains methods and presets."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

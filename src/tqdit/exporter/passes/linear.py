@@ -75,7 +75,7 @@ class _Linear:
         return x
 
     def leave(self, y: ir.Value) -> ir.Value:
-        """The product's output in the shape that the trace goes on with."""
+        """The product's output in the shape that the trace expects next."""
         return y
 
     def quantized(self, x: ir.Value, quantizer: Quantizer, product: Product, sums: NDArray[np.float32]) -> ir.Value:

@@ -27,7 +27,7 @@ def settings(float_type: str, threads: int | None) -> dict[str, Any]:
     """Properties of every compilation, when auditing and when running.
 
     By default OpenVINO computes in bfloat16 if the CPU has it, and rounds the inputs of products with int8 weights
-    alone (dynamic quantization), which nobody asked for. It also ties its threads, and the caller's, to the first
+    alone (dynamic quantization), which is not in the table. It also ties its threads, and the caller's, to the first
     cores, so that two processes with one thread each would share one core.
     """
     chosen: dict[str, Any] = {
