@@ -11,6 +11,7 @@ import pytest
 
 import support
 import tqdit
+from tqdit.cli.main import main
 from tqdit.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +27,8 @@ def place(tmp_path, monkeypatch):
     """A folder with a tiny pixel model of random weights, tiny.safetensors, which names its heads and classes."""
     from safetensors.torch import save_file
 
-    facts = {"num_heads": 2, "classes": "abcde"}
-    save_file(
-        support.tiny_model(pixels=True).network.state_dict(), tmp_path / "tiny.safetensors", {"tqdit": json.dumps(facts)}
-    )
+    facts = {"tqdit": json.dumps({"num_heads": 2, "classes": "abcde"})}
+    save_file(support.tiny_model(pixels=True).network.state_dict(), tmp_path / "tiny.safetensors", facts)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,6 +62,9 @@ def test_the_guide_runs():
     assert names["prediction"].shape == (2, 6, 8, 8)
     assert names["manifest"].precision == "int8"
     assert Path("float.engine", "manifest.json").is_file()
+    command = "sample model.engine -n 5 --steps 3 --format npz --shard-size 4 -o samples/"
+    assert main(command.split()) == 0
+    assert run(blocks_of("docs/sampling-many.md"))["count"] == 5
 
 
 def test_the_guide_names_every_public_name():
@@ -80,7 +82,7 @@ def test_importing_the_package_loads_no_stage():
 def test_an_unknown_preset_or_knob_is_refused_by_name(place):
     with pytest.raises(UsageError, match=r"'fastest'.*tq-dit.*fast"):
         tqdit.calibrate("tiny.safetensors", preset="fastest")
-    with pytest.raises(UsageError, match="'bits'.*weight_bits"):
+    with pytest.raises(UsageError, match=r"'bits'.*weight_bits"):
         tqdit.calibrate("tiny.safetensors", bits=4)
     assert [path.name for path in place.iterdir()] == ["tiny.safetensors"]
 

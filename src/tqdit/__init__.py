@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from tqdit.api import build, calibrate, export, load_model
     from tqdit.engines.config import BuildConfig
     from tqdit.engines.run.denoiser import Denoiser
+    from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
     from tqdit.engines.run.sampler import Sampler
+    from tqdit.engines.run.shards import read_shards
     from tqdit.engines.run.step_batcher import StepBatcher
     from tqdit.quantization.table import ScaleTable
 
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
+    "DiffusersTransformer": "tqdit.engines.run.diffusers_transformer",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",
     "StepBatcher": "tqdit.engines.run.step_batcher",
@@ -29,6 +32,7 @@ _HOMES = {
     "calibrate": "tqdit.api",
     "export": "tqdit.api",
     "load_model": "tqdit.api",
+    "read_shards": "tqdit.engines.run.shards",
 }
 
 
@@ -41,6 +45,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "BuildConfig",
     "Denoiser",
+    "DiffusersTransformer",
     "Sampler",
     "ScaleTable",
     "StepBatcher",
@@ -49,4 +54,5 @@ __all__ = [
     "calibrate",
     "export",
     "load_model",
+    "read_shards",
 ]

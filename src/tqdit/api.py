@@ -51,8 +51,8 @@ def calibrate(
     """Find the scales of a model; returns the scale table and writes it to `output` if that is given.
 
     preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
-    results, which an interrupted call goes on from; None: a temporary one. data: an .npz of your own images or latents
-    with labels. Raises UsageError for a preset or a knob that does not exist.
+    results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
+    latents with labels. Raises UsageError for a preset or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
     from tqdit.calibration.config import PRESETS

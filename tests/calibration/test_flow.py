@@ -355,7 +355,7 @@ def test_the_command_writes_a_table_and_names_it_last(
     assert table.settings["softmax"] == "uniform"
     assert not any("scores" in name for name in table.by_module)
     assert main(["calibrate", str(checkpoint), "-o", str(checkpoint), *FLAGS]) == 1
-    assert "exists and is no scale table" in capsys.readouterr().err
+    assert "exists and is not a scale table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

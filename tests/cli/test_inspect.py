@@ -191,8 +191,8 @@ def test_a_folder_of_shards_tells_its_job(tmp_path):
 @pytest.mark.parametrize(
     ("file", "plot", "message"),
     [
-        ("demo", "x.png", "demo: is no scale table."),
-        ("{samples}", "x.png", "is no scale table."),
+        ("demo", "x.png", "demo: is not a scale table."),
+        ("{samples}", "x.png", "is not a scale table."),
         ("missing", "x.jpeg", "--plot x.jpeg: unknown kind of picture. Name a file with .png, .svg, .pdf."),
     ],
 )

@@ -28,7 +28,7 @@ class Advice:
 
 
 def read_advice(path: Path) -> Advice:
-    """Raises FileFormatError where the file is no diagnosis, or gives none."""
+    """Raises FileFormatError if the file is not a diagnosis or has no advice."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Write it with tqdit-evaluate --layers.")
     try:

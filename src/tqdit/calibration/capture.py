@@ -2,7 +2,7 @@
 
 One forward and one backward pass over the whole network record every product. Of each row only some tokens and heads
 are kept, since a search looks at no more; ranges are those of all. The samples go to disk batch by batch, so memory
-holds one batch with its gradients, and a killed run goes on with the next batch.
+holds one batch with its gradients, and a killed run continues with the next batch.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
-    softmax: str = knob("two-region", "probabilities; auto takes two regions where they at least halve the layer's "
+    softmax: str = knob("two-region", "probabilities; auto takes two regions if they at least halve the layer's "
                         "error, and else one scale, with which engines make one kernel of an attention",
                         ("uniform", "two-region", "auto"))  # fmt: skip
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
@@ -131,7 +131,7 @@ class QuantizationConfig:
         return self if changes is None else replace(self, overrides="", **changes)
 
     def for_model(self, model: LoadedModel) -> QuantizationConfig:
-        """With the model's own values where none were given; the guidance scale stays None for unguided models."""
+        """With the model's own values if none were given; the guidance scale stays None for unguided models."""
         scale = check_scale(model.guidance, self.guidance_scale)
         return replace(
             self,
@@ -180,7 +180,7 @@ PAPER = replace(
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
 BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
-# Two regions only where they pay: a second product of fc2 is a third more of a block's work.
+# Two regions only if they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
 
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,

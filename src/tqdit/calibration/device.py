@@ -12,7 +12,7 @@ from tqdit.errors import UsageError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto`: a GPU that PyTorch can use, else the CPU. Raises UsageError where `cuda` is asked for and absent."""
+    """`auto`: a GPU that PyTorch can use, else the CPU. Raises UsageError if `cuda` is requested and absent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here. Install a CUDA build of it and a "

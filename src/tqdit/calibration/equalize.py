@@ -25,7 +25,7 @@ LIMIT = 100.0  # of a divisor, against channels that the samples hardly excite
 def choose_divisor(
     plan: LayerPlan, samples: Samples, weight: Tensor, group: Tensor, config: QuantizationConfig
 ) -> tuple[Tensor | None, int]:
-    """The divisors (K,) with which range-based scales do best, None where none helps; and the multiply-adds it took.
+    """The divisors (K,) with which range-based scales do best, None if none helps; and the multiply-adds it took.
 
     weight (O, K) of the layer; group (R,) of each row of the samples.
     """

@@ -148,7 +148,7 @@ class Calibration:
         return found
 
     def _folded(self, rows: CalibrationRows) -> tuple[LoadedModel, dict[str, Tensor]]:
-        """The model with divisors where they help and cost nothing at run time, and the divisors."""
+        """The model with divisors if they help and cost nothing at run time, and the divisors."""
         folds = {product.name for product in self.model.products if product.folds}
         plans = tuple(
             entry for entry in self.plans if set(entry.operands) == {"weight", "input"} and entry.name in folds

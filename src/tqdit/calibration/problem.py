@@ -88,7 +88,7 @@ class Solution:
 def make_problem(
     plan: LayerPlan, samples: Samples, weight: Tensor | None, group: Tensor, config: QuantizationConfig
 ) -> Problem:
-    """One layer's problem; `weight` (O, ...) where it has one, group (R,) of each row."""
+    """One layer's problem; `weight` (O, ...) if it has one, group (R,) of each row."""
     factors = torch.linspace(config.alpha, config.beta, config.candidates).to(samples.left.device)
     operands: dict[Role, Operand] = {}
     matrix = None if weight is None else weight.detach().flatten(1)

@@ -73,7 +73,7 @@ class WorkFolder:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def load_or_none(self, name: str) -> dict[str, Tensor] | None:
-        """None where there is no such file, or one that something else than a kill has damaged."""
+        """None if there is no such file, or one that something else than a kill has damaged."""
         try:
             return self.load(name) if self.has(name) else None
         except (SafetensorError, OSError):

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and runs on this machine")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="default: int8 for a quantized file, fp32 for a float one")
     add("--float-type", choices=FLOAT_CHOICES, default="auto", help="of what is not integer (default: %(default)s, "
-        "what the backend likes best)")  # fmt: skip
+        "what the backend prefers)")  # fmt: skip
     add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")
     add("--batch", metavar="MIN,OPT,MAX", help="images per call that a GPU engine is made for (default: 1,2,16)")
     add("--provider", choices=["cpu", "cuda", "tensorrt"], help="execution provider of ONNX Runtime (default: cpu)")

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
-    add("--no-vae", action="store_true", help="leave the decoder out even where the pipeline directory has one")
+    add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
     add("--force", action="store_true", help="overwrite a file that tqdit did not write")
 
 

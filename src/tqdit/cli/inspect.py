@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
 
 def _check_plot(file: Path, plot: Path) -> None:
     if (str(file) == "demo" or file.exists()) and not is_scale_table(file):
-        raise UsageError(f"{file}: is no scale table. --plot draws what tqdit-calibrate wrote.")
+        raise UsageError(f"{file}: is not a scale table. --plot draws what tqdit-calibrate wrote.")
     if plot.suffix not in PICTURES:
         raise UsageError(f"--plot {plot}: unknown kind of picture. Name a file with {', '.join(PICTURES)}.")
 

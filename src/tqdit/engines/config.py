@@ -64,7 +64,7 @@ class BuildConfig:
     optimization_level: int | None = None
     version_compatible: bool = False  # TensorRT: the plan also runs on later versions of the same major one
     lean_runtime: Literal["embed", "exclude"] = "embed"  # of a version-compatible plan
-    plugins: bool = True  # use kernels for the custom ops where the backend takes them
+    plugins: bool = True  # use kernels for the custom ops if the backend takes them
 
     def refuse_unknown(self, backend: str, honoured: frozenset[str]) -> None:
         """Raises UsageError if a field was set that this backend does not know."""
@@ -87,9 +87,9 @@ FLAGS = {
     "plugins": "--no-plugins",
 }
 
-# A long build tells how far it is: (what is being done, steps done, steps in all or 0 where unknown).
+# Reports how far a build is: (what is being done, parts done, parts in all or 0 if unknown).
 Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress of a build that nobody watches."""
+    """No-op callback."""

@@ -298,5 +298,7 @@ def _scale_table(path: Path, manifest: Manifest, options: EngineOptions, console
             return table
         console.say(f"{beside} is for another model and is left out")
     if options.diagnosed is not None:
-        raise UsageError(f"--layers needs the scale table of the engine, and {beside} is none. Pass it with --scales.")
+        raise UsageError(
+            f"--layers needs the scale table of the engine, and {beside} is not one. Pass it with --scales."
+        )
     return None

@@ -27,7 +27,7 @@ class DiTConfig:
     input_size: int  # H = W of x, in latent or image pixels
     patch_size: int
     in_channels: int
-    out_channels: int  # 2 * in_channels where the variance is learned
+    out_channels: int  # 2 * in_channels if the variance is learned
     hidden_size: int
     depth: int
     mlp_hidden_size: int
@@ -164,7 +164,7 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """(x (N, C, H, W) float, timestep (N,) in 0..999, class_labels (N,)) -> (N, out_channels, H, W).
 
-    The first C channels of the result are the predicted noise, the rest (where learned) the variance fraction v of
+    The first C channels of the result are the predicted noise, the rest (if learned) the variance fraction v of
     improved DDPM (arXiv 2102.09672, eq. 15).
     """
 

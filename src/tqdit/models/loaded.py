@@ -23,7 +23,7 @@ from tqdit.version import __version__
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 network in eval mode, and how it is sampled at home. Nothing downstream knows more about a family."""
+    """A float32 network in eval mode, and how it is sampled by default. No stage knows more about a family."""
 
     network: nn.Module  # takes the ports of the signature by name
     signature: Signature

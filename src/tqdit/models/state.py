@@ -117,7 +117,7 @@ def _refusal(reason: str) -> str:
     if code:
         return (
             f"refused: it holds pickled code ('{code[1]}'), which loading would run; expected tensors alone. "
-            "Convert it to safetensors where you trust it."
+            "Convert it to safetensors if you trust it."
         )
     detail = re.search(r"Unsupported operand \d+", reason)
     return f"not a PyTorch checkpoint, or a damaged one{f' ({detail[0]})' if detail else ''}. Get it again."

@@ -49,7 +49,7 @@ def rows_per_image(guidance: Guidance | None) -> int:
 
 
 def check_scale(guidance: Guidance | None, scale: float | None) -> float:
-    """The guidance scale to use; None means the default. Raises UsageError where it has no meaning."""
+    """The guidance scale to use; None means the default. Raises UsageError if it has no meaning."""
     if guidance is None:
         if scale is not None:
             raise UsageError("this model is sampled without guidance and takes no guidance scale. Leave it out.")

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import support
+import tqdit
 from tables import Kind, make_table
 from tqdit.cli import main as cli
 from tqdit.engines.backends.tensorrt import builder, compiler, cuda, worker
@@ -28,6 +29,7 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
 from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
 from tqdit.exporter.onnx_writer import write
+from tqdit.models import families
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.load import load_model
 from tqdit.models.products import Scores, ValueProduct
@@ -230,6 +232,18 @@ def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
     kept = build_engine(broken, output, BACKEND, replace(config, allow_fallback=True))
     assert kept.audit.fallen_back == ("blocks.1.mlp.fc1",)
     assert kept.audit.integer == 9
+
+
+@pytest.mark.parametrize(("source", "products"), [("diffusers", 13), ("two-streams", 14)])
+def test_networks_of_other_families_keep_their_integers(source, products, tmp_path, monkeypatch):
+    """diffusers' own module, and the toy family of two token streams with a float timestep."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(support.TOYS / "families")])
+    model = support.tiny_model("diffusers") if source == "diffusers" else load_model(source)
+    few = {"steps": 10, "groups": 2, "rows_per_group": 4, "chains": 4, "candidates": 10, "rounds": 1}
+    tqdit.export(model, tmp_path / "model.onnx", scales=tqdit.calibrate(model, **few))
+    config = BuildConfig(targets=("8.9",))
+    manifest = tqdit.build(tmp_path / "model.onnx", tmp_path / "model.engine", backend=BACKEND, config=config)
+    assert (manifest.audit.integer, manifest.audit.fallen_back) == (products, ())
 
 
 def test_weights_beside_the_file_are_found(tiny, tmp_path):

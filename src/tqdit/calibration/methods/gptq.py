@@ -2,7 +2,7 @@
 
 The inputs are quantized and fixed, so the best float weight for them is not W but W* = argmin sum u ||x^ W*^T - z||^2,
 and rounding one column of W* changes what the columns after it should be. u is a sample's g^2, averaged over channels:
-one matrix H = sum u x^ x^^T serves all channels. The result is kept where it lowers the layer's objective.
+one matrix H = sum u x^ x^^T serves all channels. The result is kept if it lowers the layer's objective.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes, the angles of
     the timestep, and the sampling step. Inputs and outputs keep their types; functions and Q/DQ see float32 only, but
     for MultiRegionAttention, whose q, k, v and result have `float_type` (integer codes are exact in it).
-    Raises UsageError where a constant does not fit into float16.
+    Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
     _Caster(model.graph, _islands(card), _angles(model.graph), DTYPES[float_type]).run()

@@ -312,13 +312,13 @@ def _is_shard(name: str, job: SamplingJob) -> bool:
     return match is not None and int(match[1]) < job.shards and shard_name(int(match[1])) == name
 
 
-def read_shards(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+def read_shards(path: str | Path) -> Iterator[dict[str, NDArray[Any]]]:
     """The arrays of one shard after another, in the order of the images: arr_0 uint8 (n, H, W, 3) and arr_1 int64 (n,),
     or latents float32 (n, C, H, W) and labels. The SHA-256 of each file is checked.
 
     Raises FileFormatError if shards are unfinished, missing, truncated or altered.
     """
-    folder = read_index(path)
+    folder = read_index(Path(path))
     if folder.done < folder.job.shards:
         raise FileFormatError(
             f"{path}: {folder.done} of {folder.job.shards} shards are done. Run the same tqdit-sample command again."

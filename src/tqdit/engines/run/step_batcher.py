@@ -281,7 +281,7 @@ class StepBatcher:
             return
         try:
             finite = self._chains.advance(self._sampler.predict(self._chains.inputs()))
-        except BaseException as error:  # whatever it is, the thread goes on and the requests get the error
+        except BaseException as error:  # of any kind: the thread continues and the requests get the error
             for place in reversed(range(count)):
                 request = self._running[place]
                 self._remove(place)

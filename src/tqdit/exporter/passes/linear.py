@@ -75,7 +75,7 @@ class _Linear:
         return x
 
     def leave(self, y: ir.Value) -> ir.Value:
-        """The product's output in the shape that the trace goes on with."""
+        """The product's output in the shape that the trace expects next."""
         return y
 
     def quantized(self, x: ir.Value, quantizer: Quantizer, product: Product, sums: NDArray[np.float32]) -> ir.Value:
@@ -90,7 +90,7 @@ class _Linear:
         return multiply(self.emit, operand.parts(x), product, shift)
 
     def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
-        """W^ transposed (K, D), int8 behind a DequantizeLinear where it is quantized, and its row sums (D,)."""
+        """W^ transposed (K, D), int8 behind a DequantizeLinear if it is quantized, and its row sums (D,)."""
         if "weight" not in self.sites:
             weight = self.float_weight.flatten(1).numpy()
             return self.emit.constant("weight_transposed", weight.T), weight.sum(axis=1)
@@ -111,7 +111,7 @@ class _Linear:
 class _PatchEmbedding(_Linear):
     """Conv whose stride is its kernel: a linear layer on patches, which every backend multiplies in integers.
 
-    Engines keep an int8 convolution only where its output is quantized too, which nothing asks for here.
+    Engines keep an int8 convolution only if its output is quantized too, which it is not here.
     """
 
     def enter(self, x: ir.Value) -> ir.Value:

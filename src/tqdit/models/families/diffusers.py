@@ -32,7 +32,7 @@ SAMPLERS = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
 SCHEDULER = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False, "set_alpha_to_one": True,
              "rescale_betas_zero_snr": False, "trained_betas": None, "num_train_timesteps": 1000,
              "timestep_spacing": "leading"}  # fmt: skip
-ABSENT = {"clip_sample": True, "variance_type": "fixed_small"}  # what diffusers takes where a setting is absent
+ABSENT = {"clip_sample": True, "variance_type": "fixed_small"}  # diffusers' defaults of absent settings
 
 
 def matches(source: str) -> bool:
@@ -131,7 +131,7 @@ def _assemble(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def read_sampling(path: Path) -> SamplingSpec | None:
-    """The scheduler that a pipeline directory names; None where there is none."""
+    """The scheduler that a pipeline directory names; None if there is none."""
     if not path.is_file():
         return None
     settings = read_json(path)

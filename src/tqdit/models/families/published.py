@@ -31,7 +31,7 @@ FAMILY_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> heads of 
 
 @dataclass(frozen=True)
 class Origin:
-    """How checkpoints of one origin are sampled at home."""
+    """How checkpoints of one origin are sampled by the code that they come from."""
 
     name: str
     guidance: Guidance

@@ -1,6 +1,6 @@
 """`softmax`: small probabilities with a fine scale, large ones with a coarse one (TQ-DiT III-C).
 
-c = round(p / s1); x^ = s1 c where c <= q - 1, s2 clip(round(p / s2), 0, q - 1) elsewhere. Codes are 0..q-1 in both
+c = round(p / s1); x^ = s1 c if c <= q - 1, otherwise s2 clip(round(p / s2), 0, q - 1). Codes are 0..q-1 in both
 regions, and a value lies in exactly one.
 """
 

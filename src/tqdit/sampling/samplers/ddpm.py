@@ -1,4 +1,4 @@
-"""Ancestral sampling (DDPM, arXiv 2006.11239, eq. 7 and 11), with a learned variance where the network has one."""
+"""Ancestral sampling (DDPM, arXiv 2006.11239, eq. 7 and 11), with a learned variance if the network has one."""
 
 from __future__ import annotations
 

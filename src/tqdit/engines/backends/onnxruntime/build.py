@@ -125,11 +125,11 @@ def _prepared(source: OnnxFile, card: GraphCard, folder: Path) -> Iterator[Path]
 
 
 def _float_weights_kept_apart(source: OnnxFile, card: GraphCard) -> onnx.ModelProto | None:
-    """A copy with something between each weight that is quantized alone and its product; None if there is none.
+    """Insert Unsqueeze and Squeeze so that ONNX Runtime does not form MatMulNBits; None if no weight needs it.
 
-    ONNX Runtime would fuse them to MatMulNBits, which for the few rows of the conditioning takes ten times as long as a
-    float product (a fifth of a DiT-XL/2 step; docs/engines.md). Kept apart, the int8 weight stays in the file and is
-    turned into float32 once, when the engine is opened (`run.py`).
+    It concerns weights whose products have float inputs. For the few rows of the conditioning MatMulNBits takes ten
+    times as long as a float product (a fifth of a DiT-XL/2 step; docs/engines.md). The int8 weight stays in the file
+    and is dequantized once, when the engine is opened (`run.py`).
     """
     forms = {} if card.quantization is None else card.quantization.products
     alone = {module for module, form in forms.items() if form == "weight-only"}
@@ -141,7 +141,7 @@ def _float_weights_kept_apart(source: OnnxFile, card: GraphCard) -> onnx.ModelPr
 
 
 def _keep_apart(graph: onnx.GraphProto, modules: Collection[str]) -> None:
-    """Put an Unsqueeze and a Squeeze behind each DequantizeLinear of these modules."""
+    """Put an Unsqueeze and a Squeeze after each DequantizeLinear of these modules."""
     for node in [node for node in graph.node if node.op_type == "DequantizeLinear" and scope_of(node) in modules]:
         module, value = scope_of(node), node.output[0]
         position = list(graph.node).index(node) + 1

@@ -76,7 +76,7 @@ def build(
 def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) -> Audit | None:
     """Compile an IR and read off which products multiply integers: by the types of both inputs.
 
-    A layer's `runtimePrecision` says i8 also where only the weight is. Layers keep the names of the nodes that
+    A layer's `runtimePrecision` says i8 even if only the weight is. Layers keep the names of the nodes that
     were fused into them. A whole attention may be one kernel: q, k and v are its inputs, and the
     probabilities must be quantized inside.
     """

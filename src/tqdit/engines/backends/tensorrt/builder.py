@@ -148,7 +148,7 @@ class Prepared(NamedTuple):
 def _prepared(
     source: OnnxFile, folder: Path, inline: bool, spelled_out: Collection[str] = ()
 ) -> Iterator[Prepared | None]:
-    """The file with its functions inlined and the weights of some modules spelled out; None where those have none.
+    """The file with its functions inlined and the weights of some modules spelled out; None if those have none.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
     """
@@ -209,7 +209,7 @@ def _target(library: Library, targets: tuple[str, ...], config: BuildConfig) -> 
 
 
 def _why_no_plugins(library: Library, config: BuildConfig) -> str | None:
-    """None where the custom ops' plugins can be used."""
+    """None if the custom ops' plugins can be used."""
     if not library.takes_plugins:
         return f"{library.title} takes no plugins"
     if not config.plugins:

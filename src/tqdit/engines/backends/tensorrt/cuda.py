@@ -50,7 +50,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def find_device() -> Device:
-    """The current GPU; BackendError in one line where there is no driver or no GPU."""
+    """The current GPU; BackendError in one line without a driver or a GPU."""
     rt = runtime()
     status, count = rt.cudaGetDeviceCount()
     if int(status) != 0 or not count:

@@ -16,7 +16,7 @@ from tqdit.errors import BackendError
 
 HEADING = "Layers:"  # of the list in the build log
 # Kinds of layers that multiply matrices. A fused pointwise layer ("kgen") carries the names of products as well, whose
-# output it scales; it multiplies only where it is an attention or a product of its own.
+# output it scales; it multiplies only if it is an attention or a product of its own.
 PRODUCTS = {"gemm", "correlation", "runtime_fusion", "matrixmultiply", "matrix_multiply", "fullyconnected"}
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TYPE = re.compile(r"Datatype: (\w+)")

@@ -49,7 +49,7 @@ class Library:
         return util.find_spec(self.module) is not None
 
     def load(self, why: str) -> ModuleType:
-        """Its Python module; MissingLibraryError with the pip command where it is not installed."""
+        """Its Python module; MissingLibraryError with the pip command if it is not installed."""
         return need(self.module, self.backend, why)
 
     def choose_in_polygraphy(self) -> None:

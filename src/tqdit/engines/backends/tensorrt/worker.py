@@ -1,9 +1,9 @@
 """Compiling, in a process of its own: `python -m tqdit.engines.backends.tensorrt.worker`.
 
-Why a process: the first logger that a builder gets stays the logger of the whole process, and the log is our proof;
-Polygraphy chooses between the two libraries when it is imported; a compiler that aborts takes nothing with it; Ctrl-C
-ends it at once; its memory goes back. The job comes as one line of JSON on standard input, which stays open: when it
-closes, the caller is gone and so are we. Messages leave as lines of JSON on what was standard output.
+Why a process: the first logger that a builder gets stays the logger of the whole process, and the log is our proof.
+Polygraphy chooses between the two libraries when it is imported. A compiler that aborts ends only this process. Ctrl-C
+ends it at once, and its memory is freed. The job is one line of JSON on standard input, which stays open: EOF means the
+parent died; exit. Messages are lines of JSON on what was standard output.
 """
 
 from __future__ import annotations
