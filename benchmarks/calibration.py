@@ -78,14 +78,10 @@ def main() -> None:
         seed=args.seed, coarse=args.coarse,
     ).for_model(model)  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
-        run = ComparingCalibration(model, config, args.work or Path(temporary), Console(), None)
+        run = ComparingCalibration(model, config, args.work or Path(temporary), Console())
         run.comparisons = []
-        rows = run.rows()
-        run.forward(rows)
-        for stage in reversed(range(len(run.stages))):
-            run.search(stage, rows)
+        run.search(run.rows())
         run.folder.delete()
-    run.bar.close()
     report(run, args.json)
 
 

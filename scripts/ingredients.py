@@ -60,20 +60,24 @@ class Judge:
         while trajectory.next_step >= 0:
             trajectory.advance()
         self.rows: CalibrationRows = trajectory.rows()
-        self.factor = torch.from_numpy(trajectory.spec.schedule.error_weights[self.rows.step.cpu()]).square()
+        weights = trajectory.spec.schedule.error_weights
+        self.factor = torch.from_numpy(weights[self.rows.step.cpu()]).square()
         self.images = images
-        self.scale = 1.0 if model.guidance is None else model.guidance.scale
-        self.samples = final_samples(model, steps, images, self.scale, HELD_OUT_SEED)
+        self.guidance_scale = held_out.guidance_scale or 1.0
+        self.samples = self._samples(model)
         self.eps = self._eps(model)
 
     @torch.no_grad()
     def _eps(self, model: LoadedModel) -> Tensor:
         return model.call(self.rows.inputs)[:, : model.signature.channels].double()
 
+    def _samples(self, model: LoadedModel) -> Tensor:
+        return final_samples(model, self.steps, self.images, self.guidance_scale, HELD_OUT_SEED)
+
     def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
         energy = self.eps.square().flatten(1).sum(1).cpu()
         error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1).cpu()
-        found = final_samples(quantized, self.steps, self.images, self.scale, HELD_OUT_SEED)
+        found = self._samples(quantized)
         step = float((self.factor * error).sum() / (self.factor * energy).sum())
         return float(error.sum() / energy.sum()), step, chain_error(self.samples, found).per_image
 

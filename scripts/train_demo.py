@@ -17,13 +17,11 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,9 +29,9 @@ from torch.nn import functional as F
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.files import sha256
-from tqdit.models.dit import DiT, DiTConfig, initialize, signature_of
+from tqdit.models.dit import DiT, DiTConfig, initialize
+from tqdit.models.families.published import DEMO, describe
 from tqdit.sampling.chains import Chains, run
-from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
 
@@ -132,7 +130,7 @@ class Objective:
         prev = np.append(1.0, abar[:-1])
         beta = 1 - abar / prev
         posterior = beta * (1 - prev) / (1 - abar)
-        posterior[0] = posterior[1]  # which would be zero
+        posterior[0] = posterior[1]  # which is zero; improved DDPM takes its neighbour
 
         def table(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).float().to(device)
@@ -202,7 +200,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
     """Sample 160 guided images in 50 DDIM steps, save the grid and print how many the judge recognises."""
-    images, labels = sample(ema, 160, args.seed, torch.device(args.device))
+    images, labels = sample(ema, 160, args.seed)
     save_grid(args.folder / f"step{state['step']:06d}.png", images)
     judge_file = args.folder / "judge.pt"
     accuracy = float("nan")
@@ -215,19 +213,15 @@ def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
         log.write(json.dumps({**state, "recognised": accuracy, "machine": platform.processor()}) + "\n")
 
 
-@torch.no_grad()
-def sample(model: DiT, count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (count, 3, H, W) in -1..1 of classes in turn, (count,)."""
+    model = describe(network, "training", DEMO)
+    schedule = SamplingSpec(model.sampling.process, "ddim", 50).schedule
     labels = np.arange(count) % CONFIG.num_classes
-    chains = Chains(signature_of(CONFIG), Guidance(2.0), count)
-    for image, label in enumerate(labels):
-        request: dict[str, NDArray[Any]] = {"class_labels": np.asarray(label)}
-        chains.add(SamplingSpec(steps=50, sampler="ddim").schedule, request, 2.0, seed, image)
-
-    def network(inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = model(*(torch.from_numpy(x).to(device) for x in inputs.values())).cpu().numpy()
-        return output
-
-    return torch.from_numpy(run(chains, network)).clamp(-1, 1), torch.from_numpy(labels)
+    chains = Chains(model.signature, model.guidance, count)
+    for image in range(count):
+        chains.add(schedule, {"class_labels": labels[image]}, 2.0, seed, image)
+    return torch.from_numpy(run(chains, model).copy()).clamp(-1, 1), torch.from_numpy(labels)
 
 
 def save_grid(path: Path, images: Tensor) -> None:

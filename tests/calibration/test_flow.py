@@ -363,7 +363,7 @@ def test_the_command_writes_a_table_and_names_it_last(
     [
         (["--guidance-scale", "nan"], "guidance scale nan is not a finite number"),
         (["--rows-per-group", "5"], "--rows-per-group is 5.*Pass an even number"),
-        (["--groups", "13"], "group 0 of 13 has no timestep of a chain of 12 steps"),
+        (["--groups", "13"], "group 6 of 13 has no timestep of a chain of 12 steps"),
         (["--groups", "13", "--boundaries", "drift"], "--groups is 13, more than the 12 steps"),
         (["--steps", "2000"], "--steps is 2000; a chain has 1 to 1000 steps"),
         (["--overrides", "blocks.9.mlp.fc1:activation_bits=4"], "'blocks.9.mlp.fc1', which is no layer of this model"),
@@ -375,7 +375,7 @@ def test_settings_are_refused_before_the_chains_run(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(Trajectory, "advance", lambda _: pytest.fail("a chain ran"))
     output = tmp_path / "s.safetensors"
-    assert main(["calibrate", str(checkpoint), "-o", str(output), *FLAGS, *flags]) == 1
+    assert main(["calibrate", str(checkpoint), "-o", str(output), *FLAGS, *flags]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.glob("s.safetensors*/*.safetensors"))
 

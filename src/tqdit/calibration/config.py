@@ -131,11 +131,12 @@ class QuantizationConfig:
         return self if changes is None else replace(self, overrides="", **changes)
 
     def for_model(self, model: LoadedModel) -> QuantizationConfig:
-        """With the model's own values where none were given."""
+        """With the model's own values where none were given; the guidance scale stays None for unguided models."""
+        scale = check_scale(model.guidance, self.guidance_scale)
         return replace(
             self,
             steps=model.sampling.steps if self.steps is None else self.steps,
-            guidance_scale=None if model.guidance is None else check_scale(model.guidance, self.guidance_scale),
+            guidance_scale=None if model.guidance is None else scale,
         )
 
     def to_json(self) -> dict[str, Any]:

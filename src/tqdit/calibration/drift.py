@@ -62,8 +62,7 @@ def place_boundaries(
     timestep of its group. Raises UsageError for more groups than steps.
     """
     steps = len(statistics)
-    if groups > steps:
-        raise UsageError(f"--groups is {groups}, more than the {steps} steps of a chain. Pass fewer, or more --steps.")
+    check_group_count(groups, steps)
     cost = _costs(statistics)
     best = np.full((groups + 1, steps + 1), np.inf)
     origin = np.zeros((groups + 1, steps + 1), np.int64)
@@ -78,6 +77,12 @@ def place_boundaries(
         stop = int(origin[group, stop])
         starts.append(stop)
     return np.asarray(timesteps, np.float64)[starts[::-1]]
+
+
+def check_group_count(groups: int, steps: int) -> None:
+    """Raises UsageError for more groups than steps of a chain."""
+    if groups > steps:
+        raise UsageError(f"--groups is {groups}, more than the {steps} steps of a chain. Pass fewer, or more --steps.")
 
 
 def _costs(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter, multiply_adds
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
+from tqdit.calibration.drift import check_group_count
 from tqdit.calibration.equalize import choose_divisor
 from tqdit.calibration.fisher import FISHERS
 from tqdit.calibration.layers import LayerPlan, plan, with_one_region
@@ -75,6 +76,7 @@ class Calibration:
         self.plans = plan(model, config)
         self.meter = Meter(multiply_adds(model))
         self.spec = sampling_of(model, config)
+        self._check()
         row_facts = {
             "fingerprint": model.fingerprint, "sampling": str(self.spec), "versions": versions(model.device),
             "data": data.sha256 if data else None, "renoised": config.fisher == "loss" or data is not None,
@@ -84,6 +86,14 @@ class Calibration:
         self.rows_name = f"rows-{digest(row_facts)}"
         self.root = WorkFolder(work, model.device)
         self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, model.device)
+
+    def _check(self) -> None:
+        """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
+        chains = len(self.data.x0) if self.data else None
+        if self.config.boundaries == "drift":
+            check_group_count(self.config.groups, self.spec.steps)
+        else:
+            pick(self.model, self.config, chains=chains)
 
     # phase 1 ---------------------------------------------------------------------------------------------------------
 

@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--float-type", choices=FLOAT_CHOICES, default="auto", help="of what is not integer (default: %(default)s, "
         "what the backend likes best)")  # fmt: skip
     add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")
-    add("--batch", metavar="MIN,OPT,MAX", help="rows per call that a GPU engine is made for; with guidance an "
-        "image takes two (default: 1,2,16)")  # fmt: skip
+    add("--batch", metavar="MIN,OPT,MAX", help="images per call that a GPU engine is made for (default: 1,2,16)")
     add("--provider", choices=["cpu", "cuda", "tensorrt"], help="execution provider of ONNX Runtime (default: cpu)")
     add("--target", action="append", default=[], metavar="CC", help="compute capability for TensorRT-RTX, such as 8.9; "
         "repeat it for several (default: portable)")  # fmt: skip

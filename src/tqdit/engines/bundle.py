@@ -61,7 +61,7 @@ class _Facts:
     audit: Audit | None = None  # of a quantized graph
     float_type: str = "fp32"  # of what is not integer
     files: dict[str, Part] = field(default_factory=dict)
-    batch: BatchRange | None = None  # rows per call that it was built for; None: any number
+    batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
 
 

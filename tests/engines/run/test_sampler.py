@@ -18,7 +18,6 @@ from tqdit.errors import FileFormatError, SamplingError, SamplingStopped, UsageE
 from tqdit.ports import Port, Signature
 from tqdit.quantization.fake_quant import apply
 from tqdit.sampling import noise
-from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Flow
 from tqdit.sampling.schedule import SamplingSpec
 
@@ -238,30 +237,28 @@ def test_a_decoder_makes_the_images_of_a_latent_model():
 
 
 @pytest.mark.parametrize(
-    ("guidance", "built", "asked", "expected"),
-    [
-        (None, None, None, 16), (None, None, 40, 40), (Guidance(2.0), None, 40, 40),
-        (None, (1, 4, 64), None, 16), (None, (1, 4, 7), None, 7), (None, (1, 4, 7), 7, 7),
-        (Guidance(2.0), (2, 4, 64), None, 16), (Guidance(2.0), (2, 4, 7), None, 3), (Guidance(2.0), (2, 4, 8), 4, 4),
-    ],
-)  # fmt: skip
-def test_a_batch_fits_into_the_rows_that_the_engine_was_built_for(guidance, built, asked, expected):
-    batch = None if built is None else BatchRange(*built)
-    assert choose_batch(Path("x.engine"), guidance, batch, asked) == expected
-
-
-@pytest.mark.parametrize(
-    ("guidance", "built", "asked", "facts"),
-    [
-        (Guidance(2.0), (2, 4, 8), 5, ["at most 8 row", "4 image", "--batch 4 (batch=4)", "tqdit-build --batch 1,2,5"]),
-        (None, (1, 2, 4), 5, ["at most 4 row", "4 image", "--batch 4", "tqdit-build --batch 1,2,5"]),
-        (Guidance(2.0), (1, 1, 1), None, ["at most 1 row", "0 image", "Build it again: tqdit-build --batch 1,1,1"]),
-    ],
+    ("built", "asked", "expected"),
+    [(None, None, 16), (None, 40, 40), ((1, 4, 64), None, 16), ((1, 4, 7), None, 7), ((1, 4, 7), 7, 7)],
 )
-def test_a_batch_that_does_not_fit_is_refused_with_what_to_do(guidance, built, asked, facts):
+def test_a_batch_fits_into_what_the_engine_was_built_for(built, asked, expected):
+    assert choose_batch(Path("x.engine"), None if built is None else BatchRange(*built), asked) == expected
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_what_to_do():
     with pytest.raises(UsageError) as refusal:
-        choose_batch(Path("x.engine"), guidance, BatchRange(*built), asked)
-    assert all(fact in str(refusal.value) for fact in ["x.engine", *facts])
+        choose_batch(Path("x.engine"), BatchRange(1, 2, 4), 5)
+    facts = ["x.engine", "at most 4 image", "--batch 4 (batch=4)", "tqdit-build --batch 1,2,5"]
+    assert all(fact in str(refusal.value) for fact in facts)
+
+
+def test_a_guided_image_is_two_rows_of_a_network_call(card):
+    assert BatchRange(1, 2, 8).rows(card.rows_per_image) == (2, 4, 16)
+    assert BatchRange(1, 2, 8).rows(replace(card, guidance=None).rows_per_image) == (1, 2, 8)
+    assert BatchRange(1, 2, 8).rows(replace(card, graph="step").rows_per_image) == (
+        1,
+        2,
+        8,
+    )  # it doubles them inside
 
 
 def test_a_callback_sees_every_step_and_can_stop(bundle):

@@ -335,7 +335,7 @@ def test_a_spoilt_index_is_refused_and_force_starts_anew(bundle, folder, whole, 
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"count": 0}, "0 images"), ({"shard_size": -1}, "shards of -1"),
+    ({"count": 0}, "0 images"), ({"steps": 0}, "0 steps of ddim"), ({"shard_size": -1}, "shards of -1"),
     ({"seed": -1}, "seed -1"),
 ])  # fmt: skip
 def test_a_job_that_no_run_can_have_is_refused(changes, message):
