@@ -28,9 +28,7 @@ def place(tmp_path, monkeypatch):
 
     facts = {"num_heads": 2, "classes": "abcde"}
     save_file(
-        support.tiny_model(pixels=True).network.state_dict(),
-        tmp_path / "tiny.safetensors",
-        {"tqdit": json.dumps(facts)},
+        support.tiny_model(pixels=True).network.state_dict(), tmp_path / "tiny.safetensors", {"tqdit": json.dumps(facts)}
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
