@@ -333,15 +333,40 @@ def test_many_rows_of_long_sequences_keep_fewer_heads(tmp_path: Path, monkeypatc
 def test_a_batch_is_as_large_as_what_autograd_keeps_of_it_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     inputs = _rows(model).inputs
-    kept: list[Tensor] = []
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.call({name: t[:1].clone().requires_grad_(name == "x") for name, t in inputs.items()})
-    of_one_row = sum(tensor.nbytes for tensor in kept if not isinstance(tensor, nn.Parameter))
-    assert of_one_row > 10_000
-    for rows in (1, 3):
-        monkeypatch.setattr(capture_module, "GRAPH_BYTES", rows * of_one_row)
-        assert capture_module.rows_per_batch(model, inputs) == rows
+    one = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    assert one > 10_000
+    monkeypatch.setattr(capture_module, "GRAPH_BYTES", 5 * one)
+    assert capture_module.choose_batching(model, inputs) == capture_module.Batching(5, recompute=False)
+    monkeypatch.setattr(capture_module, "GRAPH_BYTES", 2 * one)
+    large = capture_module.choose_batching(model, inputs)
+    assert large.recompute
+    assert 2 <= large.rows < 8
     monkeypatch.setattr(capture_module, "GRAPH_BYTES", 1)
-    assert capture_module.rows_per_batch(model, inputs) == 1
+    assert capture_module.choose_batching(model, inputs) == capture_module.Batching(1, recompute=True)
     monkeypatch.setattr(capture_module, "GRAPH_BYTES", 10**12)
-    assert capture_module.rows_per_batch(model, inputs) == capture_module.MOST_ROWS
+    assert capture_module.choose_batching(model, inputs).rows == capture_module.MOST_ROWS
+
+
+@pytest.mark.parametrize("origin", ["published", "diffusers"])
+def test_blocks_that_are_computed_again_give_the_same_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: str
+) -> None:
+    model = tiny_model(origin)
+    _, kept = capture(model, CONFIG, tmp_path / "kept")
+    monkeypatch.setattr(
+        capture_module, "choose_batching", lambda *_: capture_module.Batching(capture_module.MOST_ROWS, recompute=True)
+    )
+    _, again = capture(model, CONFIG, tmp_path / "again")
+    assert kept.keys() == again.keys()
+    for name, samples in kept.items():
+        torch.testing.assert_close(again[name].left, samples.left, rtol=0, atol=0)
+        torch.testing.assert_close(again[name].g2, samples.g2, rtol=0, atol=0)
+    assert not any("forward" in vars(module) for module in model.network.modules())

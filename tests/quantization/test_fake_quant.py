@@ -171,9 +171,11 @@ def test_a_timestep_on_a_boundary_uses_the_later_scale() -> None:
     model = tiny_model()
     x, t, y = inputs([400])
     with torch.no_grad():
-        at = apply(model, table_for(model, np.array([300.0, 400.0]))).network(x, t, y)
-        before = apply(model, table_for(model, np.array([300.0, 401.0]))).network(x, t, y)
-        last = apply(model, table_for(model, np.array([10.0, 20.0]))).network(x, t, y)
+        at = apply(model, table_for(model, np.array([300.0, 400.0]))).call({"x": x, "timestep": t, "class_labels": y})
+        before = apply(model, table_for(model, np.array([300.0, 401.0]))).call(
+            {"x": x, "timestep": t, "class_labels": y}
+        )
+        last = apply(model, table_for(model, np.array([10.0, 20.0]))).call({"x": x, "timestep": t, "class_labels": y})
     torch.testing.assert_close(at, last, rtol=0, atol=0)
     assert (at - before).abs().max() > 1e-3
 
@@ -181,13 +183,13 @@ def test_a_timestep_on_a_boundary_uses_the_later_scale() -> None:
 def test_the_float_model_is_not_touched_and_its_other_weights_are_shared() -> None:
     model = tiny_model()
     x, t, y = inputs([5, 600])
-    before = model.network(x, t, y)
+    before = model.call({"x": x, "timestep": t, "class_labels": y})
     quantized = apply(model, table_for(model)).network
     assert isinstance(quantized, QuantizedNetwork)
     name = "blocks.1.attn.qkv.weight"
     assert quantized.network.get_parameter(name) is model.network.get_parameter(name)
     assert (quantized(x, t, y) - before).abs().max() > 1e-4
-    torch.testing.assert_close(model.network(x, t, y), before, rtol=0, atol=0)
+    torch.testing.assert_close(model.call({"x": x, "timestep": t, "class_labels": y}), before, rtol=0, atol=0)
 
 
 def test_threads_do_not_see_each_others_groups() -> None:

@@ -124,7 +124,7 @@ def _bundle(path: Path) -> Facts:
 
 
 def _batch(batch: BatchRange) -> str:
-    return f"{batch.least} to {batch.most} rows per call, tuned for {batch.best}"
+    return f"{batch.least} to {batch.most} images per call, tuned for {batch.best}"
 
 
 def _onnx(path: Path) -> Facts:
