@@ -15,7 +15,7 @@ import msgspec
 
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.ports import Signature
-from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 2
@@ -85,6 +85,11 @@ class GraphCard:
     written_by: str  # tqdit's version
     vae: VaeCard | None = None
     quantization: QuantizationCard | None = None  # None: a float graph
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of one call of the graph; a guided step graph doubles its rows inside."""
+        return rows_per_image(self.guidance) if self.graph == "denoiser" else 1
 
     @property
     def state_shape(self) -> tuple[int, ...]:

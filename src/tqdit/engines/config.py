@@ -18,7 +18,7 @@ FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Images per engine call: the fewest, the number to tune for, the most."""
+    """Images per engine call: the fewest, the number to tune for, the most. With guidance an image is two rows."""
 
     least: int = 1
     best: int = 2
@@ -29,6 +29,10 @@ class BatchRange:
             raise UsageError(
                 f"--batch {self.least},{self.best},{self.most}: expected MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
             )
+
+    def rows(self, rows_per_image: int) -> tuple[int, int, int]:
+        """The same in rows of a call."""
+        return self.least * rows_per_image, self.best * rows_per_image, self.most * rows_per_image
 
     @classmethod
     def parse(cls, text: str) -> BatchRange:

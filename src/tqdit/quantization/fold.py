@@ -68,8 +68,11 @@ def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor) -> None:
     rows = slice(place.start, place.stop)
     weight = linear.weight.detach().clone()
     weight[rows] /= divisor[:, None]
-    bias: Tensor | None = linear.bias
-    bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach().clone()
+    given: Tensor | None = linear.bias
+    if given is None and not place.offset:
+        _set(linear, weight, None)
+        return
+    bias = torch.zeros(len(weight), device=weight.device) if given is None else given.detach().clone()
     bias[rows] = bias[rows] / divisor + place.offset * (1 / divisor - 1)
     _set(linear, weight, bias)
 

@@ -48,7 +48,8 @@ class Denoiser:
             raise UsageError(f"{folder}: {STEP_GRAPH}")
         check_parts(folder, manifest)
         engine = runner(manifest.backend).load(folder, manifest, manifest.entry, threads)
-        return cls(manifest.card, engine, None if manifest.batch is None else manifest.batch.most)
+        most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
+        return cls(manifest.card, engine, most)
 
     def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:
         """The prediction float32 (rows, K, ...) for one array (rows, ...) of each port.

@@ -20,7 +20,7 @@ from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
 from tqdit.sampling.chains import Chains, Network
-from tqdit.sampling.guidance import Guidance, check_scale, rows_per_image
+from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.schedule import SamplingSpec
 
 DEFAULT_BATCH = 16
@@ -75,7 +75,7 @@ class Sampler:
         manifest = read_manifest(folder)
         _check_graph(manifest.card, f"{folder}: ")
         check_parts(folder, manifest)
-        batch = choose_batch(folder, manifest.card.guidance, manifest.batch, batch)
+        batch = choose_batch(folder, manifest.batch, batch)
         backend = runner(manifest.backend)
         network = backend.load(folder, manifest, manifest.entry, threads)
         decoder = backend.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
@@ -211,23 +211,16 @@ def makes_images(manifest: Manifest) -> bool:
     return manifest.decoder is not None or has_pixels(manifest.card)
 
 
-def choose_batch(folder: Path, guidance: Guidance | None, built: BatchRange | None, asked: int | None) -> int:
-    """Images per call at most. built: rows per call that the engine was compiled for; guidance takes two of an image.
-
-    Raises UsageError if the engine was built for fewer.
-    """
-    rows = rows_per_image(guidance)
-    if built is None:
-        return DEFAULT_BATCH if asked is None else asked
-    most = built.most // rows
-    if most < (asked or 1):
-        least, best = -(-built.least // rows), max(1, built.best // rows)
+def choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> int:
+    """Images per call at most. Raises UsageError if the engine was built for fewer."""
+    if asked is None:
+        return DEFAULT_BATCH if built is None else min(DEFAULT_BATCH, built.most)
+    if built is not None and asked > built.most:
         raise UsageError(
-            f"{folder}: built for at most {built.most} row(s) per call, {most} image(s) of {rows} row(s) each; asked "
-            f"for {asked or 1}. {f'Pass --batch {most} (batch={most}) or less, or build' if most else 'Build'} it "
-            f"again: tqdit-build --batch {least},{best},{max(best, asked or 1)}."
+            f"{folder}: built for at most {built.most} image(s) per call, asked for {asked}. Pass --batch {built.most} "
+            f"(batch={built.most}) or less, or build it again: tqdit-build --batch {built.least},{built.best},{asked}."
         )
-    return min(DEFAULT_BATCH, most) if asked is None else asked
+    return asked
 
 
 def to_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -63,6 +63,8 @@ class SamplingJob:
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
             raise UsageError(f"{self.count} images in shards of {self.shard_size}; both must be at least 1.")
+        if self.steps < 1:
+            raise UsageError(f"{self.steps} steps of {self.sampler}; expected at least 1.")
         check_key(self.seed, self.count - 1)
 
     @property

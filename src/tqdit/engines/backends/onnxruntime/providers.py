@@ -38,8 +38,8 @@ def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange 
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": str(folder),
         }
-        batch = batch or BatchRange()
-        for name, count in (("min", batch.least), ("opt", batch.best), ("max", batch.most)):
+        rows = (batch or BatchRange()).rows(card.rows_per_image)
+        for name, count in zip(("min", "opt", "max"), rows, strict=True):
             options[f"trt_profile_{name}_shapes"] = ",".join(_shapes(card, count))
         return [(PROVIDERS["tensorrt"], options), PROVIDERS["cuda"], CPU]
     return [CPU] if provider == "cpu" else [PROVIDERS[provider], CPU]

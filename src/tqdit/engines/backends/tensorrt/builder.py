@@ -73,6 +73,7 @@ def build(
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
     device = cuda.find_device() if library.needs_gpu_to_build else None
     batch = config.batch or BatchRange()
+    rows = batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
     inline = no_plugins is not None
 
@@ -80,7 +81,7 @@ def build(
         with _prepared(source, folder, inline, spelled_out) as prepared:
             if prepared is None:
                 return None
-            compiled = _compile(library, prepared.file, folder / PLAN_FILE, batch, config, not inline, progress)
+            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, not inline, progress)
             report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
             return compiled, report, prepared.custom
 
@@ -95,7 +96,7 @@ def build(
         with _prepared(OnnxFile.read(source.path.parent / card.vae.file), folder, inline=True) as decoder:
             assert decoder is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, decoder.file, folder / DECODER_FILE, BatchRange(1, 1, 1), config, False, progress)
+            _compile(library, decoder.file, folder / DECODER_FILE, (1, 1, 1), config, False, progress)
     targets = compiled.targets if device is None else (device.capability,)
     return Manifest(
         backend=library.backend,
@@ -113,14 +114,14 @@ def build(
 
 
 def _compile(
-    library: Library, source: Path, plan: Path, batch: BatchRange, config: BuildConfig, registers: bool,
+    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig, registers: bool,
     progress: Progress,
 ) -> Compiled:  # fmt: skip
     job = Job(
         backend=library.backend,
         source=str(source),
         plan=str(plan),
-        batch=(batch.least, batch.best, batch.most),
+        batch=rows,
         targets=_checked(config.targets),
         workspace_bytes=config.workspace_bytes,
         timing_cache=None if config.timing_cache is None else str(config.timing_cache),

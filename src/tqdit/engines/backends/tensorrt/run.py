@@ -63,7 +63,9 @@ class TensorRTEngine:
         self._device = cuda.find_device()
         self._lock = threading.Lock()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
-        self._least = 1 if manifest.batch is None or file.name != manifest.entry else manifest.batch.least
+        self._least = 1
+        if manifest.batch is not None and file.name == manifest.entry:
+            self._least = manifest.batch.least * manifest.card.rows_per_image
         with cuda.on_device(self._device.index):
             self._plan = _open_plan(library, trt, file, manifest)
             self._engine: Any = self._plan.engine
