@@ -35,7 +35,7 @@ class ChainError:
         return float(np.std(self.per_image, ddof=1) / len(self.per_image) ** 0.5)
 
 
-def final_samples(model: LoadedModel, steps: int, images: int, guidance_scale: float, seed: int) -> Tensor:
+def final_samples(model: LoadedModel, steps: int, images: int, guidance_scale: float | None, seed: int) -> Tensor:
     """x_0 of chains with seeded noise and requests, (images, C, ...)."""
     config = QuantizationConfig(steps=steps, chains=images, guidance_scale=guidance_scale, seed=seed)
     trajectory = Trajectory(model, config, NO_PICKS)
