@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from support import tiny_model
 from tqdit.errors import UsageError
-from tqdit.models.loaded import LoadedModel
+from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.models.products import Scores, ValueProduct
 from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, apply, quantize_module
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
@@ -153,43 +153,43 @@ def table_for(model: LoadedModel, boundaries: np.ndarray | None = None) -> Scale
     )  # fmt: skip
 
 
-def inputs(timestep: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return random(len(timestep), 4, 8, 8), torch.tensor(timestep), torch.arange(len(timestep)) % 6
+def inputs(timestep: list[int]) -> dict[str, Tensor]:
+    rows = len(timestep)
+    return {"x": random(rows, 4, 8, 8), "timestep": torch.tensor(timestep), "class_labels": torch.arange(rows) % 6}
 
 
 def test_each_row_takes_the_group_of_its_own_timestep() -> None:
     model = tiny_model()
     quantized = apply(model, table_for(model)).network
-    x, t, y = inputs([0, 333, 334, 667, 999])
+    batch = inputs([0, 333, 334, 667, 999])
     with torch.no_grad():
-        together = quantized(x, t, y)
-        alone = [quantized(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(5)]
+        together = quantized(**batch)
+        alone = [quantized(**{name: values[i : i + 1] for name, values in batch.items()}) for i in range(5)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_a_timestep_on_a_boundary_uses_the_later_scale() -> None:
     model = tiny_model()
-    x, t, y = inputs([400])
+    batch = inputs([400])
     with torch.no_grad():
-        at = apply(model, table_for(model, np.array([300.0, 400.0]))).call({"x": x, "timestep": t, "class_labels": y})
-        before = apply(model, table_for(model, np.array([300.0, 401.0]))).call(
-            {"x": x, "timestep": t, "class_labels": y}
+        at, before, last = (
+            apply(model, table_for(model, np.array(boundaries))).call(batch)
+            for boundaries in ([300.0, 400.0], [300.0, 401.0], [10.0, 20.0])
         )
-        last = apply(model, table_for(model, np.array([10.0, 20.0]))).call({"x": x, "timestep": t, "class_labels": y})
     torch.testing.assert_close(at, last, rtol=0, atol=0)
     assert (at - before).abs().max() > 1e-3
 
 
 def test_the_float_model_is_not_touched_and_its_other_weights_are_shared() -> None:
     model = tiny_model()
-    x, t, y = inputs([5, 600])
-    before = model.call({"x": x, "timestep": t, "class_labels": y})
+    batch = inputs([5, 600])
+    before = model.call(batch)
     quantized = apply(model, table_for(model)).network
     assert isinstance(quantized, QuantizedNetwork)
     name = "blocks.1.attn.qkv.weight"
     assert quantized.network.get_parameter(name) is model.network.get_parameter(name)
-    assert (quantized(x, t, y) - before).abs().max() > 1e-4
-    torch.testing.assert_close(model.call({"x": x, "timestep": t, "class_labels": y}), before, rtol=0, atol=0)
+    assert (quantized(**batch) - before).abs().max() > 1e-4
+    torch.testing.assert_close(model.call(batch), before, rtol=0, atol=0)
 
 
 def test_threads_do_not_see_each_others_groups() -> None:
@@ -197,11 +197,11 @@ def test_threads_do_not_see_each_others_groups() -> None:
     quantized = apply(model, table_for(model)).network
     batches = [inputs([step]) for step in (0, 400, 999) * 4]
     with torch.no_grad():
-        expected = [quantized(*batch) for batch in batches]
+        expected = [quantized(**batch) for batch in batches]
 
-        def work(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        def work(batch: dict[str, Tensor]) -> Tensor:
             with torch.no_grad():
-                return quantized(*batch)
+                return quantized(**batch)
 
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(work, batches))
@@ -213,9 +213,9 @@ def test_a_quantized_model_can_be_copied_and_pickled() -> None:
     model = tiny_model()
     quantized = apply(model, table_for(model)).network
     batch = inputs([0, 500])
-    expected = quantized(*batch)
+    expected = quantized(**batch)
     for copied in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
-        torch.testing.assert_close(copied(*batch), expected, rtol=0, atol=0)
+        torch.testing.assert_close(copied(**batch), expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -223,9 +223,11 @@ def test_the_quantized_network_can_be_traced() -> None:
     model = tiny_model()
     quantized = apply(model, table_for(model)).network
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(quantized, inputs([1, 500, 900]), dynamic_shapes=({0: batch},) * 3, strict=False)
+    whole = PositionalCall(quantized, model.signature)
+    shapes = (({0: batch},) * 3,)
+    program = torch.export.export(whole, tuple(inputs([1, 500, 900]).values()), dynamic_shapes=shapes, strict=False)
     other = inputs([0, 400, 800, 999])
-    torch.testing.assert_close(program.module()(*other), quantized(*other), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(program.module()(*other.values()), quantized(**other), rtol=1e-4, atol=1e-4)
 
 
 def test_a_table_that_does_not_fit_is_refused_by_name() -> None:
