@@ -31,6 +31,7 @@ from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models import families
 from tqdit.models.dit import DiT, DiTConfig, randomize
+from tqdit.models.families import published
 from tqdit.models.load import load_model
 from tqdit.models.products import Scores, ValueProduct
 
@@ -66,7 +67,7 @@ def demo(tmp_path_factory):
 def stack(tmp_path_factory):
     """Two blocks of the width of DiT-XL/2 with everything around them."""
     network = randomize(DiT(XL_STACK)).eval().requires_grad_(False)
-    model = replace(support.tiny_model(), network=network, height=32, width=32, num_classes=1000)
+    model = published.describe(network, "stack", published.PUBLISHED)
     table = make_table(model, Kind(groups=10), operands=ranges_of(network))
     return export_all(tmp_path_factory.mktemp("stack"), model, table, ("simulated",))["simulated"]
 
