@@ -7,7 +7,6 @@ import pytest
 import support
 from tables import Kind, make_table
 from tqdit.engines import backends
-from tqdit.engines.build.engine import build_engine
 
 TOYS = Path(__file__).parents[1] / "toys" / "backends"
 
@@ -15,6 +14,7 @@ TOYS = Path(__file__).parents[1] / "toys" / "backends"
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory):
     """bundle_of(origin, pixels=..., sampler=..., ...) -> folder of an ONNX Runtime bundle."""
+    from tqdit.engines.build.engine import build_engine
     from tqdit.exporter.graph import ExportConfig
     from tqdit.exporter.onnx_writer import write
 
@@ -55,6 +55,7 @@ def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+    from tqdit.engines.build.engine import build_engine
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import write
     from tqdit.models.dit import randomize

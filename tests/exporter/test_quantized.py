@@ -64,7 +64,7 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
     inputs = random_rows(model.signature, 48, last=999)  # rows in every group of timesteps
     (out,) = session(path).run(None, inputs)
     expected, unquantized = apply(model, exported_sites(table, form))(inputs), model(inputs)
-    support.assert_agrees(out, expected)
+    support.assert_agrees(out, expected, kind.activation_bits)
     assert np.linalg.norm(expected - unquantized) > 1e-3 * np.linalg.norm(expected)  # it is quantized at all
 
 
@@ -255,7 +255,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     options, settings = session_options(ort)
     (out,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], **settings).run(None, inputs)
     (expected,) = session(path).run(None, inputs)
-    support.assert_agrees(out, expected)
+    support.assert_agrees(out, expected, kind.activation_bits)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tqdit.models.published import read_own_facts
 
 from tqdit.calibration.advice import as_text, read_advice
 from tqdit.calibration.config import QuantizationConfig
@@ -20,6 +19,7 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
+from tqdit.models.families.published import read_own_facts
 from tqdit.models.state import read_sharded
 from tqdit.onnx_file import OnnxFile, parse_model, read_card
 from tqdit.quantization.granularity import granularity_from_text, granularity_to_text
@@ -83,7 +83,7 @@ def test_cards(inputs, data):
     card = value_or_one_line(GraphCard.from_json, json.dumps(data.draw(changed(good))), "x.onnx")
     if card is not None:  # and what it says can be used
         assert len(card.sampling.schedule.timesteps) == card.sampling.steps
-        assert np.zeros(card.image_shape).size > 0
+        assert np.zeros(card.state_shape).size > 0
         assert isinstance(card.guidance_scale, float | int)
         assert card.quantization is None or card.quantization.summary
         json.dumps(card.to_json())

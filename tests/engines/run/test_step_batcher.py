@@ -474,10 +474,10 @@ def test_impossible_batchers_are_refused(card, options, message):
 def test_a_path_whose_engine_was_built_for_few_images_is_batched_accordingly(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "few.engine")
     manifest = read_manifest(bundle)
-    write_manifest(tmp_path / "few.engine", replace(manifest, batch=BatchRange(1, 2, 7)))  # rows, two per image
+    write_manifest(tmp_path / "few.engine", replace(manifest, batch=BatchRange(1, 2, 3)))
     with StepBatcher(tmp_path / "few.engine") as batcher:
         assert batcher.batch == 3
-    with pytest.raises(UsageError, match="built for at most 7"):
+    with pytest.raises(UsageError, match="built for at most 3"):
         StepBatcher(tmp_path / "few.engine", batch=4)
 
 
