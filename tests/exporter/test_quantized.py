@@ -255,7 +255,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     options, settings = session_options(ort)
     (out,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], **settings).run(None, inputs)
     (expected,) = session(path).run(None, inputs)
-    support.assert_agrees(out, expected, kind.activation_bits)
+    support.assert_agrees(out, expected)
 
 
 @pytest.mark.slow
