@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import threading
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 import support
 from tables import Kind, make_table, random_rows
 from tqdit import onnx_file
-from tqdit.card import ATTENTION_FORMS
+from tqdit.card import ATTENTION_FORMS, Latents
 from tqdit.engines.backends.openvino import build, library
 from tqdit.engines.backends.openvino.run import load
 from tqdit.engines.build.engine import build_engine
@@ -25,7 +26,7 @@ from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
-from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph, trace_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.passes.quantize import exported_sites
 from tqdit.exporter.vae import load_decoder, trace_decoder
@@ -466,12 +467,11 @@ def test_the_decoder_is_diffusers_own(tmp_path, precision):
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    model = support.tiny_model("diffusers", steps=4)
-    graph, card = support.exported(ExportConfig(steps=4), "diffusers")
+    model = replace(support.tiny_model("diffusers", steps=4), latents=Latents(0.5, 0.1))
     decoder = load_decoder(tmp_path / "vae", model)
-    write(tmp_path / "model.onnx", graph, card, trace_decoder(decoder, model))
+    write(tmp_path / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
     config = BuildConfig(precision)
     manifest = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino", config)
     assert set(manifest.files) == {"graph.xml", "graph.bin", "decoder.xml", "decoder.bin"}
@@ -480,6 +480,6 @@ def test_the_decoder_is_diffusers_own(tmp_path, precision):
         images = sampler.sample([0, 1, 2], seed=1)
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
     with torch.no_grad():
-        expected = to_pixels(vae.decode(torch.from_numpy(latents) / 0.5).sample.numpy())
+        expected = to_pixels(vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy())
     assert images.shape == (3, 16, 16, 3)
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= (1 if precision == "fp32" else 3)
