@@ -86,8 +86,8 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
     assert others == ["CUDAExecutionProvider", providers.CPU]
     assert options["trt_engine_cache_enable"]
     image = "x3x8x8"
-    for key, count in (("min", 1), ("opt", 4), ("max", 8)):
-        expected = f"x:{count}{image},timestep:{count},class_labels:{count}"
+    for key, rows in (("min", 2), ("opt", 8), ("max", 16)):  # guidance: two rows an image
+        expected = f"x:{rows}{image},timestep:{rows},class_labels:{rows}"
         assert options[f"trt_profile_{key}_shapes"] == expected
     manifest = read_manifest(tmp_path / "m.engine")
     assert manifest.batch == BatchRange(1, 4, 8)

@@ -159,9 +159,8 @@ def test_weights_that_are_spelled_out_have_the_same_codes(demo):
     onnx.checker.check_model(model)
     rng = np.random.default_rng(0)
     fed = {
-        "x": rng.standard_normal((2, 3, 16, 16), np.float32), "step": np.array([3, 200]),
+        "x": rng.standard_normal((2, 3, 16, 16), np.float32), "timestep": np.array([3, 800]),
         "class_labels": np.array([1, 2]),
-        "guidance_scale": np.float32([1.5, 3]), "noise": np.zeros((2, 3, 16, 16), np.float32),
     }  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

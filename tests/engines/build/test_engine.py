@@ -136,7 +136,8 @@ def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so
     quantize, dequantize = (nodes[f"blocks.1.mlp.fc1/{name}"] for name in ("QuantizeLinear", "DequantizeLinear_2"))
     assert dequantize.input[0] == quantize.output[0]
     model.graph.node.insert(0, onnx.helper.make_node("Mul", ["top", quantize.input[1]], ["run_time_step"]))
-    model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["guidance_scale"], ["top"], keepdims=0))
+    model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["rows"], ["top"], keepdims=0))
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["timestep"], ["rows"], to=onnx.TensorProto.FLOAT))
     quantize.input[1] = dequantize.input[1] = "run_time_step"
     onnx.save(model, quantized)
     assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
@@ -149,7 +150,7 @@ def test_a_run_time_scale_per_row_loses_integers_in_onnxruntime_and_fails_the_au
     pair = [nodes[f"blocks.1.mlp.fc1/{name}"] for name in ("QuantizeLinear", "DequantizeLinear_2")]
     node = onnx.helper.make_node
     added = [
-        node("Concat", ["guidance_scale", "guidance_scale"], ["rows"], axis=0),  # guidance doubles the rows
+        node("Cast", ["timestep"], ["rows"], to=onnx.TensorProto.FLOAT),
         node("Mul", ["rows", pair[0].input[1]], ["steps"]),
         node("Sub", ["rows", "rows"], ["none"]),
         node("Cast", ["none"], ["zeros"], to=onnx.TensorProto.INT8),

@@ -55,7 +55,7 @@ def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attentio
         rng = np.random.default_rng(0)
         inputs = {"x": rng.standard_normal((5, 4, 8, 8), np.float32), "timestep": np.array([0, 180, 420, 700, 999]),
                   "class_labels": np.arange(5)}  # fmt: skip
-        expected = quantized(*map(torch.from_numpy, inputs.values())).numpy()
+        expected = quantized(**{name: torch.from_numpy(values) for name, values in inputs.items()}).numpy()
     found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
