@@ -7,6 +7,7 @@ the manifest of every engine, so the engine side reads no other file.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -31,6 +32,12 @@ class Latents:
 
     scale: float
     shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and math.isfinite(self.shift) and self.scale):
+            raise ValueError(
+                f"latents of scale {self.scale} and shift {self.shift}; expected finite numbers, scale not 0"
+            )
 
 
 @dataclass(frozen=True)

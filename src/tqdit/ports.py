@@ -6,6 +6,7 @@ that the network was trained for) and in `models.products` (its products).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from tqdit.errors import UsageError
 
 PortKind = Literal["state", "time", "request"]
 PortType = Literal["float32", "int64"]
+MOST_ELEMENTS = 2**28  # of one row of a port
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ class Port:
     def __post_init__(self) -> None:
         if not self.name or not self.shape or self.shape[0] is not None or None in self.shape[1:]:
             raise ValueError(f"port '{self.name}' with shape {self.shape}; expected rows (None), then fixed sizes")
-        if not all(size is None or 0 < size <= 2**24 for size in self.shape):
-            raise ValueError(f"port '{self.name}' with shape {self.shape}; expected sizes of 1 to {2**24}")
+        if not all(size > 0 for size in self.row_shape) or math.prod(self.row_shape) > MOST_ELEMENTS:
+            raise ValueError(
+                f"port '{self.name}' with shape {self.shape}; expected 1 to {MOST_ELEMENTS} elements a row"
+            )
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -286,7 +286,7 @@ def choose_batching(model: LoadedModel, inputs: dict[str, Tensor]) -> Batching:
 def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     """Of what autograd keeps of a call with one row, without the weights; measured on tensors without memory."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    parameters = {name: fake.from_tensor(tensor) for name, tensor in model.network.named_parameters()}
+    parameters: dict[str, Tensor] = {n: fake.from_tensor(t) for n, t in model.network.named_parameters()}
     weights = {tensor.untyped_storage()._cdata for tensor in parameters.values()}
     kept: dict[int, Tensor] = {}  # by storage, whose address is unique while the tensor lives
 

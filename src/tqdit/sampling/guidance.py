@@ -24,6 +24,12 @@ class Guidance:
     scale: float  # if a user names none
     channels: int | None = None  # how many leading channels of the prediction it moves; None: all
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or (self.channels is not None and self.channels < 1):
+            raise UsageError(
+                f"guidance scale {self.scale} on {self.channels} channels; expected a finite number and at least one."
+            )
+
     def combine(self, output: Float32, scale: Float32, out: Float32) -> None:
         """Write the guided prediction of B images into `out` (B, C, ...).
 
