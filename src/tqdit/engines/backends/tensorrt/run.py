@@ -63,9 +63,11 @@ class TensorRTEngine:
         self._device = cuda.find_device()
         self._lock = threading.Lock()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
+        is_entry = file.name == manifest.entry  # the decoder has one row for each image
+        self._rows_per_image = manifest.card.rows_per_image if is_entry else 1
         self._least = 1
-        if manifest.batch is not None and file.name == manifest.entry:
-            self._least = manifest.batch.least * manifest.card.rows_per_image
+        if manifest.batch is not None and is_entry:
+            self._least = manifest.batch.least * self._rows_per_image
         with cuda.on_device(self._device.index):
             self._plan = _open_plan(library, trt, file, manifest)
             self._engine: Any = self._plan.engine
@@ -196,9 +198,10 @@ class TensorRTEngine:
             for tensor in (*self._inputs, self._output):
                 shape = (rows, *tensor.tail)
                 if tensor is not self._output and not context.set_input_shape(tensor.name, shape):
+                    images = -(-rows // self._rows_per_image)
                     raise UsageError(
                         f"the engine was not built for {rows} row(s). Use fewer at a time, or build it with a larger "
-                        f"range: tqdit-build --batch 1,{max(1, rows // 2)},{rows}."
+                        f"range of images: tqdit-build --batch 1,{max(1, images // 2)},{images}."
                     )
                 bound.host[tensor.name] = cuda.PinnedArray(shape, tensor.dtype)
                 bound.device[tensor.name] = cuda.Memory(_bytes(shape, tensor.dtype))
