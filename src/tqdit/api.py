@@ -104,6 +104,8 @@ def export(
     loaded = _loaded(model)
     folder = loaded.vae_folder if vae is None else Path(vae)
     decoder = None if folder is None else load_decoder(folder, loaded)
+    if decoder is not None:
+        loaded = replace(loaded, latents=decoder.latents)
     traced, card = export_graph(loaded, config, table)
     write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded))
     return path

@@ -1,7 +1,6 @@
 """The VAE decoder beside a latent model: exported from diffusers' AutoencoderKL, carried by the bundle."""
 
 import shutil
-from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -10,14 +9,13 @@ import pytest
 import torch
 
 import support
+import tqdit
 from tqdit.card import Latents
 from tqdit.cli.main import run
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import CheckpointError, FileFormatError
-from tqdit.exporter.graph import ExportConfig, export_graph
-from tqdit.exporter.onnx_writer import write
-from tqdit.exporter.vae import load_decoder, trace_decoder
+from tqdit.exporter.vae import load_decoder
 from tqdit.onnx_file import read_card
 
 pytestmark = pytest.mark.slow
@@ -28,6 +26,7 @@ def save_vae(folder, latent_channels=4):
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
+        shift_factor=0.1,
     )  # fmt: skip
     vae.save_pretrained(folder)
     return vae.eval()
@@ -37,9 +36,9 @@ def save_vae(folder, latent_channels=4):
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae = save_vae(folder / "vae")
-    model = replace(support.tiny_model("diffusers"), latents=Latents(0.5, 0.1))
-    graph, card = export_graph(model, ExportConfig(steps=4))
-    write(folder / "model.onnx", graph, card, trace_decoder(load_decoder(folder / "vae", model), model))
+    model = support.tiny_model("diffusers")  # which would take the scale of Stable Diffusion's VAE
+    path = tqdit.export(model, folder / "model.onnx", vae=folder / "vae", steps=4)
+    assert read_card(path).latents == Latents(0.5, 0.1)
     build_engine(folder / "model.onnx", folder / "model.engine")
     return folder, vae
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         )
     vae_folder = None if args.no_vae else args.vae or model.vae_folder
     decoder = load_decoder(vae_folder, model) if vae_folder else None
+    if decoder is not None:
+        model = replace(model, latents=decoder.latents)
     console.say(f"tracing the {args.graph} graph; {spec}")
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:

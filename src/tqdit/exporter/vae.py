@@ -15,6 +15,7 @@ from tqdit.exporter.trace import EXAMPLE_BATCH, trace
 from tqdit.extras import need
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.state import read_json
+from tqdit.models.vae import read_latents
 
 
 class Decoder(nn.Module):
@@ -31,7 +32,10 @@ class Decoder(nn.Module):
 
 
 def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
-    """The decoder in a diffusers VAE directory; refuses one that does not fit the model."""
+    """The decoder in a diffusers VAE directory; refuses one that does not fit the model.
+
+    Its `latents` are those of the VAE's configuration: a model that is exported with it takes them over.
+    """
     if model.latents is None:
         raise CheckpointError(f"{folder}: --vae was given, but {model.source} works on images and needs no decoder.")
     config_file = folder / "config.json"
@@ -53,7 +57,7 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: its weights cannot be loaded ({reason}). Get the directory again.") from error
-    return Decoder(vae.eval().requires_grad_(False), model.latents)
+    return Decoder(vae.eval().requires_grad_(False), read_latents(folder))
 
 
 def trace_decoder(decoder: Decoder, model: LoadedModel) -> tuple[ir.Model, tuple[int, int]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -163,3 +165,11 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def read_number(path: Path, settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A finite number of a JSON file, or `default` if it is not there."""
+    value = settings.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise CheckpointError(f"{path}: '{name}' is {value!r}, expected a number. Get the file again.")
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
 from tqdit.models.loaded import LoadedModel, fingerprint
 from tqdit.models.products import Fold, find_products, shift_and_scale
-from tqdit.models.state import StateDict, check_layout, read_json, read_sharded, read_tensors
+from tqdit.models.state import StateDict, check_layout, read_json, read_number, read_sharded, read_tensors
+from tqdit.models.vae import LATENT_SCALE, read_latents
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Diffusion
@@ -27,7 +27,7 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 POSITIONS = "pos_embed.pos_embed"  # a copy of the sine-cosine positions that old files hold
 
 # DiTPipeline's own settings: DDIM, multiples of 1000 // T, guidance 4 on every channel.
-STEPS, GUIDANCE, LATENT_SCALE = 50, Guidance(4.0), 0.18215
+STEPS, GUIDANCE = 50, Guidance(4.0)
 SAMPLERS = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}
 SCHEDULER = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False, "set_alpha_to_one": True,
              "rescale_betas_zero_snr": False, "trained_betas": None, "num_train_timesteps": 1000,
@@ -53,7 +53,11 @@ def load(source: str, heads: int | None = None) -> LoadedModel:
     network = _assemble(folder, read_json(config_file))
     vae = root / "vae" if (root / "vae" / "config.json").is_file() else None
     return describe(
-        network, source, read_sampling(root / "scheduler" / "scheduler_config.json"), read_latents(vae), vae
+        network,
+        source,
+        read_sampling(root / "scheduler" / "scheduler_config.json"),
+        read_latents(vae) if vae else None,
+        vae,
     )
 
 
@@ -146,10 +150,10 @@ def read_sampling(path: Path) -> SamplingSpec | None:
     try:
         process = Diffusion(
             beta_schedule=str(settings.get("beta_schedule", "linear")),
-            beta_start=_number(path, settings, "beta_start", 1e-4),
-            beta_end=_number(path, settings, "beta_end", 0.02),
+            beta_start=read_number(path, settings, "beta_start", 1e-4),
+            beta_end=read_number(path, settings, "beta_end", 0.02),
             spacing="leading",
-            steps_offset=int(_number(path, settings, "steps_offset", 0)),
+            steps_offset=int(read_number(path, settings, "steps_offset", 0)),
         )
         return SamplingSpec(process, sampler, STEPS)
     except UsageError as error:
@@ -163,27 +167,11 @@ def _unsupported(path: Path, name: str, found: object, expected: str) -> Checkpo
     )
 
 
-def read_latents(vae: Path | None) -> Latents:
-    """How the states of a pipeline relate to the codes of its VAE."""
-    if vae is None:
-        return Latents(LATENT_SCALE)
-    path, settings = vae / "config.json", read_json(vae / "config.json")
-    shift = 0.0 if settings.get("shift_factor") is None else _number(path, settings, "shift_factor", 0.0)
-    return Latents(_number(path, settings, "scaling_factor", LATENT_SCALE), shift)
-
-
 def _check_positive(path: Path, settings: Mapping[str, Any], name: str) -> None:
     value = settings.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = repr(value) if name in settings else "missing"
         raise CheckpointError(f"{path}: '{name}' is {found}, expected a positive whole number. Get the file again.")
-
-
-def _number(path: Path, settings: Mapping[str, Any], name: str, default: float) -> float:
-    value = settings.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{path}: '{name}' is {value!r}, expected a number. Get the file again.")
-    return value
 
 
 def _read_weights(folder: Path) -> StateDict:

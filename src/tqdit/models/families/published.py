@@ -21,6 +21,7 @@ from tqdit.errors import CheckpointError
 from tqdit.models.dit import FREQUENCY_EMBEDDING_SIZE, DiT, DiTConfig, products_of, signature_of
 from tqdit.models.loaded import LoadedModel, fingerprint
 from tqdit.models.state import StateDict, check_layout, read_metadata, read_tensors
+from tqdit.models.vae import LATENT_SCALE
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
@@ -38,7 +39,7 @@ class Origin:
     latents: Latents | None
 
 
-PUBLISHED = Origin("published", Guidance(1.5, channels=3), Latents(0.18215))
+PUBLISHED = Origin("published", Guidance(1.5, channels=3), Latents(LATENT_SCALE))
 DEMO = Origin("demo", Guidance(1.5), None)
 
 
