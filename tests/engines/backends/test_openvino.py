@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import threading
-from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 import support
 from tables import Kind, make_table, random_rows
 from tqdit import onnx_file
-from tqdit.card import ATTENTION_FORMS, Latents
+from tqdit.card import ATTENTION_FORMS
 from tqdit.engines.backends.openvino import build, library
 from tqdit.engines.backends.openvino.run import load
 from tqdit.engines.build.engine import build_engine
@@ -471,9 +470,10 @@ def test_the_decoder_is_diffusers_own(tmp_path, precision):
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
+        shift_factor=0.1,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    model = replace(support.tiny_model("diffusers", steps=4), latents=Latents(0.5, 0.1))
+    model = support.tiny_model("diffusers", steps=4)
     decoder = load_decoder(tmp_path / "vae", model)
     write(tmp_path / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
     config = BuildConfig(precision)

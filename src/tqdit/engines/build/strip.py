@@ -41,7 +41,9 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
     RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
-    left = {node.op_type for node in model.graph if node.domain == DOMAIN or node.op_type.endswith("quantizeLinear")}
+    left = {
+        node.op_type for node in model.graph if node.domain == DOMAIN or node.op_type.lower().endswith("quantizelinear")
+    }
     if left:
         raise UsageError(f"{', '.join(sorted(left))} cannot be stripped. Export the model with --float.")
 
@@ -55,14 +57,17 @@ def _replace_softmaxes(graph: ir.Graph) -> None:
 
 
 def _strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
-    """Several products of one module are those of two regions: the first takes the whole input, the others go."""
-    first = products[0]
-    left, right = (_before(value, module) for value in first.inputs)
-    if right.is_initializer():
-        right = _float_weight(graph, module, right)
-    node = ir.node("MatMul", [left, right], name=f"{module}/MatMul.float", metadata_props={SCOPE_KEY: module})
-    graph.insert_before(first, node)
-    _after(first, module).replace_all_uses_with(node.outputs[0])
+    """A module has a product for each call and region; of a call's regions, the first takes the whole input."""
+    calls = {_after(product, module): product for product in reversed(products)}  # the sum -> its first region
+    weight: ir.Value | None = None
+    for number, (out, first) in enumerate(reversed(calls.items()), 1):
+        left, right = (_before(value, module) for value in first.inputs)
+        if right.is_initializer():
+            right = weight = weight or _float_weight(graph, module, right)
+        name = f"{module}/MatMul.float" if number == 1 else f"{module}/MatMul_{number}.float"
+        node = ir.node("MatMul", [left, right], name=name, metadata_props={SCOPE_KEY: module})
+        graph.insert_before(first, node)
+        out.replace_all_uses_with(node.outputs[0])
 
 
 def _before(value: ir.Value | None, module: str) -> ir.Value:
