@@ -17,15 +17,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdit.calibrate.config import PRESETS
-from tqdit.calibrate.cost import peak_memory_bytes
-from tqdit.calibrate.flow import Calibration
-from tqdit.calibrate.layers import LayerPlan
-from tqdit.calibrate.methods import search
-from tqdit.calibrate.problem import Problem, Solution
-from tqdit.calibrate.work import versions
+from tqdit.calibration.config import PRESETS
+from tqdit.calibration.cost import peak_memory_bytes
+from tqdit.calibration.flow import Calibration
+from tqdit.calibration.layers import LayerPlan
+from tqdit.calibration.methods import search
+from tqdit.calibration.problem import Problem, Solution
+from tqdit.calibration.work import versions
 from tqdit.console import Console
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,10 @@ def main() -> None:
         seed=args.seed, coarse=args.coarse,
     ).for_model(model)  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
-        run = ComparingCalibration(model, config, args.work or Path(temporary), Console(), None)
+        run = ComparingCalibration(model, config, args.work or Path(temporary), Console())
         run.comparisons = []
-        rows = run.rows()
-        run.forward(rows)
-        for stage in reversed(range(len(run.stages))):
-            run.search(stage, rows)
+        run.search(run.rows())
         run.folder.delete()
-    run.bar.close()
     report(run, args.json)
 
 

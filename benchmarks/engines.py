@@ -5,10 +5,10 @@
     python benchmarks/engines.py --presets tq-dit fast --json engines.json
 
 Random non-zero weights, which are as slow as trained ones. A stack of blocks stands for the whole model: all but the
-blocks takes less than 1 % of a DiT-XL/2 step. Every engine runs once per round, in turn, so that what else the machine
-does hits all alike; the table has medians over the rounds with their quartiles, in milliseconds of one sampling step,
-and the speed against ONNX Runtime's float32. The error is the relative squared error of the sampled latents against
-PyTorch float32 with the same noise, after --chain steps.
+blocks takes less than 1 % of a DiT-XL/2 step. Every engine runs once per round, in turn, so that other work on the
+machine affects all alike. The table has medians over the rounds with their quartiles, in milliseconds of one sampling
+step (one network call, and the update on the host), and the speed against ONNX Runtime's float32. The error is the
+relative squared error of the sampled latents against PyTorch float32 with the same noise, after --chain steps.
 
 Needs the backends and, for the rows of other tools, onnxruntime's quantizer (part of it) and NNCF (pip install nncf).
 """
@@ -34,21 +34,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tqdit.calibrate import PRESETS, QuantizationConfig, calibrate
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
 from tqdit.card import GraphCard
-from tqdit.engines.backends import run_row
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BuildConfig
-from tqdit.export import ExportConfig, export_graph, write
-from tqdit.export.step import SamplingStep
+from tqdit.engines.run.backend import runner
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
-from tqdit.models.loaded import LoadedModel, fingerprint
-from tqdit.models.origins import PUBLISHED
-from tqdit.sampling.noise import INITIAL, normal_rows
+from tqdit.models.families.published import PUBLISHED, describe
+from tqdit.models.loaded import LoadedModel
+from tqdit.sampling.chains import Chains, Network, run
 
 Inputs = Mapping[str, NDArray[Any]]
-Step = Callable[[Inputs], NDArray[np.float32]]
 BACKENDS = ("onnxruntime", "openvino")
 # Search settings that give sensible scales soon; speed does not depend on their values.
 SOON: dict[str, Any] = {"steps": 10, "groups": 5, "rows_per_group": 2, "chains": 1, "rounds": 1, "candidates": 10}
@@ -103,10 +103,7 @@ def block_stack(depth: int) -> LoadedModel:
         mlp_hidden_size=4608, num_classes=1000, num_heads=16,
     )  # fmt: skip
     network = randomize(DiT(config)).eval().requires_grad_(False)
-    return LoadedModel(
-        network, 4, 8, 32, 32, 1000, "published", f"DiT-XL/2 with {depth} blocks", fingerprint(network, config),
-        PUBLISHED.sampling, PUBLISHED.guidance_scale, PUBLISHED.latent_scale,
-    )  # fmt: skip
+    return describe(network, f"DiT-XL/2 with {depth} blocks", PUBLISHED)
 
 
 # The contenders -------------------------------------------------------------------------------------------------------
@@ -114,12 +111,12 @@ def block_stack(depth: int) -> LoadedModel:
 
 def contenders(
     args: argparse.Namespace, model: LoadedModel, chain: Chain, folder: Path
-) -> Iterator[tuple[str, Callable[[], Step]]]:
+) -> Iterator[tuple[str, Callable[[], Network]]]:
     """(name, what prepares it) of every row, the reference first."""
     spec = ExportConfig(steps=args.chain)
     flat = folder / "float.onnx"
     write(flat, *export_graph(model, spec, None))
-    yield "PyTorch float32", lambda: pytorch(model, spec)
+    yield "PyTorch float32", lambda: model
     yield "ONNX Runtime float32", lambda: ours(flat, "onnxruntime", args.threads)
     yield "OpenVINO float32", lambda: ours(flat, "openvino", args.threads)
     yield "OpenVINO default", lambda: openvino_default(flat, args.threads)
@@ -141,26 +138,14 @@ def soon(preset: str) -> QuantizationConfig:
     return replace(PRESETS[preset], **SOON)
 
 
-def pytorch(model: LoadedModel, config: ExportConfig) -> Step:
-    step = SamplingStep(model, config.sampling(model)).eval()
-
-    @torch.no_grad()
-    def run(inputs: Inputs) -> NDArray[np.float32]:
-        names = ("x", "step", "class_labels", "guidance_scale", "noise")
-        result: NDArray[np.float32] = step(*(torch.from_numpy(np.asarray(inputs[name])) for name in names)).numpy()
-        return result
-
-    return run
-
-
-def ours(path: Path, backend: str, threads: int) -> Step:
+def ours(path: Path, backend: str, threads: int) -> Network:
     bundle = path.with_name(f"{path.stem}.{backend}.engine")
     build_engine(path, bundle, backend, BuildConfig(float_type="fp32"))
     manifest = read_manifest(bundle)
-    return run_row(backend).load(bundle, manifest, manifest.entry, threads)
+    return runner(backend).load(bundle, manifest, manifest.entry, threads)
 
 
-def openvino_default(path: Path, threads: int) -> Step:
+def openvino_default(path: Path, threads: int) -> Network:
     """What `Core().compile_model` does when nothing is asked of it: bfloat16 where the CPU has it."""
     import openvino as ov
 
@@ -168,7 +153,7 @@ def openvino_default(path: Path, threads: int) -> Step:
     return _openvino(core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
-def _openvino(compiled: Any) -> Step:
+def _openvino(compiled: Any) -> Network:
     request = compiled.create_infer_request()
 
     def run(inputs: Inputs) -> NDArray[np.float32]:
@@ -178,7 +163,7 @@ def _openvino(compiled: Any) -> Step:
     return run
 
 
-def nncf_int8(path: Path, chain: Chain, threads: int) -> Step:
+def nncf_int8(path: Path, chain: Chain, threads: int) -> Network:
     """Post-training quantization with the preset for transformers, on the rows of one float chain."""
     import nncf
     import openvino as ov
@@ -189,7 +174,7 @@ def nncf_int8(path: Path, chain: Chain, threads: int) -> Step:
     return _openvino(core.compile_model(quantized, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
-def onnxruntime_static(path: Path, folder: Path, chain: Chain, threads: int) -> Step:
+def onnxruntime_static(path: Path, folder: Path, chain: Chain, threads: int) -> Network:
     """onnxruntime.quantization.quantize_static, Q/DQ with int8 weights per channel, on the rows of one float chain."""
     import onnxruntime as ort
     from onnxruntime import quantization
@@ -222,51 +207,50 @@ def onnxruntime_static(path: Path, folder: Path, chain: Chain, threads: int) -> 
 
 @dataclass(frozen=True)
 class Chain:
-    """The inputs of every step of one float chain."""
+    """One float chain: the inputs of every network call, the state in the middle (`Chains.snapshot`), the end."""
 
     card: GraphCard
     inputs: list[dict[str, NDArray[Any]]]
+    middle: dict[str, NDArray[Any]]
     end: NDArray[np.float32]
 
 
+def start(card: GraphCard, images: int) -> Chains:
+    """Chains of `images` images of the first classes, with seeded noise."""
+    chains, guidance = Chains(card.signature, card.guidance, images), card.guidance
+    for image in range(images):
+        request = {port.name: np.int64(image) for port in card.signature.requests}
+        chains.add(card.sampling.schedule, request, 1.0 if guidance is None else guidance.scale, 0, image)
+    return chains
+
+
 def float_chain(args: argparse.Namespace, model: LoadedModel) -> Chain:
-    config = ExportConfig(steps=args.chain)
-    reference = pytorch(model, config)
-    _, card = export_graph(model, config, None)
-    inputs: list[dict[str, NDArray[Any]]] = []
-    end = sample(reference, card, args.images, inputs)
-    return Chain(card, inputs, end)
+    card = model.card(sampling=model.sampling.choose(args.chain))
+    chains, inputs = start(card, args.images), []
+    middle = chains.snapshot()
+
+    def recording(ports: Inputs) -> NDArray[np.float32]:
+        nonlocal middle
+        inputs.append({name: values.copy() for name, values in ports.items()})
+        if len(inputs) == card.sampling.steps // 2 + 1:
+            middle = chains.snapshot()
+        return model(ports)
+
+    end = run(chains, recording).copy()
+    return Chain(card, inputs, middle, end)
 
 
-def sample(
-    step: Step, card: GraphCard, images: int, seen: list[dict[str, NDArray[Any]]] | None = None
-) -> NDArray[np.float32]:
-    """The end of a chain of `images` rows with seeded noise; appends the inputs of every step to `seen`."""
-    x = normal_rows(0, np.arange(images), INITIAL, card.image_shape)
-    for index in reversed(range(card.sampling.steps)):
-        inputs: dict[str, NDArray[Any]] = {
-            "x": x,
-            "step": np.full(images, index, np.int64),
-            "class_labels": np.arange(images, dtype=np.int64),
-            "guidance_scale": np.full(images, card.guidance_scale, np.float32),
-            "noise": normal_rows(0, np.arange(images), index, card.image_shape),
-        }
-        if seen is not None:
-            seen.append(inputs)
-        x = step(inputs)
-    return x
-
-
-def measure(engines: Mapping[str, Step], chain: Chain, args: argparse.Namespace) -> list[Row]:
+def measure(engines: Mapping[str, Network], chain: Chain, args: argparse.Namespace) -> list[Row]:
     """All engines in turn, round after round."""
-    ends = {name: sample(step, chain.card, args.images) for name, step in engines.items()}  # warms up, too
+    ends = {name: run(start(chain.card, args.images), network).copy() for name, network in engines.items()}  # warms up
     times: dict[str, list[float]] = {name: [] for name in engines}
-    inputs = chain.inputs[len(chain.inputs) // 2]
+    chains = start(chain.card, args.images)
     for _ in range(args.rounds):
-        for name, step in engines.items():
-            step(inputs)  # threads of the engine before it may still spin
+        for name, network in engines.items():
+            network(chain.inputs[0])  # threads of the engine before it may still spin
+            chains.restore(chain.middle)
             started = time.perf_counter()
-            step(inputs)
+            chains.advance(network(chains.inputs()))
             times[name].append(1000 * (time.perf_counter() - started))
     energy = float(np.square(chain.end).sum())
     return [Row(name, tuple(times[name]), float(np.square(ends[name] - chain.end).sum()) / energy) for name in engines]

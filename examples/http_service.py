@@ -13,7 +13,6 @@ import itertools
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -23,11 +22,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tqdit.engines.bundle import read_manifest
-from tqdit.engines.run.step_batcher import Progress, StepBatcher
+from tqdit import Sampler, StepBatcher
 from tqdit.errors import DeadlineError, QueueFullError, TqditError, UsageError
 
-KEPT = 1000  # results that nobody has fetched; the oldest go first
+KEPT = 1000  # finished results in memory; the oldest are removed first
 DEADLINE = 600.0  # seconds
 
 
@@ -39,8 +37,8 @@ class Job:
     done: int = 0  # steps
     steps: int = 0
 
-    def advance(self, progress: Progress) -> None:
-        """Called by the batcher's thread after each step: two assignments, so nobody waits for us."""
+    def advance(self, progress: Any) -> None:
+        """Called by the batcher's thread after each step, which waits for it: two assignments."""
         self.done, self.steps = progress.steps - progress.step, progress.steps
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
             job = Job()
             job.future = request.app.state.batcher.submit(
                 wanted["class"], guidance_scale=wanted.get("guidance_scale"), seed=wanted.get("seed", 0),
-                deadline=DEADLINE, on_progress=job.advance,
+                steps=wanted.get("steps"), sampler=wanted.get("sampler"), deadline=DEADLINE, on_progress=job.advance,
             )  # fmt: skip
         except QueueFullError as error:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": "5"})
@@ -106,7 +104,7 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
         job = jobs.pop(request.path_params["name"], None)
         if job is None:
             return JSONResponse({"error": "no such image"}, 404)
-        job.future.cancel()  # its row is free at the next step
+        job.future.cancel()  # it takes no part in the next step
         return Response(status_code=204)
 
     async def health(request: Request) -> Response:
@@ -128,10 +126,10 @@ def main() -> None:
     parser.add_argument("engine", nargs="?", default="model.engine", help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, help="rows per engine call (default: the engine's choice)")
+    parser.add_argument("--batch", type=int, help="images per engine call (default: the engine's choice)")
     args = parser.parse_args()
     try:
-        read_manifest(Path(args.engine))  # the server would wrap its error into a traceback
+        Sampler.open(args.engine).close()  # the server would wrap its error into a traceback
     except TqditError as error:
         parser.error(str(error))
     uvicorn.run(make_app(args.engine, args.batch), host=args.host, port=args.port)

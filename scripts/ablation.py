@@ -20,20 +20,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.rows import Chains, pick, sampling_of
-from tqdit.calibrate.work import digest, versions
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.work import digest, versions
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
+from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.shards import SamplingJob
 from tqdit.errors import TqditError, UsageError
 from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
-from tqdit.evaluate.chains import Request, SampledChains, card_of, run, torch_sampler
+from tqdit.evaluate.chains import SampledChains, run
 from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
 from tqdit.evaluate.extractors import JudgeExtractor
 from tqdit.evaluate.observe import Observed, observe
@@ -42,7 +46,9 @@ from tqdit.evaluate.samples import Images, Reference
 from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED, processor
 from tqdit.extras import need
 from tqdit.files import whole_file
-from tqdit.models import LoadedModel, load_model
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fake_quant import apply
 
 NOISE = 1000  # seed s samples with noise NOISE + s
 HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise
@@ -144,8 +150,13 @@ class Bench:
 
     def __init__(self, model: LoadedModel, size: Size, work: Path, console: Console) -> None:
         self.model, self.size, self.work, self.console = model, size, work, console
-        self.card = card_of(model, size.steps)
-        self.labels = np.arange(size.images, dtype=np.int64) % model.num_classes
+        label = model.signature.label
+        assert label is not None
+        self.job = SamplingJob(
+            engine=model.fingerprint, steps=size.steps, sampler=model.sampling.sampler,
+            classes=tuple(range(label.choices or 0)), guidance_scale=None, seed=NOISE, count=size.images,
+            shard_size=size.batch,
+        )  # fmt: skip
         need("matplotlib", "evaluate", "drawing the demo model's data")
         source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
         self._extractor = JudgeExtractor()
@@ -156,10 +167,9 @@ class Bench:
         self._float: dict[int, SampledChains] = {}
 
     def chains(self, model: LoadedModel, seed: int, what: str) -> SampledChains:
-        sampler = torch_sampler(model, self.card, self.size.batch)
-        request = Request(self.labels, None, NOISE + seed)
-        with self.console.bar(sampler.steps_for(self.size.images), what, "steps") as bar:
-            return run(sampler, request, bar.update)
+        sampler = Sampler(model.card(), model, None, self.size.batch)
+        with self.console.bar(self.job.shards * self.job.steps, what, "steps") as bar:
+            return run(sampler, replace(self.job, seed=NOISE + seed), bar.update)
 
     def float_chains(self, seed: int) -> SampledChains:
         """Those of the float model, kept in memory for the rows that follow."""
@@ -191,11 +201,12 @@ class Bench:
 
     def _observe(self, chains: SampledChains, name: str) -> Observed:
         assert chains.pixels is not None
-        return observe(self._extractor, Images(chains.pixels, self.labels, name), self.console)
+        labels = replace(self.job, shard_size=self.job.count).labels(0)
+        return observe(self._extractor, Images(chains.pixels, labels, name), self.console)
 
     def _eps_error(self, quantized: LoadedModel) -> Measure:
         """Step-weighted error of the predicted noise on states that no calibration saw, by pairs of rows."""
-        rows, weights = self._held_out()
+        rows, weights = self._held_out
         eps = [_predict(model, rows) for model in (self.model, quantized)]
         energy, wrong = (
             (weights * np.square(x).reshape(len(weights), -1).sum(axis=1)).reshape(-1, 2).sum(axis=1)
@@ -203,28 +214,24 @@ class Bench:
         )
         return of_mean(wrong / energy.mean())
 
-    def _held_out(self) -> tuple[Any, NDArray[np.float64]]:
-        if not hasattr(self, "_rows"):
-            from tqdit.diffusion import step_coefficients
-
-            config = QuantizationConfig(steps=self.size.steps, groups=1, rows_per_group=160, chains=4, seed=HELD_OUT)
-            config = config.for_model(self.model)
-            spec = sampling_of(self.model, config)
-            chains = Chains(self.model, spec, config, pick(spec, config))
-            while chains.next_step >= 0:
-                chains.advance()
-            rows = chains.rows()
-            weights = np.square(step_coefficients(spec.schedule, spec.sampler).from_eps[rows.step.cpu().numpy()])
-            self._rows = rows, weights
-        return self._rows
+    @cached_property
+    def _held_out(self) -> tuple[CalibrationRows, NDArray[np.float64]]:
+        """Rows (R,) that no calibration saw, and the weights of their squared errors."""
+        config = QuantizationConfig(steps=self.size.steps, groups=1, rows_per_group=160, chains=4, seed=HELD_OUT)
+        config = config.for_model(self.model)
+        trajectory = Trajectory(self.model, config, pick(self.model, config))
+        while trajectory.next_step >= 0:
+            trajectory.advance()
+        rows = trajectory.rows()
+        return rows, np.square(trajectory.spec.schedule.error_weights[rows.step.cpu().numpy()])
 
 
-def _predict(model: LoadedModel, rows: Any) -> NDArray[np.float64]:
+def _predict(model: LoadedModel, rows: CalibrationRows) -> NDArray[np.float64]:
     import torch
 
     with torch.no_grad():
-        output = model.network(rows.x, rows.timestep, rows.label)
-    found: NDArray[np.float64] = output[:, : model.in_channels].double().cpu().numpy()
+        output = model.call(rows.inputs)[:, : model.signature.channels]
+    found: NDArray[np.float64] = output.double().cpu().numpy()
     return found
 
 
@@ -407,7 +414,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-
     console, size = Console(args.quiet), Size(args.steps, args.images, args.batch)
     model = load_model("demo").to(args.device)
     kinds = versions(model.device)

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.judge import chain_error, final_samples
-from tqdit.calibrate.rows import CalibrationRows, Chains, pick, sampling_of
-from tqdit.calibrate.work import versions
-from tqdit.diffusion import step_coefficients
-from tqdit.models import LoadedModel, load_model
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.judge import chain_error, final_samples
+from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.work import versions
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fake_quant import apply
 
 TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
 HELD_OUT_SEED = 10_000  # of chains that judge, away from every calibration
@@ -54,27 +56,28 @@ class Judge:
     def __init__(self, model: LoadedModel, steps: int, images: int) -> None:
         self.model, self.steps = model, steps
         held_out = QuantizationConfig(rows_per_group=16, chains=4, seed=HELD_OUT_SEED).for_model(model)
-        spec = sampling_of(model, held_out)
-        chains = Chains(model, spec, held_out, pick(spec, held_out))
-        while chains.next_step >= 0:
-            chains.advance()
-        self.rows: CalibrationRows = chains.rows()
-        self.factor = torch.from_numpy(
-            step_coefficients(spec.schedule, spec.sampler).from_eps[self.rows.step.cpu()]
-        ).square()
+        trajectory = Trajectory(model, held_out, pick(model, held_out))
+        while trajectory.next_step >= 0:
+            trajectory.advance()
+        self.rows: CalibrationRows = trajectory.rows()
+        weights = trajectory.spec.schedule.error_weights
+        self.factor = torch.from_numpy(weights[self.rows.step.cpu()]).square()
         self.images = images
-        self.samples = final_samples(model, steps, images, model.guidance_scale, HELD_OUT_SEED)
+        self.guidance_scale = held_out.guidance_scale or 1.0
+        self.samples = self._samples(model)
         self.eps = self._eps(model)
 
     @torch.no_grad()
     def _eps(self, model: LoadedModel) -> Tensor:
-        output: Tensor = model.network(self.rows.x, self.rows.timestep, self.rows.label)
-        return output[:, : model.in_channels].double()
+        return model.call(self.rows.inputs)[:, : model.signature.channels].double()
+
+    def _samples(self, model: LoadedModel) -> Tensor:
+        return final_samples(model, self.steps, self.images, self.guidance_scale, HELD_OUT_SEED)
 
     def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
         energy = self.eps.square().flatten(1).sum(1).cpu()
         error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1).cpu()
-        found = final_samples(quantized, self.steps, self.images, quantized.guidance_scale, HELD_OUT_SEED)
+        found = self._samples(quantized)
         step = float((self.factor * error).sum() / (self.factor * energy).sum())
         return float(error.sum() / energy.sum()), step, chain_error(self.samples, found).per_image
 

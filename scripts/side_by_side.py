@@ -3,13 +3,14 @@
 
     python scripts/side_by_side.py float.engine int8.engine -o side_by_side.png
 
-Needs what `tqdit-sample` needs, and torch for the judge where the engines hold the demo model.
+Needs what `tqdit-sample` needs, and torch for the judge if the engines hold the demo model.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tqdit.console import Console
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.images import grid
 from tqdit.engines.run.sampler import Sampler, StepReport, to_pixels
+from tqdit.engines.run.shards import SamplingJob, describe_job
 from tqdit.files import whole_file
 
 
@@ -32,8 +34,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("side_by_side.png"))
     args = parser.parse_args()
-    labels = np.arange(args.n) % read_manifest(args.reference).card.num_classes
-    results = [sample(engine, labels, args.seed) for engine in (args.reference, args.other)]
+    job = describe_job(args.reference, read_manifest(args.reference), None, None, args.seed, args.n, args.n)
+    results = [sample(engine, job) for engine in (args.reference, args.other)]
     sheets = [np.asarray(grid(to_pixels(x[: args.shown]))) for x, _ in results]
     gap = np.full((len(sheets[0]), 12, 3), 255, np.uint8)
     with whole_file(args.output) as temporary:
@@ -41,31 +43,33 @@ def main() -> None:
     for engine, (x, seconds) in zip((args.reference, args.other), results, strict=True):
         manifest = read_manifest(engine)
         size = sum(part.size_bytes for part in manifest.files.values())
-        milliseconds = 1000 * seconds / args.n / manifest.card.sampling.steps
+        milliseconds = 1000 * seconds / args.n / job.steps
         line = f"{engine.name}: {manifest.precision}, {size / 1e6:.2f} MB, {milliseconds:.2f} ms per image and step"
-        print(line + (f", {quality(to_pixels(x), labels)}" if manifest.card.model == "demo" else ""))
+        print(line + (f", {quality(to_pixels(x), job)}" if manifest.card.model == "demo" else ""))
     error = np.square(results[1][0] - results[0][0]).sum() / np.square(results[0][0]).sum()
     print(f"trajectory error: |x0 - x0_ref|^2 / |x0_ref|^2 = {error:.2e} over {args.n} chains of the same noise")
     print(args.output)
 
 
-def sample(engine: Path, labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.float32], float]:
+def sample(engine: Path, job: SamplingJob) -> tuple[NDArray[np.float32], float]:
     """Final states (N, C, H, W) and the seconds that they took."""
     with Sampler.open(engine, batch=16) as sampler:
         started = time.perf_counter()
-        with Console().bar(sampler.steps_for(len(labels)), engine.name, "steps") as bar:
+        with Console().bar(sampler.steps_for(job.count, job.steps), engine.name, "steps") as bar:
 
             def advance(report: StepReport) -> None:
                 bar.update()
 
-            x = sampler.sample_latents(labels, seed=seed, callback=advance)
-        return x, time.perf_counter() - started
+            arrays = replace(job, content="latents").make(sampler, 0, advance)
+        return arrays["latents"], time.perf_counter() - started
 
 
-def quality(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
+def quality(images: NDArray[np.uint8], job: SamplingJob) -> str:
     """How many images the demo model's judge recognises."""
     from tqdit.demo.judge import recognised, wilson_interval
 
+    labels = job.labels(0)
+    assert labels is not None
     right = recognised(images, labels)
     low, high = wilson_interval(int(right.sum()), len(right))
     return f"judge recognises {right.mean():.1%} ({low:.1%} to {high:.1%})"

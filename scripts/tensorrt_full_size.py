@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
         source = folder / attention / "model.onnx"
         if not source.is_file():
             source.parent.mkdir(parents=True, exist_ok=True)
-            export = [sys.executable, str(ROOT / "tests" / "export" / "full_size.py"), str(source.parent), attention]
+            export = [sys.executable, str(ROOT / "tests" / "exporter" / "full_size.py"), str(source.parent), attention]
             subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
         output = str(folder / "model.engine")
         command = [sys.executable, "-c", BUILD, str(source), output, precision, float_type, *targets]

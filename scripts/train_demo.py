@@ -28,9 +28,12 @@ from torch.nn import functional as F
 
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
-from tqdit.diffusion import SamplingSpec, ddim_step, guide
 from tqdit.files import sha256
 from tqdit.models.dit import DiT, DiTConfig, initialize
+from tqdit.models.families.published import DEMO, describe
+from tqdit.sampling.chains import Chains, run
+from tqdit.sampling.process import Diffusion
+from tqdit.sampling.schedule import SamplingSpec
 
 CONFIG = DiTConfig(
     input_size=IMAGE_SIZE, patch_size=2, in_channels=3, out_channels=6, hidden_size=128, depth=6,
@@ -123,17 +126,20 @@ class Objective:
     """DiT's training loss: squared error of the noise, and the variational bound for the variance alone."""
 
     def __init__(self, device: torch.device) -> None:
-        schedule = SamplingSpec(steps=1000).schedule
+        abar = Diffusion().alphas_cumprod
+        prev = np.append(1.0, abar[:-1])
+        beta = 1 - abar / prev
+        posterior = beta * (1 - prev) / (1 - abar)
+        posterior[0] = posterior[1]  # which is zero; improved DDPM takes its neighbour
 
         def table(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).float().to(device)
 
-        self.abar = table(schedule.alphas_cumprod)
-        self.log_beta = table(np.log(schedule.betas))
-        self.log_posterior = table(schedule.posterior_log_variance)
-        prev = schedule.alphas_cumprod_prev
-        self.mean_x0 = table(schedule.betas * np.sqrt(prev) / (1 - schedule.alphas_cumprod))
-        self.mean_xt = table((1 - prev) * np.sqrt(1 - schedule.betas) / (1 - schedule.alphas_cumprod))
+        self.abar = table(abar)
+        self.log_beta = table(np.log(beta))
+        self.log_posterior = table(np.log(posterior))
+        self.mean_x0 = table(beta * np.sqrt(prev) / (1 - abar))
+        self.mean_xt = table((1 - prev) * np.sqrt(1 - beta) / (1 - abar))
 
     def __call__(self, model: nn.Module, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.abar[t].view(-1, 1, 1, 1)
@@ -194,7 +200,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
     """Sample 160 guided images in 50 DDIM steps, save the grid and print how many the judge recognises."""
-    images, labels = sample(ema, 160, args.seed, torch.device(args.device))
+    images, labels = sample(ema, 160, args.seed)
     save_grid(args.folder / f"step{state['step']:06d}.png", images)
     judge_file = args.folder / "judge.pt"
     accuracy = float("nan")
@@ -207,19 +213,15 @@ def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
         log.write(json.dumps({**state, "recognised": accuracy, "machine": platform.processor()}) + "\n")
 
 
-@torch.no_grad()
-def sample(model: DiT, count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    spec = SamplingSpec(steps=50, sampler="ddim")
-    labels = torch.arange(count) % CONFIG.num_classes
-    both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)]).to(device)
-    x = np.random.default_rng(seed).standard_normal((count, 3, IMAGE_SIZE, IMAGE_SIZE))
-    scale = np.full(count, 2.0)
-    for step in reversed(range(spec.steps)):
-        t = torch.full((2 * count,), int(spec.schedule.timesteps[step]), device=device)
-        output = model(torch.from_numpy(x).float().to(device).repeat(2, 1, 1, 1), t, both)
-        c, u = output.double().cpu().numpy().reshape(2, count, 6, IMAGE_SIZE, IMAGE_SIZE)
-        x = ddim_step(spec.schedule, x, guide(c, u, scale, 3), np.full(count, step))
-    return torch.from_numpy(x).float().clamp(-1, 1), labels
+def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (count, 3, H, W) in -1..1 of classes in turn, (count,)."""
+    model = describe(network, "training", DEMO)
+    schedule = SamplingSpec(model.sampling.process, "ddim", 50).schedule
+    labels = np.arange(count) % CONFIG.num_classes
+    chains = Chains(model.signature, model.guidance, count)
+    for image in range(count):
+        chains.add(schedule, {"class_labels": labels[image]}, 2.0, seed, image)
+    return torch.from_numpy(run(chains, model).copy()).clamp(-1, 1), torch.from_numpy(labels)
 
 
 def save_grid(path: Path, images: Tensor) -> None:

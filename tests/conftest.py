@@ -79,15 +79,9 @@ def own_file(tmp_path, network):
 @pytest.fixture
 def theirs():
     """The tiny model as diffusers' own module, random non-zero weights, embedders that differ between the blocks."""
-    from diffusers import DiTTransformer2DModel
-
     from tqdit.models.dit import randomize
 
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=5,
-    )  # fmt: skip
-    return randomize(model, scale=0.3).eval()
+    return randomize(support.diffusers_dit(), scale=0.3).eval()
 
 
 @pytest.fixture

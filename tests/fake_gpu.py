@@ -143,7 +143,7 @@ class FakeCuda:
 
 
 class FakeTensorRT:
-    """Opens any plan as a step engine: x_next = x / 2 + noise + step + class_labels / 8 + guidance_scale / 16."""
+    """Opens any plan as a network with twice the state's channels: see `compute`."""
 
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE_GRAPH_CAPTURE")
@@ -154,9 +154,8 @@ class FakeTensorRT:
     def __init__(self, cuda: FakeCuda, version: str = "11.4.0", batch: tuple[int, int] = (1, 16), shape=(3, 4, 4)):
         self.cuda, self.__version__, self.batch = cuda, version, batch
         self.tensors = {
-            "x": (np.float32, (-1, *shape)), "step": (np.int64, (-1,)), "class_labels": (np.int64, (-1,)),
-            "guidance_scale": (np.float32, (-1,)), "noise": (np.float32, (-1, *shape)),
-            "x_next": (np.float32, (-1, *shape)),
+            "x": (np.float32, (-1, *shape)), "timestep": (np.int64, (-1,)), "class_labels": (np.int64, (-1,)),
+            "prediction": (np.float32, (-1, 2 * shape[0], *shape[1:])),
         }  # fmt: skip
         self.contexts: list[FakeContext] = []
         self.opens = True
@@ -191,7 +190,7 @@ class FakeEngine:
         return self.trt.tensors[name][1]
 
     def get_tensor_mode(self, name):
-        return "out" if name == "x_next" else "in"
+        return "out" if name == "prediction" else "in"
 
     def create_runtime_config(self):
         config = SimpleNamespace(strategy=None, cuda_graph_strategy=None)
@@ -241,9 +240,9 @@ class FakeContext:
             return np.frombuffer(raw, dtype).reshape(rows, *shape[1:])
 
         def work():
-            inputs = {name: array(name) for name in self.trt.tensors if name != "x_next"}
+            inputs = {name: array(name) for name in self.trt.tensors if name != "prediction"}
             assert (inputs["class_labels"] >= 0).all(), "a row was never filled"
-            array("x_next")[...] = compute(inputs)
+            array("prediction")[...] = compute(inputs)
 
         self.trt.cuda.calls.append(f"execute[{rows}]")
         self.trt.cuda.submit(stream, work)
@@ -252,5 +251,5 @@ class FakeContext:
 
 def compute(inputs):
     """What FakeTensorRT's engine computes."""
-    per_row = inputs["step"] + inputs["class_labels"] / 8 + inputs["guidance_scale"] / 16
-    return (inputs["x"] / 2 + inputs["noise"] + per_row[:, None, None, None]).astype(np.float32)
+    per_row = (inputs["timestep"] / 1024 + inputs["class_labels"] / 8)[:, None, None, None]
+    return np.concatenate([inputs["x"] / 2 + per_row, inputs["x"] / 4 - per_row], axis=1).astype(np.float32)

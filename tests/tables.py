@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tqdit.quantization.table import (
-    Asymmetric,
-    PerChannel,
-    PerTensor,
-    PerTimestepGroup,
-    ScaleTable,
-    Site,
-    Symmetric,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
-    even_boundaries,
-)
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.quantization.table import ScaleTable, Site, even_boundaries
 
 if TYPE_CHECKING:
-    from tqdit.models import LoadedModel
+    from tqdit.models.loaded import LoadedModel
+    from tqdit.ports import Signature
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Kind:
     groups: int = 1
     everywhere: bool = False  # time groups on every activation, not on the softmax alone
     conditioning_inputs: bool = False
-    uniform_softmax: bool = False  # one step for probabilities
+    uniform_softmax: bool = False  # one scale for probabilities
     equalised: bool = False  # inputs of linear layers have divisors
 
 
@@ -44,44 +39,47 @@ def make_table(
     """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
     import torch
 
-    from tqdit.models.products import Scores, ValueProduct
-    from tqdit.quantization.fold import fold_divisors, source_of
+    from tqdit.quantization.fold import fold_divisors
 
     rng = np.random.default_rng(seed)
     divisors: dict[str, np.ndarray] = {}
     if kind.equalised:
         assert operands is None
-        names = [name for name, _ in model.network.named_modules() if source_of(model.network, name)]
         divisors = {
-            name: rng.uniform(0.5, 2, model.network.get_submodule(name).in_features).astype(np.float32)
-            for name in names
+            product.name: rng.uniform(0.5, 2, model.network.get_submodule(product.name).in_features).astype(np.float32)
+            for product in model.products
+            if product.folds
         }
-        tensors = {name: torch.from_numpy(divisor) for name, divisor in divisors.items()}
-        model = replace(model, network=fold_divisors(model.network, tensors))
+        model = fold_divisors(model, {name: torch.from_numpy(divisor) for name, divisor in divisors.items()})
     operands = operands or record_operands(model)
     sites = []
-    for name, values in operands.items():
-        module = model.network.get_submodule(name)
-        if isinstance(module, Scores | ValueProduct):
+    for product in model.products:
+        name, module = product.name, model.network.get_submodule(product.name)
+        if name not in operands:
+            continue
+        values = operands[name]
+        if product.place == "attention":
             left = symmetric(values[0], kind, rng)
-            if isinstance(module, ValueProduct) and not kind.uniform_softmax:
+            if product.made_by == "softmax" and not kind.uniform_softmax:
                 left = softmax(kind, rng)
             sites += [Site(name, "left", left), Site(name, "right", symmetric(values[1], kind, rng))]
             continue
         weight = module.weight.detach().numpy()
-        is_conditioning = "adaLN" in name or "t_embedder" in name
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         scale = (largest / (2 ** (kind.weight_bits - 1) - 0.5)).astype(np.float32)
         sites.append(Site(name, "weight", Symmetric(kind.weight_bits, PerChannel(0), scale)))
-        if is_conditioning and not kind.conditioning_inputs:
+        if product.place == "conditioning" and not kind.conditioning_inputs:
             continue
-        if name.endswith("fc2"):
+        if product.made_by == "gelu":
             quantizer = gelu(values[0], kind, rng)
         else:
             quantizer = (asymmetric if kind.asymmetric else symmetric)(values[0], kind, rng)
         sites.append(Site(name, "input", quantizer, divisor=divisors.get(name)))
+    span = model.sampling.process.span
+    if model.signature.time.dtype == "int64":
+        span = int(span[0]), int(span[1])
     return ScaleTable(
-        model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(kind.groups),
+        model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(kind.groups, span),
         sites=tuple(sites), seed=seed, guidance_scale=1.5,
     )  # fmt: skip
 
@@ -89,26 +87,35 @@ def make_table(
 def record_operands(model: LoadedModel) -> dict[str, tuple[np.ndarray, ...]]:
     """Inputs of every product on a few random rows."""
     import torch
-    from torch import nn
-
-    from tqdit.models.products import Scores, ValueProduct
 
     recorded: dict[str, tuple[np.ndarray, ...]] = {}
     hooks = []
-    for name, module in model.network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | Scores | ValueProduct):
+    for product in model.products:
 
-            def hook(_module, inputs, _output, name=name):
-                recorded[name] = tuple(each.numpy() for each in inputs)
+        def hook(_module, inputs, _output, name=product.name):
+            recorded[name] = tuple(each.numpy() for each in inputs)
 
-            hooks.append(module.register_forward_hook(hook))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, model.in_channels, model.height, model.width, generator=generator)
+        hooks.append(model.network.get_submodule(product.name).register_forward_hook(hook))
     with torch.no_grad():
-        model.network(x, torch.arange(8) * 140, torch.arange(8) % model.num_classes)
+        model.call({name: torch.from_numpy(array) for name, array in random_rows(model.signature, 8).items()})
     for each in hooks:
         each.remove()
     return recorded
+
+
+def random_rows(signature: Signature, rows: int, seed: int = 0, last: float = 980) -> dict[str, np.ndarray]:
+    """Inputs of a network call: timesteps evenly from 0 to `last`, anything else random."""
+    rng = np.random.default_rng(seed)
+    inputs = signature.zeros(rows)
+    for port in signature.ports:
+        if port.kind == "time":
+            values = np.linspace(0, last, rows)
+        elif port.values is not None:
+            values = rng.integers(0, port.values, inputs[port.name].shape)
+        else:
+            values = rng.standard_normal(inputs[port.name].shape)
+        inputs[port.name] = values.astype(port.dtype)
+    return inputs
 
 
 def spread(value: float, kind: Kind, rng: np.random.Generator) -> tuple[np.ndarray, PerTensor | PerTimestepGroup]:

@@ -14,7 +14,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("file", ["test_noise.py", "evaluate/test_statistics.py", "engines/test_tensorrt_layers.py"])
+@pytest.mark.parametrize("file", ["sampling/test_noise.py", "sampling/test_chains.py", "evaluate/test_statistics.py"])
 def test_a_test_file_without_torch_runs_without_torch(file):
     tests = Path(__file__).parent
     command = [sys.executable, "-c", PROGRAM, str(tests / file), "-p", "no:cacheprovider", "-n", "0"]

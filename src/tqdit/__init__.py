@@ -1,7 +1,58 @@
 """TQDiT: calibrate, export, build and sample quantized diffusion transformers.
 
-The stages are packages of their own (`tqdit.export`, `tqdit.engines`, ...) and are imported when they are needed:
-importing `tqdit` loads none of their libraries.
+`tqdit.api` describes the flow. Importing `tqdit` loads none of the stages' libraries: each name is imported at its
+first use.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tqdit.version import __version__
+
+if TYPE_CHECKING:
+    from tqdit.api import build, calibrate, export, load_model
+    from tqdit.engines.config import BuildConfig
+    from tqdit.engines.run.denoiser import Denoiser
+    from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
+    from tqdit.engines.run.sampler import Sampler
+    from tqdit.engines.run.shards import read_shards
+    from tqdit.engines.run.step_batcher import StepBatcher
+    from tqdit.quantization.table import ScaleTable
+
+_HOMES = {
+    "BuildConfig": "tqdit.engines.config",
+    "Denoiser": "tqdit.engines.run.denoiser",
+    "DiffusersTransformer": "tqdit.engines.run.diffusers_transformer",
+    "Sampler": "tqdit.engines.run.sampler",
+    "ScaleTable": "tqdit.quantization.table",
+    "StepBatcher": "tqdit.engines.run.step_batcher",
+    "build": "tqdit.api",
+    "calibrate": "tqdit.api",
+    "export": "tqdit.api",
+    "load_model": "tqdit.api",
+    "read_shards": "tqdit.engines.run.shards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tqdit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+__all__ = [
+    "BuildConfig",
+    "Denoiser",
+    "DiffusersTransformer",
+    "Sampler",
+    "ScaleTable",
+    "StepBatcher",
+    "__version__",
+    "build",
+    "calibrate",
+    "export",
+    "load_model",
+    "read_shards",
+]

@@ -9,18 +9,35 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-from tqdit.diffusion import SamplingSpec
+import msgspec
+
 from tqdit.errors import FileFormatError, UsageError
+from tqdit.ports import Signature
+from tqdit.sampling.guidance import Guidance, rows_per_image
+from tqdit.sampling.schedule import SamplingSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "tqdit"
-LARGEST = 2**20  # of any size
 
-GraphName = Literal["step", "denoiser"]
-GRAPHS: tuple[GraphName, ...] = ("step", "denoiser")
+GraphName = Literal["denoiser", "step"]
+GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How a model's states relate to the codes of its VAE: state = scale (code - shift)."""
+
+    scale: float
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and math.isfinite(self.shift) and self.scale):
+            raise ValueError(
+                f"latents of scale {self.scale} and shift {self.shift}; expected finite numbers, scale not 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ class VaeCard:
 
 
 AttentionForm = Literal["simulated", "fused", "integer", "float"]
-ATTENTION_FORMS: tuple[AttentionForm, ...] = ("simulated", "fused", "integer", "float")
+ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 ProductForm = Literal["integer", "simulated", "weight-only"]
 
 
@@ -44,7 +61,7 @@ class QuantizationCard:
 
     weight_bits: int  # the fewest of any weight; codes are stored as int8 at any width
     activation_bits: int  # the fewest of any activation
-    boundaries: tuple[int, ...]  # of the groups of timesteps
+    boundaries: tuple[float, ...]  # of the groups of timesteps
     attention: AttentionForm
     products: dict[str, ProductForm]  # module -> how its product was exported
 
@@ -61,18 +78,13 @@ class QuantizationCard:
 
 @dataclass(frozen=True)
 class GraphCard:
-    """Shapes, schedule and conventions of one exported graph."""
+    """The network's ports, and how it is sampled unless a user chooses otherwise."""
 
     graph: GraphName
-    channels: int
-    out_channels: int
-    height: int
-    width: int
-    num_classes: int
-    guided: bool  # the graph takes guidance_scale and runs two rows per image
-    guidance_scale: float  # default of the sampler
-    sampling: SamplingSpec
-    latent_scale: float | None  # None: x is an image in -1..1
+    signature: Signature  # of the network; a step graph takes the state and the requests of it
+    sampling: SamplingSpec  # the chain that the file proposes; the scales of a quantized file were found for it
+    guidance: Guidance | None
+    latents: Latents | None  # None: the state is an image in -1..1
     class_names: tuple[str, ...]
     model: str  # what was exported, as the user named it
     origin: str
@@ -82,11 +94,33 @@ class GraphCard:
     quantization: QuantizationCard | None = None  # None: a float graph
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.channels, self.height, self.width
+    def rows_per_image(self) -> int:
+        """Rows of one call of the graph; a guided step graph doubles its rows inside."""
+        return rows_per_image(self.guidance) if self.graph == "denoiser" else 1
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        return self.signature.state.row_shape
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The graph's inputs by name, in their order, with the shape of one row."""
+        if self.graph == "denoiser":
+            return {port.name: port.row_shape for port in self.signature.ports}
+        requests = {port.name: port.row_shape for port in self.signature.requests}
+        scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
+        return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
+
+    def remark(self, chosen: SamplingSpec) -> str | None:
+        """One line if the scales were found for another chain than the chosen one; None otherwise."""
+        if self.quantization is None or chosen == self.sampling:
+            return None
+        return f"the scales were found for {self.sampling}; sampling {chosen}. Calibrate for it if quality matters."
 
     def to_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
     def from_json(cls, text: str, where: str) -> GraphCard:
@@ -94,53 +128,13 @@ class GraphCard:
         try:
             values = json.loads(text)
             version = values.pop("format_version")
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            if version == FORMAT_VERSION:
+                return msgspec.convert(values, cls)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError, UsageError) as error:
             raise FileFormatError(
                 f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
             ) from error
-        if version != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-                "Export again, or install the tqdit that wrote it."
-            )
-        try:
-            values["sampling"] = SamplingSpec.from_json(values["sampling"])
-            values["class_names"] = tuple(values["class_names"])
-            values["vae"] = VaeCard(**values["vae"]) if values["vae"] else None
-            values["quantization"] = _quantization(values.get("quantization"))
-            card = cls(**values)
-            card.check()
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, UsageError) as error:
-            raise FileFormatError(
-                f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
-            ) from error
-        return card
-
-    def check(self) -> None:
-        """Raise ValueError or UsageError for values that nothing could be done with."""
-        sizes = (self.channels, self.out_channels, self.height, self.width, self.num_classes)
-        if not all(type(size) is int and 0 < size <= LARGEST for size in sizes) or self.graph not in GRAPHS:
-            raise ValueError(f"graph '{self.graph}' with sizes {sizes}")
-        texts = [self.model, self.origin, self.fingerprint, self.written_by, *self.class_names]
-        numbers: list[object] = [self.guidance_scale, *([] if self.latent_scale is None else [self.latent_scale])]
-        whole: list[object] = [self.sampling.steps, self.sampling.steps_offset]
-        if self.vae is not None:
-            texts += [self.vae.file, self.vae.sha256]
-            whole += [self.vae.image_height, self.vae.image_width]
-        if self.quantization is not None:
-            facts = self.quantization
-            texts += [*facts.products, *facts.products.values()]
-            whole += [facts.weight_bits, facts.activation_bits, *facts.boundaries]
-            if facts.attention not in ATTENTION_FORMS or not set(facts.products.values()) <= set(get_args(ProductForm)):
-                raise ValueError(f"attention '{facts.attention}' with products {sorted(set(facts.products.values()))}")
-        if type(self.guided) is not bool or not all(type(text) is str for text in texts):
-            raise ValueError("a value of another type")
-        if not all(type(number) is int and abs(number) <= LARGEST for number in whole):
-            raise ValueError(f"one of {whole} is not a whole number")
-        if not all(type(number) in (int, float) and math.isfinite(cast(float, number)) for number in numbers):
-            raise ValueError(f"one of {numbers} is not a finite number")
-        _ = self.sampling.schedule  # which knows what fits together
-
-
-def _quantization(values: dict[str, Any] | None) -> QuantizationCard | None:
-    return None if values is None else QuantizationCard(**{**values, "boundaries": tuple(values["boundaries"])})
+        raise FileFormatError(
+            f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
+            "Export again, or install the tqdit that wrote it."
+        )

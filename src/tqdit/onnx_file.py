@@ -1,48 +1,139 @@
-"""Reading ONNX files without their weights: the card inside, the files beside. Needs the `onnx` package."""
+"""An ONNX file, parsed once per command and handed on. Needs the extra `build`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-import onnx
-from google.protobuf.message import DecodeError, Message
 
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
+from tqdit.extras import need
+from tqdit.files import bring, sha256
+from tqdit.graph_names import Scopes
+
+need("onnx", "build", "reading and writing ONNX files")
+need("onnx_ir", "build", "reading and writing ONNX files")
+
+import onnx  # noqa: E402  (after its absence has been answered)
+import onnx_ir as ir  # noqa: E402
+from google.protobuf.message import DecodeError, Message  # noqa: E402
 
 PRODUCER = "tqdit"
+SMALL_BYTES = 256  # shapes and the like stay inside, since tools infer other shapes from them
+EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf file ends at 2 GB; from half of that weights go beside it
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFile:
+    """A file and its parsed content. Treat the model as read-only: edit what `copy` or `to_ir` returns."""
+
+    path: Path
+    model: onnx.ModelProto  # without the weights that lie in other files
+
+    @classmethod
+    def read(cls, path: Path) -> OnnxFile:
+        """Parse `path`. Raises FileFormatError if it is missing, damaged or not an ONNX file."""
+        if path.is_dir():
+            raise FileFormatError(f"{path}: a folder, expected the ONNX file that tqdit-export wrote. Pass that file.")
+        if not path.is_file():
+            raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
+        return cls(path, parse_model(path))
+
+    @cached_property
+    def card(self) -> GraphCard | None:
+        """None if another program wrote the file. Raises FileFormatError if it is damaged."""
+        return _card(self.model, self.path)
+
+    @property
+    def own_card(self) -> GraphCard:
+        """The card. Raises FileFormatError if another program wrote the file."""
+        if self.card is None:
+            raise FileFormatError(
+                f"{self.path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata)."
+            )
+        return self.card
+
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Files beside this one that hold weights. Raises FileFormatError if one is missing or in another folder."""
+        names = {e.value for tensor in _tensors(self.model) for e in tensor.external_data if e.key == "location"}
+        for name in names:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise FileFormatError(
+                    f"{self.path}: its weights lie in '{name}', outside its own folder. Refused; export it again."
+                )
+            if not self.path.with_name(name).is_file():
+                raise FileFormatError(
+                    f"{self.path.with_name(name)}: missing; it holds the weights of {self.path}. Keep them together."
+                )
+        return tuple(self.path.with_name(name) for name in sorted(names))
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """On disk, with the weights beside it."""
+        return sum(file.stat().st_size for file in (self.path, *self.weight_files))
+
+    @cached_property
+    def scopes(self) -> Scopes:
+        return Scopes(self.model.graph.node)
+
+    def copy(self) -> onnx.ModelProto:
+        """The model, to be edited and given to `save_copy`."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        return model
+
+    def save_copy(self, model: onnx.ModelProto, folder: Path) -> Path:
+        """Write an edited copy into `folder` under the same name, with the same weight files beside it."""
+        for file in self.weight_files:
+            bring(file, folder / file.name)
+        onnx.save(model, folder / self.path.name)
+        return folder / self.path.name
+
+    def to_ir(self) -> ir.Model:
+        """The model for passes of onnx_ir; weights are read when they are needed."""
+        model = ir.from_proto(self.model)
+        ir.external_data.set_base_dir(model.graph, self.path.parent)
+        return model
 
 
 def read_card(path: Path) -> GraphCard:
-    """The card inside an ONNX file of ours, without its weights."""
-    if path.is_dir():
-        raise FileFormatError(f"{path}: a folder; expected the ONNX file that tqdit-export wrote. Pass that file.")
-    if not path.is_file():
-        raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
-    card = card_of(load_graph(path), path)
-    if card is None:
-        raise FileFormatError(
-            f"{path}: an ONNX file, but not one that tqdit-export wrote (it has no '{METADATA_KEY}' metadata)."
-        )
-    return card
+    """The card of a file that tqdit-export wrote."""
+    return OnnxFile.read(path).own_card
 
 
-def card_of(model: onnx.ModelProto, path: Path) -> GraphCard | None:
-    """The card in the metadata of `path`; None where somebody else wrote the file."""
-    for entry in model.metadata_props:
-        if entry.key == METADATA_KEY:
-            return GraphCard.from_json(entry.value, str(path))
-    if model.producer_name == PRODUCER:
-        raise FileFormatError(
-            f"{path}: damaged or truncated: tqdit-export wrote it with '{METADATA_KEY}' metadata, which is not there. "
-            "Export it again."
-        )
-    return None
+def save(model: ir.Model, target: Path) -> onnx.ModelProto:
+    """Write `model` and return it as written.
+
+    Large weights go beside it, into a file whose name carries the beginning of its SHA-256.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    draft = target.with_name("draft.data")
+    if sum(tensor.nbytes for tensor in tensors if tensor is not None) >= EXTERNAL_DATA_BYTES:
+        ir.external_data.unload_from_model(model, target.parent, draft.name, size_threshold_bytes=SMALL_BYTES)
+    else:
+        ir.external_data.load_to_model(model)  # of a file whose weights lay beside it
+    proto = ir.to_proto(model)
+    for value, tensor in zip(values, tensors, strict=True):
+        value.const_value = tensor
+    if draft.exists():
+        name = f"{target.stem}-{sha256(draft)[:8]}.onnx.data"
+        draft.rename(target.with_name(name))
+        for entry in (entry for tensor in _tensors(proto) for entry in tensor.external_data):
+            if entry.key == "location":
+                entry.value = name
+    onnx.save(proto, target)
+    return proto
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """An ONNX file without its external data; raises FileFormatError where it is none."""
+def parse_model(path: Path) -> onnx.ModelProto:
+    """The content of an ONNX file without the weights beside it: the one place that parses.
+
+    Raises FileFormatError if it is not an ONNX file.
+    """
     try:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
@@ -54,9 +145,21 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
+def _card(model: onnx.ModelProto, path: Path) -> GraphCard | None:
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return GraphCard.from_json(entry.value, str(path))
+    if model.producer_name == PRODUCER:
+        raise FileFormatError(
+            f"{path}: damaged or truncated: tqdit-export wrote it with '{METADATA_KEY}' metadata, which is not there. "
+            "Export it again."
+        )
+    return None
+
+
 def _is_text(message: Message) -> bool:
-    """Whether every name is UTF-8: protobuf hands on other bytes as `bytes`, where all of us expect `str`."""
-    if isinstance(message, onnx.TensorProto):  # its data may be gigabytes, and is no text
+    """Whether every name is UTF-8. protobuf returns other bytes as `bytes`, but all readers expect `str`."""
+    if isinstance(message, onnx.TensorProto):  # its data may be gigabytes, and is not text
         entries = [text for entry in message.external_data for text in (entry.key, entry.value)]
         return all(isinstance(text, str) for text in (message.name, message.doc_string, *entries))
     for field, value in message.ListFields():
@@ -77,23 +180,3 @@ def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
         if field.type == field.TYPE_MESSAGE:
             for each in [value] if isinstance(value, Message) else value:
                 yield from _tensors(each)
-
-
-def external_files(model: onnx.ModelProto, path: Path) -> set[str]:
-    """Names of the files that hold the weights of `model`; all must lie beside `path`."""
-    names = {e.value for tensor in _tensors(model) for e in tensor.external_data if e.key == "location"}
-    for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise FileFormatError(
-                f"{path}: its weights lie in '{name}', outside its own folder. Refused; export it again."
-            )
-    return names
-
-
-def bytes_on_disk(path: Path) -> int:
-    """Size of an ONNX file together with the weights beside it."""
-    beside = external_files(load_graph(path), path)
-    for name in sorted(beside):
-        if not (path.parent / name).is_file():
-            raise FileFormatError(f"{path.parent / name}: missing; it holds the weights of {path}. Keep them together.")
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)

@@ -9,7 +9,7 @@ from tqdit.demo import weights
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, draw
 from tqdit.demo.judge import load_judge, recognised, wilson_interval
 from tqdit.errors import CheckpointError
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 
 def test_drawings_are_reproducible_balanced_and_varied():
@@ -30,7 +30,7 @@ def test_the_model_is_what_its_page_says():
     model = load_model("demo")
     config = model.network.config
     assert (config.depth, config.num_tokens, config.learns_variance) == (6, 64, True)
-    assert (model.num_classes, model.class_names) == (16, tuple(CLASSES))
+    assert (model.signature.label.choices, model.class_names) == (16, tuple(CLASSES))
     assert sum(p.numel() for p in model.network.parameters()) == 1_878_552
     assert all(torch.isfinite(p).all() for p in model.network.parameters())
 

@@ -1,16 +1,22 @@
 """Files, engine bundles and a pipeline of tiny models."""
 
+from pathlib import Path
+
 import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit.engines.build.engine import build_engine
+from tqdit.engines import backends
+
+TOYS = Path(__file__).parents[1] / "toys" / "backends"
 
 
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory):
     """bundle_of(origin, pixels=..., sampler=..., ...) -> folder of an ONNX Runtime bundle."""
-    from tqdit.export import ExportConfig, write
+    from tqdit.engines.build.engine import build_engine
+    from tqdit.exporter.graph import ExportConfig
+    from tqdit.exporter.onnx_writer import write
 
     made = {}
 
@@ -30,11 +36,17 @@ def bundle_of(tmp_path_factory):
 @pytest.fixture
 def quantized(tmp_path):
     """A W8A8 file of a pixel model, ten groups of timesteps, free to be changed."""
-    from tqdit.export import write
+    from tqdit.exporter.onnx_writer import write
 
     path = tmp_path / "model.onnx"
     write(path, *support.exported(pixels=True, table=make_table(support.tiny_model(pixels=True), Kind(groups=10))))
     return path
+
+
+@pytest.fixture
+def plain_backend(monkeypatch):
+    """The backend `plain` of tests/toys/backends."""
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(TOYS)])
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +55,11 @@ def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    from tqdit.export import ExportConfig, export_graph, write
-    from tqdit.models import load_model
+    from tqdit.engines.build.engine import build_engine
+    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.onnx_writer import write
     from tqdit.models.dit import randomize
+    from tqdit.models.load import load_model
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("guide")
@@ -57,8 +71,8 @@ def tiny_pipeline(tmp_path_factory):
     pipeline = DiTPipeline(randomize(network, scale=0.2), vae, DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(folder / "DiT-XL-2-256")
     model = load_model(str(folder / "DiT-XL-2-256"))
-    write(folder / "denoiser.onnx", *export_graph(model, ExportConfig(graph="denoiser")))
-    build_engine(folder / "denoiser.onnx", folder / "denoiser.engine")
+    write(folder / "dit.onnx", *export_graph(model, ExportConfig()))
+    build_engine(folder / "dit.onnx", folder / "dit.engine")
     return folder
 
 

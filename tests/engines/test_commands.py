@@ -1,17 +1,23 @@
 """`tqdit-build` and `tqdit-sample` as a user meets them, and what the runtime imports."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import support
+from tables import Kind
 from tqdit.cli.main import run
-from tqdit.export import ExportConfig, write
+from tqdit.engines.bundle import read_manifest, write_manifest
+from tqdit.engines.run.sampler import Sampler
+from tqdit.exporter.onnx_writer import write
+from tqdit.ports import Port
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "safetensors", "matplotlib")
 
@@ -58,6 +64,61 @@ def test_classes_are_cycled_and_images_counted_in_all(bundle, tmp_path, capsys):
         assert content["arr_1"].tolist() == [3, 1, 3, 1, 3]
 
 
+def test_steps_and_sampler_are_chosen_by_flags(bundle, tmp_path):
+    arguments = ["-n", "3", "--steps", "7", "--sampler", "ddim", "--seed", "4"]
+    assert run("sample", [str(bundle), *arguments, "-o", str(tmp_path / "s.npz")]) == 0
+    assert run("sample", [str(bundle), *arguments, "-o", str(tmp_path / "folder")]) == 0
+    with Sampler.open(bundle) as sampler, np.load(tmp_path / "s.npz") as content:
+        np.testing.assert_array_equal(content["arr_0"], sampler.sample([0, 1, 2], seed=4, steps=7, sampler="ddim"))
+    notes = json.loads((tmp_path / "folder" / "samples.json").read_text())
+    assert (notes["steps"], notes["sampler"], notes["seed"]) == (7, "ddim", 4)
+
+
+def test_another_chain_than_the_scales_were_found_for_gets_a_remark(bundle, bundle_of, tmp_path, capsys):
+    output, quantized = ["-n", "1", "-o", str(tmp_path / "s.npz")], str(bundle_of(kind=Kind()))
+    for engine, flags, lines in [
+        (quantized, ["--steps", "7"], ["the scales were found for 20 steps of ddpm; sampling 7 steps of ddpm"]),
+        (quantized, ["--sampler", "ddim"], ["sampling 20 steps of ddim"]),
+        (quantized, ["--steps", "20", "--sampler", "ddpm"], []),
+        (str(bundle), ["--steps", "7"], []),
+    ]:
+        assert run("sample", [engine, *output, *flags]) == 0
+        remarks = [line for line in capsys.readouterr().err.splitlines() if "scales" in line]
+        assert len(remarks) == len(lines)
+        assert all(line in remark for line, remark in zip(lines, remarks, strict=True))
+
+
+@pytest.fixture
+def changed(bundle, tmp_path):
+    """changed(request ports) -> a copy of the bundle whose manifest says that the model takes these."""
+
+    def change(*requests):
+        shutil.copytree(bundle, tmp_path / "changed.engine")
+        manifest = read_manifest(bundle)
+        kept = [port for port in manifest.card.signature.ports if port.kind != "request"]
+        signature = replace(manifest.card.signature, ports=(*kept, *requests))
+        write_manifest(tmp_path / "changed.engine", replace(manifest, card=replace(manifest.card, signature=signature)))
+        return str(tmp_path / "changed.engine")
+
+    return change
+
+
+def test_an_unconditional_model_takes_no_classes(changed, capsys):
+    assert run("sample", [changed(), "--classes", "1", "-q"]) == 2
+    err = capsys.readouterr().err
+    assert "unconditional and takes no --classes" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_model_whose_requests_are_arrays_is_left_to_the_python_api(changed, capsys):
+    engine = changed(Port("text", "request", "float32", (None, 77, 16)))
+    assert run("sample", [engine, "-q"]) == 2
+    err = capsys.readouterr().err
+    assert "'text' [None, 77, 16]" in err
+    assert "Sampler.sample" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_a_latent_model_writes_npz_latents_and_refuses_png(bundle_of, tmp_path, capsys):
     folder = bundle_of(pixels=False)
     assert run("sample", [str(folder), "-n", "2", "-o", str(tmp_path / "s.npz")]) == 0
@@ -70,7 +131,9 @@ def test_a_latent_model_writes_npz_latents_and_refuses_png(bundle_of, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--classes", "9"], 2, "class 9 is out of range; this model knows 0..4"),
+        (["--classes", "9"], 2, "'class_labels' 9 is out of range; this model knows 0..4"),
+        (["--steps", "0"], 2, "--steps is 0; a chain has 1 to 1000 steps"),
+        (["--sampler", "euler"], 2, "sampler 'euler' is unknown, or not one for this model; known are ddim, ddpm"),
         (["-n", "0"], 2, "-n is 0; at least one image"),
         (["--batch", "0"], 2, "batch is 0"),
         (["--guidance-scale", "inf"], 2, "inf is not a finite number"),
@@ -129,9 +192,11 @@ def test_ctrl_c_in_the_middle_of_sampling_writes_nothing(bundle_of, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_denoiser_bundle_is_refused_by_the_sample_command(bundle_of, capsys):
-    assert run("sample", [str(bundle_of(graph="denoiser")), "-q"]) == 2
-    assert "denoiser graph" in capsys.readouterr().err
+def test_a_step_graph_is_refused_by_the_sample_command(bundle_of, capsys):
+    assert run("sample", [str(bundle_of(graph="step")), "-q"]) == 2
+    err = capsys.readouterr().err
+    assert "holds a step graph" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_build_refuses_what_is_no_export(tmp_path, capsys):
@@ -142,13 +207,13 @@ def test_build_refuses_what_is_no_export(tmp_path, capsys):
     assert "not an ONNX file" in err
     assert "absent.onnx: no such file. Run tqdit-export absent.onnx first." in err
     assert run("build", [str(tmp_path)]) == 1
-    assert "a folder; expected the ONNX file that tqdit-export wrote" in capsys.readouterr().err
+    assert "expected the ONNX file that tqdit-export wrote" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_the_manifest_is_readable_by_others(bundle):
     values = json.loads((bundle / "manifest.json").read_text())
     assert values["card"]["sampling"]["steps"] == 20
-    assert values["card"]["graph"] == "step"
+    assert values["card"]["graph"] == "denoiser"
     assert set(values["files"]) == {"graph.onnx"}
-    assert ExportConfig().graph == "step"
+    assert [port["name"] for port in values["card"]["signature"]["ports"]] == ["x", "timestep", "class_labels"]

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from tables import Kind, make_table, record_operands
-from tqdit.calibrate import apply
-from tqdit.calibrate.judge import final_samples
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler
-from tqdit.export import ExportConfig, export_graph, write
-from tqdit.models import load_model
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
+from tqdit.models.load import load_model
+from tqdit.quantization.fake_quant import apply
 
 pytestmark = pytest.mark.slow
 
 STEPS, IMAGES, SEED, SCALE = 25, 8, 3, 1.5
+LABELS = np.random.default_rng(2).integers(0, 16, IMAGES)
 BACKENDS = ("onnxruntime", "openvino")
 
 
@@ -34,19 +35,17 @@ def demo(tmp_path_factory):
     config = ExportConfig(steps=STEPS)
     write(folder / "float.onnx", *export_graph(model, config, None))
     write(folder / "int8.onnx", *export_graph(model, config, table))
-    ends = [final_samples(each, STEPS, IMAGES, SCALE, SEED).numpy() for each in (model, apply(model, table))]
+    ends = [
+        Sampler(each.card(), each).sample_latents(LABELS, SCALE, SEED, steps=STEPS)
+        for each in (model, apply(model, table))
+    ]
     return folder, *ends
-
-
-def labels():
-    """Those that `final_samples` draws from its seed."""
-    return np.random.default_rng([SEED, 2]).integers(0, load_model("demo").num_classes, IMAGES)
 
 
 def end_of(file, backend):
     build_engine(file, file.with_suffix(f".{backend}"), backend)
     with Sampler.open(file.with_suffix(f".{backend}")) as sampler:
-        return sampler.sample_latents(labels(), SCALE, seed=SEED)
+        return sampler.sample_latents(LABELS, SCALE, seed=SEED)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,6 @@ import pytest
 from support import made_once
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
-from tqdit.engines.build.engine import build_engine
 from tqdit.quantization.table import read_scale_table
 
 SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "2", "--candidates", "10"]
@@ -20,9 +19,10 @@ SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "
 
 def make_flow(folder: Path) -> None:
     """Calibrate, export and build."""
-    from tqdit.export.graph import ExportConfig, finish_graph, trace_graph
-    from tqdit.export.onnx_writer import write
-    from tqdit.models import load_model
+    from tqdit.engines.build.engine import build_engine
+    from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+    from tqdit.exporter.onnx_writer import write
+    from tqdit.models.load import load_model
 
     table_file = folder / "scales.safetensors"
     bits = ["--weight-bits", "6", "--activation-bits", "6"]

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluate.commands import evaluate, refused
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
-from tqdit.engines.bundle import seal
+from tqdit.engines.run.sampler import Sampler
 from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.statistics import frechet_distance, moments
 
@@ -49,8 +49,6 @@ def test_every_number_comes_with_its_noise(done):
 
 def test_paired_errors_are_those_of_the_two_engines(done):
     """Against chains that are sampled here: the same latents, the same error."""
-    from tqdit.engines.run.sampler import Sampler
-
     flow, facts = done
     labels = np.arange(COUNT) % 16
     with Sampler.open(flow / "model.engine") as a, Sampler.open(flow / "float.engine") as b:
@@ -77,8 +75,6 @@ def test_the_distance_above_float_is_the_difference_with_less_noise(done):
 
 def test_the_distance_is_that_of_the_library(done, reference):
     """Sampled and measured again by hand."""
-    from tqdit.engines.run.sampler import Sampler
-
     flow, facts = done
     extractor = JudgeExtractor()
     with Sampler.open(flow / "model.engine") as sampler:
@@ -119,6 +115,15 @@ def test_samples_as_npz_and_as_a_folder_give_the_same_numbers(samples, reference
     other = evaluate(tmp_path, folder, "--reference", reference)
     assert other["sets"] == one["sets"]
     assert one["sets"]["samples"]["accuracy"]["value"] == 1
+
+
+def test_grey_images_are_measured_like_the_same_in_rgb(samples, reference, tmp_path):
+    with np.load(samples) as content:
+        grey, labels = content["arr_0"][..., :1], content["arr_1"]
+    np.savez(tmp_path / "grey.npz", arr_0=grey, arr_1=labels)
+    np.savez(tmp_path / "rgb.npz", arr_0=np.repeat(grey, 3, axis=-1), arr_1=labels)
+    one, other = (evaluate(tmp_path, tmp_path / name, "--reference", reference) for name in ("grey.npz", "rgb.npz"))
+    assert one["sets"] == other["sets"]
 
 
 def test_a_written_reference_gives_the_distance_of_the_samples_it_was_made_of(samples, reference, tmp_path):
@@ -205,6 +210,7 @@ def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
         (["missing.npz"], "missing.npz: no such engine"),
         (["{samples}", "--layers"], "--layers needs an engine"),
         (["{samples}", "--against", "x"], "--against needs an engine"),
+        (["{samples}", "--steps", "5"], "--steps needs an engine"),
         (["-n", "0"], "-n is 0"),
         (["--alone", "--against", "x"], "exclude each other"),
         (["{latents}"], "holds latents, expected images"),
@@ -244,12 +250,31 @@ def test_what_an_evaluation_lacks_is_said_before_anything_is_sampled(flow, capsy
     assert message in refused(capsys, flow / "model.engine", *arguments)
 
 
+def test_steps_and_sampler_are_chosen_for_both_engines(flow, tmp_path, capsys):
+    arguments = ["--against", flow / "float.engine", "-n", 4, "--batch", 2, "--float-seeds", 0, "--steps", 3]
+    facts = evaluate(tmp_path, flow / "model.engine", *arguments, "--sampler", "ddim", "--guidance-scale", 2)
+    assert facts["subject"]["steps"] == 3
+    assert facts["subject"]["sampler"] == "ddim"
+    assert facts["timesteps"] == [0, 500, 999]
+    labels = np.arange(4)
+    with Sampler.open(flow / "model.engine") as a, Sampler.open(flow / "float.engine") as b:
+        x, y = (s.sample_latents(labels, 2, steps=3, sampler="ddim").astype(np.float64) for s in (a, b))
+    errors = np.square(x - y).reshape(4, -1).sum(1) / np.square(y).reshape(4, -1).sum(1)
+    assert facts["paired"]["final_error"]["value"] == pytest.approx(errors.mean(), rel=1e-6)
+
+
+def test_a_chain_that_the_scales_were_not_found_for_is_remarked_upon(flow, tmp_path, capsys):
+    output = ["-n", "1", "--alone", "--float-seeds", "0", "--steps", "2", "-o", str(tmp_path / "e.json")]
+    assert run("evaluate", [str(flow / "model.engine"), *output]) == 0
+    assert "scales were found for 5 steps of ddpm; sampling 2 steps of ddpm" in capsys.readouterr().err
+
+
 def test_engines_that_are_no_pair_are_refused(flow, tmp_path, capsys):
     other = tmp_path / "other.engine"
     shutil.copytree(flow / "float.engine", other)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["card"]["fingerprint"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(seal(manifest)))
+    (other / "manifest.json").write_text(json.dumps(manifest))
     line = refused(capsys, flow / "model.engine", "--against", other)
     assert "the two engines differ in their model (fingerprint)" in line
 

@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+import reference
 from support import tiny_model
-from tqdit.calibrate import PRESETS, QuantizationConfig, apply, calibrate
-from tqdit.calibrate.advice import read_advice
-from tqdit.calibrate.layers import plan
+from tqdit.calibration.advice import read_advice
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.layers import plan
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.evaluate.layers import Diagnosis, WorkCosts, changes_for, diagnose, layer_errors, leave_one_out
+from tqdit.evaluate.layers import BitOperations, Diagnosis, changes_for, diagnose, layer_errors, leave_one_out, remedies
+from tqdit.models import families
+from tqdit.models.load import load_model
+from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.granularity import PerTimestepGroup
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 8, "chains": 2, "candidates": 20}
 QUIET = Console(quiet=True)
@@ -31,15 +37,16 @@ def diagnosis(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
 
 
 def test_the_error_is_that_of_the_predicted_noise_weighted_by_the_step(diagnosis):
-    from tqdit.diffusion import step_coefficients
-
-    rows, spec = diagnosis.rows, diagnosis.calibration.spec
+    """Under DDPM an error of the predicted noise enters the next state times beta / sqrt((1 - abar) alpha)."""
+    rows, chain = diagnosis.rows, reference.timesteps(12)
     with torch.no_grad():
         a, b = (
-            network(rows.x, rows.timestep, rows.label)[:, :4].double()
-            for network in (diagnosis.model.network, apply(diagnosis.model, diagnosis.table).network)
+            model.call(rows.inputs)[:, :4].double()
+            for model in (diagnosis.model, apply(diagnosis.model, diagnosis.table))
         )
-    weight = step_coefficients(spec.schedule, spec.sampler).from_eps[rows.step.numpy()] ** 2
+    every, before = reference.alphas_cumprod(chain)
+    beta = 1 - every / before
+    weight = (beta**2 / ((1 - every) * (1 - beta)))[rows.step.numpy()]
     error, energy = ((x**2).flatten(1).sum(1).numpy() @ weight for x in (b - a, a))
     assert diagnosis.base.mean() == pytest.approx(error / energy, rel=1e-9)
 
@@ -111,27 +118,66 @@ def test_a_table_with_equalised_channels_is_diagnosed_in_the_folded_network(tmp_
 
 
 def test_a_change_is_offered_only_where_there_is_something_to_change(diagnosis):
-    by_module = diagnosis.table.by_module
-    assert {"time_groups": "all"} in changes_for(by_module["blocks.0.attn.qkv"])
-    assert {"softmax": "two-region"} not in changes_for(by_module["blocks.0.attn.value_product"])  # it has them
-    assert {"final": "weights"} in changes_for(by_module["final_layer.linear"])
-    assert changes_for(by_module["t_embedder.mlp.0"]) == []  # 8-bit weights alone
+    def changes(layer: str) -> list:
+        return changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
+
+    assert {"time_groups": "all"} in changes("blocks.0.attn.qkv")
+    assert {"softmax": "two-region"} not in changes("blocks.0.attn.value_product")  # it has them
+    assert {"gelu": "two-region"} not in changes("blocks.0.mlp.fc2")
+    assert {"final": "weights"} in changes("final_layer.linear")
+    assert changes("t_embedder.mlp.0") == []  # 8-bit weights alone
+
+
+def test_two_regions_are_offered_for_what_a_softmax_or_a_gelu_makes(tmp_path: Path):
+    model = tiny_model()
+    config = replace(PRESETS["ho"], softmax="uniform", gelu="uniform", **SMALL)
+    diagnosis = Diagnosis(model, calibrate(model, config, tmp_path).table, tmp_path, QUIET)
+    offered = {
+        product.name: changes_for(product, diagnosis.table.by_module[product.name]) for product in model.products
+    }
+    assert {name for name, found in offered.items() if {"softmax": "two-region"} in found} == {
+        "blocks.0.attn.value_product", "blocks.1.attn.value_product"
+    }  # fmt: skip
+    assert {name for name, found in offered.items() if {"gelu": "two-region"} in found} == {
+        "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"
+    }  # fmt: skip
+    mended = remedies(diagnosis, ["blocks.0.attn.value_product"], lambda: None)
+    two_regions = next(remedy for remedy in mended if remedy.change == {"softmax": "two-region"})
+    assert two_regions.gain != 0
+    assert two_regions.cost > 0  # a second product
+
+
+def test_a_network_that_is_no_dit_is_diagnosed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Two token streams, a float timestep, no guidance and flow matching: each row is an image of its own."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(Path(__file__).parents[1] / "toys/families")])
+    model = load_model("two-streams")
+    table = calibrate(model, replace(PRESETS["tq-dit"], weight_bits=4, **SMALL), tmp_path).table
+    diagnosis = Diagnosis(model, table, tmp_path, QUIET)
+    assert len(diagnosis.base) == len(diagnosis.rows) == 24
+    found = diagnose(diagnosis, 2, QUIET)
+    assert {site["layer"] for site in found["sites"]} == set(table.by_module)
+    assert max(remedy["gain"] for remedy in found["remedies"] if "weight_bits" in remedy["change"]) > 0
+    assert set(layer_errors(diagnosis)) == set(table.by_module)
 
 
 def test_costs_are_bit_operations(diagnosis):
-    costs = WorkCosts(diagnosis)
+    costs = BitOperations(diagnosis)
     sites = diagnosis.table.by_module["blocks.0.attn.qkv"]
     products = 16 * 16 * 48  # tokens, width, three times width
     assert costs.of("blocks.0.attn.qkv", sites) == products * 4 * 6
     assert costs.of("blocks.0.mlp.fc2", diagnosis.table.by_module["blocks.0.mlp.fc2"]) == 2 * 16 * 64 * 16 * 4 * 6
-    assert costs.extra("blocks.0.attn.qkv", list(sites.values())) == 0
+    assert costs.extra("blocks.0.attn.qkv", sites) == 0
+    with_groups = replace(sites["input"].quantizer, granularity=PerTimestepGroup(3), scale=np.ones(3, np.float32))
+    grouped = {**sites, "input": replace(sites["input"], quantizer=with_groups)}
+    per_element = 2 * 32 * 32  # x / r before the product and its inverse behind it, in float32
+    assert costs.of("blocks.0.attn.qkv", grouped) == products * 4 * 6 + 16 * 16 * per_element
 
 
 def test_overrides_change_the_layer_that_they_name_and_no_other():
     config = QuantizationConfig(
         overrides="blocks.0.mlp.fc1:weight-bits=4,inputs=asymmetric;final_layer.linear:final=weights"
     )
-    plans = {entry.name: entry.operands for entry in plan(tiny_model().network, config)}
+    plans = {entry.name: entry.operands for entry in plan(tiny_model(), config)}
     assert plans["blocks.0.mlp.fc1"]["weight"].bits == 4
     assert plans["blocks.0.mlp.fc1"]["input"].scheme == "asymmetric"
     assert plans["blocks.1.mlp.fc1"]["weight"].bits == 8
@@ -155,7 +201,7 @@ def test_overrides_that_make_no_sense_are_refused(text, message):
 
 def test_an_override_of_an_unknown_layer_is_refused():
     with pytest.raises(UsageError, match=r"names 'blocks\.9\.mlp\.fc1', which is no layer of this model"):
-        plan(tiny_model().network, QuantizationConfig(overrides="blocks.9.mlp.fc1:weight_bits=8"))
+        plan(tiny_model(), QuantizationConfig(overrides="blocks.9.mlp.fc1:weight_bits=8"))
 
 
 def test_a_file_that_is_no_diagnosis_is_refused(tmp_path, capsys):

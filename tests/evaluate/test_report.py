@@ -46,7 +46,7 @@ def facts() -> dict:
                     "signal_to_error_db": 20.0}],
         "timesteps": timesteps, "steps": [0.001 * (index + 1) for index in range(10)],
         "layers": {"boundaries": [250, 500, 750], "errors": layers},
-        "scale_steps": [{"site": "blocks.0.attn.value_product.left", "steps": [0.1, 0.2, 0.1, 0.05]}],
+        "scales": [{"site": "blocks.0.attn.value_product.left", "scales": [0.1, 0.2, 0.1, 0.05]}],
         "engines": [{"set": "subject", "name": "model.engine", "backend": "onnxruntime", "precision": "int8",
                      "size_mb": 2.1, "ms_per_image_and_step": 1.5, "batch": 16, "audit": "all int8"}],
         "diagnosis": {"error": 1e-4, "rows": 96,
@@ -207,7 +207,7 @@ def test_a_chain_without_any_error_has_no_chart(facts, pictures):
 
 
 def test_a_page_without_pairs_layers_or_engine_is_whole(facts):
-    for name in ("paired", "groups", "layers", "scale_steps", "engines", "diagnosis"):
+    for name in ("paired", "groups", "layers", "scales", "engines", "diagnosis"):
         facts.pop(name)
     html = page(facts, {})
     check_no_request(html)

@@ -49,7 +49,7 @@ class Means:
 
 def write_shards(path: Path, pixels: np.ndarray, labels: np.ndarray, size: int, which: list[int] | None = None) -> Path:
     """These images as tqdit-sample leaves them; `which`: the shards that it has come to."""
-    job = SamplingJob("0" * 64, tuple(labels.tolist()), 1.0, 0, len(pixels), size)
+    job = SamplingJob("0" * 64, 5, "ddpm", tuple(labels.tolist()), 1.0, 0, len(pixels), size)
     with open_shards(path, job) as folder:
         for shard in range(job.shards) if which is None else which:
             part = job.images(shard)
@@ -150,6 +150,19 @@ def test_a_folder_is_at_distance_zero_from_itself_and_from_the_statistics_it_lef
     assert found["frechet_distance"]["value"] == pytest.approx(0, abs=1e-6)
 
 
+def test_images_of_an_unconditional_model_have_no_labels(tmp_path):
+    pixels = noise(6)
+    job = SamplingJob("0" * 64, 5, "ddpm", (), None, 0, 6, 4)
+    with open_shards(tmp_path / "samples", job) as folder:
+        for shard in range(2):
+            part = job.images(shard)
+            folder.add(shard, {"arr_0": pixels[part.start : part.stop]})
+    found = look(tmp_path / "samples")
+    assert found.labels is None
+    assert len(found) == 6
+    np.testing.assert_array_equal(found.features.pooled, look(merged(tmp_path / "samples")).features.pooled)
+
+
 def test_a_report_shows_the_first_pictures_however_small_the_shards_are(small):
     np.testing.assert_array_equal(read_images(small).shown, noise(22)[:16])
     np.testing.assert_array_equal(read_images(small, 5).shown, noise(22)[:5])
@@ -183,7 +196,7 @@ def test_the_user_learns_what_was_kept_and_what_is_left(small, capsys):
     text = capsys.readouterr().err
     assert f"features of 4 of 6 shards are kept from an earlier run in {small}.features/means-0123456789ab\n" in text
     assert "features of" in text.splitlines()[-1]
-    assert "2/2 shards" in text.splitlines()[-1]
+    assert "2 of 2 shards" in text.splitlines()[-1]
 
 
 def test_ctrl_c_is_one_line_that_says_what_is_kept(drawn, monkeypatch, capsys):
@@ -405,7 +418,7 @@ def test_the_finished_beginning_of_an_unfinished_job_can_be_measured(tmp_path, r
 
 
 def test_latents_are_refused_as_samples_and_as_a_reference(small, drawn, tmp_path, capsys):
-    job = SamplingJob("0" * 64, (0,), 1.0, 0, 4, 4, "latents")
+    job = SamplingJob("0" * 64, 5, "ddpm", (0,), 1.0, 0, 4, 4, "latents")
     latents = tmp_path / "latents"
     with open_shards(latents, job) as folder:
         folder.add(0, {"latents": np.zeros((4, 4, 8, 8), np.float32), "labels": job.labels(0)})
@@ -416,7 +429,7 @@ def test_latents_are_refused_as_samples_and_as_a_reference(small, drawn, tmp_pat
 
 def test_shards_that_hold_no_images_are_refused_by_name(tmp_path):
     def written(*arrays: np.ndarray) -> Path:
-        job = SamplingJob("0" * 64, (0,), 1.0, 0, 8, 4)
+        job = SamplingJob("0" * 64, 5, "ddpm", (0,), 1.0, 0, 8, 4)
         with open_shards(tmp_path / "samples", job, force=True) as folder:
             for shard, array in enumerate(arrays):
                 folder.add(shard, {"arr_0": array, "arr_1": job.labels(shard)})

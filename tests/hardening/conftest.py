@@ -20,7 +20,8 @@ from hardening.damage import CAUSED
 from tables import Kind, make_table
 from tqdit.cli.main import main
 from tqdit.engines.build.engine import build_engine
-from tqdit.export import ExportConfig, write
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, randomize
 from tqdit.quantization.table import write_scale_table
 

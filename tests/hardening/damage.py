@@ -1,4 +1,4 @@
-"""Ways to damage a file (cuts at its structural boundaries, flipped bits) and the number of failures that were caused."""
+"""Ways to damage a file (cuts at its structural boundaries, flipped bits), and how many failures the tests caused."""
 
 import io
 import json

@@ -11,19 +11,19 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tqdit.calibrate.advice import as_text, read_advice
-from tqdit.calibrate.config import QuantizationConfig
+from tqdit.calibration.advice import as_text, read_advice
+from tqdit.calibration.config import QuantizationConfig
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
-from tqdit.models.published import read_own_facts
+from tqdit.models.families.published import read_own_facts
 from tqdit.models.state import read_sharded
-from tqdit.onnx_file import external_files, load_graph, read_card
-from tqdit.quantization.checks import parse
-from tqdit.quantization.table import METADATA_KEY, granularity_from_text, granularity_to_text
+from tqdit.onnx_file import OnnxFile, parse_model, read_card
+from tqdit.quantization.granularity import granularity_from_text, granularity_to_text
+from tqdit.quantization.table import METADATA_KEY, parse
 
 pytestmark = pytest.mark.hardening
 many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -83,8 +83,9 @@ def test_cards(inputs, data):
     card = value_or_one_line(GraphCard.from_json, json.dumps(data.draw(changed(good))), "x.onnx")
     if card is not None:  # and what it says can be used
         assert len(card.sampling.schedule.timesteps) == card.sampling.steps
-        assert np.zeros(card.image_shape).size > 0
-        assert isinstance(card.guidance_scale, float | int)
+        assert np.zeros(card.state_shape).size > 0
+        assert card.guidance is None or np.isfinite(card.guidance.scale)
+        assert card.latents is None or card.latents.scale != 0
         assert card.quantization is None or card.quantization.summary
         json.dumps(card.to_json())
 
@@ -184,7 +185,7 @@ def test_the_lints_reader(inputs, data):
 def test_onnx_files_of_any_bytes(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.onnx"
     path.write_bytes(content)
-    model = value_or_one_line(load_graph, path)
+    model = value_or_one_line(parse_model, path)
     assert model is None or model.graph.node
     findings = () if model is None else value_or_one_line(lint, model)
     assert all(finding.node and finding.remedy for finding in findings or ())
@@ -260,7 +261,7 @@ def test_no_path_of_external_data_leaves_its_folder(inputs, tmp_path, name):
     tensor.external_data.add(key="location", value=name)
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(TqditError, match="outside its own folder"):
-        external_files(load_graph(tmp_path / "model.onnx"), tmp_path / "model.onnx")
+        _ = OnnxFile.read(tmp_path / "model.onnx").weight_files
 
 
 @pytest.mark.parametrize("name", [*NAMES, "shard-00000.npz/../../x", "shard-00009.npz"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqdit.calibrate.work import open_search
+from tqdit.calibration.work import open_search
 from tqdit.engines.run.shards import INDEX, read_index
 
 pytestmark = pytest.mark.hardening

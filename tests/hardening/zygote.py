@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import tqdit.calibrate.flow
+import tqdit.calibration.flow
 import tqdit.engines.backends.onnxruntime.build
 import tqdit.engines.backends.onnxruntime.run
-import tqdit.export
+import tqdit.exporter
 import tqdit.lint
 import tqdit.models  # noqa: F401
 from tqdit.cli.main import main

@@ -182,7 +182,7 @@ BUILDS = {
     "zero point of 3": (graph(PAIR, "int8 zero = {3}, float s = {0.02}", **SAME), "refused"),
     "zero scale": (graph(PAIR, "int8 zero = {0}, float s = {0}", **SAME), "refused"),
     "negative scale": (graph(PAIR, "int8 zero = {0}, float s = {-1}", **SAME), "refused"),
-    "uint8 activation": (graph(PAIR, "uint8 zero = {0}, float s = {0.02}", **SAME), "float"),  # built without a word
+    "uint8 activation": (graph(PAIR, "uint8 zero = {0}, float s = {0.02}", **SAME), "float"),  # built without an error
     "uint8 weight": (graph(QUANTIZED, weights=(weight("w", (64, 32), np.uint8),)), "refused"),
     "uint4 weight": (
         graph("c = DequantizeLinear(w4, ws) y = MatMul(x, c)", opset=21, weights=(UINT4,)),

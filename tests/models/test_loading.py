@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from tqdit.errors import CheckpointError
-from tqdit.models import demo, diffusers, find_adapters, load_model, published
+from tqdit.models import families
+from tqdit.models.families import demo, diffusers, published
+from tqdit.models.load import load_model
 from tqdit.models.loaded import fingerprint
+from tqdit.registry import find_modules
+
+
+def adapters(source):
+    return [one for one in find_modules(families).values() if one.matches(str(source))]
 
 
 def refusal(source):
@@ -16,9 +23,9 @@ def refusal(source):
 
 def test_demo_is_the_model_that_ships_with_the_package():
     model = load_model("demo")
-    assert (model.origin, model.source, model.latent_scale) == ("demo", "demo", None)
-    assert (model.in_channels, model.learns_variance) == (3, True)
-    assert model.num_classes == len(model.class_names) >= 10
+    assert (model.origin, model.source, model.latents) == ("demo", "demo", None)
+    assert (model.signature.channels, model.sampling.process.learned_variance) == (3, True)
+    assert model.signature.label.choices == len(model.class_names) >= 10
     assert model.network.config.num_tokens >= 64
     assert model.network.config.depth >= 6
     assert load_model("demo").fingerprint == model.fingerprint
@@ -40,13 +47,13 @@ def test_the_demo_takes_its_heads_from_its_file_unless_told_otherwise():
     ],
 )
 def test_each_source_has_one_adapter(source, adapter):
-    assert [one for one in find_adapters() if one.matches(source)] == [adapter]
+    assert adapters(source) == [adapter]
 
 
 def test_a_directory_is_diffusers_whatever_its_name(tmp_path):
     folder = tmp_path / "dit.pt"
     folder.mkdir()
-    assert [one for one in find_adapters() if one.matches(str(folder))] == [diffusers]
+    assert adapters(folder) == [diffusers]
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors"])
@@ -63,11 +70,13 @@ def test_a_missing_directory_is_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("model.onnx", ".onnx"), ("model.gguf", ".gguf"), ("model", "no suffix")])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("model.onnx", ".onnx"), ("model.gguf", ".gguf"), ("model", "without a suffix")]
+)
 def test_another_kind_of_file_where_a_model_is_expected_is_refused(tmp_path, name, suffix):
     (tmp_path / name).write_bytes(b"\x08\x08")
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name}: a model is expected here, '{suffix}' is none. Pass 'demo', a DiT checkpoint (.pt, "
+        f"{tmp_path / name}: unsupported file type '{suffix}'. Pass 'demo', a DiT checkpoint (.pt, "
         ".safetensors) or a diffusers directory."
     )
 
@@ -102,14 +111,10 @@ def test_one_changed_weight_changes_the_fingerprint(network):
 
 
 def test_a_new_kind_of_model_is_one_file_and_nothing_else(tmp_path, monkeypatch):
-    import tqdit.models as models
-
     (tmp_path / "toy.py").write_text(
         "def matches(source): return source.startswith('toy:')\n"
         "def load(source, heads=None): return ('a toy', source, heads)\n"
     )
-    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
-    assert models.load_model("toy:1", heads=3) == ("a toy", "toy:1", 3)
-    assert [adapter.__name__.rpartition(".")[2] for adapter in models.find_adapters()] == [
-        "demo", "diffusers", "published", "toy",
-    ]  # fmt: skip
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    assert load_model("toy:1", heads=3) == ("a toy", "toy:1", 3)
+    assert list(find_modules(families)) == ["demo", "diffusers", "published", "toy"]

@@ -9,10 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 import support
+from tqdit.card import Latents
 from tqdit.errors import CheckpointError
-from tqdit.models import load_model
 from tqdit.models.dit import DiT, randomize
-from tqdit.models.origins import DEMO, PUBLISHED
+from tqdit.models.load import load_model
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.process import Diffusion
+from tqdit.sampling.schedule import SamplingSpec
+
+SAMPLING = SamplingSpec(Diffusion(learned_variance=True), "ddpm", 250)
 
 
 def shared_state_dict(config):
@@ -80,7 +85,6 @@ def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path
         assert torch.equal(tensor, tensors[name].float())
 
 
-@pytest.mark.slow
 def test_dit_xl_2_of_full_size_loads_without_a_copy_of_its_weights(tmp_path):
     path = tmp_path / "DiT-XL-2-256x256.pt"
     torch.save(nested(shared_state_dict(XL_2)), path)
@@ -90,28 +94,51 @@ def test_dit_xl_2_of_full_size_loads_without_a_copy_of_its_weights(tmp_path):
     assert round(sum(p.numel() for p in parameters) / 1e6, 2) == 675.13
     assert len({p.untyped_storage().data_ptr() for p in parameters}) == 1
     assert all(p.abs().max() > 0 for p in parameters)
-    assert (model.height, model.width, model.in_channels, model.out_channels) == (32, 32, 4, 8)
-    assert (model.num_classes, model.learns_variance, model.latent_scale) == (1000, True, 0.18215)
+    assert (model.signature.state.row_shape, model.signature.output_shape) == ((4, 32, 32), (8, 32, 32))
+    assert (model.signature.label.choices, model.latents) == (1000, Latents(0.18215))
 
 
 def test_a_published_checkpoint_samples_as_its_origin(checkpoint):
     model = load_model(str(checkpoint), heads=2)
-    assert (model.origin, model.sampling, model.guidance_scale) == ("published", PUBLISHED.sampling, 1.5)
-    assert (model.sampling.sampler, model.sampling.steps, model.sampling.guided_channels) == ("ddpm", 250, 3)
-    assert (model.network.config.frequency_shift, model.network.config.mlp_norm_eps) == (0, 1e-6)
+    assert (model.origin, model.sampling, model.guidance) == ("published", SAMPLING, Guidance(1.5, channels=3))
 
 
-def test_the_published_network_equals_diffusers_module_after_undoing_their_differences(theirs, diffusers_folder):
+def in_published_names(theirs):
+    """The weights of diffusers' module whose blocks hold equal embedders."""
+    theirs_to_ours = {
+        "pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear",
+        "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "transformer_blocks.0.norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    }  # fmt: skip
+    parts = {"norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1",
+             "ff.net.2": "mlp.fc2"}  # fmt: skip
+    for block in range(2):
+        for part, ours in parts.items():
+            theirs_to_ours[f"transformer_blocks.{block}.{part}"] = f"blocks.{block}.{ours}"
+    state = theirs.state_dict()
+    tensors = {"pos_embed": theirs.pos_embed.pos_embed}
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if module in theirs_to_ours:
+            tensors[f"{theirs_to_ours[module]}.{leaf}"] = tensor
+    for block in range(2):
+        for leaf in ("weight", "bias"):
+            parts = [state[f"transformer_blocks.{block}.attn1.to_{part}.{leaf}"] for part in "qkv"]
+            tensors[f"blocks.{block}.attn.qkv.{leaf}"] = torch.cat(parts)
+    return tensors
+
+
+def test_the_published_network_equals_diffusers_module_after_undoing_their_differences(theirs, tmp_path):
     """An independent implementation of the same arithmetic: diffusers' blocks with DiT's frequencies and epsilon."""
     first = theirs.transformer_blocks[0].norm1.emb
     for block in theirs.transformer_blocks:
         block.norm1.emb.load_state_dict(first.state_dict())
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm3.eps = 1e-6
-    theirs.save_pretrained(diffusers_folder)
-    tensors = load_model(str(diffusers_folder)).network.state_dict()
-    path = diffusers_folder.parent / "published.pt"
-    torch.save(dict(tensors), path)
+    path = tmp_path / "published.pt"
+    torch.save(in_published_names(theirs), path)
     published = load_model(str(path), heads=2).network
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 5, 2, 3])
     with torch.no_grad():
@@ -166,7 +193,7 @@ def test_a_file_of_our_own_training_samples_as_the_demo_does(tmp_path, network):
     path = tmp_path / "model.safetensors"
     save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2, "classes": "abcde"})})
     model = load_model(str(path))
-    assert (model.origin, model.sampling, model.latent_scale) == ("demo", DEMO.sampling, None)
+    assert (model.origin, model.sampling, model.latents) == ("demo", SAMPLING, None)
     assert model.class_names == tuple("abcde")
 
 
@@ -207,8 +234,9 @@ def test_a_wrong_layout_is_named_by_its_missing_and_unexpected_keys(checkpoint):
         tensors["extra"] = torch.zeros(1)
 
     assert change(checkpoint, edit) == (
-        "its tensors are not those of a DiT: missing 'blocks.1.attn.qkv.weight'; unexpected 'blocks.1.attn.q.weight', "
-        "'extra'. Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
+        "its tensors are not those of its network: missing 'blocks.1.attn.qkv.weight'; unexpected "
+        "'blocks.1.attn.q.weight', 'extra'. Pass a published DiT checkpoint or a diffusers "
+        "DiTTransformer2DModel directory."
     )
 
 

@@ -12,9 +12,8 @@ import pytest
 
 import support
 from tqdit.errors import OutputError
-from tqdit.export import ExportConfig
-from tqdit.export.graph import trace_graph
-from tqdit.models import load_model
+from tqdit.exporter.graph import ExportConfig, trace_graph
+from tqdit.models.load import load_model
 
 NOWHERE = (
     "PyTorch finds no place for its temporary files (No usable temporary directory found in ['/tmp', '/here']). "

@@ -76,7 +76,7 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path, kind, function, lega
     torch.save(content[place], tmp_path / "dit.pt", _use_new_zipfile_serialization=not legacy)
     assert refusal(tmp_path / "dit.pt") == (
         f"refused: it holds pickled code ('{function}'), which loading would run; expected tensors alone. Convert it "
-        "to safetensors where you trust it."
+        "to safetensors if you trust it."
     )
     assert not victim.exists()
     torch.load(tmp_path / "dit.pt", weights_only=False)  # the trap is a real one

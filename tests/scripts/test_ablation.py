@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tqdit.calibrate import PRESETS
+from tqdit.calibration.config import PRESETS
 from tqdit.console import Console
 from tqdit.evaluate.bootstrap import Measure
-from tqdit.models import load_model
+from tqdit.models.load import load_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablation.py"
 SPEC = importlib.util.spec_from_file_location("ablation", SCRIPT)

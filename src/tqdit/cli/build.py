@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tqdit.console import Console
-from tqdit.engines.backends import BACKENDS, choose_backend
-from tqdit.engines.build.engine import build_engine
+from tqdit.engines.backends import backend_names
 from tqdit.engines.bundle import check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
-from tqdit.extras import need
 from tqdit.files import check_writable
 
 SUMMARY = "compile an exported ONNX file into an engine bundle"
@@ -29,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", type=Path, default=Path("model.onnx"), help="file that tqdit-export wrote (default: "
         "%(default)s)")  # fmt: skip
     add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
-    add("--backend", choices=["auto", *BACKENDS], default="auto", help="default: the best one that is installed and "
-        "runs on this machine")  # fmt: skip
+    add("--backend", choices=["auto", *backend_names()], default="auto", help="default: the best one that is installed "
+        "and runs on this machine")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="default: int8 for a quantized file, fp32 for a float one")
     add("--float-type", choices=FLOAT_CHOICES, default="auto", help="of what is not integer (default: %(default)s, "
-        "what the backend likes best)")  # fmt: skip
+        "what the backend prefers)")  # fmt: skip
     add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")
     add("--batch", metavar="MIN,OPT,MAX", help="images per call that a GPU engine is made for (default: 1,2,16)")
     add("--provider", choices=["cpu", "cuda", "tensorrt"], help="execution provider of ONNX Runtime (default: cpu)")
@@ -49,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
-    need("onnx", "build", "tqdit-build")
+    # onnx is an optional library; these modules answer its absence
+    from tqdit.engines.build.backend import choose_backend
+    from tqdit.engines.build.engine import build_engine
+
     output: Path = args.output or args.model.with_suffix(".engine")
     check_overwrite(output, args.force)
     check_writable(output)

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdit.calibrate.advice import read_advice
-from tqdit.calibrate.config import PRESETS, TQ_DIT, flag
+from tqdit.calibration.advice import read_advice
+from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
 from tqdit.errors import OutputError
 from tqdit.extras import need
@@ -24,8 +24,8 @@ examples:
   tqdit-calibrate --preset paper --print                      every setting of a preset
 
 A preset is a set of all knobs; a flag changes one of them. The work folder beside the output (its name with .work)
-keeps what was done: after a kill the same command goes on and ends with the same bytes. Afterwards only the calibration
-rows stay there, for further searches; delete the folder at will. docs/calibration.md explains methods and presets."""
+keeps what was done: after a kill the same command continues and ends with the same bytes. Then only the calibration
+rows stay there, for further searches; you may delete the folder. docs/calibration.md explains methods and presets."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, default=Path("scales.safetensors"), help="scale table to write (default: "
         "%(default)s)")  # fmt: skip
     add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
-        "read it; best, all that pays beyond it; fast, two regions only where they pay; paper, to the letter; and the "
+        "read it; best, all that pays beyond it; fast, two regions only if they pay; paper, to the letter; and the "
         "rows of the ablation (default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {default})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif knob.metadata["choices"]:
-            options["choices"] = knob.metadata["choices"]
+        elif choices_of(knob):
+            options["choices"] = choices_of(knob)
         elif isinstance(default, str):
             options["metavar"] = "TEXT"
         else:
@@ -67,11 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path | None:
     for library in ("torch", "safetensors"):
         need(library, "calibrate", "tqdit-calibrate")
-    from tqdit.calibrate.cost import peak_memory_bytes
-    from tqdit.calibrate.data import read_data
-    from tqdit.calibrate.device import choose_device, peak_device_bytes
-    from tqdit.calibrate.flow import calibrate, finish
-    from tqdit.models import load_model
+    from tqdit.calibration.cost import peak_memory_bytes
+    from tqdit.calibration.data import read_data
+    from tqdit.calibration.device import choose_device, peak_device_bytes
+    from tqdit.calibration.flow import calibrate, finish
+    from tqdit.models.load import load_model
     from tqdit.quantization.table import is_scale_table, write_scale_table
 
     changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         return None
     output: Path = args.output
     if output.exists() and not (output.is_file() and is_scale_table(output)):
-        raise OutputError(f"{output}: exists and is no scale table. Choose another name, or remove it.")
+        raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
     check_writable(output)
     work = args.work or output.with_name(f"{output.name}.work")
     started = time.monotonic()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdit.card import ATTENTION_FORMS, GRAPHS
 from tqdit.console import Console
-from tqdit.diffusion import SAMPLERS
 from tqdit.errors import UsageError
 from tqdit.extras import need
 from tqdit.files import check_writable
+from tqdit.sampling.schedule import sampler_names
 
 if TYPE_CHECKING:
     from tqdit.quantization.table import ScaleTable
@@ -23,10 +24,11 @@ examples:
                                                               demo model in float
   tqdit-export dit.onnx --model DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/
   tqdit-export dit.onnx --model DiT-XL-2-256/ --steps 50 --sampler ddim
-  tqdit-export denoiser.onnx --graph denoiser                 for a scheduler of your own
+  tqdit-export step.onnx --graph step                         for a sampler in another language
 
-A step graph computes one whole sampling step (network, guidance, variance, update), so a sampler in any language is a
-loop and nothing else. Steps and sampler are fixed here; docs/onnx-file.md describes inputs, outputs and metadata."""
+The file holds one call of the network. Steps, sampler and guidance are chosen when sampling; the file proposes what
+--steps and --sampler say. A step graph computes one whole sampling step (network, guidance, update), so a sampler is a
+loop and nothing else, and steps and sampler are fixed. docs/onnx-file.md describes inputs, outputs and metadata."""
 
 DEFAULT_SCALES = Path("scales.safetensors")
 
@@ -43,27 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=ATTENTION_FORMS, default="simulated", help="how the products of attention are "
         "quantized: rounded in float, the same as one op (for TensorRT's plugins), as integer products, or not at all "
         "(default: %(default)s)")  # fmt: skip
-    add("--graph", choices=GRAPHS, default="step", help="a sampling step or the bare network (default: %(default)s)")
-    add("--steps", type=int, help="steps of the chain, 1..1000 (default: as the model's origin samples: 250 for "
-        "published checkpoints and the demo, 50 for diffusers)")  # fmt: skip
-    add("--sampler", choices=SAMPLERS, help="default: as the model's origin samples: ddpm for published checkpoints "
-        "and the demo, what the scheduler's configuration says for diffusers")  # fmt: skip
-    add("--unguided", action="store_true", help="no guidance_scale input and one row per image instead of two")
+    add("--graph", choices=GRAPHS, default=GRAPHS[0], help="the network alone, or a whole sampling step (default: "
+        "%(default)s)")  # fmt: skip
+    add("--steps", type=int, help="steps of the chain that the file proposes, 1..1000 (default: those that the scales "
+        "were found for, else as the model's origin samples: 250 for published checkpoints and the demo, 50 for "
+        "diffusers)")  # fmt: skip
+    add("--sampler", choices=sampler_names(), help="sampler that the file proposes (default: the one that the scales "
+        "were found for, else as the model's origin samples: ddpm for published checkpoints and the demo, what the "
+        "scheduler's configuration says for diffusers)")  # fmt: skip
+    add("--unguided", action="store_true", help="sample without guidance: one row per image instead of two")
     add("--opset", type=int, default=20, help="of the ONNX file, 20..23 (default: %(default)s)")
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
-    add("--no-vae", action="store_true", help="leave the decoder out even where the pipeline directory has one")
+    add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
     add("--force", action="store_true", help="overwrite a file that tqdit did not write")
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
     for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
         need(library, "export", "tqdit-export")
-    from tqdit.export.graph import ExportConfig, export_graph
-    from tqdit.export.onnx_writer import check_overwrite, write
-    from tqdit.export.vae import load_decoder, trace_decoder
-    from tqdit.models import load_model
+    from tqdit.exporter.graph import ExportConfig, calibrated_for, export_graph
+    from tqdit.exporter.onnx_writer import check_overwrite, write
+    from tqdit.exporter.vae import load_decoder, trace_decoder
+    from tqdit.models.load import load_model
 
     output: Path = args.output
     if output.suffix != ".onnx":
@@ -75,10 +80,16 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
     model = load_model(source, args.heads)
-    spec = config.sampling(model)
+    spec, found_for = config.sampling(model, table), calibrated_for(model, table)
+    if table is not None and spec != found_for:
+        console.say(
+            f"the scales were found for {found_for}; the file proposes {spec}. Calibrate for it if quality matters."
+        )
     vae_folder = None if args.no_vae else args.vae or model.vae_folder
     decoder = load_decoder(vae_folder, model) if vae_folder else None
-    console.say(f"tracing the {args.graph} graph: {spec.steps} steps of {spec.sampler}")
+    if decoder is not None:
+        model = replace(model, latents=decoder.latents)
+    console.say(f"tracing the {args.graph} graph; {spec}")
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:
         console.say(f"quantized {card.quantization.summary}")

@@ -18,11 +18,15 @@ from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.errors import FileFormatError, LintError, UsageError
 from tqdit.extras import need
+from tqdit.ports import Port
 from tqdit.quantization import summary as scale_table_summary
 from tqdit.quantization.table import is_scale_table, read_scale_table
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import samplers_of
 
 SUMMARY = "say what a file is: checkpoint, scale table, ONNX file, engine bundle or samples"
 EXAMPLES = """\
@@ -42,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo'")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
     parser.add_argument("--lint", action="store_true", help="say what in an ONNX file makes a backend lose INT8, "
-        "compute something else or refuse; exit code 1 where there are errors")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: step sizes against the group "
+        "compute something else or refuse; exit code 1 if there are errors")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
 
@@ -65,13 +69,13 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
 
 def _check_plot(file: Path, plot: Path) -> None:
     if (str(file) == "demo" or file.exists()) and not is_scale_table(file):
-        raise UsageError(f"{file}: is no scale table. --plot draws what tqdit-calibrate wrote.")
+        raise UsageError(f"{file}: is not a scale table. --plot draws what tqdit-calibrate wrote.")
     if plot.suffix not in PICTURES:
         raise UsageError(f"--plot {plot}: unknown kind of picture. Name a file with {', '.join(PICTURES)}.")
 
 
 def inspect(file: str, heads: int | None = None) -> Facts:
-    """The facts about one file as (name, value) pairs. Raises TqditError where it is damaged or unknown."""
+    """The facts about one file as (name, value) pairs. Raises TqditError if it is damaged or unknown."""
     path = Path(file)
     if file != "demo" and not path.exists():
         raise UsageError(f"{file}: no such file or folder. Pass a file, a folder or 'demo'.")
@@ -103,7 +107,7 @@ def _bundle(path: Path) -> Facts:
     size = sum(part.size_bytes for part in manifest.files.values())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return [
-        ("kind", "engine bundle; every checksum is right"),
+        ("kind", "engine bundle; the checksum of every part is right"),
         ("backend", f"{manifest.backend}, {manifest.precision}"),
         ("built by", versions),
         ("runs on", ", ".join(manifest.target.values())),
@@ -124,42 +128,34 @@ def _batch(batch: BatchRange) -> str:
 
 
 def _onnx(path: Path) -> Facts:
-    need("onnx", "build", "inspecting an ONNX file")
-    from tqdit.onnx_file import bytes_on_disk, card_of, external_files, load_graph
-    from tqdit.onnx_seal import check_seal
+    from tqdit.onnx_file import OnnxFile  # answers the absence of onnx, an optional library
 
-    model = load_graph(path)
-    size = bytes_on_disk(path)
-    sealed = check_seal(path, model, external_files(model, path))
-    card = card_of(model, path)
+    file = OnnxFile.read(path)
+    model, card = file.model, file.card
     operators = Counter(node.op_type for node in model.graph.node)
     opsets = ", ".join(f"{entry.domain or 'onnx'} {entry.version}" for entry in model.opset_import)
     facts: Facts = [
-        ("kind", "ONNX file; its checksum is right" if sealed else "ONNX file"),
-        ("size", f"{size / 1e6:.1f} MB"),
+        ("kind", "ONNX file"),
+        ("size", f"{file.size_bytes / 1e6:.1f} MB"),
         ("opsets", opsets),
         ("nodes", ", ".join(f"{count} {name}" for name, count in operators.most_common(6)) + ", ..."),
         ("inputs", ", ".join(value.name for value in model.graph.input)),
         ("outputs", ", ".join(value.name for value in model.graph.output)),
     ]
     if card is not None:
-        return [
-            *facts,
-            *([] if sealed else [("checksum", "none: edited since it was exported, or compiled")]),
-            *_card(card),
-        ]
+        return [*facts, *_card(card)]
     return [*facts, ("written by", model.producer_name or "unknown, not by tqdit")]
 
 
 def _lint(path: Path) -> None:
-    """Print findings and a count; raises LintError where one of them is an error."""
+    """Print findings and a count; raises LintError if one of them is an error."""
     need("onnx_ir", "build", "the lint")
     from tqdit.lint import lint
-    from tqdit.onnx_file import load_graph
+    from tqdit.onnx_file import OnnxFile
 
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Pass an ONNX file with --lint.")
-    model = load_graph(path)
+    model = OnnxFile.read(path).model
     try:
         findings = lint(model, folder=path.parent)
     except FileFormatError as error:
@@ -198,48 +194,79 @@ def _shards(path: Path) -> Facts:
     """The job of a folder of shards, from its index alone."""
     folder = read_index(path)
     job = folder.job
-    classes = len(set(job.classes))
+    classes = f" of {len(set(job.classes))} class(es)" if job.classes else ""
+    guidance = "none" if job.guidance_scale is None else f"scale {job.guidance_scale:g}"
     return [
         ("kind", "samples in shards"),
         ("shards", f"{folder.done} of {job.shards} done, of {job.shard_size} {job.content} each"),
-        ("samples", f"{job.count} of {classes} class(es)"),
-        ("guidance", f"scale {job.guidance_scale}, seed {job.seed}"),
+        ("samples", f"{job.count}{classes}, seed {job.seed}"),
+        ("sampled with", f"{job.steps} steps of {job.sampler}, guidance: {guidance}"),
         ("engine", f"manifest {job.engine}"),
     ]
 
 
 def _checkpoint(file: str, heads: int | None) -> Facts:
     need("torch", "export", "inspecting a checkpoint")
-    from tqdit.models import load_model
+    from tqdit.models.load import load_model
 
     model = load_model(file, heads)
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     return [
         ("kind", f"diffusion transformer, origin '{model.origin}'"),
-        ("configuration", getattr(model.network, "config", "not a native DiT")),
+        ("configuration", getattr(model.network, "config", "not known")),
         ("parameters", f"{parameters / 1e6:.2f} million"),
-        ("image", f"{model.in_channels} x {model.height} x {model.width}, {_space(model.latent_scale)}"),
-        ("classes", _classes(model.num_classes, model.class_names)),
-        ("samples with", f"{model.sampling.sampler}, {model.sampling.steps} steps, guidance {model.guidance_scale}"),
+        *_sampled(model.card()),
         ("fingerprint", model.fingerprint),
     ]
 
 
 def _card(card: GraphCard) -> Facts:
-    guidance = f"default scale {card.guidance_scale}" if card.guided else "none"
     return [
         ("graph", f"{card.graph} of {card.model} (origin '{card.origin}')"),
-        ("image", f"{card.channels} x {card.height} x {card.width}, {_space(card.latent_scale)}"),
-        ("classes", _classes(card.num_classes, card.class_names)),
-        ("sampler", f"{card.sampling.sampler}, {card.sampling.steps} steps, guidance: {guidance}"),
+        *_sampled(card),
         ("quantization", "none" if card.quantization is None else card.quantization.summary),
         ("fingerprint", card.fingerprint),
         ("written by", f"tqdit {card.written_by}"),
     ]
 
 
-def _space(latent_scale: float | None) -> str:
-    return "pixels" if latent_scale is None else f"latents of scale {latent_scale}"
+def _sampled(card: GraphCard) -> Facts:
+    """The network's call, and how it is sampled."""
+    signature = card.signature
+    label = signature.label
+    classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
+    return [
+        *((f"port {port.name}", _port(port)) for port in signature.ports),
+        ("prediction", _shape(signature.output)),
+        ("state", _space(card)),
+        *classes,
+        ("sampled with", f"{card.sampling}; any of {', '.join(samplers_of(card.sampling.process))}"),
+        ("guidance", _guidance(card.guidance)),
+    ]
+
+
+def _port(port: Port) -> str:
+    values = "" if port.values is None else f", 0..{port.values - 1}"
+    null = "" if port.null is None else f", {port.null:g} in an unconditional row"
+    return f"{port.kind}, {port.dtype} {_shape(port.shape)}{values}{null}"
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return " x ".join("rows" if size is None else str(size) for size in shape)
+
+
+def _space(card: GraphCard) -> str:
+    if card.latents is None:
+        return "pixels" if has_pixels(card) else "values as they are"
+    shift = f", shift {card.latents.shift:g}" if card.latents.shift else ""
+    return f"latents of scale {card.latents.scale:g}{shift}"
+
+
+def _guidance(guidance: Guidance | None) -> str:
+    if guidance is None:
+        return "none"
+    channels = "" if guidance.channels is None else f" of the first {guidance.channels} channels"
+    return f"classifier-free{channels}, scale {guidance.scale:g} unless chosen"
 
 
 def _classes(count: int, names: tuple[str, ...]) -> str:

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast
 
-from tqdit import __version__
 from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, UsageError
+from tqdit.version import __version__
 
 VERBS = {
     "calibrate": "tqdit.cli.calibrate",

@@ -8,15 +8,22 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
-from tqdit.engines.run.sampler import Sampler, StepReport
-from tqdit.engines.run.shards import INDEX, SHARD_SIZE, ShardFolder, describe_job, merge_shards, open_shards
+from tqdit.engines.run.sampler import Sampler, StepReport, makes_images
+from tqdit.engines.run.shards import (
+    INDEX,
+    SHARD_SIZE,
+    SamplingJob,
+    ShardFolder,
+    describe_job,
+    merge_shards,
+    open_shards,
+)
 from tqdit.errors import OutputError, UsageError
 from tqdit.files import check_writable
+from tqdit.sampling.schedule import sampler_names
 
 Work = Callable[[ShardFolder, list[int], Bar], None]  # makes these shards
 
@@ -25,16 +32,17 @@ EXAMPLES = """\
 examples:
   tqdit-sample                                                16 demo images -> samples.png
   tqdit-sample dit.engine -n 8 --classes 207,360 --guidance-scale 4 -o dogs.png
+  tqdit-sample dit.engine --steps 50 --sampler ddim           another chain than the engine proposes
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
   tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
   tqdit-sample dit.engine -n 50000 -o samples/                .npz shards; the same command continues after a stop
   tqdit-sample dit.engine -n 50000 -o samples/ --ray          the same bytes from as many workers as there are CPUs
   tqdit-sample --merge samples/ -o samples.npz                one file of all shards
 
-An image depends on the engine, the seed, its number, its class and the guidance, never on --batch, --threads
-or --ray."""
+An image depends on the engine, the seed, its number, its class, the guidance, --steps and --sampler, never on
+--batch, --threads or --ray."""
 
-MOST_PICTURES = 1000  # of a folder of PNGs, where --format does not say
+MOST_PICTURES = 1000  # in a folder of PNGs, unless --format says otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("engine", nargs="?", type=Path, default=Path("model.engine"), help="folder that tqdit-build wrote (default: "
         "%(default)s)")  # fmt: skip
     add("-n", type=int, default=16, metavar="N", help="images in all (default: %(default)s)")
-    add("--classes", type=_integers, metavar="C,C,...", help="class labels, cycled (default: all classes in turn)")
+    add("--classes", type=_integers, metavar="C,C,...", help="classes, repeated until there are N (default: all "
+        "classes in turn); unconditional models take none")  # fmt: skip
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
+    add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
+    add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
-        "--batch", type=int, help="images per engine call at most (default: 16, or fewer where the engine was built so)"
+        "--batch",
+        type=int,
+        help="images per engine call at most (default: 16, or fewer if the engine was built for fewer)",
     )
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip
@@ -76,12 +89,23 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if args.n < 1:
         raise UsageError(f"-n is {args.n}; at least one image is needed.")
     manifest = read_manifest(args.engine)
-    if kind == "folder" and _wants_shards(args, manifest):
-        return _sample_shards(args, manifest, console)
+    shards = kind == "folder" and _wants_shards(args, manifest)
     for name in ("format", "shard_size", "ray", "workers"):
         if getattr(args, name) is not None and kind != "folder":
             raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{output}' is a .{kind}.")
-    return _sample_at_once(args, console)
+    job = _describe(args, manifest, shards)
+    if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
+        console.say(remark)
+    return (_sample_shards if shards else _sample_at_once)(args, manifest, job, console)
+
+
+def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool) -> SamplingJob:
+    """The job that the arguments describe; without shards it is one of all images."""
+    size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
+    return describe_job(
+        args.engine, manifest, args.classes, args.guidance_scale, args.seed, args.n, size,
+        steps=args.steps, sampler=args.sampler,
+    )  # fmt: skip
 
 
 def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
@@ -90,49 +114,46 @@ def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
         raise UsageError(f"--{needs[0].replace('_', '-')} makes shards; leave out --format png.")
     if args.format is not None:
         return bool(args.format == "npz")
-    latents = manifest.card.latent_scale is not None and manifest.decoder is None
-    return bool(needs) or latents or args.n > MOST_PICTURES or (args.output / INDEX).is_file()
+    return bool(needs) or not makes_images(manifest) or args.n > MOST_PICTURES or (args.output / INDEX).is_file()
 
 
-def _sample_at_once(args: argparse.Namespace, console: Console) -> Path:
+def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
     check_output(output)
     check_writable(output)
+    if job.content == "latents" and kind_of(output) != "npz":
+        raise OutputError(
+            f"{output}: this engine makes latents and has no decoder. Name a .npz, or export again with --vae DIR."
+        )
     with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
-        labels = np.resize(args.classes or np.arange(sampler.card.num_classes), args.n).astype(np.int64)
-        if not sampler.makes_images and kind_of(output) != "npz":
-            raise OutputError(
-                f"{output}: this engine makes latents and has no decoder. Name a .npz, or export again with --vae DIR."
-            )
+        calls = sampler.steps_for(job.count, job.steps)
         started = time.perf_counter()
-        with console.bar(sampler.steps_for(args.n), "sampling", "steps") as bar:
+        with console.bar(calls, "sampling", "steps") as bar:
 
             def advance(report: StepReport) -> None:
                 bar.update()
 
-            if sampler.makes_images:
-                images = sampler.sample(labels, args.guidance_scale, args.seed, advance)
-            else:
-                latents = sampler.sample_latents(labels, args.guidance_scale, args.seed, advance)
+            arrays = job.make(sampler, 0, advance)
         seconds = time.perf_counter() - started
-        console.say(
-            f"{args.n} images in {seconds:.2f} s: {seconds / args.n:.3f} s per image, "
-            f"{1000 * seconds / sampler.steps_for(args.n):.1f} ms per step of up to {sampler.batch} images"
-        )
-        if sampler.makes_images:
-            notes = {"engine": sampler.card.fingerprint, "seed": args.seed, "guidance_scale": args.guidance_scale}
-            write_images(output, images, labels, notes)
-        else:
-            write_npz(output, latents=latents, labels=labels)
+    console.say(
+        f"{job.count} images in {seconds:.2f} s: {seconds / job.count:.3f} s per image, "
+        f"{1000 * seconds / calls:.1f} ms per step of up to {sampler.batch} images"
+    )
+    if job.content == "latents":
+        write_npz(output, **arrays)
+    else:
+        notes = {
+            "engine": manifest.card.fingerprint, "steps": job.steps, "sampler": job.sampler, "seed": job.seed,
+            "guidance_scale": job.guidance_scale,
+        }  # fmt: skip
+        write_images(output, arrays["arr_0"], job.labels(0), notes)
     return output
 
 
-def _sample_shards(args: argparse.Namespace, manifest: Manifest, console: Console) -> Path:
+def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
     """Shard by shard, here or on a cluster."""
     output: Path = args.output
-    size = SHARD_SIZE if args.shard_size is None else args.shard_size
-    job = describe_job(args.engine, manifest, args.classes, args.guidance_scale, args.seed, args.n, size)
     with ExitStack() as stack:
         work = _work_here(args, stack) if args.ray is None else _work_on_cluster(args, manifest, console)
         folder = stack.enter_context(open_shards(output, job, args.force))

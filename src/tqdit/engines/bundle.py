@@ -6,22 +6,21 @@ part is refused by name before anything runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tqdit.card import GraphCard
-from tqdit.engines.build.audit import Audit
 from tqdit.engines.config import BatchRange
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
 from tqdit.files import sha256
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-SEAL = "sha256"  # of the manifest itself: a flipped bit of the schedule or of the guidance scale is a wrong image
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,28 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a bundle holds and what it needs in order to run."""
+class Audit:
+    """Products of the scale table by what became of them, read off the compiled artefact."""
+
+    integer: int
+    simulated: int  # rounded in float arithmetic by choice of the export
+    weight_only: int  # integer weights, float product, by choice of the calibration
+    fallen_back: tuple[str, ...]  # should be integer and are not
+
+    @property
+    def line(self) -> str:
+        return (
+            f"quantized products: {self.integer} int8, {self.simulated} simulated by choice, "
+            f"{self.weight_only} weight-only by choice, {len(self.fallen_back)} fallen back"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """The manifest without the card, which reads itself."""
 
     backend: str
     precision: str
-    card: GraphCard
     entry: str  # file that the backend opens
     decoder: str | None  # file of the VAE decoder
     versions: dict[str, str]  # of the libraries that built it
@@ -49,61 +64,39 @@ class Manifest:
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
 
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(_Facts):
+    """What a bundle holds and what it needs in order to run."""
+
+    card: GraphCard
+
     def to_json(self) -> dict[str, Any]:
-        return seal({"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()})
+        return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
+        """Raises FileFormatError naming `where` if the text is not a manifest of this version."""
         try:
-            values = json.loads(text)
+            values = msgspec.json.decode(text, type=dict[str, Any])
             version = values.pop("format_version")
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (msgspec.MsgspecError, KeyError, RecursionError) as error:
             raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
         if version != FORMAT_VERSION:
             raise FileFormatError(
                 f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
                 "Build the engine again, or install the tqdit that built it."
             )
-        if values.pop(SEAL, None) != _digest(values | {"format_version": version}):
-            raise FileFormatError(f"{where}: altered since it was built (its SHA-256 differs). Build the engine again.")
+        card = GraphCard.from_json(json.dumps(values.pop("card", None)), str(where))
         try:
-            values["card"] = GraphCard.from_json(json.dumps(values["card"]), str(where))
-            values["audit"] = _audit(values["audit"])
-            values["batch"] = BatchRange(**values["batch"]) if values["batch"] else None
-            values["files"] = {name: Part(**part) for name, part in values["files"].items()}
-            manifest = cls(**values)
-            _check_types(manifest)
-        except (KeyError, TypeError, AttributeError, UsageError) as error:
+            facts = msgspec.convert(values, _Facts)
+        except (msgspec.ValidationError, UsageError) as error:
             raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
+        manifest = cls(card=card, **vars(facts))
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
             if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
-
-
-def _check_types(manifest: Manifest) -> None:
-    facts = [manifest.versions, manifest.target, manifest.plugins]
-    texts = [manifest.backend, manifest.precision, manifest.float_type, manifest.entry, manifest.decoder or ""]
-    texts += [text for fact in facts for entry in fact.items() for text in entry]
-    texts += [part.sha256 for part in manifest.files.values()]
-    sizes = [part.size_bytes for part in manifest.files.values()]
-    if not all(type(text) is str for text in texts) or not all(type(size) is int for size in sizes):
-        raise TypeError("a value of another type")
-
-
-def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """The content of a manifest with its own SHA-256, instead of an earlier one."""
-    content = {name: value for name, value in values.items() if name != SEAL}
-    return content | {SEAL: _digest(content)}
-
-
-def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of the content as JSON without spaces, keys sorted."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _audit(values: dict[str, Any] | None) -> Audit | None:
-    return None if values is None else Audit(**values | {"fallen_back": tuple(values["fallen_back"])})
 
 
 def describe_parts(folder: Path) -> dict[str, Part]:

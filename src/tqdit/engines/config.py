@@ -18,7 +18,7 @@ FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Images per engine call: the fewest, the number to tune for, the most."""
+    """Images per engine call: the fewest, the number to tune for, the most. With guidance an image is two rows."""
 
     least: int = 1
     best: int = 2
@@ -29,6 +29,10 @@ class BatchRange:
             raise UsageError(
                 f"--batch {self.least},{self.best},{self.most}: expected MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
             )
+
+    def rows(self, rows_per_image: int) -> tuple[int, int, int]:
+        """The same in rows of a call."""
+        return self.least * rows_per_image, self.best * rows_per_image, self.most * rows_per_image
 
     @classmethod
     def parse(cls, text: str) -> BatchRange:
@@ -46,7 +50,7 @@ class BatchRange:
 class BuildConfig:
     """One build. Where a field is None the backend chooses.
 
-    Every backend takes `precision`, `float_type` and `allow_fallback`; the rest are named in its row's `OPTIONS`.
+    Every backend takes `precision`, `float_type` and `allow_fallback`; the rest are named in its `OPTIONS`.
     """
 
     precision: Precision | None = None  # None: int8 for a quantized file, fp32 for a float one
@@ -60,7 +64,7 @@ class BuildConfig:
     optimization_level: int | None = None
     version_compatible: bool = False  # TensorRT: the plan also runs on later versions of the same major one
     lean_runtime: Literal["embed", "exclude"] = "embed"  # of a version-compatible plan
-    plugins: bool = True  # use kernels for the custom ops where the backend takes them
+    plugins: bool = True  # use kernels for the custom ops if the backend takes them
 
     def refuse_unknown(self, backend: str, honoured: frozenset[str]) -> None:
         """Raises UsageError if a field was set that this backend does not know."""
@@ -83,9 +87,9 @@ FLAGS = {
     "plugins": "--no-plugins",
 }
 
-# A long build tells how far it is: (what is being done, steps done, steps in all or 0 where unknown).
+# Reports how far a build is: (what is being done, parts done, parts in all or 0 if unknown).
 Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress of a build that nobody watches."""
+    """No-op callback."""

@@ -54,7 +54,7 @@ def resample(
 ) -> NDArray[np.float64]:
     """`statistic` of `resamples` draws with replacement of the indices 0..count-1: (resamples,).
 
-    strata (count,): draws stay within each stratum, as where the classes were dealt out in equal numbers.
+    strata (count,): draws stay within each stratum, for example if all classes have equal numbers of samples.
     """
     rng = np.random.default_rng([seed, count])
     groups = [np.arange(count)] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
@@ -68,9 +68,9 @@ def resample(
 
 
 def balanced_strata(labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
-    """The labels, where every class has the same number of samples to within one, and at least two; else None.
+    """The labels if all classes have the same number of samples to within one, and at least two; otherwise None.
 
-    A distance between sets whose classes are dealt out moves less from seed to seed than one between sets with random
+    A distance between sets whose classes are balanced moves less from seed to seed than one between sets with random
     classes, and a bootstrap that ignored it would say several times too much.
     """
     if labels is None or not len(labels):
@@ -105,7 +105,7 @@ def jackknife(
 ) -> Measure:  # fmt: skip
     """Value +- 1.96 jackknife standard errors, for Frechet distances. `statistic` takes a weight per sample (count,).
 
-    Samples are left out in about `blocks` blocks; where classes were dealt out, the others of a class take over its
+    Samples are left out in about `blocks` blocks; if classes are balanced, the others of a class take over its
     weight. A bootstrap sees 2 to 2.6 times the real spread of a distance that is near its bias, since resampling adds
     the noise that the distance measures once more; the jackknife sees 1.4 to 1.6 times (scripts/interval_check.py).
     """

@@ -34,7 +34,7 @@ class ReferenceFeatures:
     pooled: Gaussian
     spatial: Gaussian | None
     features: NDArray[np.float32] | None  # for precision and recall
-    count: int | None  # of samples; None where only statistics are stored
+    count: int | None  # of samples; None if only statistics are stored
 
 
 def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
@@ -62,7 +62,7 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
 
 @dataclass(frozen=True)
 class MetricChoice:
-    """Which metrics, and with how many resamples. `required`: one that cannot be had is an error, not a remark."""
+    """Which metrics, and with how many resamples. `required`: one that cannot be computed is an error, not a remark."""
 
     metrics: tuple[str, ...] = METRICS
     required: bool = False
@@ -71,7 +71,7 @@ class MetricChoice:
 
 
 class Metrics:
-    """All metrics of one set of images, each with its noise; what cannot be had comes with the reason."""
+    """All metrics of one set of images, each with its noise; what cannot be computed comes with the reason."""
 
     def __init__(self, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
         self._target, self._choice = target, choice
@@ -88,7 +88,7 @@ class Metrics:
             self._distances[name] = frechet_to(gaussian), gaussian.rank
 
     def measure(self, images: Observed) -> dict[str, Measure]:
-        """Every metric that was asked for and can be had."""
+        """Every metric that was asked for and can be computed."""
         self._hits = None
         found: dict[str, Measure] = {}
         for name in self._choice.metrics:
@@ -102,8 +102,9 @@ class Metrics:
         return found
 
     def excess(self, images: Observed, floats: Observed) -> Measure | None:
-        """Frechet distance of these images less that of the float ones of the same noise; None where there is none.
+        """Frechet distance of these images less that of the float ones of the same noise.
 
+        None if the distance was not asked for or cannot be computed.
         Both are left out of the jackknife together, so what the two share, bias and most of the noise, cancels.
         """
         if "frechet_distance" not in self._distances:
@@ -118,7 +119,7 @@ class Metrics:
         )  # fmt: skip
 
     def _reason_against(self, name: str, images: Observed) -> str | None:
-        """Why a metric cannot be had, or None."""
+        """Why a metric cannot be computed, or None."""
         count, advice = len(images), "Sample more with -n."
         if name == "accuracy":
             if not images.extractor.startswith("judge "):
@@ -184,11 +185,11 @@ class Pairs:
 def pair_up(
     reference: SampledChains,
     found: SampledChains,
-    timesteps: NDArray[np.int64],
-    boundaries: Iterable[int],
+    timesteps: NDArray[np.float64],
+    boundaries: Iterable[float],
     lpips: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.float64]] | None = None,
 ) -> Pairs:
-    """Errors of the final states, of every step and of each group, PSNR and SSIM where there are images."""
+    """Errors of the final states, of every step and of each group, PSNR and SSIM if there are images."""
     final = relative_errors(reference.latents, found.latents)
     middle = float(np.median(final))
     measures = {
@@ -208,11 +209,16 @@ def pair_up(
         errors = found.step_errors[:, members].mean(axis=1)  # (N,)
         measure = of_mean(errors, resamples=500)
         groups.append({
-            "group": int(group), "first_timestep": int(timesteps[members[0]]),
-            "last_timestep": int(timesteps[members[-1]]), "error": measure.to_json(),
+            "group": int(group), "first_timestep": plain(timesteps[members[0]]),
+            "last_timestep": plain(timesteps[members[-1]]), "error": measure.to_json(),
             "signal_to_error_db": _decibels(float(errors.mean())),
         })  # fmt: skip
     return Pairs(final, measures, found.step_errors.mean(axis=0), tuple(groups))
+
+
+def plain(timestep: float) -> float:
+    """As people write it: 999 for 999.0."""
+    return int(timestep) if float(timestep).is_integer() else float(timestep)
 
 
 def _decibels(error: float) -> float | None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibrate.device import choose_device, exact_arithmetic
+from tqdit.calibration.device import choose_device, exact_arithmetic
 from tqdit.demo.glyphs import IMAGE_SIZE
 from tqdit.demo.judge import load_judge
 from tqdit.errors import CheckpointError, MissingLibraryError, UsageError

@@ -23,7 +23,7 @@ from tqdit.errors import FileFormatError, OutputError
 from tqdit.evaluate.extractors import Extractor, Features, identity
 from tqdit.files import check_writable, read_npz
 
-VERSION = 1  # of the files, and of what extractors.py computes: raised where either changes
+VERSION = 1  # of the files, and of what extractors.py computes: raised if either changes
 
 
 class FeatureStore:
@@ -40,7 +40,7 @@ class FeatureStore:
         return self._file(shard).is_file()
 
     def load(self, shard: int) -> Features | None:
-        """Features of a whole shard, or None where they are to be extracted."""
+        """Features of a whole shard, or None if they are to be extracted."""
         try:
             content = read_npz(self._file(shard))
         except FileFormatError:  # missing or damaged
@@ -60,14 +60,14 @@ class FeatureStore:
         )
 
     def check(self) -> None:
-        """Say before the work and not after it where nothing can be kept."""
+        """Report before the work, not after it, that nothing can be kept."""
         try:
             check_writable(self._file(0))
         except OutputError as error:
             self._say(error)
 
     def save(self, shard: int, features: Features) -> None:
-        """Keep the features of a whole shard. Where that cannot be, the evaluation goes on without it."""
+        """Keep the features of a whole shard. If that is not possible, the evaluation continues without it."""
         arrays = {"pooled": features.pooled, "probabilities": features.probabilities}
         if features.spatial is not None:
             arrays["spatial"] = features.spatial

@@ -1,8 +1,9 @@
 """Inside the model: what each layer adds to the error, which tensors cost most, and which changes reduce it.
 
-Everything is measured on calibration rows, without chains. The error of a row is that of its predicted noise, weighted
-by the factor with which it enters the sampler's next state, as in the calibration's step-weighted objective:
+Everything is measured on calibration rows, without chains. The error of a row is that of its prediction, weighted by
+the factor with which it enters the sampler's next state, as in the calibration's step-weighted objective:
     E = sum c_t^2 |eps^ - eps|^2 / sum c_t^2 |eps|^2.
+An *image* is what one chain had at one step: one row, or with guidance the two rows of a pair.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,47 +22,51 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibrate import QuantizationConfig
-from tqdit.calibrate.advice import as_text
-from tqdit.calibrate.cost import multiply_adds
-from tqdit.calibrate.flow import Calibration
-from tqdit.calibrate.rows import CalibrationRows
+from tqdit.calibration.advice import as_text
+from tqdit.calibration.capture import Capture
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.cost import multiply_adds
+from tqdit.calibration.flow import Calibration
+from tqdit.calibration.rows import CalibrationRows
 from tqdit.card import GraphCard
 from tqdit.console import Console
-from tqdit.diffusion import step_coefficients
-from tqdit.models import LoadedModel, load_model
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Product, prediction_of
 from tqdit.quantization.fake_quant import (
     QuantizedLinear,
     QuantizedNetwork,
-    QuantizedScores,
-    QuantizedValueProduct,
-    RowGroups,
+    QuantizedProduct,
+    find_module,
+    quantize_module,
 )
-from tqdit.quantization.fake_quant import find_module as find
 from tqdit.quantization.fold import fold
-from tqdit.quantization.table import PerTimestepGroup, Role, ScaleTable, Site
+from tqdit.quantization.granularity import PerTimestepGroup, Role
+from tqdit.quantization.quantizer import Part
+from tqdit.quantization.table import ScaleTable, Site
+from tqdit.sampling.guidance import rows_per_image
 
 Float64 = NDArray[np.float64]
 BATCH = 64  # rows of a forward pass
-PAIRS = 80  # of calibration rows that judge, spread over the groups
+IMAGES = 80  # whose rows judge, spread over the groups
 ELEMENTWISE = 32 * 32  # bit operations of one float32 multiplication
 RESAMPLES = 500
 
 
 @dataclass(frozen=True)
 class TensorGain:
-    """One tensor left in float: how much of the error goes. Intervals are 95 %, over pairs of rows."""
+    """One tensor left in float: by how much the error falls. Intervals are 95 %, over images."""
 
     layer: str
     role: Role
-    gain: float  # share of E that goes
+    gain: float  # share of E that is removed
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """One change of a layer: how much of the error goes, and what it costs in bit operations of the whole model."""
+    """One change of a layer: by how much the error falls, and what it costs in bit operations of the whole model."""
 
     layer: str
     change: dict[str, Any]  # knobs of the calibration
@@ -78,42 +83,47 @@ class Remedy:
 class Diagnosis:
     """A model, its scale table, and rows that judge both."""
 
-    def __init__(self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, pairs: int = PAIRS) -> None:
+    def __init__(
+        self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, images: int = IMAGES
+    ) -> None:
         table.check_model(model.fingerprint, model.source)
         model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
-        self.model, self.table, self.work, self.console = model, table, work, console
+        self.model, self.table, self.console = model, table, console
+        self.products = {product.name: product for product in model.products}
         known = {field.name for field in fields(QuantizationConfig)}
         settings = {key: value for key, value in table.settings.items() if key in known} | {"equalize": False}
-        self.config = QuantizationConfig(**settings)
-        self.calibration = Calibration(model, self.config.for_model(model), work, console, None)
-        every = self.calibration.rows()
-        self.rows = _some(every, pairs)
-        spec = self.calibration.spec
-        factors = step_coefficients(spec.schedule, spec.sampler).from_eps[self.rows.step.cpu().numpy()]
+        self.config = QuantizationConfig(**settings).for_model(model)
+        self.calibration = Calibration(model, self.config, work, console)
+        self.every_row = self.calibration.rows()
+        self.rows_per_image = rows_per_image(model.guidance)
+        self.rows = _some(self.every_row, images, self.rows_per_image)
+        factors = self.calibration.spec.schedule.error_weights[self.rows.step.cpu().numpy()]
         self.weights = np.square(factors)  # (R,)
-        self.quantized = QuantizedNetwork(model.network, table).eval()
-        self.eps = self._eps(model.network)
-        energy = (self.weights * _squares(self.eps)).sum()
-        self._scale = len(self.weights) / 2 / energy
+        self.quantized = QuantizedNetwork(model.network, table, model.signature.time.name).eval()
+        self.prediction = self._predict(model.network)
+        energy = (self.weights * _squares(self.prediction)).sum()
+        self._scale = len(self.weights) / self.rows_per_image / energy
         self.base = self.errors(self.quantized)  # of the quantized network as it is, before anything is replaced
 
-    @torch.no_grad()
-    def _eps(self, network: nn.Module) -> Tensor:
-        parts = []
+    def batches(self) -> Iterator[slice]:
+        """The rows of each forward pass."""
         for start in range(0, len(self.rows), BATCH):
-            part = slice(start, start + BATCH)
-            output: Tensor = network(self.rows.x[part], self.rows.timestep[part], self.rows.label[part])
-            parts.append(output[:, : self.model.in_channels].double())
-        return torch.cat(parts)
+            yield slice(start, min(start + BATCH, len(self.rows)))
+
+    @torch.no_grad()
+    def _predict(self, network: nn.Module) -> Tensor:
+        """The channels that the state has, float64 (R, C, ...)."""
+        outputs = (prediction_of(network(**self.rows.part(part.start, part.stop))) for part in self.batches())
+        return torch.cat([output[:, : self.model.signature.channels].double() for output in outputs])
 
     def errors(self, network: nn.Module) -> Float64:
-        """Of each pair of rows (R / 2,), in units of E: their mean is E."""
-        squares = self.weights * _squares(self._eps(network) - self.eps)
-        paired: Float64 = squares.reshape(-1, 2).sum(axis=1) * self._scale
-        return paired
+        """Of each image (R / rows per image,), in units of E: their mean is E."""
+        squares = self.weights * _squares(self._predict(network) - self.prediction)
+        of_images: Float64 = squares.reshape(-1, self.rows_per_image).sum(axis=1) * self._scale
+        return of_images
 
     def gain(self, errors: Float64) -> tuple[float, float, float]:
-        """(share of E that goes, low, high) against the quantized network, resampling pairs."""
+        """(share of E that is removed, low, high) against the quantized network, resampling images."""
         rng = np.random.default_rng(0)
         chosen = rng.integers(0, len(errors), (RESAMPLES, len(errors)))
         draws = 1 - errors[chosen].sum(axis=1) / self.base[chosen].sum(axis=1)
@@ -133,18 +143,20 @@ class Diagnosis:
             setattr(parent, leaf, before)
 
 
-def _squares(eps: Tensor) -> Float64:
-    found: Float64 = eps.square().flatten(1).sum(1).cpu().numpy()
+def _squares(prediction: Tensor) -> Float64:
+    found: Float64 = prediction.square().flatten(1).sum(1).cpu().numpy()
     return found
 
 
-def _some(rows: CalibrationRows, pairs: int) -> CalibrationRows:
-    """`pairs` guided pairs, spread evenly over all, which are sorted by group."""
-    every = len(rows) // 2
-    chosen = np.unique(np.linspace(0, every - 1, min(pairs, every)).round().astype(np.int64))
-    index = torch.from_numpy(np.stack([2 * chosen, 2 * chosen + 1], axis=1).reshape(-1)).to(rows.x.device)
-    per_row = ("x", "timestep", "step", "label", "group", "noise")
-    return replace(rows, **{name: getattr(rows, name)[index] for name in per_row})
+def _some(rows: CalibrationRows, images: int, each: int) -> CalibrationRows:
+    """The rows of `images` images, `each` rows of each, spread evenly over all, which are sorted by group."""
+    every = len(rows) // each
+    chosen = np.unique(np.linspace(0, every - 1, min(images, every)).round().astype(np.int64))
+    index = torch.from_numpy((each * chosen[:, None] + np.arange(each)).reshape(-1)).to(rows.step.device)
+    return replace(
+        rows, inputs={name: tensor[index] for name, tensor in rows.inputs.items()}, step=rows.step[index],
+        group=rows.group[index], target=rows.target[index],
+    )  # fmt: skip
 
 
 # what each layer adds, by group of timesteps -------------------------------------------------------------------------
@@ -166,15 +178,13 @@ def layer_errors(diagnosis: Diagnosis) -> dict[str, list[float]]:
             for row, values in enumerate((difference, energy)):
                 totals[name][row] += np.bincount(group[part], values, minlength=groups)
 
-        return find(float_network, name).register_forward_hook(compare)
+        return find_module(float_network, name).register_forward_hook(compare)
 
-    handles = [listen(name, find(quantized.network, name)) for name in totals]
+    handles = [listen(name, find_module(quantized.network, name)) for name in totals]
     try:
-        for start in range(0, len(diagnosis.rows), BATCH):
-            part = slice(start, min(start + BATCH, len(diagnosis.rows)))
-            rows = diagnosis.rows
-            with quantized.rows.set(rows.group[part]):
-                float_network(rows.x[part], rows.timestep[part], rows.label[part])
+        for part in diagnosis.batches():
+            with quantized.rows.set(diagnosis.rows.group[part]):
+                float_network(**diagnosis.rows.part(part.start, part.stop))
     finally:
         for handle in handles:
             handle.remove()
@@ -190,23 +200,15 @@ def layer_errors(diagnosis: Diagnosis) -> dict[str, list[float]]:
 class FloatOperand(nn.Module):
     """An operand of a product that is not quantized, with the interface of one that is."""
 
-    class _One(nn.Module):
-        def multiply(self, y: Tensor) -> Tensor:
-            return y
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = self._One()
-
-    def codes_times_reference(self, x: Tensor) -> Tensor:
-        return x
+    def parts(self, x: Tensor) -> Iterator[Part[Tensor]]:
+        yield Part(x)
 
 
 def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
     """A copy of a quantized module with one of its tensors in float."""
     changed = copy.copy(module)
     changed._modules, changed._buffers = dict(module._modules), dict(module._buffers)
-    if isinstance(module, QuantizedScores | QuantizedValueProduct):
+    if isinstance(module, QuantizedProduct):
         setattr(changed, role, FloatOperand())
         return changed
     assert isinstance(module, QuantizedLinear)
@@ -224,8 +226,8 @@ def leave_one_out(diagnosis: Diagnosis, advance: Callable[[], object]) -> list[T
     """Every tensor of the table in turn left in float; the largest gain first."""
     gains = []
     for site in diagnosis.table.sites:
-        original = find(diagnosis.model.network, site.module)
-        changed = without(find(diagnosis.quantized.network, site.module), original, site.role)
+        original = find_module(diagnosis.model.network, site.module)
+        changed = without(find_module(diagnosis.quantized.network, site.module), original, site.role)
         with diagnosis.replaced(site.module, changed) as network:
             gains.append(TensorGain(site.module, site.role, *diagnosis.gain(diagnosis.errors(network))))
         advance()
@@ -235,23 +237,20 @@ def leave_one_out(diagnosis: Diagnosis, advance: Callable[[], object]) -> list[T
 # remedies -------------------------------------------------------------------------------------------------------------
 
 
-def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
-    """What can be changed about one layer: more bits, two regions, steps per group of timesteps, asymmetric inputs, and
-    for the small final layer an input in float."""
+def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, Any]]:
+    """What can be changed about one layer: more bits, two regions, scales per group of timesteps, asymmetric inputs,
+    and for the small final layer an input in float."""
     found: list[dict[str, Any]] = []
     activations = [site.quantizer for role, site in sites.items() if role != "weight"]
-    weight = sites.get("weight")
+    weight, left = sites.get("weight"), sites.get("input", sites.get("left"))
     if activations and min(q.bits for q in activations) < 8:
         found.append({"activation_bits": min(8, min(q.bits for q in activations) + 2)})
     if weight is not None and weight.quantizer.bits < 8:
         found.append({"weight_bits": min(8, weight.quantizer.bits + 2)})
-    name = next(iter(sites.values())).module
-    if name.startswith("final_layer") and "input" in sites:
+    if product.place == "final" and "input" in sites:
         found.append({"final": "weights"})  # its input in float
-    if name.endswith("value_product") and sites["left"].quantizer.scheme != "softmax":
-        found.append({"softmax": "two-region"})
-    if name.endswith("fc2") and "input" in sites and sites["input"].quantizer.scheme != "gelu":
-        found.append({"gelu": "two-region"})
+    if product.made_by is not None and left is not None and left.quantizer.scheme != product.made_by:
+        found.append({product.made_by: "two-region"})
     if any(not isinstance(q.granularity, PerTimestepGroup) for q in activations):
         found.append({"time_groups": "all"})
     if "input" in sites and sites["input"].quantizer.scheme == "symmetric":
@@ -261,88 +260,92 @@ def changes_for(sites: dict[str, Site]) -> list[dict[str, Any]]:
 
 def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
     """Each change of each of these layers, searched anew and measured; the largest gain per cost first."""
-    wanted: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for layer in layers:
-        for change in changes_for(diagnosis.table.by_module[layer]):
-            wanted.setdefault(next(iter(change)), []).append((layer, change))
-    work = WorkCosts(diagnosis)
-    found = []
-    for entries in wanted.values():
-        tables = _search(diagnosis, dict(entries))
-        for layer, change in entries:
-            sites = tables[layer]
-            rebuilt = QuantizedNetwork(diagnosis.model.network, replace(diagnosis.table, sites=tuple(sites)))
-            module = find(rebuilt.network, layer)
-            _share_rows(module, diagnosis.quantized)
-            with diagnosis.replaced(layer, module) as network:
-                gain = diagnosis.gain(diagnosis.errors(network))
-            found.append(Remedy(layer, change, *gain, work.extra(layer, sites)))
-            advance()
+    wanted = [
+        (layer, change)
+        for layer in layers
+        for change in changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
+    ]
+    if not wanted:
+        return []
+    plans = tuple(entry for entry in diagnosis.calibration.plans if entry.name in layers)
+    capture = diagnosis.calibration.capture(diagnosis.model, diagnosis.every_row, plans, "remedies")
+    costs, found = BitOperations(diagnosis), []
+    for layer, change in wanted:
+        sites = _search(diagnosis, capture, layer, change)
+        module = quantize_module(
+            layer, find_module(diagnosis.model.network, layer), sites, diagnosis.quantized.rows
+        ).to(diagnosis.model.device)  # fmt: skip
+        with diagnosis.replaced(layer, module) as network:
+            gain = diagnosis.gain(diagnosis.errors(network))
+        found.append(Remedy(layer, change, *gain, costs.extra(layer, sites)))
+        advance()
+    capture.delete()
     return sorted(found, key=lambda remedy: -remedy.gain_per_cost)
 
 
 def count_changes(diagnosis: Diagnosis, layers: list[str]) -> int:
-    return int(sum(len(changes_for(diagnosis.table.by_module[layer])) for layer in layers))
+    return int(sum(len(changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])) for layer in layers))
 
 
-def _search(diagnosis: Diagnosis, changes: dict[str, dict[str, Any]]) -> dict[str, list[Site]]:
-    """The sites of these layers, calibrated again with these changes on the same rows."""
+def _search(diagnosis: Diagnosis, capture: Capture, layer: str, change: dict[str, Any]) -> dict[str, Site]:
+    """The sites of one layer, searched again with one change on the samples of the calibration's rows."""
     knobs = {name: dict(held) for name, held in diagnosis.config.layer_knobs.items()}
-    for layer, change in changes.items():
-        knobs.setdefault(layer, {}).update(change)
-    config = replace(diagnosis.config, overrides=as_text(knobs)).for_model(diagnosis.model)
+    knobs.setdefault(layer, {}).update(change)
+    config = replace(diagnosis.config, overrides=as_text(knobs))
+    weight: Tensor | None = getattr(find_module(diagnosis.model.network, layer), "weight", None)
     with tempfile.TemporaryDirectory() as folder:
-        run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True), None)
-        run.plans = tuple(plan for plan in run.plans if plan.name in changes)
-        rows = diagnosis.calibration.rows()
-        run.forward(rows)
-        for stage in reversed(range(len(run.stages))):
-            run.search(stage, rows)
-        by_module = run.table(rows).by_module
-    return {layer: list(by_module[layer].values()) for layer in changes}
+        run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True))
+    entry = next(entry for entry in run.plans if entry.name == layer)
+    sites, _ = run.solve(entry, capture.samples(layer), weight, diagnosis.every_row)
+    return {site.role: site for site in sites}
 
 
-def _share_rows(module: nn.Module, network: QuantizedNetwork) -> None:
-    """Time-grouped steps ask one object for the group of each row: that of the network that they now belong to."""
-    for part in module.modules():
-        if isinstance(getattr(part, "rows", None), RowGroups):
-            setattr(part, "rows", network.rows)  # noqa: B010 (a module's attributes are typed as tensors)
-
-
-class WorkCosts:
-    """What a forward pass costs in bit operations: multiply-adds times the bits of both operands."""
+class BitOperations:
+    """What a forward pass costs: multiply-adds times the bits of both operands."""
 
     def __init__(self, diagnosis: Diagnosis) -> None:
-        self.per_row = multiply_adds(diagnosis.model)
-        self.model = diagnosis.model
+        self.per_row, self._elements = multiply_adds(diagnosis.model), operand_elements(diagnosis.model)
         self.table = diagnosis.table
         held = diagnosis.table.by_module
         self.total = float(sum(self.of(name, held.get(name, {})) for name in self.per_row))
 
-    def of(self, layer: str, sites: dict[str, Site]) -> float:
-        """32 bits for a tensor that stays float; one float32 multiplication per element for each step per group."""
+    def of(self, layer: str, sites: Mapping[str, Site]) -> float:
+        """32 bits for a tensor that stays float; one float32 multiplication per element for a scale per group."""
         left, right = sites.get("input", sites.get("left")), sites.get("weight", sites.get("right"))
         count = float(self.per_row[layer] * _bits(left) * _bits(right))
         if left is not None and left.quantizer.scheme in ("gelu", "softmax"):
             count *= 2  # the second region is a second product
-        for site in (left, right):
-            if site is not None and site.role != "weight" and _touches(site):
-                count += 2 * ELEMENTWISE * self._elements(layer, site.role)
+        for site, elements in zip((left, right), self._elements[layer], strict=False):  # a weight has none
+            if site is not None and _touches(site):
+                count += 2 * ELEMENTWISE * elements
         return count
 
-    def _elements(self, layer: str, role: Role) -> float:
-        """Elements of an operand of one row, from its products."""
-        module = find(self.model.network, layer)
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            return self.per_row[layer] / module.weight.shape[0]
-        config: Any = self.model.network.config
-        tokens, heads, width = config.num_tokens, config.num_heads, config.hidden_size
-        return float(heads * tokens**2 if role == "left" and layer.endswith("value_product") else tokens * width)
-
-    def extra(self, layer: str, sites: list[Site]) -> float:
+    def extra(self, layer: str, sites: Mapping[str, Site]) -> float:
         """Share of the model's bit operations that other sites of one layer add."""
-        changed = self.of(layer, {site.role: site for site in sites})
-        return (changed - self.of(layer, self.table.by_module[layer])) / self.total
+        return (self.of(layer, sites) - self.of(layer, self.table.by_module[layer])) / self.total
+
+
+def operand_elements(model: LoadedModel) -> dict[str, list[int]]:
+    """The size of each operand of each product that is no weight, for one row."""
+    found: dict[str, list[int]] = {}
+
+    def count(name: str) -> Any:
+        def hook(_module: nn.Module, operands: tuple[Tensor, ...], _output: Tensor) -> None:
+            before = found.get(name, [0] * len(operands))
+            found[name] = [total + operand.numel() for total, operand in zip(before, operands, strict=True)]
+
+        return hook
+
+    handles = [
+        find_module(model.network, product.name).register_forward_hook(count(product.name))
+        for product in model.products
+    ]
+    try:
+        model(model.signature.zeros(1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _bits(site: Site | None) -> int:
@@ -361,7 +364,7 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
         gains = leave_one_out(diagnosis, bar.update)
     worst = list(dict.fromkeys(gain.layer for gain in gains))[:layers]
     with console.bar(count_changes(diagnosis, worst), "remedies", "changes") as bar:
-        mended = remedies(diagnosis, worst, bar.update)
+        found = remedies(diagnosis, worst, bar.update)
     return {
         "tqdit_diagnosis": 1,
         "model": diagnosis.table.model,
@@ -370,15 +373,15 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
         "rows": len(diagnosis.rows),
         "error": float(diagnosis.base.mean()),
         "sites": [vars(gain) for gain in gains],
-        "remedies": [vars(remedy) | {"gain_per_cost": remedy.gain_per_cost} for remedy in mended],
-        "advice": advice(mended),
+        "remedies": [vars(remedy) | {"gain_per_cost": remedy.gain_per_cost} for remedy in found],
+        "advice": advice(found),
     }
 
 
-def advice(mended: list[Remedy]) -> list[dict[str, Any]]:
+def advice(found: list[Remedy]) -> list[dict[str, Any]]:
     """For each layer the changes that certainly help (the interval of their gain lies above zero), best value first."""
     chosen: dict[str, dict[str, Any]] = {}
-    for remedy in mended:
+    for remedy in found:
         if remedy.low > 0:
             chosen.setdefault(remedy.layer, {}).update(remedy.change)
     return [{"layer": layer, "change": change} for layer, change in chosen.items()]
@@ -403,12 +406,11 @@ def look_inside(
         }
 
 
-def scale_steps(table: ScaleTable) -> list[dict[str, Any]]:
-    """The steps of every tensor that has one per group of timesteps."""
+def scales_over_time(table: ScaleTable) -> list[dict[str, Any]]:
+    """The scales of every tensor that has one per group of timesteps."""
     found = []
     for site in table.sites:
         if isinstance(site.quantizer.granularity, PerTimestepGroup):
-            arrays = site.arrays()
-            name = next(key for key in ("low_step", "positive_step", "scale") if key in arrays)
-            found.append({"site": site.name, "steps": [float(value) for value in arrays[name]]})
+            values = site.arrays()[site.quantizer.plotted]
+            found.append({"site": site.name, "scales": [float(value) for value in values]})
     return found

@@ -1,4 +1,4 @@
-"""LPIPS of image pairs, where its weights are at hand (Zhang et al., arXiv 1801.03924, version 0.1 on VGG16).
+"""LPIPS of image pairs, if its weights are available (Zhang et al., arXiv 1801.03924, version 0.1 on VGG16).
 
 Two local files: torchvision's VGG16 (`features.N.weight`) and LPIPS' own linear weights (`linN.model.1.weight`).
 """

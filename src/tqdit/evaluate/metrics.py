@@ -49,7 +49,7 @@ def manifold_hits(
 
     A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour within
     the set. Precision is the share of samples (M,) in the manifold of the reference, recall the reverse (N,). Distances
-    are in float64; ADM's evaluator takes float16 where it does not overflow, so its third digit may differ.
+    are in float64; ADM's evaluator takes float16 if it does not overflow, so its third digit may differ.
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= neighbours:
@@ -73,7 +73,7 @@ def radii(points: Float64, neighbours: int) -> Float64:
 
 
 def squared_distances(a: Float64, b: Float64) -> Float64:
-    """(N, M) between points (N, D) and (M, D); what is rounding alone becomes zero, so equal points touch."""
+    """(N, M) between points (N, D) and (M, D); 0 for values that are only rounding error, as of equal points."""
     norms = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None]
     distances = norms - 2 * (a @ b.T)
     result: Float64 = np.where(distances < 1e-12 * norms, 0.0, distances)

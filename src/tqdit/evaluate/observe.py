@@ -1,7 +1,7 @@
 """What an extractor sees in a set of images. Found once, and everything that is measured is measured of it.
 
 Images in memory are extracted at once. Those of a folder of shards are read a shard at a time, and the features of each
-shard are kept on disk, so that an evaluation that was stopped goes on behind the finished ones.
+shard are kept on disk, so that an evaluation that was stopped continues after the finished ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdit.evaluate.samples import AnyImages, Images, ShardImages
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """Features of N images, their classes (N,) where they are known, and where both come from."""
+    """Features of N images, their classes (N,) if they are known, and the source of both."""
 
     features: Features
     labels: NDArray[np.int64] | None

@@ -27,7 +27,7 @@ IMAGE_WIDTH, FIGURE_WIDTH = 96, 1000  # CSS pixels: the least of one image, the 
 LINES = 24  # in the chart of scales over time
 GREY = "#7d8794"  # legible on white and on near-black
 # Text stays text and black, which the page's style turns into its own colour; no point of a line is left out.
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types its keys one by one
     "svg.fonttype": "none", "svg.hashsalt": "tqdit", "path.simplify": False, "axes.edgecolor": GREY,
     "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": "black", "ytick.labelcolor": "black",
     "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.35, "legend.frameon": False, "legend.fontsize": 8,
@@ -109,10 +109,10 @@ def _chart_over_time(facts: Facts) -> str:
 
 
 def _chart_of_scales(facts: Facts) -> str:
-    """Scales over time, each relative to its geometric mean, so that one chart holds them all."""
+    """Scales over time, each relative to its geometric mean, so that one chart shows them all."""
     lines = []
-    for entry in (facts.get("scale_steps") or [])[:LINES]:
-        values = np.array(entry["steps"])
+    for entry in (facts.get("scales") or [])[:LINES]:
+        values = np.array(entry["scales"])
         lines.append((entry["site"], range(len(values)), values / np.exp(np.log(values).mean())))
     return _chart(lines, "group of timesteps (0 is the cleanest)", "scale / its geometric mean") if lines else ""
 

@@ -25,7 +25,7 @@ SHOWN = 16  # images in a report
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """uint8 (N, H, W, 3) and, where they are known, the classes that were asked for (N,)."""
+    """uint8 (N, H, W, 3) and, if they are known, the classes that were asked for (N,)."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
@@ -71,9 +71,10 @@ class ShardImages:
         return np.concatenate([self.pixels(shard)[:SHOWN] for shard in few])[:SHOWN]  # no view of a whole shard
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """(N,), as the job dealt them out."""
-        return np.concatenate([self.folder.job.labels(shard) for shard in self.shards])[: self.count]
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,), as the job assigned them; None for an unconditional model."""
+        parts = [self.folder.job.labels(shard) for shard in self.shards]
+        return None if parts[0] is None else np.concatenate([part for part in parts if part is not None])[: self.count]
 
     @property
     def shards(self) -> range:
@@ -104,7 +105,7 @@ class Reference:
     images: AnyImages | None = None
     pooled: Gaussian | None = None
     spatial: Gaussian | None = None
-    extractor: str | None = None  # "name digest", where the file says so
+    extractor: str | None = None  # "name digest", if the file says so
 
 
 def read_images(path: Path, count: int | None = None) -> AnyImages:
@@ -160,11 +161,12 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def _images(content: dict[str, NDArray[Any]], path: Path) -> Images:
     pixels = content["arr_0"]
-    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not len(pixels):
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or pixels.dtype != np.uint8 or not len(pixels):
         raise FileFormatError(
-            f"{path}: arr_0 is {pixels.dtype} {pixels.shape}, expected images uint8 (N, H, W, 3). Write it with "
-            "tqdit-sample -o FILE.npz."
+            f"{path}: arr_0 is {pixels.dtype} {pixels.shape}, expected images uint8 (N, H, W, 3), or (N, H, W, 1) if "
+            "they are grey. Write it with tqdit-sample -o FILE.npz."
         )
+    pixels = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
     labels = content.get("arr_1")
     if labels is not None and labels.shape != (len(pixels),):
         raise FileFormatError(f"{path}: {labels.shape} labels (arr_1) for {len(pixels)} images. Write it again.")

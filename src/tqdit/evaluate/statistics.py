@@ -121,7 +121,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson, Landau 1982; Heusel et al., arXiv 1706.08500).
 
     tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b, S = R R^T. That needs no square root of a matrix
-    that is not symmetric, and is exact where a covariance is singular, so no offset is added anywhere.
+    that is not symmetric, and is exact if a covariance is singular, so no offset is added anywhere.
     """
     return frechet_to(b)(a)
 

@@ -27,7 +27,7 @@ def set_title(name: str) -> str:
 
 
 def summary(facts: Facts) -> str:
-    """Verdict, then one line per metric and set, then what could not be had."""
+    """Verdict, then one line per metric and set, then what could not be computed."""
     lines = [facts["verdict"], ""]
     metrics = list(dict.fromkeys(metric for found in facts["sets"].values() for metric in found))
     for metric in metrics:

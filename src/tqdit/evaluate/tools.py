@@ -28,11 +28,11 @@ DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings tha
 
 @dataclass(frozen=True)
 class MeasurementOptions:
-    """What to measure with. None: the default for the images at hand."""
+    """What to measure with. None: the default for the images."""
 
     reference: Path | None = None
     inception_weights: Path | None = None
-    metrics: tuple[str, ...] | None = None  # these and no others; one that cannot be had is an error
+    metrics: tuple[str, ...] | None = None  # these and no others; one that cannot be computed is an error
     resamples: int | None = None
     seed: int = 0
     write_reference: Path | None = None  # where the statistics of the samples go
@@ -49,7 +49,7 @@ class Tools:
 def choose_tools(
     options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
 ) -> Tools | None:
-    """Extractor and reference for images of this shape, or None where there is no extractor for them."""
+    """Extractor and reference for images of this shape, or None if there is no extractor for them."""
     from tqdit.demo.glyphs import IMAGE_SIZE
 
     extractor: Extractor
@@ -112,7 +112,7 @@ def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]
     """How everything was measured; `settings` are those of the sampling."""
     import torch
 
-    from tqdit import __version__
+    from tqdit.version import __version__
 
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,

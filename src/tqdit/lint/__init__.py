@@ -21,8 +21,9 @@ __all__ = ["BACKENDS", "Finding", "lint"]
 def lint(model: onnx.ModelProto, backend: str | None = None, folder: Path | None = None) -> tuple[Finding, ...]:
     """Findings about a model, errors first, then in the order of the rules and of the graph.
 
-    `backend` keeps only what hits that one; None keeps everything. `folder` holds the model's external data, from which
-    small scales are read; without it scales that lie outside the file are not judged by their numbers.
+    `backend` keeps only the findings that concern that backend; None keeps everything. `folder` holds the model's
+    external data, from which small scales are read; without it the numbers of scales in external data are not checked.
+    Raises FileFormatError for a graph that ONNX does not allow.
     """
     if backend is not None and backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'; the lint knows {', '.join(BACKENDS)}.")

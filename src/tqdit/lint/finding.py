@@ -13,9 +13,9 @@ TENSORRT = ("tensorrt-rtx", "tensorrt")
 
 @dataclass(frozen=True)
 class Finding:
-    """An error means wrong values, a refused file or INT8 lost without a word; a warning costs size or a detour.
+    """An error means wrong values, a refused file or INT8 lost silently; a warning costs size or a detour.
 
-    `backends` are those that the consequence hits; a lint for another backend leaves the finding out.
+    `backends` are those that are affected; a lint for another backend leaves the finding out.
     """
 
     rule: str

@@ -99,7 +99,7 @@ class Program:
 def read_program(model: ModelProto, folder: Path | None = None) -> Program:
     """`folder` holds the external data; small constants are read from there.
 
-    Raises FileFormatError if the graph is not one that ONNX allows.
+    Raises FileFormatError if the graph is not one that ONNX allows, or has parts that onnx_ir does not read.
     """
     functions = {(function.domain, function.name, function.overload): function for function in model.functions}
     try:
@@ -108,10 +108,16 @@ def read_program(model: ModelProto, folder: Path | None = None) -> Program:
         read = _inline(read) or _read(model, folder)
         ShapeInferencePass(check_type=False, strict_mode=False)(read)
         nodes = tuple(_nodes(read, folder))
-    except Exception as error:  # onnx_ir raises errors of many kinds for damaged graphs
-        reason = " ".join(str(error.__cause__ or error).split())[:160]
-        raise FileFormatError(f"the ONNX graph is damaged ({reason}). Export it again.") from error
+    except Exception as error:  # onnx_ir raises errors of many kinds for such graphs
+        reason = " ".join(str(_first_cause(error)).split())[:160]
+        raise FileFormatError(
+            f"the ONNX graph is damaged, or has parts that onnx_ir does not read ({reason}). Export it again."
+        ) from error
     return Program(model, nodes, calls, standard_opset(model), functions)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 def standard_opset(model: ModelProto | FunctionProto) -> int:
@@ -163,7 +169,8 @@ def _subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
 
 
 def _calls(model: ir.Model) -> Iterator[FunctionCall]:
-    for nodes in (model.graph, *model.functions.values()):
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for nodes in bodies:
         for node in nodes.all_nodes():
             if node.op_identifier() in model.functions:
                 given = tuple(value is not None for value in node.inputs)

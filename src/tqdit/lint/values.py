@@ -25,10 +25,10 @@ LAYOUT = {"Identity", "Cast", "CastLike", "Transpose", "Reshape", "Squeeze", "Un
 
 @dataclass(frozen=True)
 class Value:
-    """`constant`: every backend can compute it at build time. `dtype` is 0 where unknown.
+    """`constant`: every backend can compute it at build time. `dtype` is 0 if unknown.
 
-    Of constants: `shape`, `array` where it is small and at hand, and `origin`, the initializer that it is a copy of up
-    to its type and layout. `quantized` where it comes from a DequantizeLinear through nothing but layout.
+    Of constants: `shape`, `array` if it is small and available, and `origin`, the initializer that it is a copy of up
+    to its type and layout. `quantized` if it comes from a DequantizeLinear through nothing but layout.
     """
 
     constant: bool = False
@@ -40,14 +40,14 @@ class Value:
 
     @property
     def size(self) -> int | None:
-        """Number of elements, where the shape is known."""
+        """Number of elements, if the shape is known."""
         return None if self.shape is None else int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class Quantized:
     """The DequantizeLinear behind a value. `axis` is that of a per-channel scale in the layout of the value that
-    carries this, None where the scale is one number, blocked, or the layout changed beyond following."""
+    carries this, None if the scale is one number or blocked, or if the new layout is unknown."""
 
     node: str
     data: Value
@@ -80,7 +80,11 @@ class Values:
 
     def _stored(self, value: ir.Value) -> Value:
         """An input, an initializer, or the output of a Constant node."""
-        bare, tensor = _inferred(value), ir.convenience.get_const_tensor(value)
+        bare = _inferred(value)
+        try:
+            tensor = ir.convenience.get_const_tensor(value)
+        except ValueError:  # a Constant node without a value
+            return bare
         if tensor is None:
             return bare
         constant = not (self._overridable and value.is_graph_input())
@@ -148,7 +152,7 @@ def _moved(node: GraphNode, source: Value) -> Quantized | None:
 
 
 def _evaluated(node: GraphNode) -> NDArray[Any] | None:
-    """The numbers of a node of small constants by ONNX's reference implementation; None if they cannot be had."""
+    """The numbers of a node of small constants by ONNX's reference implementation; None if they cannot be computed."""
     arrays = [value.array for index, value in enumerate(node.inputs) if node.given(index)]
     known = [array for array in arrays if array is not None]
     attributes = {name: attribute.value for name, attribute in node.ir_node.attributes.items()}

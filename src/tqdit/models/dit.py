@@ -3,8 +3,6 @@
 Submodule names are those of the published checkpoints, so a published state dict loads as it is. Every tensor
 that a quantizer may want is the input or the output of a named submodule: `blocks.N.attn.scores`,
 `blocks.N.attn.softmax` and `blocks.N.attn.value_product` stand beside the linear layers.
-
-Where checkpoints of different origin compute different things, `DiTConfig` says so (see `models/origins.py`).
 """
 
 from __future__ import annotations
@@ -16,32 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.products import Fold, Product, Scores, ValueProduct, find_products, shift_and_scale
+from tqdit.ports import Port, Signature
 
 FREQUENCY_EMBEDDING_SIZE = 256
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape and arithmetic of one DiT.
-
-    The first group is read off a checkpoint's tensors. The second is what they cannot tell: it follows from where
-    the checkpoint comes from.
-    """
+    """Shape of one DiT; all but the number of heads can be read off a checkpoint's tensors."""
 
     input_size: int  # H = W of x, in latent or image pixels
     patch_size: int
     in_channels: int
-    out_channels: int  # 2 * in_channels where the variance is learned
+    out_channels: int  # 2 * in_channels if the variance is learned
     hidden_size: int
     depth: int
     mlp_hidden_size: int
     num_classes: int  # without the null class, whose label is num_classes
-
     num_heads: int
-    frequency_shift: int = 0  # timestep frequencies are 10000 ** -(i / (128 - shift)), i = 0..127
-    mlp_norm_eps: float = 1e-6  # of the norm before the MLP; the other norms have 1e-6 everywhere
-    embedders_per_block: bool = False  # timestep and label embedders copied into every block
 
     @property
     def num_tokens(self) -> int:
@@ -72,10 +63,9 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         half = FREQUENCY_EMBEDDING_SIZE // 2
-        # Both origins compute it in this order. Another one moves the angle at t = 999 by 1e-4, and the output with it.
+        # The published code computes it in this order. Another one moves the angle at t = 999 by 1e-4.
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")
-        exponent = exponent / (half - config.frequency_shift)
-        self.register_buffer("frequencies", torch.exp(exponent), persistent=False)
+        self.register_buffer("frequencies", torch.exp(exponent / half), persistent=False)
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_EMBEDDING_SIZE, config.hidden_size),
             nn.SiLU(),
@@ -131,109 +121,69 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Modulation(nn.Module):
-    """x (N, T, D) * (unit + scale (N, D)) + shift (N, D).
-
-    unit is 1. Where channels are equalised it is (D,) and holds 1 over their divisors (`tqdit.quantization.fold`).
-    """
-
-    unit: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("unit", torch.ones((), device="cpu"), persistent=False)
-
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return x * (self.unit + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) (1 + scale (N, D)) + shift (N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def _norm(width: int, eps: float) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False, eps=eps)
+def _norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-class Conditioned(nn.Module):
-    """A module whose conditioning may come from embedders of its own (`embedders_per_block`)."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.t_embedder = TimestepEmbedder(config) if config.embedders_per_block else None
-        self.y_embedder = LabelEmbedder(config) if config.embedders_per_block else None
-
-    def conditioning(self, timestep: Tensor, labels: Tensor, shared: Tensor | None) -> Tensor:
-        if self.t_embedder is None or self.y_embedder is None:
-            assert shared is not None
-            return shared
-        return self.t_embedder(timestep) + self.y_embedder(labels)  # (N, D)
-
-
-class DiTBlock(Conditioned):
+class DiTBlock(nn.Module):
     """Attention and MLP, each between an adaLN modulation and a gate."""
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__(config)
+        super().__init__()
         width = config.hidden_size
-        self.norm1 = _norm(width, 1e-6)
-        self.modulation1 = Modulation()
+        self.norm1 = _norm(width)
         self.attn = Attention(config)
-        self.norm2 = _norm(width, config.mlp_norm_eps)
-        self.modulation2 = Modulation()
+        self.norm2 = _norm(width)
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(self.modulation1(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(self.modulation2(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width, p = config.hidden_size, config.patch_size
-        self.norm_final = _norm(width, 1e-6)
-        self.modulation = Modulation()
+        self.norm_final = _norm(width)
         self.linear = nn.Linear(width, p * p * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(self.modulation(self.norm_final(x), shift, scale))  # (N, T, p * p * out_channels)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p * p * out_channels)
 
 
-class DiT(Conditioned):
+class DiT(nn.Module):
     """(x (N, C, H, W) float, timestep (N,) in 0..999, class_labels (N,)) -> (N, out_channels, H, W).
 
-    The first C channels of the result are the predicted noise, the rest (where learned) the variance fraction v of
+    The first C channels of the result are the predicted noise, the rest (if learned) the variance fraction v of
     improved DDPM (arXiv 2102.09672, eq. 15).
     """
 
     def __init__(self, config: DiTConfig) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config)
-        shared = not config.embedders_per_block
-        self.t_embedder = TimestepEmbedder(config) if shared else None
-        self.y_embedder = LabelEmbedder(config) if shared else None
+        self.t_embedder = TimestepEmbedder(config)
+        self.y_embedder = LabelEmbedder(config)
         self.pos_embed = nn.Parameter(sine_cosine_positions(config), requires_grad=False)  # (1, T, D)
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        c = self._shared_conditioning(timestep, class_labels)
+        c = self.t_embedder(timestep) + self.y_embedder(class_labels)  # (N, D)
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        first = None
         for block in self.blocks:
-            assert isinstance(block, DiTBlock)
-            own = block.conditioning(timestep, class_labels, c)
-            first = own if first is None else first
-            tokens = block(tokens, own)
-        assert first is not None
-        return self.unpatchify(self.final_layer(tokens, first))  # the final layer shares block 0's conditioning
-
-    def _shared_conditioning(self, timestep: Tensor, labels: Tensor) -> Tensor | None:
-        if self.t_embedder is None or self.y_embedder is None:
-            return None
-        return self.t_embedder(timestep) + self.y_embedder(labels)  # (N, D)
+            tokens = block(tokens, c)
+        return self.unpatchify(self.final_layer(tokens, c))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(N, T, p * p * C) -> (N, C, H, W)."""
@@ -241,6 +191,37 @@ class DiT(Conditioned):
         side = self.config.input_size // p
         grid = tokens.reshape(tokens.shape[0], side, side, p, p, c)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], c, side * p, side * p)
+
+
+def signature_of(config: DiTConfig) -> Signature:
+    """The ports of a DiT; the last class is the null class of guidance."""
+    size, null = config.input_size, config.num_classes
+    return Signature(
+        ports=(
+            Port("x", "state", "float32", (None, config.in_channels, size, size)),
+            Port("timestep", "time", "int64", (None,)),
+            Port("class_labels", "request", "int64", (None,), null=null, values=null + 1),
+        ),
+        output=(None, config.out_channels, size, size),
+        family="DiT",
+    )
+
+
+def products_of(network: DiT) -> tuple[Product, ...]:
+    """Its products, with the places where divisors of their inputs fold: adaLN's rows, and the rows of v."""
+    width = network.config.hidden_size
+    folds: dict[str, tuple[Fold, ...]] = {}
+    row_blocks: dict[str, int] = {}
+    for index in range(network.config.depth):
+        block = f"blocks.{index}"
+        adaln = f"{block}.adaLN_modulation.1"
+        folds[f"{block}.attn.qkv"] = shift_and_scale(adaln, 0, width)
+        folds[f"{block}.attn.proj"] = (Fold(f"{block}.attn.qkv", 2 * width, 3 * width),)
+        folds[f"{block}.mlp.fc1"] = shift_and_scale(adaln, 3, width)
+        row_blocks[f"{block}.attn.qkv"] = 3
+    folds["final_layer.linear"] = shift_and_scale("final_layer.adaLN_modulation.1", 0, width)
+    example = {name: torch.from_numpy(array) for name, array in signature_of(network.config).zeros(2).items()}
+    return find_products(network, example, folds, row_blocks)
 
 
 def sine_cosine_positions(config: DiTConfig) -> Tensor:
@@ -297,6 +278,3 @@ def randomize(model: DiT, seed: int = 0, scale: float = 0.02) -> DiT:
             if name != "pos_embed":
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
-
-
-__all__ = ["DiT", "DiTConfig", "initialize", "randomize", "sine_cosine_positions"]

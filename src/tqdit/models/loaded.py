@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from tqdit.diffusion import SamplingSpec
+from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
+from tqdit.models.products import Product, prediction_of
+from tqdit.ports import Signature
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import SamplingSpec
+from tqdit.version import __version__
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 network in eval mode: (x (N, C, H, W), timestep (N,) int64, class_labels (N,) int64) -> (N, K, H, W).
+    """A float32 network in eval mode, and how it is sampled by default. No stage knows more about a family."""
 
-    K is C (noise alone) or 2 C (noise, then the variance fraction). Label `num_classes` is the null class. Nothing
-    downstream knows more about an architecture than this.
-    """
-
-    network: nn.Module
-    in_channels: int
-    out_channels: int
-    height: int
-    width: int
-    num_classes: int
+    network: nn.Module  # takes the ports of the signature by name
+    signature: Signature
+    products: tuple[Product, ...]
+    sampling: SamplingSpec
+    guidance: Guidance | None
+    latents: Latents | None  # None: the state is an image in -1..1
     origin: str
     source: str  # what the user wrote: 'demo' or a path
     fingerprint: str  # SHA-256 over configuration and weights
-    sampling: SamplingSpec  # as the origin samples
-    guidance_scale: float
-    latent_scale: float | None  # None: x is an image in -1..1
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
-
-    @property
-    def learns_variance(self) -> bool:
-        return self.out_channels == 2 * self.in_channels
 
     @property
     def device(self) -> torch.device:
         """Where the network's weights lie."""
         return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+
+    def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One network call: ports by name to the prediction (rows, K, ...)."""
+        return prediction_of(self.network(**inputs))
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The same without gradients, in NumPy: a network as `sampling.chains` takes it."""
+        with torch.no_grad():
+            output = self.call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
+        result: NDArray[np.float32] = output.cpu().numpy()
+        return result
+
+    def card(
+        self, graph: GraphName = "denoiser", *, sampling: SamplingSpec | None = None,
+        guidance: Guidance | Literal["own"] | None = "own", quantization: QuantizationCard | None = None,
+    ) -> GraphCard:  # fmt: skip
+        """The card of a graph of this model, sampled as the model says unless something else is given."""
+        return GraphCard(
+            graph=graph,
+            signature=self.signature,
+            sampling=sampling or self.sampling,
+            guidance=self.guidance if guidance == "own" else guidance,
+            latents=self.latents,
+            class_names=self.class_names,
+            model=self.source,
+            origin=self.origin,
+            fingerprint=self.fingerprint,
+            written_by=__version__,
+            quantization=quantization,
+        )
 
     def to(self, device: str | torch.device) -> LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""
@@ -50,6 +78,17 @@ class LoadedModel:
 
     def with_source(self, source: str) -> LoadedModel:
         return replace(self, source=source)
+
+
+class PositionalCall(nn.Module):
+    """A network call with the ports as positional arguments and one tensor as the result: what an exporter traces."""
+
+    def __init__(self, network: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.network, self.names = network, signature.names
+
+    def forward(self, *ports: Tensor) -> Tensor:
+        return prediction_of(self.network(**dict(zip(self.names, ports, strict=True))))
 
 
 def fingerprint(network: nn.Module, configuration: object) -> str:

@@ -1,20 +1,272 @@
-"""The products of attention as modules, so that each tensor that a quantizer wants is some module's input or output."""
+"""The products of a network: linear layers, convolutions, and the two products of each attention.
+
+`find_products` makes them explicit and describes them from one observed call. Attention that is computed by
+`scaled_dot_product_attention` becomes submodules `OWNER.sdpa.{scores, softmax, value_product}` of the module that calls
+it, so each tensor that a quantizer wants is some submodule's input or output. A network keeps its parameters and names.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+Place = Literal["block", "attention", "patch", "final", "conditioning"]
+Maker = Literal["gelu", "softmax"]
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+MASKED = -1e30  # a score that no probability is left of, and whose products are finite
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows start..stop of a linear layer that make an input channel each, where a divisor of that input can go.
+
+    offset: 1 if the network adds one to what these rows compute (adaLN's 1 + scale).
+    """
+
+    module: str
+    start: int
+    stop: int
+    offset: int = 0
+
+
+def shift_and_scale(modulation: str, chunk: int, width: int) -> tuple[Fold, Fold]:
+    """Where adaLN computes norm (1 + scale) + shift: chunk `chunk` of its output is shift, the next one scale."""
+    start = chunk * width
+    return Fold(modulation, start, start + width), Fold(modulation, start + width, start + 2 * width, offset=1)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of the network, by the name of its module.
+
+    place: `patch` is the first product on tokens, `final` the last, `conditioning` multiplies one vector per row.
+    """
+
+    name: str
+    place: Place
+    made_by: Maker | None = None  # the activation that makes its input, or its left operand
+    row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in a fused qkv
+    folds: tuple[Fold, ...] = ()  # empty: a divisor of its input has no place to go
 
 
 class Scores(nn.Module):
-    """q kᵀ / sqrt(d). q and k (N, heads, T, d); result (N, heads, T, T)."""
+    """q kᵀ / sqrt(d). q (N, heads, T, d) and k (N, heads, S, d); result (N, heads, T, S)."""
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.matmul(q, k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)
 
 
 class ValueProduct(nn.Module):
-    """Probabilities (N, heads, T, T) times v (N, heads, T, d)."""
+    """Probabilities (N, heads, T, S) times v (N, heads, S, d)."""
 
     def forward(self, probabilities: Tensor, v: Tensor) -> Tensor:
         return torch.matmul(probabilities, v)
+
+
+class Sdpa(nn.Module):
+    """`scaled_dot_product_attention` with its two products and its softmax as submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = Scores()
+        self.softmax = nn.Softmax(dim=-1)
+        self.value_product = ValueProduct()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:  # fmt: skip
+        """q (N, heads, T, d), k and v (N, heads or fewer, S, d); mask bool or float, broadcast to (N, heads, T, S)."""
+        if enable_gqa and k.shape[-3] != q.shape[-3]:
+            repeats = q.shape[-3] // k.shape[-3]
+            k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+        if scale is not None and abs(scale * q.shape[-1] ** 0.5 - 1) > 1e-6:
+            q = q * (scale * q.shape[-1] ** 0.5)
+        scores = self.scores(q, k)
+        if is_causal:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, MASKED) if mask.dtype == torch.bool else scores + mask
+        attended: Tensor = self.value_product(self.softmax(scores), v)
+        return attended
+
+
+class _Route(TorchFunctionMode):
+    """Sends the attention of one module to its submodules."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self._owner, self._calls = owner, 0
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
+        sdpa = getattr(self._owner, sdpa_name(self._calls))
+        self._calls += 1
+        return sdpa(
+            *(given[name] for name in ARGUMENTS[:3]), given.get("attn_mask"), given.get("is_causal", False),
+            given.get("scale"), given.get("enable_gqa", False),
+        )  # fmt: skip
+
+
+class _Local:
+    """Keeps the routing active inside one module alone, so it holds in copies, traces and recomputed blocks."""
+
+    def __init__(self) -> None:
+        self._modes: list[_Route] = []
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        mode = _Route(module)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._modes.pop().__exit__(None, None, None)
+
+
+def sdpa_name(call: int) -> str:
+    """Name of the submodule of a module's n-th attention."""
+    return "sdpa" if call == 0 else f"sdpa_{call}"
+
+
+@dataclass
+class _Call:
+    """What one product was called with."""
+
+    ndim: int
+    rows: int
+    made_by: Maker | None
+
+
+@dataclass
+class _Observed(TorchFunctionMode):
+    """One call of a network: its products in the order of their calls, and who computes attention how often."""
+
+    names: dict[nn.Module, str]
+    owners: list[nn.Module] = field(default_factory=list)  # of the function that runs, innermost last
+    attention: dict[nn.Module, int] = field(default_factory=dict)
+    products: dict[str, _Call] = field(default_factory=dict)
+    outputs: list[tuple[str, Tensor]] = field(default_factory=list)  # of the products
+    made: dict[int, Maker] = field(default_factory=dict)  # by id of a tensor
+    kept: list[Tensor] = field(default_factory=list)  # an id is unique while its tensor lives
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function is F.scaled_dot_product_attention:
+            self.attention[self.owners[-1]] = self.attention.get(self.owners[-1], 0) + 1
+        elif function is F.gelu:
+            self._keep(output, "gelu")
+        elif function in (torch.dropout, F.dropout) and id(args[0]) in self.made:
+            self._keep(output, self.made[id(args[0])])
+        return output
+
+    def drop_dead(self, prediction: Tensor) -> None:
+        """Forget products that the prediction does not depend on, such as the last block's of a second stream."""
+        if not self.outputs:
+            return
+        tensors = [tensor for _, tensor in self.outputs]
+        gradients = torch.autograd.grad(prediction.sum(), tensors, allow_unused=True)
+        alive = {name for (name, _), gradient in zip(self.outputs, gradients, strict=True) if gradient is not None}
+        self.products = {name: call for name, call in self.products.items() if name in alive}
+        self.outputs = []
+
+    def _keep(self, tensor: Tensor, maker: Maker) -> None:
+        self.made[id(tensor)] = maker
+        self.kept.append(tensor)
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        self.owners.append(module)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.owners.pop()
+        if isinstance(module, nn.Softmax):
+            self._keep(output, "softmax")
+        elif is_product(module):
+            x = args[0]
+            call = _Call(x.ndim, len(x), self.made.get(id(x)))
+            self.products.setdefault(self.names[module], call)
+            if not output.requires_grad:
+                output.requires_grad_()
+            self.outputs.append((self.names[module], output))
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The tensor in what a network returns: itself, the first of a tuple, or the `sample` of a diffusers output."""
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output.sample
+    return found
+
+
+def is_product(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Scores | ValueProduct)
+
+
+def _observe(network: nn.Module, example: Mapping[str, Tensor]) -> _Observed:
+    """One call with tensors that have shapes and no memory: large networks are loaded as fast as small ones."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    seen = _Observed({module: name for name, module in network.named_modules()})
+    handles = [handle for module in network.modules() for handle in (
+        module.register_forward_pre_hook(seen.enter), module.register_forward_hook(seen.leave, always_call=True)
+    )]  # fmt: skip
+    try:
+        with torch.enable_grad(), fake, seen:
+            prediction = prediction_of(network(**{name: fake.from_tensor(tensor) for name, tensor in example.items()}))
+            seen.drop_dead(prediction)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def find_products(
+    network: nn.Module, example: Mapping[str, Tensor], folds: Mapping[str, tuple[Fold, ...]] | None = None,
+    row_blocks: Mapping[str, int] | None = None,
+) -> tuple[Product, ...]:  # fmt: skip
+    """Make the network's attention explicit, in place, and describe its products in the order of their calls.
+
+    Products that the prediction does not depend on are left out.
+
+    example: ports by name with at least two rows. folds, row_blocks: what a family knows about products by name.
+    """
+    rows = len(next(iter(example.values())))
+    for owner, calls in _observe(network, example).attention.items():
+        for call in range(calls):
+            owner.add_module(sdpa_name(call), Sdpa())
+        local = _Local()
+        owner.register_forward_pre_hook(local.enter)
+        owner.register_forward_hook(local.leave, always_call=True)
+    called = _observe(network, example).products
+    on_tokens = [name for name, call in called.items() if not _is_conditioning(call, rows)]
+
+    def place(name: str, call: _Call) -> Place:
+        if isinstance(network.get_submodule(name), Scores | ValueProduct):
+            return "attention"
+        if _is_conditioning(call, rows):
+            return "conditioning"
+        return "patch" if name == on_tokens[0] else "final" if name == on_tokens[-1] else "block"
+
+    return tuple(
+        Product(name, place(name, call), call.made_by, (row_blocks or {}).get(name, 1), (folds or {}).get(name, ()))
+        for name, call in called.items()
+    )
+
+
+def _is_conditioning(call: _Call, rows: int) -> bool:
+    """One vector per row."""
+    return call.ndim == 2 and call.rows == rows

@@ -1,4 +1,4 @@
-"""PyTorch's wish for a folder for temporary files: one line where there is none, or only a full one."""
+"""Check the temp directory before PyTorch needs it: one line if there is none, or only a full one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdit.errors import OutputError
 def need_compiler() -> None:
     """Import PyTorch's compiler, which the first operation on a tensor without memory does otherwise.
 
-    It makes a folder for what it compiles, a temporary one where no variable names another. An import that failed on
+    It makes a folder for what it compiles, a temporary one if no variable names another. An import that failed on
     that cannot be repeated, so Python's own trial of the folder comes first.
     """
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:

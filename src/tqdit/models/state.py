@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,7 +119,7 @@ def _refusal(reason: str) -> str:
     if code:
         return (
             f"refused: it holds pickled code ('{code[1]}'), which loading would run; expected tensors alone. "
-            "Convert it to safetensors where you trust it."
+            "Convert it to safetensors if you trust it."
         )
     detail = re.search(r"Unsupported operand \d+", reason)
     return f"not a PyTorch checkpoint, or a damaged one{f' ({detail[0]})' if detail else ''}. Get it again."
@@ -129,34 +131,29 @@ def _describe(content: object) -> str:
     return type(content).__name__
 
 
-def check_layout(
-    source: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], spell: Callable[[str], str] = str
-) -> None:
-    """Names, shapes, types and finiteness of every tensor, or one line that names what is wrong.
-
-    `spell` gives a tensor the name that it has in the file.
-    """
-    missing = [spell(name) for name in sorted(set(expected) - set(found))]
-    unexpected = [spell(name) for name in sorted(set(found) - set(expected))]
+def check_layout(source: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Names, shapes, types and finiteness of every tensor, or one line that names what is wrong."""
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
     if missing or unexpected:
         parts = [f"missing {_some(missing)}" * bool(missing), f"unexpected {_some(unexpected)}" * bool(unexpected)]
         raise CheckpointError(
-            f"{source}: its tensors are not those of a DiT: {'; '.join(filter(None, parts))}. "
+            f"{source}: its tensors are not those of its network: {'; '.join(filter(None, parts))}. "
             "Pass a published DiT checkpoint or a diffusers DiTTransformer2DModel directory."
         )
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
-                f"{source}: '{spell(name)}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} "
+                f"{source}: '{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} "
                 "from the other tensors. The checkpoint is inconsistent; get it again."
             )
         if tensor.dtype not in FLOAT_TYPES:
             raise CheckpointError(
-                f"{source}: '{spell(name)}' holds {tensor.dtype}, expected float16, bfloat16, float32 or float64. "
+                f"{source}: '{name}' holds {tensor.dtype}, expected float16, bfloat16, float32 or float64. "
                 "Pass the checkpoint from before it was quantized."
             )
         if not _is_finite(tensor):
-            raise CheckpointError(f"{source}: '{spell(name)}' holds NaN or infinite values. Use another checkpoint.")
+            raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values. Use another checkpoint.")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -168,3 +165,11 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def read_number(path: Path, settings: Mapping[str, Any], name: str, default: float) -> float:
+    """A finite number of a JSON file, or `default` if it is not there."""
+    value = settings.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise CheckpointError(f"{path}: '{name}' is {value!r}, expected a number. Get the file again.")
+    return value

@@ -45,9 +45,9 @@ class CompiledKernel:
 
 
 def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> CompiledKernel:
-    """PTX of one kernel for a compute capability, from the cache where it is there.
+    """PTX of one kernel for a compute capability, from the cache if it is there.
 
-    Raises MissingLibraryError without Triton, BackendError where the compiler fails.
+    Raises MissingLibraryError without Triton, BackendError if the compiler fails.
     """
     path = cache_folder() / f"{kernel.function}-{_key(kernel, capability)}.json"
     cached = _read(path)
@@ -73,7 +73,7 @@ def best_capability(device: tuple[int, int] | None) -> tuple[int, int]:
 def strip_scratch(ptx: str, entry: str, visible: int) -> str:
     """Take the hidden trailing parameters out of an entry of `visible` parameters.
 
-    Raises BackendError where there are more than Triton is known to add, or where the code reads one.
+    Raises BackendError if there are more than Triton is known to add, or if the code reads one.
     """
     match = re.search(rf"(\.visible \.entry {re.escape(entry)}\()(.*?)(\n?\))", ptx, re.DOTALL)
     parameters = match.group(2).split(",") if match else []

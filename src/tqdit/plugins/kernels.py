@@ -27,7 +27,7 @@ class Kernel:
     num_stages: int = 2
 
     def load(self) -> Any:
-        """The function: compiled where a GPU is, interpreted under TRITON_INTERPRET=1."""
+        """The function: compiled if there is a GPU, interpreted under TRITON_INTERPRET=1."""
         return getattr(importlib.import_module(self.module), self.function)
 
 

@@ -23,8 +23,8 @@ NAMES = ("MultiRegionAttention", "MultiRegionSoftmax", "TimeGroupSelect")
 def register_plugins(capability: tuple[int, int] | None = None) -> tuple[str, ...]:
     """Register the plugins with TensorRT, once per process, and return their names.
 
-    capability: of the GPU that the engine is for; None asks the driver, and where there is none compiles for 8.0, which
-    later ones run too. Returns nothing where `why_unavailable` says why. Call it before the file is parsed.
+    capability: of the GPU that the engine is for; None asks the driver, and without one compiles for 8.0, which
+    later ones run too. Returns nothing if `why_unavailable` says why. Call it before the file is parsed.
     """
     if why_unavailable() is not None:
         return ()
@@ -34,7 +34,7 @@ def register_plugins(capability: tuple[int, int] | None = None) -> tuple[str, ..
 
 
 def why_unavailable() -> str | None:
-    """Why plugins cannot be used here, or None where they can."""
+    """Why plugins cannot be used here, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton, which compiles the plugins, is not installed. Run: pip install 'tqdit[triton]'"
     try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Scores, ValueProduct, prediction_of
 from tqdit.quantization.fold import fold
-from tqdit.quantization.quantizers import softmax_regions, symmetric, symmetric_codes
-from tqdit.quantization.table import (
-    Asymmetric,
-    PerChannel,
-    PerTimestepGroup,
-    Quantizer,
-    ScaleTable,
-    Site,
-    Symmetric,
-    TwoRegionGelu,
-    TwoRegionSoftmax,
-    factor_steps,
-)
+from tqdit.quantization.granularity import PerChannel
+from tqdit.quantization.quantizer import Part, Quantizer, factor_scales
+from tqdit.quantization.rounding import codes, rounded
+from tqdit.quantization.table import ScaleTable, Site
 
 
 def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
@@ -45,19 +36,20 @@ def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
     """
     table.check_model(model.fingerprint, model.source)
     model, table = fold(model, table)
-    return replace(model, network=QuantizedNetwork(model.network, table).eval())
+    return replace(model, network=QuantizedNetwork(model.network, table, model.signature.time.name).eval())
 
 
 class QuantizedNetwork(nn.Module):
-    """(x (N, C, H, W), timestep (N,), class_labels (N,)) -> (N, K, H, W), like the network that it copies.
+    """Ports by name to the prediction, like the network that it copies. time: name of the port that tells the timestep.
 
     A network with a table that has divisors must be folded before (`apply` does it).
     """
 
     boundaries: Tensor
 
-    def __init__(self, network: nn.Module, table: ScaleTable) -> None:
+    def __init__(self, network: nn.Module, table: ScaleTable, time: str) -> None:
         super().__init__()
+        self.time = time
         assert all(site.divisor is None for site in table.sites)
         self.rows = RowGroups()
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
@@ -70,11 +62,10 @@ class QuantizedNetwork(nn.Module):
             setattr(self.network.get_submodule(parent), leaf, quantized)
         self.to(device)
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        groups = (timestep[:, None] >= self.boundaries[None]).sum(1)  # (N,)
+    def forward(self, **ports: Tensor) -> Tensor:
+        groups = (ports[self.time][:, None] >= self.boundaries[None]).sum(1)  # (N,)
         with self.rows.set(groups):
-            output: Tensor = self.network(x, timestep, class_labels)
-        return output
+            return prediction_of(self.network(**ports))
 
 
 class RowGroups:
@@ -100,101 +91,62 @@ class RowGroups:
         return table.index_select(0, groups).reshape(-1, *[1] * (ndim - 1))
 
 
-class Step(nn.Module):
-    """A step s[g] = s_ref r[g], s_ref = max s[g]; with one scale r = 1 and is left out."""
+class QuantizedOperand(nn.Module):
+    """One quantized tensor of a product, by its scheme's form. It is the form's `Arithmetic` for torch.
 
-    reference: Tensor
-    ratio: Tensor
+    Every constant is a buffer; of a scale with an entry per group, s_ref and r are buffers too.
+    """
 
-    def __init__(self, scale: NDArray[np.float32], rows: RowGroups) -> None:
+    def __init__(self, quantizer: Quantizer, rows: RowGroups) -> None:
         super().__init__()
-        reference, ratio = factor_steps(scale)
-        self.rows = rows
-        self.grouped = scale.ndim == 1
-        self.register_buffer("reference", torch.from_numpy(np.array(reference)), persistent=False)
-        self.register_buffer("ratio", torch.from_numpy(np.array(ratio)), persistent=False)
+        self.quantizer, self.rows = quantizer, rows
+        for name, array in quantizer.constants().items():
+            self._hold(name, array)
+            if array.ndim and name in quantizer.tensors:
+                reference, ratio = factor_scales(array)
+                self._hold(f"{name}_reference", reference)
+                self._hold(f"{name}_ratio", ratio)
 
-    def divide(self, x: Tensor) -> Tensor:
-        return x / self.rows.select(self.ratio, x.ndim) if self.grouped else x
+    def _hold(self, name: str, array: NDArray[np.float32]) -> None:
+        self.register_buffer(f"held_{name}", torch.from_numpy(np.array(array)), persistent=False)
 
-    def multiply(self, y: Tensor) -> Tensor:
-        return y * self.rows.select(self.ratio, y.ndim) if self.grouped else y
+    def parts(self, x: Tensor) -> Iterator[Part[Tensor]]:
+        """The terms of x^."""
+        return self.quantizer.torch_parts(self, x)
 
+    def constant(self, name: str, x: Tensor) -> Tensor:
+        held = self.get_buffer(f"held_{name}")
+        return self.rows.select(held, x.ndim) if held.ndim else held
 
-Product = Callable[[Tensor], Tensor]
+    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
+        return x - y
 
+    def negative(self, x: Tensor) -> Tensor:
+        return x.clamp(max=0)
 
-class SymmetricOperand(nn.Module):
-    """Q(x / r) -> product -> * r."""
+    def positive(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
 
-    def __init__(self, quantizer: Symmetric, rows: RowGroups) -> None:
-        super().__init__()
-        self.bits = quantizer.bits
-        self.step = Step(quantizer.scale, rows)
-
-    def codes_times_reference(self, x: Tensor) -> Tensor:
-        return symmetric(self.step.divide(x), self.step.reference, self.bits)
-
-    def forward(self, x: Tensor, product: Product, row_sums: Tensor) -> Tensor:  # noqa: ARG002 (as its siblings)
-        return self.step.multiply(product(self.codes_times_reference(x)))
-
-
-class AsymmetricInput(nn.Module):
-    """Q((x - b) / r) -> product -> * r + b rowsum(W^), b = (q - o) s."""
-
-    offset: Tensor
-
-    def __init__(self, quantizer: Asymmetric, rows: RowGroups) -> None:
-        super().__init__()
-        self.bits = quantizer.bits
-        self.rows = rows
-        self.step = Step(quantizer.scale, rows)
-        self.register_buffer("offset", torch.from_numpy(np.array(quantizer.offset)), persistent=False)
-
-    def forward(self, x: Tensor, product: Product, row_sums: Tensor) -> Tensor:
-        b = self.rows.select(self.offset, x.ndim) if self.step.grouped else self.offset
-        quantized = symmetric(self.step.divide(x - b), self.step.reference, self.bits)
-        return self.step.multiply(product(quantized)) + b * row_sums
+    def rounded(self, x: Tensor, scale: str) -> Part[Tensor]:
+        held = self.get_buffer(f"held_{scale}")
+        if not held.ndim:
+            return Part(rounded(x, held, self.quantizer.bits))
+        ratio = self.constant(f"{scale}_ratio", x)
+        return Part(rounded(x / ratio, self.get_buffer(f"held_{scale}_reference"), self.quantizer.bits), ratio)
 
 
-class GeluInput(nn.Module):
-    """min(x, 0) and max(x, 0), each with its own step; two products with one weight, added."""
-
-    def __init__(self, quantizer: TwoRegionGelu, rows: RowGroups) -> None:
-        super().__init__()
-        self.bits = quantizer.bits
-        self.negative = Step(quantizer.negative_step, rows)
-        self.positive = Step(quantizer.positive_step, rows)
-
-    def forward(self, x: Tensor, product: Product, row_sums: Tensor) -> Tensor:  # noqa: ARG002 (as its siblings)
-        regions = ((self.negative, x.clamp(max=0)), (self.positive, x.clamp(min=0)))
-        low, high = (
-            step.multiply(product(symmetric(step.divide(part), step.reference, self.bits))) for step, part in regions
-        )
-        return low + high
-
-
-class SoftmaxOperand(nn.Module):
-    """Probabilities as the sum of their two regions; the low step of each row's group divides as it is."""
-
-    low_step: Tensor
-    high_step: Tensor
-
-    def __init__(self, quantizer: TwoRegionSoftmax, rows: RowGroups) -> None:
-        super().__init__()
-        self.bits = quantizer.bits
-        self.rows = rows
-        self.grouped = isinstance(quantizer.granularity, PerTimestepGroup)
-        self.register_buffer("low_step", torch.from_numpy(np.array(quantizer.low_step)), persistent=False)
-        self.register_buffer("high_step", torch.from_numpy(np.array(quantizer.high_step)), persistent=False)
-
-    def forward(self, p: Tensor) -> Tensor:
-        low_step = self.rows.select(self.low_step, p.ndim) if self.grouped else self.low_step
-        low, high = softmax_regions(p, low_step, self.high_step, self.bits)
-        return low + high
-
-
-InputQuantizer = SymmetricOperand | AsymmetricInput | GeluInput
+def multiply(parts: Iterable[Part[Tensor]], product: Callable[[Tensor], Tensor], row_sums: Tensor | None) -> Tensor:
+    """x^ times another operand: `product` of the values of each part. row_sums: of that operand, if it is a weight."""
+    terms = []
+    for part in parts:
+        term = product(part.values)
+        if part.ratio is not None:
+            term = term * part.ratio
+        if part.offset is not None:
+            assert row_sums is not None
+            term = term + part.offset * row_sums
+        terms.append(term)
+    return functools.reduce(torch.add, terms)
 
 
 class QuantizedLinear(nn.Module):
@@ -204,7 +156,7 @@ class QuantizedLinear(nn.Module):
     row_sums: Tensor
     bias: Tensor | None
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, weight: Tensor, quantize: InputQuantizer | None) -> None:
+    def __init__(self, module: nn.Linear | nn.Conv2d, weight: Tensor, quantize: QuantizedOperand | None) -> None:
         super().__init__()
         self.stride = module.stride if isinstance(module, nn.Conv2d) else None
         shape = (-1,) if self.stride is None else (-1, 1, 1)
@@ -220,38 +172,24 @@ class QuantizedLinear(nn.Module):
         return F.conv2d(x, self.weight, stride=self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x) if self.quantize is None else self.quantize(x, self.product, self.row_sums)
+        y = self.product(x) if self.quantize is None else multiply(self.quantize.parts(x), self.product, self.row_sums)
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedScores(nn.Module):
-    """q^ k^T * r_q * r_k / sqrt(d). q and k (N, heads, T, d)."""
+class QuantizedProduct(nn.Module):
+    """A product of attention: q^ k^T / sqrt(d), or P^ v^. left and right (N, heads, T, ...)."""
 
-    def __init__(self, left: SymmetricOperand, right: SymmetricOperand) -> None:
+    def __init__(self, module: Scores | ValueProduct, left: QuantizedOperand, right: QuantizedOperand) -> None:
         super().__init__()
+        self.is_scores = isinstance(module, Scores)
         self.left, self.right = left, right
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        codes_q, codes_k = self.left.codes_times_reference(q), self.right.codes_times_reference(k)
-        product = torch.matmul(codes_q, codes_k.transpose(-2, -1))
-        scaled: Tensor = self.right.step.multiply(self.left.step.multiply(product)) * (q.shape[-1] ** -0.5)
-        return scaled
-
-
-class QuantizedValueProduct(nn.Module):
-    """P^ v^. Probabilities (N, heads, T, T), v (N, heads, T, d)."""
-
-    def __init__(self, left: SymmetricOperand | SoftmaxOperand, right: SymmetricOperand) -> None:
-        super().__init__()
-        self.left, self.right = left, right
-
-    def forward(self, probabilities: Tensor, v: Tensor) -> Tensor:
-        v = self.right.codes_times_reference(v)
-        if isinstance(self.left, SoftmaxOperand):
-            return self.right.step.multiply(torch.matmul(self.left(probabilities), v))
-        product = self.left.step.multiply(torch.matmul(self.left.codes_times_reference(probabilities), v))
-        scaled: Tensor = self.right.step.multiply(product)
-        return scaled
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        (other,) = self.right.parts(right)  # schemes of the role right have one part, without an offset
+        values = other.values.transpose(-2, -1) if self.is_scores else other.values
+        y = multiply(self.left.parts(left), lambda x: torch.matmul(x, values), None)
+        y = y if other.ratio is None else y * other.ratio
+        return y * (left.shape[-1] ** -0.5) if self.is_scores else y
 
 
 def find_module(network: nn.Module, name: str) -> nn.Module:
@@ -263,42 +201,28 @@ def find_module(network: nn.Module, name: str) -> nn.Module:
 
 def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], rows: RowGroups) -> nn.Module:
     """The quantized form of one module of the network."""
-    products: dict[type[nn.Module], Any] = {Scores: QuantizedScores, ValueProduct: QuantizedValueProduct}
-    expected = {"left", "right"} if type(module) in products else {"weight", "input"}
+    expected = {"left", "right"} if isinstance(module, Scores | ValueProduct) else {"weight", "input"}
     if not isinstance(module, nn.Linear | nn.Conv2d | Scores | ValueProduct) or not set(sites) <= expected:
         raise UsageError(f"the scale table quantizes {sorted(sites)} of '{name}', a {type(module).__name__}. "
                          "Calibrate again.")  # fmt: skip
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        weight = module.weight.detach()
-        if "weight" in sites:
-            weight = dequantized_weight(weight, sites["weight"])
-        operand = _operand(sites["input"].quantizer, rows) if "input" in sites else None
-        if isinstance(module, nn.Conv2d) and any(module.padding):
-            raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
-        return QuantizedLinear(module, weight, operand)
-    if set(sites) != expected:
-        raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. Calibrate again.")
-    built: nn.Module = products[type(module)](*(_operand(sites[role].quantizer, rows) for role in ("left", "right")))
-    return built
-
-
-def _operand(quantizer: Quantizer, rows: RowGroups) -> Any:
-    match quantizer:
-        case Symmetric():
-            return SymmetricOperand(quantizer, rows)
-        case Asymmetric():
-            return AsymmetricInput(quantizer, rows)
-        case TwoRegionGelu():
-            return GeluInput(quantizer, rows)
-        case TwoRegionSoftmax():
-            return SoftmaxOperand(quantizer, rows)
+    operands = {role: QuantizedOperand(site.quantizer, rows) for role, site in sites.items() if role != "weight"}
+    if isinstance(module, Scores | ValueProduct):
+        if set(sites) != expected:
+            raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. "
+                             "Calibrate again.")  # fmt: skip
+        return QuantizedProduct(module, operands["left"], operands["right"])
+    if isinstance(module, nn.Conv2d) and any(module.padding):
+        raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
+    weight = module.weight.detach()
+    if "weight" in sites:
+        weight = dequantized_weight(weight, sites["weight"])
+    return QuantizedLinear(module, weight, operands.get("input"))
 
 
 def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """(codes, scale) of a weight, float32: its stored codes, or those of rounding to nearest. scale broadcasts."""
     quantizer = site.quantizer
-    assert isinstance(quantizer, Symmetric)
-    scale = torch.from_numpy(np.array(quantizer.scale)).to(weight.device)
+    scale = torch.from_numpy(np.array(quantizer.arrays()["scale"])).to(weight.device)
     if isinstance(quantizer.granularity, PerChannel):
         axis = quantizer.granularity.axis
         if axis >= weight.ndim or weight.shape[axis] != len(scale):
@@ -308,7 +232,7 @@ def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
             )
         scale = scale.reshape([-1 if dim == axis else 1 for dim in range(weight.ndim)])
     if site.codes is None:
-        return symmetric_codes(weight, scale, quantizer.bits), scale
+        return codes(weight, scale, quantizer.bits), scale
     if site.codes.shape != tuple(weight.shape):
         raise UsageError(f"'{site.name}.codes' has shape {site.codes.shape}, the weight {tuple(weight.shape)}. "
                          "Calibrate this model.")  # fmt: skip
@@ -317,5 +241,5 @@ def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
 
 def dequantized_weight(weight: Tensor, site: Site) -> Tensor:
     """W^ = codes * scale."""
-    codes, scale = weight_codes(weight, site)
-    return codes * scale
+    integers, scale = weight_codes(weight, site)
+    return integers * scale

@@ -1,17 +1,14 @@
-"""Channel equalisation, folded: dividing a layer's input costs nothing where what makes that input can do it.
+"""Channel equalisation, folded: dividing a layer's input costs nothing if what makes that input can do it.
 
-    qkv, fc1, final linear   x = norm (unit + scale) + shift: adaLN's rows of scale and shift, and the unit, are divided
-    proj                     x = P v: the rows of v in qkv are divided, so v is quantized with equalised channels, too
-
-The layer's own weight is multiplied by the divisors, and the network computes what it did, up to rounding. All that
-quantizes works on the folded network and knows nothing of divisors. What follows a nonlinearity (fc2 after GELU, adaLN
-after SiLU) has no place to fold into.
+A product's `folds` (tqdit.models.products) say which rows of which linear layers make its input channels: adaLN's shift
+and scale, or the rows of v. Those rows are divided, the product's own weight is multiplied, and the network computes
+what it did, up to rounding. Everything that quantizes works on the folded network and knows nothing of divisors.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,81 +16,68 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
-from tqdit.models import LoadedModel
-from tqdit.models.dit import Attention, DiTBlock, FinalLayer, Modulation
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Fold
 from tqdit.quantization.table import ScaleTable
-
-Divide = Callable[[Tensor], None]
 
 
 def fold(model: LoadedModel, table: ScaleTable) -> tuple[LoadedModel, ScaleTable]:
     """The network that a table's sites describe, and the table without its divisors.
 
-    Raises UsageError where a divisor belongs to no layer that can be equalised, or does not fit it.
+    Raises UsageError if a divisor belongs to no layer that can be equalised, or does not fit it.
     """
     divided = {site.module: site.divisor for site in table.sites if site.divisor is not None}
     if not divided:
         return model, table
     divisors = {name: torch.from_numpy(np.array(divisor)).to(model.device) for name, divisor in divided.items()}
-    network = fold_divisors(model.network, divisors)
-    return replace(model, network=network), replace(table, sites=tuple(replace(s, divisor=None) for s in table.sites))
+    sites = tuple(replace(site, divisor=None) for site in table.sites)
+    return fold_divisors(model, divisors), replace(table, sites=sites)
 
 
-def fold_divisors(network: nn.Module, divisors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `network` in which the inputs of the layers named come divided by (K,); it shares all other weights."""
+def fold_divisors(model: LoadedModel, divisors: Mapping[str, Tensor]) -> LoadedModel:
+    """A model that computes the same with inputs of products divided by (K,) each; it shares the other weights."""
     if not divisors:
-        return network
-    shared = {id(parameter): parameter for parameter in network.parameters()}
-    folded = copy.deepcopy(network, shared)
+        return model
+    shared = {id(tensor): tensor for tensor in model.network.parameters()}
+    network = copy.deepcopy(model.network, shared)
+    products = {product.name: product for product in model.products}
     for name, divisor in sorted(divisors.items()):  # in one order, so that the last bits are always the same
-        divide = source_of(folded, name)
-        linear = dict(folded.named_modules()).get(name)
-        if divide is None or not isinstance(linear, nn.Linear):
-            raise UsageError(f"the scale table divides the input of '{name}', which nothing before it can do. "
-                             "Calibrate again.")  # fmt: skip
+        folds = products[name].folds if name in products else ()
+        if not folds:
+            raise UsageError(f"'{name}.divisor': this network has no place for it. Calibrate this model.")
+        linear = _linear(network, name)
         if divisor.shape != (linear.in_features,):
-            raise UsageError(f"'{name}.input.divisor' has {len(divisor)} entries, which do not fit the layer. "
-                             "Calibrate this model.")  # fmt: skip
-        divide(divisor)
+            raise UsageError(
+                f"'{name}.divisor' has shape {tuple(divisor.shape)}, its layer has {linear.in_features} inputs. "
+                "Calibrate this model."
+            )
         _set(linear, linear.weight * divisor, linear.bias)
-    return folded
+        for place in folds:
+            _divide_rows(_linear(network, place.module), place, divisor)
+    return replace(model, network=network)
 
 
-def source_of(network: nn.Module, name: str) -> Divide | None:
-    """What divides the channels of a layer's input, or None where they cannot be folded into what makes them."""
-    owner, _, leaf = name.rpartition(".")
-    modules = dict(network.named_modules())
-    match modules.get(owner), modules.get(owner.rpartition(".")[0]), leaf:
-        case (Attention() as attention, _, "proj"):
-            return lambda divisor: _divide_rows(attention.qkv, {2: divisor})
-        case (Attention(), DiTBlock() as block, "qkv"):
-            return lambda divisor: _divide_modulation(block.modulation1, block.adaLN_modulation[1], 0, divisor)
-        case (_, DiTBlock() as block, "fc1"):
-            return lambda divisor: _divide_modulation(block.modulation2, block.adaLN_modulation[1], 3, divisor)
-        case (FinalLayer() as final, _, "linear"):
-            return lambda divisor: _divide_modulation(final.modulation, final.adaLN_modulation[1], 0, divisor)
-    return None
+def _linear(network: nn.Module, name: str) -> nn.Linear:
+    module = network.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
-def _divide_modulation(modulation: Modulation, adaln: nn.Module, shift: int, divisor: Tensor) -> None:
-    """(norm (unit + scale) + shift) / divisor; `shift` is the chunk of adaLN's output that scale follows."""
-    assert isinstance(adaln, nn.Linear)
-    modulation.unit = modulation.unit / divisor
-    _divide_rows(adaln, {shift: divisor, shift + 1: divisor})
+def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor) -> None:
+    """(offset + W x + b) / d = offset + (W / d) x + b / d + offset (1 / d - 1)."""
+    rows = slice(place.start, place.stop)
+    weight = linear.weight.detach().clone()
+    weight[rows] /= divisor[:, None]
+    given: Tensor | None = linear.bias
+    has_bias = given is not None
+    bias = torch.zeros(len(weight), device=weight.device) if given is None else given.detach().clone()
+    bias[rows] = bias[rows] / divisor + place.offset * (1 / divisor - 1)
+    _set(linear, weight, bias if has_bias or place.offset else None)
 
 
-def _divide_rows(linear: nn.Linear, chunks: Mapping[int, Tensor]) -> None:
-    """Divide some chunks, each of D outputs, by (D,)."""
-    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
-    for index, divisor in chunks.items():
-        rows = slice(index * len(divisor), (index + 1) * len(divisor))
-        weight[rows] /= divisor[:, None]
-        bias[rows] /= divisor
-    _set(linear, weight, bias)
-
-
-def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer new parameters; those that it had belong to other networks as well."""
     trains = linear.weight.requires_grad
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
-    linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)

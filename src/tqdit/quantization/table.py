@@ -2,133 +2,46 @@
 
 A frozen value in memory, one safetensors file on disk. A *site* is a tensor that is quantized: the name of a module in
 the network's module tree and the role of the tensor there. This module needs NumPy; torch is never imported.
-
-Symbols: k bits, q = 2^(k-1), s a step, o a zero point, G groups of timesteps.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
-from tqdit.quantization.seal import seal
+from tqdit.quantization.checks import (
+    AGAIN,
+    BOUNDARIES,
+    check_boundaries,
+    check_codes,
+    check_divisor,
+    check_quantizer,
+)
+from tqdit.quantization.granularity import Role, granularity_from_text, granularity_to_text
+from tqdit.quantization.quantizer import Quantizer
+from tqdit.quantization.schemes import find_schemes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "tqdit_scales"
-TRAINING_STEPS = 1000
-BOUNDARIES = "boundaries"  # name of the tensor with the group boundaries
-
-Role = Literal["weight", "input", "left", "right"]
-ROLES: tuple[Role, ...] = ("weight", "input", "left", "right")
-
-
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor: shape ()."""
-
-
-@dataclass(frozen=True)
-class PerChannel:
-    """One scale per index along `axis` of the tensor: shape (C,), C = tensor.shape[axis]."""
-
-    axis: int = 0
-
-
-@dataclass(frozen=True)
-class PerTimestepGroup:
-    """One scale per group of timesteps: shape (n,). A row takes that of its own timestep's group."""
-
-    n: int
-
-
-Granularity = PerTensor | PerChannel | PerTimestepGroup
-
-
-@dataclass(frozen=True, eq=False)
-class Symmetric:
-    """x^ = s clip(round(x / s), -q, q - 1). `scale` float32 of the granularity's shape."""
-
-    scheme: ClassVar[str] = "symmetric"
-    bits: int
-    granularity: Granularity
-    scale: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Asymmetric:
-    """x^ = s (clip(round(x / s) + o, 0, 2^k - 1) - o), eq. 5 as it must be meant. `zero_point` int32, like `scale`."""
-
-    scheme: ClassVar[str] = "asymmetric"
-    bits: int
-    granularity: Granularity
-    scale: NDArray[np.float32]
-    zero_point: NDArray[np.int32]
-
-    @property
-    def offset(self) -> NDArray[np.float32]:
-        """b = (q - o) s, which moves the codes onto the int8 grid: x^ = Q(x - b; s) + b. Like `scale`."""
-        return np.asarray((2 ** (self.bits - 1) - self.zero_point).astype(np.float32) * self.scale)
-
-
-@dataclass(frozen=True, eq=False)
-class TwoRegionSoftmax:
-    """Multi-region quantizer of probabilities: c = round(x / s1); c s1 where c <= q - 1, else s2 clip(round(x / s2)).
-
-    `low_step` s1 float32 of the granularity's shape, `high_step` s2 float32 (), codes 0..q-1 in both regions.
-    """
-
-    scheme: ClassVar[str] = "softmax"
-    bits: int
-    granularity: Granularity
-    low_step: NDArray[np.float32]
-    high_step: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class TwoRegionGelu:
-    """Multi-region quantizer after GELU: x < 0 with step s1g and codes -q..0, x >= 0 with step s2g and codes 0..q-1.
-
-    `negative_step` s1g and `positive_step` s2g, float32 of the granularity's shape.
-    """
-
-    scheme: ClassVar[str] = "gelu"
-    bits: int
-    granularity: Granularity
-    negative_step: NDArray[np.float32]
-    positive_step: NDArray[np.float32]
-
-
-Quantizer = Symmetric | Asymmetric | TwoRegionSoftmax | TwoRegionGelu
-SCHEMES: dict[str, type[Quantizer]] = {
-    scheme.scheme: scheme for scheme in (Symmetric, Asymmetric, TwoRegionSoftmax, TwoRegionGelu)
-}
-# Which tensors a quantizer holds, with their dtype; `high_step` alone does not follow the granularity.
-TENSORS: dict[str, dict[str, str]] = {
-    "symmetric": {"scale": "float32"},
-    "asymmetric": {"scale": "float32", "zero_point": "int32"},
-    "softmax": {"low_step": "float32", "high_step": "float32"},
-    "gelu": {"negative_step": "float32", "positive_step": "float32"},
-}
-ROLES_OF_SCHEME: dict[str, tuple[Role, ...]] = {
-    "symmetric": ROLES, "asymmetric": ("input",), "softmax": ("left",), "gelu": ("input",)
-}  # fmt: skip
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """One quantized tensor.
 
-    codes: int8, a weight's integers where they are not those of rounding to nearest.
+    codes: int8, a weight's integers if they are not those of rounding to nearest.
     divisor: float32 (K,), of a linear layer's input: the channels of x come divided by it and W is multiplied with it,
     so the product stays the same and the channels get equal ranges. Every site of a table describes the network in
     which this is done (`tqdit.quantization.fold`): adaLN divides for qkv, fc1 and the final layer, rows of V for proj.
@@ -146,22 +59,22 @@ class Site:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The tensors that the file holds for this site, by their last name."""
-        arrays = {name: getattr(self.quantizer, name) for name in TENSORS[self.quantizer.scheme]}
         optional = {"codes": self.codes, "divisor": self.divisor}
-        return arrays | {name: array for name, array in optional.items() if array is not None}
+        return self.quantizer.arrays() | {name: array for name, array in optional.items() if array is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class ScaleTable:
-    """Everything that calibration found. Two tables are equal where their files are, byte for byte.
+    """Everything that calibration found. Two tables are equal if their files are, byte for byte.
 
-    boundaries int64 (G - 1,), increasing, in 1..999: the group of timestep t is the number of boundaries <= t.
+    boundaries float64 (G - 1,), increasing, in the network's unit of time: the group of timestep t is the number of
+    boundaries <= t.
     errors: module -> error of its quantized output relative to the output's energy, in the metric of the search.
     """
 
     model: str  # what the user wrote: 'demo' or a path
     fingerprint: str  # of the model, SHA-256
-    boundaries: NDArray[np.int64]
+    boundaries: NDArray[np.float64]
     sites: tuple[Site, ...]
     seed: int
     guidance_scale: float
@@ -170,9 +83,23 @@ class ScaleTable:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from tqdit.quantization.checks import check_table  # which needs the types of this module
-
-        check_table(self)
+        """Raises FileFormatError on the first thing that is wrong."""
+        check_boundaries(self.boundaries)
+        seen: set[str] = set()
+        for site in self.sites:
+            if site.name in seen:
+                raise FileFormatError(f"'{site.name}' is listed twice. {AGAIN}")
+            seen.add(site.name)
+            check_quantizer(site.name, site.role, site.quantizer, self.groups)
+            if site.divisor is not None:
+                check_divisor(f"{site.name}.divisor", site.role, site.divisor)
+            if site.codes is not None:
+                check_codes(f"{site.name}.codes", site.role, site.quantizer, site.codes)
+        if not math.isfinite(self.guidance_scale):
+            raise FileFormatError(f"the guidance scale is {self.guidance_scale}, expected a finite number. {AGAIN}")
+        for module, error in self.errors.items():
+            if not (math.isfinite(error) and error >= 0):
+                raise FileFormatError(f"the error of '{module}' is {error}, expected a number >= 0. {AGAIN}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ScaleTable) and self.to_bytes() == other.to_bytes()
@@ -192,10 +119,6 @@ class ScaleTable:
             modules.setdefault(site.module, {})[site.role] = site
         return modules
 
-    def group_of(self, timestep: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Group 0..G-1 of each timestep in 0..999."""
-        return np.searchsorted(self.boundaries, timestep, side="right").astype(np.int64)
-
     def check_model(self, fingerprint: str, source: str) -> None:
         """Refuse a model other than the calibrated one."""
         if fingerprint != self.fingerprint:
@@ -211,66 +134,66 @@ class ScaleTable:
         for site in self.sites:
             # np.asarray keeps 0-d arrays 0-d, which ascontiguousarray does not
             tensors |= {f"{site.name}.{key}": np.asarray(array, order="C") for key, array in site.arrays().items()}
-        text = json.dumps(seal(self._metadata(), tensors), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        text = msgspec.json.encode(self._header(), order="sorted").decode()
         content: bytes = numpy.save(tensors, metadata={METADATA_KEY: text})
         return content
 
-    def _metadata(self) -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "seed": self.seed,
-            "guidance_scale": self.guidance_scale,
-            "settings": dict(self.settings),
-            "versions": dict(self.versions),
-            "errors": dict(self.errors),
-            "sites": [
-                {
-                    "module": site.module,
-                    "role": site.role,
-                    "scheme": site.quantizer.scheme,
-                    "bits": site.quantizer.bits,
-                    "granularity": granularity_to_text(site.quantizer.granularity),
-                }
-                for site in self.sites
-            ],
-        }
+    def _header(self) -> Header:
+        entries = [
+            SiteEntry(site.module, site.role, quantizer.scheme, quantizer.bits,
+                      granularity_to_text(quantizer.granularity))
+            for site in self.sites for quantizer in [site.quantizer]
+        ]  # fmt: skip
+        versions = {name: str(version) for name, version in self.versions.items()}  # torch's is a subclass of str
+        return Header(
+            FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
+            dict(self.settings), versions, dict(self.errors), entries,
+        )  # fmt: skip
 
 
-def even_boundaries(groups: int) -> NDArray[np.int64]:
-    """Boundaries (G - 1,) of groups of equal length: the first timesteps at or after multiples of 1000 / G."""
-    if not 1 <= groups <= TRAINING_STEPS:
-        raise UsageError(f"--groups is {groups}; there can be 1 to {TRAINING_STEPS} groups of timesteps.")
-    return -(-TRAINING_STEPS * np.arange(1, groups, dtype=np.int64) // groups)
+class Version(msgspec.Struct):
+    """What every version of the metadata begins with."""
+
+    format_version: int
 
 
-def factor_steps(steps: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(s_ref, r) with s[g] = s_ref r[g], s_ref = max s[g]: shapes () and that of `steps`, both float32.
+class SiteEntry(msgspec.Struct):
+    """One site in the metadata; its tensors lie beside."""
 
-    The one place that factors steps: an export and the fake-quantized network must agree to the last bit.
+    module: str
+    role: str
+    scheme: str
+    bits: int
+    granularity: str
+
+
+class Header(Version):
+    """The metadata of a file, as JSON holds it."""
+
+    model: str
+    fingerprint: str
+    seed: int
+    guidance_scale: float
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    errors: dict[str, float]
+    sites: list[SiteEntry]
+
+
+def even_boundaries(groups: int, span: tuple[float, float] = (0, 1000)) -> NDArray[np.float64]:
+    """Boundaries (G - 1,) of groups of equal length over the timesteps of `span` (its end excluded).
+
+    If both ends are integers, so are the timesteps, and boundaries are rounded up to whole numbers.
     """
-    reference = np.asarray(steps.max(), dtype=np.float32)
-    return reference, np.asarray(steps / reference, dtype=np.float32)
-
-
-def granularity_to_text(granularity: Granularity) -> str:
-    match granularity:
-        case PerTensor():
-            return "tensor"
-        case PerChannel(axis):
-            return f"channel:{axis}"
-        case PerTimestepGroup(n):
-            return f"group:{n}"
-
-
-def granularity_from_text(text: str) -> Granularity:
-    kind, _, number = text.partition(":")
-    if kind == "tensor" and not number:
-        return PerTensor()
-    if kind in ("channel", "group") and number.isdigit():
-        return PerChannel(int(number)) if kind == "channel" else PerTimestepGroup(int(number))
-    raise FileFormatError(f"granularity '{text}' is unknown; known are tensor, channel:AXIS, group:N. Calibrate again.")
+    start, end = span
+    whole = isinstance(start, int) and isinstance(end, int)
+    if groups < 1 or (whole and groups > end - start):
+        most = f"1 to {end - start}" if whole else "at least 1"
+        raise UsageError(f"--groups is {groups}; there can be {most} groups of timesteps.")
+    inner = np.arange(1, groups)
+    if whole:  # in integers, since (end - start) / groups is not exact
+        return (start - (-(end - start) * inner // groups)).astype(np.float64)
+    return start + (end - start) * inner / groups
 
 
 def write_scale_table(path: Path, table: ScaleTable) -> None:
@@ -282,8 +205,6 @@ def write_scale_table(path: Path, table: ScaleTable) -> None:
 
 def read_scale_table(path: Path) -> ScaleTable:
     """Read and validate everything. Raises FileFormatError with one line that names the file and what is wrong."""
-    from tqdit.quantization.checks import parse
-
     safetensors = need("safetensors", "calibrate", "reading a scale table")
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Write it with tqdit-calibrate.")
@@ -307,3 +228,55 @@ def is_scale_table(path: Path) -> bool:
             return METADATA_KEY in (file.metadata() or {})
     except (safetensors.SafetensorError, OSError):
         return False
+
+
+def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
+    """A table from the two parts of its file."""
+    header = _read_header(metadata)
+    if BOUNDARIES not in tensors:
+        raise FileFormatError(f"'{BOUNDARIES}' is missing. {AGAIN}")
+    schemes = find_schemes()
+    sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
+    known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
+    unknown = sorted(set(tensors) - known)
+    if unknown:
+        raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
+    return ScaleTable(
+        header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
+        header.settings, header.versions, header.errors,
+    )  # fmt: skip
+
+
+def _read_header(metadata: Mapping[str, str]) -> Header:
+    if METADATA_KEY not in metadata:
+        raise FileFormatError(
+            f"not a scale table: it has no '{METADATA_KEY}' metadata. Pass a file that tqdit-calibrate wrote."
+        )
+    text = metadata[METADATA_KEY]
+    try:
+        version = msgspec.json.decode(text, type=Version).format_version
+        if version == FORMAT_VERSION:
+            return msgspec.json.decode(text, type=Header)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise FileFormatError(f"its '{METADATA_KEY}' metadata is damaged ({error}). {AGAIN}") from error
+    raise FileFormatError(
+        f"written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
+        "Calibrate again, or install the tqdit that wrote it."
+    )
+
+
+def _read_site(entry: SiteEntry, schemes: Mapping[str, type[Quantizer]], tensors: Arrays) -> Site:
+    name = f"{entry.module}.{entry.role}"
+    if entry.scheme not in schemes:
+        raise FileFormatError(f"'{name}' has scheme '{entry.scheme}'; known are {', '.join(schemes)}. {AGAIN}")
+    scheme = schemes[entry.scheme]
+    missing = [key for key in scheme.tensors if f"{name}.{key}" not in tensors]
+    if missing:
+        raise FileFormatError(f"'{name}.{missing[0]}' is missing. {AGAIN}")
+    try:
+        granularity = granularity_from_text(entry.granularity)
+    except FileFormatError as error:
+        raise FileFormatError(f"'{name}': {error}") from error
+    quantizer = scheme(entry.bits, granularity, **{key: tensors[f"{name}.{key}"] for key in scheme.tensors})
+    role = cast(Role, entry.role)  # which ScaleTable checks
+    return Site(entry.module, role, quantizer, tensors.get(f"{name}.codes"), tensors.get(f"{name}.divisor"))

@@ -11,7 +11,7 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
-from tqdit.export import write
+from tqdit.exporter.onnx_writer import write
 
 EVERY = list(providers.PROVIDERS.values())
 
@@ -86,8 +86,8 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
     assert others == ["CUDAExecutionProvider", providers.CPU]
     assert options["trt_engine_cache_enable"]
     image = "x3x8x8"
-    for key, count in (("min", 1), ("opt", 4), ("max", 8)):
-        expected = f"x:{count}{image},step:{count},class_labels:{count},guidance_scale:{count},noise:{count}{image}"
+    for key, rows in (("min", 2), ("opt", 8), ("max", 16)):  # guidance: two rows an image
+        expected = f"x:{rows}{image},timestep:{rows},class_labels:{rows}"
         assert options[f"trt_profile_{key}_shapes"] == expected
     manifest = read_manifest(tmp_path / "m.engine")
     assert manifest.batch == BatchRange(1, 4, 8)

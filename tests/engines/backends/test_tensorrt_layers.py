@@ -1,10 +1,14 @@
 """Reading the precision of products from an engine's layers."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tqdit.card import QuantizationCard
-from tqdit.engines.backends.tensorrt.layers import Layer, audit_layers, from_inspector, from_log
+from tqdit.engines.backends.tensorrt.builder import audit_layers
+from tqdit.engines.backends.tensorrt.layers import Layer, from_inspector, from_log
 from tqdit.errors import BackendError
+from tqdit.graph_names import SCOPE_KEY, Scopes
 
 TENSOR = "{{ Name: t, Dimensions: [-1,12], Strides: [12,1], StrideOrder: [1,0], Datatype: {}, Format: (Linear) Row }}"
 
@@ -100,21 +104,27 @@ def card(**products):
     return QuantizationCard(8, 8, (), "simulated", products)
 
 
+def scopes(*names):
+    """Nodes MODULE/MatMul of the modules that they are named after."""
+    return Scopes(SimpleNamespace(name=name, metadata_props={SCOPE_KEY: name.partition("/")[0]}) for name in names)
+
+
 def test_a_product_counts_by_all_of_its_nodes():
     """Two regions are two nodes; one in float, or one that no layer names, makes the product a fallback."""
     names = ["a/MatMul", "a/MatMul_2"]
     both, one = [layer(nodes=("a/MatMul",)), layer(nodes=("a/MatMul_2",))], [layer(nodes=("a/MatMul",))]
     half = layer("runtime_fusion", ("Half",), ("Int8",), ("a/MatMul_2",))
-    assert audit_layers(both, card(a="integer"), names).fallen_back == ()
-    assert audit_layers([*one, half], card(a="integer"), names).fallen_back == ("a",)
-    assert audit_layers(one, card(a="integer"), names).fallen_back == ("a",)
+    assert audit_layers(both, card(a="integer"), scopes(*names), names).fallen_back == ()
+    assert audit_layers([*one, half], card(a="integer"), scopes(*names), names).fallen_back == ("a",)
+    assert audit_layers(one, card(a="integer"), scopes(*names), names).fallen_back == ("a",)
 
 
 def test_merged_layers_count_for_every_node_in_them():
     merged = layer(nodes=("q/MatMul", "k/MatMul", "v/MatMul", "v/Add"))
-    audit = audit_layers([merged], card(q="integer", k="integer", v="integer"), ["q/MatMul", "k/MatMul", "v/MatMul"])
+    names = ["q/MatMul", "k/MatMul", "v/MatMul"]
+    audit = audit_layers([merged], card(q="integer", k="integer", v="integer"), scopes(*names), names)
     assert (audit.integer, audit.fallen_back) == (3, ())
 
 
 def test_float_graphs_have_no_audit():
-    assert audit_layers([layer()], None, []) is None
+    assert audit_layers([layer()], None, scopes(), []) is None

@@ -15,21 +15,24 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import support
+import tqdit
 from tables import Kind, make_table
 from tqdit.cli import main as cli
-from tqdit.engines import backends
 from tqdit.engines.backends.tensorrt import builder, compiler, cuda, worker
 from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
+from tqdit.engines.build.backend import builder as build_side
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
-from tqdit.export import ExportConfig, write
-from tqdit.export.graph import finish_graph, trace_graph
-from tqdit.models import load_model
+from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+from tqdit.exporter.onnx_writer import write
+from tqdit.models import families
 from tqdit.models.dit import DiT, DiTConfig, randomize
+from tqdit.models.families import published
+from tqdit.models.load import load_model
 from tqdit.models.products import Scores, ValueProduct
 
 pytestmark = pytest.mark.slow
@@ -64,7 +67,7 @@ def demo(tmp_path_factory):
 def stack(tmp_path_factory):
     """Two blocks of the width of DiT-XL/2 with everything around them."""
     network = randomize(DiT(XL_STACK)).eval().requires_grad_(False)
-    model = replace(support.tiny_model(), network=network, height=32, width=32, num_classes=1000)
+    model = published.describe(network, "stack", published.PUBLISHED)
     table = make_table(model, Kind(groups=10), operands=ranges_of(network))
     return export_all(tmp_path_factory.mktemp("stack"), model, table, ("simulated",))["simulated"]
 
@@ -156,9 +159,8 @@ def test_weights_that_are_spelled_out_have_the_same_codes(demo):
     onnx.checker.check_model(model)
     rng = np.random.default_rng(0)
     fed = {
-        "x": rng.standard_normal((2, 3, 16, 16), np.float32), "step": np.array([3, 200]),
+        "x": rng.standard_normal((2, 3, 16, 16), np.float32), "timestep": np.array([3, 800]),
         "class_labels": np.array([1, 2]),
-        "guidance_scale": np.float32([1.5, 3]), "noise": np.zeros((2, 3, 16, 16), np.float32),
     }  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -213,7 +215,7 @@ def with_run_time_scale(source, target, module):
     for offset, node in enumerate(extra):
         model.graph.node.insert(at + offset, node)
     quantize.input[1] = dequantize.input[1] = "broken/scale"
-    support.save_edited(model, target)
+    onnx.save(model, target)
 
 
 def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
@@ -232,10 +234,22 @@ def test_a_scale_computed_at_run_time_fails_the_audit_by_name(tiny, tmp_path):
     assert kept.audit.integer == 9
 
 
+@pytest.mark.parametrize(("source", "products"), [("diffusers", 13), ("two-streams", 14)])
+def test_networks_of_other_families_keep_their_integers(source, products, tmp_path, monkeypatch):
+    """diffusers' own module, and the toy family of two token streams with a float timestep."""
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(support.TOYS / "families")])
+    model = support.tiny_model("diffusers") if source == "diffusers" else load_model(source)
+    few = {"steps": 10, "groups": 2, "rows_per_group": 4, "chains": 4, "candidates": 10, "rounds": 1}
+    tqdit.export(model, tmp_path / "model.onnx", scales=tqdit.calibrate(model, **few))
+    config = BuildConfig(targets=("8.9",))
+    manifest = tqdit.build(tmp_path / "model.onnx", tmp_path / "model.engine", backend=BACKEND, config=config)
+    assert (manifest.audit.integer, manifest.audit.fallen_back) == (products, ())
+
+
 def test_weights_beside_the_file_are_found(tiny, tmp_path):
     """Large models: the graph is inlined, its weights stay where they are."""
     beside = {"save_as_external_data": True, "location": "big.data", "size_threshold": 0}
-    support.save_edited(onnx.load(tiny), tmp_path / "big.onnx", **beside)
+    onnx.save(onnx.load(tiny), tmp_path / "big.onnx", **beside)
     assert (tmp_path / "big.data").stat().st_size > 10_000
     manifest = build_engine(tmp_path / "big.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
     assert (manifest.audit.integer, manifest.audit.fallen_back) == (10, ())
@@ -279,7 +293,7 @@ def test_a_file_that_cannot_be_parsed_is_one_line(demo, tmp_path):
     model = onnx.load(demo["float"])
     zero = next(one for one in model.graph.initializer if one.name == "blocks.0.mlp.fc1.input.zero_point")
     zero.CopyFrom(numpy_helper.from_array(np.int8(3), zero.name))  # TensorRT quantizes around 0 only
-    support.save_edited(model, tmp_path / "odd.onnx")
+    onnx.save(model, tmp_path / "odd.onnx")
     with pytest.raises(BackendError, match=r"odd.onnx: TensorRT-RTX .* cannot compile it") as caught:
         build_engine(tmp_path / "odd.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(float_type="fp32"))
     assert "\n" not in str(caught.value)
@@ -348,8 +362,9 @@ def bundle(demo, tmp_path_factory):
 def test_inspect_tells_what_it_was_built_for(bundle, capsys):
     assert cli.main(["inspect", str(bundle)]) == 0
     told = capsys.readouterr()
-    assert "runs on       8.9" in told.out + told.err
-    assert "batch         1 to 4 images per call, tuned for 2" in told.out + told.err
+    facts = dict(line.split(maxsplit=1) for line in (told.out + told.err).splitlines())
+    assert facts["runs"].split() == ["on", "8.9"]
+    assert facts["batch"] == "1 to 4 images per call, tuned for 2"
 
 
 def test_more_images_per_call_than_it_was_built_for_are_refused(bundle):
@@ -390,9 +405,9 @@ def test_auto_takes_it_only_where_it_runs(monkeypatch, capability, score, reason
         return cuda.Device(0, capability)
 
     monkeypatch.setattr(cuda, "find_device", find_device)
-    fitness = backends.build_row(BACKEND).fitness()
+    fitness = build_side(BACKEND).fitness()
     assert fitness == (score, reason)
 
 
 def test_full_tensorrt_is_out_where_it_is_not_installed():
-    assert backends.build_row("tensorrt").fitness() == (0, "tensorrt is not installed")
+    assert build_side("tensorrt").fitness() == (0, "tensorrt is not installed")

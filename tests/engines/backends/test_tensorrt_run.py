@@ -12,13 +12,14 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, Status, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import Manifest, Part, seal
+from tqdit.engines.bundle import Manifest, Part, describe_parts, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
-from tqdit.export import ExportConfig
+from tqdit.exporter.graph import ExportConfig
 
 SHAPE = (3, 4, 4)
+OUT = (6, 4, 4)
 
 
 @pytest.fixture
@@ -32,8 +33,9 @@ def gpu(monkeypatch):
 def manifest():
     _, card = support.exported(ExportConfig(), pixels=True)
     return Manifest(
-        "tensorrt", "int8", card, "engine.plan", None, {"tensorrt": "11.4.0"}, {"compute_capabilities": "8.9"},
-        files={"engine.plan": Part("", 4)}, batch=BatchRange(1, 2, 16),
+        backend="tensorrt", precision="int8", card=card, entry="engine.plan", decoder=None,
+        versions={"tensorrt": "11.4.0"}, target={"compute_capabilities": "8.9"}, files={"engine.plan": Part("", 4)},
+        batch=BatchRange(1, 2, 16),
     )  # fmt: skip
 
 
@@ -57,10 +59,8 @@ def inputs(rows, seed=0):
     rng = np.random.default_rng(seed)
     return {
         "x": rng.standard_normal((rows, *SHAPE), np.float32),
-        "step": rng.integers(0, 250, rows),
+        "timestep": rng.integers(0, 1000, rows),
         "class_labels": rng.integers(0, 10, rows),
-        "guidance_scale": rng.uniform(1, 4, rows).astype(np.float32),
-        "noise": rng.standard_normal((rows, *SHAPE), np.float32),
     }
 
 
@@ -105,11 +105,11 @@ def test_contexts_share_one_scratch_memory(engine):
 
 def test_the_longest_unused_shape_is_forgotten(engine, gpu, monkeypatch):
     monkeypatch.setattr(run, "SHAPES_KEPT", 2)
-    for rows in (1, 2, 1, 3):
+    for rows in (2, 3, 2, 4):
         engine(inputs(rows))
-    assert list(engine._bound) == [1, 3]
+    assert list(engine._bound) == [2, 4]
     assert len(gpu.graphs) == 2
-    fed = inputs(2, 9)
+    fed = inputs(3, 9)
     assert np.array_equal(engine(fed), compute(fed))
 
 
@@ -127,8 +127,9 @@ def test_rtx_captures_by_itself(gpu, manifest, plan):
 
 
 def test_fewer_rows_than_the_engine_was_built_for_are_filled_up(gpu, manifest, plan):
+    """An image has two rows with guidance, so two images are four rows."""
     trt = FakeTensorRT(gpu, batch=(4, 8))
-    engine = run.TensorRTEngine(TENSORRT, plan, replace(manifest, batch=BatchRange(4, 4, 8)), trt)
+    engine = run.TensorRTEngine(TENSORRT, plan, replace(manifest, batch=BatchRange(2, 2, 4)), trt)
     fed = inputs(3)
     assert np.array_equal(engine(fed), compute(fed))
     assert trt.contexts[0].shapes["x"][0] == 4
@@ -137,7 +138,7 @@ def test_fewer_rows_than_the_engine_was_built_for_are_filled_up(gpu, manifest, p
 
 def test_more_rows_than_it_was_built_for_are_refused_and_nothing_is_kept(engine, gpu):
     before = set(gpu.memory)
-    with pytest.raises(UsageError, match=r"not built for 17 row\(s\).*--batch 1,8,17"):
+    with pytest.raises(UsageError, match=r"not built for 17 row\(s\).*--batch 1,4,9"):
         engine(inputs(17))
     assert set(gpu.memory) == before
 
@@ -146,8 +147,8 @@ def test_more_rows_than_it_was_built_for_are_refused_and_nothing_is_kept(engine,
     ("name", "value", "message"),
     [
         ("x", np.zeros((2, 3, 5, 4), np.float32), r"'x' has the shape \(2, 3, 5, 4\), expected \(2, 3, 4, 4\)"),
-        ("step", np.zeros(3, np.int64), r"'step' has the shape \(3,\), expected \(2,\)"),
-        ("noise", None, "the engine also takes noise"),
+        ("timestep", np.zeros(3, np.int64), r"'timestep' has the shape \(3,\), expected \(2,\)"),
+        ("class_labels", None, "the engine also takes class_labels"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(engine, name, value, message):
@@ -221,7 +222,7 @@ def test_arrays_on_the_device_stay_there(engine, gpu, stream):
         fed = inputs(2, seed)
         gpu.calls.clear()
         out = engine.run_on_device({name: OnDevice(gpu, value) for name, value in fed.items()}, stream)
-        assert out.shape == (2, *SHAPE)
+        assert out.shape == (2, *OUT)
         assert np.array_equal(out.numpy(), compute(fed))
         assert out.__cuda_array_interface__["stream"] == (77 if stream else 1)
         assert gpu.calls.count("StreamWaitEvent") == 2  # ours after the caller's, and the caller's after ours
@@ -231,12 +232,12 @@ def test_arrays_on_the_device_stay_there(engine, gpu, stream):
 
 def test_a_result_goes_into_the_array_that_the_caller_brings(engine, gpu):
     fed = inputs(2)
-    given = OnDevice(gpu, np.zeros((2, *SHAPE), np.float32))
+    given = OnDevice(gpu, np.zeros((2, *OUT), np.float32))
     assert engine.run_on_device({n: OnDevice(gpu, v) for n, v in fed.items()}, 77, out=given) is given
     assert np.array_equal(given.copy, compute(fed))
     with pytest.raises(UsageError, match="'out' is float32"):
         engine.run_on_device(
-            {n: OnDevice(gpu, v) for n, v in fed.items()}, 77, out=OnDevice(gpu, np.zeros((1, *SHAPE), np.float32))
+            {n: OnDevice(gpu, v) for n, v in fed.items()}, 77, out=OnDevice(gpu, np.zeros((1, *OUT), np.float32))
         )
 
 
@@ -246,7 +247,7 @@ def test_arrays_of_another_type_or_layout_are_refused(engine, gpu):
         engine.run_on_device(fed | {"x": OnDevice(gpu, np.zeros((2, *SHAPE)))})
     with pytest.raises(UsageError, match="'x' is not contiguous"):
         engine.run_on_device(fed | {"x": OnDevice(gpu, np.zeros((*SHAPE[::-1], 2), np.float32).T)})
-    with pytest.raises(UsageError, match="'x' does not lie in GPU memory"):
+    with pytest.raises(UsageError, match=r"'x' is ndarray, expected an array with __cuda_array_interface__"):
         engine.run_on_device(fed | {"x": np.zeros((2, *SHAPE), np.float32)})
     with pytest.raises(UsageError, match="'x' is list, expected an array"):
         engine.run_on_device(fed | {"x": [0.0]})
@@ -355,15 +356,30 @@ def test_a_machine_without_a_driver_is_told_so():
 def test_a_damaged_batch_range_is_refused(manifest):
     values = manifest.to_json()
     assert Manifest.from_json(json.dumps(values), Path("m")) == manifest
-    assert Manifest.from_json(json.dumps(seal(values | {"batch": None})), Path("m")) == replace(manifest, batch=None)
+    assert Manifest.from_json(json.dumps(values | {"batch": None}), Path("m")) == replace(manifest, batch=None)
     for damaged in ({"least": 3, "best": 2, "most": 1}, {"least": "one"}, [1, 2, 3]):
         with pytest.raises(FileFormatError, match="m: damaged manifest"):
-            Manifest.from_json(json.dumps(seal(values | {"batch": damaged})), Path("m"))
+            Manifest.from_json(json.dumps(values | {"batch": damaged}), Path("m"))
+
+
+def test_the_engine_of_a_bundle_opens_by_the_path_of_the_folder(gpu, manifest, plan, monkeypatch):
+    monkeypatch.setattr(type(TENSORRT), "load", lambda *_: FakeTensorRT(gpu, shape=manifest.card.state_shape))
+    write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent)))
+    run.TensorRTEngine.open(str(plan.parent)).close()
+    write_manifest(plan.parent, replace(manifest, backend="openvino", files={"engine.plan": Part("", 4)}))
+    with pytest.raises(FileFormatError, match=r"engine\.plan: altered"):
+        run.TensorRTEngine.open(plan.parent)
+
+
+def test_the_engine_of_another_backend_is_refused(manifest, plan):
+    write_manifest(plan.parent, replace(manifest, backend="openvino", files=describe_parts(plan.parent)))
+    with pytest.raises(UsageError, match="built for openvino, expected tensorrt-rtx or tensorrt"):
+        run.TensorRTEngine.open(plan.parent)
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):
     """The chain of a whole sampler equals the same chain in NumPy."""
-    trt = FakeTensorRT(gpu, shape=manifest.card.image_shape)
+    trt = FakeTensorRT(gpu, shape=manifest.card.state_shape)
     sampler = Sampler(manifest.card, load(TENSORRT, manifest, plan, trt, monkeypatch), batch=2)
 
     class OnHost:

@@ -10,7 +10,8 @@ import support
 from tables import Kind, make_table
 from tqdit.engines.build.cast import cast_floats
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig, write
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
 from tqdit.onnx_file import read_card
 
 KINDS = {"float": None, "W8A8": Kind(groups=10), "asymmetric groups": Kind(asymmetric=True, groups=10, everywhere=True)}

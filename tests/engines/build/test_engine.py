@@ -1,7 +1,6 @@
 """The builder around the backends: float types and the audit."""
 
-import sys
-import types
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -9,36 +8,22 @@ import pytest
 
 import support
 from tqdit.card import QuantizationCard
-from tqdit.engines import backends
-from tqdit.engines.build.audit import audit
+from tqdit.engines.build.audit import audit, check_audit
+from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.bundle import Manifest, describe_parts, read_manifest
+from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
-from tqdit.errors import BackendError, UsageError
-from tqdit.export import write
-
-
-@pytest.fixture
-def half_backend(monkeypatch):
-    """A backend that likes float16 and keeps the file that it is given."""
-
-    def build(source, card, folder, config, progress):
-        (folder / "graph.onnx").write_bytes(source.read_bytes())
-        return Manifest("half", config.precision, card, "graph.onnx", None, {}, {}, files=describe_parts(folder))
-
-    module = types.ModuleType("half_backend.build")
-    module.OPTIONS, module.CASTS_FLOATS, module.build = frozenset(), False, build
-    module.float_types = lambda _: ("fp16", "fp32")
-    monkeypatch.setitem(sys.modules, "half_backend.build", module)
-    monkeypatch.setitem(backends.BACKENDS, "half", "half_backend")
+from tqdit.errors import BackendError, FileFormatError, UsageError
+from tqdit.exporter.onnx_writer import write
+from tqdit.graph_names import SCOPE_KEY, Scopes
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("auto", "fp16"), ("fp16", "fp16"), ("fp32", "fp32")])
 def test_the_builder_casts_the_file_to_the_type_that_the_backend_likes(
-    quantized, tmp_path, half_backend, choice, expected
+    quantized, tmp_path, plain_backend, choice, expected
 ):
-    build_engine(quantized, tmp_path / "model.engine", "half", BuildConfig(float_type=choice))
+    build_engine(quantized, tmp_path / "model.engine", "plain", BuildConfig(float_type=choice))
     assert read_manifest(tmp_path / "model.engine").float_type == expected
     compiled = onnx.load(tmp_path / "model.engine" / "graph.onnx", load_external_data=False).graph
     halves = [tensor for tensor in compiled.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
@@ -65,7 +50,7 @@ def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantiz
     target = "blocks.1.mlp.fc1"
     nodes = {node.name: node for node in model.graph.node}
     nodes[f"{target}/MatMul"].input[0] = nodes[f"{target}/QuantizeLinear"].input[0]
-    support.save_edited(model, quantized)
+    onnx.save(model, quantized)
     with pytest.raises(BackendError, match=rf"would run in float on onnxruntime: {target}\. Likely cause"):
         build_engine(quantized, tmp_path / "model.engine")
     assert not (tmp_path / "model.engine").exists()
@@ -77,10 +62,12 @@ def test_the_audit_counts_a_product_with_a_float_twin_as_fallen_back():
     card = QuantizationCard(
         8, 8, (), "simulated", {"a": "integer", "b": "integer", "c": "simulated", "d": "weight-only"}
     )
-    report = audit(card, ["a/MatMul", "b/MatMul"], ["b/MatMul_2", "c/MatMul"])
+    nodes = [SimpleNamespace(name=f"node of {name}", metadata_props={SCOPE_KEY: name}) for name in "abcd"]
+    scopes = Scopes(nodes)
+    report = audit(card, scopes, ["node of a", "node of b"], ["node of b/fused", "node of c", "not in the file"])
     assert (report.integer, report.simulated, report.weight_only, report.fallen_back) == (1, 1, 1, ("b",))
     with pytest.raises(BackendError, match=r"1 quantized product\(s\) would run in float on x: b"):
-        report.check("x", "a cause")
+        check_audit(report, "x", "a cause")
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,2", "0,1,2", "2,1,3", "1,3,2", "1,2,3,4"])
@@ -100,9 +87,9 @@ def test_an_option_that_the_backend_does_not_know_is_refused(quantized, tmp_path
 
 
 def test_auto_takes_a_backend_that_runs_here_and_says_why():
-    name, why = backends.choose_backend()
-    assert backends.build_row(name).fitness().score > 0
-    assert why.startswith(backends.build_row(name).fitness().reason)
+    name, why = choose_backend()
+    assert builder(name).fitness().score > 0
+    assert why.startswith(builder(name).fitness().reason)
 
 
 def test_a_float_precision_strips_a_quantized_file(quantized, tmp_path):
@@ -117,8 +104,8 @@ def test_a_float_precision_strips_a_quantized_file(quantized, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fp32.engine", "int8.engine", "model.onnx"]
 
 
-def test_a_float_precision_is_the_float_type_too(quantized, tmp_path, half_backend):
-    manifest = build_engine(quantized, tmp_path / "model.engine", "half", BuildConfig(precision="fp16"))
+def test_a_float_precision_is_the_float_type_too(quantized, tmp_path, plain_backend):
+    manifest = build_engine(quantized, tmp_path / "model.engine", "plain", BuildConfig(precision="fp16"))
     assert read_manifest(tmp_path / "model.engine").float_type == "fp16"
     assert manifest.card.quantization is None
     compiled = onnx.load(tmp_path / "model.engine" / "graph.onnx", load_external_data=False).graph
@@ -126,12 +113,12 @@ def test_a_float_precision_is_the_float_type_too(quantized, tmp_path, half_backe
     assert onnx.TensorProto.FLOAT16 in kinds
     assert onnx.TensorProto.INT8 not in kinds
     with pytest.raises(UsageError, match="--precision fp16 and --float-type fp32 contradict"):
-        build_engine(quantized, tmp_path / "b", "half", BuildConfig(precision="fp16", float_type="fp32"))
+        build_engine(quantized, tmp_path / "b", "plain", BuildConfig(precision="fp16", float_type="fp32"))
 
 
-def test_the_float_type_of_a_float_file_is_its_precision(tmp_path, half_backend):
+def test_the_float_type_of_a_float_file_is_its_precision(tmp_path, plain_backend):
     write(tmp_path / "float.onnx", *support.exported(pixels=True))
-    manifest = build_engine(tmp_path / "float.onnx", tmp_path / "b", "half", BuildConfig(float_type="fp16"))
+    manifest = build_engine(tmp_path / "float.onnx", tmp_path / "b", "plain", BuildConfig(float_type="fp16"))
     assert manifest.precision == manifest.float_type == "fp16"
 
 
@@ -149,9 +136,10 @@ def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so
     quantize, dequantize = (nodes[f"blocks.1.mlp.fc1/{name}"] for name in ("QuantizeLinear", "DequantizeLinear_2"))
     assert dequantize.input[0] == quantize.output[0]
     model.graph.node.insert(0, onnx.helper.make_node("Mul", ["top", quantize.input[1]], ["run_time_step"]))
-    model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["guidance_scale"], ["top"], keepdims=0))
+    model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["rows"], ["top"], keepdims=0))
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["timestep"], ["rows"], to=onnx.TensorProto.FLOAT))
     quantize.input[1] = dequantize.input[1] = "run_time_step"
-    support.save_edited(model, quantized)
+    onnx.save(model, quantized)
     assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
 
 
@@ -162,7 +150,7 @@ def test_a_run_time_scale_per_row_loses_integers_in_onnxruntime_and_fails_the_au
     pair = [nodes[f"blocks.1.mlp.fc1/{name}"] for name in ("QuantizeLinear", "DequantizeLinear_2")]
     node = onnx.helper.make_node
     added = [
-        node("Concat", ["guidance_scale", "guidance_scale"], ["rows"], axis=0),  # guidance doubles the rows
+        node("Cast", ["timestep"], ["rows"], to=onnx.TensorProto.FLOAT),
         node("Mul", ["rows", pair[0].input[1]], ["steps"]),
         node("Sub", ["rows", "rows"], ["none"]),
         node("Cast", ["none"], ["zeros"], to=onnx.TensorProto.INT8),
@@ -173,7 +161,7 @@ def test_a_run_time_scale_per_row_loses_integers_in_onnxruntime_and_fails_the_au
         one.input[1:] = ["steps", "zeros"]
         del one.attribute[:]
         one.attribute.append(onnx.helper.make_attribute("axis", 0))
-    support.save_edited(model, quantized)
+    onnx.save(model, quantized)
     with pytest.raises(BackendError, match=r"would run in float on onnxruntime: blocks\.1\.mlp\.fc1\. Likely cause"):
         build_engine(quantized, tmp_path / "model.engine")
 
@@ -184,7 +172,7 @@ def test_weights_beside_a_small_file_come_into_the_bundle(tmp_path):
     model = onnx.load(tmp_path / "model.onnx")
     (tmp_path / "edited").mkdir()
     beside = {"save_as_external_data": True, "location": "weights.data", "size_threshold": 200}
-    support.save_edited(model, tmp_path / "edited" / "model.onnx", **beside)
+    onnx.save(model, tmp_path / "edited" / "model.onnx", **beside)
     images = []
     for folder in (tmp_path, tmp_path / "edited"):
         build_engine(folder / "model.onnx", folder / "model.engine")
@@ -192,3 +180,24 @@ def test_weights_beside_a_small_file_come_into_the_bundle(tmp_path):
             images.append(sampler.sample([1]))
     assert (tmp_path / "edited" / "weights.data").is_file()
     np.testing.assert_array_equal(*images)
+
+
+def test_a_stripped_file_takes_the_weights_along_that_lay_beside_it(quantized, tmp_path):
+    beside = {"save_as_external_data": True, "location": "weights.data", "size_threshold": 200}
+    (tmp_path / "edited").mkdir()
+    onnx.save(onnx.load(quantized), tmp_path / "edited" / "model.onnx", **beside)
+    latents = []
+    for source in (quantized, tmp_path / "edited" / "model.onnx"):
+        build_engine(source, source.with_suffix(".engine"), config=BuildConfig(precision="fp32"))
+        with Sampler.open(source.with_suffix(".engine")) as sampler:
+            latents.append(sampler.sample_latents([1]))
+    np.testing.assert_array_equal(*latents)
+
+
+def test_a_file_whose_nodes_lost_their_metadata_is_refused(quantized, tmp_path):
+    model = onnx.load(quantized)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, quantized)
+    with pytest.raises(FileFormatError, match=r"model\.onnx: no node says to which module.*tqdit\.scope.*Export again"):
+        build_engine(quantized, tmp_path / "model.engine")

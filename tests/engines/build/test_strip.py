@@ -10,11 +10,13 @@ import torch
 
 import support
 from tables import Kind, make_table
-from tqdit.calibrate import apply
 from tqdit.engines.build.strip import strip_quantization
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig, write
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
+from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.fold import fold
 
 KINDS = {
@@ -53,7 +55,7 @@ def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attentio
         rng = np.random.default_rng(0)
         inputs = {"x": rng.standard_normal((5, 4, 8, 8), np.float32), "timestep": np.array([0, 180, 420, 700, 999]),
                   "class_labels": np.arange(5)}  # fmt: skip
-        expected = quantized(*map(torch.from_numpy, inputs.values())).numpy()
+        expected = quantized(**{name: torch.from_numpy(values) for name, values in inputs.items()}).numpy()
     found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -63,23 +65,23 @@ def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attentio
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_nothing_of_the_quantization_is_left(tmp_path, origin, attention):
     table = make_table(support.tiny_model(origin), Kind(asymmetric=True, groups=3, everywhere=True))
-    model = onnx.load(stripped_file(tmp_path, table, attention, origin, "step"))
+    path = stripped_file(tmp_path, table, attention, origin, "step")
+    model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
     assert not any("Linear" in node.op_type for node in model.graph.node)
     assert not any(tensor.data_type == onnx.TensorProto.INT8 for tensor in model.graph.initializer)
-    # one product each for qkv, scores, value product, proj, fc1 and fc2
-    products = [
-        node.name for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith("blocks.0.")
-    ]
-    assert len([name for name in products if "adaLN" not in name and "embedder" not in name]) == 6
+    names = sorted(node.name for node in model.graph.node if node.op_type == "MatMul")
+    modules = read_card(path).quantization.products
+    assert names == sorted(f"{module}/MatMul.float" for module in modules)  # each once, whatever its regions were
 
 
 def test_a_form_that_it_does_not_know_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     write(path, *support.exported(table=make_table(support.tiny_model(), Kind())))
     model = ir.load(path)
-    next(node for node in model.graph if node.name == "blocks.0.mlp.fc1/MatMul").name = "elsewhere/MatMul"
+    product = next(node for node in model.graph if node.name == "blocks.0.mlp.fc1/MatMul")
+    product.metadata_props[SCOPE_KEY] = "elsewhere"
     with pytest.raises(UsageError, match=r"'blocks\.0\.mlp\.fc1' cannot be stripped"):
         strip_quantization(model, read_card(path))

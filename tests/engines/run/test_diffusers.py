@@ -22,13 +22,17 @@ from diffusers import (
 
 import support
 from tqdit.engines.build.engine import build_engine
+from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
-from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import UsageError
-from tqdit.export import ExportConfig, export_graph, write
-from tqdit.models import load_model
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import randomize
+from tqdit.models.load import load_model
+from tqdit.ports import Port, Signature
+from tqdit.sampling.process import Flow
+from tqdit.sampling.schedule import SamplingSpec
 
 # diffusers' schedulers hand NumPy objects of torch whose __array__ is of before NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*")
@@ -55,10 +59,10 @@ def pipeline(theirs):
 
 @pytest.fixture(scope="module")
 def engine(theirs, tmp_path_factory):
-    """The same model as a float denoiser bundle for ONNX Runtime."""
-    folder = tmp_path_factory.mktemp("denoiser")
+    """The same model as a float bundle for ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("dit")
     theirs.save_pretrained(folder / "dit")
-    write(folder / "model.onnx", *export_graph(load_model(str(folder / "dit")), ExportConfig(graph="denoiser")))
+    write(folder / "model.onnx", *export_graph(load_model(str(folder / "dit")), ExportConfig()))
     build_engine(folder / "model.onnx", folder / "model.engine")
     return folder / "model.engine"
 
@@ -168,14 +172,17 @@ def test_two_answers_do_not_share_memory(engine):
     [
         (
             {"hidden_states": torch.zeros(2, 4, 16, 16)},
-            r"x has shape \(2, 4, 16, 16\); this engine takes \(B, 4, 8, 8\)",
+            r"'hidden_states' is float32\[2, 4, 16, 16\], expected .*\(N, 4, 8, 8\)",
         ),
-        ({"hidden_states": torch.zeros(3, 4, 8, 8)}, "x has 3 rows"),
-        ({"class_labels": torch.tensor([0, 1001])}, r"class 1001 is out of range; this model knows 0\.\.999"),
+        ({"hidden_states": torch.zeros(3, 4, 8, 8)}, "'hidden_states' has 3, 'timestep' has 2"),
+        ({"class_labels": torch.tensor([0, 1001])}, r"'class_labels' 1001 is out of range; this model knows 0\.\.999"),
         ({"class_labels": torch.zeros(2)}, "expected integers"),
         ({"class_labels": None}, "needs both"),
-        ({"timestep": torch.tensor([1, 1000])}, r"expected integers in 0\.\.999"),
-        ({"timestep": torch.tensor([19.98, 3.0])}, r"timestep 19\.98 is no whole number"),
+        (
+            {"timestep": torch.tensor([1, 1000])},
+            r"'timestep' 1000 is out of range; this model knows timesteps 0\.\.999",
+        ),
+        ({"timestep": torch.tensor([19.98, 3.0])}, r"timestep 19\.98 is not a whole number"),
         ({"cross_attention_kwargs": {"scale": 1}}, "an engine's graph is fixed"),
     ],
 )
@@ -189,11 +196,22 @@ def test_what_the_graph_cannot_take_is_refused(ours, arguments, message):
         ours(**usual | arguments)
 
 
-def test_a_step_engine_is_refused(bundle):
-    with pytest.raises(UsageError, match=r"model\.engine: holds a step graph.*--graph denoiser"):
-        DiffusersTransformer.open(bundle)
-    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match="holds a step graph"):
-        Denoiser(sampler.card, sampler._step)
+def test_a_step_engine_is_refused(bundle_of):
+    with pytest.raises(UsageError, match=r"model\.engine: holds a step graph.*--graph step"):
+        DiffusersTransformer.open(bundle_of(graph="step"))
+    card = read_manifest(bundle_of(graph="step")).card
+    with pytest.raises(UsageError, match="holds a step graph"):
+        Denoiser(card, lambda inputs: inputs["x"])
+
+
+def test_a_published_checkpoint_has_other_names_and_serves_too(bundle_of):
+    """Its ports are x, timestep, class_labels; the drop-in finds them by their kind."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 3, 8, 8)).astype(np.float32), np.array([0, 5])
+    with Denoiser.open(bundle_of()) as denoise:
+        expected = denoise(x, np.array([7, 7]), y)
+        out = DiffusersTransformer(denoise)(torch.from_numpy(x), 7, torch.from_numpy(y)).sample
+    np.testing.assert_array_equal(out.numpy(), expected)
 
 
 def test_a_closed_denoiser_says_so(engine):
@@ -208,9 +226,11 @@ def test_a_closed_denoiser_says_so(engine):
 
 @pytest.mark.slow
 def test_images_that_are_not_square_are_refused(bundle_of):
-    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
-        wide = Denoiser(replace(denoiser.card, width=16), lambda inputs: inputs["x"])
-    with pytest.raises(UsageError, match="8x16 images; diffusers' DiT pipeline knows square ones"):
+    card = read_manifest(bundle_of()).card
+    ports = tuple(replace(p, shape=(None, 3, 8, 16)) if p.kind == "state" else p for p in card.signature.ports)
+    signature = replace(card.signature, ports=ports, output=(None, 6, 8, 16))
+    wide = Denoiser(replace(card, signature=signature), lambda inputs: inputs["x"])
+    with pytest.raises(UsageError, match=r"states of shape \(3, 8, 16\).*takes square"):
         DiffusersTransformer(wide)
 
 
@@ -222,11 +242,40 @@ def test_a_denoiser_is_the_network(bundle_of):
     t, y = np.array([0, 500, 999]), np.array([0, 4, 5])
     with torch.no_grad():
         expected = model.network(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(y)).numpy()
-    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
+    with Denoiser.open(bundle_of()) as denoiser:
         out = denoiser(x, t, y)
+        np.testing.assert_array_equal(denoiser(x, class_labels=y, timestep=t), out)
+        np.testing.assert_array_equal(denoiser(class_labels=y, timestep=t, x=x), out)
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
         np.testing.assert_array_equal(denoiser(x[1:2], t[1:2], y[1:2])[0], out[1])
         np.testing.assert_array_equal(denoiser(x.astype(np.float64), t.astype(np.int32), y), out)
+
+
+@pytest.mark.parametrize(
+    ("values", "ports", "message"),
+    [
+        ([1], {}, r"found 'x'; DiT takes 'x', 'timestep', 'class_labels'"),
+        ([1, 2, 3, 4], {}, r"found 4 array\(s\).*expected x, timestep, class_labels, each once"),
+        ([1], {"x": 2}, r"found 1 array\(s\) without a name, x; expected x, timestep"),
+        ([1, 2], {"labels": 3}, "'labels'; DiT takes"),
+    ],
+)
+def test_a_call_with_other_ports_is_refused(bundle_of, values, ports, message):
+    with Denoiser.open(bundle_of()) as denoise, pytest.raises(UsageError, match=message):
+        denoise(*values, **ports)
+
+
+def test_a_fractional_time_port_takes_the_timesteps_of_a_flow():
+    ports = Port("z", "state", "float32", (None, 2)), Port("sigma", "time", "float32", (None,))
+    model = replace(
+        support.tiny_model(), signature=Signature(ports, (None, 2), "Toy"), sampling=SamplingSpec(Flow(), "euler", 4)
+    )
+    denoise = Denoiser(model.card(), lambda inputs: inputs["z"] + inputs["sigma"][:, None])
+    z = np.zeros((2, 2), np.float32)
+    assert denoise(z, [0.5, 1000.0]).tolist() == [[0.5, 0.5], [1000, 1000]]
+    for bad in (-0.5, 1000.5):
+        with pytest.raises(UsageError, match=f"'sigma' {bad} is out of range; this model knows timesteps 0 to 1000"):
+            denoise(z, [1.0, bad])
 
 
 def test_more_rows_than_an_engine_was_built_for_take_several_calls(bundle_of):
@@ -234,7 +283,7 @@ def test_more_rows_than_an_engine_was_built_for_take_several_calls(bundle_of):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 3, 8, 8)).astype(np.float32)
     t, y = np.arange(5) * 100, np.arange(5)
-    with Denoiser.open(bundle_of(graph="denoiser")) as denoiser:
+    with Denoiser.open(bundle_of()) as denoiser:
 
         def counted(inputs):
             calls.append(len(inputs["x"]))

@@ -100,7 +100,17 @@ def test_a_requested_image_is_that_of_the_sampler(quick, bundle):
         np.testing.assert_array_equal(np.asarray(image), expected)
 
 
-def test_progress_is_told_and_a_cancelled_request_frees_its_row(slow):
+def test_steps_and_sampler_are_chosen_per_request(quick, bundle):
+    body = {"class": 3, "seed": 7, "steps": 5, "sampler": "ddim"}
+    name = ask(f"{quick}/images", "POST", body)[1]["id"]
+    assert wait_for(quick, name) == {"state": "done"}
+    with Sampler.open(bundle) as sampler:
+        expected = sampler.sample([3], seed=7, steps=5, sampler="ddim")[0]
+    with Image.open(io.BytesIO(ask(f"{quick}/images/{name}.png")[1])) as image:
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_progress_is_reported_and_a_cancelled_request_frees_its_place(slow):
     name = ask(f"{slow}/images", "POST", {"class": 1})[1]["id"]
     until, state = time.monotonic() + 30, {}
     while state.get("step", 0) < 2 and time.monotonic() < until:
@@ -119,7 +129,21 @@ def test_progress_is_told_and_a_cancelled_request_frees_its_row(slow):
     assert ask(f"{slow}/images/{name}", "DELETE")[0] == 204
 
 
-@pytest.mark.parametrize("body", [b"", b"{", [], {}, {"class": 99}, {"class": "x"}, {"class": 0, "seed": -1}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        [],
+        {},
+        {"class": 99},
+        {"class": "x"},
+        {"class": 0, "seed": -1},
+        {"class": 0, "steps": 0},
+        {"class": 0, "steps": "x"},
+        {"class": 0, "sampler": "x"},
+    ],
+)
 def test_a_bad_request_is_told_so(quick, body):
     status, answer = ask(f"{quick}/images", "POST", body)
     assert status == 400

@@ -30,6 +30,14 @@ def test_a_folder_holds_every_image_losslessly_and_says_how_it_was_made(tmp_path
     assert json.loads((folder / "samples.json").read_text()) == {"seed": 3, "classes": [0, 1, 2, 3, 4]}
 
 
+def test_images_without_classes_are_written_without_them(tmp_path):
+    write_images(tmp_path / "s.npz", IMAGES, None, {})
+    write_images(tmp_path / "samples", IMAGES, None, {"seed": 3})
+    with np.load(tmp_path / "s.npz") as content:
+        assert content.files == ["arr_0"]
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text()) == {"seed": 3}
+
+
 def test_a_grid_shows_every_image_enlarged(tmp_path):
     write_images(tmp_path / "s.png", IMAGES, LABELS, {})
     sheet = support.read_picture(tmp_path / "s.png")

@@ -11,10 +11,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), r
 
 EXPECTED = [  # what a block leaves behind, and its shape
     {"images": (4, 8, 8, 3), "again": (1, 8, 8, 3)},
+    {"quick": (4, 8, 8, 3)},
     {"image": (8, 8, 3)},
     {"images": (3, 8, 8, 3)},
     {"previews": (4, 8, 8, 3)},
-    {"noise_pred": (2, 8, 8, 8)},
+    {"prediction": (2, 6, 8, 8)},
     {"pictures": (2, 8, 8, 3)},
 ]
 
@@ -24,7 +25,7 @@ def place(bundle, tiny_pipeline, tmp_path_factory):
     """A folder with the engines and the pipeline that the guide names."""
     folder = tmp_path_factory.mktemp("runtime")
     (folder / "model.engine").symlink_to(bundle)
-    for name in ("denoiser.engine", "DiT-XL-2-256"):
+    for name in ("dit.engine", "DiT-XL-2-256"):
         (folder / name).symlink_to(tiny_pipeline / name)
     return folder
 

@@ -1,18 +1,33 @@
 """The runtime: right images, the same images however they are batched, and clear refusals."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit.calibrate import apply
-from tqdit.engines.run.sampler import Sampler, to_pixels
-from tqdit.errors import SamplingError, SamplingStopped, UsageError
+from tqdit.card import GraphCard, Latents
+from tqdit.engines.bundle import read_manifest
+from tqdit.engines.config import BatchRange
+from tqdit.engines.run.sampler import Sampler, choose_batch, to_pixels
+from tqdit.engines.run.step_batcher import StepBatcher
+from tqdit.errors import FileFormatError, SamplingError, SamplingStopped, UsageError
+from tqdit.ports import Port, Signature
+from tqdit.quantization.fake_quant import apply
 from tqdit.sampling import noise
+from tqdit.sampling.process import Flow
+from tqdit.sampling.schedule import SamplingSpec
 
 LABELS = [0, 1, 2, 3, 4, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def card(bundle):
+    """Of a pixel model: DDPM, 20 steps, guided, 5 classes, 3x8x8."""
+    return read_manifest(bundle).card
 
 
 @pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
@@ -84,6 +99,14 @@ def test_workers_in_parallel_threads_give_the_images_of_one(bundle):
     np.testing.assert_array_equal(np.stack([results[index] for index in range(len(LABELS))]), expected)
 
 
+def test_a_loaded_model_is_a_network_too():
+    """Without an engine: the same images as the reference's chain."""
+    model = support.tiny_model("diffusers", pixels=True)
+    x = Sampler(model.card(), model, batch=4).sample_latents(LABELS, 2.0, seed=5)
+    expected = support.reference_chain(model, model.sampling, np.array(LABELS), 2.0, seed=5)
+    np.testing.assert_allclose(x, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
+
+
 def test_seed_class_and_guidance_each_change_the_image(bundle):
     with Sampler.open(bundle) as sampler:
         base = sampler.sample_latents([1], 2.0, seed=0)
@@ -97,31 +120,145 @@ def test_a_number_of_threads_below_one_is_refused(bundle, threads):
         Sampler.open(bundle, threads=threads)
 
 
-def test_the_engine_is_given_the_projects_noise_whatever_the_batch(bundle):
-    """A recording engine stands for any backend: what it is fed does not depend on the backend."""
-    with Sampler.open(bundle) as sampler:
-        card = sampler.card
+def test_what_an_engine_is_fed_does_not_depend_on_the_batch(card):
+    """A recording engine stands for any backend."""
     seen = {}
 
-    class Recorder:
-        def __call__(self, inputs):
-            for row in range(len(inputs["x"])):
-                image = int(inputs["class_labels"][row])  # labels 0..4 number the images here
-                seen.setdefault((image, int(inputs["step"][row])), []).append(inputs["noise"][row].copy())
-            return np.zeros_like(inputs["x"])
-
-        def close(self):
-            pass
+    def record(inputs):
+        x, rows = inputs["x"], len(inputs["x"]) // 2
+        for row in range(rows):
+            image = int(inputs["class_labels"][row])  # labels 0..4 number the images here
+            seen.setdefault((image, int(inputs["timestep"][row])), []).append(x[row].copy())
+            np.testing.assert_array_equal(x[row], x[rows + row])
+        assert inputs["class_labels"][rows:].tolist() == rows * [5]
+        return np.concatenate([0.5 * x, np.zeros_like(x)], axis=1)
 
     for batch in (1, 2, 5):
-        Sampler(card, Recorder(), batch=batch).sample_latents([0, 1, 2, 3, 4], seed=9)
+        Sampler(card, record, batch=batch).sample_latents([0, 1, 2, 3, 4], seed=9)
     assert len(seen) == 5 * 20
-    for (image, step), values in seen.items():
+    for (image, timestep), values in seen.items():
         assert len(values) == 3
-        expected = noise.normal(9, image, step, card.image_shape)
         for value in values:
-            if step > 0:  # the last step adds no noise, so what it is fed there does not matter
-                np.testing.assert_array_equal(value, expected)
+            np.testing.assert_array_equal(value, values[0])
+            if timestep == 999:
+                np.testing.assert_array_equal(value, noise.normal(9, image, noise.INITIAL, card.state_shape))
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [(7, None), (None, "ddim"), (250, "ddim"), (50, "ddpm")])
+def test_steps_and_sampler_are_chosen_per_call(bundle, card, steps, sampler):
+    """Against the papers' formulas around the PyTorch network; the next call is as the card proposes again."""
+    model, labels = support.tiny_model(pixels=True), np.array([0, 3])
+    with Sampler.open(bundle) as ours:
+        chosen = ours.sample_latents(labels, 2.0, 5, steps=steps, sampler=sampler)
+        usual = ours.sample_latents(labels, 2.0, 5)
+    for found, chain in ((chosen, card.sampling.choose(steps, sampler)), (usual, card.sampling)):
+        expected = support.reference_chain(model, chain, labels, 2.0, seed=5)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [({"steps": 0}, "--steps is 0"), ({"steps": 1001}, "1 to 1000"), ({"sampler": "euler"}, "known are ddim, ddpm")],
+)
+def test_a_chain_that_the_model_does_not_have_is_refused(bundle, chain, message):
+    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match=message):
+        sampler.sample([0], **chain)
+
+
+def toy(*requests, shape=(3, 8, 8), **changes):
+    """A sampler of another kind of network: velocity, fractional time, no guidance; its states end at `pull`."""
+    ports = (Port("latent", "state", "float32", (None, *shape)), Port("sigma", "time", "float32", (None,)), *requests)
+    card = GraphCard(
+        graph="denoiser", signature=Signature(ports, (None, *shape), "Toy"), guidance=None, latents=None,
+        class_names=(), sampling=SamplingSpec(Flow(1.0), "euler", 4), model="toy",
+        origin="test", fingerprint="", written_by="test",
+    )  # fmt: skip
+
+    def network(inputs):
+        column = (-1, *len(shape) * [1])
+        pull = sum((inputs[port.name].reshape(len(inputs["sigma"]), -1).mean(axis=1) for port in requests), 0.25)
+        pull, sigma = (np.resize(values, len(inputs["sigma"])).reshape(column) for values in (pull, inputs["sigma"]))
+        velocity = (inputs["latent"] - pull) / sigma
+        return velocity.astype(np.float32)
+
+    return Sampler(replace(card, **changes), network)
+
+
+def test_an_unconditional_model_takes_a_number_of_images():
+    with toy() as sampler:
+        x = sampler.sample_latents(19, seed=1)  # more than a batch
+        np.testing.assert_allclose(x, 0.25, atol=1e-6)
+        assert x.shape == (19, 3, 8, 8)
+        np.testing.assert_array_equal(sampler.sample(2), np.full((2, 8, 8, 3), 159))
+        with pytest.raises(UsageError, match="Toy is unconditional"):
+            sampler.sample([1, 2])
+        with pytest.raises(UsageError, match="without guidance"):
+            sampler.sample(1, 2.0)
+
+
+def test_a_model_with_several_request_ports_takes_a_dict_of_arrays():
+    ports = Port("text", "request", "float32", (None, 2, 3)), Port("label", "request", "int64", (None,), values=4)
+    text, labels = np.linspace(0, 1, 19 * 6).reshape(19, 2, 3), np.arange(19) % 4
+    with toy(*ports) as sampler, StepBatcher(sampler, batch=3) as batcher:
+        x = sampler.sample_latents({"text": text, "label": labels})
+        expected = 0.25 + text.mean(axis=(1, 2)) + labels
+        np.testing.assert_allclose(x, np.broadcast_to(expected.reshape(-1, 1, 1, 1), x.shape), atol=1e-5)
+        future = batcher.submit({"text": text[7], "label": 3}, image_index=7)
+        np.testing.assert_array_equal(future.result(60), sampler.to_images(x[7:8])[0])
+
+
+def test_states_that_are_no_pictures_have_no_images():
+    with toy(shape=(2, 5)) as sampler:
+        assert not sampler.makes_images
+        assert sampler.sample_latents(2).shape == (2, 2, 5)
+        with pytest.raises(UsageError, match=r"states of shape \(2, 5\). Use sample_latents"):
+            sampler.sample(2)
+
+
+def test_grey_images_become_rgb():
+    with toy(shape=(1, 4, 4)) as sampler:
+        np.testing.assert_array_equal(sampler.sample(1), np.full((1, 4, 4, 3), 159))
+    with pytest.raises(FileFormatError, match=r"\[1, 2, 4, 4\], expected \(N, 1 or 3, H, W\)"):
+        to_pixels(np.zeros((1, 2, 4, 4), np.float32))
+
+
+def test_a_decoder_makes_the_images_of_a_latent_model():
+    """One state at a time, as it is: its scale is inside the decoder's graph."""
+    seen = []
+
+    def decode(inputs):
+        seen.append(inputs["latents"].shape)
+        return np.full((1, 3, 16, 16), inputs["latents"].mean(), np.float32)
+
+    latent = toy(shape=(4, 8, 8), latents=Latents(0.18215))
+    with Sampler(latent.card, latent.predict, decode) as sampler:
+        np.testing.assert_array_equal(sampler.sample(2), np.full((2, 16, 16, 3), 159))
+    assert seen == [(1, 4, 8, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("built", "asked", "expected"),
+    [(None, None, 16), (None, 40, 40), ((1, 4, 64), None, 16), ((1, 4, 7), None, 7), ((1, 4, 7), 7, 7)],
+)
+def test_a_batch_fits_into_what_the_engine_was_built_for(built, asked, expected):
+    assert choose_batch(Path("x.engine"), None if built is None else BatchRange(*built), asked) == expected
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_what_to_do():
+    with pytest.raises(UsageError) as refusal:
+        choose_batch(Path("x.engine"), BatchRange(1, 2, 4), 5)
+    facts = ["x.engine", "at most 4 image", "--batch 4 (batch=4)", "tqdit-build --batch 1,2,5"]
+    assert all(fact in str(refusal.value) for fact in facts)
+
+
+def test_a_guided_image_is_two_rows_of_a_network_call(card):
+    assert BatchRange(1, 2, 8).rows(card.rows_per_image) == (2, 4, 16)
+    assert BatchRange(1, 2, 8).rows(replace(card, guidance=None).rows_per_image) == (1, 2, 8)
+    assert BatchRange(1, 2, 8).rows(replace(card, graph="step").rows_per_image) == (
+        1,
+        2,
+        8,
+    )  # it doubles them inside
 
 
 def test_a_callback_sees_every_step_and_can_stop(bundle):
@@ -155,10 +292,11 @@ def test_images_are_uint8_nhwc_rounded_as_dit_does(bundle):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([6], r"class 6 is out of range; this model knows 0\.\.4"),
-        ([-1], "class -1"),
+        ([6], r"'class_labels' 6 is out of range; this model knows 0\.\.4"),
+        ([-1], "'class_labels' -1"),
         ([], "non-empty"),
-        ([0.5], "integers"),
+        ([0.5], "integer numbers"),
+        (3, "non-empty array"),
     ],
 )
 def test_impossible_labels_are_refused(bundle, labels, message):
@@ -172,28 +310,21 @@ def test_the_null_class_samples_without_a_class(bundle):
     np.testing.assert_allclose(one, two, atol=1e-3)  # guidance has nothing to move; cancellation leaves rounding
 
 
-def test_nan_is_reported_with_image_class_and_step(bundle):
-    with Sampler.open(bundle) as sampler:
-        card = sampler.card
+def test_nan_is_reported_with_image_class_and_step(card):
+    def breaks(inputs):
+        output = np.concatenate([inputs["x"], inputs["x"]], axis=1)
+        if inputs["timestep"][0] == card.sampling.schedule.timesteps[12]:
+            output[1, 0, 0, 0] = np.nan
+        return output
 
-    class Breaks:
-        def __call__(self, inputs):
-            x = inputs["x"].copy()
-            if inputs["step"][0] == 12:
-                x[1, 0, 0, 0] = np.nan
-            return x
-
-        def close(self):
-            pass
-
-    with pytest.raises(SamplingError, match=r"image 1 \(class 4\) became NaN or infinite at step 12"):
-        Sampler(card, Breaks()).sample([0, 4, 2])
+    with pytest.raises(SamplingError, match=r"image 1 \(class_labels 4\) became NaN or infinite at step 12"):
+        Sampler(card, breaks).sample([0, 4, 2])
 
 
 def test_a_guidance_scale_that_is_no_number_or_has_no_input_is_refused(bundle, bundle_of):
     with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match="nan is not a finite number"):
         sampler.sample([0], float("nan"))
-    with Sampler.open(bundle_of(guided=False)) as sampler, pytest.raises(UsageError, match="--unguided"):
+    with Sampler.open(bundle_of(guided=False)) as sampler, pytest.raises(UsageError, match="without guidance"):
         sampler.sample([0], 2.0)
 
 
@@ -206,9 +337,14 @@ def test_latents_without_a_decoder_are_no_images(bundle_of):
 
 
 @pytest.mark.slow
-def test_a_denoiser_engine_cannot_sample(bundle_of):
-    with pytest.raises(UsageError, match="denoiser graph"):
-        Sampler.open(bundle_of(graph="denoiser"))
+def test_a_step_engine_is_refused_in_one_line(bundle_of, card):
+    with pytest.raises(
+        UsageError, match=r"model\.engine: holds a step graph.*other languages.*--graph step"
+    ) as refusal:
+        Sampler.open(bundle_of(graph="step"))
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UsageError, match="holds a step graph"):
+        Sampler(replace(card, graph="step"), lambda inputs: inputs["x"])
 
 
 def test_a_closed_sampler_says_so_and_can_be_opened_again(bundle):

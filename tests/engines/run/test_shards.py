@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from tqdit.engines.run.shards import (
 )
 from tqdit.errors import FileFormatError, OutputError, UsageError
 from tqdit.files import sha256
+from tqdit.ports import Port, Signature
+from tqdit.sampling.process import Flow
+from tqdit.sampling.schedule import SamplingSpec
 
 COUNT, SIZE = 11, 4  # three shards, the last one of three images
 
@@ -86,8 +90,8 @@ def test_the_python_of_the_guide_reads_them(folder, monkeypatch):
 def test_the_index_says_what_was_made_and_lists_every_shard(bundle, whole):
     values = json.loads(whole[INDEX])
     assert values["job"] == {
-        "engine": sha256(bundle / MANIFEST), "classes": [0, 1, 2, 3, 4], "guidance_scale": 1.5, "seed": 0,
-        "count": COUNT, "shard_size": SIZE, "content": "images",
+        "engine": sha256(bundle / MANIFEST), "steps": 20, "sampler": "ddpm", "classes": [0, 1, 2, 3, 4],
+        "guidance_scale": 1.5, "seed": 0, "count": COUNT, "shard_size": SIZE, "content": "images",
     }  # fmt: skip
     assert list(values["shards"]) == ["shard-00000.npz", "shard-00001.npz", "shard-00002.npz"]
     assert set(whole) == {INDEX, *values["shards"]}
@@ -142,6 +146,8 @@ def test_an_unfinished_folder_is_refused_by_readers(bundle, tmp_path):
 @pytest.mark.parametrize(("more", "message"), [
     (["--seed", "1"], "holds samples of another run: seed 0 (asked for 1). Choose another folder, or --force"),
     (["--guidance-scale", "2"], "guidance_scale 1.5 (asked for 2.0)"),
+    (["--steps", "10"], "steps 20 (asked for 10)"),
+    (["--sampler", "ddim"], "sampler ddpm (asked for ddim)"),
     (["--classes", "1,2"], "classes 0,1,2,3,4 (asked for 1,2)"),
     (["-n", "12"], "count 11 (asked for 12)"),
     (["--shard-size", "5"], "shard_size 4 (asked for 5)"),
@@ -200,13 +206,45 @@ def test_latents_go_into_shards_and_merge_as_well(bundle_of, tmp_path):
     assert (tmp_path / "merged.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
+def test_another_chain_makes_other_shards_and_continues_with_the_same_flags(bundle, folder, tmp_path):
+    flags = ["--steps", "7", "--sampler", "ddim"]
+    assert run("sample", command(bundle, tmp_path / "s", *flags)) == 0
+    before = content(tmp_path / "s")
+    assert before["shard-00000.npz"] != content(folder)["shard-00000.npz"]
+    (tmp_path / "s" / "shard-00001.npz").unlink()
+    assert run("sample", command(bundle, tmp_path / "s", *flags)) == 0
+    assert content(tmp_path / "s") == before
+
+
+def test_shards_of_an_unconditional_model_hold_images_alone(tmp_path):
+    """11 images from 4 on: the numbers of the images, not their requests, tell them apart."""
+    ports = Port("x", "state", "float32", (None, 3, 4, 4)), Port("t", "time", "float32", (None,))
+    model = replace(
+        support.tiny_model(pixels=True), signature=Signature(ports, (None, 3, 4, 4), "Toy"), guidance=None,
+        sampling=SamplingSpec(Flow(), "euler", 3),
+    )  # fmt: skip
+    sampler = Sampler(model.card(), lambda inputs: inputs["x"] / 3)
+    job = SamplingJob("x", 3, "euler", (), None, 0, COUNT, SIZE)
+    with open_shards(tmp_path / "s", job) as folder:
+        for shard in folder.pending():
+            folder.add(shard, job.make(sampler, shard))
+    shards = list(read_shards(tmp_path / "s"))
+    assert [list(shard) for shard in shards] == 3 * [["arr_0"]]
+    images = sampler.sample(COUNT)
+    np.testing.assert_array_equal(np.concatenate([shard["arr_0"] for shard in shards]), images)
+    merge_shards(tmp_path / "s", tmp_path / "merged.npz")
+    with np.load(tmp_path / "merged.npz") as merged:
+        assert merged.files == ["arr_0"]
+        np.testing.assert_array_equal(merged["arr_0"], images)
+
+
 def test_an_unguided_engine_makes_shards(bundle_of, tmp_path):
     assert run("sample", command(bundle_of(guided=False), tmp_path / "s")) == 0
     assert len(list(read_shards(tmp_path / "s"))) == 3
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--shard-size", "0"], "shards of 0; both must be at least 1"), (["--classes", "9"], "class 9 is out of range"),
+    (["--shard-size", "0"], "shards of 0; both must be at least 1"), (["--classes", "9"], "9 is out of range"),
     (["--seed", "-1"], "seed -1"), (["--batch", "0"], "batch is 0"), (["--workers", "2"], "--workers belongs to --ray"),
     (["--format", "png"], "--shard-size makes shards"), (["-o", "s.png"], "--shard-size belongs to a folder"),
 ])  # fmt: skip
@@ -284,7 +322,7 @@ def test_a_full_disk_keeps_the_finished_shards_and_the_next_run_goes_on(bundle, 
     (lambda text: text.replace('"count": 11', '"count": "11"'), "$.job.count"),
     (lambda text: text.replace('"seed": 0', '"seed": -1'), "seed -1"),
     (lambda text: text.replace('"content": "images"', '"content": "sounds"'), "$.job.content"),
-    (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "written in format 2"),
+    (lambda text: text.replace('"format_version": 2', '"format_version": 3'), "written in format 3"),
     (lambda text: text.replace("shard-00000", "../../etc/x"), "not a shard of this job"),
     (lambda text: text.replace("shard-00002", "shard-00003"), "not a shard of this job"),
 ])  # fmt: skip
@@ -297,12 +335,23 @@ def test_a_spoilt_index_is_refused_and_force_starts_anew(bundle, folder, whole, 
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"classes": ()}, "at least one class"), ({"count": 0}, "0 images"), ({"shard_size": -1}, "shards of -1"),
+    ({"count": 0}, "0 images"), ({"steps": 0}, "0 steps of ddim"), ({"shard_size": -1}, "shards of -1"),
     ({"seed": -1}, "seed -1"),
 ])  # fmt: skip
 def test_a_job_that_no_run_can_have_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
-        SamplingJob(**{"engine": "x", "classes": (1,), "guidance_scale": 1.0, "seed": 0, "count": 1, **changes})
+        SamplingJob(
+            **{
+                "engine": "x",
+                "steps": 1,
+                "sampler": "ddim",
+                "classes": (1,),
+                "guidance_scale": 1.0,
+                "seed": 0,
+                "count": 1,
+                **changes,
+            }
+        )
 
 
 def test_the_index_has_one_line_per_shard(whole):

@@ -58,7 +58,7 @@ def test_a_sampling_loop_of_a_thousand_steps_leaks_nothing(bundle_of, kind):
 @pytest.mark.slow
 def test_the_leak_test_would_see_states_that_are_kept(bundle):
     with Sampler.open(bundle, batch=8, threads=1) as sampler:
-        kept, engine = [], sampler._step
+        kept, engine = [], sampler.predict
         leaking = Sampler(sampler.card, lambda inputs: kept.append(engine(inputs)) or kept[-1], batch=8)
         assert resident_growth(lambda: leaking.sample([0] * 8)) > LEAK_BYTES
 
@@ -78,13 +78,9 @@ def test_step_batching_for_a_thousand_steps_leaks_nothing(bundle):
 def test_opening_and_closing_engines_leaks_nothing(bundle):
     def work():
         with Sampler.open(bundle, threads=1) as sampler:
-            sampler.step({name: np.zeros(shape, dtype) for name, shape, dtype in INPUTS})
+            sampler.predict(sampler.card.signature.zeros(1))
 
     assert resident_growth(work) < LEAK_BYTES
-
-
-INPUTS = [("x", (1, 3, 8, 8), np.float32), ("step", 1, np.int64), ("class_labels", 1, np.int64),
-          ("guidance_scale", 1, np.float32), ("noise", (1, 3, 8, 8), np.float32)]  # fmt: skip
 
 
 @pytest.mark.slow

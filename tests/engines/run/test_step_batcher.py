@@ -23,17 +23,21 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, UsageError
+from tqdit.sampling.process import Diffusion
 
 SOON = 60  # seconds that nothing here may take; a deadlock shows as a TimeoutError
 NAN_LABEL = 4  # of the fake engine
 STEPS = 20
+CHAINS = [(STEPS, "ddpm"), (STEPS, "ddim"), (5, "ddim"), (33, "ddpm")]
 
 
 class FakeEngine:
-    """Rows that mix everything they are fed, independently of each other; can be held, and fails when told."""
+    """A network of a guided model. Its rows do not depend on each other; it can be held, and fails when told."""
+
+    noise_level = np.sqrt(1 - Diffusion().alphas_cumprod)  # a prediction of this times x keeps the states near N(0, 1)
 
     def __init__(self, held=False):
-        self.calls = []  # steps of each call's rows
+        self.calls = []  # steps of each call's images
         self.fail_at = set()  # numbers of calls
         self.turns = threading.Semaphore(0) if held else None
         self.entered = threading.Semaphore(0)  # one more with each call begun
@@ -50,17 +54,20 @@ class FakeEngine:
 
     def __call__(self, inputs):
         number = len(self.calls)
-        self.calls.append(inputs["step"].tolist())
+        timesteps, labels = inputs["timestep"], inputs["class_labels"]
+        steps = np.round(timesteps * (STEPS - 1) / 999)
+        self.calls.append(steps[: len(steps) // 2].astype(int).tolist())
         self.entered.release()
         if self.turns is not None:
             assert self.turns.acquire(timeout=SOON)
         if number in self.fail_at:
             raise OSError("device lost")
-        column = (-1, 1, 1, 1)
-        bias = np.sin(inputs["step"] + 7 * inputs["class_labels"]).astype(np.float32)
-        x = 0.9 * inputs["x"] + 0.1 * inputs["noise"] + (inputs["guidance_scale"] * bias).reshape(column)
-        x[(inputs["class_labels"] == NAN_LABEL) & (inputs["step"] == 5)] = np.nan
-        return x.astype(np.float32)
+        level, bias = (
+            values.reshape(-1, 1, 1, 1) for values in (self.noise_level[timesteps], np.sin(steps + 7 * labels))
+        )
+        predicted = level * inputs["x"] + 0.1 * bias
+        predicted[(labels == NAN_LABEL) & (steps == 5)] = np.nan
+        return np.concatenate([predicted, np.sin(predicted)], axis=1).astype(np.float32)
 
     def close(self):
         pass
@@ -82,19 +89,19 @@ def held(card):
     batcher.close(drain=False)
 
 
-def alone(card, label, scale=None, seed=0, image=0):
-    return Sampler(card, FakeEngine()).sample([label], scale, seed, first_image=image)[0]
+def alone(card, label, scale=None, seed=0, image=0, **chain):
+    return Sampler(card, FakeEngine()).sample([label], scale, seed, first_image=image, **chain)[0]
 
 
 def submit_random(batcher, rng, count, states):
     """Requests with everything random, at random moments: [(arguments, future)]; their last states go to `states`."""
     made = []
     for index in range(count):
-        arguments = (rng.randrange(5), rng.choice([1.0, 2.5]), rng.randrange(2**64), index)
-        label, scale, seed, image = arguments
+        arguments = (rng.randrange(5), rng.choice([1.0, 2.5]), rng.randrange(2**64), index, rng.choice(CHAINS))
+        label, scale, seed, image, (steps, sampler) = arguments
         future = batcher.submit(
-            label, guidance_scale=scale, seed=seed, image_index=image, preview_every=STEPS,
-            on_progress=lambda progress, index=index: states.update({index: progress.x}),
+            label, guidance_scale=scale, seed=seed, image_index=image, steps=steps, sampler=sampler,
+            preview_every=steps, on_progress=lambda progress, index=index: states.update({index: progress.x}),
         )  # fmt: skip
         made.append((arguments, future))
         time.sleep(rng.choice([0, 0, 0.002]))
@@ -114,10 +121,10 @@ def test_an_image_is_that_of_sampling_alone_bit_for_bit(bundle_of, tmp_path, kin
         made = submit_random(batcher, random.Random(0), 24, states)
         images = [future.result(SOON) for _, future in made]
         stats = batcher.stats()
-        assert stats.steps == 24 * STEPS
-        assert stats.steps > 2 * stats.engine_calls  # rows did share calls
-        for index, ((label, scale, seed, image), _) in enumerate(made):
-            expected = sampler.sample_latents([label], scale, seed, first_image=image)
+        assert stats.steps == sum(steps for (*_, (steps, _)), _ in made)
+        assert stats.steps > 2 * stats.engine_calls  # images did share calls
+        for index, ((label, scale, seed, image, (steps, name)), _) in enumerate(made):
+            expected = sampler.sample_latents([label], scale, seed, first_image=image, steps=steps, sampler=name)
             np.testing.assert_array_equal(states[index], expected[0])
             np.testing.assert_array_equal(images[index], sampler.to_images(expected)[0])
             assert images[index].dtype == np.uint8
@@ -135,11 +142,11 @@ def test_latents_without_a_decoder_are_the_result(bundle_of):
 def test_an_unguided_engine_takes_requests_without_a_scale(bundle_of):
     with StepBatcher(bundle_of(guided=False)) as batcher:
         assert batcher.submit(1).result(SOON).shape == (8, 8, 3)
-        with pytest.raises(UsageError, match="--unguided"):
+        with pytest.raises(UsageError, match="without guidance"):
             batcher.submit(1, guidance_scale=2.0)
 
 
-def test_a_request_joins_at_the_next_step_and_rows_at_different_steps_share_calls(held):
+def test_a_request_joins_at_the_next_step_and_requests_at_different_steps_share_calls(held):
     batcher, engine = held
     first = batcher.submit(0)
     assert engine.entered.acquire(timeout=SOON)
@@ -149,10 +156,25 @@ def test_a_request_joins_at_the_next_step_and_rows_at_different_steps_share_call
     assert engine.calls[:5] == [[19], [18], [17], [16, 19], [15, 18]]
     assert first.done()
     assert not second.done()
-    assert engine.calls[20] == [2, 19]  # the third took the row that the first left
+    assert engine.calls[20] == [2, 19]  # the third took the place that the first left
     engine.allow(2)
     assert second.done()
     assert not third.done()
+
+
+def test_requests_of_different_chains_share_every_call(card):
+    """20 steps of DDIM beside the card's 20 of DDPM and 250 more: 250 calls, and the images of each alone."""
+    chains = [{}, {"steps": 250}, {"steps": 20, "sampler": "ddim"}]
+    engine, seen = FakeEngine(held=True), []
+    with StepBatcher(Sampler(card, engine)) as batcher:
+        first = batcher.submit(1, on_progress=lambda progress: seen.append(progress.steps))
+        assert engine.entered.acquire(timeout=SOON)
+        others = [batcher.submit(1, on_progress=lambda p: seen.append(p.steps), **chain) for chain in chains[1:]]
+        engine.let_go()
+        for future, chain in zip([first, *others], chains, strict=True):
+            np.testing.assert_array_equal(future.result(SOON), alone(card, 1, **chain))
+        assert batcher.stats().engine_calls == 251  # the second came one call after the first
+    assert Counter(seen) == {20: 40, 250: 250}
 
 
 def test_requests_are_served_in_the_order_of_arrival(card):
@@ -193,7 +215,7 @@ def test_a_waiting_request_is_cancelled_at_once_and_its_place_is_free(held):
     assert sum(map(len, engine.calls)) == 5 * STEPS
 
 
-def test_a_running_request_that_is_cancelled_frees_its_row_at_the_next_step(held):
+def test_a_running_request_that_is_cancelled_frees_its_place_at_the_next_step(held):
     batcher, engine = held
     first, second, third = batcher.submit(0), batcher.submit(1), batcher.submit(2)
     assert engine.entered.acquire(timeout=SOON)
@@ -221,7 +243,7 @@ def test_a_request_that_is_cancelled_between_two_steps_takes_no_part_in_the_next
     assert len(engine.calls[engine.calls.index(both) + 1]) == 1
 
 
-def test_a_deadline_frees_a_running_row_and_drops_a_waiting_request(held):
+def test_a_deadline_ends_a_running_request_and_drops_a_waiting_request(held):
     batcher, engine = held
     running = batcher.submit(0, deadline=0.05)
     other = batcher.submit(1)
@@ -232,7 +254,7 @@ def test_a_deadline_frees_a_running_row_and_drops_a_waiting_request(held):
     engine.allow(1)
     with pytest.raises(DeadlineError, match=r"the deadline passed at step 1[89]"):
         running.result(SOON)
-    with pytest.raises(TimeoutError, match="while it waited for a row"):
+    with pytest.raises(TimeoutError, match="before it began"):
         waiting.result(SOON)
     engine.let_go()
     np.testing.assert_array_equal(other.result(SOON), alone(batcher.card, 1))
@@ -260,15 +282,15 @@ def test_a_failing_callback_fails_its_own_request_alone(card):
         np.testing.assert_array_equal(good.result(SOON), alone(card, 2))
 
 
-def test_a_row_that_becomes_nan_fails_alone(card):
+def test_an_image_that_becomes_nan_fails_alone(card):
     with StepBatcher(Sampler(card, FakeEngine())) as batcher:
         good, bad = batcher.submit(0), batcher.submit(NAN_LABEL, image_index=9)
-        with pytest.raises(SamplingError, match=r"image 9 \(class 4\) became NaN or infinite at step 5"):
+        with pytest.raises(SamplingError, match=r"image 9 \(class_labels 4\) became NaN or infinite at step 5"):
             bad.result(SOON)
         np.testing.assert_array_equal(good.result(SOON), alone(card, 0))
 
 
-def test_an_engine_that_fails_fails_the_rows_of_that_call_and_no_more(held):
+def test_an_engine_that_fails_fails_the_requests_of_that_call_and_no_more(held):
     batcher, engine = held
     engine.fail_at = {2}
     rows = [batcher.submit(0), batcher.submit(1)]
@@ -278,7 +300,7 @@ def test_an_engine_that_fails_fails_the_rows_of_that_call_and_no_more(held):
     engine.let_go()
     assert {len(steps) for steps in engine.calls[1:3]} == {2}
     for future in rows:
-        with pytest.raises(SamplingError, match=r"engine failed in a call of 2 row\(s\) \(OSError: device lost\)") as e:
+        with pytest.raises(SamplingError, match=r"failed in a call of 2 image\(s\) \(OSError: device lost\)") as e:
             future.result(0)
         assert isinstance(e.value.__cause__, OSError)
     np.testing.assert_array_equal(waiting.result(SOON), alone(batcher.card, 2))
@@ -289,7 +311,7 @@ def test_an_output_of_another_shape_is_a_failure_of_the_engine(card):
         def __call__(self, inputs):
             return super().__call__(inputs)[:1, :1]
 
-    message = r"returned shape \(1, 1, 8, 8\) for \(1, 3, 8, 8\)"
+    message = r"returned shape \(1, 1, 8, 8\) for \(2, 6, 8, 8\)"
     with StepBatcher(Sampler(card, Wrong())) as batcher, pytest.raises(SamplingError, match=message):
         batcher.submit(0).result(SOON)
 
@@ -297,13 +319,15 @@ def test_an_output_of_another_shape_is_a_failure_of_the_engine(card):
 def test_a_decoder_that_fails_fails_one_request(bundle_of):
     card = read_manifest(bundle_of(pixels=False)).card
 
+    failures = iter([True])
+
     def decode(inputs):
-        if inputs["latents"].max() < 2.0:
+        if next(failures, False):
             raise MemoryError("no room")
         return np.zeros((1, 3, 16, 16), np.float32)
 
-    with StepBatcher(Sampler(card, FakeEngine(), decode)) as batcher:  # type: ignore[arg-type]
-        futures = [batcher.submit(label, guidance_scale=scale) for label, scale in [(0, 0.01), (1, 9.0)]]
+    with StepBatcher(Sampler(card, FakeEngine(), decode), batch=1) as batcher:
+        futures = [batcher.submit(label) for label in (0, 1)]
         with pytest.raises(MemoryError, match="no room"):
             futures[0].result(SOON)
         assert futures[1].result(SOON).shape == (16, 16, 3)
@@ -311,7 +335,7 @@ def test_a_decoder_that_fails_fails_one_request(bundle_of):
 
 def test_an_engine_may_reuse_its_output_buffer(card):
     class Reuses(FakeEngine):
-        buffer = np.empty((4, 3, 8, 8), np.float32)
+        buffer = np.empty((8, 6, 8, 8), np.float32)
 
         def __call__(self, inputs):
             out = self.buffer[: len(inputs["x"])]
@@ -420,14 +444,14 @@ def test_futures_are_awaited_and_cancelled_by_asyncio(card):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_label": 6}, "class 6 is out of range"),
-        ({"class_label": 0.5}, "integers"),
-        ({"class_label": 0, "guidance_scale": float("inf")}, "inf is not a finite number"),
-        ({"class_label": 0, "seed": -1}, "seed -1"),
-        ({"class_label": 0, "image_index": 2**64}, "both must lie in"),
-        ({"class_label": 0, "deadline": 0}, "deadline is 0"),
-        ({"class_label": 0, "deadline": float("nan")}, "deadline is nan"),
-        ({"class_label": 0, "preview_every": 3}, "an on_progress to call"),
+        ({"request": 6}, "'class_labels' 6 is out of range"),
+        ({"request": 0.5}, "integer numbers"),
+        ({"request": 0, "guidance_scale": float("inf")}, "inf is not a finite number"),
+        ({"request": 0, "seed": -1}, "seed -1"),
+        ({"request": 0, "image_index": 2**64}, "both must lie in"),
+        ({"request": 0, "deadline": 0}, "deadline is 0"),
+        ({"request": 0, "deadline": float("nan")}, "deadline is nan"),
+        ({"request": 0, "preview_every": 3}, "an on_progress to call"),
     ],
 )
 def test_impossible_requests_are_refused_at_once(card, arguments, message):
@@ -447,7 +471,7 @@ def test_impossible_batchers_are_refused(card, options, message):
         StepBatcher(Sampler(card, FakeEngine()), **options)
 
 
-def test_a_path_whose_engine_was_built_for_few_rows_is_batched_accordingly(bundle, tmp_path):
+def test_a_path_whose_engine_was_built_for_few_images_is_batched_accordingly(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / "few.engine")
     manifest = read_manifest(bundle)
     write_manifest(tmp_path / "few.engine", replace(manifest, batch=BatchRange(1, 2, 3)))
@@ -470,10 +494,17 @@ def test_a_path_is_opened_and_closed_with_the_batcher(bundle):
         np.testing.assert_array_equal(sampler.sample([0])[0], expected)  # still the caller's
 
 
+def large(card):
+    """The card of the same model at 512x512."""
+    shape, signature = (None, 3, 512, 512), card.signature
+    ports = tuple(replace(port, shape=shape) if port.kind == "state" else port for port in signature.ports)
+    return replace(card, signature=replace(signature, ports=ports, output=(None, 6, 512, 512)))
+
+
 def test_waiting_requests_hold_no_state(card):
     """512x512 images: one state is 3 MB; 257 waiting requests must cost next to nothing."""
     engine = FakeEngine(held=True)
-    batcher = StepBatcher(Sampler(replace(card, height=512, width=512), engine), batch=2)
+    batcher = StepBatcher(Sampler(large(card), engine), batch=2)
     batcher.submit(0)
     assert engine.entered.acquire(timeout=SOON)
     tracemalloc.start()
@@ -496,7 +527,7 @@ def test_memory_does_not_grow_with_the_number_of_requests(card):
                 for future in [batcher.submit(0, seed=seed) for seed in range(start, start + 50)]:
                     future.result(SOON)
 
-        batcher.sampler._step.calls = Ignored()
+        batcher.sampler._network.calls = Ignored()
         run(100)
         tracemalloc.start()
         run(100)
@@ -514,7 +545,7 @@ class Ignored(list):
 
 def test_a_forgotten_batcher_does_not_keep_the_interpreter_from_ending(bundle):
     program = (
-        "import sys\nfrom tqdit.engines import StepBatcher\n"
+        "import sys\nfrom tqdit.engines.run.step_batcher import StepBatcher\n"
         "batcher = StepBatcher(sys.argv[1], queue=5000)\n"
         "futures = [batcher.submit(0, seed=seed) for seed in range(5000)]\n"
         "futures[0].result()\nprint('end')"

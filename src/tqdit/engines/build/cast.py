@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from tqdit.card import GraphCard
 from tqdit.errors import UsageError
+from tqdit.graph_names import scope_of
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
 
@@ -23,34 +24,46 @@ FLOAT32 = ir.DataType.FLOAT
 LARGEST_FLOAT16 = 65504.0
 NO_BFLOAT16 = {"Conv"}  # in opset 20
 QKV = 3  # inputs of MultiRegionAttention that take the network's type; the low step stays float32
-STEP_SCOPE = "graph"  # the sampling step around the network, see `names`
 
 
 def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None:
-    """Requires: a float32 file of ours, whose nodes are named by the module tree.
+    """Requires: a float32 file of ours, with scopes in the nodes' metadata.
 
     Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes, the angles of
     the timestep, and the sampling step. Inputs and outputs keep their types; functions and Q/DQ see float32 only, but
     for MultiRegionAttention, whose q, k, v and result have `float_type` (integer codes are exact in it).
-    Raises UsageError where a constant does not fit into float16.
+    Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
-    _Caster(model.graph, _islands(card), DTYPES[float_type]).run()
+    _Caster(model.graph, _islands(card), _angles(model.graph), DTYPES[float_type]).run()
     RemoveUnusedNodesPass()(model)  # float32 constants that only had users in the other type
 
 
 def _islands(card: GraphCard) -> frozenset[str]:
-    if card.quantization is None:
-        return frozenset()
-    products = card.quantization.products
-    attention = {f"{name.rpartition('.')[0]}.softmax" for name in products if name.endswith(".value_product")}
-    return frozenset(products) | attention
+    """The modules of the quantized products."""
+    return frozenset() if card.quantization is None else frozenset(card.quantization.products)
+
+
+def _angles(graph: ir.Graph) -> frozenset[int]:
+    """Ids of the nodes that make angles, up to Sin and Cos: their arguments, back to the inputs of the graph.
+
+    A timestep of 999 has no neighbour closer than 4 in bfloat16.
+    """
+    stack = [node for node in graph if node.op_type in ("Sin", "Cos")]
+    found: set[int] = set()
+    while stack:
+        node = stack.pop()
+        if id(node) not in found:
+            found.add(id(node))
+            makers = (value.producer() for value in node.inputs if value is not None)
+            stack += [maker for maker in makers if maker is not None]
+    return frozenset(found)
 
 
 class _Caster:
-    def __init__(self, graph: ir.Graph, islands: Collection[str], target: ir.DataType) -> None:
-        self.graph, self.islands, self.target = graph, islands, target
+    def __init__(self, graph: ir.Graph, islands: Collection[str], angles: Collection[int], target: ir.DataType) -> None:
+        self.graph, self.islands, self.angles, self.target = graph, islands, angles, target
         self._casts: dict[tuple[int, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
@@ -76,12 +89,14 @@ class _Caster:
                     value.dtype = self.target
 
     def _is_cast_down(self, node: ir.Node) -> bool:
-        scope = (node.name or "").split("/")[0]
-        if scope == STEP_SCOPE or scope in self.islands or node.domain:
+        scope = scope_of(node)
+        if not scope or scope in self.islands or node.domain:  # no scope: the sampling step around the network
+            return False
+        if node.op_type == "Softmax" and any(scope_of(user) in self.islands for user, _ in node.outputs[0].uses()):
             return False
         if self.target == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16:
             return False
-        if scope.endswith("t_embedder") or any(value.is_graph_output() for value in node.outputs):
+        if id(node) in self.angles or any(value.is_graph_output() for value in node.outputs):
             return False
         return any(self._is_float(value) for value in node.outputs)
 

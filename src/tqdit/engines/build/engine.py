@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends import BuildRow, build_row, choose_backend
+from tqdit.engines.build.backend import Builder, builder, choose_backend
+from tqdit.engines.build.cast import cast_floats
+from tqdit.engines.build.strip import strip_quantization
 from tqdit.engines.bundle import Manifest, write_manifest
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
+from tqdit.graph_names import SCOPE_KEY
+from tqdit.onnx_file import OnnxFile, save
 
 
 def build_engine(
@@ -24,71 +28,55 @@ def build_engine(
 ) -> Manifest:
     """Compile `source` for `backend` ('auto': the best one here) into the folder `output`, which appears whole or not.
 
-    Raises BackendError where a quantized product would run in float, unless the config allows it, and UsageError for
-    what the backend or the file cannot do.
+    Raises BackendError if a quantized product would run in float and the config does not allow it, UsageError for what
+    the backend or the file cannot do, FileFormatError for a file that is damaged or incomplete.
     """
-    from tqdit.onnx_file import external_files, load_graph, read_card  # needs onnx; the runtime must not
-    from tqdit.onnx_seal import check_seal
-
     config = config or BuildConfig()
-    card = read_card(source)
+    file = OnnxFile.read(source)
+    card = file.own_card
     config = _choose_precision(source, card, config)
-    model = load_graph(source)
-    beside = external_files(model, source)
-    for name in beside:
-        if not (source.parent / name).is_file():
-            raise FileFormatError(
-                f"{source.parent / name}: missing; it holds the weights of {source}. Keep them together."
-            )
-    check_seal(source, model, beside, progress)
-    del model  # up to 2 GB that the compiler may need
-    _check_decoder(source, card)
+    _check_file(file, card)
     if backend == "auto":
         backend, _ = choose_backend()
-    row = build_row(backend)
-    config.refuse_unknown(backend, row.OPTIONS)
-    chosen = _check_float_type(backend, row, config)
+    compiler = builder(backend)
+    config.refuse_unknown(backend, compiler.OPTIONS)
+    chosen = _check_float_type(backend, compiler, config)
     config = replace(config, float_type=chosen)
-    cast: FloatType = "fp32" if row.CASTS_FLOATS else chosen
+    cast: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision != "int8"
-    with whole_folder(output) as folder, _prepared(source, card, strip, cast, output) as typed:
+    with whole_folder(output) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
-        manifest = replace(row.build(typed, card, folder, config, progress), float_type=chosen)
+        manifest = replace(compiler.build(prepared, card, folder, config, progress), float_type=chosen)
         write_manifest(folder, manifest)
     return manifest
 
 
 @contextmanager
-def _prepared(source: Path, card: GraphCard, strip: bool, float_type: FloatType, output: Path) -> Iterator[Path]:
-    """The file without its quantization, and with its float parts in another type, where that is asked for.
+def _prepared(file: OnnxFile, card: GraphCard, strip: bool, float_type: FloatType, output: Path) -> Iterator[OnnxFile]:
+    """The file, if asked for without its quantization and with its float parts in another type.
 
-    It lies in a temporary folder together with its decoder.
+    A changed file lies in a temporary folder together with its decoder.
     """
     if not strip and float_type == "fp32":
-        yield source
+        yield file
         return
-    import onnx_ir as ir  # of the extra `export`, like the passes
-
-    from tqdit.engines.build.cast import cast_floats
-    from tqdit.engines.build.strip import strip_quantization
-    from tqdit.export.onnx_writer import save
-
     with temporary_folder(output.with_name(f"{output.name}.prepared")) as folder:
-        model = ir.load(source)
+        model = file.to_ir()
         if strip:
             strip_quantization(model, card)
             card = replace(card, quantization=None)
         if float_type != "fp32":
             cast_floats(model, card, float_type)
-        save(model, folder / source.name)
+        path = folder / file.path.name
+        changed = OnnxFile(path, save(model, path))
         del model  # gigabytes that the compiler may need
         if card.vae is not None:
-            (folder / card.vae.file).symlink_to((source.parent / card.vae.file).absolute())
-        yield folder / source.name
+            (folder / card.vae.file).symlink_to((file.path.parent / card.vae.file).absolute())
+        yield changed
 
 
-def _check_float_type(backend: str, row: BuildRow, config: BuildConfig) -> FloatType:
-    offered, wanted = row.float_types(config), config.float_type
+def _check_float_type(backend: str, compiler: Builder, config: BuildConfig) -> FloatType:
+    offered, wanted = compiler.float_types(config), config.float_type
     if wanted == "auto":
         return offered[0]
     if wanted not in offered:
@@ -111,11 +99,20 @@ def _choose_precision(source: Path, card: GraphCard, config: BuildConfig) -> Bui
     return replace(config, precision=precision, float_type=precision)
 
 
-def _check_decoder(source: Path, card: GraphCard) -> None:
+def _check_file(file: OnnxFile, card: GraphCard) -> None:
+    """Refuse a file without its weights, its decoder or the scopes of its nodes."""
+    _ = file.weight_files  # raises if one is missing
+    if not file.scopes:
+        raise FileFormatError(
+            f"{file.path}: no node says to which module it belongs (metadata '{SCOPE_KEY}'). An older tqdit-export "
+            "wrote it, or another program removed the metadata. Export again."
+        )
     if card.vae is None:
         return
-    file = source.parent / card.vae.file
-    if Path(card.vae.file).name != card.vae.file or not file.is_file():
-        raise FileFormatError(f"{file}: missing; {source} names it as its decoder. Keep them together or export again.")
-    if sha256(file) != card.vae.sha256:
-        raise FileFormatError(f"{file}: altered since {source} was exported (its SHA-256 differs). Export again.")
+    decoder = file.path.parent / card.vae.file
+    if Path(card.vae.file).name != card.vae.file or not decoder.is_file():
+        raise FileFormatError(
+            f"{decoder}: missing; {file.path} names it as its decoder. Keep them together or export again."
+        )
+    if sha256(decoder) != card.vae.sha256:
+        raise FileFormatError(f"{decoder}: altered since {file.path} was exported (its SHA-256 differs). Export again.")

@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPa
 
 from tqdit.card import GraphCard
 from tqdit.errors import UsageError
+from tqdit.graph_names import SCOPE_KEY, scope_of
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as MULTI_REGION_SOFTMAX
 from tqdit.plugins.time_group_select.schema import OP_TYPE as TIME_GROUP_SELECT
@@ -22,7 +23,7 @@ AFTER = {"Mul", "Add"}
 
 
 def strip_quantization(model: ir.Model, card: GraphCard) -> None:
-    """Requires: a quantized float32 file of ours, whose nodes are named by the module tree.
+    """Requires: a quantized float32 file of ours, with scopes in the nodes' metadata.
 
     Ensures: every product multiplies floats, once, with the quantized weights as float initializers; probabilities come
     from a Softmax; no custom op and no Q/DQ node is left. Raises UsageError for a form that it does not know.
@@ -32,7 +33,7 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
     scopes: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if node.op_type == "MatMul":
-            scopes.setdefault(_scope(node), []).append(node)
+            scopes.setdefault(scope_of(node), []).append(node)
     for module in card.quantization.products:
         if module not in scopes:
             raise UsageError(f"the quantization of '{module}' cannot be stripped. Export the model with --float.")
@@ -40,38 +41,40 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
     RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
-    left = {node.op_type for node in model.graph if node.domain == DOMAIN or node.op_type.endswith("quantizeLinear")}
+    left = {
+        node.op_type for node in model.graph if node.domain == DOMAIN or node.op_type.lower().endswith("quantizelinear")
+    }
     if left:
         raise UsageError(f"{', '.join(sorted(left))} cannot be stripped. Export the model with --float.")
-
-
-def _scope(node: ir.Node) -> str:
-    return (node.name or "").split("/")[0]
 
 
 def _replace_softmaxes(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type == MULTI_REGION_SOFTMAX:
-            softmax = ir.node("Softmax", [node.inputs[0]], {"axis": -1}, name=f"{_scope(node)}/Softmax")
+            name, metadata = f"{scope_of(node)}/Softmax", {SCOPE_KEY: scope_of(node)}
+            softmax = ir.node("Softmax", [node.inputs[0]], {"axis": -1}, name=name, metadata_props=metadata)
             _swap(graph, node, softmax)
 
 
 def _strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
-    """Several products of one module are those of two regions: the first takes the whole input, the others go."""
-    first = products[0]
-    left, right = (_before(value, module) for value in first.inputs)
-    if right.is_initializer():
-        right = _float_weight(graph, module, right)
-    node = ir.node("MatMul", [left, right], name=f"{module}/MatMul.float")
-    graph.insert_before(first, node)
-    _after(first, module).replace_all_uses_with(node.outputs[0])
+    """A module has a product for each call and region; of a call's regions, the first takes the whole input."""
+    calls = {_after(product, module): product for product in reversed(products)}  # the sum -> its first region
+    weight: ir.Value | None = None
+    for number, (out, first) in enumerate(reversed(calls.items()), 1):
+        left, right = (_before(value, module) for value in first.inputs)
+        if right.is_initializer():
+            right = weight = weight or _float_weight(graph, module, right)
+        name = f"{module}/MatMul.float" if number == 1 else f"{module}/MatMul_{number}.float"
+        node = ir.node("MatMul", [left, right], name=name, metadata_props={SCOPE_KEY: module})
+        graph.insert_before(first, node)
+        out.replace_all_uses_with(node.outputs[0])
 
 
 def _before(value: ir.Value | None, module: str) -> ir.Value:
     """The float value that a product's operand was made from."""
     assert value is not None
     node = value.producer()
-    while node is not None and _scope(node) == module and node.op_type in BEFORE:
+    while node is not None and scope_of(node) == module and node.op_type in BEFORE:
         # a Where chooses between the value and zero
         candidates = node.inputs[1:] if node.op_type == "Where" else node.inputs[:1]
         chosen = next(
@@ -87,7 +90,7 @@ def _after(product: ir.Node, module: str) -> ir.Value:
     while len(value.uses()) == 1:
         node = next(iter(value.uses())).node
         other = next((one for one in node.inputs if one is not None and one is not value), None)
-        if _scope(node) != module or node.op_type not in AFTER or other is None or not _is_ours(other, module):
+        if scope_of(node) != module or node.op_type not in AFTER or other is None or not _is_ours(other, module):
             break
         value = node.outputs[0]
     return value
@@ -100,7 +103,7 @@ def _is_ours(value: ir.Value, module: str) -> bool:
         return value.name == f"{module}.input.shift"
     if node.op_type == TIME_GROUP_SELECT:
         return True
-    return _scope(node) == module and node.op_type in {*AFTER, "MatMul"}
+    return scope_of(node) == module and node.op_type in {*AFTER, "MatMul"}
 
 
 def _float_weight(graph: ir.Graph, module: str, stored: ir.Value) -> ir.Value:

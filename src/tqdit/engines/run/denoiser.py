@@ -1,4 +1,4 @@
-"""A denoiser engine: the network alone, for schedulers of one's own. NumPy and one backend, no torch."""
+"""A network call on an engine, for schedulers of one's own. NumPy and one backend, no torch."""
 
 from __future__ import annotations
 
@@ -10,82 +10,82 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
-from tqdit.diffusion import TRAINING_STEPS
-from tqdit.engines.backends import Engine, run_row
 from tqdit.engines.bundle import check_parts, read_manifest
-from tqdit.engines.run.step_rows import check_labels
+from tqdit.engines.run.backend import Engine, runner
 from tqdit.errors import UsageError
+from tqdit.ports import check_call
+
+STEP_GRAPH = "holds a step graph, which has its sampler inside. Export again without --graph step."
 
 
 class Denoiser:
-    """(x, timestep, class_labels) -> noise_pred with the engine of a bundle. Thread-safe.
+    """The network of a bundle: its ports in the order of `card.signature`, or by name -> prediction. Thread-safe.
 
-        with Denoiser.open("denoiser.engine") as denoise:
-            noise_pred = denoise(x, timestep, class_labels)
+        with Denoiser.open("model.engine") as denoise:
+            prediction = denoise(x, timestep, class_labels)
 
-    Guidance is the caller's: rows of the null class (label num_classes) beside the conditional ones.
+    Guidance is the caller's: rows with the ports' null values (a DiT's label num_classes) beside the conditional ones.
     """
 
     def __init__(self, card: GraphCard, engine: Engine, batch: int | None = None) -> None:
+        """batch: rows per engine call at most; None: any number."""
         if card.graph != "denoiser":
-            raise UsageError(
-                "this engine holds a step graph, which has its sampler inside. Export again with --graph denoiser."
-            )
+            raise UsageError(f"this engine {STEP_GRAPH}")
         self.card = card
         self._batch = batch
         self._engine: Engine | None = engine
 
     @classmethod
     def open(cls, path: str | Path, *, threads: int | None = None) -> Denoiser:
-        """Open a bundle of a graph that `tqdit-export --graph denoiser` wrote, after checking every file of it.
+        """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
-        BackendError where it cannot run here, UsageError for a step graph.
+        BackendError if it cannot run here, UsageError for a step graph.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         if manifest.card.graph != "denoiser":  # before the work of loading it
-            raise UsageError(
-                f"{folder}: holds a step graph, which has its sampler inside. Export again with --graph denoiser."
-            )
+            raise UsageError(f"{folder}: {STEP_GRAPH}")
         check_parts(folder, manifest)
-        engine = run_row(manifest.backend).load(folder, manifest, manifest.entry, threads)
-        return cls(manifest.card, engine, None if manifest.batch is None else manifest.batch.most)
+        engine = runner(manifest.backend).load(folder, manifest, manifest.entry, threads)
+        most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
+        return cls(manifest.card, engine, most)
 
-    def __call__(
-        self, x: NDArray[np.float32], timestep: NDArray[np.integer[Any]], class_labels: NDArray[np.integer[Any]]
-    ) -> NDArray[np.float32]:
-        """x float (B, C, H, W), timestep int (B,) in 0..999, class_labels int (B,) in 0..num_classes.
+    def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:
+        """The prediction float32 (rows, K, ...) for one array (rows, ...) of each port.
 
-        Returns float32 (B, K, H, W): the noise in the first C channels, then the learned variance, if there is one
-        (K = 2C). More rows than the engine was built for take several calls. Raises UsageError for other shapes or
-        values.
+        What it holds is up to the network: a DiT's is the noise in the first C channels of the state, then the learned
+        variance, if there is one (K = 2C). More rows than the engine was built for take several calls. Raises
+        UsageError for other ports, shapes, types or values than the signature's.
         """
         engine = self._engine
         if engine is None:
             raise UsageError("this denoiser is closed. Open the engine again.")
-        if x.ndim != 4 or x.shape[1:] != self.card.image_shape or not len(x):
-            expected = ", ".join(map(str, self.card.image_shape))
-            raise UsageError(f"x has shape {x.shape}; this engine takes (B, {expected}).")
-        labels = check_labels(self.card, class_labels)
-        steps = np.asarray(timestep)
-        if labels.shape != (len(x),) or steps.shape != (len(x),):
-            raise UsageError(
-                f"x has {len(x)} rows, timestep has shape {steps.shape} and class_labels {labels.shape}; expected one "
-                "of each per row."
-            )
-        if not np.issubdtype(steps.dtype, np.integer) or steps.min() < 0 or steps.max() >= TRAINING_STEPS:
-            raise UsageError(f"timestep is {steps}; expected integers in 0..{TRAINING_STEPS - 1}.")
-        inputs: dict[str, NDArray[Any]] = {
-            "x": np.ascontiguousarray(x, np.float32),
-            "timestep": steps.astype(np.int64),
-            "class_labels": labels,
-        }
-        most = self._batch or len(x)
-        if len(x) <= most:
+        inputs = check_call(self.card.signature, self._by_name(values, ports))
+        self._check_time(inputs[self.card.signature.time.name])
+        rows = len(inputs[self.card.signature.state.name])
+        most = self._batch or rows
+        if rows <= most:
             return engine(inputs)
-        parts = [slice(start, start + most) for start in range(0, len(x), most)]
+        parts = [slice(start, start + most) for start in range(0, rows, most)]
         return np.concatenate([engine({name: value[part] for name, value in inputs.items()}) for part in parts])
+
+    def _by_name(self, values: tuple[Any, ...], ports: dict[str, Any]) -> dict[str, Any]:
+        """The ports of a call, like the arguments of a function."""
+        names = self.card.signature.names
+        if len(values) > len(names) or set(names[: len(values)]) & set(ports):
+            found = ", ".join([f"{len(values)} array(s) without a name", *ports])
+            raise UsageError(f"found {found}; expected {', '.join(names)}, each once.")
+        return dict(zip(names, values, strict=False)) | ports
+
+    def _check_time(self, timesteps: NDArray[Any]) -> None:
+        low, high = self.card.sampling.process.span
+        whole = np.issubdtype(timesteps.dtype, np.integer)
+        bad = timesteps[(timesteps < low) | (timesteps >= high if whole else timesteps > high)]
+        if bad.size:
+            known = f"{low:g}..{high - 1:g}" if whole else f"{low:g} to {high:g}"
+            name = self.card.signature.time.name
+            raise UsageError(f"'{name}' {bad[0]} is out of range; this model knows timesteps {known}.")
 
     def close(self) -> None:
         """Free the engine; the denoiser cannot be used afterwards."""

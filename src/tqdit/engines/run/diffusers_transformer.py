@@ -21,13 +21,13 @@ from torch import Tensor  # noqa: E402
 class Prediction(NamedTuple):
     """What diffusers reads from a transformer."""
 
-    sample: Tensor  # (B, K, H, W): the noise, then the learned variance
+    sample: Tensor  # (B, K, H, W): the noise, then the learned variance, if there is one
 
 
 class DiffusersTransformer(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]  # it ships no types
-    """A denoiser engine where diffusers expects a `DiTTransformer2DModel`.
+    """An engine where diffusers expects a `DiTTransformer2DModel`.
 
-        pipeline = DiTPipeline.from_pretrained(folder, transformer=DiffusersTransformer.open("denoiser.engine"))
+        pipeline = DiTPipeline.from_pretrained(folder, transformer=DiffusersTransformer.open("model.engine"))
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pictures = pipeline([207, 360], num_inference_steps=25).images
 
@@ -39,23 +39,27 @@ class DiffusersTransformer(diffusers.ModelMixin, diffusers.ConfigMixin):  # type
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        card = denoiser.card
-        if card.height != card.width:
+        signature = denoiser.card.signature
+        shape, label = signature.state.row_shape, signature.label
+        if len(shape) != 3 or shape[1] != shape[2] or label is None:
             raise UsageError(
-                f"the engine makes {card.height}x{card.width} images; diffusers' DiT pipeline knows square ones alone."
+                f"{signature.family} has states of shape {shape} and takes {', '.join(signature.names)}; diffusers' "
+                "DiT pipeline takes square states (C, H, H) and a class."
             )
         self.register_to_config(
-            sample_size=card.height,
-            in_channels=card.channels,
-            out_channels=card.out_channels,
-            num_embeds_ada_norm=card.num_classes,
+            sample_size=shape[1],
+            in_channels=shape[0],
+            out_channels=signature.output_shape[0],
+            num_embeds_ada_norm=label.choices,
         )
+        self._names = signature.state.name, signature.time.name, label.name
+        self._whole_steps = signature.time.dtype == "int64"
         self._denoiser = denoiser
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # has the dtype and device of .to(...)
 
     @classmethod
     def open(cls, path: str | Path, *, threads: int | None = None) -> DiffusersTransformer:
-        """Open a bundle of a denoiser graph; arguments and errors as for `Denoiser.open`."""
+        """Open a bundle; arguments and errors as for `Denoiser.open`."""
         return cls(Denoiser.open(path, threads=threads))
 
     def forward(
@@ -68,7 +72,7 @@ class DiffusersTransformer(diffusers.ModelMixin, diffusers.ConfigMixin):  # type
     ) -> Prediction | tuple[Tensor]:
         """hidden_states (B, C, H, W), timestep () or (B,), class_labels (B,) -> sample (B, K, H, W), same dtype.
 
-        Raises UsageError for other shapes and for timesteps that are no whole numbers, which the graph cannot take.
+        Raises UsageError for other shapes, and for fractional timesteps if the graph takes whole ones.
         """
         if timestep is None or class_labels is None:
             raise UsageError("a DiT engine needs both timestep and class_labels.")
@@ -79,11 +83,24 @@ class DiffusersTransformer(diffusers.ModelMixin, diffusers.ConfigMixin):  # type
                 f"class_labels are {class_labels.dtype} of shape {tuple(class_labels.shape)}; expected integers (B,)."
             )
         x = hidden_states.detach().to("cpu", torch.float32).numpy()
-        steps = np.broadcast_to(_whole_steps(timestep), (len(x),)) if _is_scalar(timestep) else _whole_steps(timestep)
-        noise_pred = self._denoiser(x, steps, class_labels.detach().cpu().numpy())
+        steps = self._timesteps(timestep)
+        values = x, steps if steps.ndim else np.broadcast_to(steps, len(x)), class_labels.detach().cpu().numpy()
+        noise_pred = self._denoiser(**dict(zip(self._names, values, strict=True)))
         # a copy, since an engine may reuse its output
         sample = torch.from_numpy(noise_pred).to(hidden_states.device, hidden_states.dtype, copy=True)
         return Prediction(sample) if return_dict else (sample,)
+
+    def _timesteps(self, timestep: Tensor | float) -> np.ndarray[Any, np.dtype[Any]]:
+        """Schedulers count in floats, some of them between the timesteps that the network was trained on."""
+        values = torch.as_tensor(timestep).detach().to("cpu", torch.float64).numpy()
+        if not self._whole_steps:
+            return values
+        if not np.array_equal(values, np.round(values)):
+            raise UsageError(
+                f"timestep {values.ravel()[0]:g} is not a whole number; the engine's graph takes 0..999. Choose a "
+                "scheduler with whole timesteps (timestep_spacing='leading', no Karras sigmas)."
+            )
+        return values.astype(np.int64)
 
     def close(self) -> None:
         """Free the engine."""
@@ -96,19 +113,4 @@ class DiffusersTransformer(diffusers.ModelMixin, diffusers.ConfigMixin):  # type
     @classmethod
     def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
         """Not for engines: see `open`."""
-        raise UsageError("an engine has no diffusers checkpoint. Use DiffusersTransformer.open('denoiser.engine').")
-
-
-def _is_scalar(timestep: Tensor | float) -> bool:
-    return not isinstance(timestep, Tensor) or timestep.ndim == 0
-
-
-def _whole_steps(timestep: Tensor | float) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Schedulers count in floats, some of them between the positions that the network was trained on."""
-    values = torch.as_tensor(timestep).detach().to("cpu", torch.float64).numpy()
-    if not np.array_equal(values, np.round(values)):
-        raise UsageError(
-            f"timestep {values.ravel()[0]:g} is no whole number; the engine's graph takes positions 0..999. Choose a "
-            "scheduler with whole timesteps (timestep_spacing='leading', no Karras sigmas)."
-        )
-    return values.astype(np.int64)
+        raise UsageError("an engine has no diffusers checkpoint. Use DiffusersTransformer.open('model.engine').")

@@ -38,19 +38,23 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{path}: exists and holds other files than samples. Choose another name.")
 
 
-def write_images(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], notes: dict[str, Any]) -> None:
-    """Write images uint8 (N, H, W, 3) in the form that the suffix of `path` asks for."""
+def write_images(
+    path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, notes: dict[str, Any]
+) -> None:
+    """Write images uint8 (N, H, W, 3) in the form that the suffix of `path` asks for. labels: None: there are none."""
     kind = kind_of(path)
     if kind == "png":
         with whole_file(path) as temporary:
             grid(images).save(temporary, format="PNG")
     elif kind == "npz":
-        write_npz(path, arr_0=images, arr_1=labels)  # the names that the ADM evaluator reads
+        arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})  # as the ADM evaluator reads
+        write_npz(path, **arrays)
     else:
         with whole_folder(path) as folder:
             for index, image in enumerate(images):
                 Image.fromarray(image).save(folder / f"{index:06d}.png")
-            (folder / NOTES).write_text(json.dumps(notes | {"classes": labels.tolist()}, indent=1) + "\n")
+            classes = {} if labels is None else {"classes": labels.tolist()}
+            (folder / NOTES).write_text(json.dumps(notes | classes, indent=1) + "\n")
 
 
 def write_npz(path: Path, **arrays: NDArray[Any]) -> None:

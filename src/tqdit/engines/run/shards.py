@@ -22,17 +22,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit import __version__
-from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
-from tqdit.engines.run.sampler import Callback, Sampler
-from tqdit.engines.run.step_rows import check_guidance, check_labels
+from tqdit.engines.run.sampler import Callback, Sampler, makes_images
 from tqdit.errors import FileFormatError, OutputError, UsageError
 from tqdit.files import LOCK, check_writable, lock_folder, sha256, whole_file, writing
+from tqdit.ports import Requests, Signature, check_requests
+from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
+from tqdit.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "shards.json"
 SHARD_SIZE = 128  # 25 MB of 256x256 images; a multiple of the default batch
 _SHARD = re.compile(r"shard-(\d{5,19})\.npz", re.ASCII)
@@ -51,18 +51,20 @@ class SamplingJob:
     """Everything that the bytes of a sampling run depend on. Raises UsageError for values that no run can have."""
 
     engine: str  # SHA-256 of the bundle's manifest, which holds those of its parts
-    classes: tuple[int, ...]  # of the images in turn, repeated as often as necessary
-    guidance_scale: float
+    steps: int
+    sampler: str
+    classes: tuple[int, ...]  # of the images in turn, repeated as often as necessary; empty: an unconditional model
+    guidance_scale: float | None  # None: a model that is sampled without guidance
     seed: int
     count: int  # images in all
     shard_size: int = SHARD_SIZE
     content: Content = "images"
 
     def __post_init__(self) -> None:
-        if not self.classes:
-            raise UsageError("a sampling job needs at least one class.")
         if self.count < 1 or self.shard_size < 1:
             raise UsageError(f"{self.count} images in shards of {self.shard_size}; both must be at least 1.")
+        if self.steps < 1:
+            raise UsageError(f"{self.steps} steps of {self.sampler}; expected at least 1.")
         check_key(self.seed, self.count - 1)
 
     @property
@@ -73,37 +75,67 @@ class SamplingJob:
         """The numbers of the images in one shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
-    def labels(self, shard: int) -> NDArray[np.int64]:
-        """The classes (n,) of the images in one shard."""
+    def labels(self, shard: int) -> NDArray[np.int64] | None:
+        """The classes (n,) of the images in one shard; None for an unconditional model."""
+        if not self.classes:
+            return None
         cycle = np.asarray(self.classes, np.int64)
         return cycle.take(np.asarray(self.images(shard)) % len(cycle))
 
-    def make(self, sampler: Sampler, shard: int, callback: Callback | None = None) -> dict[str, NDArray[Any]]:
-        """The arrays of one shard: samples and labels, under the names that its file gives them."""
-        labels, first = self.labels(shard), self.images(shard).start
-        sample = sampler.sample if self.content == "images" else sampler.sample_latents
-        samples = sample(labels, self.guidance_scale_for(sampler.card), self.seed, callback, first_image=first)
-        return dict(zip(NAMES[self.content], (samples, labels), strict=True))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays of a shard."""
+        return NAMES[self.content] if self.classes else NAMES[self.content][:1]
 
-    def guidance_scale_for(self, card: GraphCard) -> float | None:
-        return self.guidance_scale if card.guided else None
+    def make(self, sampler: Sampler, shard: int, callback: Callback | None = None) -> dict[str, NDArray[Any]]:
+        """The arrays of one shard, under the names that its file gives them: samples and, if there are any, labels."""
+        labels, images = self.labels(shard), self.images(shard)
+        requests: Requests = len(images) if labels is None else labels
+        sample = sampler.sample if self.content == "images" else sampler.sample_latents
+        samples = sample(
+            requests, self.guidance_scale, self.seed, callback,
+            steps=self.steps, sampler=self.sampler, first_image=images.start,
+        )  # fmt: skip
+        return {name: array for name, array in zip(self.names, (samples, labels), strict=False) if array is not None}
 
 
 def describe_job(
     engine: Path, manifest: Manifest, classes: list[int] | None, guidance_scale: float | None, seed: int, count: int,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int = SHARD_SIZE, *, steps: int | None = None, sampler: str | None = None,
 ) -> SamplingJob:  # fmt: skip
-    """A job for a bundle. classes None: all of the model's, in turn. Raises UsageError for what the model cannot do."""
+    """A job for a bundle. classes None: all of the model's, in turn; guidance_scale, steps, sampler None: what its card
+    proposes. Raises UsageError for what the model cannot do.
+    """
     card = manifest.card
+    scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler)
     return SamplingJob(
         engine=sha256(engine / MANIFEST),
-        classes=tuple(check_labels(card, classes or range(card.num_classes)).tolist()),
-        guidance_scale=check_guidance(card, guidance_scale),
+        steps=spec.steps,
+        sampler=spec.sampler,
+        classes=_classes(card.signature, classes),
+        guidance_scale=None if card.guidance is None else scale,
         seed=seed,
         count=count,
         shard_size=shard_size,
-        content="images" if card.latent_scale is None or manifest.decoder else "latents",
+        content="images" if makes_images(manifest) else "latents",
     )
+
+
+def _classes(signature: Signature, chosen: list[int] | None) -> tuple[int, ...]:
+    """The classes to repeat; none for an unconditional model."""
+    label = signature.label
+    if label is not None:
+        labels = check_requests(signature, chosen or range(label.choices or 0))[1][label.name]
+        return tuple(labels.tolist())
+    if signature.requests:
+        ports = ", ".join(f"'{port.name}' {list(port.shape)}" for port in signature.requests)
+        raise UsageError(
+            f"{signature.family} takes {ports}, which are not classes. Sample in Python: Sampler.sample takes a dict "
+            "of arrays."
+        )
+    if chosen is not None:
+        raise UsageError(f"{signature.family} is unconditional and takes no --classes. Leave it out.")
+    return ()
 
 
 @dataclass(frozen=True)
@@ -156,14 +188,14 @@ class ShardFolder:
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
         """The arrays of a finished shard. Raises FileFormatError if it is missing, truncated or altered."""
         file, content = self.path / shard_name(shard), self._content(shard)
-        names, count = NAMES[self.job.content], len(self.job.images(shard))
+        names, count = self.job.names, len(self.job.images(shard))
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in names}
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise FileFormatError(f"{file}: not a shard ({error}). {_AGAIN}") from error
         if any(len(array) != count for array in found.values()):
-            raise FileFormatError(f"{file}: expected {count} samples and labels. {_AGAIN}")
+            raise FileFormatError(f"{file}: expected {count} of each array. {_AGAIN}")
         return found
 
     def check(self, shard: int) -> None:
@@ -280,13 +312,13 @@ def _is_shard(name: str, job: SamplingJob) -> bool:
     return match is not None and int(match[1]) < job.shards and shard_name(int(match[1])) == name
 
 
-def read_shards(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+def read_shards(path: str | Path) -> Iterator[dict[str, NDArray[Any]]]:
     """The arrays of one shard after another, in the order of the images: arr_0 uint8 (n, H, W, 3) and arr_1 int64 (n,),
     or latents float32 (n, C, H, W) and labels. The SHA-256 of each file is checked.
 
     Raises FileFormatError if shards are unfinished, missing, truncated or altered.
     """
-    folder = read_index(path)
+    folder = read_index(Path(path))
     if folder.done < folder.job.shards:
         raise FileFormatError(
             f"{path}: {folder.done} of {folder.job.shards} shards are done. Run the same tqdit-sample command again."
@@ -298,16 +330,17 @@ def read_shards(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
 def merge_shards(path: Path, output: Path) -> None:
     """Write all samples to one `.npz`, the same bytes as one run with `-o output`. One shard at a time is in memory."""
     job = read_index(path).job
-    samples, labels = NAMES[job.content]
+    samples, *label_names = job.names
     with whole_file(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{samples}.npy", "w", force_zip64=True) as file:
             for number, arrays in enumerate(read_shards(path)):
                 if number == 0:
                     file.write(_header(arrays[samples], job.count))
                 file.write(arrays[samples].tobytes())
-        with archive.open(f"{labels}.npy", "w", force_zip64=True) as file:
-            every = np.concatenate([job.labels(shard) for shard in range(job.shards)])
-            np.lib.format.write_array(file, every, allow_pickle=False)
+        every = [labels for shard in range(job.shards) if (labels := job.labels(shard)) is not None]
+        for name in label_names:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.concatenate(every), allow_pickle=False)
 
 
 def _header(first: NDArray[Any], count: int) -> bytes:

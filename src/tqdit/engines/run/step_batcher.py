@@ -20,32 +20,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.run.sampler import Sampler
-from tqdit.engines.run.step_rows import StepRows, check_guidance, check_labels
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, TqditError, UsageError
+from tqdit.ports import check_request
+from tqdit.sampling.chains import Chains
+from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
+from tqdit.sampling.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a request's callback is told after each of its steps."""
 
-    step: int  # that has just been computed; 0 is the last
-    steps: int  # of the chain
-    x: NDArray[np.float32] | None  # (C, H, W), a copy of its state, at every `preview_every`-th step
+    step: int  # the one that has just been computed; 0 is the last
+    steps: int  # of the request's chain
+    x: NDArray[np.float32] | None  # a copy of its state, at every `preview_every`-th step
 
 
 ProgressCallback = Callable[[Progress], bool | None]
-Result = NDArray[Any]  # uint8 (H, W, 3), or float32 (C, H, W) of a latent model without a decoder
+Result = NDArray[Any]  # uint8 (H, W, 3), or the float32 state of a model without pictures
 
 
 @dataclass(frozen=True)
 class BatcherStats:
     """A moment of a batcher, for a server's metrics."""
 
-    waiting: int  # requests without a row
-    running: int  # requests with a row
+    waiting: int  # requests that have not begun
+    running: int  # requests that take part in every engine call
     engine_calls: int  # so far
-    steps: int  # rows that those calls computed; steps / engine_calls is the mean batch
+    steps: int  # of all requests in those calls; steps / engine_calls is the mean number of images per call
 
 
 class _Request(Future[Result]):
@@ -54,46 +57,55 @@ class _Request(Future[Result]):
     It stays pending until it is done, so that it can be cancelled while it runs.
     """
 
-    def __init__(self, batcher: StepBatcher, label: int, scale: float, seed: int, image: int) -> None:
+    def __init__(
+        self,
+        batcher: StepBatcher,
+        schedule: Schedule,
+        ports: dict[str, NDArray[Any]],
+        scale: float,
+        seed: int,
+        image: int,
+    ) -> None:
         super().__init__()
-        self.label, self.scale, self.seed, self.image = label, scale, seed, image
+        self.schedule, self.ports, self.scale, self.seed, self.image = schedule, ports, scale, seed, image
         self.expires = math.inf  # time.monotonic(), in seconds
         self.callback: ProgressCallback | None = None
         self.preview_every = 0
         self.counted = False  # among the batcher's unfinished requests
         self._batcher = batcher
-        self._untold = threading.Lock()
+        self._notifying = threading.Lock()  # taken once, by the thread that notifies the waiters of a cancellation
 
     def cancel(self) -> bool:
         if not self.done():
             self._batcher._forget(self)
         cancelled = super().cancel()
-        if cancelled and self._untold.acquire(blocking=False):
-            self.set_running_or_notify_cancel()  # wakes concurrent.futures.wait; fails when done twice
+        if cancelled and self._notifying.acquire(blocking=False):
+            self.set_running_or_notify_cancel()  # for concurrent.futures.wait; a second call fails
         return cancelled
 
 
 class StepBatcher:
-    """Runs many requests on one engine, a row each; rows at different steps share every call. Thread-safe.
+    """Runs many requests on one engine; requests at different steps share every call. Thread-safe.
 
         with StepBatcher("model.engine", batch=16) as batcher:
             future = batcher.submit(3, seed=7)
             image = future.result()  # uint8 (H, W, 3)
 
-    A request gets a row at the next step after one is free, in the order of arrival, and keeps it until its image is
-    done. Every running row takes part in every call. The image is that of
-    `Sampler.sample([label], guidance_scale, seed, first_image=image_index)`, bit for bit on one CPU backend.
+    A request begins at the next step after there is a place in the batch, in the order of arrival, and keeps its place
+    until its image is done. Every running request takes part in every call. The image is that of `Sampler.sample` for
+    the same request, guidance scale, seed, steps and sampler with first_image=image_index, bit for bit on one CPU
+    backend.
 
-    One thread makes the engine calls, decodes and runs the callbacks, so a slow callback holds up everybody. States
-    exist only for running rows, in buffers that are allocated once.
+    One thread makes the engine calls, decodes and runs the callbacks, so a slow callback delays all requests. States
+    exist only for running requests, in buffers that are allocated once.
     """
 
     def __init__(
         self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None
     ) -> None:
         """sampler: an open one, which stays the caller's to close, or the path of a bundle, which this object opens
-        and closes. batch: rows per engine call at most; None: as many as `Sampler.open` chooses. queue: how many
-        requests may wait for a row. threads: CPU threads of an engine that is opened here.
+        and closes. batch: images per engine call at most; None: as many as `Sampler.open` chooses. queue: how many
+        requests may wait for a place. threads: CPU threads of an engine that is opened here.
 
         Raises UsageError for impossible numbers and, for a path, what `Sampler.open` raises.
         """
@@ -113,8 +125,8 @@ class StepBatcher:
         self.card = self._sampler.card
         self.batch = batch
         self.queue = queue
-        self._rows = StepRows(self.card, batch)  # the worker's own, like the list beside it
-        self._running: list[_Request] = []  # by row
+        self._chains = Chains(self.card.signature, self.card.guidance, batch)  # the worker's own, like the list below
+        self._running: list[_Request] = []  # one per chain
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Request] = deque()
         self._unfinished = 0
@@ -122,39 +134,44 @@ class StepBatcher:
         self._stopping = False  # and the old ones are not finished either
         self._calls = self._steps = 0
         self._worker = threading.Thread(target=self._work, name="tqdit-step-batcher", daemon=True)
-        # A daemon thread inside an engine call must not outlive the interpreter: finalizers run before it goes down.
+        # Finalizers run before the interpreter ends. A daemon thread that is inside an engine call then would crash.
         weakref.finalize(self, _close_at_exit, weakref.ref(self))
         self._worker.start()
 
     def submit(
         self,
-        class_label: int,
+        request: Any = None,
         *,
         guidance_scale: float | None = None,
         seed: int = 0,
         image_index: int = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
         deadline: float | None = None,
         on_progress: ProgressCallback | None = None,
         preview_every: int = 0,
     ) -> Future[Result]:
         """Queue one image and return at once; `future.result()` gives it, `asyncio.wrap_future(future)` awaits it.
 
-        The result is a uint8 image (H, W, 3), or float32 latents (C, H, W) of a latent model without a decoder.
+        The result is a uint8 image (H, W, 3), or the float32 state of a latent model without a decoder.
 
-        class_label: 0..num_classes, the last one is unconditional. guidance_scale None: the engine's default.
-        deadline: seconds from now; looked at before every step. on_progress: called after each of the request's
+        request: the class (0..num_classes, the last one is unconditional) for a class-conditional model, None for an
+        unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler: None:
+        what the engine's card proposes.
+        deadline: seconds from now, checked before every step. on_progress: called after each of the request's
         steps, on the batcher's thread; returning True stops the request. preview_every N: its Progress carries a copy
         of the state after every Nth step (`sampler.to_images` makes pictures of it).
 
         `future.cancel()` succeeds until the result is there: a waiting request is gone at once, a running one frees
-        its row before the next step. `future.running()` is always False for this reason.
+        its place before the next step. `future.running()` is always False for this reason.
 
-        Raises QueueFullError where no more requests are taken, UsageError for bad values and after `close`. The
+        Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`. The
         future fails with DeadlineError, SamplingError (NaN, or the engine's error as its cause), SamplingStopped (by
         the callback or by `close(drain=False)`) or whatever the callback raised.
         """
-        label = int(check_labels(self.card, [class_label])[0])
-        scale = check_guidance(self.card, guidance_scale)
+        ports = check_request(self.card.signature, request)
+        scale = check_scale(self.card.guidance, guidance_scale)
+        schedule = self.card.sampling.choose(steps, sampler).schedule
         seed, image = operator.index(seed), operator.index(image_index)
         check_key(seed, image)
         if deadline is not None and not deadline > 0:
@@ -162,8 +179,8 @@ class StepBatcher:
         if preview_every < 0 or (preview_every and on_progress is None):
             raise UsageError(f"preview_every is {preview_every}; expected 0 or more, with an on_progress to call.")
         expires = math.inf if deadline is None else time.monotonic() + deadline
-        request = _Request(self, label, scale, seed, image)
-        request.expires, request.callback, request.preview_every = expires, on_progress, preview_every
+        queued = _Request(self, schedule, ports, scale, seed, image)
+        queued.expires, queued.callback, queued.preview_every = expires, on_progress, preview_every
         with self._changed:
             if self._closing:
                 raise UsageError("this batcher is closed. Make another one.")
@@ -173,10 +190,10 @@ class StepBatcher:
                     f"{self.queue} waiting. Submit again when one is done, or make the queue longer."
                 )
             self._unfinished += 1
-            request.counted = True
-            self._waiting.append(request)
+            queued.counted = True
+            self._waiting.append(queued)
             self._changed.notify_all()
-        return request
+        return queued
 
     @property
     def sampler(self) -> Sampler:
@@ -190,7 +207,7 @@ class StepBatcher:
     def close(self, drain: bool = True) -> None:
         """Take no more requests, finish (`drain`) or fail the open ones, and end the thread; may be called twice.
 
-        Waits for the thread, except where a callback calls it. drain=False: unfinished requests fail with
+        Waits for the thread, unless a callback calls it. drain=False: unfinished requests fail with
         SamplingStopped as soon as the engine call in progress returns; it overrides an earlier drain.
         """
         with self._changed:
@@ -226,17 +243,19 @@ class StepBatcher:
                 self._sampler.close()
 
     def _between_steps(self) -> bool:
-        """Free the rows of cancelled and late requests and fill rows from the queue; waits where there is nothing to
-        do. False: the batcher was closed and nothing is left to be finished.
+        """Free the places of cancelled and late requests and fill them from the queue; waits if there is nothing to do.
+
+        False: the batcher was closed and nothing is left to finish.
         """
         now = time.monotonic()
-        for row in reversed(range(len(self._running))):
-            request = self._running[row]
+        for place in reversed(range(len(self._running))):
+            request = self._running[place]
             if request.cancelled():
-                self._remove(row)
+                self._remove(place)
             elif request.expires <= now:
-                self._remove(row)
-                self._fail(request, _late(f"at step {self._rows.step_of(row)}"))
+                step = self._chains.step_of(place)
+                self._remove(place)
+                self._fail(request, _late(f"at step {step}"))
         with self._changed:
             while not (self._waiting or self._running or self._closing):
                 self._changed.wait()
@@ -250,65 +269,65 @@ class StepBatcher:
             admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._running += admitted
         for request in late:
-            self._fail(request, _late("while it waited for a row"))
+            self._fail(request, _late("before it began"))
         for request in admitted:
-            self._rows.add(request.label, request.scale, request.seed, request.image)
+            self._chains.add(request.schedule, request.ports, request.scale, request.seed, request.image)
         return True
 
     def _step(self) -> None:
-        """One engine call for every running row."""
-        count = self._rows.count
+        """One engine call for every running request."""
+        count = self._chains.count
         if not count:
             return
         try:
-            finite = self._rows.advance(self._sampler.step(self._rows.inputs()))
-        except BaseException as error:  # whatever it is: the thread lives on, and the requests hear of it
-            for row in reversed(range(count)):
-                request = self._running[row]
-                self._remove(row)
+            finite = self._chains.advance(self._sampler.predict(self._chains.inputs()))
+        except BaseException as error:  # of any kind: the thread continues and the requests get the error
+            for place in reversed(range(count)):
+                request = self._running[place]
+                self._remove(place)
                 self._fail(request, _engine_failed(error, count))
             return
         with self._changed:
             self._calls += 1
             self._steps += count
-        left = [row for row in range(count) if not self._advance(row, bool(finite[row]))]
-        for row in reversed(left):
-            self._remove(row)
+        left = [place for place in range(count) if not self._advance(place, bool(finite[place]))]
+        for place in reversed(left):
+            self._remove(place)
 
-    def _advance(self, row: int, finite: bool) -> bool:
-        """Tell one request of its step. False: it is done with its row."""
-        request, step = self._running[row], self._rows.step_of(row) + 1
+    def _advance(self, place: int, finite: bool) -> bool:
+        """Report its step to one request. False: it needs its place no longer."""
+        request, step = self._running[place], self._chains.step_of(place) + 1
         if request.cancelled():
             return False
         try:
             if not finite:
-                raise self._rows.failure(row)
-            if self._report(request, row, step):
+                raise self._chains.failure(place)
+            if self._report(request, place, step):
                 raise SamplingStopped(f"stopped by the callback at step {step} of image {request.image}.")
             if step == 0:
-                self._succeed(request, self._result(row))
-        except BaseException as error:  # of the callback or the decoder: this request's alone
+                self._succeed(request, self._result(place))
+        except BaseException as error:  # of the callback or the decoder: only this request fails
             self._fail(request, error)
             return False
         return step > 0
 
-    def _report(self, request: _Request, row: int, step: int) -> bool:
+    def _report(self, request: _Request, place: int, step: int) -> bool:
         if request.callback is None:
             return False
-        steps = self.card.sampling.steps
+        steps = len(request.schedule)
         wants_x = request.preview_every and (steps - step) % request.preview_every == 0
-        return bool(request.callback(Progress(step, steps, self._rows.x[row].copy() if wants_x else None)))
+        return bool(request.callback(Progress(step, steps, self._chains.x[place].copy() if wants_x else None)))
 
-    def _result(self, row: int) -> Result:
-        x = self._rows.x[row : row + 1]
+    def _result(self, place: int) -> Result:
+        x = self._chains.x[place : place + 1]
         result: Result = self._sampler.to_images(x)[0] if self._sampler.makes_images else x[0].copy()
         return result
 
-    def _remove(self, row: int) -> None:
-        self._rows.remove(row)
+    def _remove(self, place: int) -> None:
+        self._chains.remove(place)
         last = self._running.pop()
-        if row < len(self._running):
-            self._running[row] = last
+        if place < len(self._running):
+            self._running[place] = last
 
     def _succeed(self, request: _Request, result: Result) -> None:
         self._forget(request)
@@ -323,7 +342,7 @@ class StepBatcher:
     # From any thread.
 
     def _forget(self, request: _Request) -> None:
-        """Make room for another request, before this one's future wakes anybody."""
+        """Make room for another request, before the owner of this one's future is notified."""
         with self._changed:
             if request.counted:
                 request.counted = False
@@ -338,7 +357,7 @@ def _late(when: str) -> DeadlineError:
 
 def _engine_failed(error: BaseException, count: int) -> SamplingError:
     reason = str(error) if isinstance(error, TqditError) else f"{type(error).__name__}: {error}"
-    failure = SamplingError(f"the engine failed in a call of {count} row(s) ({reason}).")
+    failure = SamplingError(f"the engine failed in a call of {count} image(s) ({reason}).")
     failure.__cause__ = error
     return failure
 

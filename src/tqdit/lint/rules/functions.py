@@ -71,8 +71,8 @@ def _name(function: FunctionProto) -> Iterator[Finding]:
             RULE,
             "error",
             f"function {_full_name(function)}",
-            f"it has the name of the standard operator {function.name}. TensorRT's parser goes by the name without the "
-            "domain and runs the standard operator instead.",
+            f"it has the name of the standard operator {function.name}. TensorRT's parser looks at the name without "
+            "the domain and runs the standard operator instead.",
             "Give it a name that no ONNX operator has.",
             TENSORRT,
         )

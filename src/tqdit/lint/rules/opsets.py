@@ -4,7 +4,7 @@
 2. Per-channel scales below opset 13.
 3. float16 scales below opset 19.
 4. Outside what a backend takes.
-5. Below 20, where what TQDiT writes and measures begins.
+5. Below 20, the opset that TQDiT writes and measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ TQDIT = 20  # Gelu-20; the function bodies of domain `tqdit` are written in it
 
 @dataclass(frozen=True)
 class Limit:
-    """Opsets that a backend is known to take; `severity` is error where it refuses the others, else nobody looked."""
+    """Opsets that a backend is known to take.
+
+    `severity` is error if it refuses the others, and warning if the others were not tried.
+    """
 
     lowest: int
     highest: int

@@ -38,7 +38,7 @@ def _weight(node: GraphNode, index: int, value: Value, quantized: Quantized) -> 
             "error",
             quantized.node,
             f"its scales lie on axis {quantized.axis} of the weight as {node.label} takes it, the output channels on "
-            f"axis {wanted}. No integer product can apply them afterwards: TensorRT runs it in float without a word, "
+            f"axis {wanted}. No integer product can apply them afterwards: TensorRT runs it in float silently, "
             "OpenVINO and ONNX Runtime's optimiser give wrong values.",
             "Give one scale per output channel: axis 1 for MatMul, axis 0 for Gemm with transB=1 and for Conv.",
         )
@@ -76,7 +76,7 @@ def _activation(node: GraphNode) -> Iterator[Finding]:
             "error",
             node.label,
             f"it has {scale.size} scales for an activation. Scales along the summed axis cannot be taken out of an "
-            "integer product: TensorRT and ONNX Runtime run it in float without a word.",
+            "integer product: TensorRT and ONNX Runtime run it in float silently.",
             remedy,
             ("onnxruntime", *TENSORRT),
         )
@@ -86,7 +86,7 @@ def _activation(node: GraphNode) -> Iterator[Finding]:
             "error",
             node.label,
             f"it has a scale of shape {scale.shape} (blocks or tokens) for an activation. TensorRT "
-            "and ONNX Runtime run the product in float without a word.",
+            "and ONNX Runtime run the product in float silently.",
             remedy,
             ("onnxruntime", *TENSORRT),
         )

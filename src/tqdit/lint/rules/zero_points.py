@@ -34,7 +34,7 @@ def _integer_type(node: GraphNode) -> Iterator[Finding]:
         consequence = (
             "TensorRT refuses uint8 initializers."
             if stored
-            else "TensorRT takes them for int8 without a word: codes above 127 saturate."
+            else "TensorRT takes them for int8 silently: codes above 127 saturate."
         )
         yield Finding(
             RULE,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import util
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
-from tqdit import __version__
 from tqdit.card import GraphCard
-from tqdit.engines.backends import Fitness
 from tqdit.engines.backends.onnxruntime.library import load_library, session_options
 from tqdit.engines.backends.onnxruntime.providers import (
     FLOAT_TYPES,
@@ -24,11 +23,15 @@ from tqdit.engines.backends.onnxruntime.providers import (
     check_offered,
     settings_of,
 )
-from tqdit.engines.build.audit import Audit, audit
-from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.build.audit import audit, check_audit, integer_products
+from tqdit.engines.build.backend import Fitness
+from tqdit.engines.bundle import Audit, Manifest, describe_parts
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress, silent
 from tqdit.errors import BackendError, UsageError
-from tqdit.files import bring, temporary_folder
+from tqdit.files import temporary_folder
+from tqdit.graph_names import SCOPE_KEY, Scopes, scope_of
+from tqdit.onnx_file import OnnxFile, parse_model
+from tqdit.version import __version__
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
@@ -56,32 +59,28 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
     return FLOAT_TYPES[config.provider or "cpu"]
 
 
-def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
+def build(
+    source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent
+) -> Manifest:
     """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
-    from tqdit.onnx_seal import unseal  # needs onnx, which the runtime does without
-
     ort = load_library()
     provider = config.provider or "cpu"
     if config.batch is not None and provider != "tensorrt":
         raise UsageError(f"--batch has no meaning for --provider {provider}, which takes any number of images.")
     check_offered(ort, provider)
     providers = settings_of(provider, folder, card, config.batch)
-    with _float_weights_kept_apart(source, card, folder) as prepared:
-        if provider == "tensorrt":
-            _compile_by_tensorrt(prepared, folder / GRAPH_FILE, providers)
-        else:
-            _optimise(prepared, folder / GRAPH_FILE, providers, provider)
+    if provider == "tensorrt":
+        _compile_by_tensorrt(source, card, folder / GRAPH_FILE, providers)
+    else:
+        with _prepared(source, card, folder) as prepared:
+            _optimise(prepared, folder / GRAPH_FILE, providers, provider, _keeps_weights_beside(source))
     if card.vae is not None:
-        decoder = provider if provider == "cpu" else "cuda"
-        _optimise(
-            source.parent / card.vae.file, folder / DECODER_FILE, settings_of(decoder, folder, card, None), decoder
-        )
-    unseal(folder / GRAPH_FILE)
-    report = audit_graph(folder / GRAPH_FILE, card)
-    if report is not None and provider == "tensorrt":
-        report = replace(report, integer=0, fallen_back=promised(card))
+        decoder, on = OnnxFile.read(source.path.parent / card.vae.file), provider if provider == "cpu" else "cuda"
+        settings = settings_of(on, folder, card, None)
+        _optimise(decoder.path, folder / DECODER_FILE, settings, on, _keeps_weights_beside(decoder))
+    report = audit_graph(folder / GRAPH_FILE, card, source.scopes, provider)
     if report is not None and not config.allow_fallback:
-        report.check("onnxruntime", CAUSES[provider])
+        check_audit(report, "onnxruntime", CAUSES[provider])
     return Manifest(
         backend="onnxruntime",
         precision=config.precision or "fp32",
@@ -96,84 +95,88 @@ def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, prog
     )
 
 
-def promised(card: GraphCard) -> tuple[str, ...]:
-    """The products that should be integer."""
-    forms = {} if card.quantization is None else card.quantization.products
-    return tuple(module for module, form in forms.items() if form == "integer")
-
-
-def audit_graph(file: Path, card: GraphCard) -> Audit | None:
+def audit_graph(file: Path, card: GraphCard, scopes: Scopes, provider: str) -> Audit | None:
     """Read off the optimised graph which products are integer; its nodes keep their names through fusion."""
     if card.quantization is None:
         return None
-    from tqdit.onnx_file import load_graph  # needs onnx, which the runtime does without
-
-    nodes = list(load_graph(file).graph.node)
-    return audit(
+    nodes = list(parse_model(file).graph.node)
+    report = audit(
         card.quantization,
+        scopes,
         (node.name for node in nodes if node.op_type in INTEGER_PRODUCTS),
         (node.name for node in nodes if node.op_type in FLOAT_PRODUCTS),
     )
+    if provider == "tensorrt":  # which compiles later and shows nothing
+        return replace(report, integer=0, fallen_back=integer_products(card.quantization))
+    return report
 
 
 @contextmanager
-def _float_weights_kept_apart(source: Path, card: GraphCard, folder: Path) -> Iterator[Path]:
-    """The file with something between each weight that is quantized alone and its product.
+def _prepared(source: OnnxFile, card: GraphCard, folder: Path) -> Iterator[Path]:
+    """The file, or a temporary one with the float weights kept apart."""
+    model = _float_weights_kept_apart(source, card)
+    if model is None:
+        yield source.path
+        return
+    with temporary_folder(folder / "apart") as apart:
+        path = source.save_copy(model, apart)
+        del model  # up to 2 GB that the compiler may need
+        yield path
 
-    ONNX Runtime would fuse them to MatMulNBits, which for the few rows of the conditioning takes ten times as long as a
-    float product (a fifth of a DiT-XL/2 step; docs/engines.md). Kept apart, the int8 weight stays in the file and is
-    turned into float32 once, when the engine is opened (`run.py`).
+
+def _float_weights_kept_apart(source: OnnxFile, card: GraphCard) -> onnx.ModelProto | None:
+    """Insert Unsqueeze and Squeeze so that ONNX Runtime does not form MatMulNBits; None if no weight needs it.
+
+    It concerns weights whose products have float inputs. For the few rows of the conditioning MatMulNBits takes ten
+    times as long as a float product (a fifth of a DiT-XL/2 step; docs/engines.md). The int8 weight stays in the file
+    and is dequantized once, when the engine is opened (`run.py`).
     """
     forms = {} if card.quantization is None else card.quantization.products
     alone = {module for module, form in forms.items() if form == "weight-only"}
     if not alone:
-        yield source
-        return
-    import onnx
-
-    from tqdit.onnx_file import external_files, load_graph
-
-    model = load_graph(source)
-    for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear"]:
-        module, value = node.name.split("/")[0], node.output[0]
-        if module in alone:
-            position = list(model.graph.node).index(node) + 1
-            node.output[0] = f"{value}.dequantized"
-            names = (f"{value}.dequantized", f"{value}.apart", value)
-            for op_type, before, after in zip(("Unsqueeze", "Squeeze"), names, names[1:], strict=False):
-                pair = onnx.helper.make_node(op_type, [before, FIRST_AXIS], [after], name=f"{module}/{op_type}.apart")
-                model.graph.node.insert(position, pair)
-                position += 1
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_AXIS))
-    with temporary_folder(folder / "apart") as apart:
-        for name in external_files(model, source):
-            bring(source.parent / name, apart / name)
-        onnx.save(model, apart / source.name)
-        yield apart / source.name
+        return None
+    model = source.copy()
+    _keep_apart(model.graph, alone)
+    return model
 
 
-def _optimise(source: Path, target: Path, providers: list[Any], provider: str) -> None:
+def _keep_apart(graph: onnx.GraphProto, modules: Collection[str]) -> None:
+    """Put an Unsqueeze and a Squeeze after each DequantizeLinear of these modules."""
+    for node in [node for node in graph.node if node.op_type == "DequantizeLinear" and scope_of(node) in modules]:
+        module, value = scope_of(node), node.output[0]
+        position = list(graph.node).index(node) + 1
+        node.output[0] = f"{value}.dequantized"
+        names = (f"{value}.dequantized", f"{value}.apart", value)
+        for op_type, before, after in zip(("Unsqueeze", "Squeeze"), names, names[1:], strict=False):
+            pair = onnx.helper.make_node(op_type, [before, FIRST_AXIS], [after], name=f"{module}/{op_type}.apart")
+            pair.metadata_props.add(key=SCOPE_KEY, value=module)
+            graph.node.insert(position, pair)
+            position += 1
+    graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_AXIS))
+
+
+def _keeps_weights_beside(source: OnnxFile) -> bool:
+    """Weights beside the source would otherwise stay there, where the bundle does not have them."""
+    return bool(source.weight_files) or source.size_bytes > EXTERNAL_DATA_BYTES
+
+
+def _optimise(source: Path, target: Path, providers: list[Any], provider: str, weights_beside: bool) -> None:
     """Fuse what does not depend on this machine's CPU; layout changes that do are left to the moment of loading."""
-    from tqdit.onnx_file import bytes_on_disk, external_files, load_graph
-
     ort = load_library()
     options, settings = session_options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
-    # weights that lie beside the source would otherwise stay there, where the bundle does not have them
-    if external_files(load_graph(source), source) or bytes_on_disk(source) > EXTERNAL_DATA_BYTES:
+    if weights_beside:
         _keep_weights_beside(options, target)
     _open(source, options, settings | {"providers": providers}, provider)
 
 
-def _compile_by_tensorrt(source: Path, target: Path, providers: list[Any]) -> None:
+def _compile_by_tensorrt(source: OnnxFile, card: GraphCard, target: Path, providers: list[Any]) -> None:
     """Keep the graph as it is and let the provider fill its engine cache beside it: it wants Q/DQ, not fused nodes."""
-    import onnx
-
     options, settings = session_options(load_library())
-    model = onnx.load(source)
-    beside = source.stat().st_size + sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    data = f"{target.name}.data" if beside > EXTERNAL_DATA_BYTES else None
+    model = _float_weights_kept_apart(source, card) or source.copy()
+    onnx.load_external_data_for_model(model, str(source.path.parent))
+    data = f"{target.name}.data" if source.size_bytes > EXTERNAL_DATA_BYTES else None
     onnx.save(model, target, save_as_external_data=data is not None, location=data)
     _open(target, options, settings | {"providers": providers}, "tensorrt")
 

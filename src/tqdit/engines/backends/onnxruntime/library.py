@@ -29,7 +29,7 @@ def session_options(ort: ModuleType) -> tuple[Any, dict[str, Any]]:
 
     MatMulAddFusion turns a quantized MatMul + Add into a form that static Q/DQ graphs of 1.31 fail to load or compute
     wrongly. Products with int8 weights alone become MatMulNBits, whose default (accuracy level 4) would also round
-    their inputs to int8, which nobody asked for; level 1 computes them in float32.
+    their inputs to int8, which the scale table does not contain; level 1 computes them in float32.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3

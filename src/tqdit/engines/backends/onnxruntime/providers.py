@@ -38,20 +38,16 @@ def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange 
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": str(folder),
         }
-        batch = batch or BatchRange()
-        for name, count in (("min", batch.least), ("opt", batch.best), ("max", batch.most)):
+        rows = (batch or BatchRange()).rows(card.rows_per_image)
+        for name, count in zip(("min", "opt", "max"), rows, strict=True):
             options[f"trt_profile_{name}_shapes"] = ",".join(_shapes(card, count))
         return [(PROVIDERS["tensorrt"], options), PROVIDERS["cuda"], CPU]
     return [CPU] if provider == "cpu" else [PROVIDERS[provider], CPU]
 
 
 def _shapes(card: GraphCard, count: int) -> list[str]:
-    """Shapes of a step or denoiser graph's inputs, as the TensorRT provider spells them."""
-    image = "x".join(map(str, (count, *card.image_shape)))
-    if card.graph == "denoiser":
-        return [f"x:{image}", f"timestep:{count}", f"class_labels:{count}"]
-    guidance = [f"guidance_scale:{count}"] if card.guided else []
-    return [f"x:{image}", f"step:{count}", f"class_labels:{count}", *guidance, f"noise:{image}"]
+    """Shapes of the graph's inputs, as the TensorRT provider spells them."""
+    return [f"{name}:{'x'.join(map(str, (count, *shape)))}" for name, shape in card.inputs.items()]
 
 
 def check_offered(ort: ModuleType, provider: str) -> None:

@@ -9,16 +9,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdit import __version__
+import onnx.inliner
+
 from tqdit.card import GraphCard
-from tqdit.engines.backends import Fitness
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
-from tqdit.engines.build.audit import Audit, audit
-from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.build.audit import audit, check_audit
+from tqdit.engines.build.backend import Fitness
+from tqdit.engines.bundle import Audit, Manifest, describe_parts
 from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
 from tqdit.errors import BackendError
-from tqdit.files import bring, temporary_folder
+from tqdit.files import temporary_folder
+from tqdit.graph_names import Scopes
+from tqdit.onnx_file import OnnxFile
+from tqdit.version import __version__
 
 GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
 DECODER_FILE = "decoder.xml"
@@ -41,17 +45,21 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
     return ("fp32", "bf16") if has_bfloat16(load_library()) else ("fp32",)
 
 
-def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent) -> Manifest:
+def build(
+    source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent
+) -> Manifest:
     """Convert the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
     ov = load_library()
     float_type = "bf16" if config.float_type == "bf16" else "fp32"
-    parts = {GRAPH_FILE: source} | ({} if card.vae is None else {DECODER_FILE: source.parent / card.vae.file})
+    parts = {GRAPH_FILE: source}
+    if card.vae is not None:
+        parts[DECODER_FILE] = OnnxFile.read(source.path.parent / card.vae.file)
     for done, (name, file) in enumerate(parts.items()):
-        progress(f"converting {file.name}", done, len(parts))
-        _convert(ov, file, folder / name, float_type)
-    report = audit_graph(folder / GRAPH_FILE, card, float_type)
+        progress(f"converting {file.path.name}", done, len(parts))
+        _convert(ov, file, folder / name, float_type, card)
+    report = audit_graph(folder / GRAPH_FILE, card, source.scopes, float_type)
     if report is not None and not config.allow_fallback:
-        report.check("openvino", "a scale that is not a constant; run tqdit-inspect --lint on the file")
+        check_audit(report, "openvino", "a scale that is not a constant; run tqdit-inspect --lint on the file")
     return Manifest(
         backend="openvino",
         precision=config.precision or "fp32",
@@ -65,11 +73,11 @@ def build(source: Path, card: GraphCard, folder: Path, config: BuildConfig, prog
     )
 
 
-def audit_graph(file: Path, card: GraphCard, float_type: str) -> Audit | None:
+def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) -> Audit | None:
     """Compile an IR and read off which products multiply integers: by the types of both inputs.
 
-    A layer's `runtimePrecision` says i8 also where only the weight is. Layers keep the names of what was fused into
-    them, of which those with MODULE/ are ours. A whole attention may be one kernel: q, k and v are its inputs, and the
+    A layer's `runtimePrecision` says i8 even if only the weight is. Layers keep the names of the nodes that
+    were fused into them. A whole attention may be one kernel: q, k and v are its inputs, and the
     probabilities must be quantized inside.
     """
     if card.quantization is None:
@@ -87,37 +95,27 @@ def audit_graph(file: Path, card: GraphCard, float_type: str) -> Audit | None:
         types = {operand.get_element_type().get_type_name() for operand in operands}
         quantized = types <= INTEGERS and (not is_attention or any("/QuantizeLinear" in name for name in names))
         (integer if quantized else floating).extend(names)
-    return audit(card.quantization, integer, floating)
+    return audit(card.quantization, scopes, integer, floating)
 
 
-def _convert(ov: ModuleType, source: Path, target: Path, float_type: str) -> None:
+def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, card: GraphCard) -> None:
     """Write the IR of an ONNX file, in float32; a hint at compilation asks for other types."""
     with temporary_folder(target.with_name(f"{target.stem}.inlined")) as folder:
         try:
             model = ov.Core().read_model(_without_functions(source, folder))
             if float_type == "bf16":
-                tabulate_angles(ov, model)
+                tabulate_angles(ov, model, card)
             _name_the_nameless(model)
             ov.save_model(model, target, compress_to_fp16=False)
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong
-            raise BackendError(f"{source}: OpenVINO {release(ov)} cannot convert it ({reason(error)}).") from error
+            raise BackendError(f"{source.path}: OpenVINO {release(ov)} cannot convert it ({reason(error)}).") from error
 
 
-def _without_functions(source: Path, folder: Path) -> Path:
+def _without_functions(source: OnnxFile, folder: Path) -> Path:
     """A file without local functions, which OpenVINO refuses: `source`, or a copy in `folder` with them inlined."""
-    import onnx
-    import onnx.inliner
-
-    from tqdit.onnx_file import external_files, load_graph
-
-    model = load_graph(source)
-    if not model.functions:
-        return source
-    inlined = onnx.inliner.inline_local_functions(model)
-    for name in external_files(inlined, source):
-        bring(source.parent / name, folder / name)  # OpenVINO follows no links out of the file's own folder
-    onnx.save(inlined, folder / source.name)
-    return folder / source.name
+    if not source.model.functions:
+        return source.path
+    return source.save_copy(onnx.inliner.inline_local_functions(source.model), folder)
 
 
 def _name_the_nameless(model: Any) -> None:

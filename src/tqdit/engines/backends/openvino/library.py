@@ -26,8 +26,8 @@ def has_bfloat16(ov: ModuleType) -> bool:
 def settings(float_type: str, threads: int | None) -> dict[str, Any]:
     """Properties of every compilation, when auditing and when running.
 
-    Left alone, OpenVINO computes in bfloat16 where the CPU has it, and rounds the inputs of products with int8 weights
-    alone (dynamic quantization), which nobody asked for. It also ties its threads, and the caller's, to the first
+    By default OpenVINO computes in bfloat16 if the CPU has it, and rounds the inputs of products with int8 weights
+    alone (dynamic quantization), which is not in the table. It also ties its threads, and the caller's, to the first
     cores, so that two processes with one thread each would share one core.
     """
     chosen: dict[str, Any] = {
@@ -45,7 +45,7 @@ def settings(float_type: str, threads: int | None) -> dict[str, Any]:
 def compile_file(ov: ModuleType, file: Path, float_type: str, threads: int | None = None) -> Any:
     """An IR as OpenVINO's compiled model, its batch still open.
 
-    Raises BackendError where the file or the device does not allow it.
+    Raises BackendError if the file or the device does not allow it.
     """
     core = ov.Core()
     try:

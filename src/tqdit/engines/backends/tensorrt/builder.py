@@ -1,27 +1,34 @@
-"""What both rows of the table do: inline, compile, audit, describe."""
+"""What `tensorrt` and `tensorrt-rtx` share: inline, compile, audit, describe."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tqdit import __version__
-from tqdit.card import GraphCard
-from tqdit.engines.backends import Fitness
+import onnx
+import onnx.inliner
+
+from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import Compiled, run_worker
-from tqdit.engines.backends.tensorrt.layers import audit_layers
+from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
+from tqdit.engines.backends.tensorrt.weights import spell_out_weights
 from tqdit.engines.backends.tensorrt.worker import Job
-from tqdit.engines.build.audit import Audit
-from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.build.audit import audit, check_audit
+from tqdit.engines.build.backend import Fitness
+from tqdit.engines.bundle import Audit, Manifest, describe_parts
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.extras import need
 from tqdit.files import temporary_folder
+from tqdit.graph_names import Scopes
+from tqdit.onnx_file import OnnxFile
+from tqdit.plugins import tensorrt as plugins
+from tqdit.version import __version__
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
@@ -56,7 +63,7 @@ def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
 
 
 def build(
-    library: Library, source: Path, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
+    library: Library, source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
 ) -> Manifest:
     """Compile the graph and, where there is one, its decoder; prove that what was quantized is integer."""
     if not library.installed:  # found here and not loaded: the compiler's process does that
@@ -66,6 +73,7 @@ def build(
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
     device = cuda.find_device() if library.needs_gpu_to_build else None
     batch = config.batch or BatchRange()
+    rows = batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
     inline = no_plugins is not None
 
@@ -73,8 +81,9 @@ def build(
         with _prepared(source, folder, inline, spelled_out) as prepared:
             if prepared is None:
                 return None
-            compiled = _compile(library, prepared.file, folder / PLAN_FILE, batch, config, not inline, progress)
-            return compiled, audit_layers(compiled.layers, card.quantization, prepared.products), prepared.custom
+            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, not inline, progress)
+            report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
+            return compiled, report, prepared.custom
 
     first = compile_graph(())
     assert first is not None
@@ -82,12 +91,12 @@ def build(
     if report is not None and report.fallen_back:  # once more, with weights that the compiler treats otherwise
         compiled, report, custom = compile_graph(report.fallen_back) or first
     if report is not None and not config.allow_fallback:
-        report.check(library.backend, CAUSE)
+        check_audit(report, library.backend, CAUSE)
     if card.vae is not None:
-        with _prepared(source.parent / card.vae.file, folder, inline=True) as decoder:
+        with _prepared(OnnxFile.read(source.path.parent / card.vae.file), folder, inline=True) as decoder:
             assert decoder is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, decoder.file, folder / DECODER_FILE, BatchRange(1, 1, 1), config, False, progress)
+            _compile(library, decoder.file, folder / DECODER_FILE, (1, 1, 1), config, False, progress)
     targets = compiled.targets if device is None else (device.capability,)
     return Manifest(
         backend=library.backend,
@@ -105,14 +114,14 @@ def build(
 
 
 def _compile(
-    library: Library, source: Path, plan: Path, batch: BatchRange, config: BuildConfig, registers: bool,
+    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig, registers: bool,
     progress: Progress,
 ) -> Compiled:  # fmt: skip
     job = Job(
         backend=library.backend,
         source=str(source),
         plan=str(plan),
-        batch=(batch.least, batch.best, batch.most),
+        batch=rows,
         targets=_checked(config.targets),
         workspace_bytes=config.workspace_bytes,
         timing_cache=None if config.timing_cache is None else str(config.timing_cache),
@@ -136,41 +145,49 @@ class Prepared(NamedTuple):
 
 
 @contextmanager
-def _prepared(source: Path, folder: Path, inline: bool, spelled_out: Collection[str] = ()) -> Iterator[Prepared | None]:
-    """The file with its functions inlined and the weights of some modules spelled out; None where those have none.
+def _prepared(
+    source: OnnxFile, folder: Path, inline: bool, spelled_out: Collection[str] = ()
+) -> Iterator[Prepared | None]:
+    """The file with its functions inlined and the weights of some modules spelled out; None if those have none.
 
-    Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word. Weights that lie
-    beside the file stay there; a link to them is enough.
+    Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
     """
-    from onnx import inliner, save_model
-
-    from tqdit.engines.backends.tensorrt.weights import spell_out_weights
-    from tqdit.onnx_file import external_files, load_graph
-
-    model = load_graph(source)
+    model = source.model
     custom: Custom = {}
     for node in model.graph.node:
         if node.domain == DOMAIN:
             custom.setdefault(node.op_type, []).append(node.name)
     if not ((inline and model.functions) or spelled_out):
-        yield Prepared(source, _products(model), custom)
+        yield Prepared(source.path, _products(model), custom)
         return
-    beside = external_files(model, source)
-    if inline:
-        model = inliner.inline_local_functions(model)
-    if spelled_out and not spell_out_weights(model, source.parent, spelled_out):
+    model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
+    if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return
     products = _products(model)
     with temporary_folder(folder.with_name(f"{folder.name}.inlined")) as place:
-        for name in beside:
-            (place / name).symlink_to((source.parent / name).absolute())
-        save_model(model, place / source.name)
+        path = source.save_copy(model, place)
         del model  # its weights are read again by the compiler
-        yield Prepared(place / source.name, products, custom)
+        yield Prepared(path, products, custom)
 
 
-def _products(model: Any) -> list[str]:
+def audit_layers(
+    layers: Sequence[Layer], card: QuantizationCard | None, scopes: Scopes, products: Iterable[str]
+) -> Audit | None:
+    """What became of the quantized products. `products` are the names of all MatMul, Gemm and Conv nodes of the graph:
+    one that no multiplying layer names counts as float, since nothing proves otherwise."""
+    if card is None:
+        return None
+    integer: set[str] = set()
+    floating: set[str] = set()
+    for layer in layers:
+        if layer.multiplies:
+            (integer if layer.is_integer else floating).update(layer.nodes)
+    wanted = set(products)
+    return audit(card, scopes, integer & wanted, (floating | (wanted - integer)) & wanted)
+
+
+def _products(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in PRODUCTS]
 
 
@@ -192,14 +209,12 @@ def _target(library: Library, targets: tuple[str, ...], config: BuildConfig) -> 
 
 
 def _why_no_plugins(library: Library, config: BuildConfig) -> str | None:
-    """None where the custom ops' plugins can be used."""
+    """None if the custom ops' plugins can be used."""
     if not library.takes_plugins:
         return f"{library.title} takes no plugins"
     if not config.plugins:
         return "--no-plugins"
-    from tqdit.plugins.tensorrt import why_unavailable  # imports TensorRT
-
-    return why_unavailable()
+    return plugins.why_unavailable()
 
 
 def _kernels(custom: Custom, plugins: tuple[str, ...], no_plugins: str | None) -> dict[str, str]:

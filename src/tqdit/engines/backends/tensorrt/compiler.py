@@ -33,7 +33,7 @@ class Compiled:
 
 
 def run_worker(job: Job, progress: Progress) -> Compiled:
-    """Compile `job` in a process of its own. Raises what the worker refuses, and BackendError where it crashes."""
+    """Compile `job` in a process of its own. Raises what the worker refuses, and BackendError if it crashes."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(

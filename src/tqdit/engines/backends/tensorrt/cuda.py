@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from tqdit.engines.backends.tensorrt import dlpack
 from tqdit.errors import BackendError, UsageError
 from tqdit.extras import need
 
@@ -51,7 +50,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def find_device() -> Device:
-    """The current GPU; BackendError in one line where there is no driver or no GPU."""
+    """The current GPU; BackendError in one line without a driver or a GPU."""
     rt = runtime()
     status, count = rt.cudaGetDeviceCount()
     if int(status) != 0 or not count:
@@ -86,10 +85,6 @@ class Stream:
 
     def __init__(self) -> None:
         self.handle = int(call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking))
-
-    def wait_for(self, other: int) -> None:
-        """What is put on this stream from now on starts after what is on `other` now."""
-        order_streams(other, self.handle)
 
     def synchronize(self) -> None:
         call("cudaStreamSynchronize", self.handle)
@@ -185,13 +180,13 @@ class Capture:
 
 
 class DeviceArray:
-    """An array in GPU memory, for cupy, torch, numba, pycuda and others: `__cuda_array_interface__` and DLPack.
+    """An array in GPU memory, for cupy, torch, numba, pycuda and others, by `__cuda_array_interface__`.
 
     `stream` is the one on which its content is complete. The memory goes back when the array is collected.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, device: int, stream: int) -> None:
-        self.shape, self.dtype, self.device, self.stream = shape, np.dtype(dtype), device, stream
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, stream: int) -> None:
+        self.shape, self.dtype, self.stream = shape, np.dtype(dtype), stream
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         self._memory = Memory(self.nbytes)
 
@@ -209,19 +204,6 @@ class DeviceArray:
             "version": 3,
             "stream": self.stream or 1,  # 0 is not allowed there; 1 is the default stream
         }
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return dlpack.CUDA, self.device
-
-    def __dlpack__(
-        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None
-    ) -> Any:
-        """A DLPack capsule; `stream` None is the default stream, -1 asks for no ordering."""
-        if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("this array is only lent, and only where it lies.")
-        if stream != -1:
-            order_streams(self.stream, 1 if stream is None else int(stream))
-        return dlpack.export(self.address, self.shape, self.dtype, self.__dlpack_device__(), self)
 
     def numpy(self) -> NDArray[Any]:
         """A copy on the host, after everything on its stream."""
@@ -246,26 +228,14 @@ class DeviceView:
 
 
 def view_array(array: Any, name: str, stream: int) -> DeviceView:
-    """Read an array by `__cuda_array_interface__` or DLPack, in order with `stream`; it must be contiguous."""
+    """Read an array by `__cuda_array_interface__`, in order with `stream`; it must be contiguous."""
     described = getattr(array, "__cuda_array_interface__", None)
-    if described is not None:
-        if (made_on := described.get("stream")) is not None:
-            order_streams(int(made_on), stream)  # 1 and 2 are the handles of the default streams
-        shape, strides = tuple(described["shape"]), described.get("strides")
-        view = DeviceView(int(described["data"][0]), shape, np.dtype(described["typestr"]), array)
-    elif hasattr(array, "__dlpack_device__"):
-        if int(array.__dlpack_device__()[0]) != dlpack.CUDA:
-            raise UsageError(f"'{name}' does not lie in GPU memory. Pass NumPy arrays by calling the engine.")
-        capsule = array.__dlpack__(stream=stream)
-        found = dlpack.borrow(capsule)
-        shape, strides = found.shape, found.strides
-        if strides is not None:
-            strides = tuple(size * found.dtype.itemsize for size in strides)
-        view = DeviceView(found.address, shape, found.dtype, (array, capsule))
-    else:
-        raise UsageError(
-            f"'{name}' is {type(array).__name__}, expected an array with __cuda_array_interface__ or DLPack."
-        )
+    if described is None:
+        raise UsageError(f"'{name}' is {type(array).__name__}, expected an array with __cuda_array_interface__.")
+    if (made_on := described.get("stream")) is not None:
+        order_streams(int(made_on), stream)  # 1 and 2 are the handles of the default streams
+    shape, strides = tuple(described["shape"]), described.get("strides")
+    view = DeviceView(int(described["data"][0]), shape, np.dtype(described["typestr"]), array)
     if strides is not None and tuple(strides) != _contiguous(shape, view.dtype.itemsize):
         raise UsageError(f"'{name}' is not contiguous. Make it so (ascontiguousarray, contiguous()).")
     return view

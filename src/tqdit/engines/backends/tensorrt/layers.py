@@ -7,18 +7,16 @@ build log, TensorRT returns the same records as JSON from the engine inspector.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from tqdit.card import QuantizationCard
-from tqdit.engines.build.audit import Audit, audit
 from tqdit.errors import BackendError
 
 HEADING = "Layers:"  # of the list in the build log
 # Kinds of layers that multiply matrices. A fused pointwise layer ("kgen") carries the names of products as well, whose
-# output it scales; it multiplies only where it is an attention or a product of its own.
+# output it scales; it multiplies only if it is an attention or a product of its own.
 PRODUCTS = {"gemm", "correlation", "runtime_fusion", "matrixmultiply", "matrix_multiply", "fullyconnected"}
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TYPE = re.compile(r"Datatype: (\w+)")
@@ -85,20 +83,6 @@ def from_inspector(report: Mapping[str, Any]) -> tuple[Layer, ...]:
         )
         for layer in layers
     )
-
-
-def audit_layers(layers: Sequence[Layer], card: QuantizationCard | None, products: Iterable[str]) -> Audit | None:
-    """What became of the quantized products. `products` are the names of all MatMul, Gemm and Conv nodes of the graph:
-    one that no multiplying layer names counts as float, since nothing proves otherwise."""
-    if card is None:
-        return None
-    integer: set[str] = set()
-    floating: set[str] = set()
-    for layer in layers:
-        if layer.multiplies:
-            (integer if layer.is_integer else floating).update(layer.nodes)
-    wanted = set(products)
-    return audit(card, integer & wanted, (floating | (wanted - integer)) & wanted)
 
 
 def _from_line(line: str) -> Layer:

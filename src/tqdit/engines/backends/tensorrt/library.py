@@ -35,7 +35,7 @@ RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read by Polygraphy once, when it i
 class Library:
     """One of the two."""
 
-    backend: str  # the row's name, and the extra that installs it
+    backend: str  # the backend's name, and the extra that installs it
     module: str
     title: str
     needs_gpu_to_build: bool
@@ -49,7 +49,7 @@ class Library:
         return util.find_spec(self.module) is not None
 
     def load(self, why: str) -> ModuleType:
-        """Its Python module; MissingLibraryError with the pip command where it is not installed."""
+        """Its Python module; MissingLibraryError with the pip command if it is not installed."""
         return need(self.module, self.backend, why)
 
     def choose_in_polygraphy(self) -> None:

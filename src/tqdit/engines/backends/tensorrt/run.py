@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.library import TENSORRT, Library
-from tqdit.engines.bundle import Manifest, check_machine
+from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library
+from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
 from tqdit.errors import BackendError, UsageError
 
 SHAPES_KEPT = 16  # numbers of rows whose buffers and graph are kept; the longest unused one goes first
@@ -63,13 +63,31 @@ class TensorRTEngine:
         self._device = cuda.find_device()
         self._lock = threading.Lock()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
-        self._least = 1 if manifest.batch is None or file.name != manifest.entry else manifest.batch.least
+        is_entry = file.name == manifest.entry  # the decoder has one row for each image
+        self._rows_per_image = manifest.card.rows_per_image if is_entry else 1
+        self._least = 1
+        if manifest.batch is not None and is_entry:
+            self._least = manifest.batch.least * self._rows_per_image
         with cuda.on_device(self._device.index):
             self._plan = _open_plan(library, trt, file, manifest)
             self._engine: Any = self._plan.engine
             self._inputs, (self._output,) = _tensors(trt, self._engine)
             self._stream = cuda.Stream()
             self._scratch = cuda.Memory(int(self._engine.device_memory_size_v2))
+
+    @classmethod
+    def open(cls, path: str | Path) -> TensorRTEngine:
+        """Open the graph of a bundle of `tensorrt` or `tensorrt-rtx`, after checking every file of it.
+
+        For `run_on_device`; `Sampler.open` samples. Raises FileFormatError for a damaged bundle, BackendError if it
+        cannot run here.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        check_parts(folder, manifest)
+        if manifest.backend not in LIBRARIES:
+            raise UsageError(f"{folder}: built for {manifest.backend}, expected {' or '.join(LIBRARIES)}.")
+        return open_engine(LIBRARIES[manifest.backend], folder, manifest, manifest.entry)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """NumPy in, NumPy out. Fewer rows than the engine was made for are filled up with copies of the last one."""
@@ -91,15 +109,15 @@ class TensorRTEngine:
     def run_on_device(self, inputs: Mapping[str, Any], stream: Any = None, out: Any = None) -> Any:
         """GPU arrays in, a GPU array out, without waiting: (B, ...) as the graph names them.
 
-        inputs: arrays of cupy, torch, pycuda, numba, cuda.core, by `__cuda_array_interface__` or DLPack, contiguous and
-        of the graph's types. stream: the caller's, a handle or a stream of any of these; the engine starts after what
-        is on it, and what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes
-        one. Raises UsageError for arrays that do not fit.
+        inputs: arrays of cupy, torch, pycuda or numba, by `__cuda_array_interface__`, contiguous and of the graph's
+        types. stream: the caller's, a handle or a stream of any of these; the engine starts after what is on it, and
+        what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes one. Raises
+        UsageError for arrays that do not fit.
         """
         caller = cuda.stream_handle(stream)
         with self._turn():
             mine = self._stream.handle
-            self._stream.wait_for(caller)
+            cuda.order_streams(caller, mine)
             views = {t.name: cuda.view_array(inputs[t.name], t.name, mine) for t in self._inputs if t.name in inputs}
             rows = self._rows({name: view.shape for name, view in views.items()})
             if rows < self._least:
@@ -114,7 +132,7 @@ class TensorRTEngine:
                 )
             self._run(bound)
             shape = (rows, *self._output.tail)
-            result = cuda.DeviceArray(shape, self._output.dtype, self._device.index, caller) if out is None else out
+            result = cuda.DeviceArray(shape, self._output.dtype, caller) if out is None else out
             target = cuda.view_array(result, "out", mine) if out is not None else result
             if target.shape != shape or target.dtype != self._output.dtype:
                 raise UsageError(
@@ -180,9 +198,10 @@ class TensorRTEngine:
             for tensor in (*self._inputs, self._output):
                 shape = (rows, *tensor.tail)
                 if tensor is not self._output and not context.set_input_shape(tensor.name, shape):
+                    images = -(-rows // self._rows_per_image)
                     raise UsageError(
                         f"the engine was not built for {rows} row(s). Use fewer at a time, or build it with a larger "
-                        f"range: tqdit-build --batch 1,{max(1, rows // 2)},{rows}."
+                        f"range of images: tqdit-build --batch 1,{max(1, images // 2)},{images}."
                     )
                 bound.host[tensor.name] = cuda.PinnedArray(shape, tensor.dtype)
                 bound.device[tensor.name] = cuda.Memory(_bytes(shape, tensor.dtype))
@@ -218,7 +237,7 @@ class TensorRTEngine:
 
 
 def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> TensorRTEngine:
-    """The row `tensorrt`."""
+    """Open one file of a bundle of the backend `tensorrt`."""
     return open_engine(TENSORRT, folder, manifest, file)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tqdit.graph_names import SCOPE_KEY, scope_of
+
 MAX_BYTES = 1_500_000_000  # of float weights; the file itself must stay below protobuf's 2 GB
 
 
@@ -29,7 +31,7 @@ def spell_out_weights(model: onnx.ModelProto, folder: Path, modules: Collection[
         node
         for node in model.graph.node
         if node.op_type == "DequantizeLinear"
-        and node.name.split("/")[0] in modules
+        and scope_of(node) in modules
         and len(node.input) == 2
         and node.input[0] in constants
     ]
@@ -51,6 +53,7 @@ def spell_out_weights(model: onnx.ModelProto, folder: Path, modules: Collection[
             f"{node.name}/QuantizeLinear",
         )  # fmt: skip
         quantize.attribute.extend(axes)
+        quantize.metadata_props.add(key=SCOPE_KEY, value=scope_of(node))
         model.graph.node.insert(order[node.name], quantize)
         node.input[0] = f"{name}.codes_again"
     return len(lone)

@@ -1,9 +1,9 @@
 """Compiling, in a process of its own: `python -m tqdit.engines.backends.tensorrt.worker`.
 
-Why a process: the first logger that a builder gets stays the logger of the whole process, and the log is our proof;
-Polygraphy chooses between the two libraries when it is imported; a compiler that aborts takes nothing with it; Ctrl-C
-ends it at once; its memory goes back. The job comes as one line of JSON on standard input, which stays open: when it
-closes, the caller is gone and so are we. Messages leave as lines of JSON on what was standard output.
+Why a process: the first logger that a builder gets stays the logger of the whole process, and the log is our proof.
+Polygraphy chooses between the two libraries when it is imported. A compiler that aborts ends only this process. Ctrl-C
+ends it at once, and its memory is freed. The job is one line of JSON on standard input, which stays open: EOF means the
+parent died; exit. Messages are lines of JSON on what was standard output.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from tqdit.engines.backends.tensorrt import layers
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library
 from tqdit.errors import BackendError, MissingLibraryError, TqditError, UsageError
+from tqdit.plugins.tensorrt import register_plugins
 
 Tell = Callable[[dict[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.1
@@ -59,8 +60,6 @@ def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
     log = BuildLog(trt)
     polygraphy_util.TRT_LOGGER = log.logger  # Polygraphy's own would keep neither errors nor layers
     if job.register_plugins:
-        from tqdit.plugins.tensorrt import register_plugins
-
         register_plugins()
     try:
         builder, network, parser = NetworkFromOnnxPath(job.source, strongly_typed=True)()

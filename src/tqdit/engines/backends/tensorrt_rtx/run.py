@@ -1,4 +1,4 @@
-"""The row `tensorrt-rtx`, running."""
+"""The backend `tensorrt-rtx`, running."""
 
 from __future__ import annotations
 

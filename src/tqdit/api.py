@@ -1,0 +1,141 @@
+"""The flow in Python: `tqdit.calibrate`, `tqdit.export`, `tqdit.build`, `tqdit.Sampler` (docs/python.md).
+
+    table = tqdit.calibrate("DiT-XL-2-256x256.pt", preset="fast")
+    tqdit.export("DiT-XL-2-256x256.pt", "model.onnx", scales=table)
+    tqdit.build("model.onnx", "model.engine")
+    with tqdit.Sampler.open("model.engine") as sampler:
+        images = sampler.sample([207, 360], seed=7)
+
+A model is what the commands take as MODEL ('demo', a checkpoint, a diffusers directory), or what `tqdit.load_model`
+returned. Stages are imported when they are called: a machine that only samples needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdit.console import Console
+from tqdit.errors import UsageError
+from tqdit.extras import need
+from tqdit.files import lock_folder
+
+if TYPE_CHECKING:
+    from tqdit.card import AttentionForm, GraphName
+    from tqdit.engines.bundle import Manifest
+    from tqdit.engines.config import BuildConfig
+    from tqdit.models.loaded import LoadedModel
+    from tqdit.quantization.table import ScaleTable
+
+    Model = str | Path | LoadedModel
+
+
+def load_model(source: str | Path, heads: int | None = None) -> LoadedModel:
+    """Load `demo`, a DiT checkpoint (.pt, .safetensors) or a diffusers directory. heads: of one of unusual width.
+
+    Raises CheckpointError with one line that names the file and what is wrong with it.
+    """
+    _need_stage("calibrate", "tqdit.load_model")
+    from tqdit.models.load import load_model as load
+
+    return load(source, heads)
+
+
+def calibrate(
+    model: Model = "demo", *, preset: str = "tq-dit", output: str | Path | None = None, work: str | Path | None = None,
+    data: str | Path | None = None, quiet: bool = True, **knobs: Any,
+) -> ScaleTable:  # fmt: skip
+    """Find the scales of a model; returns the scale table and writes it to `output` if that is given.
+
+    preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
+    results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
+    latents with labels. Raises UsageError for a preset or a knob that does not exist.
+    """
+    _need_stage("calibrate", "tqdit.calibrate")
+    from tqdit.calibration.config import PRESETS
+    from tqdit.calibration.data import read_data
+    from tqdit.calibration.flow import calibrate as find_scales
+    from tqdit.calibration.flow import finish
+    from tqdit.quantization.table import write_scale_table
+
+    if preset not in PRESETS:
+        raise UsageError(f"preset '{preset}' is unknown; known are {', '.join(PRESETS)}.")
+    unknown = sorted(set(knobs) - set(PRESETS[preset].to_json()))
+    if unknown:
+        raise UsageError(f"'{unknown[0]}' is not a knob; known are {', '.join(PRESETS[preset].to_json())}.")
+    config = replace(PRESETS[preset], **knobs)
+    loaded = _loaded(model)
+    images = None if data is None else read_data(Path(data), loaded)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="tqdit-")) if work is None else work
+        folder = Path(temporary)
+        stack.enter_context(lock_folder(folder))
+        table = find_scales(loaded, config, folder, Console(quiet), images).table
+        if output is not None:
+            write_scale_table(Path(output), table)
+        finish(loaded, config, folder, images)
+    return table
+
+
+def export(
+    model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
+    steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
+    vae: str | Path | None = None, force: bool = False,
+) -> Path:  # fmt: skip
+    """Write a model as one ONNX file, quantized if there are scales; returns its path.
+
+    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers AutoencoderKL
+    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: overwrite
+    a file that tqdit did not write.
+    """
+    _need_stage("export", "tqdit.export")
+    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.onnx_writer import check_overwrite, write
+    from tqdit.exporter.vae import load_decoder, trace_decoder
+    from tqdit.quantization.table import read_scale_table
+
+    path = Path(output)
+    check_overwrite(path, force)
+    config = ExportConfig(graph, steps, sampler, guided, attention)
+    table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
+    loaded = _loaded(model)
+    folder = loaded.vae_folder if vae is None else Path(vae)
+    decoder = None if folder is None else load_decoder(folder, loaded)
+    if decoder is not None:
+        loaded = replace(loaded, latents=decoder.latents)
+    traced, card = export_graph(loaded, config, table)
+    write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded))
+    return path
+
+
+def build(
+    source: str | Path, output: str | Path | None = None, *, backend: str = "auto", config: BuildConfig | None = None,
+    force: bool = False,
+) -> Manifest:  # fmt: skip
+    """Compile an ONNX file of ours into an engine bundle, prove that it is integer, and return its manifest.
+
+    output: the folder to write; None: the file's name with .engine. backend: 'auto' is the best one that is installed
+    and runs here. force: replace a folder that is not an engine. Raises BackendError if a quantized product would run
+    in float.
+    """
+    need("onnx", "build", "tqdit.build")
+    from tqdit.engines.build.engine import build_engine
+    from tqdit.engines.bundle import check_overwrite
+
+    folder = Path(source).with_suffix(".engine") if output is None else Path(output)
+    check_overwrite(folder, force)
+    return build_engine(Path(source), folder, backend, config)
+
+
+def _need_stage(extra: str, what: str) -> None:
+    """Name the extra before an import fails somewhere inside."""
+    libraries = {"calibrate": ("torch", "safetensors"), "export": ("torch", "onnx", "onnx_ir", "onnxscript")}
+    for library in libraries[extra]:
+        need(library, extra, what)
+
+
+def _loaded(model: Model) -> LoadedModel:
+    return load_model(model) if isinstance(model, str | Path) else model

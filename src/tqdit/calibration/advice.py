@@ -1,0 +1,52 @@
+"""The advice of `tqdit-evaluate --layers` (docs/evaluation.md), as a calibration takes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.errors import FileFormatError, UsageError
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The settings of the table that was diagnosed, with the changes for single layers."""
+
+    config: QuantizationConfig
+    fingerprint: str
+    source: str
+
+    def check_model(self, fingerprint: str, model: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise UsageError(
+                f"{self.source}: diagnoses another model (fingerprint {self.fingerprint[:12]}) than '{model}' "
+                f"({fingerprint[:12]}). Pass the model that was diagnosed."
+            )
+
+
+def read_advice(path: Path) -> Advice:
+    """Raises FileFormatError if the file is not a diagnosis or has no advice."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Write it with tqdit-evaluate --layers.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(QuantizationConfig)}
+        config = QuantizationConfig(**{key: value for key, value in content["settings"].items() if key in known})
+        merged: dict[str, dict[str, Any]] = {layer: dict(knobs) for layer, knobs in config.layer_knobs.items()}
+        for entry in content["advice"]:
+            merged.setdefault(str(entry["layer"]), {}).update(entry["change"])
+        return Advice(replace(config, overrides=as_text(merged)), str(content["fingerprint"]), str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(
+            f"{path}: not a diagnosis that this tqdit reads ({error}). Write it with tqdit-evaluate --layers."
+        ) from error
+
+
+def as_text(knobs: dict[str, dict[str, Any]]) -> str:
+    """layer -> knob -> value in the spelling of --overrides."""
+    return ";".join(
+        f"{layer}:" + ",".join(f"{name}={value}" for name, value in changes.items()) for layer, changes in knobs.items()
+    )

@@ -1,0 +1,340 @@
+"""Phase 2: what a search needs of each product: inputs, squared gradients, ranges (Algorithm 1, lines 9 to 12).
+
+One forward and one backward pass over the whole network record every product. Of each row only some tokens and heads
+are kept, since a search looks at no more; ranges are those of all. The samples go to disk batch by batch, so memory
+holds one batch with its gradients, and a killed run continues with the next batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tqdit.calibration.work import WorkFolder
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Scores, ValueProduct
+
+MOST_HEADS = 8  # of a row
+HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
+GRAPH_BYTES = 100_000_000  # of what autograd keeps for one batch
+MOST_ROWS = 64  # of one batch
+
+Cotangent = Callable[[Tensor, Tensor], Tensor]  # row numbers (N,), output (N, K, ...) -> cotangent like the output
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One product's samples. S tokens of each row; for a product without tokens S is 1.
+
+    Linear and convolution: left (R, S, K), g2 (R, S, O). Attention: left (R, H, S, K), right (R, H, K, O), g2
+    (R, H, S, O), bfloat16, of the H heads that are kept. ranges: smallest and largest value (R,) of each operand over
+    all tokens and heads of a row; channels: the same of each input channel of a linear layer, (R, K).
+    """
+
+    left: Tensor
+    right: Tensor | None
+    g2: Tensor
+    ranges: dict[str, tuple[Tensor, Tensor]]
+    channels: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Picker:
+    """Which tokens and heads of each of R rows are kept, at random but seeded."""
+
+    rows: int
+    share: float
+    seed: int
+    _tokens: dict[int, Tensor] = field(default_factory=dict)
+    _heads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def tokens(self, tokens: int) -> Tensor:
+        """int64 (R, S), S = ceil(share T)."""
+        if tokens not in self._tokens:
+            self._tokens[tokens] = choose_tokens(self.rows, tokens, self.share, self.seed)
+        return self._tokens[tokens]
+
+    def heads(self, heads: int, head_elements: int) -> Tensor:
+        """int64 (R, H): all, or as many as fit; head_elements is the size of K or V of one head."""
+        most = max(1, min(MOST_HEADS, HEAD_ELEMENTS // (self.rows * head_elements)))
+        if (heads, most) not in self._heads:
+            self._heads[heads, most] = choose_heads(self.rows, heads, self.seed, most)
+        return self._heads[heads, most]
+
+    def keep(self, matrix: Tensor, start: int, head_elements: int) -> Tensor:
+        """The kept heads and tokens of (N, T, K) or (N, H, T, K), rows from `start`; a product without tokens keeps
+        its one."""
+        if matrix.ndim == 4:
+            matrix = self.keep_heads(matrix, start, head_elements)
+        axis = matrix.ndim - 2
+        if matrix.shape[axis] == 1:
+            return matrix
+        index = self.tokens(matrix.shape[axis])[start : start + len(matrix)].to(matrix.device)
+        index = index.reshape(len(matrix), *[1] * (axis - 1), index.shape[1], 1)
+        return matrix.gather(axis, index.expand(*matrix.shape[:axis], -1, matrix.shape[-1]))
+
+    def keep_heads(self, x: Tensor, start: int, head_elements: int) -> Tensor:
+        """The kept heads of (N, H, T, K)."""
+        index = self.heads(x.shape[1], head_elements)[start : start + len(x)].to(x.device)
+        if index.shape[1] == x.shape[1]:
+            return x
+        return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+
+class Recorder:
+    """Collects the samples of some products during one network call."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
+        self.modules = {name: network.get_submodule(name) for name in names}
+        self.picker = picker
+        self.found: dict[str, list[dict[str, Tensor]]] = {}  # of each product, call by call
+        self._start = self._rows = 0
+        self._recording = False
+
+    @contextmanager
+    def listen(self, start: int, rows: int) -> Iterator[None]:
+        """Record a call, whose first row is number `start`, and the backward pass after it."""
+        self._start, self._rows, self.found = start, rows, {}
+        self._recording = True
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward_is_done(self) -> None:
+        """Blocks that are computed again in the backward pass are not recorded again."""
+        self._recording = False
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()  # its gradient starts here
+            if self._recording:
+                part = self._operands(module, [tensor.detach() for tensor in inputs])
+                part["g2"] = self._weights(module, part, torch.zeros_like(output))  # if no gradient comes
+                self.found.setdefault(name, []).append(part)
+                output.register_hook(partial(self._put_weights, module, part))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _put_weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> None:
+        part["g2"] = self._weights(module, part, gradient)
+
+    def _operands(self, module: nn.Module, operands: list[Tensor]) -> dict[str, Tensor]:
+        part: dict[str, Tensor] = {}
+        for role, tensor in zip(("left", "right"), operands, strict=False):
+            flat = tensor.reshape(self._rows, -1)
+            part[f"{role}.low"], part[f"{role}.high"] = flat.amin(1), flat.amax(1)
+        left = self._matrix(module, operands[0])
+        if isinstance(module, nn.Linear):
+            part["channel.low"], part["channel.high"] = left.amin(1), left.amax(1)
+        part["left"] = self.picker.keep(left, self._start, _head_elements(operands))
+        if len(operands) > 1:
+            right = self.picker.keep_heads(operands[1], self._start, _head_elements(operands))
+            part["right"] = (right.transpose(-2, -1) if isinstance(module, Scores) else right).contiguous()
+        return part
+
+    def _matrix(self, module: nn.Module, x: Tensor) -> Tensor:
+        """An operand as rows of tokens: (N, T, K), or (N, H, T, K) of attention."""
+        if isinstance(module, nn.Conv2d):
+            return F.unfold(x, _pair(module.kernel_size), stride=_pair(module.stride)).transpose(1, 2)
+        if isinstance(module, Scores | ValueProduct):
+            return x
+        return x.reshape(self._rows, -1, x.shape[-1])
+
+    def samples(self) -> dict[str, Tensor]:
+        """The recorded tensors as `NAME|KEY`, g2 the squared gradient of the product.
+
+        A product that was called several times has the tokens of all its calls.
+        """
+        return {
+            f"{name}|{key}": _join(key, [part[key] for part in parts])
+            for name, parts in self.found.items()
+            for key in parts[0]
+        }
+
+    def _weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> Tensor:
+        if isinstance(module, Scores | ValueProduct):
+            matrix = gradient
+            if isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
+                matrix = matrix * part["left"].shape[-1] ** -0.5
+            elements = part["right"].shape[-1] * part["right"].shape[-2]
+            kept = self.picker.keep(matrix, self._start, elements)
+        else:
+            matrix = gradient.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else gradient
+            kept = self.picker.keep(matrix.reshape(self._rows, -1, matrix.shape[-1]), self._start, 1)
+        # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
+        return kept.square().to(torch.bfloat16)
+
+
+def _join(key: str, tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0].contiguous()
+    if key.endswith((".low", ".high")):
+        stacked = torch.stack(tensors)
+        return stacked.amin(0) if key.endswith(".low") else stacked.amax(0)
+    return torch.cat(tensors, dim=-2)
+
+
+def _head_elements(operands: list[Tensor]) -> int:
+    """Of K or V of one head."""
+    return int(operands[1].shape[-1] * operands[1].shape[-2]) if len(operands) > 1 else 1
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The samples of some products of a model on R rows, kept in a work folder under `label`."""
+
+    model: LoadedModel
+    names: tuple[str, ...]
+    inputs: dict[str, Tensor]  # port -> (R, ...)
+    picker: Picker
+    cotangent: Cotangent
+    folder: WorkFolder
+    label: str = "samples"
+
+    @cached_property
+    def batches(self) -> list[range]:
+        size = self._batching.rows
+        return [range(start, min(start + size, self.picker.rows)) for start in range(0, self.picker.rows, size)]
+
+    @cached_property
+    def _batching(self) -> Batching:
+        return choose_batching(self.model, self.inputs)
+
+    @property
+    def forward_passes(self) -> int:
+        """Of each row: blocks that are computed again take a second one."""
+        return 2 if self._batching.recompute else 1
+
+    def _file(self, batch: range) -> str:
+        return f"{self.label}-{batch.start:07d}"
+
+    def run(self, done: Callable[[int], object]) -> int:
+        """Record what is not on disk yet; `done` gets the number of rows of each batch. Returns the rows recorded."""
+        recorded = 0
+        for batch in self.batches:
+            if not self.folder.has(self._file(batch)):
+                self.folder.save(self._file(batch), self._record(batch))
+                recorded += len(batch)
+            done(len(batch))
+        return recorded
+
+    def _record(self, batch: range) -> dict[str, Tensor]:
+        recorder = Recorder(self.model.network, self.names, self.picker)
+        inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
+        inputs[self.model.signature.state.name].requires_grad_()  # or a block that is computed again would differ
+        blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
+        with torch.enable_grad(), blocks, recorder.listen(batch.start, len(batch)):
+            output = self.model.call(inputs)
+            recorder.forward_is_done()
+            rows = torch.arange(batch.start, batch.stop, device=output.device)
+            torch.autograd.backward(output, self.cotangent(rows, output.detach()))
+        return recorder.samples()
+
+    def samples(self, name: str) -> Samples:
+        """Everything of one product, read from disk."""
+        keys = self.folder.keys(self._file(self.batches[0]), f"{name}|")
+        tensors = {
+            key: self.folder.join([self._file(batch) for batch in self.batches], f"{name}|{key}") for key in keys
+        }
+        roles = ("left", "right") if "right" in tensors else ("left",)
+        ranges = {role: (tensors[f"{role}.low"], tensors[f"{role}.high"]) for role in roles}
+        channels = (tensors["channel.low"], tensors["channel.high"]) if "channel.low" in tensors else None
+        return Samples(tensors["left"], tensors.get("right"), tensors["g2"], ranges, channels)
+
+    def delete(self) -> None:
+        for batch in self.batches:
+            self.folder.remove(self._file(batch))
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Rows per batch, and whether blocks are computed again in the backward pass instead of kept."""
+
+    rows: int
+    recompute: bool
+
+
+def choose_batching(model: LoadedModel, inputs: dict[str, Tensor]) -> Batching:
+    """As many rows as autograd can keep the intermediate tensors of, measured on one row."""
+    whole = _kept_bytes(model, inputs)
+    if 4 * whole <= GRAPH_BYTES:
+        return Batching(min(MOST_ROWS, GRAPH_BYTES // max(1, whole)), recompute=False)
+    blocks = sum(len(blocks) for blocks in _block_lists(model.network)) or 1
+    with recomputed(model.network):
+        kept = _kept_bytes(model, inputs) + whole // blocks
+    return Batching(max(1, min(MOST_ROWS, GRAPH_BYTES // kept)), recompute=True)
+
+
+def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
+    """Of what autograd keeps of a call with one row, without the weights; measured on tensors without memory."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    parameters: dict[str, Tensor] = {n: fake.from_tensor(t) for n, t in model.network.named_parameters()}
+    weights = {tensor.untyped_storage()._cdata for tensor in parameters.values()}
+    kept: dict[int, Tensor] = {}  # by storage, whose address is unique while the tensor lives
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept[storage] = tensor
+        return tensor
+
+    one = {name: fake.from_tensor(tensor[:1].clone()) for name, tensor in inputs.items()}
+    with fake, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        one[model.signature.state.name].requires_grad_()
+        functional_call(model.network, parameters, kwargs=one)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _block_lists(network: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of modules: a transformer's blocks."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    found = [network.get_submodule(name) for name in outermost]
+    return [blocks for blocks in found if isinstance(blocks, nn.ModuleList)]
+
+
+@contextmanager
+def recomputed(network: nn.Module) -> Iterator[None]:
+    """Inside, the blocks of the network are computed again in the backward pass, so their tensors need not be kept."""
+    blocks = [block for blocks in _block_lists(network) for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def choose_heads(rows: int, heads: int, seed: int, most: int = MOST_HEADS) -> Tensor:
+    """Which heads of each row are kept, int64 (R, H): all, or a random subset per row.
+
+    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)  # apart from the tokens
+    return torch.rand(rows, heads, generator=generator).argsort(dim=1)[:, :most].sort(dim=1).values
+
+
+def choose_tokens(rows: int, tokens: int, share: float, seed: int) -> Tensor:
+    """Which tokens of each row are kept, int64 (R, S): a random subset per row, S = ceil(share T)."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = max(1, min(tokens, -int(-share * tokens // 1)))
+    return torch.rand(rows, tokens, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values

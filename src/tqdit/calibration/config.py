@@ -1,0 +1,187 @@
+"""Every knob of a calibration, and the presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tqdit.errors import UsageError
+from tqdit.quantization.schemes import schemes_of
+from tqdit.sampling.guidance import check_scale
+
+if TYPE_CHECKING:  # which needs torch; this module does not
+    from tqdit.models.loaded import LoadedModel
+
+
+Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
+
+
+def knob(default: Any, help_text: str, choices: Choices = ()) -> Any:
+    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices."""
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+def choices_of(knob_field: Field[Any]) -> tuple[str, ...]:
+    """The values that a knob can have, () if they cannot be listed."""
+    choices: Choices = knob_field.metadata["choices"]
+    return choices() if callable(choices) else choices
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What is quantized, how finely, and how the scales are found. Print it, compare it, save it."""
+
+    weight_bits: int = knob(8, "bits of weights, 2..8; below 8 the codes still take a byte each")
+    activation_bits: int = knob(8, "bits of activations, 2..8")
+    outer_bits: int = knob(8, "least bits of the patch embedding, the final layer and the conditioning")
+
+    steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)")
+    groups: int = knob(10, "groups G of timesteps")
+    boundaries: str = knob("even", "where groups end: at even timesteps, or where the activations drift most",
+                           ("even", "drift"))  # fmt: skip
+    rows_per_group: int = knob(32, "calibration rows n per group; the two rows of a guided pair count as two")
+    chains: int = knob(8, "guided chains from which the rows are picked; they are most of the cost")
+    guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")
+    seed: int = knob(0, "decides chains, classes, rows and cotangents")
+
+    method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback",
+                       ("search", "min-max", "gptq"))  # fmt: skip
+    metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
+    fisher: str = knob(
+        "step", "weights of HO: random cotangents scaled by the sampler's step, the same unscaled, or the gradient of "
+        "the paper's loss (eq. 11)", ("step", "plain", "loss"),
+    )  # fmt: skip
+    rounds: int = knob(3, "alternating rounds R of the search")
+    candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one")
+    alpha: float = knob(0.01, "smallest candidate factor")
+    beta: float = knob(1.2, "largest candidate factor")
+    coarse: int = knob(8, "stride of the first pass over the candidates, refined around the best; 1 tries each one")
+    token_share: float = knob(0.1, "share of a row's tokens that a search looks at")
+
+    weight_granularity: str = knob("channel", "one weight scale per output channel or per tensor (three for qkv)",
+                                   ("channel", "tensor"))  # fmt: skip
+    inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
+    equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
+    softmax: str = knob("two-region", "probabilities; auto takes two regions if they at least halve the layer's "
+                        "error, and else one scale, with which engines make one kernel of an attention",
+                        ("uniform", "two-region", "auto"))  # fmt: skip
+    gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
+                     "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
+    softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
+    time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
+
+    attention: bool = knob(True, "quantize both products of attention")
+    patch: str = knob("weights", "what is quantized of the patch embedding", ("none", "weights", "all"))
+    final: str = knob("all", "what is quantized of the final layer", ("none", "weights", "all"))
+    conditioning: str = knob("weights", "what is quantized of the timestep MLP and adaLN", ("none", "weights", "all"))
+    overrides: str = knob(
+        "",
+        "other knobs for single layers, such as "
+        "'blocks.0.mlp.fc2:activation_bits=8,time_groups=all;blocks.1.attn.proj:inputs=asymmetric'",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "outer_bits"):
+            self._within(name, 2, 8)
+        self._within("groups", 1, 1000)
+        self._within("rows_per_group", 1, 100_000)
+        self._within("chains", 1, 100_000)
+        self._within("rounds", 1, 100)
+        self._within("candidates", 2, 10_000)
+        self._within("coarse", 1, 10_000)
+        self._within("seed", 0, 2**63)
+        for knob_field in fields(self):
+            choices, value = choices_of(knob_field), getattr(self, knob_field.name)
+            if choices and value not in choices:
+                raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(choices)}.")
+        if not 0 < self.alpha < self.beta or not 0 < self.token_share <= 1:
+            raise UsageError(
+                f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
+                "0 < alpha < beta and a share in (0, 1]."
+            )
+        for layer in self.layer_knobs:
+            self.for_layer(layer)  # which checks the values
+
+    def _within(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high}.")
+
+    @property
+    def layer_knobs(self) -> dict[str, dict[str, Any]]:
+        """layer -> knob -> value of the overrides."""
+        found: dict[str, dict[str, Any]] = {}
+        for entry in filter(None, self.overrides.split(";")):
+            layer, _, pairs = entry.partition(":")
+            for pair in pairs.split(","):
+                name, _, value = pair.partition("=")
+                name = name.strip().replace("-", "_")
+                if not layer.strip() or name not in LAYER_KNOBS or (name.endswith("bits") and not value.isdecimal()):
+                    raise UsageError(
+                        f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
+                    )
+                found.setdefault(layer.strip(), {})[name] = int(value) if name.endswith("bits") else value.strip()
+        return found
+
+    def for_layer(self, layer: str) -> QuantizationConfig:
+        """As it is for one layer, its overrides applied."""
+        changes = self.layer_knobs.get(layer)
+        return self if changes is None else replace(self, overrides="", **changes)
+
+    def for_model(self, model: LoadedModel) -> QuantizationConfig:
+        """With the model's own values if none were given; the guidance scale stays None for unguided models."""
+        scale = check_scale(model.guidance, self.guidance_scale)
+        return replace(
+            self,
+            steps=model.sampling.steps if self.steps is None else self.steps,
+            guidance_scale=None if model.guidance is None else scale,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One knob per line."""
+        values = {flag(f)[2:]: getattr(self, f.name) for f in fields(self)}
+        return "\n".join(f"{name:<20} {'none' if value == '' else value}" for name, value in values.items())
+
+
+# What can differ from layer to layer.
+LAYER_KNOBS = (
+    "weight_bits",
+    "activation_bits",
+    "outer_bits",
+    "inputs",
+    "softmax",
+    "gelu",
+    "time_groups",
+    "patch",
+    "final",
+)
+
+
+def flag(knob_field: Field[Any]) -> str:
+    return "--" + knob_field.name.replace("_", "-")
+
+
+TQ_DIT = QuantizationConfig()
+# Each differs from the one after it in one ingredient, and ho+mrq from tq-dit: what Table III of the paper adds up.
+HO_MRQ = replace(TQ_DIT, time_groups="none")
+HO = replace(HO_MRQ, softmax="uniform", gelu="uniform")
+MSE = replace(HO, metric="mse")
+MIN_MAX = replace(MSE, method="min-max")
+# The paper's settings to the letter (section IV, Algorithm 1, eq. 11; granularity and sites of its released code).
+PAPER = replace(
+    TQ_DIT, fisher="loss", weight_granularity="tensor", softmax_top="paper", outer_bits=2, patch="all", final="all",
+    conditioning="none",
+)  # fmt: skip
+
+# Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
+BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
+# Two regions only if they pay: a second product of fc2 is a third more of a block's work.
+FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
+
+PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
+           "fast": FAST}  # fmt: skip

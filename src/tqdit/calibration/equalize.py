@@ -1,0 +1,60 @@
+"""Channel equalisation: each input channel is divided by a constant that its weights are multiplied with.
+
+A channel with a large range leaves few codes to all others; its weights are often small. Dividing moves range from the
+activation, which has one scale, to the weight, which has one per output channel, and changes nothing in float. Here the
+divisors are chosen; `fold` puts them where they cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tqdit.calibration.capture import Samples
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.layers import LayerPlan
+from tqdit.calibration.problem import make_problem
+
+STRENGTHS = (0.25, 0.5, 0.75)  # 0.5 gives input and weight the same range in each channel
+LIMIT = 100.0  # of a divisor, against channels that the samples hardly excite
+
+
+@torch.no_grad()
+def choose_divisor(
+    plan: LayerPlan, samples: Samples, weight: Tensor, group: Tensor, config: QuantizationConfig
+) -> tuple[Tensor | None, int]:
+    """The divisors (K,) with which range-based scales do best, None if none helps; and the multiply-adds it took.
+
+    weight (O, K) of the layer; group (R,) of each row of the samples.
+    """
+    best, found, multiply_adds = float("inf"), None, 0
+    for divisor in (None, *divisors(samples, weight)):
+        divided = samples, weight
+        if divisor is not None:
+            divided = divide(samples, divisor), weight * divisor
+        problem = make_problem(plan, *divided, group, config)
+        multiply_adds += problem.multiply_adds
+        error = problem.objective(problem.initial)
+        if error < best:
+            best, found = error, divisor
+    return found, multiply_adds
+
+
+def divisors(samples: Samples, weight: Tensor) -> list[Tensor]:
+    """Candidate divisors (K,): (max |x_j| / max |W_j|)^strength, with geometric mean 1."""
+    assert samples.channels is not None
+    low, high = samples.channels
+    tiny = torch.finfo(torch.float32).tiny
+    inputs = torch.maximum(low.abs(), high.abs()).amax(0).clamp(min=tiny)
+    weights = weight.abs().amax(0).clamp(min=tiny)
+    ratio = (inputs.log() - weights.log()) - (inputs.log() - weights.log()).mean()
+    return [(strength * ratio).exp().clamp(1 / LIMIT, LIMIT) for strength in STRENGTHS]
+
+
+def divide(samples: Samples, divisor: Tensor) -> Samples:
+    """The samples of x / divisor."""
+    assert samples.channels is not None
+    low, high = (channel / divisor for channel in samples.channels)
+    return replace(samples, left=samples.left / divisor, ranges={"left": (low.amin(1), high.amax(1))})

@@ -1,0 +1,252 @@
+"""The three phases, in order and resumable (Algorithm 1).
+
+    rows     (1)  chains of the float model -> calibration rows
+    inputs   (2)  one forward and one backward pass -> samples of every product, on disk
+    search   (3)  product by product -> a partial scale table each
+
+Each phase leaves its results in the work folder, so a killed run loses at most the batch or the product that it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tqdit.calibration.capture import Capture, Picker, Samples
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.cost import Meter, multiply_adds
+from tqdit.calibration.data import DataSet, data_rows
+from tqdit.calibration.device import exact_arithmetic
+from tqdit.calibration.drift import check_group_count
+from tqdit.calibration.equalize import choose_divisor
+from tqdit.calibration.fisher import FISHERS
+from tqdit.calibration.layers import LayerPlan, plan, with_one_region
+from tqdit.calibration.methods import METHODS
+from tqdit.calibration.operands import array
+from tqdit.calibration.problem import Problem, Solution, make_problem
+from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
+from tqdit.calibration.work import WorkFolder, digest, open_search, versions
+from tqdit.console import Console
+from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fold import fold_divisors
+from tqdit.quantization.table import ScaleTable, Site
+
+TWO_REGIONS_PAY = 0.5  # of the error with one region: above it, the second product is not worth it
+SAVES_PER_TRAJECTORY = 25
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table and what it cost this process."""
+
+    table: ScaleTable
+    meter: Meter
+
+
+def calibrate(
+    model: LoadedModel,
+    config: QuantizationConfig,
+    work: Path,
+    console: Console | None = None,
+    data: DataSet | None = None,
+) -> Result:
+    """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it."""
+    with exact_arithmetic(model.device):
+        run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
+        table = run.search(run.rows())
+    return Result(table, run.meter)
+
+
+def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | None = None) -> None:
+    """Remove the intermediate results of a finished calibration; its rows stay."""
+    Calibration(model, config.for_model(model), work, Console(quiet=True), data).folder.delete()
+
+
+class Calibration:
+    """One run: its plan, its folders, and how far it has come."""
+
+    def __init__(
+        self, model: LoadedModel, config: QuantizationConfig, work: Path, console: Console, data: DataSet | None = None
+    ) -> None:
+        self.model, self.config, self.console, self.data = model, config, console, data
+        self.plans = plan(model, config)
+        self.meter = Meter(multiply_adds(model))
+        self.spec = sampling_of(model, config)
+        self._check()
+        row_facts = {
+            "fingerprint": model.fingerprint, "sampling": str(self.spec), "versions": versions(model.device),
+            "data": data.sha256 if data else None, "renoised": config.fisher == "loss" or data is not None,
+            "config": [config.groups, config.boundaries, config.rows_per_group, config.chains, config.guidance_scale,
+                       config.seed],
+        }  # fmt: skip
+        self.rows_name = f"rows-{digest(row_facts)}"
+        self.root = WorkFolder(work, model.device)
+        self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, model.device)
+
+    def _check(self) -> None:
+        """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
+        chains = len(self.data.x0) if self.data else None
+        if self.config.boundaries == "drift":
+            check_group_count(self.config.groups, self.spec.steps)
+        else:
+            pick(self.model, self.config, chains=chains)
+
+    # phase 1 ---------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> CalibrationRows:
+        """The calibration rows, from disk if an earlier run has left them."""
+        found = self.root.load_or_none(self.rows_name)
+        if found is not None:
+            rows = CalibrationRows.of(found)
+            self.console.say(f"calibration rows: {len(rows)}, kept from an earlier run in {self.root.path}")
+            return rows
+        rows = data_rows(self.model, self.spec, self.config, self.data) if self.data else self._sample_rows()
+        self.root.save(self.rows_name, rows.tensors())
+        self.root.remove(f"{self.rows_name}-chains")
+        return rows
+
+    def _sample_rows(self) -> CalibrationRows:
+        measured = self.config.boundaries == "drift"
+        picks = every_state(self.spec, self.config) if measured else pick(self.model, self.config)
+        trajectory = Trajectory(self.model, self.config, picks)
+        state_name = f"{self.rows_name}-chains"
+        state = self.root.load_or_none(state_name)
+        if state is not None:
+            trajectory.load_state_dict(state)
+        steps = trajectory.next_step + 1
+        self.meter.forward("rows", trajectory.rows_per_step * steps)
+        save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
+        with self.console.bar(self.spec.steps, "1/3 rows from chains", "steps") as bar:
+            bar.update(self.spec.steps - steps)
+            trajectory.run(lambda tensors: self.root.save(state_name, tensors), save_every, bar.update)
+        if measured:
+            trajectory.place_boundaries()
+        return trajectory.renoised_rows() if self.config.fisher == "loss" else trajectory.rows()
+
+    # phase 2 ---------------------------------------------------------------------------------------------------------
+
+    def capture(
+        self, model: LoadedModel, rows: CalibrationRows, plans: tuple[LayerPlan, ...], label: str = "samples"
+    ) -> Capture:
+        """The samples of some products on `rows`, recorded if they are not on disk."""
+        fisher, seed = FISHERS[self.config.fisher], self.config.seed
+
+        def cotangent(index: Tensor, output: Tensor) -> Tensor:
+            return fisher(rows, index, output, self.spec, seed)
+
+        picker = Picker(len(rows), self.config.token_share, seed)
+        names = tuple(entry.name for entry in plans)
+        found = Capture(model, names, rows.inputs, picker, cotangent, self.folder, label)
+        with self.console.bar(len(rows), "2/3 inputs and gradients", "rows") as bar:
+            recorded = found.run(bar.update)
+        self.meter.forward("inputs", found.forward_passes * recorded)
+        self.meter.backward("gradients", recorded)
+        return found
+
+    def _folded(self, rows: CalibrationRows) -> tuple[LoadedModel, dict[str, Tensor]]:
+        """The model with divisors if they help and cost nothing at run time, and the divisors."""
+        folds = {product.name for product in self.model.products if product.folds}
+        plans = tuple(
+            entry for entry in self.plans if set(entry.operands) == {"weight", "input"} and entry.name in folds
+        )
+        if not self.config.equalize or not plans:
+            return self.model, {}
+        found = self.folder.load_or_none("divisors")
+        if found is None:
+            capture, found = self.capture(self.model, rows, plans, "equalize"), {}
+            for entry in plans:
+                weight = _weight(self.model.network, entry.name)
+                assert weight is not None
+                samples = capture.samples(entry.name)
+                divisor, spent = choose_divisor(entry, samples, weight, rows.group, self.config)
+                self.meter.add("search", spent)
+                if divisor is not None:
+                    found[entry.name] = divisor
+            self.folder.save("divisors", found)
+            capture.delete()
+        return fold_divisors(self.model, found), found
+
+    # phase 3 ---------------------------------------------------------------------------------------------------------
+
+    def search(self, rows: CalibrationRows) -> ScaleTable:
+        """Capture every product and search its scales; the whole table, sites in the order of the network's calls."""
+        model, divisors = self._folded(rows)
+        capture = self.capture(model, rows, self.plans)
+        parts = []
+        with self.console.bar(len(self.plans), "3/3 scales", "layers") as bar:
+            for entry in self.plans:
+                name = f"table-{entry.name}"
+                if not self.folder.has(name):
+                    weight = _weight(model.network, entry.name)
+                    sites, error = self.solve(entry, capture.samples(entry.name), weight, rows)
+                    sites = _with_divisor(sites, divisors)
+                    self.folder.save_table(name, self._table(sites, {entry.name: error}, rows))
+                parts.append(self.folder.load_table(name))
+                bar.update()
+        sites = [site for part in parts for site in part.sites]
+        return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    def solve(
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> tuple[list[Site], float]:
+        """The sites of one product, and its error relative to its energy."""
+        problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
+        one_region = with_one_region(layer_plan, self.config.for_layer(layer_plan.name))
+        if one_region is not None:
+            other, uniform = self._solve_plan(one_region, samples, weight, rows)
+            if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
+                problem, solution = other, uniform
+        error = problem.relative(solution.history[-1])
+        sites = []
+        for role, operand in problem.operands.items():
+            quantizer = operand.quantizer(solution.parameters[role])
+            codes = None
+            if role == "weight" and solution.weight_codes is not None and weight is not None:
+                codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).cpu().numpy()
+            sites.append(Site(layer_plan.name, role, quantizer, codes))
+        return sites, error
+
+    @torch.no_grad()
+    def _solve_plan(
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> tuple[Problem, Solution]:
+        problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
+        solution = self.solve_problem(layer_plan, problem)
+        self.meter.add("search", solution.multiply_adds)
+        return problem, solution
+
+    def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)
+        """One layer by the configured method."""
+        return METHODS[self.config.method](problem, self.config)
+
+    def _table(self, sites: list[Site], errors: dict[str, float], rows: CalibrationRows) -> ScaleTable:
+        return ScaleTable(
+            model=self.model.source,
+            fingerprint=self.model.fingerprint,
+            boundaries=rows.boundaries.cpu().numpy(),
+            sites=tuple(sites),
+            seed=self.config.seed,
+            guidance_scale=1.0 if self.config.guidance_scale is None else self.config.guidance_scale,
+            settings={**self.config.to_json(), "sampler": self.spec.sampler},
+            versions=versions(self.model.device),
+            errors=errors,
+        )
+
+
+def _with_divisor(sites: list[Site], divisors: Mapping[str, Tensor]) -> list[Site]:
+    return [
+        replace(site, divisor=array(divisors[site.module]))
+        if site.role == "input" and site.module in divisors
+        else site
+        for site in sites
+    ]
+
+
+def _weight(network: nn.Module, name: str) -> Tensor | None:
+    """The weight of a linear layer or a convolution; products of attention have none."""
+    module = network.get_submodule(name)
+    return module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None

@@ -1,0 +1,114 @@
+"""Which tensors of a network are quantized, and how: the plan that a search fills with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.errors import UsageError
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Place, Product
+from tqdit.quantization.granularity import Role
+
+
+@dataclass(frozen=True)
+class OperandPlan:
+    """How one tensor is quantized. `scales` is the number of independent scales: 1, groups or output channels.
+
+    options: settings that the scheme alone knows (`Quantizer.fixed`).
+    """
+
+    scheme: str
+    bits: int
+    scales: int
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One product with the operands that are quantized; an operand without a plan stays float."""
+
+    layer: Product
+    operands: dict[Role, OperandPlan]
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+
+def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
+    """The products that `config` quantizes."""
+    names = [product.name for product in model.products]
+    unknown = set(config.layer_knobs) - set(names)
+    if unknown:
+        raise UsageError(f"--overrides names '{min(unknown)}', which is no layer of this model. Name one such as "
+                         f"'{names[-1]}'.")  # fmt: skip
+    plans = (
+        _plan_layer(model.network.get_submodule(product.name), product, config.for_layer(product.name))
+        for product in model.products
+    )
+    return tuple(layer_plan for layer_plan in plans if layer_plan.operands)
+
+
+def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -> LayerPlan:
+    if not _can_be_quantized(module):
+        return LayerPlan(layer, {})
+    if layer.place == "attention":
+        if not config.attention:
+            return LayerPlan(layer, {})
+        right = OperandPlan("symmetric", config.activation_bits, _groups(config, "symmetric"))
+        return LayerPlan(layer, {"left": _left(layer, config), "right": right})
+    parts: dict[Place, str] = {
+        "block": "all", "patch": config.patch, "final": config.final, "conditioning": config.conditioning
+    }  # fmt: skip
+    least = 2 if layer.place == "block" else config.outer_bits
+    operands: dict[Role, OperandPlan] = {}
+    if parts[layer.place] != "none":
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        scales = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
+        operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), scales)
+    if parts[layer.place] == "all":
+        operands["input"] = _input(layer, config, max(least, config.activation_bits))
+    return LayerPlan(layer, operands)
+
+
+def _can_be_quantized(module: nn.Module) -> bool:
+    """Convolutions only if their stride is their kernel: a linear layer on patches."""
+    if isinstance(module, nn.Conv2d):
+        return module.stride == module.kernel_size and not any(module.padding) and module.groups == 1
+    return not isinstance(module, nn.Conv1d | nn.Conv3d)
+
+
+def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
+    groups = _groups(config, layer.made_by or "symmetric")
+    if layer.made_by != "softmax" or config.softmax == "uniform":
+        return OperandPlan("symmetric", config.activation_bits, groups)
+    return OperandPlan("softmax", config.activation_bits, groups, {"top": config.softmax_top})
+
+
+def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
+    scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else config.inputs
+    return OperandPlan(scheme, bits, _groups(config, scheme))
+
+
+def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
+    """The same layer with one region, where `config` leaves the choice; None where it does not.
+
+    One region of probabilities has one scale for all groups: engines then make one integer kernel of an attention.
+    """
+    operands = layer_plan.operands
+    if config.gelu == "auto" and "input" in operands and operands["input"].scheme == "gelu":
+        uniform = _input(layer_plan.layer, replace(config, gelu="uniform"), operands["input"].bits)
+        return replace(layer_plan, operands={**operands, "input": uniform})
+    if config.softmax == "auto" and "left" in operands and operands["left"].scheme == "softmax":
+        uniform = OperandPlan("symmetric", operands["left"].bits, 1)
+        return replace(layer_plan, operands={**operands, "left": uniform})
+    return None
+
+
+def _groups(config: QuantizationConfig, scheme: str) -> int:
+    grouped = config.time_groups == "all" or (config.time_groups == "softmax" and scheme == "softmax")
+    return config.groups if grouped else 1

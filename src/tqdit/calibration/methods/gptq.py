@@ -1,0 +1,73 @@
+"""Search, then weights rounded with error feedback (GPTQ, arXiv 2210.17323) towards a least-squares target.
+
+The inputs are quantized and fixed, so the best float weight for them is not W but W* = argmin sum u ||x^ W*^T - z||^2,
+and rounding one column of W* changes what the columns after it should be. u is a sample's g^2, averaged over channels:
+one matrix H = sum u x^ x^^T serves all channels. The result is kept if it lowers the layer's objective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.methods import search
+from tqdit.calibration.operands import Weight
+from tqdit.calibration.problem import Problem, Solution
+from tqdit.quantization.rounding import code_range
+
+DAMPING = 0.01  # of H, times its mean diagonal: columns that the samples hardly excite stay near W
+
+
+def solve(problem: Problem, config: QuantizationConfig) -> Solution:
+    found = search.solve(problem, config)
+    operand = problem.operands.get("weight")
+    if not isinstance(operand, Weight):
+        return found
+    left, _ = problem.sides(found.parameters)
+    scale = operand.per_channel(found.parameters["weight"]["scale"])[:, None]  # (O, 1)
+    hessian, cross = _normal_equations(problem, left)
+    factor = torch.linalg.cholesky(hessian)
+    target = operand.x.double() - torch.cholesky_solve(cross, factor).t()
+    codes = _round(target, scale.double(), factor, operand.plan.bits).float()
+    objective = float(problem.error(left, codes * scale).sum(dtype=torch.float64))
+    samples, (channels, width) = left.numel() // left.shape[-1], operand.x.shape
+    spent = samples * width * (width + 3 * channels) + width**2 * (width + 2 * channels)
+    found = replace(found, multiply_adds=found.multiply_adds + spent)
+    if objective >= found.history[-1]:
+        return found
+    return replace(found, history=(*found.history, objective), weight_codes=codes)
+
+
+def _normal_equations(problem: Problem, left: Tensor) -> tuple[Tensor, Tensor]:
+    """H = sum u x^ x^^T, damped, (K, K), and sum u x^ (x^ W^T - z), (K, O); float64."""
+    x, z = left.reshape(-1, left.shape[-1]), problem.target.reshape(-1, problem.target.shape[-1])
+    u = (
+        torch.ones(len(x), 1, device=x.device)
+        if problem.g2 is None
+        else problem.g2.reshape(z.shape).mean(1, keepdim=True, dtype=torch.float32)
+    )
+    u = u / u.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    hessian = (x.t() @ (u * x)).double()
+    cross = (x.t() @ (u * (x @ problem.right.t() - z))).double()
+    damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
+    return hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), cross
+
+
+def _round(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """Codes (O, K) of `weight` (O, K), one column after the other, each error passed on to the columns after it.
+
+    `factor` is the Cholesky factor of H.
+    """
+    low, high = code_range(bits)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)  # H^-1 = U^T U
+    weight, codes = weight.clone(), torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        exact = weight[:, column : column + 1]
+        code = torch.clamp(torch.round(exact / scale), low, high)
+        codes[:, column : column + 1] = code
+        error = (exact - code * scale) / upper[column, column]
+        weight[:, column + 1 :] -= error * upper[column, column + 1 :]
+    return codes

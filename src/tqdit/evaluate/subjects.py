@@ -1,0 +1,304 @@
+"""What can be evaluated, images from files or an engine, and what is written about it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.console import Console
+from tqdit.engines.bundle import Manifest, read_manifest
+from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.shards import SamplingJob, describe_job
+from tqdit.errors import MissingLibraryError, UsageError
+from tqdit.evaluate import chains
+from tqdit.evaluate.bootstrap import Measure
+from tqdit.evaluate.chains import SampledChains
+from tqdit.evaluate.evaluation import Pairs, pair_up, plain, seed_noise, verdict
+from tqdit.evaluate.extractors import Extractor
+from tqdit.evaluate.layers import look_inside, scales_over_time
+from tqdit.evaluate.lpips import Lpips
+from tqdit.evaluate.observe import Observed, observe
+from tqdit.evaluate.samples import SHOWN, Images, read_images
+from tqdit.evaluate.tools import MeasurementOptions, Tools, check_reference, choose_tools, describe, write_reference
+from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
+
+SCALES = "scales.safetensors"
+GROUPS = 10  # of timesteps that errors are shown for, if the engine has none of its own
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What is written: facts as JSON, and pictures for the report by name, uint8 (N, H, W, 3)."""
+
+    facts: Facts
+    pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+
+# images from files -------------------------------------------------------------------------------------------------
+
+
+def evaluate_images(path: Path, count: int | None, measurement: MeasurementOptions, console: Console) -> Evaluation:
+    """Measure the first `count` images of a file or a folder, or all."""
+    images = read_images(path, count)
+    tools = choose_tools(measurement, console, images.shape, None)
+    if tools is None:
+        raise UsageError(
+            f"{path}: {images.shape[1]}x{images.shape[0]} images need an extractor. Pass --inception-weights FILE."
+        )
+    console.say(f"measuring {len(images)} images of {path} with {tools.extractor.name}")
+    shown = images.shown
+    observed = observe(tools.extractor, images, console)
+    found = tools.metrics.measure(observed)
+    if measurement.write_reference is not None:
+        write_reference(measurement.write_reference, observed)
+    facts = describe({"seed": measurement.seed}, tools) | {
+        "subject": {"name": str(path), "kind": "images", "count": len(images)},
+        "verdict": verdict(str(path), found, [], None, None),
+        "sets": {"samples": _to_json(found)},
+    }
+    return Evaluation(facts, {"samples": shown})
+
+
+# an engine ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is compared with, and what both sample. None: what the engine's card proposes."""
+
+    against: Path | None = None  # a float engine; None: one that is built from the checkpoint
+    alone: bool = False  # no float engine
+    count: int = 64
+    seed: int = 0
+    float_seeds: int = 1  # other seeds of the float model
+    guidance_scale: float | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    batch: int = 16
+    threads: int | None = None
+    lpips_weights: tuple[Path, Path] | None = None
+    scales: Path | None = None  # None: the table beside the engine, if it is for this model
+    layer_errors: bool = False
+    diagnosed: int | None = None  # layers that remedies are tried on; None: no diagnosis
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that the sampling depends on."""
+        names = ("seed", "float_seeds", "batch", "threads", "guidance_scale", "steps", "sampler")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate_engine(
+    path: Path, options: EngineOptions, measurement: MeasurementOptions, console: Console
+) -> Evaluation:
+    """Sample an engine beside its float model, and measure both."""
+    manifest = read_manifest(path)
+    check_reference(measurement, manifest.card)
+    job = describe_job(
+        path, manifest, None, options.guidance_scale, options.seed, options.count, options.batch,
+        steps=options.steps, sampler=options.sampler,
+    )  # fmt: skip
+    if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
+        console.say(remark)
+    table = _scale_table(path, manifest, options, console)
+    lpips = None if options.lpips_weights is None else Lpips(*options.lpips_weights)  # refuses a bad file at once
+    with contextlib.ExitStack() as stack:
+        sampler = stack.enter_context(Sampler.open(path, batch=options.batch, threads=options.threads))
+        subject = _Engine(str(path), manifest, sampler)
+        floating = None if options.alone else stack.enter_context(_float_engine(options, manifest, console))
+        comparison = _Comparison(subject, floating, options, job, console, lpips)
+        evaluation = comparison.evaluate(measurement)
+    return replace(evaluation, facts=evaluation.facts | _look_inside(path, manifest, table, options, console))
+
+
+@dataclass(frozen=True, eq=False)
+class _Engine:
+    name: str
+    manifest: Manifest
+    sampler: Sampler
+
+    @property
+    def title(self) -> str:
+        bits = self.manifest.card.quantization
+        return f"{self.name} ({'float' if bits is None else f'W{bits.weight_bits}A{bits.activation_bits}'})"
+
+
+@contextlib.contextmanager
+def _float_engine(options: EngineOptions, manifest: Manifest, console: Console) -> Iterator[_Engine | None]:
+    """The engine to compare with: the one given, one built from the checkpoint, or none for a float engine."""
+    card = manifest.card
+    with contextlib.ExitStack() as stack:
+        path = options.against
+        if path is None:
+            if card.quantization is None:
+                yield None
+                return
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            console.say(f"building a float engine of {card.model} to compare with")
+            try:
+                path = chains.float_engine(card, folder, manifest.backend)
+            except MissingLibraryError as error:
+                raise MissingLibraryError(f"{error} Or pass a float engine with --against, or --alone.") from error
+        sampler = stack.enter_context(Sampler.open(path, batch=options.batch, threads=options.threads))
+        chains.check_comparable(sampler.card, card)
+        yield _Engine(str(options.against or "built from the checkpoint"), read_manifest(path), sampler)
+
+
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """One engine, the float one beside it, and what is sampled with both."""
+
+    subject: _Engine
+    floating: _Engine | None
+    options: EngineOptions
+    job: SamplingJob
+    console: Console
+    lpips: Lpips | None
+
+    def evaluate(self, measurement: MeasurementOptions) -> Evaluation:
+        runs, pairs = self._sample()
+        pixels, tools = runs["subject"].pixels, None
+        if pixels is not None:
+            tools = choose_tools(measurement, self.console, pixels.shape[1:], self.subject.manifest.card)
+        measured: dict[str, dict[str, Measure]] = {}
+        if tools is not None:
+            measured, pairs = self._measure(runs, pairs, tools, measurement.write_reference)
+        subject = measured.get("subject", {})
+        floats = [found for name, found in measured.items() if name.startswith("float")]
+        distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]
+        noise = seed_noise(subject["frechet_distance"], distances) if "frechet_distance" in subject else None
+        facts = describe(self.options.settings, tools) | {
+            "subject": self._describe(),
+            "verdict": verdict(self.subject.title, subject, floats, noise, pairs),
+            "sets": {name: _to_json(found) for name, found in measured.items()},
+            "seed_noise": None if noise is None else asdict(noise),
+            "paired": None if pairs is None else _to_json(pairs.measures),
+            "groups": [] if pairs is None else list(pairs.groups),
+            "steps": [] if pairs is None else [float(value) for value in pairs.steps],
+            "timesteps": [plain(timestep) for timestep in self._timesteps],
+            "engines": self._engines(runs),
+        }
+        pictures = {name: run.pixels[:SHOWN] for name, run in runs.items() if run.pixels is not None}
+        return Evaluation(facts, {name: pictures[name] for name in ("float", "subject") if name in pictures})
+
+    @property
+    def _timesteps(self) -> NDArray[np.float64]:
+        return self.subject.manifest.card.sampling.choose(self.job.steps, self.job.sampler).schedule.timesteps
+
+    def _sample(self) -> tuple[dict[str, SampledChains], Pairs | None]:
+        """The chains of each set by name, and the pairs of both engines."""
+        job, subject = self.job, self.subject.sampler
+        others = {f"float, seed {seed}": replace(job, seed=seed) for seed in self._other_seeds}
+        total = job.shards * job.steps * (1 + (self.floating is not None) + len(others))
+        with self.console.bar(total, "sampling", "steps") as bar:
+            if self.floating is None:
+                runs = {"subject": chains.run(subject, job, bar.update)}
+            else:
+                reference, found = chains.run_pair(self.floating.sampler, subject, job, bar.update)
+                runs = {"subject": found, "float": reference}
+            of_float = subject if self.floating is None else self.floating.sampler
+            runs |= {name: chains.run(of_float, other, bar.update) for name, other in others.items()}
+        return runs, self._pair_up(runs) if self.floating is not None else None
+
+    @property
+    def _other_seeds(self) -> range:
+        """Of the float model, if there is one."""
+        has_float = self.floating is not None or self.subject.manifest.card.quantization is None
+        return range(self.job.seed + 1, self.job.seed + 1 + self.options.float_seeds * has_float)
+
+    def _pair_up(self, runs: Mapping[str, SampledChains]) -> Pairs:
+        card = self.subject.manifest.card
+        groups = () if card.quantization is None else card.quantization.boundaries
+        boundaries = groups or even_boundaries(GROUPS, card.sampling.process.span)
+        return pair_up(runs["float"], runs["subject"], self._timesteps, boundaries, self.lpips)
+
+    def _measure(
+        self, runs: Mapping[str, SampledChains], pairs: Pairs | None, tools: Tools, reference: Path | None
+    ) -> tuple[dict[str, dict[str, Measure]], Pairs | None]:
+        """The metrics of each set, and the pairs with the distance above float."""
+        self.console.say(f"measuring with {tools.extractor.name}")
+        seen = {name: self._observe(run, tools.extractor) for name, run in runs.items()}
+        measured = {name: tools.metrics.measure(observed) for name, observed in seen.items()}
+        if pairs is not None and "float" in seen:
+            excess = tools.metrics.excess(seen["subject"], seen["float"])
+            if excess is not None:
+                pairs = replace(pairs, measures={"frechet_excess": excess, **pairs.measures})
+        if reference is not None:
+            write_reference(reference, seen["subject"])
+        return measured, pairs
+
+    def _observe(self, run: SampledChains, extractor: Extractor) -> Observed:
+        assert run.pixels is not None
+        labels = replace(self.job, shard_size=self.job.count).labels(0)
+        return observe(extractor, Images(run.pixels, labels, self.subject.name), self.console)
+
+    def _describe(self) -> Facts:
+        card, job = self.subject.manifest.card, self.job
+        return {
+            "name": self.subject.name, "kind": "engine", "count": job.count, "model": card.model,
+            "fingerprint": card.fingerprint, "sampler": job.sampler, "steps": job.steps,
+            "guidance_scale": job.guidance_scale,
+            "quantization": None if card.quantization is None else card.quantization.summary,
+        }  # fmt: skip
+
+    def _engines(self, runs: Mapping[str, SampledChains]) -> list[Facts]:
+        """Size and speed of each engine that ran."""
+        engines = {"subject": self.subject} | ({} if self.floating is None else {"float": self.floating})
+        return [
+            {
+                "set": name, "name": engine.name, "backend": engine.manifest.backend,
+                "precision": engine.manifest.precision, "float_type": engine.manifest.float_type,
+                "size_mb": sum(part.size_bytes for part in engine.manifest.files.values()) / 1e6,
+                "ms_per_image_and_step": 1000 * runs[name].seconds / self.job.count / self.job.steps,
+                "batch": self.options.batch,
+                "audit": None if engine.manifest.audit is None else engine.manifest.audit.line,
+                "versions": engine.manifest.versions,
+            }
+            for name, engine in engines.items()
+        ]  # fmt: skip
+
+
+def _to_json(measures: Mapping[str, Measure]) -> Facts:
+    return {name: measure.to_json() for name, measure in measures.items()}
+
+
+def _look_inside(
+    path: Path, manifest: Manifest, table: ScaleTable | None, options: EngineOptions, console: Console
+) -> Facts:
+    """Scales over time, layer errors and the diagnosis, if there is a scale table."""
+    facts: Facts = {"scales": [], "layers": None, "diagnosis": None}
+    if table is None:
+        return facts
+    facts["scales"] = scales_over_time(table)
+    if options.layer_errors or options.diagnosed is not None:
+        kept_rows = (options.scales or path.parent / SCALES).with_suffix(".safetensors.work")
+        facts |= look_inside(table, manifest.card, kept_rows, options.diagnosed, console)
+    return facts
+
+
+def _scale_table(path: Path, manifest: Manifest, options: EngineOptions, console: Console) -> ScaleTable | None:
+    """The table that was named, or the one beside the engine if it is for this model."""
+    card, beside = manifest.card, path.parent / SCALES
+    if options.scales is not None:
+        table = read_scale_table(options.scales)
+        table.check_model(card.fingerprint, card.model)
+        return table
+    if card.quantization is not None and beside.is_file() and is_scale_table(beside):
+        table = read_scale_table(beside)
+        if table.fingerprint == card.fingerprint:
+            return table
+        console.say(f"{beside} is for another model and is left out")
+    if options.diagnosed is not None:
+        raise UsageError(
+            f"--layers needs the scale table of the engine, and {beside} is not one. Pass it with --scales."
+        )
+    return None

@@ -1,0 +1,87 @@
+"""From a loaded model to an ONNX graph and its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from tqdit.card import AttentionForm, GraphCard, GraphName
+from tqdit.exporter.passes.names import name_by_modules
+from tqdit.exporter.passes.quantize import describe, quantize
+from tqdit.exporter.step import SamplingStep, step_inputs
+from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, trace
+from tqdit.models.loaded import LoadedModel, PositionalCall
+from tqdit.quantization.fold import fold
+from tqdit.quantization.table import ScaleTable
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import SamplingSpec
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What the user chose; None means: as the scales were found, or as the model's origin samples."""
+
+    graph: GraphName = "denoiser"
+    steps: int | None = None
+    sampler: str | None = None
+    guided: bool = True
+    attention: AttentionForm = "simulated"  # of a quantized graph
+    opset: int = OPSETS.start
+
+    def __post_init__(self) -> None:
+        check_opset(self.opset)  # before a model is loaded for it
+
+    def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
+        """The chain that the file proposes, or that a step graph computes."""
+        return calibrated_for(model, table).choose(self.steps, self.sampler)
+
+    def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
+        """With the scale that the quantization scales were found for."""
+        if model.guidance is None or not self.guided:
+            return None
+        return model.guidance if table is None else replace(model.guidance, scale=table.guidance_scale)
+
+
+def calibrated_for(model: LoadedModel, table: ScaleTable | None) -> SamplingSpec:
+    """The chain that a table's scales were found for; the model's own if the table does not say, or there is none."""
+    settings = {} if table is None else table.settings
+    return model.sampling.choose(settings.get("steps"), settings.get("sampler"))
+
+
+def export_graph(
+    model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None
+) -> tuple[ir.Model, GraphCard]:
+    """The denoiser graph or the step graph of a model, with its card; quantized if a scale table is given.
+
+    Raises UsageError if the table is for another model or does not fit the trace.
+    """
+    if table is not None:
+        table.check_model(model.fingerprint, model.source)
+        model, table = fold(model, table)
+    return finish_graph(trace_graph(model, config, table), model, config, table)
+
+
+def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
+    """The float trace that the passes start from."""
+    if config.graph == "denoiser":
+        call = PositionalCall(model.network, model.signature)
+        return trace(call, denoiser_inputs(model.signature), "prediction", config.opset)
+    guidance = config.guidance(model, table)
+    step = SamplingStep(model, config.sampling(model, table), guidance)
+    return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset)
+
+
+def finish_graph(
+    graph: ir.Model, model: LoadedModel, config: ExportConfig, table: ScaleTable | None
+) -> tuple[ir.Model, GraphCard]:
+    """Run the passes over a float trace, in place, and describe the result. The table has no divisors (`fold`)."""
+    if table is not None:
+        quantize(graph, model, table, config.attention)
+    name_by_modules(graph)
+    return graph, model.card(
+        config.graph,
+        sampling=config.sampling(model, table),
+        guidance=config.guidance(model, table),
+        quantization=None if table is None else describe(table, config.attention),
+    )

@@ -1,0 +1,135 @@
+"""Linear layers and convolutions: int8 weights, and inputs as their schemes say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import nn
+
+from tqdit.errors import UsageError
+from tqdit.exporter.passes.emit import Emitter, dequantize
+from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.operands import GraphOperand, multiply, rank_of, replace
+from tqdit.exporter.passes.scopes import Modules
+from tqdit.quantization.fake_quant import weight_codes
+from tqdit.quantization.granularity import PerChannel
+from tqdit.quantization.quantizer import Quantizer
+from tqdit.quantization.table import ScaleTable, Site
+
+Product = Callable[[ir.Value], ir.Value]
+PATCHES_RANK = 3  # (N, T, C p p)
+
+
+def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, groups: RowGroups) -> None:
+    """Requires: a float trace of `network` whose linear layers are MatMul + Add or Gemm, convolutions one Conv.
+
+    Ensures: for every site of the table on a linear layer or a convolution, weights are int8 initializers behind a
+    DequantizeLinear, inputs pass Q/DQ with constant scales, in the order of operations of docs/scale-table.md. The
+    float weights have no consumer any more.
+    """
+    modules = Modules(model)
+    for name, sites in table.by_module.items():
+        module = network.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            for node in modules.all(name, "MatMul", "Gemm"):
+                _Linear(model.graph, node, name, module, sites, groups).rewrite()
+        elif isinstance(module, nn.Conv2d):
+            for node in modules.all(name, "Conv"):
+                _PatchEmbedding(model.graph, node, name, module, sites, groups).rewrite()
+
+
+class _Linear:
+    """One product with a constant weight: MatMul (its bias is an Add of its own) or Gemm (its bias is inside).
+
+    Both become MatMul with W^ transposed, and what scales its output.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, node: ir.Node, name: str, module: nn.Linear | nn.Conv2d, sites: Mapping[str, Site],
+        groups: RowGroups,
+    ) -> None:  # fmt: skip
+        self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
+        self.emit = Emitter(graph, node, name)
+        self.rank = PATCHES_RANK if isinstance(module, nn.Conv2d) else rank_of(node.outputs[0])  # of the input
+        self.float_weight = module.weight.detach()
+
+    def rewrite(self) -> None:
+        assert self.node.inputs[0] is not None
+        x = self.enter(self.node.inputs[0])
+        weight, sums = self.weight()
+
+        def product(x: ir.Value) -> ir.Value:
+            return self.emit.op("MatMul", x, weight)
+
+        site = self.sites.get("input")
+        y = product(x) if site is None else self.quantized(x, site.quantizer, product, sums)
+        if len(self.node.inputs) == 3 and (bias := self.node.inputs[2]) is not None:
+            y = self.emit.op("Add", y, bias)
+        replace(self.emit.graph, self.node, self.leave(y))
+
+    def enter(self, x: ir.Value) -> ir.Value:
+        """The input as rows of the product."""
+        return x
+
+    def leave(self, y: ir.Value) -> ir.Value:
+        """The product's output in the shape that the trace expects next."""
+        return y
+
+    def quantized(self, x: ir.Value, quantizer: Quantizer, product: Product, sums: NDArray[np.float32]) -> ir.Value:
+        """x^ W^T, an offset b of x^ adding b rowsum(W^)."""
+
+        def shift(offset: ir.Value) -> ir.Value:
+            if offset.const_value is not None:
+                return self.emit.constant("input.shift", offset.const_value.numpy() * sums)
+            return self.emit.op("Mul", offset, self.emit.constant("weight.sums", sums))
+
+        operand = GraphOperand(self.emit, quantizer, "input", self.rank, self.groups, "integer")
+        return multiply(self.emit, operand.parts(x), product, shift)
+
+    def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
+        """W^ transposed (K, D), int8 behind a DequantizeLinear if it is quantized, and its row sums (D,)."""
+        if "weight" not in self.sites:
+            weight = self.float_weight.flatten(1).numpy()
+            return self.emit.constant("weight_transposed", weight.T), weight.sum(axis=1)
+        site = self.sites["weight"]
+        granularity = site.quantizer.granularity
+        if isinstance(granularity, PerChannel) and granularity.axis != 0:
+            raise UsageError(
+                f"'{site.name}' has one scale per index of axis {granularity.axis}; engines need one per output "
+                "channel (axis 0). Calibrate again."
+            )
+        values, scales = weight_codes(self.float_weight, site)
+        codes = values.flatten(1).numpy().astype(np.int8)
+        scale = scales.numpy().reshape(-1 if scales.ndim else ()).astype(np.float32)
+        sums = codes.sum(axis=1, dtype=np.int64).astype(np.float32) * scale
+        return dequantize(self.emit, "weight", np.ascontiguousarray(codes.T), scale, axis=1), sums
+
+
+class _PatchEmbedding(_Linear):
+    """Conv whose stride is its kernel: a linear layer on patches, which every backend multiplies in integers.
+
+    Engines keep an int8 convolution only if its output is quantized too, which it is not here.
+    """
+
+    def enter(self, x: ir.Value) -> ir.Value:
+        """(N, C, H, W) -> (N, T, C p p), T = (H / p)(W / p)."""
+        assert isinstance(self.module, nn.Conv2d)
+        if self.module.stride != self.module.kernel_size or any(self.module.padding) or x.shape is None:
+            raise UsageError(f"'{self.name}' is not a patch embedding and cannot be quantized. Leave it out.")
+        high, wide = (int(side) for side in self.module.kernel_size)
+        channels, height, width = (int(str(side)) for side in x.shape[1:])
+        self.grid = height // high, width // wide
+        x = self.reshape(x, "patches.split", [channels, self.grid[0], high, self.grid[1], wide])
+        x = self.emit.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
+        return self.reshape(x, "patches.rows", [self.grid[0] * self.grid[1], channels * high * wide])
+
+    def leave(self, y: ir.Value) -> ir.Value:
+        """(N, T, D) -> (N, D, H / p, W / p)."""
+        y = self.emit.op("Transpose", y, perm=[0, 2, 1])
+        return self.reshape(y, "patches.grid", [len(self.float_weight), *self.grid])
+
+    def reshape(self, x: ir.Value, name: str, trailing: list[int]) -> ir.Value:
+        return self.emit.op("Reshape", x, self.emit.constant(name, np.array([0, *trailing], np.int64)))

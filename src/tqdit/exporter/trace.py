@@ -1,0 +1,70 @@
+"""Torch module to ONNX graph: the float trace on which the passes work."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tqdit.errors import UsageError
+from tqdit.models.scratch import need_compiler, need_temporary_folder
+from tqdit.ports import Signature
+
+OPSETS = range(20, 24)  # 20 is the first with Gelu; 23 the last that torch's exporter writes
+EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the exporter cannot mistake it for a constant
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start) -> ir.Model:
+    """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`.
+
+    `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
+    this order. Module scopes are kept in the nodes' metadata.
+    """
+    check_opset(opset)
+    need_compiler()
+    need_temporary_folder()
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+def check_opset(opset: int) -> None:
+    if opset not in OPSETS:
+        raise UsageError(
+            f"opset {opset} is not possible: exports use 20 (the first with Gelu) to {OPSETS[-1]}. Pass one of these."
+        )
+
+
+def denoiser_inputs(signature: Signature) -> dict[str, Tensor]:
+    """Example inputs of a denoiser graph, in their order."""
+    return {name: torch.from_numpy(array) for name, array in signature.zeros(EXAMPLE_BATCH).items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports on libraries that we do not use and on its own deprecations; neither helps our users."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

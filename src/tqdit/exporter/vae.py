@@ -1,0 +1,68 @@
+"""The decoder of a diffusers `AutoencoderKL` as an ONNX graph: latents float[B,C,h,w] -> image float[B,3,H,W]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tqdit.card import Latents
+from tqdit.errors import CheckpointError
+from tqdit.exporter.trace import EXAMPLE_BATCH, trace
+from tqdit.extras import need
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.state import read_json
+from tqdit.models.vae import read_latents
+
+
+class Decoder(nn.Module):
+    """From states to codes (`Latents`), then decode. forward(*inputs) takes one, as `trace` calls it."""
+
+    def __init__(self, vae: Any, latents: Latents) -> None:
+        super().__init__()
+        self.vae, self.latents = vae, latents
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (states,) = inputs
+        codes = states / self.latents.scale
+        return self.vae.decode(codes + self.latents.shift if self.latents.shift else codes, return_dict=False)[0]
+
+
+def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
+    """The decoder in a diffusers VAE directory; refuses one that does not fit the model.
+
+    Its `latents` are those of the VAE's configuration: a model that is exported with it takes them over.
+    """
+    if model.latents is None:
+        raise CheckpointError(f"{folder}: --vae was given, but {model.source} works on images and needs no decoder.")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder}: no config.json in it. Pass the directory of a diffusers AutoencoderKL.")
+    config = read_json(config_file)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise CheckpointError(
+            f"{config_file}: '_class_name' is {config.get('_class_name')!r}, expected 'AutoencoderKL'."
+        )
+    if config.get("latent_channels") != model.signature.channels:
+        raise CheckpointError(
+            f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has "
+            f"{model.signature.channels}. Pass the VAE that the model was trained with."
+        )
+    diffusers = need("diffusers", "vae", "exporting a VAE decoder")
+    try:
+        vae = diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: its weights cannot be loaded ({reason}). Get the directory again.") from error
+    return Decoder(vae.eval().requires_grad_(False), read_latents(folder))
+
+
+def trace_decoder(decoder: Decoder, model: LoadedModel) -> tuple[ir.Model, tuple[int, int]]:
+    """The decoder's graph and the (height, width) of its images."""
+    latents = torch.zeros(EXAMPLE_BATCH, *model.signature.state.row_shape)
+    with torch.no_grad():
+        height, width = decoder(latents[:1]).shape[-2:]
+    return trace(decoder, {"latents": latents}, "image"), (int(height), int(width))

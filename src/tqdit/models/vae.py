@@ -1,0 +1,18 @@
+"""How the states of a latent model relate to the codes of its VAE, as a diffusers VAE directory says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdit.card import Latents
+from tqdit.models.state import read_json, read_number
+
+LATENT_SCALE = 0.18215  # of Stable Diffusion's VAE, which DiT was trained with
+
+
+def read_latents(folder: Path) -> Latents:
+    """`scaling_factor` and `shift_factor` of a VAE's configuration."""
+    path = folder / "config.json"
+    settings = read_json(path)
+    shift = 0.0 if settings.get("shift_factor") is None else read_number(path, settings, "shift_factor", 0.0)
+    return Latents(read_number(path, settings, "scaling_factor", LATENT_SCALE), shift)

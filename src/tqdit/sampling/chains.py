@@ -1,0 +1,261 @@
+"""The sampling loop: chains from noise to data, a row each, in buffers that are allocated once. NumPy alone.
+
+Calibration, `Sampler`, `StepBatcher`, shards and evaluation all run chains from here, so an image cannot depend on
+which of them made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.errors import BackendError, SamplingError
+from tqdit.ports import Signature
+from tqdit.sampling import noise
+from tqdit.sampling.guidance import Guidance, column, rows_per_image
+from tqdit.sampling.schedule import MOST_LAG, Schedule
+
+Float32 = NDArray[np.float32]
+Network = Callable[[Mapping[str, NDArray[Any]]], Float32]  # ports by name -> prediction; an engine is one
+INPUT_SCALE, NOISE, LOW, SPREAD = range(4)  # columns of a step's coefficients; weights of states and predictions follow
+
+
+class Chains:
+    """Up to `capacity` chains, each with its own schedule, step, request and seed. Not thread-safe: one thread owns it.
+
+    The chains in use are 0..count-1. `remove` moves the last one into the gap. What is computed for a chain does not
+    depend on its place or on its neighbours.
+    """
+
+    def __init__(self, signature: Signature, guidance: Guidance | None, capacity: int) -> None:
+        self.signature, self.guidance = signature, guidance
+        self.count = 0
+        self._capacity = capacity
+        self._rows_per_image = rows_per_image(guidance)
+        self._shape, self._output_shape = signature.state.row_shape, signature.output_shape
+        self._normals = noise.Normals(self._shape)
+        self._keys = [(0, 0)] * capacity  # seed, image: beyond int64
+        self._schedules: list[Schedule] = []
+        self._tables: list[Float32] = []  # of coefficients, one per chain
+        self._step = np.zeros(capacity, np.int64)
+        self._scale = np.zeros(capacity, np.float32)
+        self._x = self._state_buffer()
+        self._noise, self._prediction, self._product = (self._state_buffer() for _ in range(3))
+        self._states: list[Float32] = []  # of the steps before, the latest first; `advance` writes into the oldest
+        self._predictions: list[Float32] = []
+        self._requests = {port.name: port.zeros(capacity) for port in signature.requests}
+        self._inputs = {port.name: port.zeros(capacity * self._rows_per_image) for port in signature.ports}
+        self._views: dict[str, NDArray[Any]] | None = None  # of the inputs; None: the chains in use have changed
+        self._current: Float32 | None = None  # coefficients of the steps to compute; None: not gathered yet
+        self._finite_values = np.zeros((capacity, self._x[0].size if capacity else 0), np.bool_)
+        self._finite = np.zeros(capacity, np.bool_)
+
+    def _state_buffer(self) -> Float32:
+        return np.zeros((self._capacity, *self._shape), np.float32)
+
+    @property
+    def x(self) -> Float32:
+        """The states (count, ...) in place: copy them to keep them past the next step."""
+        return self._x[: self.count]
+
+    def step_of(self, chain: int) -> int:
+        """The step that this chain computes next; -1 after its last one."""
+        return int(self._step[chain])
+
+    def add(self, schedule: Schedule, request: Mapping[str, NDArray[Any]], scale: float, seed: int, image: int) -> int:
+        """Begin a chain and return its number. request: port -> one row of `check_requests`."""
+        chain = self.count
+        self._keys[chain] = seed, image
+        self._grow(schedule.lag)
+        self._normals.fill(self._x[chain], seed, image, noise.INITIAL)
+        self._x[chain] *= np.float32(schedule.initial_scale)
+        for past in (*self._states, *self._predictions):
+            past[chain] = 0  # what an earlier chain left may be infinite, and zero times infinity is not zero
+        for name, values in self._requests.items():
+            values[chain] = request[name]
+        self._step[chain], self._scale[chain] = len(schedule) - 1, scale
+        self._schedules.append(schedule)
+        self._tables.append(coefficients(schedule))
+        self._resize(chain + 1)
+        return chain
+
+    def remove(self, chain: int) -> None:
+        """End a chain; the last one takes its number."""
+        last = self.count - 1
+        if chain != last:
+            self._keys[chain] = self._keys[last]
+            self._schedules[chain], self._tables[chain] = self._schedules[last], self._tables[last]
+            arrays: tuple[NDArray[Any], ...] = (
+                self._x,
+                self._step,
+                self._scale,
+                *self._states,
+                *self._predictions,
+                *self._requests.values(),
+            )
+            for array in arrays:
+                array[chain] = array[last]
+        del self._schedules[last:], self._tables[last:]
+        self._resize(last)
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """A copy of all that changes from step to step, by name, for `restore` on chains that were added alike."""
+        return {name: array.copy() for name, array in self._moving().items()}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, array in self._moving().items():
+            array[:] = arrays[name]
+
+    def _moving(self) -> dict[str, NDArray[Any]]:
+        past = {f"state-{age}": array for age, array in enumerate(self._states)}
+        past |= {f"prediction-{age}": array for age, array in enumerate(self._predictions)}
+        return {"x": self._x, "step": self._step, **past}
+
+    def inputs(self) -> Mapping[str, NDArray[Any]]:
+        """The ports of the next network call: views of shape (count * rows per image, ...), conditional rows first."""
+        if self._views is None:
+            self._views = self._fill_requests()
+        count, signature = self.count, self.signature
+        state, time = self._views[signature.state.name], self._views[signature.time.name]
+        np.multiply(self.x, column(self._coefficients()[:, INPUT_SCALE], state.ndim), out=state[:count])
+        time[:count] = [schedule.timesteps[step] for schedule, step in zip(self._schedules, self._step, strict=False)]
+        if self.guidance is not None:
+            state[count:], time[count:] = state[:count], time[:count]
+        return self._views
+
+    def advance(self, output: Float32) -> NDArray[np.bool_]:
+        """Take the network's prediction, make one step of every chain, and say which are finite: bool (count,).
+
+        output (count * rows per image, K, ...). Raises BackendError for another shape.
+        """
+        count = self.count
+        expected = (count * self._rows_per_image, *self._output_shape)
+        if output.shape != expected:
+            raise BackendError(f"the engine returned shape {output.shape} for {expected}. Build the engine again.")
+        x, prediction, rows = self.x, self._prediction[:count], self._coefficients()
+        if self.guidance is None:
+            np.copyto(prediction, output[:, : self._shape[0]])
+        else:
+            self.guidance.combine(output, self._scale[:count], prediction)
+        noise_part = self._noise_of(rows, output[:count, self._shape[0] :])
+        self._update(prediction, [column(weight, x.ndim) for weight in rows[:, SPREAD + 1 :].T])
+        if noise_part is not None:
+            x += noise_part
+        self._step[:count] -= 1
+        self._current = None
+        values, finite = self._finite_values[:count], self._finite[:count]
+        np.isfinite(x.reshape(count, -1), out=values)
+        return np.all(values, axis=1, out=finite)
+
+    def failure(self, chain: int) -> SamplingError:
+        """The error for a chain that `advance` found not to be finite."""
+        request = ", ".join(f"{name} {values[chain]}" for name, values in self._requests.items() if values.ndim == 1)
+        return SamplingError(
+            f"image {self._keys[chain][1]}{f' ({request})' if request else ''} became NaN or infinite at step "
+            f"{self.step_of(chain) + 1}. Lower the guidance scale, or export the model again from a good checkpoint."
+        )
+
+    def _coefficients(self) -> Float32:
+        """Of the step that each chain computes next: (count, ...), or (1, ...) if all chains compute the same one."""
+        if self._current is None:
+            first, step = self._tables[0], int(self._step[0])
+            steps = self._step[: self.count].tolist()
+            if all(table is first for table in self._tables) and steps.count(step) == len(steps):
+                self._current = first[step : step + 1]
+            else:
+                self._current = np.stack([table[step] for table, step in zip(self._tables, steps, strict=True)])
+        return self._current
+
+    def _update(self, prediction: Float32, weights: list[Float32]) -> None:
+        """x = the weighted states and predictions of this step and of the steps before."""
+        x, states, predictions = self.x, self._states, self._predictions
+        if states:  # the last place of both lists is for the values of this step
+            np.copyto(states[-1][: self.count], x)
+            np.copyto(predictions[-1][: self.count], prediction)
+        x *= weights[0]
+        self._accumulate(prediction, weights[MOST_LAG + 1])
+        for age, (state, output) in enumerate(zip(states[:-1], predictions[:-1], strict=True)):
+            self._accumulate(state[: self.count], weights[1 + age])
+            self._accumulate(output[: self.count], weights[MOST_LAG + 2 + age])
+        for past in (states, predictions):
+            past[:] = past[-1:] + past[:-1]
+
+    def _accumulate(self, values: Float32, weight: Float32) -> None:
+        """x += weight values."""
+        product = self._product[: self.count]
+        np.multiply(values, weight, out=product)
+        self._x[: self.count] += product
+
+    def _noise_of(self, rows: Float32, learned: Float32) -> Float32 | None:
+        """sigma noise of each chain; None if no chain adds any. rows: the coefficients of each chain's step."""
+        weights = rows[:, NOISE]
+        if not weights.any():
+            return None
+        drawn, factor = self._noise[: self.count], self._product[: self.count]
+        keys = [(*key, step) for key, step in zip(self._keys, self._step[: self.count].tolist(), strict=False)]
+        if weights.all():
+            self._normals.fill_rows(drawn, keys)
+        else:
+            for chain, weight in enumerate(weights):
+                if weight:
+                    self._normals.fill(drawn[chain], *keys[chain])
+                else:
+                    drawn[chain] = 0
+        if rows[:, LOW : SPREAD + 1].any():
+            np.add(learned, 1, out=factor)
+            factor *= column(0.25 * rows[:, SPREAD], factor.ndim)  # half of the log variance, of half the range
+            factor += column(0.5 * rows[:, LOW], factor.ndim)
+            np.exp(factor, out=factor)
+            drawn *= factor
+        if not np.all(weights == 1):
+            drawn *= column(weights, drawn.ndim)
+        return drawn
+
+    def _grow(self, lag: int) -> None:
+        """Room for the states and predictions of `lag` steps before, and of the step that is being computed."""
+        while lag and len(self._states) <= lag:
+            self._states.append(self._state_buffer())
+            self._predictions.append(self._state_buffer())
+
+    def _resize(self, count: int) -> None:
+        self.count = count
+        self._views = self._current = None
+
+    def _fill_requests(self) -> dict[str, NDArray[Any]]:
+        """The inputs of the chains in use, with the requests in them."""
+        count = self.count
+        views = {name: values[: count * self._rows_per_image] for name, values in self._inputs.items()}
+        for port in self.signature.requests:
+            view = views[port.name]
+            view[:count] = self._requests[port.name][:count]
+            if self.guidance is not None:
+                view[count:] = view[:count] if port.null is None else port.null
+        return views
+
+
+@lru_cache(maxsize=256)
+def coefficients(schedule: Schedule) -> Float32:
+    """Of each step: input scale, noise weight, low and range of the log variance, weights: (T, 4 + 2 MOST_LAG + 2)."""
+    low, high = schedule.log_variance or (np.zeros(len(schedule)), np.zeros(len(schedule)))
+    noisy = schedule.noise_weight != 0  # without noise its variance is not used, whatever the network predicts
+    padding = [(0, 0), (0, MOST_LAG - schedule.lag)]
+    columns = [schedule.input_scale, schedule.noise_weight, noisy * low, noisy * (high - low)]
+    weights = [np.pad(array, padding) for array in (schedule.state_weights, schedule.output_weights)]
+    return np.concatenate([np.stack(columns, axis=1), *weights], axis=1).astype(np.float32)
+
+
+def run(chains: Chains, network: Network, after: Callable[[int], object] = lambda _: None) -> Float32:
+    """Run chains that all stand at one step to their ends; `after` is called with every step that is done.
+
+    Returns the states (count, ...) in place. Raises SamplingError if a chain becomes NaN or infinite.
+    """
+    while (step := chains.step_of(0)) >= 0:
+        finite = chains.advance(network(chains.inputs()))
+        if not finite.all():
+            raise chains.failure(int(np.flatnonzero(~finite)[0]))
+        after(step)
+    return chains.x

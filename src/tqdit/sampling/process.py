@@ -1,0 +1,124 @@
+"""Processes: how a network was trained to turn noise into data, and which timesteps a chain of T steps visits.
+
+A *timestep* is what the network is told, in its own unit. Steps of a chain are counted T-1..0; step 0 is the cleanest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.errors import UsageError
+
+Float64 = NDArray[np.float64]
+TRAINING_STEPS = 1000
+SPACINGS = ("linspace", "leading")
+BETA_SCHEDULES: dict[str, Callable[[float, float], Float64]] = {
+    "linear": lambda start, end: np.linspace(start, end, TRAINING_STEPS),
+    "scaled_linear": lambda start, end: np.linspace(start**0.5, end**0.5, TRAINING_STEPS) ** 2,
+}
+
+
+class Diffusion(msgspec.Struct, frozen=True, tag="diffusion"):
+    """DDPM (arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..999; the network predicts eps."""
+
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    spacing: Literal["linspace", "leading"] = "linspace"  # round(linspace(0, 999, T)), or multiples of 1000 // T
+    steps_offset: int = 0  # added to every timestep of the leading spacing
+    learned_variance: bool = False  # the prediction's other channels are improved DDPM's fraction (2102.09672, eq. 15)
+
+    def __post_init__(self) -> None:
+        if self.spacing not in SPACINGS:
+            raise UsageError(f"unknown timestep spacing '{self.spacing}'; known are {', '.join(SPACINGS)}.")
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise UsageError(f"unknown beta schedule '{self.beta_schedule}'; known are {', '.join(BETA_SCHEDULES)}.")
+        if not 0 <= self.steps_offset < TRAINING_STEPS or not 0 < self.beta_start <= self.beta_end < 1:
+            raise UsageError(
+                f"betas from {self.beta_start} to {self.beta_end} with steps_offset {self.steps_offset}; expected "
+                "0 < beta_start <= beta_end < 1 and an offset of 0 to 999."
+            )
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Timesteps lie in span[0] <= t < span[1]."""
+        return 0, TRAINING_STEPS
+
+    @property
+    def alphas_cumprod(self) -> Float64:
+        """abar_t of the training chain, (1000,)."""
+        return np.cumprod(1 - BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end), dtype=np.float64)
+
+    def timesteps(self, steps: int) -> Float64:
+        """The timesteps of a chain of T steps, ascending, (T,).
+
+        `linspace` is DiT's own (improved DDPM's fractional stride), `leading` that of diffusers' DDIMScheduler.
+        """
+        if not 1 <= steps <= TRAINING_STEPS:
+            raise UsageError(
+                f"--steps is {steps}; a chain has 1 to {TRAINING_STEPS} steps. Pass a number in that range."
+            )
+        if self.spacing == "linspace":
+            return np.asarray(np.round(np.linspace(0, TRAINING_STEPS - 1, steps)), np.float64)
+        found = np.arange(steps, dtype=np.float64) * (TRAINING_STEPS // steps) + self.steps_offset
+        if found[-1] >= TRAINING_STEPS:
+            raise UsageError(
+                f"the chain's last timestep is {found[-1]:g}, beyond {TRAINING_STEPS - 1}: the offset of the "
+                f"spacing is too large for {steps} steps. Pass fewer --steps."
+            )
+        return found
+
+    def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:
+        """(a, b) of x_t = a x_0 + b noise at each timestep."""
+        abar = self.alphas_cumprod[np.asarray(timesteps, np.int64)]
+        return np.sqrt(abar), np.sqrt(1 - abar)
+
+    def target(self, x0: Float64, noise: Float64) -> Float64:  # noqa: ARG002 (as its sibling)
+        """What the network learned to predict."""
+        return noise
+
+
+class Flow(msgspec.Struct, frozen=True, tag="flow"):
+    """Rectified flow (arXiv 2209.03003): x_t = (1 - t) x_0 + t noise, t in 0..1; the network predicts noise - x_0.
+
+    The network is told time_scale t. A chain visits t = shift u / (1 + (shift - 1) u) at even u (SD3, 2403.03206,
+    section 5.3.2).
+    """
+
+    time_scale: float = 1000.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_scale <= 1e6 or not 0 < self.shift <= 100:
+            raise UsageError(f"time scale {self.time_scale} with shift {self.shift}; expected numbers above 0.")
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Timesteps lie in span[0] < t <= span[1]."""
+        return 0.0, self.time_scale
+
+    def timesteps(self, steps: int) -> Float64:
+        """The timesteps of a chain of T steps, ascending, (T,); the last step ends at t = 0."""
+        if not 1 <= steps <= TRAINING_STEPS:
+            raise UsageError(
+                f"--steps is {steps}; a chain has 1 to {TRAINING_STEPS} steps. Pass a number in that range."
+            )
+        u = np.arange(1, steps + 1) / steps
+        return self.time_scale * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:
+        """(a, b) of x_t = a x_0 + b noise at each timestep."""
+        t = np.asarray(timesteps, np.float64) / self.time_scale
+        return 1 - t, t
+
+    def target(self, x0: Float64, noise: Float64) -> Float64:
+        """What the network learned to predict."""
+        return noise - x0
+
+
+Process = Diffusion | Flow

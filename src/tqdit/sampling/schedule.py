@@ -1,0 +1,113 @@
+"""A sampling loop as a table, computed on the host; `chains` runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from tqdit.errors import UsageError
+from tqdit.registry import find_modules
+from tqdit.sampling import samplers
+from tqdit.sampling.process import Diffusion, Float64, Process
+
+MOST_LAG = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Step s computes, with x_j and out_j the state and the prediction of j steps before,
+
+        x' = sum_j state_weights[s, j] x_j + output_weights[s, j] out_j + sigma noise, j = 0..L
+
+    of the prediction at (input_scale[s] x_0, timesteps[s]). sigma is noise_weight[s], times exp(v / 2) with a learned
+    log variance v = low + (fraction + 1) / 2 (high - low). Arrays are float64, (T,) or (T, L + 1), indexed by the step;
+    the chain runs from step T-1 to 0 and begins with initial_scale times noise. Weights of predictions before the
+    chain's first one are zero.
+    """
+
+    timesteps: Float64
+    state_weights: Float64
+    output_weights: Float64
+    noise_weight: Float64
+    input_scale: Float64
+    log_variance: tuple[Float64, Float64] | None = None  # low and high
+    initial_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        arrays = (self.state_weights, self.output_weights)
+        steps, lag = len(self.timesteps), self.lag
+        ages = np.arange(lag + 1)[None] > np.arange(steps)[::-1][:, None]  # of predictions that are not there yet
+        if lag > MOST_LAG or any(array.shape != (steps, lag + 1) or np.any(array[ages]) for array in arrays):
+            raise ValueError(f"weights of shapes {[array.shape for array in arrays]} for {steps} steps")
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def lag(self) -> int:
+        """L: how many earlier steps an update looks back at."""
+        return int(self.state_weights.shape[1]) - 1
+
+    @property
+    def is_stochastic(self) -> bool:
+        return bool(np.any(self.noise_weight))
+
+    @property
+    def error_weights(self) -> Float64:
+        """The factor with which an error of the prediction enters the next state, (T,)."""
+        return np.abs(self.output_weights[:, 0])
+
+
+def single_step(
+    timesteps: Float64, from_state: Float64, from_output: Float64, noise_weight: Float64 | None = None,
+    log_variance: tuple[Float64, Float64] | None = None,
+) -> Schedule:  # fmt: skip
+    """The table of a sampler that looks at no earlier step."""
+    noise = np.zeros_like(from_state) if noise_weight is None else noise_weight
+    return Schedule(timesteps, from_state[:, None], from_output[:, None], noise, np.ones_like(from_state), log_variance)
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """Everything that decides how a chain is computed, apart from the network. Travels inside the ONNX file."""
+
+    process: Process = Diffusion()  # noqa: RUF009 (frozen)
+    sampler: str = "ddpm"
+    steps: int = 250
+
+    def __post_init__(self) -> None:
+        known = samplers_of(self.process)
+        if self.sampler not in known:
+            raise UsageError(
+                f"sampler '{self.sampler}' is unknown, or not one for this model; known are {', '.join(known)}."
+            )
+        _ = self.schedule  # which knows what fits together
+
+    @property
+    def schedule(self) -> Schedule:
+        return make_schedule(self)
+
+    def choose(self, steps: int | None = None, sampler: str | None = None) -> SamplingSpec:
+        """With other steps or another sampler, where they are given."""
+        return replace(self, steps=self.steps if steps is None else steps, sampler=sampler or self.sampler)
+
+    def __str__(self) -> str:
+        """'250 steps of ddpm'."""
+        return f"{self.steps} steps of {self.sampler}"
+
+
+@lru_cache(maxsize=256)
+def make_schedule(spec: SamplingSpec) -> Schedule:
+    schedule: Schedule = find_modules(samplers)[spec.sampler].schedule(spec.process, spec.steps)
+    return schedule
+
+
+def sampler_names() -> tuple[str, ...]:
+    return tuple(find_modules(samplers))
+
+
+def samplers_of(process: Process) -> tuple[str, ...]:
+    """Names of the samplers for a process."""
+    return tuple(name for name, module in find_modules(samplers).items() if isinstance(process, module.PROCESS))

@@ -1,0 +1,409 @@
+"""The whole calibration of a tiny model: presets, what is quantized, resuming, and the command."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import save_file
+
+from support import tiny_model
+from tqdit.calibration import capture, flow
+from tqdit.calibration.config import PRESETS, QuantizationConfig
+from tqdit.calibration.flow import calibrate, finish
+from tqdit.calibration.judge import chain_error, final_samples
+from tqdit.calibration.judge import eps_error as eps_error_of
+from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.work import WorkFolder
+from tqdit.cli.main import main
+from tqdit.errors import UsageError
+from tqdit.models.dit import randomize
+from tqdit.models.families import diffusers
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.granularity import PerTensor, PerTimestepGroup
+from tqdit.quantization.table import ScaleTable, read_scale_table
+
+SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
+
+
+def eps_error(model: LoadedModel, table: ScaleTable) -> float:
+    state, time, request = model.signature.names
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        state: torch.randn(6, 4, 8, 8, generator=generator), time: torch.arange(6) * 180, request: torch.arange(6)
+    }  # fmt: skip
+    with torch.no_grad():
+        a, b = model.call(inputs)[:, :4], apply(model, table).call(inputs)[:, :4]
+    return float((a - b).square().sum() / a.square().sum())
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> None:
+    model = tiny_model()
+    table = calibrate(model, replace(PRESETS[preset], **SMALL), tmp_path).table
+    assert eps_error(model, table) < 0.25  # random weights quantize badly
+    assert table.groups == 3
+    softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
+    if preset != "fast":  # which chooses
+        assert softmax.scheme == ("symmetric" if preset in ("min-max", "mse", "ho") else "softmax")
+        grouped = preset in ("tq-dit", "paper", "best")
+        assert softmax.granularity == (PerTimestepGroup(3) if grouped else PerTensor())
+    assert set(table.errors) == set(table.by_module)
+
+
+@pytest.mark.parametrize("origin", ["published", "diffusers"])
+def test_more_bits_give_less_error(tmp_path: Path, origin: str) -> None:
+    model = tiny_model(origin)
+    errors = []
+    for bits in (8, 6, 4):
+        config = replace(PRESETS["tq-dit"], weight_bits=bits, activation_bits=bits, **SMALL)
+        errors.append(eps_error(model, calibrate(model, config, tmp_path).table))
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_the_chain_of_a_quantized_model_stays_close_to_the_float_one(tmp_path: Path) -> None:
+    model = tiny_model()
+    table = calibrate(model, replace(PRESETS["tq-dit"], **SMALL), tmp_path).table
+    reference = final_samples(model, 12, 3, 1.5, seed=5)
+    assert chain_error(reference, reference).mean == 0
+    error = chain_error(reference, final_samples(apply(model, table), 12, 3, 1.5, seed=5))
+    assert 0 < error.mean < 0.1
+
+
+def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], weight_bits=4, token_share=1.0, **SMALL)
+    nearest = calibrate(model, config, tmp_path).table
+    rounded = calibrate(model, replace(config, method="gptq"), tmp_path).table
+    codes = rounded.by_module["blocks.0.attn.qkv"]["weight"].codes
+    assert codes is not None
+    assert codes.shape == (48, 16)
+    assert sum(rounded.errors.values()) < sum(nearest.errors.values())
+
+
+def test_equalised_channels_leave_less_error_where_channels_differ(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():  # the conditioning makes one channel of fc1's input twenty times as large as the others
+        model.network.get_submodule("blocks.0.adaLN_modulation.1").bias[4 * 16 + 3] += 20
+    config = replace(PRESETS["tq-dit"], activation_bits=6, **SMALL)
+    plain = calibrate(model, config, tmp_path / "a").table
+    equalised = calibrate(model, replace(config, equalize=True), tmp_path / "b").table
+    divisor = equalised.by_module["blocks.0.mlp.fc1"]["input"].divisor
+    assert divisor is not None
+    assert divisor.argmax() == 3
+    assert equalised.errors["blocks.0.mlp.fc1"] < plain.errors["blocks.0.mlp.fc1"] / 2
+    assert eps_error(model, equalised) < eps_error(model, plain)
+    assert all(site.divisor is None for site in equalised.sites if site.module.endswith("fc2"))  # nothing could divide
+
+
+def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def schemes(threshold: float) -> set[str]:
+        monkeypatch.setattr(flow, "TWO_REGIONS_PAY", threshold)
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        table = calibrate(tiny_model(), replace(PRESETS["fast"], **SMALL), tmp_path / "work").table
+        by_module = table.by_module
+        probabilities = [by_module[f"blocks.{i}.attn.value_product"]["left"].quantizer for i in (0, 1)]
+        assert all((q.scheme == "symmetric") == (q.granularity == PerTensor()) for q in probabilities)
+        after_gelu = {by_module[f"blocks.{i}.mlp.fc2"]["input"].quantizer.scheme for i in (0, 1)}
+        return after_gelu | {quantizer.scheme for quantizer in probabilities}
+
+    assert schemes(1e9) == {"gelu", "softmax"}
+    assert schemes(0.0) == {"asymmetric", "symmetric"}
+
+
+@pytest.mark.slow
+def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) -> None:
+    model = load_model("demo")
+    errors = []
+    for bits in (8, 6):
+        config = QuantizationConfig(
+            weight_bits=bits, activation_bits=bits, steps=25, groups=5, rows_per_group=8, chains=2
+        )
+        quantized = apply(model, calibrate(model, config, tmp_path).table)
+        reference = final_samples(model, 25, 4, 1.5, seed=1)
+        errors.append(float(np.median(chain_error(reference, final_samples(quantized, 25, 4, 1.5, seed=1)).per_image)))
+    assert errors[0] < 0.005
+    assert errors[0] < errors[1] / 3
+
+
+def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]:
+    """name of each quantized tensor -> its bits"""
+    config = replace(PRESETS["min-max"], **SMALL, **knobs)
+    return {site.name: site.quantizer.bits for site in calibrate(model, config, tmp_path).table.sites}
+
+
+def test_the_default_quantizes_what_the_design_says(tmp_path: Path) -> None:
+    found = sites(tiny_model(), tmp_path, weight_bits=4, activation_bits=6)
+    linear = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    block = {f"blocks.{i}.{name}.{role}": bits for i in (0, 1) for name in linear
+             for role, bits in (("weight", 4), ("input", 6))}  # fmt: skip
+    attention = {f"blocks.{i}.attn.{name}.{role}": 6 for i in (0, 1) for name in ("scores", "value_product")
+                 for role in ("left", "right")}  # fmt: skip
+    conditioning = ["t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.adaLN_modulation.1",
+                    *(f"blocks.{i}.adaLN_modulation.1" for i in (0, 1))]  # fmt: skip
+    outer = {"x_embedder.proj.weight": 8, "final_layer.linear.weight": 8, "final_layer.linear.input": 8}
+    assert found == block | attention | outer | {f"{name}.weight": 8 for name in conditioning}
+
+
+def test_switches_leave_parts_float(tmp_path: Path) -> None:
+    found = sites(tiny_model(), tmp_path, attention=False, patch="all", final="none", conditioning="none")
+    assert not any("scores" in name or "adaLN" in name or "final" in name for name in found)
+    assert found["x_embedder.proj.input"] == 8
+    everything = sites(tiny_model(), tmp_path, conditioning="all", outer_bits=2, weight_bits=3, activation_bits=5)
+    assert everything["t_embedder.mlp.0.input"] == 5
+    assert everything["final_layer.linear.weight"] == 3
+
+
+class KilledError(Exception):
+    """Stands for a kill at one write."""
+
+
+@pytest.mark.parametrize("preset", ["tq-dit", "best"])
+def test_a_run_killed_before_any_of_its_writes_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    monkeypatch.setattr(capture, "MOST_ROWS", 5)  # three batches
+    model, config = tiny_model(), replace(PRESETS[preset], **SMALL)
+    undisturbed = calibrate(model, config, tmp_path / "a").table.to_bytes()
+    files = {path.name for path in (tmp_path / "a").glob("search-*/*")}
+    kinds = ["divisors"] * (preset == "best") + ["samples-0000000", "samples-0000010", "table-x_embedder.proj"]
+    assert files.issuperset(f"{kind}.safetensors" for kind in kinds)
+    written: list[str] = []
+
+    def limited(save: Callable[..., None]) -> Callable[..., None]:
+        def write(folder: WorkFolder, name: str, content: object) -> None:
+            if killed:
+                raise KilledError
+            save(folder, name, content)
+            written.append(name)
+            killed.append(name)
+
+        return write
+
+    killed: list[str] = []  # the one write that each attempt is allowed
+    for method in ("save", "save_table"):
+        monkeypatch.setattr(WorkFolder, method, limited(getattr(WorkFolder, method)))
+    while True:
+        killed.clear()
+        try:
+            table = calibrate(model, config, tmp_path / "b").table
+            break
+        except KilledError:
+            assert len(written) < 100
+    assert table.to_bytes() == undisturbed
+    assert written.count("samples-0000005") == 1  # nothing was recorded or searched twice
+    assert sum(name.startswith("table-") for name in written) == len(model.products)
+
+
+def test_resuming_costs_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MOST_ROWS", 5)
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    whole = calibrate(model, config, tmp_path).meter
+    (second,) = tmp_path.glob("search-*/samples-0000005*")
+    for path in (second, *tmp_path.glob("search-*/table-blocks.1.mlp.fc2*")):
+        path.unlink()
+    rest = calibrate(model, config, tmp_path).meter
+    assert rest.forward_equivalents["inputs"] == 5
+    assert whole.forward_equivalents["inputs"] == 12
+    assert 0 < rest.spent["search"] < whole.spent["search"] / 3
+    assert "rows" not in rest.spent
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_chains_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Every step is saved where there are fewer steps than saves."""
+    model, config = tiny_model(), replace(PRESETS["min-max"], **SMALL)
+    undisturbed = calibrate(model, config, tmp_path / "a").table.to_bytes()
+    advance, steps = Trajectory.advance, []
+
+    def stopped(trajectory: Trajectory) -> None:
+        steps.append(trajectory.next_step)
+        if steps[-1] == step and len(steps) == 12 - step:
+            raise KilledError
+        advance(trajectory)
+
+    monkeypatch.setattr(Trajectory, "advance", stopped)
+    with pytest.raises(KilledError):
+        calibrate(model, config, tmp_path / "b")
+    resumed = calibrate(model, config, tmp_path / "b")
+    assert steps == [*reversed(range(step, 12)), *reversed(range(step + 1))]
+    assert resumed.table.to_bytes() == undisturbed
+    assert resumed.meter.forward_equivalents["rows"] == 4 * (step + 1)
+
+
+def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    first = calibrate(model, config, tmp_path)
+    finish(model, config, tmp_path)
+    assert [path.name[:5] for path in tmp_path.iterdir()] == ["rows-"]
+    assert first.meter.spent["rows"] > 0
+    second = calibrate(model, replace(config, weight_bits=5), tmp_path)
+    assert "rows" not in second.meter.spent
+    assert calibrate(model, config, tmp_path).table == first.table
+    assert len(list(tmp_path.glob("search-*"))) == 1  # those of other settings are removed
+
+
+def test_a_damaged_file_of_rows_is_sampled_again(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    first = calibrate(model, config, tmp_path).table
+    finish(model, config, tmp_path)
+    (rows,) = tmp_path.glob("rows-*")
+    rows.write_bytes(rows.read_bytes()[:100])
+    assert calibrate(model, config, tmp_path).table == first
+
+
+def test_another_seed_gives_another_table(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    assert calibrate(model, config, tmp_path).table != calibrate(model, replace(config, seed=1), tmp_path).table
+
+
+def test_another_family_calibrates(two_streams: LoadedModel, tmp_path: Path) -> None:
+    config = replace(PRESETS["best"], **SMALL | {"rows_per_group": 3})
+    table = calibrate(two_streams, config, tmp_path).table
+    assert set(table.by_module) == {product.name for product in two_streams.products}
+    assert "blocks.1.word_out" not in table.by_module  # the last block's words reach no prediction
+    assert table.by_module["blocks.0.sdpa.value_product"]["left"].quantizer.scheme == "softmax"
+    assert table.by_module["blocks.0.down"]["input"].quantizer.granularity == PerTimestepGroup(3)
+    assert np.diff(table.boundaries) == pytest.approx(1 / 3)  # of timesteps 0..1
+    assert table.settings["sampler"] == "euler"
+    assert all(site.divisor is None for site in table.sites)  # no place for one
+    rows = CalibrationRows.of(WorkFolder(tmp_path).load(next(tmp_path.glob("rows-*")).stem))
+    assert len(rows) == 9
+    assert eps_error_of(two_streams, apply(two_streams, table), rows) < 0.02
+
+
+def test_an_unguided_model_has_no_guidance_scale(tmp_path: Path) -> None:
+    model = replace(tiny_model(), guidance=None)
+    config = replace(PRESETS["min-max"], **SMALL | {"rows_per_group": 3})
+    assert calibrate(model, config, tmp_path).table.guidance_scale == 1
+    with pytest.raises(UsageError, match="without guidance"):
+        calibrate(model, replace(config, guidance_scale=2.0), tmp_path)
+
+
+def wide_diffusers_model() -> LoadedModel:
+    """Two blocks of width 64 of diffusers' own module; weights 0.1 N(0, 1)."""
+    network = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=5,
+    )  # fmt: skip
+    model = diffusers.describe(randomize(network.eval(), scale=0.1), "wide")
+    return replace(model, sampling=model.sampling.choose(20))
+
+
+def test_the_module_of_diffusers_loses_as_little_as_it_did_converted(tmp_path: Path) -> None:
+    """Errors of the same weights converted to our DiT, as TQDiT did up to version 0.1: docs/calibration.md."""
+    model = wide_diffusers_model()
+    knobs = {"steps": 20, "groups": 4, "rows_per_group": 16, "chains": 4, "guidance_scale": 1.5}
+    held_out = QuantizationConfig(**knobs, seed=10_000)
+    trajectory = Trajectory(model, held_out, pick(model, held_out))
+    while trajectory.next_step >= 0:
+        trajectory.advance()
+    for preset, converted in (("tq-dit", 2.15e-4), ("min-max", 2.46e-4)):
+        table = calibrate(model, replace(PRESETS[preset], **knobs), tmp_path).table
+        assert eps_error_of(model, apply(model, table), trajectory.rows()) < 1.3 * converted
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"weight_bits": 1}, "--weight-bits is 1; expected 2 to 8"),
+        ({"activation_bits": 9}, "--activation-bits is 9"),
+        ({"alpha": 2.0}, "0 < alpha < beta"),
+        ({"metric": "cosine"}, "--metric is 'cosine'; known are ho, mse"),
+    ],
+)
+def test_unusable_settings_are_refused(knobs: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        QuantizationConfig(**knobs)  # type: ignore[arg-type]
+
+
+# The command ------------------------------------------------------------------------------------------------------
+
+FLAGS = ["--steps", "12", "--groups", "3", "--rows-per-group", "4", "--chains", "2", "--heads", "2"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tiny_model().network.state_dict().items()}, path)
+    return path
+
+
+def test_the_command_writes_a_table_and_names_it_last(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "s.safetensors"
+    assert main(["calibrate", str(checkpoint), "-o", str(output), "--no-attention", "--preset", "ho", *FLAGS]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == str(output)
+    assert "forward-equivalents of one row (rows 48, " in shown.err
+    assert "peak memory" in shown.err
+    table = read_scale_table(output)
+    assert table.settings["softmax"] == "uniform"
+    assert not any("scores" in name for name in table.by_module)
+    assert main(["calibrate", str(checkpoint), "-o", str(checkpoint), *FLAGS]) == 1
+    assert "exists and is not a scale table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guidance-scale", "nan"], "guidance scale nan is not a finite number"),
+        (["--rows-per-group", "5"], "--rows-per-group is 5.*Pass an even number"),
+        (["--groups", "13"], "group 6 of 13 has no timestep of a chain of 12 steps"),
+        (["--groups", "13", "--boundaries", "drift"], "--groups is 13, more than the 12 steps"),
+        (["--steps", "2000"], "--steps is 2000; a chain has 1 to 1000 steps"),
+        (["--overrides", "blocks.9.mlp.fc1:activation_bits=4"], "'blocks.9.mlp.fc1', which is no layer of this model"),
+    ],
+)
+def test_settings_are_refused_before_the_chains_run(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    flags: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Trajectory, "advance", lambda _: pytest.fail("a chain ran"))
+    output = tmp_path / "s.safetensors"
+    assert main(["calibrate", str(checkpoint), "-o", str(output), *FLAGS, *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.glob("s.safetensors*/*.safetensors"))
+
+
+def test_a_preset_prints_itself_with_the_flags_applied(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--preset", "paper", "--groups", "25", "--print"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["groups"] == "25"
+    assert lines["fisher"] == "loss"
+    assert lines["weight-granularity"] == "tensor"
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_the_same_command_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    def command(output: Path) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-m", "tqdit.cli", "calibrate", str(checkpoint), "-o", str(output), "-q", *FLAGS]
+        return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+    undisturbed, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert command(undisturbed).wait() == 0
+    work = tmp_path / "b.safetensors.work"
+    for pattern in ("rows-*-chains*", "search-*/samples-*", "search-*/table-*"):
+        process = command(output)
+        while process.poll() is None and not list(work.glob(pattern)):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not output.exists()
+    assert command(output).wait() == 0
+    assert output.read_bytes() == undisturbed.read_bytes()
+    assert [path.name[:5] for path in work.iterdir()] == ["rows-"]

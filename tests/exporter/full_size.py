@@ -1,0 +1,49 @@
+"""Export a DiT-XL/2 of random weights with a W8A8 table; prints seconds, peak memory and bytes as JSON.
+
+Run by test_full_size.py in a process of its own, so that its memory can be measured.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tables import Kind, make_table
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
+from tqdit.models.dit import DiT as Network
+from tqdit.models.dit import DiTConfig, randomize
+from tqdit.models.families import published
+
+XL = DiTConfig(
+    input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=1152, depth=28, mlp_hidden_size=4608,
+    num_classes=1000, num_heads=16,
+)  # fmt: skip
+
+
+def main(folder: Path, form: str) -> None:
+    network = randomize(Network(XL)).eval().requires_grad_(False)
+    model = published.describe(network, "xl", published.PUBLISHED)
+    ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
+    table = None if form == "none" else make_table(model, Kind(groups=10), operands=ranges)
+    started = time.perf_counter()
+    graph, card = export_graph(model, ExportConfig(attention="float" if form == "none" else form), table)
+    write(folder / "model.onnx", graph, card)
+    print(json.dumps({
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "file_bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "float32_bytes": 4 * sum(parameter.numel() for parameter in network.parameters()),
+        "products": None if card.quantization is None else card.quantization.summary,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(Path(sys.argv[1]), sys.argv[2])

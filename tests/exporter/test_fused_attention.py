@@ -1,0 +1,213 @@
+"""`--attention fused`: one MultiRegionAttention per block, whose body in ONNX Runtime equals the fake-quantized model.
+
+Tolerance as in test_quantized.py: a code may flip where the last bit of a float operation decides a rounding tie.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+import support
+from kernel_device import run_attention
+from tables import Kind, make_table, random_rows
+from tqdit.cli import export as cli
+from tqdit.engines.build.cast import cast_floats
+from tqdit.errors import UsageError
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
+from tqdit.lint import lint
+from tqdit.onnx_file import read_card
+from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.granularity import PerTensor
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.quantization.table import ScaleTable
+
+KINDS = {
+    "W8A8": Kind(),
+    "W8A8 10 softmax groups": Kind(groups=10),
+    "W8A8 10 groups everywhere, asymmetric": Kind(groups=10, everywhere=True, asymmetric=True),
+    "W6A6 10 groups everywhere": Kind(6, 6, groups=10, everywhere=True),
+    "W4A8 10 softmax groups": Kind(4, 8, groups=10),
+}
+ATTENTION = {"blocks.0.attn.value_product/MultiRegionAttention", "blocks.1.attn.value_product/MultiRegionAttention"}
+
+
+def fused_file(tmp_path, table, origin="published", graph="denoiser"):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported(ExportConfig(graph=graph, attention="fused"), origin, table=table))
+    return path
+
+
+def run(path, inputs):
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def denoiser_inputs(rows=48, origin="published"):
+    """Rows in every group of timesteps."""
+    return random_rows(support.tiny_model(origin).signature, rows, last=999)
+
+
+def with_quantizers(table, change):
+    sites = (replace(site, quantizer=change(site)) for site in table.sites if change(site) is not None)
+    return ScaleTable(table.model, table.fingerprint, table.boundaries, tuple(sites), 0, 1.5)
+
+
+@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_it_equals_the_fake_quantized_model(tmp_path, kind, origin):
+    model = support.tiny_model(origin)
+    table, inputs = make_table(model, kind), denoiser_inputs(origin=origin)
+    path = fused_file(tmp_path, table, origin)
+    onnx.checker.check_model(str(path), full_check=True)
+    support.assert_agrees(run(path, inputs), apply(model, table)(inputs))
+
+
+def test_scores_softmax_and_product_are_one_node(tmp_path):
+    path = fused_file(tmp_path, make_table(support.tiny_model(), Kind(groups=10)), graph="step")
+    model = onnx.load(path)
+    named = {node.name: node for node in model.graph.node}
+    assert named.keys() >= ATTENTION
+    kinds = [node.op_type for node in model.graph.node]
+    assert "Softmax" not in kinds
+    assert "MultiRegionSoftmax" not in kinds
+    assert not [name for name in named if name.startswith("blocks.0.attn.scores/")]
+    assert {function.name for function in model.functions} == {"MultiRegionAttention", "TimeGroupSelect"}
+    card = read_card(path).quantization
+    assert card.attention == "fused"
+    assert card.products["blocks.0.attn.scores"] == card.products["blocks.0.attn.value_product"] == "simulated"
+
+
+def test_q_k_and_v_enter_as_integer_codes(tmp_path):
+    """Their scales are in the node's scale and behind the node, so float16 and bfloat16 hold them exactly."""
+    table = make_table(support.tiny_model(), Kind(groups=10))
+    model = onnx.load(fused_file(tmp_path, table))
+    named = {node.name: node for node in model.graph.node}
+    node = named["blocks.0.attn.value_product/MultiRegionAttention"]
+    for value in node.input[:3]:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for codes in session.run(None, denoiser_inputs())[1:]:
+        assert codes.shape == (48, 2, 16, 8)
+        np.testing.assert_array_equal(codes, codes.astype(np.int8))
+        assert len(np.unique(codes)) > 20
+    scales = [float(site.quantizer.scale) for site in table.sites if site.module == "blocks.0.attn.scores"]
+    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    assert attributes["scale"] == pytest.approx(scales[0] * scales[1] / 8**0.5, rel=1e-6)
+    assert attributes["bits"] == 8
+
+
+def test_the_kernel_computes_the_node(tmp_path):
+    """The Triton kernel on what reaches the node in the exported graph, against what the body makes of it."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
+    path = fused_file(tmp_path, make_table(support.tiny_model(), Kind(groups=10, everywhere=True)))
+    model = onnx.load(path)
+    node = next(node for node in model.graph.node if node.op_type == "MultiRegionAttention")
+    for value in (*node.input, *node.output):
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+    _, q, k, v, low_step, body = ort.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    ).run(None, denoiser_inputs())
+    attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    sizes = (attributes["bits"], attributes["high_step"], attributes["scale"])
+    kernel = run_attention(q, k, v, low_step, *sizes)
+    moved = (np.abs(kernel - body) > 1e-5 * np.abs(body).max()).any(axis=-1)
+    assert moved.mean() <= 0.01  # rows of queries with a flipped code
+
+
+def test_a_softmax_on_one_region_stays_simulated(tmp_path):
+    model = support.tiny_model()
+
+    def change(site):
+        plain = site.role == "left" and site.module == "blocks.0.attn.value_product"
+        return Symmetric(8, PerTensor(), np.float32(1 / 127).reshape(())) if plain else site.quantizer
+
+    table, inputs = with_quantizers(make_table(model, Kind(groups=10)), change), denoiser_inputs()
+    path = fused_file(tmp_path, table)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("MultiRegionAttention") == kinds.count("Softmax") == 1
+    support.assert_agrees(run(path, inputs), apply(model, table)(inputs))
+
+
+def test_a_low_scale_that_float16_cannot_count_in_is_refused(tmp_path):
+    def change(site):
+        if not isinstance(site.quantizer, TwoRegionSoftmax):
+            return site.quantizer
+        return replace(site.quantizer, low_scale=site.quantizer.high_scale / np.float32(600))
+
+    table = with_quantizers(make_table(support.tiny_model(), Kind()), change)
+    with pytest.raises(UsageError, match=r"value_product' has a low scale 600 times finer .* takes up to 516 times"):
+        fused_file(tmp_path, table)
+
+
+def test_scores_without_sites_are_fused_as_they_are(tmp_path):
+    model = support.tiny_model()
+    table = with_quantizers(
+        make_table(model, Kind(groups=10)), lambda site: None if site.module.endswith("scores") else site.quantizer
+    )
+    path, inputs = fused_file(tmp_path, table), denoiser_inputs()
+    assert {node.name for node in onnx.load(path).graph.node} >= ATTENTION
+    support.assert_agrees(run(path, inputs), apply(model, table)(inputs))
+
+
+@pytest.mark.parametrize("float_type", ["fp16", "bf16"])
+def test_the_cast_hands_it_the_networks_type(tmp_path, float_type):
+    path = fused_file(tmp_path, make_table(support.tiny_model(), Kind(groups=10)), graph="step")
+    model = ir.load(path)
+    cast_floats(model, read_card(path), float_type)
+    ir.save(model, tmp_path / "cast.onnx")
+    onnx.checker.check_model(str(tmp_path / "cast.onnx"), full_check=True)
+    kind = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[float_type]
+    nodes = [node for node in model.graph if node.op_type == "MultiRegionAttention"]
+    assert len(nodes) == 2
+    for node in nodes:
+        types = [value.dtype for value in (*node.inputs, *node.outputs)]
+        assert types == [kind, kind, kind, ir.DataType.FLOAT, kind]
+
+
+def test_in_float16_it_stays_close(tmp_path):
+    """2 % of the output (relative L2), as for the other forms in test_cast.py."""
+    path = fused_file(tmp_path, make_table(support.tiny_model(), Kind(groups=10)))
+    model = ir.load(path)
+    cast_floats(model, read_card(path), "fp16")
+    ir.save(model, tmp_path / "cast.onnx")
+    inputs = denoiser_inputs(16)
+    out, expected = run(tmp_path / "cast.onnx", inputs), run(path, inputs)
+    assert np.linalg.norm(out - expected) <= 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("graph", ["step", "denoiser"])
+def test_the_lint_and_tensorrt_rtx_take_it(tmp_path, graph):
+    """TensorRT-RTX inlines the body; in a fresh process, since its first logger stays."""
+    path = fused_file(tmp_path, make_table(support.tiny_model(), Kind(groups=10, everywhere=True)), graph=graph)
+    model = onnx.load(path)
+    for backend in ("onnxruntime", "tensorrt-rtx", "tensorrt"):
+        assert not [finding for finding in lint(model, backend) if finding.severity == "error"]
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64 only")
+    code = (
+        "import sys, tensorrt_rtx as trt\n"
+        "builder = trt.Builder(trt.Logger(trt.Logger.ERROR))\n"
+        "network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))\n"
+        "parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))\n"
+        "if not parser.parse_from_file(sys.argv[1]):\n"
+        "    sys.exit(str(parser.get_error(0)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_takes_the_form():
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    assert parser.parse_args(["--attention", "fused"]).attention == "fused"

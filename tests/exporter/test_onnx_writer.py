@@ -1,0 +1,126 @@
+"""ONNX files on disk: large weights, side files, refusals, interruptions."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import support
+from tqdit import onnx_file
+from tqdit.card import METADATA_KEY, GraphCard
+from tqdit.errors import FileFormatError, OutputError
+from tqdit.exporter.onnx_writer import check_overwrite, write
+from tqdit.onnx_file import OnnxFile, read_card
+
+
+@pytest.fixture
+def exported(tmp_path):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported())
+    return path
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def run(path):
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    one = np.zeros(1, np.int64)
+    return session.run(None, {"x": np.ones((1, 4, 8, 8), np.float32), "timestep": one, "class_labels": one})
+
+
+def test_large_weights_lie_beside_the_file_and_compute_the_same(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
+    large = tmp_path / "large" / "model.onnx"
+    large.parent.mkdir()
+    write(large, *support.exported())
+    data = [name for name in names(large.parent) if name.endswith(".data")]
+    assert len(data) == 1
+    assert large.stat().st_size < exported.stat().st_size
+    onnx.checker.check_model(str(large), full_check=True)
+    np.testing.assert_array_equal(run(large)[0], run(exported)[0])
+
+
+@pytest.mark.slow
+def test_a_replaced_export_takes_its_side_files_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
+    path = tmp_path / "model.onnx"
+    for seed in (0, 1):
+        write(path, *support.exported(seed=seed))
+    assert len(names(tmp_path)) == 2
+    run(path)
+
+
+def test_a_failed_export_leaves_the_old_one_untouched(exported, monkeypatch):
+    before = exported.read_bytes()
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_file.onnx, "save", fail)
+    with pytest.raises(OutputError, match=r"model\.onnx: cannot be written \(No space left on device\)\. Free some"):
+        write(exported, *support.exported(seed=1))
+    assert exported.read_bytes() == before
+    assert names(exported.parent) == ["model.onnx"]
+
+
+def test_only_our_own_files_are_overwritten(exported, tmp_path):
+    check_overwrite(exported, force=False)
+    foreign = tmp_path / "foreign.onnx"
+    foreign.write_text("not ours")
+    with pytest.raises(OutputError, match=r"foreign\.onnx: exists and was not written by tqdit.*--force"):
+        check_overwrite(foreign, force=False)
+    check_overwrite(foreign, force=True)
+    with pytest.raises(OutputError, match="is a directory"):
+        check_overwrite(tmp_path, force=False)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 2000])
+def test_a_truncated_file_is_refused_by_name(exported, cut):
+    exported.write_bytes(exported.read_bytes()[:-cut])
+    with pytest.raises(FileFormatError, match=r"model\.onnx"):
+        read_card(exported)
+
+
+def test_a_foreign_onnx_file_is_refused(tmp_path):
+    path = tmp_path / "relu.onnx"
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[1] x) => (float[1] y) {y = Relu(x)}'
+    )
+    onnx.save(model, path)
+    with pytest.raises(FileFormatError, match=r"relu\.onnx: an ONNX file, but not one that tqdit-export wrote"):
+        read_card(path)
+
+
+def test_weights_outside_the_folder_are_refused(exported, monkeypatch):
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
+    write(exported, *support.exported())
+    file = OnnxFile.read(exported)
+    for tensor in file.model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret.data"
+    with pytest.raises(FileFormatError, match=r"'\.\./secret\.data', outside its own folder"):
+        _ = file.weight_files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 2"),
+        (lambda card: {k: v for k, v in card.items() if k != "sampling"}, "damaged"),
+        (lambda card: card | {"signature": card["signature"] | {"output": [None, -8, 8, 8]}}, "damaged"),
+        (lambda card: card | {"sampling": card["sampling"] | {"sampler": "euler"}}, "damaged"),
+        (lambda card: card | {"graph": "other"}, "damaged"),
+        (lambda card: card | {"sampling": card["sampling"] | {"steps": 0}}, "damaged"),
+        (lambda _: [], "damaged"),
+    ],
+)
+def test_a_damaged_card_is_refused(exported, change, message):
+    card = json.loads(json.dumps(read_card(exported).to_json()))
+    with pytest.raises(FileFormatError, match=message):
+        GraphCard.from_json(json.dumps(change(card)), "model.onnx")
+    assert METADATA_KEY == "tqdit"

@@ -1,0 +1,109 @@
+"""The VAE decoder beside a latent model: exported from diffusers' AutoencoderKL, carried by the bundle."""
+
+import shutil
+
+import diffusers
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+import support
+import tqdit
+from tqdit.card import Latents
+from tqdit.cli.main import run
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.run.sampler import Sampler, to_pixels
+from tqdit.errors import CheckpointError, FileFormatError
+from tqdit.exporter.vae import load_decoder
+from tqdit.onnx_file import read_card
+
+pytestmark = pytest.mark.slow
+
+
+def save_vae(folder, latent_channels=4):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
+        shift_factor=0.1,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    vae = save_vae(folder / "vae")
+    model = support.tiny_model("diffusers")  # which would take the scale of Stable Diffusion's VAE
+    path = tqdit.export(model, folder / "model.onnx", vae=folder / "vae", steps=4)
+    assert read_card(path).latents == Latents(0.5, 0.1)
+    build_engine(folder / "model.onnx", folder / "model.engine")
+    return folder, vae
+
+
+def test_the_decoder_is_diffusers_own(exported):
+    """Same float32 convolutions in another library: 1e-4 of images in about -1..1."""
+    folder, vae = exported
+    with Sampler.open(folder / "model.engine") as sampler:
+        latents = sampler.sample_latents([0, 1, 2], seed=1)
+        images = sampler.sample([0, 1, 2], seed=1)
+    with torch.no_grad():
+        expected = vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy()
+    assert images.shape == (3, 16, 16, 3)
+    assert np.abs(images.astype(int) - to_pixels(expected).astype(int)).max() <= 1  # truncation to uint8
+
+
+def test_the_bundle_is_complete_without_the_onnx_files(exported, tmp_path, capsys):
+    folder, _ = exported
+    alone = shutil.copytree(folder / "model.engine", tmp_path / "moved.engine")
+    output = tmp_path / "s.png"
+    assert run("sample", ["-q", str(alone), "-n", "4", "-o", str(output)]) == 0
+    assert support.read_picture(output).shape == (2 * 64 + 2, 2 * 64 + 2, 3)
+
+
+def test_states_are_scaled_and_shifted_to_codes(exported):
+    """The decoder's graph alone, against diffusers' decoder: 1e-5 of images in about -1..1."""
+    folder, vae = exported
+    (file,) = folder.glob("*.vae-*.onnx")
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    (images,) = ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"latents": latents})
+    with torch.no_grad():
+        expected = vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy()
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_card_names_the_decoder_and_its_image_size(exported):
+    folder, _ = exported
+    card = read_card(folder / "model.onnx")
+    assert card.vae is not None
+    assert (folder / card.vae.file).is_file()
+    assert (card.vae.image_height, card.vae.image_width) == (16, 16)
+
+
+def test_an_altered_or_missing_decoder_is_refused_at_build(exported, tmp_path):
+    folder, _ = exported
+    for file in folder.glob("*.onnx"):
+        shutil.copy(file, tmp_path)
+    card = read_card(tmp_path / "model.onnx")
+    decoder = tmp_path / card.vae.file
+    decoder.write_bytes(decoder.read_bytes() + b" ")
+    with pytest.raises(FileFormatError, match=r"altered since .* was exported"):
+        build_engine(tmp_path / "model.onnx", tmp_path / "model.engine")
+    decoder.unlink()
+    with pytest.raises(FileFormatError, match=r"missing; .* names it as its decoder"):
+        build_engine(tmp_path / "model.onnx", tmp_path / "model.engine")
+
+
+def test_a_vae_that_does_not_fit_is_refused(tmp_path):
+    save_vae(tmp_path / "other", latent_channels=8)
+    with pytest.raises(CheckpointError, match="latent_channels is 8, the model has 4"):
+        load_decoder(tmp_path / "other", support.tiny_model())
+    with pytest.raises(CheckpointError, match="works on images and needs no decoder"):
+        load_decoder(tmp_path / "other", support.tiny_model(pixels=True))
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_decoder(tmp_path, support.tiny_model())
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(CheckpointError, match="'UNet2DModel', expected 'AutoencoderKL'"):
+        load_decoder(tmp_path, support.tiny_model())

@@ -1,0 +1,28 @@
+from tqdit.engines.build.backend import Fitness
+from tqdit.engines.bundle import Manifest, describe_parts
+
+OPTIONS = frozenset()
+CASTS_FLOATS = False
+
+
+def fitness():
+    return Fitness(1, "a toy")
+
+
+def float_types(config):
+    return ("fp16", "fp32")
+
+
+def build(source, card, folder, config, progress):
+    source.save_copy(source.model, folder)
+    (folder / source.path.name).rename(folder / "graph.onnx")
+    return Manifest(
+        backend="plain",
+        precision=config.precision,
+        card=card,
+        entry="graph.onnx",
+        decoder=None,
+        versions={},
+        target={},
+        files=describe_parts(folder),
+    )
