@@ -132,7 +132,7 @@ def test_the_seed_decides_the_rows() -> None:
     assert not torch.equal(first.inputs["x"], other.inputs["x"])
 
 
-def resume(model: LoadedModel, config: QuantizationConfig) -> None:
+def assert_chains_resume(model: LoadedModel, config: QuantizationConfig) -> None:
     picks = pick(model, config)
     first = Trajectory(model, config, picks)
     for _ in range(5):
@@ -148,7 +148,7 @@ def resume(model: LoadedModel, config: QuantizationConfig) -> None:
 
 
 def test_chains_go_on_from_a_saved_state() -> None:
-    resume(tiny_model(), SMALL)
+    assert_chains_resume(tiny_model(), SMALL)
 
 
 def test_chains_that_look_back_go_on_from_a_saved_state(
@@ -156,7 +156,7 @@ def test_chains_that_look_back_go_on_from_a_saved_state(
 ) -> None:
     monkeypatch.setattr(samplers, "__path__", [*samplers.__path__, str(TOYS / "samplers")])
     model = replace(two_streams, sampling=two_streams.sampling.choose(sampler="adams_bashforth"))
-    resume(model, replace(SMALL, steps=12, guidance_scale=None))
+    assert_chains_resume(model, replace(SMALL, steps=12, guidance_scale=None))
 
 
 def test_renoised_rows_have_the_noise_that_they_say() -> None:
