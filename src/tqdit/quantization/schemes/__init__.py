@@ -6,17 +6,17 @@ scale table, the search with its knob `inputs`, the fake-quantized network and t
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
+import sys
 
 from tqdit.quantization.granularity import Role
 from tqdit.quantization.quantizer import Quantizer
+from tqdit.registry import find_modules
 
 
 def find_schemes() -> dict[str, type[Quantizer]]:
     """name -> scheme, for every file in this folder."""
-    modules = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
+    modules = find_modules(sys.modules[__name__]).values()
     classes = [cls for module in modules for _, cls in inspect.getmembers(module, inspect.isclass)
                if issubclass(cls, Quantizer) and cls.__module__ == module.__name__]  # fmt: skip
     return {cls.scheme: cls for cls in classes}
