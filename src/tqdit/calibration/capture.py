@@ -299,7 +299,7 @@ def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     one = {name: fake.from_tensor(tensor[:1].clone()) for name, tensor in inputs.items()}
     with fake, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         one[model.signature.state.name].requires_grad_()
-        functional_call(model.network, parameters, kwargs=one)
+        functional_call(model.network, parameters, kwargs=model.arguments(one))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

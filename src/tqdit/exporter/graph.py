@@ -65,8 +65,7 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        call = PositionalCall(model.network, model.signature)
-        return trace(call, denoiser_inputs(model.signature), "prediction", config.opset)
+        return trace(PositionalCall(model), denoiser_inputs(model.signature), "prediction", config.opset)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)
     return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset)

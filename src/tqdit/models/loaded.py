@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
+from tqdit.models.arguments import Constant, nest
 from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -36,6 +37,7 @@ class LoadedModel:
     fingerprint: str  # SHA-256 over configuration and weights
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
+    constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +46,11 @@ class LoadedModel:
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One network call: ports by name to the prediction (rows, K, ...)."""
-        return prediction_of(self.network(**inputs))
+        return prediction_of(self.network(**self.arguments(inputs)))
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The network's keyword arguments for ports by name."""
+        return nest({**self.constants, **inputs})
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The same without gradients, in NumPy: a network as `sampling.chains` takes it."""
@@ -83,12 +89,13 @@ class LoadedModel:
 class PositionalCall(nn.Module):
     """A network call with the ports as positional arguments and one tensor as the result: what an exporter traces."""
 
-    def __init__(self, network: nn.Module, signature: Signature) -> None:
+    def __init__(self, model: LoadedModel) -> None:
         super().__init__()
-        self.network, self.names = network, signature.names
+        self.network, self.names, self.constants = model.network, model.signature.names, dict(model.constants)
 
     def forward(self, *ports: Tensor) -> Tensor:
-        return prediction_of(self.network(**dict(zip(self.names, ports, strict=True))))
+        inputs = dict(zip(self.names, ports, strict=True))
+        return prediction_of(self.network(**nest(self.constants | inputs)))
 
 
 def fingerprint(network: nn.Module, configuration: object) -> str:
