@@ -28,6 +28,9 @@ class DataSet:
     labels: NDArray[np.int64]
     sha256: str
 
+    def __len__(self) -> int:
+        return len(self.x0)
+
 
 def read_data(path: Path, model: LoadedModel) -> DataSet:
     """An `.npz` with images uint8 (B, H, W, C), or latents or images float (B, C, H, W), and their labels.

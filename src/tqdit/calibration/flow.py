@@ -28,10 +28,11 @@ from tqdit.calibration.layers import LayerPlan, plan, with_one_region
 from tqdit.calibration.methods import METHODS
 from tqdit.calibration.operands import array
 from tqdit.calibration.problem import Problem, Solution, make_problem
-from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
+from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.recording import Recording
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 
@@ -52,16 +53,19 @@ def calibrate(
     config: QuantizationConfig,
     work: Path,
     console: Console | None = None,
-    data: DataSet | None = None,
+    data: DataSet | Recording | None = None,
 ) -> Result:
-    """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it."""
+    """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it.
+
+    data: what rows are taken from in place of the model's own chains.
+    """
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         table = run.search(run.rows())
     return Result(table, run.meter)
 
 
-def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | None = None) -> None:
+def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | Recording | None = None) -> None:
     """Remove the intermediate results of a finished calibration; its rows stay."""
     Calibration(model, config.for_model(model), work, Console(quiet=True), data).folder.delete()
 
@@ -70,7 +74,8 @@ class Calibration:
     """One run: its plan, its folders, and how far it has come."""
 
     def __init__(
-        self, model: LoadedModel, config: QuantizationConfig, work: Path, console: Console, data: DataSet | None = None
+        self, model: LoadedModel, config: QuantizationConfig, work: Path, console: Console,
+        data: DataSet | Recording | None = None,
     ) -> None:
         self.model, self.config, self.console, self.data = model, config, console, data
         self.plans = plan(model, config)
@@ -89,7 +94,7 @@ class Calibration:
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
-        chains = len(self.data.x0) if self.data else None
+        chains = len(self.data) if self.data else None
         if self.config.boundaries == "drift":
             check_group_count(self.config.groups, self.spec.steps)
         else:
@@ -104,7 +109,12 @@ class Calibration:
             rows = CalibrationRows.of(found)
             self.console.say(f"calibration rows: {len(rows)}, kept from an earlier run in {self.root.path}")
             return rows
-        rows = data_rows(self.model, self.spec, self.config, self.data) if self.data else self._sample_rows()
+        if isinstance(self.data, Recording):
+            rows = recorded_rows(self.model, self.config, self.data)
+        elif self.data:
+            rows = data_rows(self.model, self.spec, self.config, self.data)
+        else:
+            rows = self._sample_rows()
         self.root.save(self.rows_name, rows.tensors())
         self.root.remove(f"{self.rows_name}-chains")
         return rows

@@ -11,9 +11,11 @@ is fitted by least squares and refused, with its residual, if it does not hold.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -54,6 +56,15 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.states)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over states and requests."""
+        digest = hashlib.sha256()
+        for name, array in sorted({"": self.states, **self.requests}.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def example(self, rows: int) -> dict[str, Array]:
         """Inputs of a network call by port, from the first step of the first chain, (rows, ...)."""

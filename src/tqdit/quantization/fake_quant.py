@@ -152,7 +152,6 @@ def multiply(parts: Iterable[Part[Tensor]], product: Callable[[Tensor], Tensor],
 class QuantizedLinear(nn.Module):
     """A linear layer or a convolution without padding, with W^ for its weight. The bias comes last."""
 
-    weight: Tensor
     row_sums: Tensor
     bias: Tensor | None
 
@@ -160,7 +159,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.stride = module.stride if isinstance(module, nn.Conv2d) else None
         shape = (-1,) if self.stride is None else (-1, 1, 1)
-        self.register_buffer("weight", weight, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # networks look at the dtype of their parameters
         self.register_buffer("row_sums", weight.flatten(1).sum(1).reshape(shape), persistent=False)
         bias = None if module.bias is None else module.bias.detach().reshape(shape)
         self.register_buffer("bias", bias, persistent=False)
