@@ -214,7 +214,7 @@ def recorded_rows(model: LoadedModel, config: QuantizationConfig, recording: Rec
     """Rows from chains that a pipeline ran."""
     picks = pick(model, config, chains=len(recording))
     states = recording.states[picks.chain, picks.step]
-    return make_rows(model, recording.sampling, picks, states, recording.requests, np.zeros_like(states))
+    return make_rows(model, recording.interface.sampling, picks, states, recording.requests, np.zeros_like(states))
 
 
 def random_requests(signature: Signature, count: int, seed: int) -> dict[str, NDArray[np.int64]]:

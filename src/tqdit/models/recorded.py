@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 
+from tqdit.interface import Interface
 from tqdit.models.arguments import nest
 from tqdit.models.loaded import LoadedModel, fingerprint
 from tqdit.models.products import find_products
-from tqdit.models.recording import Recording
 
 EXAMPLE_ROWS = 2
 
 
-def recorded_model(network: nn.Module, recording: Recording, source: str = "pipeline") -> LoadedModel:
-    """The network that `recording` was made of, in float32; its float32 parameters are shared, not copied.
+def recorded_model(network: nn.Module, interface: Interface, source: str = "pipeline") -> LoadedModel:
+    """The network that `interface` was learned from, in float32; its float32 parameters are shared, not copied.
 
-    source: what the user names it by. Raises UsageError if the network does not take the recorded calls.
+    source: what the user names it by. Raises UsageError if the network does not take such calls.
     """
     network = _explicit_copy(network)
-    rows = {name: torch.from_numpy(array) for name, array in recording.example(EXAMPLE_ROWS).items()}
+    constants = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in interface.constants.items()
+    }
+    rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
     return LoadedModel(
         network=network,
-        signature=recording.signature,
-        products=find_products(network, nest({**recording.constants, **rows}), rows=EXAMPLE_ROWS),
-        sampling=recording.sampling,
-        guidance=recording.guidance,
+        signature=interface.signature,
+        products=find_products(network, nest({**constants, **rows}), rows=EXAMPLE_ROWS),
+        sampling=interface.sampling,
+        guidance=interface.guidance,
         latents=None,
         origin="diffusers",
         source=source,
-        fingerprint=fingerprint(network, recording.signature.family),
-        constants=recording.constants,
+        fingerprint=fingerprint(network, interface.signature.family),
+        constants=constants,
     )
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
+from tqdit.interface import Interface
 from tqdit.models.arguments import Constant, flatten
 from tqdit.models.products import prediction_of
 from tqdit.models.scheduler import tabulate
@@ -44,13 +45,10 @@ class Recording:
     """Chains that a pipeline ran, all with one schedule.
 
     states float32 (images, T, ...), indexed by the step (T-1 is the first). requests: as `Signature.request_values`,
-    (images, ...). constants: arguments that are alike in every call, by dotted name.
+    (images, ...).
     """
 
-    signature: Signature
-    sampling: SamplingSpec
-    guidance: Guidance | None
-    constants: dict[str, Constant]
+    interface: Interface
     states: NDArray[np.float32]
     requests: dict[str, Array]
 
@@ -65,14 +63,6 @@ class Recording:
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-    def example(self, rows: int) -> dict[str, Array]:
-        """Inputs of a network call by port, from the first step of the first chain, (rows, ...)."""
-        signature, schedule = self.signature, self.sampling.schedule
-        values = {name: self.requests[name][0] for name in self.requests if not name.startswith(NEGATIVE)}
-        values[signature.state.name] = self.states[0, -1] * np.float32(schedule.input_scale[-1])
-        values[signature.time.name] = np.float32(schedule.timesteps[-1])
-        return {name: np.repeat(np.asarray(values[name])[None], rows, axis=0) for name in signature.names}
 
 
 @dataclass
@@ -203,14 +193,10 @@ class Recorder:
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
         states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
-        return Recording(
-            signature=self._signature(first, joined, guidance is not None),
-            sampling=SamplingSpec(process, "recorded", len(first.table.timesteps)),
-            guidance=guidance,
-            constants=first.constants,
-            states=states,
-            requests=joined,
-        )
+        signature = self._signature(first, joined, guidance is not None)
+        spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
+        constants = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in first.constants.items()}
+        return Recording(Interface(signature, spec, guidance, constants), states, joined)
 
     def _signature(self, run: _Run, requests: dict[str, Array], guided: bool) -> Signature:
         ports = []
