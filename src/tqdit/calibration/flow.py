@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +32,10 @@ from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
+from tqdit.golden import CALLS, MOST_BYTES, GoldenCalls, relative_errors
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.recording import Recording
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 
@@ -61,7 +64,8 @@ def calibrate(
     """
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
-        table = run.search(run.rows())
+        rows = run.rows()
+        table = run.with_golden_calls(run.search(rows), rows)
     return Result(table, run.meter)
 
 
@@ -199,6 +203,21 @@ class Calibration:
                 bar.update()
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
+        """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
+        row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
+        count = max(1, min(CALLS, len(rows), MOST_BYTES // row_bytes))
+        index = torch.linspace(0, len(rows) - 1, count).round().long()
+        calls = {name: tensor.cpu()[index].numpy() for name, tensor in rows.inputs.items()}
+        quantized = apply(self.model, table)
+        one_by_one = [{name: array[k : k + 1] for name, array in calls.items()} for k in range(count)]
+        prediction = np.concatenate([self.model(call) for call in one_by_one])
+        found = np.concatenate([quantized(call) for call in one_by_one])
+        self.meter.forward("golden calls", 2 * count)
+        golden = GoldenCalls(calls, prediction, relative_errors(found, prediction))
+        interface = self.data.interface if isinstance(self.data, Recording) else None
+        return replace(table, golden=golden, interface=interface)
 
     def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows

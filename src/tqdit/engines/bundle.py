@@ -21,6 +21,7 @@ from tqdit.files import sha256
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+CALLS_FILE = "calls.npz"  # golden calls
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ class Audit:
         )
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What the golden calls gave where the engine was built: mean errors against the float model."""
+
+    calls: int
+    error: float
+    expected: float
+
+    @property
+    def line(self) -> str:
+        return f"golden calls: {self.calls}, error against float {self.error:.1e} (expected {self.expected:.1e})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Facts:
     """The manifest without the card, which reads itself."""
@@ -63,6 +77,7 @@ class _Facts:
     files: dict[str, Part] = field(default_factory=dict)
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
+    verified: Verified | None = None  # None: no golden calls, or they cannot run where it was built
 
 
 @dataclass(frozen=True, kw_only=True)

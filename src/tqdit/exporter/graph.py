@@ -11,6 +11,7 @@ from tqdit.exporter.passes.names import name_by_modules
 from tqdit.exporter.passes.quantize import describe, quantize
 from tqdit.exporter.step import SamplingStep, step_inputs
 from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, trace
+from tqdit.golden import CALLS_KEY
 from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
@@ -78,6 +79,8 @@ def finish_graph(
     if table is not None:
         quantize(graph, model, table, config.attention)
     name_by_modules(graph)
+    if table is not None and table.golden is not None and config.graph == "denoiser":
+        graph.metadata_props[CALLS_KEY] = table.golden.to_text()
     return graph, model.card(
         config.graph,
         sampling=config.sampling(model, table),

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
+from tqdit.golden import GoldenCalls
+from tqdit.interface import Interface
+from tqdit.ports import Signature
 from tqdit.quantization.checks import (
     AGAIN,
     BOUNDARIES,
@@ -31,9 +34,12 @@ from tqdit.quantization.checks import (
 from tqdit.quantization.granularity import Role, granularity_from_text, granularity_to_text
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.schemes import find_schemes
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import SamplingSpec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 METADATA_KEY = "tqdit_scales"
+GOLDEN, CONSTANT = "golden.", "constant."  # begin the names of tensors that belong to no site
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -70,6 +76,7 @@ class ScaleTable:
     boundaries float64 (G - 1,), increasing, in the network's unit of time: the group of timestep t is the number of
     boundaries <= t.
     errors: module -> error of its quantized output relative to the output's energy, in the metric of the search.
+    interface: of a recorded network, what an export must know besides its weights.
     """
 
     model: str  # what the user wrote: 'demo' or a path
@@ -81,6 +88,8 @@ class ScaleTable:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    golden: GoldenCalls | None = None
+    interface: Interface | None = None
 
     def __post_init__(self) -> None:
         """Raises FileFormatError on the first thing that is wrong."""
@@ -134,6 +143,10 @@ class ScaleTable:
         for site in self.sites:
             # np.asarray keeps 0-d arrays 0-d, which ascontiguousarray does not
             tensors |= {f"{site.name}.{key}": np.asarray(array, order="C") for key, array in site.arrays().items()}
+        if self.golden is not None:
+            tensors |= {f"{GOLDEN}{key}": np.asarray(array, order="C") for key, array in self.golden.arrays().items()}
+        if self.interface is not None:
+            tensors |= {f"{CONSTANT}{name}": array for name, array in self.interface.constant_arrays.items()}
         text = msgspec.json.encode(self._header(), order="sorted").decode()
         content: bytes = numpy.save(tensors, metadata={METADATA_KEY: text})
         return content
@@ -147,8 +160,14 @@ class ScaleTable:
         versions = {name: str(version) for name, version in self.versions.items()}  # torch's is a subclass of str
         return Header(
             FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
-            dict(self.settings), versions, dict(self.errors), entries,
+            dict(self.settings), versions, dict(self.errors), entries, self._interface_entry(),
         )  # fmt: skip
+
+    def _interface_entry(self) -> InterfaceEntry | None:
+        found = self.interface
+        if found is None:
+            return None
+        return InterfaceEntry(found.signature, found.sampling, found.guidance, found.constant_values)
 
 
 class Version(msgspec.Struct):
@@ -167,6 +186,15 @@ class SiteEntry(msgspec.Struct):
     granularity: str
 
 
+class InterfaceEntry(msgspec.Struct):
+    """An interface in the metadata; constants that are tensors lie beside."""
+
+    signature: Signature
+    sampling: SamplingSpec
+    guidance: Guidance | None
+    constants: dict[str, Any]
+
+
 class Header(Version):
     """The metadata of a file, as JSON holds it."""
 
@@ -178,6 +206,7 @@ class Header(Version):
     versions: dict[str, str]
     errors: dict[str, float]
     sites: list[SiteEntry]
+    interface: InterfaceEntry | None = None
 
 
 def even_boundaries(groups: int, span: tuple[float, float] = (0, 1000)) -> NDArray[np.float64]:
@@ -238,12 +267,17 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     schemes = find_schemes()
     sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
     known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
-    unknown = sorted(set(tensors) - known)
-    if unknown:
-        raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
+    golden = {name.removeprefix(GOLDEN): array for name, array in tensors.items() if name.startswith(GOLDEN)}
+    constants = {name.removeprefix(CONSTANT): array for name, array in tensors.items() if name.startswith(CONSTANT)}
+    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT)))
+    if unknown or (constants and header.interface is None):
+        raise FileFormatError(f"'{[*unknown, *constants][0]}' belongs to no site that the metadata lists. {AGAIN}")
+    interface = None
+    if (entry := header.interface) is not None:
+        interface = Interface(entry.signature, entry.sampling, entry.guidance, {**entry.constants, **constants})
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
-        header.settings, header.versions, header.errors,
+        header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
     )  # fmt: skip
 
 
@@ -257,7 +291,7 @@ def _read_header(metadata: Mapping[str, str]) -> Header:
         version = msgspec.json.decode(text, type=Version).format_version
         if version == FORMAT_VERSION:
             return msgspec.json.decode(text, type=Header)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeError, UsageError) as error:
         raise FileFormatError(f"its '{METADATA_KEY}' metadata is damaged ({error}). {AGAIN}") from error
     raise FileFormatError(
         f"written in format {version}, this tqdit reads format {FORMAT_VERSION}. "

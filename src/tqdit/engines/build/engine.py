@@ -11,8 +11,9 @@ from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
-from tqdit.engines.bundle import Manifest, write_manifest
+from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, write_manifest
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
@@ -46,9 +47,23 @@ def build_engine(
     strip = card.quantization is not None and config.precision != "int8"
     with whole_folder(output) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
+        if file.golden is not None:
+            (file.golden.of_float() if strip else file.golden).save(folder / CALLS_FILE)
         manifest = replace(compiler.build(prepared, card, folder, config, progress), float_type=chosen)
+        if config.provider in (None, "cpu") and compiler.fitness().score:
+            manifest = _verified(folder, manifest, output)
         write_manifest(folder, manifest)
     return manifest
+
+
+def _verified(folder: Path, manifest: Manifest, output: Path) -> Manifest:
+    """With what the golden calls gave, if it holds any. Raises VerificationError if the engine is wrong."""
+    verdict = verify_bundle(folder, manifest)
+    if verdict is None:
+        return manifest
+    verdict.check(str(output))
+    found, expected = float(verdict.found.mean()), float(verdict.expected.mean())
+    return replace(manifest, verified=Verified(len(verdict.found), found, expected))
 
 
 @contextmanager
