@@ -1,13 +1,15 @@
 """The demo model makes glyphs that its judge recognises; the judge recognises real ones."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from tqdit.cli.main import run
-from tqdit.demo import weights
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, draw
 from tqdit.demo.judge import load_judge, recognised, wilson_interval
+from tqdit.demo.weights import shipped
 from tqdit.errors import CheckpointError
 from tqdit.models.load import load_model
 
@@ -39,16 +41,26 @@ def test_the_model_is_what_its_page_says():
     ("model.safetensors", lambda: load_model("demo")), ("judge.safetensors", load_judge),
 ])  # fmt: skip
 def test_shipped_weights_are_used_as_they_were_shipped(tmp_path, monkeypatch, name, load):
-    load()
-    content = bytearray((weights.FOLDER / name).read_bytes())
+    content = bytearray(shipped(name).read_bytes())
     content[-2000] ^= 1
-    (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(weights, "FOLDER", tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{name}: altered since tqdit shipped it .* Install tqdit again\."):
+    installed = tmp_path / "tqdit_demo"
+    installed.mkdir()
+    (installed / "__init__.py").touch()
+    (installed / name).write_bytes(content)
+    monkeypatch.delitem(sys.modules, "tqdit_demo")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name}: its SHA-256 is not .* Install tqdit-demo again\."):
         load()
-    (tmp_path / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"{name}: missing; it comes with tqdit"):
+    (installed / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}: missing; it comes with tqdit-demo"):
         load()
+
+
+def test_without_its_distribution_the_demo_model_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdit_demo", None)
+    assert run("inspect", ["demo"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tqdit-demo, which is not installed. Run: pip install ./demo-weights" in line
 
 
 @pytest.mark.slow
