@@ -46,9 +46,7 @@ def gpu_library(monkeypatch):
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_this_library_lacks_is_refused_with_the_pip_command(floating, tmp_path, provider):
-    with pytest.raises(
-        BackendError, match=rf"--provider {provider}: .* has no .*pip install 'onnxruntime-gpu>="
-    ):
+    with pytest.raises(BackendError, match=rf"--provider {provider}: .* has no .*pip install 'onnxruntime-gpu>="):
         build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider=provider))
     assert not (tmp_path / "m.engine").exists()
 
