@@ -21,7 +21,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdit.errors import BackendError, MissingLibraryError
+from tqdit.errors import BackendError
+from tqdit.extras import missing
 from tqdit.files import whole_file
 from tqdit.plugins.kernels import Kernel
 
@@ -95,8 +96,7 @@ def _key(kernel: Kernel, capability: tuple[int, int]) -> str:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingLibraryError("compiling kernels needs triton, which is not installed. "
-                                  "Run: pip install 'tqdit[triton]'") from error  # fmt: skip
+        raise missing("triton", "triton", "compiling kernels") from error
     digest = hashlib.sha256(json.dumps([FORMAT, dataclasses.asdict(kernel), capability, version]).encode())
     for module in (
         kernel.module,

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
+from tqdit.extras import missing
 from tqdit.plugins import DOMAIN, aot
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
 
@@ -36,7 +37,7 @@ def register_plugins(capability: tuple[int, int] | None = None) -> tuple[str, ..
 def why_unavailable() -> str | None:
     """Why plugins cannot be used here, or None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton, which compiles the plugins, is not installed. Run: pip install 'tqdit[triton]'"
+        return str(missing("triton", "triton", "compiling the plugins"))
     try:
         trt = importlib.import_module("tensorrt")
     except ImportError as error:
