@@ -18,6 +18,8 @@ from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recorder
 from tqdit.sampling import noise
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+
 STEPS = 6
 SEED = 7
 
