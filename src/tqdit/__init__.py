@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tqdit.api import build, calibrate, export, load_model
     from tqdit.engines.config import BuildConfig
     from tqdit.engines.run.denoiser import Denoiser
-    from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
+    from tqdit.engines.run.drop_in import DropIn
     from tqdit.engines.run.sampler import Sampler
     from tqdit.engines.run.shards import read_shards
     from tqdit.engines.run.step_batcher import StepBatcher
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
-    "DiffusersTransformer": "tqdit.engines.run.diffusers_transformer",
+    "DropIn": "tqdit.engines.run.drop_in",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",
     "StepBatcher": "tqdit.engines.run.step_batcher",
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "BuildConfig",
     "Denoiser",
-    "DiffusersTransformer",
+    "DropIn",
     "Sampler",
     "ScaleTable",
     "StepBatcher",

@@ -18,13 +18,15 @@ from tqdit.sampling.schedule import SamplingSpec
 class Interface:
     """The ports of a network, the chain that it was recorded in, and arguments that are alike in every call.
 
-    constants: by dotted name (`models.arguments`): arrays, or what JSON can hold.
+    constants: by dotted name (`models.arguments`): arrays, or what JSON can hold. config: the network's settings, which
+    pipelines read.
     """
 
     signature: Signature
     sampling: SamplingSpec
     guidance: Guidance | None
     constants: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def constant_arrays(self) -> dict[str, NDArray[Any]]:

@@ -11,6 +11,7 @@ import torch
 from zoo.pipelines import FAMILIES
 
 from tqdit.engines.build.engine import build_engine
+from tqdit.engines.run.drop_in import DropIn
 from tqdit.engines.run.sampler import Sampler
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
@@ -36,18 +37,36 @@ def call(pipeline, arguments, **more):
     return result[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_loop_without_torch_gives_the_pipelines_latents(family, tmp_path):
-    pipeline, arguments = FAMILIES[family]()
+@pytest.fixture(scope="module", params=FAMILIES)
+def recorded(request, tmp_path_factory):
+    """A pipeline with its arguments, its recording, the latents of that run, and a float bundle of its transformer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline, arguments = FAMILIES[request.param]()
     with Recorder(pipeline) as recorder:
-        call(pipeline, arguments, generator=torch.Generator().manual_seed(0))
+        latents = call(pipeline, arguments, generator=torch.Generator().manual_seed(0))
     recording = recorder.recording()
     model = recorded_model(pipeline.transformer, recording.interface)
-    write(tmp_path / "model.onnx", *export_graph(model, ExportConfig()))
-    build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "onnxruntime")
-    with Sampler.open(tmp_path / "model.engine") as sampler:
+    write(folder / "model.onnx", *export_graph(model, ExportConfig()))
+    build_engine(folder / "model.onnx", folder / "model.engine", "onnxruntime")
+    return pipeline, arguments, recording, latents, folder / "model.engine"
+
+
+@pytest.mark.slow
+def test_the_loop_without_torch_gives_the_pipelines_latents(recorded):
+    pipeline, arguments, recording, _, engine = recorded
+    with Sampler.open(engine) as sampler:
         found = sampler.sample_latents(recording.requests, seed=SEED)
     start = noise.normal(SEED, 0, noise.INITIAL, found.shape[1:])
     expected = call(pipeline, arguments, latents=torch.from_numpy(start)[None])
+    assert relative(found, expected) < 1e-8
+
+
+@pytest.mark.slow
+def test_the_drop_in_gives_the_pipelines_latents(recorded):
+    pipeline, arguments, _, expected, engine = recorded
+    network, pipeline.transformer = pipeline.transformer, DropIn.open(engine)
+    try:
+        found = call(pipeline, arguments, generator=torch.Generator().manual_seed(0))
+    finally:
+        pipeline.transformer = network
     assert relative(found, expected) < 1e-8

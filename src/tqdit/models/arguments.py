@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Constant = Any  # a tensor, or what JSON can hold
 
@@ -44,6 +47,24 @@ def nest(named: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         place[leaf] = value
     return {name: _sequence(value) for name, value in tree.items()}
+
+
+def digest(value: Constant) -> str:
+    """Tells arguments apart: the SHA-256 of a tensor's values and shape, or JSON."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        plain = np.ascontiguousarray(value if np.iscomplexobj(value) else value.astype(np.float64))
+        return hashlib.sha256(f"{plain.shape}".encode() + plain.tobytes()).hexdigest()
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def settings_of(network: nn.Module) -> dict[str, Any]:
+    """A network's configuration as JSON can hold it; without one, nothing."""
+    config = getattr(network, "config", None)
+    settings = {name: value for name, value in dict(config or {}).items() if not name.startswith("_")}
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
 
 
 def _sequence(value: Any) -> Any:

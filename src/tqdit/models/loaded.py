@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
-from tqdit.models.arguments import Constant, nest
+from tqdit.models.arguments import Constant, digest, nest
 from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -38,6 +38,7 @@ class LoadedModel:
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
     constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings that diffusers' pipelines read
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +77,8 @@ class LoadedModel:
             fingerprint=self.fingerprint,
             written_by=__version__,
             quantization=quantization,
+            constants={name: digest(value) for name, value in self.constants.items()},
+            config=dict(self.config) or _dit_settings(self.signature),
         )
 
     def to(self, device: str | torch.device) -> LoadedModel:
@@ -84,6 +87,15 @@ class LoadedModel:
 
     def with_source(self, source: str) -> LoadedModel:
         return replace(self, source=source)
+
+
+def _dit_settings(signature: Signature) -> dict[str, Any]:
+    """What diffusers' DiT pipeline reads, if it can run such a network."""
+    shape, label = signature.state.row_shape, signature.label
+    if len(shape) != 3 or shape[1] != shape[2] or label is None:
+        return {}
+    return {"sample_size": shape[1], "in_channels": shape[0], "out_channels": signature.output_shape[0],
+            "num_embeds_ada_norm": label.choices}  # fmt: skip
 
 
 class PositionalCall(nn.Module):

@@ -38,6 +38,7 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
         source=source,
         fingerprint=fingerprint(network, interface.signature.family),
         constants=constants,
+        config=interface.config,
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tqdit.errors import UsageError
 from tqdit.interface import Interface
-from tqdit.models.arguments import Constant, flatten
+from tqdit.models.arguments import Constant, flatten, settings_of
 from tqdit.models.products import prediction_of
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import NEGATIVE, Port, Signature
@@ -196,7 +196,7 @@ class Recorder:
         signature = self._signature(first, joined, guidance is not None)
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
         constants = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in first.constants.items()}
-        return Recording(Interface(signature, spec, guidance, constants), states, joined)
+        return Recording(Interface(signature, spec, guidance, constants, settings_of(self.network)), states, joined)
 
     def _signature(self, run: _Run, requests: dict[str, Array], guided: bool) -> Signature:
         ports = []

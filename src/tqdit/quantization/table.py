@@ -168,7 +168,9 @@ class ScaleTable:
         found = self.interface
         if found is None:
             return None
-        return InterfaceEntry(found.signature, found.sampling, found.guidance, found.constant_values)
+        return InterfaceEntry(
+            found.signature, found.sampling, found.guidance, found.constant_values, dict(found.config)
+        )  # fmt: skip
 
 
 class Version(msgspec.Struct):
@@ -194,6 +196,7 @@ class InterfaceEntry(msgspec.Struct):
     sampling: SamplingSpec
     guidance: Guidance | None
     constants: dict[str, Any]
+    config: dict[str, Any]
 
 
 class Header(Version):
@@ -270,7 +273,8 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
         raise FileFormatError(f"'{[*unknown, *constants][0]}' belongs to no site that the metadata lists. {AGAIN}")
     interface = None
     if (entry := header.interface) is not None:
-        interface = Interface(entry.signature, entry.sampling, entry.guidance, {**entry.constants, **constants})
+        constants = {**entry.constants, **constants}
+        interface = Interface(entry.signature, entry.sampling, entry.guidance, constants, entry.config)
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
