@@ -17,7 +17,7 @@ from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.run.sampler import Sampler
 from tqdit.evaluate.extractors import Features, JudgeExtractor
-from tqdit.evaluate.statistics import Gaussian, frechet_distance
+from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_the_distance_is_that_of_the_library(done, reference):
         pixels = sampler.sample(np.arange(COUNT) % 16)
     with np.load(reference) as content:
         target = Gaussian.of(extractor(content["arr_0"]).pooled)
-    expected = frechet_distance(Gaussian.of(extractor(pixels).pooled), target)
+    expected = frechet_to(target)(Gaussian.of(extractor(pixels).pooled))
     assert facts["sets"]["subject"]["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from tqdit.errors import UsageError
-from tqdit.evaluate.statistics import Gaussian, frechet_distance
+from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 RNG = np.random.default_rng(0)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    return frechet_to(b)(a)
 
 
 def covariance(size: int, rank: int | None = None, seed: int = 0) -> np.ndarray:

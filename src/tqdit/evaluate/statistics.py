@@ -46,31 +46,27 @@ class Gaussian:
         return int(np.linalg.matrix_rank(self.covariance, hermitian=True))
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Dowson, Landau 1982; Heusel et al., arXiv 1706.08500).
-
-    tr (S_a S_b)^(1/2) is the sum of the singular values of R_a^T R_b, S = R R^T. That needs no square root of a matrix
-    that is not symmetric, and is exact if a covariance is singular, so no offset is added anywhere.
-    """
-    return frechet_to(b)(a)
-
-
 def frechet_to(reference: Gaussian) -> Callable[[Gaussian], float]:
-    """`frechet_distance` to one reference, whose root is found once."""
-    root = _root(reference.covariance)
-    return lambda found: _frechet(found, reference, root)
+    """The Frechet distance to `reference`, |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), as a function.
 
+    Dowson, Landau 1982; Heusel et al., arXiv 1706.08500. tr (S_a S_b)^(1/2) is the sum of the singular values of
+    R_a^T R_b, S = R R^T. That needs no square root of a matrix that is not symmetric, and is exact if a covariance is
+    singular, so no offset is added anywhere. The root of the reference is found once.
+    """
+    b, root_b = reference, _root(reference.covariance)
 
-def _frechet(a: Gaussian, b: Gaussian, root_b: Float64) -> float:
-    if a.mean.shape != b.mean.shape:
-        raise UsageError(
-            f"features of size {len(a.mean)} cannot be compared with features of size {len(b.mean)}. Use one extractor "
-            "for both."
-        )
-    shift = a.mean - b.mean
-    common = np.linalg.svd(_root(a.covariance).T @ root_b, compute_uv=False).sum()
-    value = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * common
-    return max(0.0, float(value))
+    def distance(a: Gaussian) -> float:
+        if a.mean.shape != b.mean.shape:
+            raise UsageError(
+                f"features of size {len(a.mean)} cannot be compared with features of size {len(b.mean)}. Use one "
+                "extractor for both."
+            )
+        shift = a.mean - b.mean
+        common = np.linalg.svd(_root(a.covariance).T @ root_b, compute_uv=False).sum()
+        value = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * common
+        return max(0.0, float(value))
+
+    return distance
 
 
 def _root(covariance: Float64) -> Float64:
