@@ -122,7 +122,13 @@ class Calibration:
         save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
         with self.console.bar(self.spec.steps, "1/3 rows from chains", "steps") as bar:
             bar.update(self.spec.steps - steps)
-            trajectory.run(lambda tensors: self.root.save(state_name, tensors), save_every, bar.update)
+
+            def after(step: int) -> None:
+                if step % save_every == 0:
+                    self.root.save(state_name, trajectory.state_dict())
+                bar.update()
+
+            trajectory.run(after)
         if measured:
             trajectory.place_boundaries()
         return trajectory.renoised_rows() if self.config.fisher == "loss" else trajectory.rows()
