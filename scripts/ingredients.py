@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
-from tqdit.calibration.rows import CalibrationRows, Picks, Trajectory, pick
+from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
 from tqdit.calibration.work import versions
 from tqdit.evaluate.paired import relative_errors
 from tqdit.models.load import load_model
@@ -35,7 +35,6 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
 
 TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
-NO_PICKS = Picks(*np.zeros((3, 0), np.int64), np.zeros(0))
 HELD_OUT_SEED = 10_000  # of chains that judge, away from every calibration
 
 
@@ -77,7 +76,7 @@ class Judge:
         config = QuantizationConfig(
             steps=self.steps, chains=self.images, guidance_scale=self.guidance_scale, seed=HELD_OUT_SEED
         )
-        trajectory = Trajectory(model, config, NO_PICKS)
+        trajectory = Trajectory(model, config, every_state(sampling_of(model, config), config))
         trajectory.run()
         return trajectory.chains.x.copy()
 

@@ -6,7 +6,7 @@ of a network call: with guidance, the two rows of a pair share the state and dif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +166,7 @@ class Trajectory:
         """Run to the end; `after` is called with every step that is done."""
         run(self.chains, self.call, after)
 
-    def call(self, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def call(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The network call of the next step, whose picked states are kept."""
         step = self.next_step
         for index in np.flatnonzero(self.picks.step == step):
