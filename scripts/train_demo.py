@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.files import sha256
-from tqdit.models.dit import DiT, DiTConfig, initialize
+from tqdit.models.dit import DiT, DiTBlock, DiTConfig, FinalLayer, TimestepEmbedder
 from tqdit.models.families.published import DEMO, describe
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Diffusion
@@ -64,6 +64,34 @@ def main() -> None:
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
+
+
+def initialize(model: DiT, seed: int = 0) -> DiT:
+    """Random weights for training from scratch: adaLN-Zero, so every block starts as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1), generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        elif isinstance(module, TimestepEmbedder):
+            for index in (0, 2):
+                linear = module.mlp[index]
+                assert isinstance(linear, nn.Linear)
+                nn.init.normal_(linear.weight, std=0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, DiTBlock | FinalLayer):
+            last = module.adaLN_modulation[1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    nn.init.zeros_(model.final_layer.linear.bias)
+    return model
 
 
 def train_model(args: argparse.Namespace) -> None:
