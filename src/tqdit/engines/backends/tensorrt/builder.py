@@ -44,7 +44,7 @@ def fitness(library: Library, score: int) -> Fitness:
         return Fitness(0, f"{library.module} is not installed")
     elsewhere = "; it builds here for machines with one" if not library.needs_gpu_to_build else ""
     if not cuda.installed():
-        return Fitness(0, f"cuda-python, which runs its engines, is not installed{elsewhere}")
+        return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}")
     try:
         device = cuda.find_device()
         known = library.targets(library.load("choosing a backend")) if library.takes_targets else (device.capability,)
