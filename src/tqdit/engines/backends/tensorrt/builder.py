@@ -13,11 +13,11 @@ import onnx.inliner
 
 from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.compiler import Compiled, run_worker
+from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
-from tqdit.engines.backends.tensorrt.worker import Job
+from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Audit, Manifest, describe_parts
@@ -42,12 +42,12 @@ def fitness(library: Library, score: int) -> Fitness:
     """Whether an engine of this library can run here; names the first thing that is missing."""
     if not library.installed:
         return Fitness(0, f"{library.module} is not installed")
-    elsewhere = "; it builds here for machines with one" if not library.needs_gpu_to_build else ""
+    elsewhere = "; it builds here for machines with one" if library.cross_compiles else ""
     if not cuda.installed():
         return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}")
     try:
         device = cuda.find_device()
-        known = library.targets(library.load("choosing a backend")) if library.takes_targets else (device.capability,)
+        known = library.targets(library.load("choosing a backend")) if library.cross_compiles else (device.capability,)
     except (TqditError, ImportError, OSError) as error:
         return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}")
     if device.capability not in known:
@@ -57,7 +57,7 @@ def fitness(library: Library, score: int) -> Fitness:
 
 def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
     """float16 first. Turing (7.5) has no bfloat16, and TensorRT-RTX no float32 products there."""
-    if not library.takes_targets:
+    if not library.cross_compiles:
         return ("fp16", "bf16", "fp32")
     return ("fp16",) if "7.5" in _checked(config.targets) else ("fp16", "bf16", "fp32")
 
@@ -71,17 +71,18 @@ def build(
     need("polygraphy", library.backend, f"--backend {library.backend}")
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
-    device = cuda.find_device() if library.needs_gpu_to_build else None
+    device = None if library.cross_compiles else cuda.find_device()
     batch = config.batch or BatchRange()
     rows = batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
     inline = no_plugins is not None
+    plugins_for = None if inline or device is None else device.capability
 
     def compile_graph(spelled_out: Collection[str]) -> tuple[Compiled, Audit | None, Custom] | None:
         with _prepared(source, folder, inline, spelled_out) as prepared:
             if prepared is None:
                 return None
-            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, not inline, progress)
+            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, plugins_for, progress)
             report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
             return compiled, report, prepared.custom
 
@@ -96,7 +97,7 @@ def build(
         with _prepared(OnnxFile.read(source.path.parent / card.vae.file), folder, inline=True) as decoder:
             assert decoder is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, decoder.file, folder / DECODER_FILE, (1, 1, 1), config, False, progress)
+            _compile(library, decoder.file, folder / DECODER_FILE, (1, 1, 1), config, None, progress)
     targets = compiled.targets if device is None else (device.capability,)
     return Manifest(
         backend=library.backend,
@@ -114,8 +115,8 @@ def build(
 
 
 def _compile(
-    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig, registers: bool,
-    progress: Progress,
+    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig,
+    plugins_for: str | None, progress: Progress,
 ) -> Compiled:  # fmt: skip
     job = Job(
         backend=library.backend,
@@ -128,7 +129,7 @@ def _compile(
         optimization_level=config.optimization_level,
         version_compatible=config.version_compatible,
         exclude_lean_runtime=config.lean_runtime == "exclude",
-        register_plugins=registers,
+        plugins_for=plugins_for,
     )
     try:
         return run_worker(job, progress)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library
+from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
 from tqdit.errors import BackendError, UsageError
 
@@ -67,8 +67,7 @@ class TensorRTEngine:
         if manifest.batch is not None and is_entry:
             self._least = manifest.batch.least * self._rows_per_image
         with cuda.on_device(self._device):
-            self._plan = _open_plan(library, trt, file, manifest)
-            self._engine: Any = self._plan.engine
+            self._engine, *self._kept = _open_plan(library, trt, file, manifest)
             self._inputs, (self._output,) = _tensors(trt, self._engine)
             self._pool = cuda.make_pool(self._device)
             self._stream = self._device.handle.create_stream()  # neither it nor the default stream waits for the other
@@ -153,7 +152,7 @@ class TensorRTEngine:
                 for bound in self._bound.values():
                     bound.close()
                 self._bound.clear()
-                self._engine = self._plan.engine = None
+                self._engine = None
                 self._scratch.close()
                 self._stream.close()
 
@@ -247,7 +246,7 @@ def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -
     if device.capability not in offered:
         raise BackendError(
             f"{folder}: built for compute capability {', '.join(offered)}, this GPU has {device.capability}. "
-            f"Build the engine for it{': tqdit-build --target ' + device.capability if library.takes_targets else ''}."
+            f"Build the engine for it{': tqdit-build --target ' + device.capability if library.cross_compiles else ''}."
         )
     check_machine(folder, manifest)
     built_by = manifest.versions.get(library.module, "0")
@@ -260,18 +259,10 @@ def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -
     return TensorRTEngine(library, folder / file, manifest, trt)
 
 
-@dataclass
-class _Plan:
-    """An open plan and what must live as long as it."""
-
-    engine: Any
-    runtime: Any
-    logger: Any
-
-
-def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest) -> _Plan:
-    logger = _quiet_logger(trt)
-    runtime = trt.Runtime(logger)
+def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest) -> tuple[Any, ...]:
+    """An open plan, then what must live as long as it."""
+    log = Log(trt)
+    runtime = trt.Runtime(log.logger)
     lean = manifest.target.get("version_compatible")
     if lean == "embed":
         if os.environ.get(ALLOW_CODE) != "1":
@@ -291,25 +282,9 @@ def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        reason = logger.errors[0] if logger.errors else "it gave no reason"
+        reason = log.errors[0] if log.errors else "it gave no reason"
         raise BackendError(f"{file}: {library.title} {trt.__version__} cannot open it ({' '.join(reason.split())}).")
-    return _Plan(engine, runtime, logger)
-
-
-def _quiet_logger(trt: ModuleType) -> Any:
-    """Keeps errors and says nothing."""
-    serious = (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR)
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in serious:
-                self.errors.append(message)
-
-    return Logger()
+    return engine, runtime, log
 
 
 def _tensors(trt: ModuleType, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
