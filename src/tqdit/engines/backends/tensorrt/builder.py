@@ -20,7 +20,7 @@ from tqdit.engines.backends.tensorrt.weights import spell_out_weights
 from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
-from tqdit.engines.bundle import Audit, Manifest, describe_parts
+from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.extras import need
@@ -28,7 +28,6 @@ from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
 from tqdit.plugins import tensorrt as plugins
-from tqdit.version import __version__
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
@@ -63,9 +62,10 @@ def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
 
 
 def build(
-    library: Library, source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
-) -> Manifest:
-    """Compile the graph and, where there is one, its decoder; prove that what was quantized is integer."""
+    library: Library, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
+    progress: Progress,
+) -> Artefact:  # fmt: skip
+    """Compile the graph and the decoder; find out from the layers what stayed integer."""
     if not library.installed:  # found here and not loaded: the compiler's process does that
         library.load(f"--backend {library.backend}")
     need("polygraphy", library.backend, f"--backend {library.backend}")
@@ -93,22 +93,18 @@ def build(
         compiled, report, custom = compile_graph(report.fallen_back) or first
     if report is not None and not config.allow_fallback:
         check_audit(report, library.backend, CAUSE)
-    if card.vae is not None:
-        with _prepared(OnnxFile.read(source.path.parent / card.vae.file), folder, inline=True) as decoder:
-            assert decoder is not None
+    if decoder is not None:
+        with _prepared(decoder, folder, inline=True) as inlined:
+            assert inlined is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, decoder.file, folder / DECODER_FILE, (1, 1, 1), config, None, progress)
+            _compile(library, inlined.file, folder / DECODER_FILE, (1, 1, 1), config, None, progress)
     targets = compiled.targets if device is None else (device.capability,)
-    return Manifest(
-        backend=library.backend,
-        precision=config.precision or "fp32",
-        card=card,
+    return Artefact(
         entry=PLAN_FILE,
-        decoder=DECODER_FILE if card.vae is not None else None,
-        versions={"tqdit": __version__, library.module: compiled.version},
+        decoder=None if decoder is None else DECODER_FILE,
+        versions={library.module: compiled.version},
         target=_target(library, targets, config),
         audit=report,
-        files=describe_parts(folder),
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
     )
