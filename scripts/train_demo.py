@@ -3,7 +3,7 @@
 
     python scripts/train_demo.py judge            # about 5 minutes on 2 cores
     python scripts/train_demo.py model            # about 1.5 hours on 2 cores; --device cuda: a few minutes
-    python scripts/train_demo.py package          # the two results as package data, in float16
+    python scripts/train_demo.py package          # the two results into demo-weights/, in float16
 
 Both trainings save a checkpoint every --save-minutes and resume from it; every batch is drawn from (seed, step), so
 an interrupted run sees the same batches as an undisturbed one. Needs the extra `demo`.
@@ -41,7 +41,7 @@ CONFIG = DiTConfig(
 )  # fmt: skip
 NULL_CLASS = CONFIG.num_classes
 POOL_SIZE = 131_072
-PACKAGE_DATA = Path(__file__).resolve().parent.parent / "src" / "tqdit" / "demo"
+PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
 
 def main() -> None:
@@ -274,7 +274,7 @@ def train_judge(args: argparse.Namespace) -> None:
 
 
 def package(args: argparse.Namespace) -> None:
-    """Write both results as float16 safetensors into the package."""
+    """Write both results as float16 safetensors into the package tqdit_demo."""
     saved = torch.load(args.folder / "model.pt", weights_only=True)
     judge = torch.load(args.folder / "judge.pt", weights_only=True)
     metadata = {"tqdit": json.dumps({"num_heads": CONFIG.num_heads, "classes": CLASSES, "training": saved["state"]})}

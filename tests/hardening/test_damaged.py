@@ -22,7 +22,7 @@ READERS = {
     "legacy.pt": ["inspect", "--heads", "2"], "model.onnx": ["inspect"], "samples.npz": ["inspect"],
 }  # fmt: skip
 QUIET = ["--backend", "onnxruntime", "-q"]
-CUTS, FLIPS = 60, 300  # of each kind at most
+CUTS, FLIPS = 60, 100  # of each kind at most
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, UsageError
+from tqdit.extras import missing
 from tqdit.version import __version__
 
 VERBS = {
@@ -115,9 +116,7 @@ def _load(verb: str) -> VerbModule:
         library = (error.name or "tqdit").split(".")[0]
         if verb not in EXTRAS or library == "tqdit":
             raise
-        raise MissingLibraryError(
-            f"tqdit-{verb} needs {library}, which is not installed. Run: pip install 'tqdit[{EXTRAS[verb]}]'"
-        ) from error
+        raise missing(library, EXTRAS[verb], f"tqdit-{verb}") from error
 
 
 def _summary(verb: str) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import msgspec
 
-from tqdit.errors import BackendError, MissingLibraryError
+from tqdit.errors import BackendError
+from tqdit.extras import missing
 from tqdit.files import whole_file
 from tqdit.plugins.kernels import Kernel
 
@@ -94,8 +95,7 @@ def _key(kernel: Kernel, capability: tuple[int, int]) -> str:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingLibraryError("compiling kernels needs triton, which is not installed. "
-                                  "Run: pip install 'tqdit[triton]'") from error  # fmt: skip
+        raise missing("triton", "triton", "compiling kernels") from error
     digest = hashlib.sha256(msgspec.json.encode((FORMAT, kernel, capability, version)))
     for module in (kernel.module, "tqdit.plugins.triton_math", "tqdit.plugins.aot"):
         digest.update(Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py").read_bytes())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from tqdit.extras import missing
 from tqdit.plugins import aot
 
 NAMES = ("MultiRegionAttention", "MultiRegionSoftmax", "TimeGroupSelect")
@@ -30,7 +31,7 @@ def register_plugins(capability: tuple[int, int] | None = None) -> tuple[str, ..
 def why_unavailable() -> str | None:
     """Why plugins cannot be used here, or None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton, which compiles the plugins, is not installed. Run: pip install 'tqdit[triton]'"
+        return str(missing("triton", "triton", "compiling the plugins"))
     try:
         trt = importlib.import_module("tensorrt")
     except ImportError as error:

@@ -365,7 +365,7 @@ def test_a_plan_that_the_library_cannot_open_is_one_line(gpu, manifest, plan, mo
 
 def test_a_missing_library_is_answered_with_the_pip_command(manifest, plan):
     with pytest.raises(
-        MissingLibraryError, match=r"needs tensorrt, which is not installed. Run: pip install 'tqdit\[tensorrt\]'"
+        MissingLibraryError, match=r"needs tensorrt, which is not installed. Run: pip install 'tensorrt>="
     ):
         run.open_engine(TENSORRT, plan.parent, manifest, "engine.plan")
 

@@ -10,6 +10,7 @@ from tqdit.engines.backends import backend_names, load_side
 from tqdit.engines.bundle import Artefact
 from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError
+from tqdit.extras import install
 from tqdit.onnx_file import OnnxFile
 
 
@@ -57,8 +58,6 @@ def choose_backend() -> tuple[str, str]:
     name = max(found, key=lambda one: found[one].score)
     if found[name].score == 0:
         reasons = "; ".join(f"{one}: {fitness.reason}" for one, fitness in found.items())
-        raise BackendError(
-            f"no backend can build and run an engine here ({reasons}). Run: pip install 'tqdit[onnxruntime]'"
-        )
+        raise BackendError(f"no backend can build and run an engine here ({reasons}). Run: {install('onnxruntime')}")
     others = "; ".join(f"{one}: {fitness.reason}" for one, fitness in found.items() if one != name)
     return name, found[name].reason + (f" (passed over: {others})" if others else "")

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from tqdit.errors import BackendError
-from tqdit.extras import need
+from tqdit.extras import install, need
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
@@ -19,8 +19,8 @@ def load_library() -> ModuleType:
     if len(both) > 1:
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Run: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tqdit[onnxruntime]' for CPUs or "
-            "pip install 'tqdit[onnxruntime-gpu]'"
+            f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install('onnxruntime')} for CPUs or "
+            f"{install('onnxruntime-gpu')}"
         )
     return need("onnxruntime", "onnxruntime", "this backend")
 
