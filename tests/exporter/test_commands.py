@@ -23,6 +23,7 @@ from tqdit.sampling.guidance import Guidance
 def checkpoint(tmp_path):
     path = tmp_path / "dit.safetensors"
     save_file(dict(support.tiny_model().network.state_dict()), path)
+    path.with_suffix(".json").write_text('{"num_classes": 5}')
     return path
 
 

@@ -14,6 +14,7 @@ from tqdit.card import Latents
 from tqdit.errors import CheckpointError
 from tqdit.models.families.diffusers import describe
 from tqdit.models.load import load_model
+from tqdit.models.model_card import ModelCard
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.noise import INITIAL, normal_rows
 from tqdit.sampling.process import Diffusion
@@ -68,7 +69,7 @@ SIZES = {
 def test_explicit_attention_computes_what_diffusers_does(size, tmp_path):
     theirs = make(**SIZES[size])
     theirs.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path))
+    model = load_model(str(tmp_path), card=ModelCard(space="pixels" if theirs.config.in_channels == 3 else "latents"))
     assert type(model.network) is type(theirs)
     assert_same_outputs(theirs, model)
     assert model.sampling.process.learned_variance == (theirs.config.out_channels == 2 * theirs.config.in_channels)
