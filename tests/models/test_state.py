@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tqdit.errors import CheckpointError
-from tqdit.models.state import find_network, read_json, read_tensors
+from tqdit.models.state import find_network, flatten, read_json, read_tensors
 
 TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(4)}
 
@@ -117,6 +118,69 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content, found):
     )
 
 
+OTHER = {name: tensor + 100 for name, tensor in TENSORS.items()}
+SECTIONS = {
+    "flat": TENSORS,
+    "a parallel wrapper": {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+    "a compiled network in one": {f"module._orig_mod.{name}": tensor for name, tensor in TENSORS.items()},
+    "a training module": {"state_dict": {f"model.{name}": tensor for name, tensor in TENSORS.items()}, "epoch": 3},
+    "with a decoder": {f"model.net.{name}": t for name, t in TENSORS.items()} | {"vae.conv.weight": torch.ones(2)},
+    "averaged beside others": {"model": OTHER, "ema": TENSORS, "opt": {"state": {0: {"step": torch.ones(1)}}}},
+    "averaged in a wrapper": {
+        "model_ema": {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+        "net": OTHER,
+    },
+    "averaged among flat names": {f"ema.{n}": t for n, t in TENSORS.items()}
+    | {f"model.{n}": t for n, t in OTHER.items()},
+    "one dict twice": {"model": TENSORS, "state_dict": TENSORS},
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_network_is_found_under_sections_and_prefixes(name, suffix, tmp_path):
+    path = tmp_path / f"dit.{suffix}"
+    if suffix == "pt":
+        torch.save(SECTIONS[name], path)
+    else:
+        save_file({name: tensor.clone() for name, tensor in flatten(SECTIONS[name]).items()}, path)
+    found = find_network(path, read_tensors(path), "layer.0")
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+
+
+def test_two_networks_without_averaged_ones_are_refused_by_name(tmp_path):
+    torch.save({"student": TENSORS, "teacher": OTHER}, tmp_path / "dit.pt")
+    with pytest.raises(CheckpointError, match=r"several networks, under 'student\.', 'teacher\.'"):
+        find_network(tmp_path / "dit.pt", read_tensors(tmp_path / "dit.pt"), "layer.0")
+
+
+def test_a_dict_that_holds_itself_is_read_once(tmp_path):
+    content = {"ema": TENSORS}
+    content |= {f"again {i}": content for i in range(100)}
+    content["ema"] = TENSORS | {"deeper": content}
+    torch.save(content, tmp_path / "dit.pt")
+    assert len(read_tensors(tmp_path / "dit.pt")) == len(TENSORS)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save(TENSORS, tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored:
+        entries = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(tmp_path / "dit.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, content in entries.items():
+            bomb.writestr(name, content + b"\0" * 10**6)
+    assert refusal(tmp_path / "dit.pt").startswith("a compressed archive, which torch.save never writes.")
+
+
+@pytest.mark.parametrize("shell", [
+    torch.zeros(1).expand(10**9), torch.zeros(10**9, device="meta"), torch.sparse_coo_tensor(size=(10**9,)),
+])  # fmt: skip
+def test_a_tensor_that_claims_more_values_than_it_holds_is_refused(shell):
+    with pytest.raises(CheckpointError, match=r"x\.pt: 'layer\.9' claims \(1000000000,\) values and holds fewer"):
+        find_network("x.pt", TENSORS | {"layer.9": shell}, "layer.0")
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused(tmp_path, name, part):
@@ -193,6 +257,30 @@ def test_shards_are_read_together(index):
 def test_a_shard_outside_the_folder_is_refused(index, shard):
     write_index(index, {"layer.0": shard})
     assert refusal(index) == (f"shard '{shard}' is not a file of weights in its folder. Download it again.")
+
+
+def test_a_shard_behind_a_link_out_of_the_folder_is_refused(index, tmp_path):
+    shard = index.parent / "part-1.safetensors"
+    secret = shard.rename(tmp_path.parent / f"{tmp_path.name}-secret.safetensors")
+    shard.symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"part-1\.safetensors: a link to '.*secret\.safetensors', outside"):
+        read_tensors(index)
+
+
+def test_a_sharded_checkpoint_in_the_cache_of_a_model_hub_is_read(index, tmp_path):
+    (blobs := tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    (snapshot := tmp_path / "models--a--b" / "snapshots" / "0a1b").mkdir(parents=True)
+    for file in (index, *tmp_path.glob("*.safetensors")):
+        file.rename(blobs / f"hash-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+    assert read_tensors(snapshot / index.name).keys() == {"layer.0", "layer.1"}
+
+
+def test_a_link_that_the_user_names_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "new.pt").rename(tmp_path / "elsewhere" / "blob")
+    (tmp_path / "dit.pt").symlink_to(tmp_path / "elsewhere" / "blob")
+    assert read_tensors(tmp_path / "dit.pt").keys() == TENSORS.keys()
 
 
 def test_a_missing_shard_is_named(index):

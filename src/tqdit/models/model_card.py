@@ -74,9 +74,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 class_names=self.class_names or model.class_names,
             )
         except (msgspec.MsgspecError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{model.source}: its model card does not fit it: {error}. Correct the card."
-            ) from error
+            raise CheckpointError(f"{model.source}: its model card does not fit: {error}. Correct the card.") from error
 
     def _latents(self, own: Latents | None) -> Latents | None:
         if self.space == "pixels" or (self.space is None and own is None):

@@ -72,11 +72,18 @@ def find_network(source: object, tensors: Mapping[str, Tensor], anchor: str) -> 
     prefix = find_prefix(source, tensors, anchor)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name, tensor in found.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # repeats a few values
+        if not _is_whole(tensor):
             raise CheckpointError(
                 f"{source}: '{name}' claims {tuple(tensor.shape)} values and holds fewer. Get the checkpoint again."
             )
     return found
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """False for a sparse or an empty shell, and for one that repeats a few values, which would be huge in float32."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def unwrap(network: nn.Module, anchor: str) -> nn.Module:
@@ -152,6 +159,8 @@ def _read_torch(path: Path) -> StateDict:
         warnings.simplefilter("ignore")  # torch warns about the pickle protocol of damaged files; our line says more
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        except CheckpointError:
+            raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
         except Exception as error:  # a damaged pickle or archive fails with almost any class
