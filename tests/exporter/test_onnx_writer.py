@@ -146,7 +146,7 @@ def test_weights_in_the_cache_of_a_model_hub_are_read(with_weights, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 2"),
+        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 3"),
         (lambda card: {k: v for k, v in card.items() if k != "sampling"}, "damaged"),
         (lambda card: card | {"signature": card["signature"] | {"output": [None, -8, 8, 8]}}, "damaged"),
         (lambda card: card | {"sampling": card["sampling"] | {"sampler": "euler"}}, "damaged"),
