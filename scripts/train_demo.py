@@ -30,7 +30,7 @@ from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.files import sha256
 from tqdit.models.dit import DiT, DiTBlock, DiTConfig, FinalLayer, TimestepEmbedder
-from tqdit.models.families.published import DEMO, describe
+from tqdit.models.families.published import describe
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
@@ -243,7 +243,7 @@ def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
 
 def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (count, 3, H, W) in -1..1 of classes in turn, (count,)."""
-    model = describe(network, "training", DEMO)
+    model = describe(network, "training")
     schedule = SamplingSpec(model.sampling.process, "ddim", 50).schedule
     labels = np.arange(count) % CONFIG.num_classes
     chains = Chains(model.signature, model.guidance, count)
@@ -305,7 +305,7 @@ def package(args: argparse.Namespace) -> None:
     """Write both results as float16 safetensors into the package tqdit_demo."""
     saved = torch.load(args.folder / "model.pt", weights_only=True)
     judge = torch.load(args.folder / "judge.pt", weights_only=True)
-    metadata = {"tqdit": json.dumps({"num_heads": CONFIG.num_heads, "classes": CLASSES, "training": saved["state"]})}
+    metadata = {"training": json.dumps(saved["state"])}
     for name, tensors, meta in (("model", saved["ema"], metadata), ("judge", judge["model"], {})):
         half = {key: value.half().contiguous() for key, value in tensors.items() if value.is_floating_point()}
         path = PACKAGE_DATA / f"{name}.safetensors"

@@ -6,14 +6,15 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tqdit.console import Console
-from tqdit.errors import MissingLibraryError, TqditError, UsageError
+from tqdit.errors import MissingLibraryError, TqditError, TqditWarning, UsageError
 from tqdit.extras import missing
 from tqdit.version import __version__
 
@@ -69,7 +70,8 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
     args = parser.parse_args(argv)
     try:
-        written = module.run(args, Console(args.quiet))
+        with _warnings_as_lines(prog):
+            written = module.run(args, Console(args.quiet))
         if written is not None:
             print(written)
         sys.stdout.flush()  # here, where a refusal becomes one line, and not when Python ends
@@ -90,6 +92,23 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             raise
         _drop_output()
         return _fail(prog, error if str(error) else "out of memory", 1)
+
+
+@contextmanager
+def _warnings_as_lines(prog: str) -> Iterator[None]:
+    """Our own warnings in one line each, also in quiet commands; those of libraries as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TqditWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, TqditWarning):
+                print(f"{prog}: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_line
+        yield
 
 
 def _drop_output() -> None:
