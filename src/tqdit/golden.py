@@ -35,7 +35,7 @@ CAUSES = "another file's scales or weights, a wrong input, or an operation that 
 class GoldenCalls:
     """K calls of one row each. inputs: port -> (K, ...). prediction float32 (K, ...): the float model's.
 
-    errors float64 (K,): of the fake-quantized network, sum (y - prediction)^2 / sum prediction^2; zeros for a float one.
+    errors float64 (K,): of the fake-quantized network, sum (y - prediction)^2 / sum prediction^2; 0 for a float one.
     """
 
     inputs: Mapping[str, Array]
@@ -118,7 +118,9 @@ class Verdict:
         )
 
 
-def verify(calls: GoldenCalls, network: Callable[[Mapping[str, Array]], NDArray[np.float32]], float_type: str) -> Verdict:
+def verify(
+    calls: GoldenCalls, network: Callable[[Mapping[str, Array]], NDArray[np.float32]], float_type: str
+) -> Verdict:
     """Run the calls. network: ports by name to the prediction, such as an engine."""
     found = relative_errors(network(calls.inputs), calls.prediction)
     return Verdict(found, calls.errors, FLOAT_ERRORS[float_type])

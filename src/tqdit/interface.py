@@ -1,4 +1,4 @@
-"""How a network is called and sampled: what a recording learned of a pipeline, and what export needs of it. Torch-free."""
+"""How a network is called and sampled: what a recording learned of a pipeline and an export needs. Torch-free."""
 
 from __future__ import annotations
 

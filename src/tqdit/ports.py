@@ -98,7 +98,7 @@ class Signature:
 
     @cached_property
     def request_values(self) -> dict[str, Port]:
-        """What a request holds, by name: each request port, and `negative.PORT` if the unconditional row has its own."""
+        """What a request holds: each request port, and `negative.PORT` if the unconditional row has its own value."""
         own = {f"{NEGATIVE}{port.name}": port for port in self.requests if port.null == "own"}
         return {port.name: port for port in self.requests} | own
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers with random weights: each family's own classes in their exact layout, without text encoders.
+"""Tiny pipelines of diffusers with random weights: each family's own classes in their layout, without text encoders.
 
 `FAMILIES[name]()` is a pipeline and what it is called with; prompts come as random embeddings.
 """

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, recorded, exported and sampled without PyTorch: the float engine gives the pipeline's latents.
+"""Pipelines of diffusers, recorded, exported and sampled without PyTorch: an engine gives the pipeline's latents.
 
 Weights are random; the classes, their layout and the pipelines' loops are diffusers' own.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from zoo.pipelines import FAMILIES
 
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.drop_in import DropIn
@@ -18,6 +17,7 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recorder
 from tqdit.sampling import noise
+from zoo.pipelines import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 

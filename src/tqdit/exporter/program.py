@@ -36,10 +36,11 @@ def drop_assertions(program: ExportedProgram) -> None:
 def drop_idle_squeezes(program: ExportedProgram) -> None:
     """torch's squeeze of an axis that is longer than one does nothing; ONNX's is an error (PixArt, LTX2)."""
     for node in _calls(program, aten.squeeze.dim, aten.squeeze.dims):
-        shape = node.args[0].meta["val"].shape
-        axes = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+        x: Any = node.args[0]
+        axes: Any = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+        shape = x.meta["val"].shape
         if all(isinstance(shape[axis], int) and shape[axis] != 1 for axis in axes):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(x)
             program.graph.erase_node(node)
     _finish(program)
 

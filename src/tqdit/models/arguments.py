@@ -1,4 +1,4 @@
-"""Arguments of a network by dotted names: 'added_cond_kwargs.resolution' is an entry of a dict, 'freqs.0' of a tuple."""
+"""Arguments of a network by dotted names: 'added_cond_kwargs.size' is an entry of a dict, 'freqs.0' of a tuple."""
 
 from __future__ import annotations
 

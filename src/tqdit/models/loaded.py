@@ -21,6 +21,8 @@ from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 from tqdit.version import __version__
 
+Source = str | nn.Module | Mapping[str, Any]  # what the user wrote, a network or a state dict
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -37,6 +39,7 @@ class LoadedModel:
     fingerprint: str  # SHA-256 over configuration and weights
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
+    assumed: Mapping[str, str] = field(default_factory=dict, compare=False)  # fact of a model card -> what is taken
     constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings that diffusers' pipelines read
 
@@ -85,8 +88,12 @@ class LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""
         return replace(self, network=self.network.to(device))
 
-    def with_source(self, source: str) -> LoadedModel:
-        return replace(self, source=source)
+
+def name_of(source: Source) -> str:
+    """The source in messages."""
+    if isinstance(source, str):
+        return source
+    return f"{'state dict' if isinstance(source, Mapping) else type(source).__name__} in memory"
 
 
 def _dit_settings(signature: Signature) -> dict[str, Any]:

@@ -7,8 +7,10 @@ it, so each tensor that a quantizer wants is some submodule's input or output. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
+Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 MASKED = -1e30  # a score that no probability is left of, and whose products are finite
 
@@ -235,6 +238,17 @@ def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
     return seen
 
 
+@contextmanager
+def watched(network: nn.Module, names: Iterable[str], watch: Watch) -> Iterator[None]:
+    """Inside, `watch(name, module, inputs, output)` follows each call of the modules of these names."""
+    handles = [network.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def find_products(
     network: nn.Module, example: Mapping[str, Any], folds: Mapping[str, tuple[Fold, ...]] | None = None,
     row_blocks: Mapping[str, int] | None = None, rows: int | None = None,
@@ -243,7 +257,8 @@ def find_products(
 
     Products that the prediction does not depend on are left out.
 
-    example: the network's arguments with `rows` rows, at least two (None: as many as its first argument has). folds, row_blocks: what a family knows about products by name.
+    example: the network's arguments with `rows` rows, at least two (None: as many as its first argument has).
+    folds, row_blocks: what a family knows about products by name.
     """
     rows = len(next(iter(example.values()))) if rows is None else rows
     for owner, calls in _observe(network, example).attention.items():

@@ -1,4 +1,4 @@
-"""A network of a recorded pipeline as the stages take it: any transformer class of diffusers, or a module of one's own."""
+"""The network of a recorded pipeline as the stages take it: any class of diffusers, or a module of one's own."""
 
 from __future__ import annotations
 

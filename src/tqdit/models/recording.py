@@ -180,7 +180,9 @@ class Recorder:
         """The runs as one recording. Raises UsageError if there is none, or if they differ in more than requests."""
         runs = [run for run in self._runs if len(run.states) == len(run.table.timesteps)]
         if not runs:
-            raise UsageError("no chain was recorded from its first to its last step. Call the pipeline inside `record`.")
+            raise UsageError(
+                "no chain was recorded from its first to its last step. Call the pipeline inside `record`."
+            )
         first = runs[0]
         for run in runs[1:]:
             if run.table != first.table or run.states[0].shape[1:] != first.states[0].shape[1:]:
@@ -195,7 +197,9 @@ class Recorder:
         states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
         signature = self._signature(first, joined, guidance is not None)
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
-        constants = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in first.constants.items()}
+        constants = {
+            name: value.numpy() if isinstance(value, Tensor) else value for name, value in first.constants.items()
+        }
         return Recording(Interface(signature, spec, guidance, constants, settings_of(self.network)), states, joined)
 
     def _signature(self, run: _Run, requests: dict[str, Array], guided: bool) -> Signature:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, cast
 
 from tqdit.card import GraphCard
 from tqdit.engines.backends import backend_names, load_side
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Artefact
 from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError
 from tqdit.extras import install
@@ -36,9 +36,10 @@ class Builder(Protocol):
         ...
 
     def build(
-        self, source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
-    ) -> Manifest:
-        """Compile `source` into files in `folder`, audit and describe them.
+        self, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
+        progress: Progress,
+    ) -> Artefact:  # fmt: skip
+        """Compile `source` and the decoder of its VAE into files in `folder`; audit (`check_audit`) and describe them.
 
         `config` has its precision and float type chosen. Unless CASTS_FLOATS, the file is of that type. `card`
         describes the file as it is to be compiled: without a quantization if that was stripped.
