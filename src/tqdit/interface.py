@@ -6,12 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
+
+
+CONSTANT = "constant."  # begins the names of tensors in a file
+
+
+class InterfaceEntry(msgspec.Struct):
+    """An interface in the metadata of a file; constants that are tensors lie beside."""
+
+    signature: Signature
+    sampling: SamplingSpec
+    guidance: Guidance | None
+    constants: dict[str, Any]
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +43,18 @@ class Interface:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def constant_arrays(self) -> dict[str, NDArray[Any]]:
-        return {name: value for name, value in self.constants.items() if isinstance(value, np.ndarray)}
+    def entry(self) -> InterfaceEntry:
+        values = {name: value for name, value in self.constants.items() if not isinstance(value, np.ndarray)}
+        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, dict(self.config))
 
     @property
-    def constant_values(self) -> dict[str, Any]:
-        return {name: value for name, value in self.constants.items() if not isinstance(value, np.ndarray)}
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The constants that are tensors, under names for a file."""
+        arrays = {name: value for name, value in self.constants.items() if isinstance(value, np.ndarray)}
+        return {f"{CONSTANT}{name}": np.ascontiguousarray(value) for name, value in arrays.items()}
+
+    @classmethod
+    def of(cls, entry: InterfaceEntry, arrays: Mapping[str, NDArray[Any]]) -> Interface:
+        """From the metadata of a file and all its tensors."""
+        found = {name.removeprefix(CONSTANT): array for name, array in arrays.items() if name.startswith(CONSTANT)}
+        return cls(entry.signature, entry.sampling, entry.guidance, {**entry.constants, **found}, entry.config)

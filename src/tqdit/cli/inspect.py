@@ -257,7 +257,8 @@ def _sampled(card: GraphCard) -> Facts:
 
 def _port(port: Port) -> str:
     values = "" if port.values is None else f", 0..{port.values - 1}"
-    null = "" if port.null is None else f", {port.null:g} in an unconditional row"
+    own = "its own value" if port.null == "own" else f"{port.null}"
+    null = "" if port.null is None else f", {own} in an unconditional row"
     return f"{port.kind}, {port.dtype} {_shape(port.shape)}{values}{null}"
 
 

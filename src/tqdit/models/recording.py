@@ -16,16 +16,21 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from tqdit.errors import UsageError
-from tqdit.interface import Interface
+from tqdit import safetensors_file
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import whole_file
+from tqdit.interface import Interface, InterfaceEntry
 from tqdit.models.arguments import Constant, flatten, settings_of
 from tqdit.models.products import prediction_of
 from tqdit.models.scheduler import tabulate
@@ -34,10 +39,20 @@ from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Recorded, Table
 from tqdit.sampling.schedule import SamplingSpec
 
+FORMAT_VERSION = 1
+METADATA_KEY = "tqdit_calls"
+STATES, REQUEST = "states", "request."
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
 Array = NDArray[Any]
+
+
+class Header(msgspec.Struct):
+    """The metadata of a file of recorded calls."""
+
+    format_version: int
+    interface: InterfaceEntry
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +69,48 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.states)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, for `load`."""
+        requests = {f"{REQUEST}{name}": array for name, array in self.requests.items()}
+        arrays = {STATES: self.states, **requests, **self.interface.arrays}
+        text = msgspec.json.encode(Header(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
+        with whole_file(Path(path)) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {METADATA_KEY: text})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read what `save` wrote. Raises FileFormatError for any other file."""
+        again = "Record the pipeline again."
+        try:
+            metadata, tensors = safetensors_file.read(Path(path))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{path}: not a file of recorded calls ({error}). {again}") from error
+        if METADATA_KEY not in metadata or STATES not in tensors:
+            raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
+        try:
+            header = msgspec.json.decode(metadata[METADATA_KEY], type=Header)
+        except (msgspec.MsgspecError, UsageError, RecursionError) as error:
+            raise FileFormatError(f"{path}: damaged, or of another version ({error}). {again}") from error
+        if header.format_version != FORMAT_VERSION:
+            raise FileFormatError(f"{path}: format {header.format_version}, expected {FORMAT_VERSION}. {again}")
+        requests = {name.removeprefix(REQUEST): array for name, array in tensors.items() if name.startswith(REQUEST)}
+        found = cls(Interface.of(header.interface, tensors), tensors[STATES], requests)
+        found.check(str(path))
+        return found
+
+    def check(self, where: str) -> None:
+        """Raises FileFormatError if the arrays do not fit the interface, or hold NaN."""
+        signature = self.interface.signature
+        shapes = {name: port.row_shape for name, port in signature.request_values.items()}
+        found = {name: array.shape[1:] for name, array in self.requests.items()}
+        states = (len(self.interface.sampling.schedule), *signature.state.row_shape)
+        counts = {len(self.states), *(len(array) for array in self.requests.values())}
+        if found != shapes or self.states.shape[1:] != states or len(counts) != 1 or not len(self.states):
+            raise FileFormatError(f"{where}: its requests {found} and states do not fit its ports. Record again.")
+        if not all(np.isfinite(array).all() for array in (self.states, *self.requests.values())):
+            raise FileFormatError(f"{where}: holds NaN or infinite values. Record again.")
 
     @cached_property
     def sha256(self) -> str:

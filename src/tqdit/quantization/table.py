@@ -22,8 +22,7 @@ from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
 from tqdit.golden import GoldenCalls
-from tqdit.interface import Interface
-from tqdit.ports import Signature
+from tqdit.interface import CONSTANT, Interface, InterfaceEntry
 from tqdit.quantization.checks import (
     AGAIN,
     BOUNDARIES,
@@ -35,12 +34,10 @@ from tqdit.quantization.checks import (
 from tqdit.quantization.granularity import Role, granularity_from_text, granularity_to_text
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.schemes import find_schemes
-from tqdit.sampling.guidance import Guidance
-from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 4
 METADATA_KEY = "tqdit_scales"
-GOLDEN, CONSTANT = "golden.", "constant."  # begin the names of tensors that belong to no site
+GOLDEN = "golden."  # begins the names of the tensors of golden calls
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -147,7 +144,7 @@ class ScaleTable:
         if self.golden is not None:
             tensors |= {f"{GOLDEN}{key}": np.asarray(array, order="C") for key, array in self.golden.arrays().items()}
         if self.interface is not None:
-            tensors |= {f"{CONSTANT}{name}": array for name, array in self.interface.constant_arrays.items()}
+            tensors |= self.interface.arrays
         text = msgspec.json.encode(self._header(), order="sorted").decode()
         content: bytes = numpy.save(tensors, metadata={METADATA_KEY: text})
         return content
@@ -161,15 +158,7 @@ class ScaleTable:
         versions = {name: str(version) for name, version in self.versions.items()}  # torch's is a subclass of str
         return Header(
             FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
-            dict(self.settings), versions, dict(self.errors), entries, self._interface_entry(),
-        )  # fmt: skip
-
-    def _interface_entry(self) -> InterfaceEntry | None:
-        found = self.interface
-        if found is None:
-            return None
-        return InterfaceEntry(
-            found.signature, found.sampling, found.guidance, found.constant_values, dict(found.config)
+            dict(self.settings), versions, dict(self.errors), entries, self.interface and self.interface.entry,
         )  # fmt: skip
 
 
@@ -187,16 +176,6 @@ class SiteEntry(msgspec.Struct):
     scheme: str
     bits: int
     granularity: str
-
-
-class InterfaceEntry(msgspec.Struct):
-    """An interface in the metadata; constants that are tensors lie beside."""
-
-    signature: Signature
-    sampling: SamplingSpec
-    guidance: Guidance | None
-    constants: dict[str, Any]
-    config: dict[str, Any]
 
 
 class Header(Version):
@@ -267,14 +246,10 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
     known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
     golden = {name.removeprefix(GOLDEN): array for name, array in tensors.items() if name.startswith(GOLDEN)}
-    constants = {name.removeprefix(CONSTANT): array for name, array in tensors.items() if name.startswith(CONSTANT)}
     unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT)))
-    if unknown or (constants and header.interface is None):
-        raise FileFormatError(f"'{[*unknown, *constants][0]}' belongs to no site that the metadata lists. {AGAIN}")
-    interface = None
-    if (entry := header.interface) is not None:
-        constants = {**entry.constants, **constants}
-        interface = Interface(entry.signature, entry.sampling, entry.guidance, constants, entry.config)
+    if unknown:
+        raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
+    interface = None if header.interface is None else Interface.of(header.interface, tensors)
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
