@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdit.version import __version__
 
 if TYPE_CHECKING:
-    from tqdit.api import build, calibrate, export, load_model
+    from tqdit.api import build, calibrate, export, load_model, record
     from tqdit.engines.config import BuildConfig
     from tqdit.engines.run.denoiser import Denoiser
     from tqdit.engines.run.drop_in import DropIn
@@ -33,6 +33,7 @@ _HOMES = {
     "export": "tqdit.api",
     "load_model": "tqdit.api",
     "read_shards": "tqdit.engines.run.shards",
+    "record": "tqdit.api",
 }
 
 
@@ -55,4 +56,5 @@ __all__ = [
     "export",
     "load_model",
     "read_shards",
+    "record",
 ]

@@ -14,7 +14,6 @@ from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 
-
 CONSTANT = "constant."  # begins the names of tensors in a file
 
 

@@ -158,7 +158,8 @@ class ScaleTable:
         versions = {name: str(version) for name, version in self.versions.items()}  # torch's is a subclass of str
         return Header(
             FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
-            dict(self.settings), versions, dict(self.errors), entries, self.interface and self.interface.entry,
+            dict(self.settings), versions, dict(self.errors), entries,
+            None if self.interface is None else self.interface.entry,
         )  # fmt: skip
 
 

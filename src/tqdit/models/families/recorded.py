@@ -14,7 +14,6 @@ from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.recorded import recorded_model
-from tqdit.models.state import read_json
 
 RECORD = (
     "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
@@ -25,7 +24,7 @@ RECORD = (
 def matches(source: Source) -> bool:
     if isinstance(source, nn.Module):
         return not dit.matches(source)
-    return isinstance(source, str) and _class_name(source) not in (None, *dit.CLASS_NAMES)
+    return isinstance(source, str) and Path(source).is_dir() and not dit.matches(source)
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
@@ -33,9 +32,11 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
 
 
 def load_recorded(source: Source, interface: Interface) -> LoadedModel:
-    """The network with what was learned of its calls. Raises UsageError if it is another class than the recorded one."""
+    """The network with what was learned of its calls. Raises UsageError if it is not of the recorded class."""
     if _kind(source) != interface.signature.family:
-        raise UsageError(f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}.")
+        raise UsageError(
+            f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."
+        )
     network = source if isinstance(source, nn.Module) else _read_network(str(source))
     return recorded_model(network, interface, name_of(source))
 
@@ -46,28 +47,17 @@ def open_pipeline(folder: str) -> Any:
     return _from_pretrained(diffusers.DiffusionPipeline, folder)
 
 
-def _folder(source: str) -> Path:
-    root = Path(source)
-    return root / "transformer" if (root / "model_index.json").is_file() else root
-
-
-def _class_name(source: str) -> str | None:
-    """Of the transformer in a directory; None if there is none."""
-    config = _folder(source) / "config.json"
-    return str(read_json(config, Path(source)).get("_class_name")) if config.is_file() else None
-
-
 def _kind(source: Source) -> str | None:
-    return type(source).__name__ if isinstance(source, nn.Module) else _class_name(str(source))
+    return type(source).__name__ if isinstance(source, nn.Module) else dit.class_name(str(source))
 
 
 def _read_network(source: str) -> nn.Module:
     diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
-    name = _class_name(source)
+    name = dit.class_name(source)
     kind = getattr(diffusers, str(name), None)
     if kind is None or not issubclass(kind, nn.Module):
         raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
-    network: nn.Module = _from_pretrained(kind, str(_folder(source)))
+    network: nn.Module = _from_pretrained(kind, str(dit.transformer_folder(source)))
     return network
 
 
