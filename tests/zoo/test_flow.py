@@ -1,6 +1,6 @@
 """The whole flow in Python for pipelines of diffusers: record, calibrate, export, build, sample, and the drop-in.
 
-int8: nothing falls back on either CPU backend. An engine computes the fake-quantized network: 1e-9 (relative square), or
+int8: nothing falls back on either CPU backend. An engine computes the fake-quantized network: 1e-9 (relative square) or
 what 1e-6 of noise on the inputs changes, if that flips a code.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from zoo.pipelines import FAMILIES
-from zoo.test_pipelines import call, relative
 
 import tqdit
 from tqdit.models.load import load_model
 from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import read_scale_table
+from zoo.pipelines import FAMILIES
+from zoo.test_pipelines import call, relative
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")]
 KNOBS = {"groups": 3, "rows_per_group": 4, "candidates": 20, "rounds": 1, "token_share": 0.5}
