@@ -46,9 +46,9 @@ def test_a_signature_has_one_state_and_one_time(ports):
 
 
 @pytest.mark.parametrize("output", [(None, 2, 4, 4), (None, 3, 4), (None, 3, 4, 5)])
-def test_a_prediction_has_the_states_shape_or_more_channels(output):
-    with pytest.raises(ValueError, match="same shape, or more channels"):
-        Signature((STATE, TIME), output, "Toy")
+def test_a_chain_needs_a_prediction_of_the_states_shape_or_more_channels(output):
+    with pytest.raises(UsageError, match="same shape, or more channels"):
+        Signature((STATE, TIME), output, "Toy").check_predicts_state()
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (None, None), (None, 0), (None, 2**30)])

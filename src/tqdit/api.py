@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tqdit.interface import Interface
     from tqdit.models.loaded import LoadedModel, Source
     from tqdit.models.model_card import ModelCard
-    from tqdit.models.recording import Recorder
+    from tqdit.models.recording import NetworkRecorder, Recorder
     from tqdit.quantization.table import ScaleTable
 
     Model = Source | Path | LoadedModel
@@ -51,7 +51,7 @@ def load_model(source: Source | Path, heads: int | None = None, card: ModelCard 
     return load(source, heads, card)
 
 
-def record(pipeline: Any) -> Recorder:
+def record(pipeline: Any) -> Recorder | NetworkRecorder:
     """A context that hears the calls of a diffusers pipeline's transformer, and what its scheduler makes of them.
 
         with tqdit.record(pipeline) as calls:
@@ -60,16 +60,22 @@ def record(pipeline: Any) -> Recorder:
 
     Record whole chains, all with one number of steps and one resolution. `calls.recording().save(path)` keeps them.
     Raises UsageError, in `calibrate` or in the pipeline's call, for a loop that is not linear.
+
+    pipeline: or a network alone, if there is no pipeline for it or none with such a loop. Its calls are recorded, and
+    nothing about a loop: `Denoiser` and `DropIn` run the engine, `Sampler` does not.
     """
     _need_stage("calibrate", "tqdit.record")
-    from tqdit.models.recording import Recorder
+    from torch import nn
 
-    return Recorder(pipeline)
+    from tqdit.models.recording import NetworkRecorder, Recorder
+
+    return NetworkRecorder(pipeline) if isinstance(pipeline, nn.Module) else Recorder(pipeline)
 
 
 def calibrate(
     model: Model = "demo", *, preset: str = "tq-dit", output: str | Path | None = None, work: str | Path | None = None,
-    data: str | Path | None = None, rows: Recorder | str | Path | None = None, quiet: bool = True, **knobs: Any,
+    data: str | Path | None = None, rows: Recorder | NetworkRecorder | str | Path | None = None, quiet: bool = True,
+    **knobs: Any,
 ) -> ScaleTable:  # fmt: skip
     """Find the scales of a model; returns the scale table and writes it to `output` if that is given.
 

@@ -66,11 +66,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Signature:
-    """The ports of a network in the order of its arguments, and the shape of its prediction.
-
-    A prediction that has more channels (axis 1) than the state begins with the state's; what the others hold is up to
-    the process (a learned variance, or nothing that is used).
-    """
+    """The ports of a network in the order of its arguments, and the shape of its prediction."""
 
     ports: tuple[Port, ...]
     output: tuple[int | None, ...]
@@ -80,9 +76,16 @@ class Signature:
         kinds = [port.kind for port in self.ports]
         if kinds.count("state") != 1 or kinds.count("time") != 1 or len(set(self.names)) != len(kinds):
             raise ValueError(f"ports {self.names} of kinds {kinds}; expected one state, one time and no name twice")
-        shape = self.state.shape
-        if len(self.output) != len(shape) or self.output[2:] != shape[2:] or (self.output[1] or 0) < (shape[1] or 0):
-            raise ValueError(f"output {self.output} of a state {shape}; expected the same shape, or more channels")
+
+    def check_predicts_state(self) -> None:
+        """Raises UsageError for a prediction that no chain can use.
+
+        One that has more channels (axis 1) than the state begins with the state's; what the others hold is up to the
+        process (a learned variance, or nothing that is used).
+        """
+        state, output = self.state.row_shape, self.output_shape
+        if len(output) != len(state) or output[1:] != state[1:] or output[0] < state[0]:
+            raise UsageError(f"prediction {output} of a state {state}; expected the same shape, or more channels.")
 
     @cached_property
     def state(self) -> Port:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tqdit.calibration.rows import CalibrationRows
 from tqdit.sampling.noise import normal
+from tqdit.sampling.process import Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 COTANGENTS = 2**41  # image numbers from here on draw cotangents, apart from every noise
@@ -33,7 +34,12 @@ def plain(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSp
 
 
 def step_weighted(rows: CalibrationRows, index: Tensor, output: Tensor, spec: SamplingSpec, seed: int) -> Tensor:
-    """v times the factor with which an error of the prediction enters the next state, at each row's own step."""
+    """v times the factor with which an error of the prediction enters the next state, at each row's own step.
+
+    v alone if no chain is known.
+    """
+    if isinstance(spec.process, Unsampled):
+        return plain(rows, index, output, spec, seed)
     factor = torch.from_numpy(spec.schedule.error_weights).float().to(output.device)[rows.step[index]]
     return plain(rows, index, output, spec, seed) * factor.reshape(-1, *[1] * (output.ndim - 1))
 

@@ -104,7 +104,9 @@ class Calibration:
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
         chains = len(self.data) if self.data else None
-        if self.config.boundaries == "drift":
+        if isinstance(self.data, Recording):
+            recorded_rows(self.model, self.config, self.data)
+        elif self.config.boundaries == "drift":
             check_group_count(self.config.groups, self.spec.steps)
         else:
             pick(self.model, self.config, chains=chains)

@@ -27,7 +27,7 @@ from tqdit.quantization.table import even_boundaries
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.guidance import rows_per_image
 from tqdit.sampling.noise import normal
-from tqdit.sampling.process import Recorded
+from tqdit.sampling.process import Recorded, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 RENOISING = 2**40  # image numbers from here on draw the noise of re-noised rows, apart from that of chains
@@ -118,11 +118,14 @@ def _boundaries(spec: SamplingSpec, groups: int) -> NDArray[np.float64]:
     """
     if not isinstance(spec.process, Recorded):
         return even_boundaries(groups, spec.process.span)
-    timesteps = np.unique(spec.schedule.timesteps)
+    return _between(spec.schedule.timesteps, groups)
+
+
+def _between(timesteps: NDArray[np.float64], groups: int) -> NDArray[np.float64]:
+    """Boundaries of groups of equally many timesteps, half way between two of them."""
+    timesteps = np.unique(timesteps)
     if groups > len(timesteps):
-        raise UsageError(
-            f"--groups is {groups}; the chain has {len(timesteps)} timesteps. Pass at most as many groups."
-        )
+        raise UsageError(f"--groups is {groups}; there are {len(timesteps)} timesteps. Pass at most as many groups.")
     first = -(-len(timesteps) * np.arange(1, groups) // groups)
     return (timesteps[first - 1] + timesteps[first]) / 2
 
@@ -203,10 +206,28 @@ class Trajectory:
 
 
 def recorded_rows(model: LoadedModel, config: QuantizationConfig, recording: Recording) -> CalibrationRows:
-    """Rows from chains that a pipeline ran."""
+    """Rows from chains that a pipeline ran, or from calls of the network alone."""
+    if isinstance(recording.interface.sampling.process, Unsampled):
+        return _called_rows(model, config, recording)
     picks = pick(model, config, chains=len(recording))
     states = recording.states[picks.chain, picks.step]
     return make_rows(model, recording.interface.sampling, picks, states, recording.requests, np.zeros_like(states))
+
+
+def _called_rows(model: LoadedModel, config: QuantizationConfig, recording: Recording) -> CalibrationRows:
+    """n of the recorded rows per group, random but seeded."""
+    rng = np.random.default_rng([config.seed, 1])
+    timesteps = recording.requests[model.signature.time.name].astype(np.float64)
+    boundaries = _between(timesteps, config.groups)
+    of_row = group_of(boundaries, timesteps)
+    members = [np.flatnonzero(of_row == group) for group in range(config.groups)]
+    index = np.concatenate([rng.permutation(np.resize(rows, max(len(rows), config.rows_per_group)))
+                            [: config.rows_per_group] for rows in members])  # fmt: skip
+    arrays = {model.signature.state.name: recording.states[:, 0]} | recording.requests
+    inputs = {name: torch.from_numpy(arrays[name][index]).to(model.device) for name in model.signature.names}
+    group = torch.from_numpy(of_row[index]).to(model.device)
+    target = torch.zeros(len(index), *model.signature.output_shape, device=model.device)
+    return CalibrationRows(inputs, torch.zeros_like(group), group, target, torch.from_numpy(boundaries))
 
 
 def random_requests(signature: Signature, count: int, seed: int) -> dict[str, NDArray[np.int64]]:

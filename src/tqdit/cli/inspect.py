@@ -245,12 +245,13 @@ def _sampled(card: GraphCard) -> Facts:
     signature = card.signature
     label = signature.label
     classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
+    samplers = ", ".join(samplers_of(card.sampling.process))
     return [
         *((f"port {port.name}", _port(port)) for port in signature.ports),
         ("prediction", _shape(signature.output)),
         ("state", _space(card)),
         *classes,
-        ("sampled with", f"{card.sampling}; any of {', '.join(samplers_of(card.sampling.process))}"),
+        ("sampled with", f"{card.sampling}; any of {samplers}" if samplers else str(card.sampling)),
         ("guidance", _guidance(card.guidance)),
     ]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,12 +30,12 @@ from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import whole_file
 from tqdit.interface import Interface, InterfaceEntry
-from tqdit.models.arguments import Constant, flatten, settings_of
-from tqdit.models.products import prediction_of
+from tqdit.models.arguments import Constant, settings_of
+from tqdit.models.calls import DROP_IN_ONLY, Call, check_alike, find_time, join, listen, parameters_of
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import NEGATIVE, Port, Signature
 from tqdit.sampling.guidance import Guidance
-from tqdit.sampling.process import Recorded, Table
+from tqdit.sampling.process import Recorded, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
@@ -57,10 +56,10 @@ class Header(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Chains that a pipeline ran, all with one schedule.
+    """Chains that a pipeline ran, all with one schedule; or calls of a network alone.
 
     states float32 (images, T, ...), indexed by the step (T-1 is the first). requests: as `Signature.request_values`,
-    (images, ...).
+    (images, ...). Of a network alone: T is 1, a row of a call counts as an image, and requests hold the timestep too.
     """
 
     interface: Interface
@@ -104,8 +103,11 @@ class Recording:
         """Raises FileFormatError if the arrays do not fit the interface, or hold NaN."""
         signature = self.interface.signature
         shapes = {name: port.row_shape for name, port in signature.request_values.items()}
+        steps = self.interface.sampling.steps
+        if isinstance(self.interface.sampling.process, Unsampled):
+            shapes, steps = shapes | {signature.time.name: ()}, 1
         found = {name: array.shape[1:] for name, array in self.requests.items()}
-        states = (len(self.interface.sampling.schedule), *signature.state.row_shape)
+        states = (steps, *signature.state.row_shape)
         counts = {len(self.states), *(len(array) for array in self.requests.values())}
         if found != shapes or self.states.shape[1:] != states or len(counts) != 1 or not len(self.states):
             raise FileFormatError(f"{where}: its requests {found} and states do not fit its ports. Record again.")
@@ -120,15 +122,6 @@ class Recording:
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-
-@dataclass
-class _Call:
-    """One network call: tensors with a row per image, other arguments, and the prediction."""
-
-    rows: dict[str, Tensor]
-    constants: dict[str, Constant]
-    output: Tensor
 
 
 @dataclass
@@ -155,14 +148,13 @@ class Recorder:
     def __init__(self, pipeline: Any) -> None:
         self.network: nn.Module = _part(pipeline, "transformer")
         self.scheduler = _part(pipeline, "scheduler")
-        self._parameters = [name for name in inspect.signature(self.network.forward).parameters if name != "self"]
         self._runs: list[_Run] = []
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._undo: list[Callable[[], None]] = []
         self._fresh = True
 
     def __enter__(self) -> Recorder:
-        handle = self.network.register_forward_hook(self._called, with_kwargs=True)
+        handle = listen(self.network, lambda call: self._calls.append(call))
         step, set_timesteps = self.scheduler.step, self.scheduler.set_timesteps
 
         @functools.wraps(step)  # pipelines look at its parameters
@@ -191,11 +183,6 @@ class Recorder:
         for undo in self._undo:
             undo()
 
-    def _called(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        named = dict(zip(self._parameters, args, strict=False)) | kwargs
-        tensors, constants = flatten({name: value for name, value in named.items() if name != "return_dict"})
-        self._calls.append(_Call(tensors, constants, prediction_of(output).detach()))
-
     def _begin(self, sample: Tensor) -> None:
         self._fresh = False
         config = getattr(self.scheduler, "config", {})
@@ -208,9 +195,9 @@ class Recorder:
             raise UsageError(f"{run.scheduler} made a step without a call of the transformer; nothing is recorded.")
         run.tolerance = TOLERANCES.get(model_output.dtype, HALF_PRECISION_TOLERANCE)
         state = run.names.get("state") or _find_state(calls[0], sample, run.tolerance)
-        time = run.names.get("time") or _find_time(calls[0])
+        time = run.names.get("time") or find_time(calls[0])
         run.names = {"state": state, "time": time}
-        inputs = _join(calls, state, time)
+        inputs = join(calls, state, time)
         rows = len(inputs[state])
         if rows % run.images:
             raise UsageError(f"{rows} rows for {run.images} images in one step, expected as many for each image.")
@@ -220,16 +207,13 @@ class Recorder:
         run.weights.append(_fit_weights(model_output, output, rows // run.images, run.tolerance))
         network_time = inputs[time].double().flatten()
         if float(network_time.max() - network_time.min()) > 0:
-            raise UsageError("the rows of one step have different timesteps; only the drop-in runs such a pipeline.")
+            raise UsageError(f"the rows of one step have different timesteps. {DROP_IN_ONLY}")
         run.times.append((timestep, float(network_time[0])))
         run.states.append(sample.detach().float().cpu())
         run.inputs.append({name: tensor for name, tensor in inputs.items() if name not in (state, time)})
-        if run.constants and not _equal(run.constants, calls[0].constants):
-            raise UsageError(_changed(run.constants, calls[0].constants))
-        run.constants = calls[0].constants
-        if any(not _equal(run.constants, call.constants) for call in calls):
-            raise UsageError(_changed(run.constants, next(
-                call.constants for call in calls if not _equal(run.constants, call.constants))))  # fmt: skip
+        run.constants = run.constants or calls[0].constants
+        for call in calls:
+            check_alike(run.constants, call.constants)
 
     # what was heard -----------------------------------------------------------------------------------------------
 
@@ -244,36 +228,86 @@ class Recorder:
         for run in runs[1:]:
             if run.table != first.table or run.states[0].shape[1:] != first.states[0].shape[1:]:
                 raise UsageError("the recorded chains differ in their steps or shapes. Record one kind at a time.")
-            if not _equal(run.constants, first.constants):
-                raise UsageError(_changed(first.constants, run.constants))
+            check_alike(first.constants, run.constants)
         scale, shift = _time_map([pair for run in runs for pair in run.times], first.tolerance)
         guidance, sign, roles = _guidance(np.concatenate([run.weights for run in runs]), first.tolerance)
         requests = [_requests(run, roles) for run in runs]
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
         states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
-        signature = self._signature(first, joined, guidance is not None)
+        signature = _signature(self.network, first.names, states, joined, first.channels)
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
-        constants = {
-            name: value.numpy() if isinstance(value, Tensor) else value for name, value in first.constants.items()
-        }
-        return Recording(Interface(signature, spec, guidance, constants, settings_of(self.network)), states, joined)
+        return Recording(_interface(self.network, signature, spec, guidance, first.constants), states, joined)
 
-    def _signature(self, run: _Run, requests: dict[str, Array], guided: bool) -> Signature:
-        ports = []
-        for name in [run.names["state"], run.names["time"], *run.inputs[0]]:
-            if name == run.names["state"]:
-                ports.append(Port(name, "state", "float32", (None, *run.states[0].shape[1:])))
-            elif name == run.names["time"]:
-                ports.append(Port(name, "time", "float32", (None,)))
-            else:
-                values = requests[name]
-                own = guided and f"{NEGATIVE}{name}" in requests
-                dtype: Any = str(values.dtype)
-                ports.append(Port(name, "request", dtype, (None, *values.shape[1:]), null="own" if own else None))
-        order = {name: index for index, name in enumerate(self._parameters)}
-        ports.sort(key=lambda port: order.get(port.name.partition(".")[0], 0))
-        return Signature(tuple(ports), (None, *run.channels), type(self.network).__name__)
+
+class NetworkRecorder:
+    """Listens to the calls of a network while it is entered, whatever makes them. It learns no loop."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._calls: list[Call] = []
+        self._undo: Callable[[], None] | None = None
+
+    def __enter__(self) -> NetworkRecorder:
+        self._undo = listen(self.network, lambda call: self._calls.append(call)).remove
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._undo is not None
+        self._undo()
+
+    def recording(self) -> Recording:
+        """The calls as one recording. Raises UsageError if there is none, or if they differ in more than their rows."""
+        if not self._calls:
+            raise UsageError(f"no call of the {type(self.network).__name__} was recorded. Call it inside `record`.")
+        first, time = self._calls[0], find_time(self._calls[0])
+        state = next((name for name, x in first.tensors.items() if name != time and _holds_numbers(x)), None)
+        if state is None:
+            raise UsageError(f"the network takes no real numbers per row among {', '.join(first.tensors)}.")
+        rows = {name: tensor.numpy() for name, tensor in join(self._calls, state, time).items()}
+        for call in self._calls:
+            check_alike(first.constants, call.constants)
+        output = tuple(first.output.shape)
+        if output[0] != len(first.tensors[state]):
+            raise UsageError(
+                f"the prediction is {list(output)} for {len(first.tensors[state])} rows, expected as many."
+            )
+        names = {"state": state, "time": time}
+        signature = _signature(self.network, names, rows[state][:, None], rows, output[1:])
+        interface = _interface(self.network, signature, SamplingSpec(Unsampled(), "none", 0), None, first.constants)
+        return Recording(interface, rows.pop(state)[:, None], rows)
+
+
+def _signature(
+    network: nn.Module, names: Mapping[str, str], states: Array, requests: Mapping[str, Array], output: tuple[int, ...]
+) -> Signature:
+    """names: of state and time. states (rows, T, ...), requests: values of every other port, maybe of the time."""
+    ports = [
+        Port(names["state"], "state", "float32", (None, *states.shape[2:])),
+        Port(names["time"], "time", "float32", (None,)),
+    ]
+    for name, values in requests.items():
+        if name not in names.values() and not name.startswith(NEGATIVE):
+            dtype: Any = str(values.dtype)
+            null: Any = "own" if f"{NEGATIVE}{name}" in requests else None
+            ports.append(Port(name, "request", dtype, (None, *values.shape[1:]), null=null))
+    order = {name: index for index, name in enumerate(parameters_of(network))}
+    ports.sort(key=lambda port: order.get(port.name.partition(".")[0], 0))
+    return Signature(tuple(ports), (None, *output), type(network).__name__)
+
+
+def _interface(
+    network: nn.Module, signature: Signature, spec: SamplingSpec, guidance: Guidance | None,
+    constants: Mapping[str, Constant],
+) -> Interface:  # fmt: skip
+    plain = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in constants.items()}
+    return Interface(signature, spec, guidance, plain, settings_of(network))
+
+
+def _holds_numbers(tensor: Tensor) -> bool:
+    return tensor.ndim > 1 and tensor.is_floating_point()
 
 
 def _part(pipeline: Any, name: str) -> Any:
@@ -283,44 +317,16 @@ def _part(pipeline: Any, name: str) -> Any:
     return part
 
 
-def _find_state(call: _Call, sample: Tensor, tolerance: float) -> str:
+def _find_state(call: Call, sample: Tensor, tolerance: float) -> str:
     """The argument that is the scheduler's sample, scaled."""
-    for name, tensor in call.rows.items():
+    for name, tensor in call.tensors.items():
         if tensor.shape[1:] == sample.shape[1:] and _scale_of(tensor[: len(sample)], sample)[1] < tolerance:
             return name
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in call.rows.items())
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in call.tensors.items())
     raise UsageError(
         f"no argument of the transformer is the scheduler's sample {tuple(sample.shape)}; found {shapes}. "
-        "Only the drop-in runs such a pipeline."
+        f"{DROP_IN_ONLY}"
     )
-
-
-def _find_time(call: _Call) -> str:
-    for name in ("timestep", "t", "timesteps"):
-        if name in call.rows:
-            return name
-    raise UsageError(f"the transformer has no timestep among {', '.join(call.rows)}.")
-
-
-def _join(calls: list[_Call], state: str, time: str) -> dict[str, Tensor]:
-    """The rows of all calls of one step; arguments without rows are constants."""
-    parts: dict[str, list[Tensor]] = {}
-    for call in calls:
-        rows = len(call.rows[state])
-        for name in list(call.rows):
-            tensor = call.rows[name]
-            if name == time:
-                tensor = tensor.reshape(-1).expand(rows)
-            if tensor.ndim == 0 or len(tensor) != rows:
-                call.constants[name] = call.rows.pop(name).cpu()
-            else:
-                parts.setdefault(name, []).append(tensor)
-    if any(len(tensors) != len(calls) for tensors in parts.values()):
-        raise UsageError("the calls of one step take different arguments; only the drop-in runs such a pipeline.")
-    try:
-        return {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
-    except RuntimeError as error:
-        raise UsageError(f"the calls of one step have different shapes ({error}). Pad the prompts alike.") from error
 
 
 def _scale_of(x: Tensor, sample: Tensor) -> tuple[float, float]:
@@ -335,8 +341,7 @@ def _check_scaled(states: Tensor, sample: Tensor, tolerance: float) -> None:
         residual = _scale_of(states[start : start + len(sample)], sample)[1]
         if residual > tolerance:
             raise UsageError(
-                f"a row's state is not the scheduler's sample times a factor (residual {residual:.1e}); only the "
-                "drop-in runs such a pipeline."
+                f"a row's state is not the scheduler's sample times a factor (residual {residual:.1e}). {DROP_IN_ONLY}"
             )
 
 
@@ -352,7 +357,7 @@ def _fit_weights(model_output: Tensor, output: Tensor, roles: int, tolerance: fl
     if residual > tolerance:
         raise UsageError(
             f"what the scheduler gets is not a weighted sum of the network's predictions (residual {residual:.1e}, "
-            f"expected less than {tolerance:.0e}); only the drop-in runs such a pipeline."
+            f"expected less than {tolerance:.0e}). {DROP_IN_ONLY}"
         )
     return weights.numpy()
 
@@ -378,8 +383,7 @@ def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance 
     text = ", ".join(f"{weight:.3g}" for weight in mean)
     if spread > 10 * tolerance:
         raise UsageError(
-            f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}); only the drop-in "
-            "runs such a pipeline."
+            f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}). {DROP_IN_ONLY}"
         )
     sign = 1 if mean.sum() > 0 else -1
     if len(mean) > 2 or abs(abs(mean.sum()) - 1) > 10 * tolerance * np.abs(mean).max():
@@ -397,25 +401,10 @@ def _requests(run: _Run, roles: Mapping[str, int]) -> dict[str, Array]:
     for name, tensor in run.inputs[0].items():
         for inputs in run.inputs[1:]:
             if not torch.equal(inputs[name], tensor):
-                raise UsageError(f"argument '{name}' changes from step to step; only the drop-in runs such a pipeline.")
+                raise UsageError(f"argument '{name}' changes from step to step. {DROP_IN_ONLY}")
         parts = tensor.chunk(len(roles))
         values = {prefix: parts[place] for prefix, place in roles.items()}
         if len(values) == 2 and torch.equal(values[""], values[NEGATIVE]):
             del values[NEGATIVE]
         found |= {f"{prefix}{name}": value.numpy() for prefix, value in values.items()}
     return found
-
-
-def _equal(a: Mapping[str, Constant], b: Mapping[str, Constant]) -> bool:
-    return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
-
-
-def _same(a: Constant, b: Constant) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return bool(a == b)
-
-
-def _changed(a: Mapping[str, Constant], b: Mapping[str, Constant]) -> str:
-    name = next(name for name in [*a, *b] if name not in a or name not in b or not _same(a[name], b[name]))
-    return f"argument '{name}' has no rows and changes from call to call; only the drop-in runs such a pipeline."

@@ -32,6 +32,7 @@ class Chains:
     """
 
     def __init__(self, signature: Signature, guidance: Guidance | None, capacity: int) -> None:
+        signature.check_predicts_state()
         self.signature, self.guidance = signature, guidance
         self.count = 0
         self._capacity = capacity

@@ -17,6 +17,10 @@ from tqdit.errors import UsageError
 Float64 = NDArray[np.float64]
 TRAINING_STEPS = 1000
 SPACINGS = ("linspace", "leading")
+NO_CHAIN = (
+    "the network's calls were recorded without a pipeline, so nothing tells how it is sampled. Use DropIn in a "
+    "pipeline, or Denoiser with a loop of your own; or record a pipeline."
+)
 BETA_SCHEDULES: dict[str, Callable[[float, float], Float64]] = {
     "linear": lambda start, end: np.linspace(start, end, TRAINING_STEPS),
     "scaled_linear": lambda start, end: np.linspace(start**0.5, end**0.5, TRAINING_STEPS) ** 2,
@@ -172,4 +176,21 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
         raise UsageError(f"how data was noised for {self.scheduler} was not recorded. Calibrate on recorded rows.")
 
 
-Process = Diffusion | Flow | Recorded
+class Unsampled(msgspec.Struct, frozen=True, tag="unsampled"):
+    """Nothing is known of how the network is sampled: its calls alone were recorded."""
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Any timestep."""
+        return -np.inf, np.inf
+
+    def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:  # noqa: ARG002 (as its siblings)
+        """Raises UsageError."""
+        raise UsageError(NO_CHAIN)
+
+    def target(self, x0: Float64, noise: Float64) -> Float64:  # noqa: ARG002
+        """Raises UsageError."""
+        raise UsageError(NO_CHAIN)
+
+
+Process = Diffusion | Flow | Recorded | Unsampled

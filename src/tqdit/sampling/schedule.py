@@ -10,7 +10,7 @@ import numpy as np
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
 from tqdit.sampling import samplers
-from tqdit.sampling.process import Diffusion, Float64, Process
+from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Process, Unsampled
 
 MOST_LAG = 3
 
@@ -78,6 +78,8 @@ class SamplingSpec:
     steps: int = 250
 
     def __post_init__(self) -> None:
+        if isinstance(self.process, Unsampled):
+            return
         known = samplers_of(self.process)
         if self.sampler not in known:
             raise UsageError(
@@ -87,6 +89,9 @@ class SamplingSpec:
 
     @property
     def schedule(self) -> Schedule:
+        """Raises UsageError if no chain is known."""
+        if isinstance(self.process, Unsampled):
+            raise UsageError(NO_CHAIN)
         return make_schedule(self)
 
     def choose(self, steps: int | None = None, sampler: str | None = None) -> SamplingSpec:
@@ -95,6 +100,8 @@ class SamplingSpec:
 
     def __str__(self) -> str:
         """'250 steps of ddpm'."""
+        if isinstance(self.process, Unsampled):
+            return "no chain"
         return f"{self.steps} steps of {self.sampler}"
 
 

@@ -21,6 +21,7 @@ from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
 from tqdit.sampling.chains import Chains, Network
 from tqdit.sampling.guidance import check_scale
+from tqdit.sampling.process import NO_CHAIN, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 DEFAULT_BATCH = 16
@@ -195,6 +196,8 @@ def _check_graph(card: GraphCard, where: str = "") -> None:
             f"{where}holds a step graph, which has its sampler inside and is for programs in other languages. Export "
             "again without --graph step."
         )
+    if isinstance(card.sampling.process, Unsampled):
+        raise UsageError(f"{where}{NO_CHAIN}")
 
 
 def has_pixels(card: GraphCard) -> bool:

@@ -1,0 +1,92 @@
+"""Calls of a network as they are heard: which arguments have rows, and which are alike in every call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tqdit.errors import UsageError
+from tqdit.models.arguments import Constant, flatten
+from tqdit.models.products import prediction_of
+
+DROP_IN_ONLY = "Only the drop-in runs such a pipeline: record its network alone, tqdit.record(pipeline.transformer)."
+
+
+@dataclass
+class Call:
+    """One network call: tensors, other arguments, and the prediction."""
+
+    tensors: dict[str, Tensor]
+    constants: dict[str, Constant]
+    output: Tensor
+
+
+def parameters_of(network: nn.Module) -> list[str]:
+    """The names of its arguments, in their order."""
+    return [name for name in inspect.signature(network.forward).parameters if name != "self"]
+
+
+def listen(network: nn.Module, hear: Callable[[Call], object]) -> RemovableHandle:
+    """Call `hear` with every call of the network, until the handle is removed."""
+    parameters = parameters_of(network)
+
+    def called(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        named = dict(zip(parameters, args, strict=False)) | kwargs
+        tensors, constants = flatten({name: value for name, value in named.items() if name != "return_dict"})
+        hear(Call(tensors, constants, prediction_of(output).detach()))
+
+    return network.register_forward_hook(called, with_kwargs=True)
+
+
+def find_time(call: Call) -> str:
+    """The argument that is the timestep. Raises UsageError if there is none."""
+    usual = ("timestep", "t", "timesteps", *(name for name in call.tensors if "time" in name))
+    for name in usual:
+        if name in call.tensors:
+            return name
+    raise UsageError(f"the transformer has no timestep among {', '.join(call.tensors)}.")
+
+
+def join(calls: Sequence[Call], state: str, time: str) -> dict[str, Tensor]:
+    """The rows of several calls; arguments without rows become constants of their call."""
+    parts: dict[str, list[Tensor]] = {}
+    for call in calls:
+        rows = len(call.tensors[state])
+        for name in list(call.tensors):
+            tensor = call.tensors[name]
+            if name == time:
+                if tensor.numel() not in (1, rows):
+                    raise UsageError(f"'{name}' is {list(tensor.shape)} for {rows} rows, expected one timestep a row.")
+                tensor = tensor.reshape(-1).expand(rows)
+            if tensor.ndim == 0 or len(tensor) != rows:
+                call.constants[name] = call.tensors.pop(name).cpu()
+            else:
+                parts.setdefault(name, []).append(tensor)
+    if any(len(tensors) != len(calls) for tensors in parts.values()):
+        raise UsageError("calls take different arguments, expected the same in each. Record one kind at a time.")
+    try:
+        return {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
+    except RuntimeError as error:
+        raise UsageError(f"calls have different shapes ({error}). Pad the prompts alike.") from error
+
+
+def check_alike(a: Mapping[str, Constant], b: Mapping[str, Constant]) -> None:
+    """Refuse arguments without rows that change from call to call."""
+    for name in [*a, *b]:
+        if name not in a or name not in b or not _same(a[name], b[name]):
+            raise UsageError(
+                f"argument '{name}' has no rows and changes from call to call; an engine has one value of it. Record "
+                "one kind of calls at a time."
+            )
+
+
+def _same(a: Constant, b: Constant) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)

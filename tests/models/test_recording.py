@@ -1,0 +1,121 @@
+"""Calls of a network alone: what is learned of them, and what an engine made from them does."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tqdit
+from tqdit.errors import UsageError
+from tqdit.models.recording import Recording
+
+KNOBS = {"preset": "min-max", "groups": 2, "rows_per_group": 4, "token_share": 1.0}
+
+
+class Toy(nn.Module):
+    """Its prediction has other channels than its state, so no chain could use it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.fc1, self.fc2 = nn.Linear(1, 8), nn.Linear(8, 16), nn.Linear(16, 6)
+
+    def forward(self, text, x, timestep, ids=None, factor=1.0, return_dict=True):
+        hidden = x + factor * self.time(timestep[:, None] * 0.01)[:, None] + text.mean(1, keepdim=True)
+        return (self.fc2(F.gelu(self.fc1(hidden if ids is None else hidden + ids))),)
+
+
+def rows(count=2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 8, generator=draw), torch.randn(count, 5, 8, generator=draw), torch.arange(count) + 1.0
+
+
+def record(network, calls):
+    with tqdit.record(network) as recorder:
+        for args, kwargs in calls:
+            network(*args, **kwargs)
+    return recorder
+
+
+def test_arguments_become_ports_and_constants():
+    ids = torch.arange(5.0)[:, None]
+    (text, x, time), more = rows(), rows(3, seed=1)
+    calls = [((text, x, time), {"ids": ids, "factor": 2.0}), (more, {"ids": ids, "factor": 2.0})]
+    recording = record(Toy(), calls).recording()
+    signature = recording.interface.signature
+    assert [(port.name, port.kind, port.shape) for port in signature.ports] == [
+        ("text", "state", (None, 3, 8)), ("x", "request", (None, 5, 8)), ("timestep", "time", (None,)),
+    ]  # fmt: skip
+    assert (signature.output, signature.family) == ((None, 5, 6), "Toy")
+    assert len(recording) == 5
+    np.testing.assert_array_equal(recording.states[:, 0], torch.cat([text, more[0]]))
+    np.testing.assert_array_equal(recording.requests["timestep"], [1, 2, 1, 2, 3])
+    np.testing.assert_array_equal(recording.interface.constants["ids"], ids)
+    assert recording.interface.constants["factor"] == 2.0
+
+
+def test_one_timestep_stands_for_all_rows_of_a_call():
+    text, x, _ = rows(3)
+    recording = record(Toy(), [((text, x, torch.tensor([7.0])), {})]).recording()
+    np.testing.assert_array_equal(recording.requests["timestep"], [7, 7, 7])
+
+
+@pytest.mark.parametrize(
+    ("calls", "found"),
+    [
+        ([], "no call of the Toy"),
+        ([(rows(), {"factor": 1.0}), (rows(), {"factor": 2.0})], "'factor' has no rows and changes"),
+        ([(rows(), {}), (rows(), {"factor": 2.0})], "'factor' has no rows and changes"),
+        ([(rows(), {}), ((torch.zeros(2, 4, 8), *rows()[1:]), {})], "different shapes"),
+        ([((*rows()[:2], torch.zeros(2, 1, 3)), {})], "expected one timestep a row"),
+    ],
+)
+def test_calls_that_differ_in_more_than_their_rows_are_refused(calls, found):
+    class Loose(Toy):
+        def forward(self, text, x, timestep, **kwargs):
+            return super().forward(text, x, timestep.reshape(len(x), -1)[:, 0], **kwargs)
+
+    Loose.__name__ = "Toy"
+    with pytest.raises(UsageError, match=found):
+        record(Loose(), calls).recording()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """The folder of a toy's engine, its network and its calls."""
+    folder, network = tmp_path_factory.mktemp("calls"), Toy()
+    calls = record(network, [(rows(4, seed), {}) for seed in range(2)])
+    calls.recording().save(folder / "calls.safetensors")
+    tqdit.calibrate(network, rows=folder / "calls.safetensors", output=folder / "scales.safetensors", **KNOBS)
+    tqdit.export(network, folder / "model.onnx", scales=folder / "scales.safetensors")
+    tqdit.build(folder / "model.onnx", backend="onnxruntime")
+    return folder / "model.engine", network, calls
+
+
+def test_an_engine_of_recorded_calls_computes_the_network(engine):
+    path, network, _ = engine
+    text, x, time = rows(3, seed=9)
+    with tqdit.Denoiser.open(path) as denoise:
+        found = denoise(text=text, x=x, timestep=time)
+    expected = network(text, x, time)[0].detach().numpy()
+    assert np.square(found - expected).sum() < 1e-2 * np.square(expected).sum()  # 2e-3: other rows than the scales have
+
+
+def test_nothing_samples_an_engine_of_recorded_calls(engine):
+    with pytest.raises(UsageError, match="recorded without a pipeline"):
+        tqdit.Sampler.open(engine[0])
+
+
+def test_rows_of_calls_are_grouped_by_their_timesteps(engine):
+    _, network, calls = engine
+    table = tqdit.calibrate(network, rows=calls, **KNOBS)
+    assert table.boundaries.tolist() == [2.5]  # half way between the middle ones of 1, 2, 3, 4
+    with pytest.raises(UsageError, match="--groups is 5; there are 4 timesteps"):
+        tqdit.calibrate(network, rows=calls, **KNOBS | {"groups": 5})
+
+
+def test_calls_of_a_network_are_read_as_they_were_written(engine):
+    path = engine[0].with_name("calls.safetensors")
+    again = Recording.load(path).save(path.with_name("again.safetensors"))
+    assert again.read_bytes() == path.read_bytes()
