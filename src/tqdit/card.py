@@ -95,6 +95,7 @@ class GraphCard:
     quantization: QuantizationCard | None = None  # None: a float graph
     constants: dict[str, str] = field(default_factory=dict)  # arguments that are part of the graph -> digest
     config: dict[str, Any] = field(default_factory=dict)  # settings of the network, as diffusers' pipelines read them
+    rows: int | None = None  # of every call of the graph; None: any number
 
     @property
     def rows_per_image(self) -> int:

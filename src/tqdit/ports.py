@@ -39,6 +39,7 @@ class Port:
     shape: tuple[int | None, ...]
     null: Null = None  # fills the port in an unconditional row; None: as in the other row; own: a request brings it
     values: int | None = None  # of an integer port: it takes 0..values - 1, the null value among them
+    listed: bool = False  # the network takes it as a list of its rows
 
     def __post_init__(self) -> None:
         if not self.name or not self.shape or self.shape[0] is not None or None in self.shape[1:]:

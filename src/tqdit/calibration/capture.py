@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tqdit.calibration.work import WorkFolder
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct, watched
+from tqdit.models.products import Scores, ValueProduct, stand_in, watched
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
@@ -78,7 +78,7 @@ class Picker:
             matrix = self.keep_heads(matrix, start, head_elements)
         axis = matrix.ndim - 2
         if matrix.shape[axis] == 1:
-            return matrix
+            return matrix.clone()  # several products may share an input, and files hold no tensor twice
         index = self.tokens(matrix.shape[axis])[start : start + len(matrix)].to(matrix.device)
         index = index.reshape(len(matrix), *[1] * (axis - 1), index.shape[1], 1)
         return matrix.gather(axis, index.expand(*matrix.shape[:axis], -1, matrix.shape[-1]))
@@ -277,7 +277,7 @@ def choose_batching(model: LoadedModel, inputs: dict[str, Tensor]) -> Batching:
 
 def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     """Of what autograd keeps of a call with one row, without the weights; measured on tensors without memory."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    network, fake = stand_in(model.network), FakeTensorMode(allow_non_fake_inputs=True)
     parameters: dict[str, Tensor] = {n: fake.from_tensor(t) for n, t in model.network.named_parameters()}
     weights = {tensor.untyped_storage()._cdata for tensor in parameters.values()}
     kept: dict[int, Tensor] = {}  # by storage, whose address is unique while the tensor lives
@@ -291,7 +291,7 @@ def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     one = {name: fake.from_tensor(tensor[:1].clone()) for name, tensor in inputs.items()}
     with fake, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         one[model.signature.state.name].requires_grad_()
-        functional_call(model.network, parameters, kwargs=model.arguments(one))
+        functional_call(network, parameters, kwargs=model.arguments(one))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

@@ -13,7 +13,7 @@ from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.exporter.passes.names import name_by_modules
 from tqdit.exporter.passes.quantize import describe, quantize
 from tqdit.exporter.step import SamplingStep, step_inputs
-from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, trace
+from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, fixed_rows, trace, trace_any_rows
 from tqdit.golden import CALLS_KEY
 from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.quantization.fold import fold
@@ -21,6 +21,10 @@ from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Process
 from tqdit.sampling.schedule import SamplingSpec
+
+ROW_BY_ROW = (
+    "its code looks at single rows, so the graph takes one row a call; engines run the rows of a batch in turn."
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ def export_graph(
         table.check_model(model.fingerprint, model.source)
         model, table = fold(model, table)
     graph, card = finish_graph(trace_graph(model, config, table), model, config, table)
+    if card.rows is not None:
+        warnings.warn(f"{model.source}: {ROW_BY_ROW}", TqditWarning, stacklevel=2)
     if remark := card.remark(card.sampling):
         warnings.warn(remark, TqditWarning, stacklevel=2)
     return graph, card
@@ -80,7 +86,7 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        return trace(PositionalCall(model), denoiser_inputs(model.signature), "prediction", config.opset)
+        return trace_any_rows(PositionalCall(model), denoiser_inputs(model.signature), "prediction", config.opset)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)
     return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset)
@@ -95,9 +101,10 @@ def finish_graph(
     name_by_modules(graph)
     if table is not None and table.golden is not None and config.graph == "denoiser":
         graph.metadata_props[CALLS_KEY] = table.golden.to_text()
-    return graph, model.card(
+    card = model.card(
         config.graph,
         sampling=config.sampling(model, table),
         guidance=config.guidance(model, table),
         quantization=None if table is None else describe(table, config.attention, calibrated_for(model, table)),
     )
+    return graph, replace(card, rows=fixed_rows(graph))

@@ -5,6 +5,7 @@ Each takes a `torch.export.ExportedProgram` and changes it in place.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ def fold_constants(program: ExportedProgram) -> None:
 
 
 def _is_pure(node: fx.Node) -> bool:
+    if node.target is operator.getitem:  # of what an operation with several results made
+        return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and not schema.is_mutable and node.target not in RANDOM
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from tqdit.errors import UsageError
+from tqdit.errors import TqditError, UsageError
 from tqdit.exporter.program import prepare
 from tqdit.models.scratch import need_compiler, need_temporary_folder
 from tqdit.ports import Signature
@@ -20,8 +20,10 @@ OPSETS = range(20, 24)  # 20 is the first with Gelu; 23 the last that torch's ex
 EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the exporter cannot mistake it for a constant
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start) -> ir.Model:
-    """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`.
+def trace(
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start, rows: int | None = None
+) -> ir.Model:
+    """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`, or `rows`.
 
     `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
     this order. Module scopes are kept in the nodes' metadata.
@@ -30,9 +32,10 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
     need_compiler()
     need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
-    shapes = (tuple({0: batch} for _ in inputs),)
-    with _quiet():
-        traced = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+    shapes = (tuple({0: batch} for _ in inputs),) if rows is None else None
+    example = tuple(tensor[:rows] for tensor in inputs.values())
+    with _quiet(), _without_autocast():
+        traced = torch.export.export(module.eval(), example, dynamic_shapes=shapes, strict=False)
         prepare(traced)
         program = torch.onnx.export(
             traced,
@@ -46,6 +49,35 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
     return program.model
 
 
+def trace_any_rows(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int) -> ir.Model:
+    """As `trace`: with a free batch if the network can, else with one row (`fixed_rows` of the graph).
+
+    Networks that make lists of their rows, or look at each in Python, cannot. Raises UsageError if neither works.
+    """
+    try:
+        return trace(module, inputs, output, opset)
+    except TqditError:
+        raise
+    except Exception:  # the exporters raise errors of all kinds
+        try:
+            return trace(module, inputs, output, opset, rows=1)
+        except Exception as error:
+            raise UsageError(f"PyTorch cannot trace this network ({_root(error)}). No engine can be made.") from error
+
+
+def _root(error: BaseException) -> str:
+    """What the exporters' errors began with, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fixed_rows(graph: ir.Model) -> int | None:
+    """How many rows each call of a graph has; None: any."""
+    shape = graph.graph.inputs[0].shape
+    return shape[0] if shape is not None and isinstance(shape[0], int) else None
+
+
 def check_opset(opset: int) -> None:
     if opset not in OPSETS:
         raise UsageError(
@@ -56,6 +88,18 @@ def check_opset(opset: int) -> None:
 def denoiser_inputs(signature: Signature) -> dict[str, Tensor]:
     """Example inputs of a denoiser graph, in their order."""
     return {name: torch.from_numpy(array) for name, array in signature.zeros(EXAMPLE_BATCH).items()}
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Regions of another precision, or of none, would become graphs inside the graph; the trace is float32 anyway."""
+    entering, leaving = torch.autocast.__enter__, torch.autocast.__exit__
+    torch.autocast.__enter__ = lambda region: region  # type: ignore[method-assign]
+    torch.autocast.__exit__ = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__, torch.autocast.__exit__ = entering, leaving  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

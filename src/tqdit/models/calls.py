@@ -25,6 +25,16 @@ class Call:
     tensors: dict[str, Tensor]
     constants: dict[str, Constant]
     output: Tensor
+    lists: frozenset[str]  # tensors that are lists of their rows
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What some arguments are. lists: those that are lists of their rows."""
+
+    state: str
+    time: str
+    lists: frozenset[str]
 
 
 def parameters_of(network: nn.Module) -> list[str]:
@@ -38,29 +48,38 @@ def listen(network: nn.Module, hear: Callable[[Call], object]) -> RemovableHandl
 
     def called(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         named = dict(zip(parameters, args, strict=False)) | kwargs
-        tensors, constants = flatten({name: value for name, value in named.items() if name != "return_dict"})
-        hear(Call(tensors, constants, prediction_of(output).detach()))
+        lists = {name: torch.stack(value) for name, value in named.items() if _is_list_of_rows(value, named)}
+        tensors, constants = flatten({k: v for k, v in (named | lists).items() if k != "return_dict"})
+        hear(Call(tensors, constants, prediction_of(output).detach(), frozenset(lists)))
 
     return network.register_forward_hook(called, with_kwargs=True)
 
 
-def find_time(call: Call) -> str:
+def find_time(arguments: Mapping[str, Any]) -> str:
     """The argument that is the timestep. Raises UsageError if there is none."""
-    usual = ("timestep", "t", "timesteps", *(name for name in call.tensors if "time" in name))
+    usual = ("timestep", "t", "timesteps", *(name for name in arguments if "time" in name))
     for name in usual:
-        if name in call.tensors:
+        if isinstance(arguments.get(name), Tensor):
             return name
-    raise UsageError(f"the transformer has no timestep among {', '.join(call.tensors)}.")
+    raise UsageError(f"the transformer has no timestep among {', '.join(arguments)}.")
 
 
-def join(calls: Sequence[Call], state: str, time: str) -> dict[str, Tensor]:
+def _is_list_of_rows(value: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether an argument is a list with a tensor for each row, all of one shape."""
+    if not isinstance(value, list) or not value or not all(isinstance(row, Tensor) and row.ndim for row in value):
+        return False
+    rows = arguments[find_time(arguments)].numel()
+    return len(value) == rows and {row.shape for row in value} == {value[0].shape} and len(value[0]) != rows
+
+
+def join(calls: Sequence[Call], roles: Roles) -> dict[str, Tensor]:
     """The rows of several calls; arguments without rows become constants of their call."""
     parts: dict[str, list[Tensor]] = {}
     for call in calls:
-        rows = len(call.tensors[state])
+        rows = len(call.tensors[roles.state])
         for name in list(call.tensors):
             tensor = call.tensors[name]
-            if name == time:
+            if name == roles.time:
                 if tensor.numel() not in (1, rows):
                     raise UsageError(f"'{name}' is {list(tensor.shape)} for {rows} rows, expected one timestep a row.")
                 tensor = tensor.reshape(-1).expand(rows)

@@ -54,7 +54,7 @@ class LoadedModel:
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """The network's keyword arguments for ports by name."""
-        return nest({**self.constants, **inputs})
+        return arguments_of(self.signature, self.constants, inputs)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The same without gradients, in NumPy: a network as `sampling.chains` takes it."""
@@ -89,6 +89,14 @@ class LoadedModel:
         return replace(self, network=self.network.to(device))
 
 
+def arguments_of(
+    signature: Signature, constants: Mapping[str, Constant], inputs: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """A network's keyword arguments for its ports and its constants by name."""
+    lists = {port.name: list(inputs[port.name].unbind()) for port in signature.ports if port.listed}
+    return nest({**constants, **inputs, **lists})
+
+
 def name_of(source: Source) -> str:
     """The source in messages."""
     if isinstance(source, str):
@@ -110,11 +118,11 @@ class PositionalCall(nn.Module):
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__()
-        self.network, self.names, self.constants = model.network, model.signature.names, dict(model.constants)
+        self.network, self.signature, self.constants = model.network, model.signature, dict(model.constants)
 
     def forward(self, *ports: Tensor) -> Tensor:
-        inputs = dict(zip(self.names, ports, strict=True))
-        return prediction_of(self.network(**nest(self.constants | inputs)))
+        inputs = dict(zip(self.signature.names, ports, strict=True))
+        return prediction_of(self.network(**arguments_of(self.signature, self.constants, inputs)))
 
 
 def fingerprint(network: nn.Module, configuration: object) -> str:

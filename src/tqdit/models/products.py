@@ -7,6 +7,7 @@ it, so each tensor that a quantizer wants is some submodule's input or output. A
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ class _Observed(TorchFunctionMode):
 
     names: dict[nn.Module, str]
     owners: list[nn.Module] = field(default_factory=list)  # of the function that runs, innermost last
-    attention: dict[nn.Module, int] = field(default_factory=dict)
+    attention: dict[str, int] = field(default_factory=dict)  # by the name of its owner
     products: dict[str, _Call] = field(default_factory=dict)
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)  # of the products
     made: dict[int, Maker] = field(default_factory=dict)  # by id of a tensor
@@ -172,7 +173,8 @@ class _Observed(TorchFunctionMode):
     ) -> Any:
         output = function(*args, **(kwargs or {}))
         if function is F.scaled_dot_product_attention:
-            self.attention[self.owners[-1]] = self.attention.get(self.owners[-1], 0) + 1
+            owner = self.names[self.owners[-1]]
+            self.attention[owner] = self.attention.get(owner, 0) + 1
         elif function is F.gelu:
             self._keep(output, "gelu")
         elif function in (torch.dropout, F.dropout) and id(args[0]) in self.made:
@@ -210,31 +212,38 @@ class _Observed(TorchFunctionMode):
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The tensor in what a network returns: itself, the first of a tuple, or the `sample` of a diffusers output."""
+    """The tensor in what a network returns: itself, the first of a tuple, or the `sample` of a diffusers output.
+
+    A list of rows is stacked.
+    """
     if isinstance(output, Tensor):
         return output
-    found: Tensor = output[0] if isinstance(output, tuple | list) else output.sample
-    return found
+    found: Tensor | list[Tensor] = output[0] if isinstance(output, tuple | list) else output.sample
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def is_product(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Scores | ValueProduct)
 
 
+def stand_in(network: nn.Module) -> nn.Module:
+    """A copy with the same weights, for calls with tensors without memory.
+
+    Networks keep tables of positions from one call to the next; those of such a call would spoil real ones.
+    """
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+
+
 def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
     """One call with tensors that have shapes and no memory: large networks are loaded as fast as small ones."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    network, fake = stand_in(network), FakeTensorMode(allow_non_fake_inputs=True)
     seen = _Observed({module: name for name, module in network.named_modules()})
-    handles = [handle for module in network.modules() for handle in (
-        module.register_forward_pre_hook(seen.enter), module.register_forward_hook(seen.leave, always_call=True)
-    )]  # fmt: skip
-    try:
-        with torch.enable_grad(), fake, seen:
-            prediction = prediction_of(network(**tree_map_only(Tensor, fake.from_tensor, dict(example))))
-            seen.drop_dead(prediction)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for module in network.modules():
+        module.register_forward_pre_hook(seen.enter)
+        module.register_forward_hook(seen.leave, always_call=True)
+    with torch.enable_grad(), fake, seen:
+        prediction = prediction_of(network(**tree_map_only(Tensor, fake.from_tensor, dict(example))))
+        seen.drop_dead(prediction)
     return seen
 
 
@@ -261,7 +270,8 @@ def find_products(
     folds, row_blocks: what a family knows about products by name.
     """
     rows = len(next(iter(example.values()))) if rows is None else rows
-    for owner, calls in _observe(network, example).attention.items():
+    for name, calls in _observe(network, example).attention.items():
+        owner = network.get_submodule(name)
         for call in range(calls):
             owner.add_module(sdpa_name(call), Sdpa())
         local = _Local()

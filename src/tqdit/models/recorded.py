@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from tqdit.interface import Interface
-from tqdit.models.arguments import nest
-from tqdit.models.loaded import LoadedModel, fingerprint
+from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint
 from tqdit.models.products import find_products
 
 EXAMPLE_ROWS = 2
@@ -30,7 +29,7 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
     return LoadedModel(
         network=network,
         signature=interface.signature,
-        products=find_products(network, nest({**constants, **rows}), rows=EXAMPLE_ROWS),
+        products=find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS),
         sampling=interface.sampling,
         guidance=interface.guidance,
         latents=None,

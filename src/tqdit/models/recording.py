@@ -31,7 +31,7 @@ from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import whole_file
 from tqdit.interface import Interface, InterfaceEntry
 from tqdit.models.arguments import Constant, settings_of
-from tqdit.models.calls import DROP_IN_ONLY, Call, check_alike, find_time, join, listen, parameters_of
+from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import NEGATIVE, Port, Signature
 from tqdit.sampling.guidance import Guidance
@@ -137,7 +137,7 @@ class _Run:
     constants: dict[str, Constant] = field(default_factory=dict)
     weights: list[NDArray[np.float64]] = field(default_factory=list)  # of each role in the scheduler's input, (roles,)
     times: list[tuple[float, float]] = field(default_factory=list)  # the scheduler's and the network's
-    names: dict[str, str] = field(default_factory=dict)  # state and time -> port
+    roles: Roles | None = None
     channels: tuple[int, ...] = ()  # shape of a row of the prediction
     tolerance: float = TOLERANCES[torch.float32]
 
@@ -194,10 +194,10 @@ class Recorder:
         if not calls:
             raise UsageError(f"{run.scheduler} made a step without a call of the transformer; nothing is recorded.")
         run.tolerance = TOLERANCES.get(model_output.dtype, HALF_PRECISION_TOLERANCE)
-        state = run.names.get("state") or _find_state(calls[0], sample, run.tolerance)
-        time = run.names.get("time") or find_time(calls[0])
-        run.names = {"state": state, "time": time}
-        inputs = join(calls, state, time)
+        if run.roles is None:
+            run.roles = Roles(_find_state(calls[0], sample, run.tolerance), find_time(calls[0].tensors), calls[0].lists)
+        state, time = run.roles.state, run.roles.time
+        inputs = join(calls, run.roles)
         rows = len(inputs[state])
         if rows % run.images:
             raise UsageError(f"{rows} rows for {run.images} images in one step, expected as many for each image.")
@@ -209,7 +209,7 @@ class Recorder:
         if float(network_time.max() - network_time.min()) > 0:
             raise UsageError(f"the rows of one step have different timesteps. {DROP_IN_ONLY}")
         run.times.append((timestep, float(network_time[0])))
-        run.states.append(sample.detach().float().cpu())
+        run.states.append(sample.detach().float().cpu().reshape(run.images, *inputs[state].shape[1:]))
         run.inputs.append({name: tensor for name, tensor in inputs.items() if name not in (state, time)})
         run.constants = run.constants or calls[0].constants
         for call in calls:
@@ -235,7 +235,8 @@ class Recorder:
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
         states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
-        signature = _signature(self.network, first.names, states, joined, first.channels)
+        assert first.roles is not None
+        signature = _signature(self.network, first.roles, states, joined, first.channels)
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
         return Recording(_interface(self.network, signature, spec, guidance, first.constants), states, joined)
 
@@ -262,11 +263,12 @@ class NetworkRecorder:
         """The calls as one recording. Raises UsageError if there is none, or if they differ in more than their rows."""
         if not self._calls:
             raise UsageError(f"no call of the {type(self.network).__name__} was recorded. Call it inside `record`.")
-        first, time = self._calls[0], find_time(self._calls[0])
+        first, time = self._calls[0], find_time(self._calls[0].tensors)
         state = next((name for name, x in first.tensors.items() if name != time and _holds_numbers(x)), None)
         if state is None:
             raise UsageError(f"the network takes no real numbers per row among {', '.join(first.tensors)}.")
-        rows = {name: tensor.numpy() for name, tensor in join(self._calls, state, time).items()}
+        roles = Roles(state, time, first.lists)
+        rows = {name: tensor.numpy() for name, tensor in join(self._calls, roles).items()}
         for call in self._calls:
             check_alike(first.constants, call.constants)
         output = tuple(first.output.shape)
@@ -274,25 +276,25 @@ class NetworkRecorder:
             raise UsageError(
                 f"the prediction is {list(output)} for {len(first.tensors[state])} rows, expected as many."
             )
-        names = {"state": state, "time": time}
-        signature = _signature(self.network, names, rows[state][:, None], rows, output[1:])
+        signature = _signature(self.network, roles, rows[state][:, None], rows, output[1:])
         interface = _interface(self.network, signature, SamplingSpec(Unsampled(), "none", 0), None, first.constants)
         return Recording(interface, rows.pop(state)[:, None], rows)
 
 
 def _signature(
-    network: nn.Module, names: Mapping[str, str], states: Array, requests: Mapping[str, Array], output: tuple[int, ...]
+    network: nn.Module, roles: Roles, states: Array, requests: Mapping[str, Array], output: tuple[int, ...]
 ) -> Signature:
-    """names: of state and time. states (rows, T, ...), requests: values of every other port, maybe of the time."""
+    """states (rows, T, ...), requests: values of every other port, maybe of the time."""
     ports = [
-        Port(names["state"], "state", "float32", (None, *states.shape[2:])),
-        Port(names["time"], "time", "float32", (None,)),
+        Port(roles.state, "state", "float32", (None, *states.shape[2:]), listed=roles.state in roles.lists),
+        Port(roles.time, "time", "float32", (None,)),
     ]
     for name, values in requests.items():
-        if name not in names.values() and not name.startswith(NEGATIVE):
+        if name not in (roles.state, roles.time) and not name.startswith(NEGATIVE):
             dtype: Any = str(values.dtype)
             null: Any = "own" if f"{NEGATIVE}{name}" in requests else None
-            ports.append(Port(name, "request", dtype, (None, *values.shape[1:]), null=null))
+            shape = (None, *values.shape[1:])
+            ports.append(Port(name, "request", dtype, shape, null=null, listed=name in roles.lists))
     order = {name: index for index, name in enumerate(parameters_of(network))}
     ports.sort(key=lambda port: order.get(port.name.partition(".")[0], 0))
     return Signature(tuple(ports), (None, *output), type(network).__name__)
@@ -320,7 +322,8 @@ def _part(pipeline: Any, name: str) -> Any:
 def _find_state(call: Call, sample: Tensor, tolerance: float) -> str:
     """The argument that is the scheduler's sample, scaled."""
     for name, tensor in call.tensors.items():
-        if tensor.shape[1:] == sample.shape[1:] and _scale_of(tensor[: len(sample)], sample)[1] < tolerance:
+        rows = tensor[: len(sample)] if tensor.ndim else tensor
+        if rows.numel() == sample.numel() and _scale_of(rows, sample)[1] < tolerance:
             return name
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in call.tensors.items())
     raise UsageError(

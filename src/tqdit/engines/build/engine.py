@@ -42,6 +42,10 @@ def build_engine(
         backend, _ = choose_backend()
     compiler = builder(backend)
     config.refuse_unknown(backend, compiler.OPTIONS)
+    if card.rows is not None and config.batch is not None:
+        raise UsageError(
+            f"--batch: the graph of {source} takes {card.rows} row a call and no other number. Leave it out."
+        )
     chosen = _check_float_type(backend, compiler, config)
     config = replace(config, float_type=chosen)
     cast: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen

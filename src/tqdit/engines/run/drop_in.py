@@ -32,6 +32,10 @@ class Prediction(NamedTuple):
     sample: Tensor
 
 
+def _is_list(port: Port, given: dict[str, Any]) -> bool:
+    return port.listed and isinstance(given.get(port.name), list)
+
+
 class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]  # it ships no types
     """An engine where a diffusers pipeline expects its transformer, of any class.
 
@@ -74,6 +78,7 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         if len(args) > len(names):
             raise UsageError(f"{self._family}: {len(args)} arguments without a name, expected at most {len(names)}.")
         given = dict(zip(names, args, strict=False)) | kwargs
+        given |= {port.name: torch.stack(given[port.name]) for port in self._ports if _is_list(port, given)}
         if STATE in given and STATE not in names:
             given[self._state] = given.pop(STATE)
         state = given.get(self._state)

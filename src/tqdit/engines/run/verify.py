@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.bundle import CALLS_FILE, Manifest
-from tqdit.engines.run.backend import Engine, runner
+from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.files import read_npz
 from tqdit.golden import GoldenCalls, Verdict, verify
 
@@ -19,7 +19,7 @@ def verify_bundle(folder: Path, manifest: Manifest) -> Verdict | None:
     """Load the engine and run its golden calls; None if the bundle holds none. Raises BackendError if it cannot run."""
     if CALLS_FILE not in manifest.files:
         return None
-    engine = runner(manifest.backend).load(folder, manifest, manifest.entry, None)
+    engine = open_engine(folder, manifest)
     try:
         return verify_engine(folder, manifest, engine)
     finally:

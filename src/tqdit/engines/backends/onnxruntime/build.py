@@ -85,7 +85,7 @@ def build(
         versions={"onnxruntime": ort.__version__},
         target={"provider": PROVIDERS[provider], "machine": platform.machine()},
         audit=report,
-        batch=(config.batch or BatchRange()) if provider == "tensorrt" else None,
+        batch=(config.batch or BatchRange()) if provider == "tensorrt" and not card.rows else None,
     )
 
 

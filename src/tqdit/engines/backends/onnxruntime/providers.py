@@ -39,7 +39,7 @@ def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange 
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": str(folder),
         }
-        rows = (batch or BatchRange()).rows(card.rows_per_image)
+        rows = (card.rows,) * 3 if card.rows else (batch or BatchRange()).rows(card.rows_per_image)
         for name, count in zip(("min", "opt", "max"), rows, strict=True):
             options[f"trt_profile_{name}_shapes"] = ",".join(_shapes(card, count))
         return [(PROVIDERS["tensorrt"], options), PROVIDERS["cuda"], CPU]

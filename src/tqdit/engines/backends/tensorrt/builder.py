@@ -72,8 +72,8 @@ def build(
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
     device = None if library.cross_compiles else cuda.find_device()
-    batch = config.batch or BatchRange()
-    rows = batch.rows(card.rows_per_image)
+    batch = None if card.rows else config.batch or BatchRange()
+    rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
     inline = no_plugins is not None
     plugins_for = None if inline or device is None else device.capability
