@@ -191,7 +191,10 @@ def read(path: Path) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """One line a class: products, then integer / fallen back and the error of golden calls for each backend."""
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt-rtx": "TensorRT-RTX"}
-    lines = [f"| class | products | batch | {' | '.join(names[each] for each in BACKENDS)} | |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| class | products | batch | {' | '.join(names[each] for each in BACKENDS)} | |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = [_cell(row.built.get(backend)) for backend in BACKENDS]
         stopped = f"{row.stage}: {row.problem}" if row.stage or row.problem else ""

@@ -94,6 +94,7 @@ class GraphCard:
     vae: VaeCard | None = None
     quantization: QuantizationCard | None = None  # None: a float graph
     constants: dict[str, str] = field(default_factory=dict)  # arguments that are part of the graph -> digest
+    alike: tuple[str, ...] = ()  # those of them that have rows, all the same: the digest is of one row
     config: dict[str, Any] = field(default_factory=dict)  # settings of the network, as diffusers' pipelines read them
     rows: int | None = None  # of every call of the graph; None: any number
 

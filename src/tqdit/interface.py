@@ -25,14 +25,15 @@ class InterfaceEntry(msgspec.Struct):
     guidance: Guidance | None
     constants: dict[str, Any]
     config: dict[str, Any]
+    alike: list[str] = []
 
 
 @dataclass(frozen=True, eq=False)
 class Interface:
     """The ports of a network, the chain that it was recorded in, and arguments that are alike in every call.
 
-    constants: by dotted name (`models.arguments`): arrays, or what JSON can hold. config: the network's settings, which
-    pipelines read.
+    constants: by dotted name (`models.arguments`): arrays, or what JSON can hold. alike: those that have rows, all the
+    same: one row. config: the network's settings, which pipelines read.
     """
 
     signature: Signature
@@ -40,11 +41,12 @@ class Interface:
     guidance: Guidance | None
     constants: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()
 
     @property
     def entry(self) -> InterfaceEntry:
         values = {name: value for name, value in self.constants.items() if not isinstance(value, np.ndarray)}
-        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, dict(self.config))
+        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, dict(self.config), list(self.alike))
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -56,4 +58,5 @@ class Interface:
     def of(cls, entry: InterfaceEntry, arrays: Mapping[str, NDArray[Any]]) -> Interface:
         """From the metadata of a file and all its tensors."""
         found = {name.removeprefix(CONSTANT): array for name, array in arrays.items() if name.startswith(CONSTANT)}
-        return cls(entry.signature, entry.sampling, entry.guidance, {**entry.constants, **found}, entry.config)
+        constants = {**entry.constants, **found}
+        return cls(entry.signature, entry.sampling, entry.guidance, constants, entry.config, tuple(entry.alike))

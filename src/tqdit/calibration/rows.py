@@ -218,6 +218,9 @@ def _called_rows(model: LoadedModel, config: QuantizationConfig, recording: Reco
     """n of the recorded rows per group, random but seeded."""
     rng = np.random.default_rng([config.seed, 1])
     timesteps = recording.requests[model.signature.time.name].astype(np.float64)
+    if timesteps.ndim > 1 and config.time_groups != "none":
+        raise UsageError(f"each row has {timesteps[0].size} timesteps, expected one. Pass --time-groups none.")
+    timesteps = timesteps.reshape(len(timesteps), -1).max(1)
     boundaries = _between(timesteps, config.groups)
     of_row = group_of(boundaries, timesteps)
     members = [np.flatnonzero(of_row == group) for group in range(config.groups)]

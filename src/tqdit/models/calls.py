@@ -80,9 +80,7 @@ def join(calls: Sequence[Call], roles: Roles) -> dict[str, Tensor]:
         for name in list(call.tensors):
             tensor = call.tensors[name]
             if name == roles.time:
-                if tensor.numel() not in (1, rows):
-                    raise UsageError(f"'{name}' is {list(tensor.shape)} for {rows} rows, expected one timestep a row.")
-                tensor = tensor.reshape(-1).expand(rows)
+                tensor = _timesteps(name, tensor, rows)
             if tensor.ndim == 0 or len(tensor) != rows:
                 call.constants[name] = call.tensors.pop(name).cpu()
             else:
@@ -93,6 +91,15 @@ def join(calls: Sequence[Call], roles: Roles) -> dict[str, Tensor]:
         return {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
     except RuntimeError as error:
         raise UsageError(f"calls have different shapes ({error}). Pad the prompts alike.") from error
+
+
+def _timesteps(name: str, tensor: Tensor, rows: int) -> Tensor:
+    """(rows, ...): one for each row, or several, such as one for each frame."""
+    if tensor.numel() in (1, rows):
+        return tensor.reshape(-1).expand(rows)
+    if tensor.ndim < 2 or len(tensor) != rows:
+        raise UsageError(f"'{name}' is {list(tensor.shape)} for {rows} rows, expected timesteps for each row.")
+    return tensor
 
 
 def check_alike(a: Mapping[str, Constant], b: Mapping[str, Constant]) -> None:

@@ -41,6 +41,7 @@ class LoadedModel:
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
     assumed: Mapping[str, str] = field(default_factory=dict, compare=False)  # fact of a model card -> what is taken
     constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
+    alike: Mapping[str, Tensor] = field(default_factory=dict, compare=False)  # a row of those that the network holds
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings that diffusers' pipelines read
 
     @property
@@ -80,7 +81,8 @@ class LoadedModel:
             fingerprint=self.fingerprint,
             written_by=__version__,
             quantization=quantization,
-            constants={name: digest(value) for name, value in self.constants.items()},
+            constants={name: digest(value) for name, value in {**self.constants, **self.alike}.items()},
+            alike=tuple(self.alike),
             config=dict(self.config) or _dit_settings(self.signature),
         )
 

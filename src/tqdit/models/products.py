@@ -212,13 +212,13 @@ class _Observed(TorchFunctionMode):
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The tensor in what a network returns: itself, the first of a tuple, or the `sample` of a diffusers output.
+    """The tensor in what a network returns: itself, or the first of a tuple or of a diffusers output.
 
     A list of rows is stacked.
     """
     if isinstance(output, Tensor):
         return output
-    found: Tensor | list[Tensor] = output[0] if isinstance(output, tuple | list) else output.sample
+    found: Tensor | list[Tensor] = output[0] if isinstance(output, tuple | list) else next(iter(output.values()))
     return torch.stack(found) if isinstance(found, list) else found
 
 

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from tqdit.interface import Interface
+from tqdit.models import quirks
+from tqdit.models.known import fix_arguments
 from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint
 from tqdit.models.products import find_products
+from tqdit.registry import find_modules
 
 EXAMPLE_ROWS = 2
 
@@ -21,10 +24,15 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
     source: what the user names it by. Raises UsageError if the network does not take such calls.
     """
     network = _explicit_copy(network)
+    for quirk in find_modules(quirks).values():
+        if interface.signature.family in quirk.CLASSES:
+            quirk.prepare(network)
     constants = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in interface.constants.items()
     }
+    alike = {name: constants.pop(name) for name in interface.alike}
+    fix_arguments(network, alike, interface.signature.state.name)
     rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
     return LoadedModel(
         network=network,
@@ -37,6 +45,7 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
         source=source,
         fingerprint=fingerprint(network, interface.signature.family),
         constants=constants,
+        alike=alike,
         config=interface.config,
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,8 @@ from tqdit.files import whole_file
 from tqdit.interface import Interface, InterfaceEntry
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
+from tqdit.models.known import values_read
+from tqdit.models.loaded import arguments_of
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import NEGATIVE, Port, Signature
 from tqdit.sampling.guidance import Guidance
@@ -105,7 +107,7 @@ class Recording:
         shapes = {name: port.row_shape for name, port in signature.request_values.items()}
         steps = self.interface.sampling.steps
         if isinstance(self.interface.sampling.process, Unsampled):
-            shapes, steps = shapes | {signature.time.name: ()}, 1
+            shapes, steps = shapes | {signature.time.name: signature.time.row_shape}, 1
         found = {name: array.shape[1:] for name, array in self.requests.items()}
         states = (steps, *signature.state.row_shape)
         counts = {len(self.states), *(len(array) for array in self.requests.values())}
@@ -236,9 +238,8 @@ class Recorder:
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
         states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
         assert first.roles is not None
-        signature = _signature(self.network, first.roles, states, joined, first.channels)
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
-        return Recording(_interface(self.network, signature, spec, guidance, first.constants), states, joined)
+        return _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
 
 
 class NetworkRecorder:
@@ -276,18 +277,45 @@ class NetworkRecorder:
             raise UsageError(
                 f"the prediction is {list(output)} for {len(first.tensors[state])} rows, expected as many."
             )
-        signature = _signature(self.network, roles, rows[state][:, None], rows, output[1:])
-        interface = _interface(self.network, signature, SamplingSpec(Unsampled(), "none", 0), None, first.constants)
-        return Recording(interface, rows.pop(state)[:, None], rows)
+        spec, states = SamplingSpec(Unsampled(), "none", 0), rows.pop(state)[:, None]
+        return _recording(self.network, roles, output[1:], (spec, None), first.constants, states, rows)
+
+
+def _recording(
+    network: nn.Module, roles: Roles, output: tuple[int, ...], sampled: tuple[SamplingSpec, Guidance | None],
+    constants: Mapping[str, Constant], states: Array, requests: dict[str, Array],
+) -> Recording:  # fmt: skip
+    """The recording, once requests whose values the network's Python reads have become constants."""
+    signature = _signature(network, roles, states, requests, output)
+    example = {name: torch.from_numpy(array) for name, array in signature.zeros(2).items()}
+    alike = {
+        port.name: torch.from_numpy(requests[port.name][:1])[0]
+        for port in signature.requests
+        if _is_alike(port, requests)
+    }
+    read = values_read(network, arguments_of(signature, constants, example), alike, roles.state)
+    plain = {
+        name: value.numpy() if isinstance(value, Tensor) else value for name, value in {**constants, **read}.items()
+    }
+    ports = tuple(port for port in signature.ports if port.name not in read)
+    interface = Interface(replace(signature, ports=ports), *sampled, plain, settings_of(network), tuple(read))
+    return Recording(interface, states, {name: array for name, array in requests.items() if name not in read})
+
+
+def _is_alike(port: Port, requests: Mapping[str, Array]) -> bool:
+    """Whether it has one value in every row."""
+    values = requests[port.name]
+    return port.null is None and "." not in port.name and bool((values == values[0]).all())
 
 
 def _signature(
     network: nn.Module, roles: Roles, states: Array, requests: Mapping[str, Array], output: tuple[int, ...]
 ) -> Signature:
     """states (rows, T, ...), requests: values of every other port, maybe of the time."""
+    times = requests[roles.time].shape[1:] if roles.time in requests else ()
     ports = [
         Port(roles.state, "state", "float32", (None, *states.shape[2:]), listed=roles.state in roles.lists),
-        Port(roles.time, "time", "float32", (None,)),
+        Port(roles.time, "time", "float32", (None, *times)),
     ]
     for name, values in requests.items():
         if name not in (roles.state, roles.time) and not name.startswith(NEGATIVE):
@@ -298,14 +326,6 @@ def _signature(
     order = {name: index for index, name in enumerate(parameters_of(network))}
     ports.sort(key=lambda port: order.get(port.name.partition(".")[0], 0))
     return Signature(tuple(ports), (None, *output), type(network).__name__)
-
-
-def _interface(
-    network: nn.Module, signature: Signature, spec: SamplingSpec, guidance: Guidance | None,
-    constants: Mapping[str, Constant],
-) -> Interface:  # fmt: skip
-    plain = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in constants.items()}
-    return Interface(signature, spec, guidance, plain, settings_of(network))
 
 
 def _holds_numbers(tensor: Tensor) -> bool:

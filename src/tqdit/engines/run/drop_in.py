@@ -57,7 +57,7 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         self.register_to_config(**card.config)
         self._ports = card.signature.ports
         self._state = card.signature.state.name
-        self._constants = card.constants
+        self._constants, self._alike = card.constants, card.alike
         self._family = card.signature.family
         self._denoiser = denoiser
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # has the dtype and device of .to(...)
@@ -114,7 +114,8 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         for name, value in given.items():
             if name not in self._constants:
                 raise UsageError(f"{self._family}: the engine does not know the argument '{name}'. Leave it out.")
-            if digest(value) != self._constants[name]:
+            values = value if name in self._alike else [value]
+            if any(digest(each) != self._constants[name] for each in values):
                 raise UsageError(
                     f"{self._family}: '{name}' is not what it was when the network was exported; an engine has one "
                     "resolution and one set of options. Export for this one."
