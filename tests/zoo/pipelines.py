@@ -33,6 +33,18 @@ def embeddings(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def guided(
+    length: int, width: int, mask: str | None = None, seed: int = 1, dtype: torch.dtype = torch.int64
+) -> dict[str, torch.Tensor]:
+    """Embeddings of a prompt and of a negative one, maybe with masks of ones."""
+    call = {
+        "prompt_embeds": embeddings(1, length, width, seed=seed),
+        "negative_prompt_embeds": embeddings(1, length, width, seed=seed + 2),
+    }
+    masks = {} if mask is None else dict.fromkeys((mask, f"negative_{mask}"), torch.ones(1, length, dtype=dtype))
+    return call | masks
+
+
 def vae(latent_channels: int = 4) -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=latent_channels,
@@ -133,10 +145,126 @@ def wan() -> Family:
     return pipeline, {**call, "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 5.0}
 
 
+def flux2() -> Family:
+    network = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline = diffusers.Flux2Pipeline(scheduler, None, None, None, randomized(network))
+    return pipeline, {"prompt_embeds": embeddings(1, 6, 32), "height": 64, "width": 64, "guidance_scale": 3.5}
+
+
+def chroma() -> Family:
+    network = diffusers.ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = diffusers.ChromaPipeline(scheduler, None, None, None, randomized(network))
+    call = guided(6, 32, "prompt_attention_mask", dtype=torch.bool)
+    return pipeline, {**call, "height": 64, "width": 64, "guidance_scale": 4.0}
+
+
+def aura_flow() -> Family:
+    network = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=32, out_channels=4,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    pipeline = diffusers.AuraFlowPipeline(None, None, None, randomized(network), scheduler)
+    return pipeline, {**guided(6, 24, "prompt_attention_mask"), "height": 64, "width": 64, "guidance_scale": 3.5}
+
+
+def hunyuan_dit() -> Family:
+    network = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, patch_size=2, sample_size=8, hidden_size=32,
+        num_layers=2, cross_attention_dim=24, cross_attention_dim_t5=24, pooled_projection_dim=16, text_len=4,
+        text_len_t5=5,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction"
+    )
+    pipeline = diffusers.HunyuanDiTPipeline(
+        None, None, None, randomized(network), scheduler, None, None, requires_safety_checker=False
+    )
+    second = guided(5, 24, "prompt_attention_mask", seed=5)
+    call = guided(4, 24, "prompt_attention_mask") | {f"{name}_2": value for name, value in second.items()}
+    return pipeline, {**call, "height": 64, "width": 64, "guidance_scale": 5.0, "use_resolution_binning": False}
+
+
+def cogvideox() -> Family:
+    network = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
+        text_embed_dim=24, num_layers=1, sample_width=16, sample_height=16, sample_frames=9, max_text_seq_length=6,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler(clip_sample=False)
+    pipeline = diffusers.CogVideoXPipeline(None, None, None, randomized(network), scheduler)
+    return pipeline, {**guided(6, 24), "height": 64, "width": 64, "num_frames": 5, "guidance_scale": 6.0}
+
+
+def ltx() -> Family:
+    network = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        num_layers=1, caption_channels=24,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline = diffusers.LTXPipeline(scheduler, None, None, None, randomized(network))
+    call = guided(6, 24, "prompt_attention_mask")
+    return pipeline, {**call, "height": 128, "width": 128, "num_frames": 9, "guidance_scale": 3.0}
+
+
+def lumina2() -> Family:
+    """Its code reads the mask: one caption length for all rows, and the network is traced with one row."""
+    network = diffusers.Lumina2Transformer2DModel(
+        sample_size=8, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=3,
+        num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 2, 2), axes_lens=(32, 16, 16), cap_feat_dim=32,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    pipeline = diffusers.Lumina2Pipeline(randomized(network), scheduler, None, None, None)
+    call = guided(6, 32, "prompt_attention_mask")
+    return pipeline, {**call, "height": 64, "width": 64, "guidance_scale": 4.0, "cfg_normalization": False}
+
+
+def z_image() -> Family:
+    """Its network takes lists of rows."""
+    network = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
+        axes_dims=[4, 6, 6], axes_lens=[64, 32, 32],
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = diffusers.ZImagePipeline(scheduler, None, None, None, randomized(network))
+    call = {"prompt_embeds": [embeddings(6, 24)], "negative_prompt_embeds": [embeddings(6, 24, seed=3)]}
+    return pipeline, {**call, "height": 64, "width": 64, "guidance_scale": 4.0}
+
+
+def qwen_image() -> Family:
+    """Its guided prediction is rescaled to the norm of the conditional one: no weighted sum."""
+    network = diffusers.QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline = diffusers.QwenImagePipeline(scheduler, None, None, None, randomized(network))
+    return pipeline, {**guided(6, 24), "height": 64, "width": 64, "true_cfg_scale": 4.0}
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
+    "aura-flow": aura_flow,
+    "chroma": chroma,
+    "cogvideox": cogvideox,
     "flux": flux,
-    "sd3": sd3,
+    "flux2": flux2,
+    "hunyuan-dit": hunyuan_dit,
+    "ltx": ltx,
+    "lumina2": lumina2,
     "pixart-sigma": pixart_sigma,
+    "qwen-image": qwen_image,
     "sana": sana,
+    "sd3": sd3,
     "wan": wan,
+    "z-image": z_image,
 }
+NOT_LINEAR = ("qwen-image",)  # their loops cannot be learned: the network is recorded alone

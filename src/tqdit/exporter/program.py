@@ -1,6 +1,6 @@
 """Passes over a traced program that make it acceptable to torch's ONNX exporter. None knows a family.
 
-Each takes a `torch.export.ExportedProgram` and changes it in place.
+Each takes a `torch.export.ExportedProgram` and changes it in place; `prepare` may return another one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ SMALL = 1e-7  # onnxscript takes x + c for x below 1e-8
 RANDOM = (aten.rand.default, aten.randn.default, aten.bernoulli.p, aten.empty.memory_format)
 
 
-def prepare(program: ExportedProgram) -> None:
+def prepare(program: ExportedProgram) -> ExportedProgram:
     """All passes in their order."""
+    if any(_is_mutable(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # which also writes operations in place as others
     drop_assertions(program)
     drop_idle_squeezes(program)
     keep_epsilons(program)
     cast_bool_where(program)
     fold_constants(program)
+    return program
 
 
 def drop_assertions(program: ExportedProgram) -> None:
@@ -107,8 +110,12 @@ def fold_constants(program: ExportedProgram) -> None:
 def _is_pure(node: fx.Node) -> bool:
     if node.target is operator.getitem:  # of what an operation with several results made
         return True
+    return hasattr(node.target, "_schema") and not _is_mutable(node) and node.target not in RANDOM
+
+
+def _is_mutable(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and node.target not in RANDOM
+    return schema is not None and schema.is_mutable
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -36,9 +36,8 @@ def trace(
     example = tuple(tensor[:rows] for tensor in inputs.values())
     with _quiet(), _without_autocast():
         traced = torch.export.export(module.eval(), example, dynamic_shapes=shapes, strict=False)
-        prepare(traced)
         program = torch.onnx.export(
-            traced,
+            prepare(traced),
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),

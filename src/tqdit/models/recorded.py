@@ -26,7 +26,7 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
     network = _explicit_copy(network)
     for quirk in find_modules(quirks).values():
         if interface.signature.family in quirk.CLASSES:
-            quirk.prepare(network)
+            quirk.prepare(network, interface.signature.state.row_shape)
     constants = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in interface.constants.items()

@@ -63,7 +63,9 @@ class QuantizedNetwork(nn.Module):
         self.to(device)
 
     def forward(self, **ports: Tensor) -> Tensor:
-        groups = (ports[self.time][:, None] >= self.boundaries[None]).sum(1)  # (N,)
+        time = ports[self.time]
+        time = time if time.ndim == 1 else time.flatten(1).amax(1)  # of several for a row, such as one for each frame
+        groups = (time[:, None] >= self.boundaries[None]).sum(1)  # (N,)
         with self.rows.set(groups):
             return prediction_of(self.network(**ports))
 

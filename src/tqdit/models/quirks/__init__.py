@@ -1,4 +1,5 @@
-"""What single classes need before they can be traced, one file each: `CLASSES` and `prepare(network)`, in place.
+"""What single classes need before they can be traced, one file each: `CLASSES` and `prepare(network, state)`, in place.
 
-A new quirk is a new file in this folder. Without one a class is taken as it is.
+state: the shape of one row of the network's state. A new quirk is a new file in this folder; a class without one is
+taken as it is.
 """
