@@ -26,7 +26,7 @@ from tqdit.models.products import Scores, ValueProduct, watched
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
-GRAPH_BYTES = 100_000_000  # of what autograd keeps for one batch
+GRAPH_BYTES = 30_000_000  # of what autograd keeps for one batch
 MOST_ROWS = 64  # of one batch
 
 Cotangent = Callable[[Tensor, Tensor], Tensor]  # row numbers (N,), output (N, K, ...) -> cotangent like the output

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +32,10 @@ from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
-from tqdit.golden import CALLS, MOST_BYTES, GoldenCalls, relative_errors
+from tqdit.golden import CALLS, MOST_BYTES
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.recording import Recording
-from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.fake_quant import golden_calls
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 
@@ -220,13 +219,8 @@ class Calibration:
         row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
         count = max(1, min(CALLS, len(rows), MOST_BYTES // row_bytes))
         index = torch.linspace(0, len(rows) - 1, count).round().long()
-        calls = {name: tensor.cpu()[index].numpy() for name, tensor in rows.inputs.items()}
-        quantized = apply(self.model, table)
-        one_by_one = [{name: array[k : k + 1] for name, array in calls.items()} for k in range(count)]
-        prediction = np.concatenate([self.model(call) for call in one_by_one])
-        found = np.concatenate([quantized(call) for call in one_by_one])
+        golden = golden_calls(self.model, table, {name: t.cpu()[index].numpy() for name, t in rows.inputs.items()})
         self.meter.forward("golden calls", 2 * count)
-        golden = GoldenCalls(calls, prediction, relative_errors(found, prediction))
         interface = self.data.interface if isinstance(self.data, Recording) else None
         return replace(table, golden=golden, interface=interface)
 

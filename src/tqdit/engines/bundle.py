@@ -18,6 +18,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange
 from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
 from tqdit.files import sha256
+from tqdit.golden import Verdict
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -56,6 +57,10 @@ class Verified:
     calls: int
     error: float
     expected: float
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> Verified:
+        return cls(len(verdict.found), float(verdict.found.mean()), float(verdict.expected.mean()))
 
     @property
     def line(self) -> str:

@@ -50,25 +50,22 @@ def build_engine(
     with whole_folder(output) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
         if file.golden is not None:
-            (file.golden.of_float() if strip else file.golden).save(folder / CALLS_FILE)
+            file.golden.save(folder / CALLS_FILE)
         artefact = compiler.build(prepared, decoder, card, folder, config, progress)
         precision, files = config.precision or "fp32", describe_parts(folder)
         facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
         manifest = Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
-        if config.provider in (None, "cpu") and compiler.fitness().score:
-            manifest = _verified(folder, manifest, output)
+        if CALLS_FILE in files and config.provider in (None, "cpu") and compiler.fitness().score:
+            manifest = replace(manifest, verified=_verified(folder, manifest, output))
         write_manifest(folder, manifest)
     return manifest
 
 
-def _verified(folder: Path, manifest: Manifest, output: Path) -> Manifest:
-    """With what the golden calls gave, if it holds any. Raises VerificationError if the engine is wrong."""
+def _verified(folder: Path, manifest: Manifest, output: Path) -> Verified:
+    """What the golden calls gave. Raises VerificationError if the engine is wrong."""
     verdict = verify_bundle(folder, manifest)
-    if verdict is None:
-        return manifest
     verdict.check(str(output))
-    found, expected = float(verdict.found.mean()), float(verdict.expected.mean())
-    return replace(manifest, verified=Verified(len(verdict.found), found, expected))
+    return Verified.of(verdict)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import runner
+from tqdit.engines.run.verify import verify_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -62,12 +63,15 @@ class Sampler:
         self._decoder = decoder
 
     @classmethod
-    def open(cls, path: str | Path, *, batch: int | None = None, threads: int | None = None) -> Sampler:
+    def open(
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, verify: bool = False
+    ) -> Sampler:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend.
-        Raises FileFormatError for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
+        threads per call; None leaves it to the backend. verify: run the bundle's golden calls first, on this machine.
+        Raises VerificationError if they are wrong or if there are none, FileFormatError for a damaged bundle,
+        BackendError if it cannot run here, UsageError for a step graph.
         """
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}; it must be at least 1.")
@@ -78,6 +82,8 @@ class Sampler:
         batch = choose_batch(folder, manifest.batch, batch)
         backend = runner(manifest.backend)
         network = backend.load(folder, manifest, manifest.entry, threads)
+        if verify:
+            verify_engine(folder, manifest, network).check(str(folder))
         decoder = backend.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
         return cls(manifest.card, network, decoder, batch)
 
