@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,15 @@ class QuantizationConfig:
                 found.setdefault(layer.strip(), {})[name] = int(value) if name.endswith("bits") else value.strip()
         return found
 
+    def with_layer_knobs(self, changes: Iterable[tuple[str, Mapping[str, Any]]]) -> QuantizationConfig:
+        """With these knobs (layer, knob -> value) over those that the overrides have."""
+        merged = self.layer_knobs
+        for layer, knobs in changes:
+            merged.setdefault(layer, {}).update(knobs)
+        entries = ((layer, ",".join(f"{name}={value}" for name, value in knobs.items()))
+                   for layer, knobs in merged.items())  # fmt: skip
+        return replace(self, overrides=";".join(f"{layer}:{pairs}" for layer, pairs in entries))
+
     def for_layer(self, layer: str) -> QuantizationConfig:
         """As it is for one layer, its overrides applied."""
         changes = self.layer_knobs.get(layer)
@@ -137,6 +146,13 @@ class QuantizationConfig:
             self,
             steps=model.sampling.steps if self.steps is None else self.steps,
             guidance_scale=None if model.guidance is None else scale,
+        )
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> QuantizationConfig:
+        """From the settings of a scale table, which hold more than knobs."""
+        return cls(
+            **{knob_field.name: settings[knob_field.name] for knob_field in fields(cls) if knob_field.name in settings}
         )
 
     def to_json(self) -> dict[str, Any]:

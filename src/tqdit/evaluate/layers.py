@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibration.advice import as_text
 from tqdit.calibration.capture import Capture
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import product_costs
@@ -90,9 +89,7 @@ class Diagnosis:
         model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
         self.model, self.table, self.console = model, table, console
         self.products = {product.name: product for product in model.products}
-        known = {field.name for field in fields(QuantizationConfig)}
-        settings = {key: value for key, value in table.settings.items() if key in known} | {"equalize": False}
-        self.config = QuantizationConfig(**settings).for_model(model)
+        self.config = replace(QuantizationConfig.of_settings(table.settings), equalize=False).for_model(model)
         self.calibration = Calibration(model, self.config, work, console)
         self.every_row = self.calibration.rows()
         self.rows_per_image = rows_per_image(model.guidance)
@@ -282,9 +279,7 @@ def count_changes(diagnosis: Diagnosis, layers: list[str]) -> int:
 
 def _search(diagnosis: Diagnosis, capture: Capture, layer: str, change: dict[str, Any]) -> dict[str, Site]:
     """The sites of one layer, searched again with one change on the samples of the calibration's rows."""
-    knobs = {name: dict(held) for name, held in diagnosis.config.layer_knobs.items()}
-    knobs.setdefault(layer, {}).update(change)
-    config = replace(diagnosis.config, overrides=as_text(knobs))
+    config = diagnosis.config.with_layer_knobs([(layer, change)])
     weight: Tensor | None = getattr(find_module(diagnosis.model.network, layer), "weight", None)
     with tempfile.TemporaryDirectory() as folder:
         run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True))
