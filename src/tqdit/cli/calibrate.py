@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {default})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif choices_of(knob):
+        elif isinstance(default, str) and choices_of(knob):
             options["choices"] = choices_of(knob)
         elif isinstance(default, str):
             options["metavar"] = "TEXT"
