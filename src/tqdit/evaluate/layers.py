@@ -248,15 +248,13 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
     return found
 
 
-def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
-    """Each change of each of these layers, searched anew and measured; the largest gain per cost first."""
-    wanted = [
-        (layer, change)
-        for layer in layers
-        for change in changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
-    ]
+def remedies(
+    diagnosis: Diagnosis, wanted: list[tuple[str, dict[str, Any]]], advance: Callable[[], object]
+) -> list[Remedy]:
+    """Each change (layer, knobs) searched anew and measured; the largest gain per cost first."""
     if not wanted:
         return []
+    layers = {layer for layer, _ in wanted}
     plans = tuple(entry for entry in diagnosis.calibration.plans if entry.name in layers)
     capture = diagnosis.calibration.capture(diagnosis.model, diagnosis.every_row, plans, "remedies")
     costs, found = BitOperations(diagnosis), []
@@ -271,10 +269,6 @@ def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], obje
         advance()
     capture.delete()
     return sorted(found, key=lambda remedy: -remedy.gain_per_cost)
-
-
-def count_changes(diagnosis: Diagnosis, layers: list[str]) -> int:
-    return int(sum(len(changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])) for layer in layers))
 
 
 def _search(diagnosis: Diagnosis, capture: Capture, layer: str, change: dict[str, Any]) -> dict[str, Site]:
@@ -329,8 +323,10 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
     with console.bar(len(diagnosis.table.sites), "leaving one tensor in float", "tensors") as bar:
         gains = leave_one_out(diagnosis, bar.update)
     worst = list(dict.fromkeys(gain.layer for gain in gains))[:layers]
-    with console.bar(count_changes(diagnosis, worst), "remedies", "changes") as bar:
-        found = remedies(diagnosis, worst, bar.update)
+    held = diagnosis.table.by_module
+    wanted = [(layer, change) for layer in worst for change in changes_for(diagnosis.products[layer], held[layer])]
+    with console.bar(len(wanted), "remedies", "changes") as bar:
+        found = remedies(diagnosis, wanted, bar.update)
     return {
         "tqdit_diagnosis": 1,
         "model": diagnosis.table.model,
