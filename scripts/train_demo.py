@@ -3,7 +3,7 @@
 
     python scripts/train_demo.py judge            # about 5 minutes on 2 cores
     python scripts/train_demo.py model            # about 1.5 hours on 2 cores; --device cuda: a few minutes
-    python scripts/train_demo.py package          # the two results as package data, in float16
+    python scripts/train_demo.py package          # the two results into demo-weights/, in float16
 
 Both trainings save a checkpoint every --save-minutes and resume from it; every batch is drawn from (seed, step), so
 an interrupted run sees the same batches as an undisturbed one. Needs the extra `demo`.
@@ -30,7 +30,7 @@ from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.files import sha256
 from tqdit.models.dit import DiT, DiTBlock, DiTConfig, FinalLayer, TimestepEmbedder
-from tqdit.models.families.published import DEMO, describe
+from tqdit.models.families.published import describe
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
@@ -41,7 +41,7 @@ CONFIG = DiTConfig(
 )  # fmt: skip
 NULL_CLASS = CONFIG.num_classes
 POOL_SIZE = 131_072
-PACKAGE_DATA = Path(__file__).resolve().parent.parent / "src" / "tqdit" / "demo"
+PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
 
 def main() -> None:
@@ -243,7 +243,7 @@ def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
 
 def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (count, 3, H, W) in -1..1 of classes in turn, (count,)."""
-    model = describe(network, "training", DEMO)
+    model = describe(network, "training")
     schedule = SamplingSpec(model.sampling.process, "ddim", 50).schedule
     labels = np.arange(count) % CONFIG.num_classes
     chains = Chains(model.signature, model.guidance, count)
@@ -302,10 +302,10 @@ def train_judge(args: argparse.Namespace) -> None:
 
 
 def package(args: argparse.Namespace) -> None:
-    """Write both results as float16 safetensors into the package."""
+    """Write both results as float16 safetensors into the package tqdit_demo."""
     saved = torch.load(args.folder / "model.pt", weights_only=True)
     judge = torch.load(args.folder / "judge.pt", weights_only=True)
-    metadata = {"tqdit": json.dumps({"num_heads": CONFIG.num_heads, "classes": CLASSES, "training": saved["state"]})}
+    metadata = {"training": json.dumps(saved["state"])}
     for name, tensors, meta in (("model", saved["ema"], metadata), ("judge", judge["model"], {})):
         half = {key: value.half().contiguous() for key, value in tensors.items() if value.is_floating_point()}
         path = PACKAGE_DATA / f"{name}.safetensors"

@@ -1,6 +1,8 @@
 """`tqdit-inspect`: what it says about each kind of file, and about files that are damaged or unknown."""
 
 import argparse
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tqdit.cli.inspect import _card, inspect, run
 from tqdit.console import Console
 from tqdit.engines.run.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.exporter.onnx_writer import write
 from tqdit.models import families
 
 
@@ -146,6 +149,63 @@ def test_a_damaged_onnx_file_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"" if name.startswith("empty") else b"\xff" * 100)
     assert "not an ONNX file" in refusal(path, FileFormatError)
+
+
+BARE = """
+import sys
+for name in {libraries}:
+    sys.modules[name] = None
+from tqdit.cli.main import run
+sys.exit(run("inspect", sys.argv[1:]))
+"""
+
+
+def inspected_without(libraries, *arguments):
+    """What a machine without these libraries prints: exit code, stdout, stderr."""
+    code = BARE.format(libraries=list(libraries))
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+RUNTIME = ("onnx", "onnx_ir", "safetensors", "torch", "diffusers")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported())
+    return path
+
+
+def test_an_onnx_file_is_described_without_onnx(exported):
+    code, said, error = inspected_without(RUNTIME, str(exported))
+    assert (code, error) == (0, "")
+    lines = dict(line.split("  ", 1) for line in said.splitlines())
+    everything = {name: str(value) for name, value in inspect(str(exported))}
+    known = {name: value.strip() for name, value in lines.items() if name != "nodes"}
+    assert known == {name: everything[name] for name in everything if name not in ONLY_ONNX_KNOWS}
+    assert "needs onnx, which is not installed. Run: pip install 'onnx>=" in lines["nodes"]
+
+
+ONLY_ONNX_KNOWS = ("size", "opsets", "nodes", "inputs", "outputs")
+
+
+def test_a_scale_table_is_described_without_the_libraries_of_calibration(capsys):
+    golden = Path(__file__).parents[1] / "data" / "scales.safetensors"
+    code, said, error = inspected_without(RUNTIME, str(golden))
+    assert (code, error) == (0, "")
+    assert cli.run("inspect", [str(golden)]) == 0
+    assert said == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_a_checkpoint_needs_libraries_and_says_which(own_file, library):
+    code, said, error = inspected_without([library], str(own_file))
+    assert (code, said) == (1, "")
+    assert error.startswith(
+        f"tqdit-inspect: inspecting a checkpoint needs {library}, which is not installed. Run: pip "
+    )
+    assert len(error.splitlines()) == 1
 
 
 def test_an_onnx_file_without_its_weights_is_refused_by_their_name(tmp_path):

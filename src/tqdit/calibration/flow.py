@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -233,7 +234,11 @@ class Calibration:
             sites=tuple(sites),
             seed=self.config.seed,
             guidance_scale=1.0 if self.config.guidance_scale is None else self.config.guidance_scale,
-            settings={**self.config.to_json(), "sampler": self.spec.sampler},
+            settings={
+                **self.config.to_json(),
+                "sampler": self.spec.sampler,
+                "process": msgspec.to_builtins(self.spec.process),
+            },
             versions=versions(self.model.device),
             errors=errors,
         )

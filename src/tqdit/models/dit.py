@@ -31,7 +31,7 @@ class DiTConfig:
     hidden_size: int
     depth: int
     mlp_hidden_size: int
-    num_classes: int  # without the null class, whose label is num_classes
+    num_classes: int | None  # rows of the class table but for the last, the null class's; None: there is no table
     num_heads: int
 
     @property
@@ -76,9 +76,9 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Class labels (N,) in 0..num_classes to vectors (N, D); the last label is the null class of guidance."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
@@ -161,7 +161,8 @@ class DiT(nn.Module):
     """(x (N, C, H, W) float, timestep (N,) in 0..999, class_labels (N,)) -> (N, out_channels, H, W).
 
     The first C channels of the result are the predicted noise, the rest (if learned) the variance fraction v of
-    improved DDPM (arXiv 2102.09672, eq. 15).
+    improved DDPM (arXiv 2102.09672, eq. 15). An unconditional network has no class table, or one of a single row, and
+    takes no labels.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -169,13 +170,18 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
-        self.y_embedder = LabelEmbedder(config)
+        if config.num_classes is not None:
+            self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.pos_embed = nn.Parameter(sine_cosine_positions(config), requires_grad=False)  # (1, T, D)
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        c = self.t_embedder(timestep) + self.y_embedder(class_labels)  # (N, D)
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        c = self.t_embedder(timestep)  # (N, D)
+        if self.config.num_classes is not None:
+            c = c + self.y_embedder(
+                torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
+            )
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
             tokens = block(tokens, c)
@@ -192,12 +198,11 @@ class DiT(nn.Module):
 def signature_of(config: DiTConfig) -> Signature:
     """The ports of a DiT; the last class is the null class of guidance."""
     size, null = config.input_size, config.num_classes
+    state = Port("x", "state", "float32", (None, config.in_channels, size, size))
+    time = Port("timestep", "time", "int64", (None,))
+    label = (Port("class_labels", "request", "int64", (None,), null=null, values=null + 1),) if null else ()
     return Signature(
-        ports=(
-            Port("x", "state", "float32", (None, config.in_channels, size, size)),
-            Port("timestep", "time", "int64", (None,)),
-            Port("class_labels", "request", "int64", (None,), null=null, values=null + 1),
-        ),
+        ports=(state, time, *label),
         output=(None, config.out_channels, size, size),
         family="DiT",
     )
