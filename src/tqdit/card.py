@@ -18,7 +18,7 @@ from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "tqdit"
 
 GraphName = Literal["denoiser", "step"]
@@ -63,6 +63,7 @@ class QuantizationCard:
     boundaries: tuple[float, ...]  # of the groups of timesteps
     attention: AttentionForm
     products: dict[str, ProductForm]  # module -> how its product was exported
+    sampling: SamplingSpec  # the chain that the scales were found for
 
     @property
     def summary(self) -> str:
@@ -81,7 +82,7 @@ class GraphCard:
 
     graph: GraphName
     signature: Signature  # of the network; a step graph takes the state and the requests of it
-    sampling: SamplingSpec  # the chain that the file proposes; the scales of a quantized file were found for it
+    sampling: SamplingSpec  # the chain that the file proposes
     guidance: Guidance | None
     latents: Latents | None  # None: the state is an image in -1..1
     class_names: tuple[str, ...]
@@ -113,9 +114,13 @@ class GraphCard:
 
     def remark(self, chosen: SamplingSpec) -> str | None:
         """One line if the scales were found for another chain than the chosen one; None otherwise."""
-        if self.quantization is None or chosen == self.sampling:
+        found_for = chosen if self.quantization is None else self.quantization.sampling
+        if chosen == found_for:
             return None
-        return f"the scales were found for {self.sampling}; sampling {chosen}. Calibrate for it if quality matters."
+        process = "" if chosen.process == found_for.process else " in another process"
+        return (
+            f"the scales were found for {found_for}; sampling {chosen}{process}. Calibrate for it if quality matters."
+        )
 
     def to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = msgspec.to_builtins(self)

@@ -160,6 +160,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()  # filelock refuses a lock on a removed file: the next owner makes a new one
 
 
+def stays_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, with every link followed, lies in `folder` or in the cache of a model hub that holds the folder.
+
+    Such a cache keeps links in `snapshots/REVISION` to files in `blobs`.
+    """
+    real, tree = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    caches = (parent.parent / "blobs" for parent in tree.parents if parent.name == "snapshots")
+    return any(real.is_relative_to(place) for place in (tree, *caches))
+
+
 def _behind_links(path: Path) -> Path:
     """The target of a link: it is replaced, and the link stays."""
     with suppress(OSError):

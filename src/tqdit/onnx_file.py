@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
 from tqdit.extras import need
-from tqdit.files import bring, sha256
+from tqdit.files import bring, sha256, stays_inside
 from tqdit.graph_names import Scopes
 from tqdit.onnx_header import OnnxHeader
 
@@ -54,10 +54,14 @@ class OnnxFile:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """Files beside this one that hold weights. Raises FileFormatError if one is missing or in another folder."""
+        """Files beside this one that hold weights. Raises FileFormatError if one is missing, or in another folder.
+
+        A link is followed within the folder and in the cache of a model hub.
+        """
         names = {e.value for tensor in _tensors(self.model) for e in tensor.external_data if e.key == "location"}
         for name in names:
-            if Path(name).name != name or name in ("", ".", ".."):
+            is_plain = Path(name).name == name and name not in ("", ".", "..")
+            if not is_plain or not stays_inside(self.path.with_name(name), self.path.parent):
                 raise FileFormatError(
                     f"{self.path}: its weights lie in '{name}', outside its own folder. Refused; export it again."
                 )

@@ -31,7 +31,7 @@ def test_the_judge_knows_fresh_drawings():
 def test_the_model_is_what_its_page_says():
     model = load_model("demo")
     config = model.network.config
-    assert (config.depth, config.num_tokens, config.learns_variance) == (6, 64, True)
+    assert (config.depth, config.input_size // config.patch_size, config.learns_variance) == (6, 8, True)
     assert (model.signature.label.choices, model.class_names) == (16, tuple(CLASSES))
     assert sum(p.numel() for p in model.network.parameters()) == 1_878_552
     assert all(torch.isfinite(p).all() for p in model.network.parameters())

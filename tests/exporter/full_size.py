@@ -29,7 +29,7 @@ XL = DiTConfig(
 
 def main(folder: Path) -> None:
     network = randomize(Network(XL)).eval().requires_grad_(False)
-    model = published.describe(network, "xl", published.PUBLISHED)
+    model = published.describe(network, "xl")
     ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
     table = make_table(model, Kind(groups=10), operands=ranges)
     started = time.perf_counter()

@@ -107,10 +107,46 @@ def test_weights_outside_the_folder_are_refused(exported, monkeypatch):
         _ = file.weight_files
 
 
+@pytest.fixture
+def with_weights(exported, monkeypatch):
+    """An export with its weights in a file beside it: both paths."""
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
+    write(exported, *support.exported())
+    (weights,) = OnnxFile.read(exported).weight_files
+    return exported, weights
+
+
+def test_weights_behind_a_link_out_of_the_folder_are_refused(with_weights):
+    path, weights = with_weights
+    target = path.parent.parent / f"{path.parent.name}-secret"
+    weights.rename(target)
+    weights.symlink_to(target)
+    with pytest.raises(FileFormatError, match=rf"'{weights.name}', outside its own folder"):
+        _ = OnnxFile.read(path).weight_files
+    weights.unlink()
+    target.rename(path.parent / "inside.data")
+    weights.symlink_to("inside.data")
+    assert OnnxFile.read(path).weight_files == (weights,)
+
+
+def test_weights_in_the_cache_of_a_model_hub_are_read(with_weights, tmp_path):
+    (blobs := tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    (snapshot := tmp_path / "models--a--b" / "snapshots" / "0a1b").mkdir(parents=True)
+    for file in with_weights:
+        file.rename(blobs / f"hash-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+    path, weights = (snapshot / file.name for file in with_weights)
+    assert OnnxFile.read(path).weight_files == (weights,)
+    (blobs / f"hash-of-{weights.name}").rename(tmp_path / "secret")
+    (blobs / f"hash-of-{weights.name}").symlink_to(tmp_path / "secret")
+    with pytest.raises(FileFormatError, match="outside its own folder"):
+        _ = OnnxFile.read(path).weight_files
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 2"),
+        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 3"),
         (lambda card: {k: v for k, v in card.items() if k != "sampling"}, "damaged"),
         (lambda card: card | {"signature": card["signature"] | {"output": [None, -8, 8, 8]}}, "damaged"),
         (lambda card: card | {"sampling": card["sampling"] | {"sampler": "euler"}}, "damaged"),

@@ -19,8 +19,8 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
-from tqdit.models.families.published import read_own_facts
-from tqdit.models.state import read_sharded
+from tqdit.models.model_card import read_model_card
+from tqdit.models.state import read_tensors
 from tqdit.onnx_file import OnnxFile, parse_model, read_card
 from tqdit.quantization.granularity import granularity_from_text, granularity_to_text
 from tqdit.quantization.table import METADATA_KEY, parse
@@ -198,18 +198,16 @@ def test_indexes_of_sharded_checkpoints(tmp_path_factory, data):
     path.write_text(
         json.dumps(data.draw(changed({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})))
     )
-    assert value_or_one_line(read_sharded, path) in (None, {})
+    assert value_or_one_line(read_tensors, path) in (None, {})
 
 
 @given(st.data())
 @some
-def test_facts_of_our_own_checkpoints(tmp_path_factory, data):
-    from safetensors.numpy import save_file
-
-    path = tmp_path_factory.getbasetemp() / "own.safetensors"
-    facts = data.draw(changed({"num_heads": 2, "classes": ["a", "b"]}))
-    save_file({"x": np.zeros(1, np.float32)}, path, {"tqdit": json.dumps(facts)})
-    value_or_one_line(read_own_facts, path)
+def test_model_cards(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "own.json"
+    good = {"heads": 2, "class_names": ["a", "b"], "process": {"type": "flow", "shift": 3.0}, "guidance_scale": None}
+    path.write_text(json.dumps(data.draw(changed(good))))
+    value_or_one_line(read_model_card, path)
 
 
 @given(st.data())
