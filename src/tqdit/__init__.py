@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from tqdit.engines.run.sampler import Sampler
     from tqdit.engines.run.shards import read_shards
     from tqdit.engines.run.step_batcher import StepBatcher
+    from tqdit.models.model_card import ModelCard
     from tqdit.quantization.table import ScaleTable
 
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
     "DiffusersTransformer": "tqdit.engines.run.diffusers_transformer",
+    "ModelCard": "tqdit.models.model_card",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",
     "StepBatcher": "tqdit.engines.run.step_batcher",
@@ -46,6 +48,7 @@ __all__ = [
     "BuildConfig",
     "Denoiser",
     "DiffusersTransformer",
+    "ModelCard",
     "Sampler",
     "ScaleTable",
     "StepBatcher",

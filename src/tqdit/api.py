@@ -7,7 +7,8 @@
         images = sampler.sample([207, 360], seed=7)
 
 A model is what the commands take as MODEL ('demo', a checkpoint, a diffusers directory), a network or a state dict in
-memory, or what `tqdit.load_model` returned. Stages are imported when they are called: a machine that only samples needs neither torch nor onnx.
+memory, or what `tqdit.load_model` returned. Stages are imported when they are called: a machine that only samples needs
+neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def load_model(source: Source | Path, heads: int | None = None, card: ModelCard 
 
     heads: of one of unusual width. card: what its tensors do not tell; None: the JSON file beside it, if there is one.
     A network in memory keeps its state, and the model shares its float32 weights: do not train it meanwhile.
-    Raises CheckpointError with one line that names the file and what is wrong with it. Warns (`TqditWarning`) of what is
-    assumed.
+    Raises CheckpointError with one line that names the file and what is wrong with it. Warns (`TqditWarning`) if
+    something had to be assumed.
     """
     _need_stage("calibrate", "tqdit.load_model")
     from tqdit.models.load import load_model as load

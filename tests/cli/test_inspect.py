@@ -1,12 +1,14 @@
 """`tqdit-inspect`: what it says about each kind of file, and about files that are damaged or unknown."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import load_file
 
 import support
 from tqdit.card import Latents
@@ -57,6 +59,13 @@ def test_a_checkpoint_is_described(checkpoint):
 
 def test_a_checkpoint_of_unusual_width_asks_for_heads(checkpoint):
     assert "Pass --heads." in refusal(checkpoint, CheckpointError)
+
+
+def test_a_sharded_checkpoint_is_described_by_its_index(own_file):
+    index = own_file.with_name("own.safetensors.index.json")
+    names = load_file(own_file)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, own_file.name)}))
+    assert facts(index)["fingerprint"] == facts(own_file)["fingerprint"]
 
 
 def test_a_file_of_ours_needs_no_heads(own_file):
