@@ -3,7 +3,7 @@
 
     python scripts/train_demo.py judge            # about 5 minutes on 2 cores
     python scripts/train_demo.py model            # about 1.5 hours on 2 cores; --device cuda: a few minutes
-    python scripts/train_demo.py package          # the two results as package data, in float16
+    python scripts/train_demo.py package          # the two results into demo-weights/, in float16
 
 Both trainings save a checkpoint every --save-minutes and resume from it; every batch is drawn from (seed, step), so
 an interrupted run sees the same batches as an undisturbed one. Needs the extra `demo`.
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.files import sha256
-from tqdit.models.dit import DiT, DiTConfig, initialize
+from tqdit.models.dit import DiT, DiTBlock, DiTConfig, FinalLayer, TimestepEmbedder
 from tqdit.models.families.published import describe
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Diffusion
@@ -41,7 +41,7 @@ CONFIG = DiTConfig(
 )  # fmt: skip
 NULL_CLASS = len(CLASSES)
 POOL_SIZE = 131_072
-PACKAGE_DATA = Path(__file__).resolve().parent.parent / "src" / "tqdit" / "demo"
+PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
 
 def main() -> None:
@@ -64,6 +64,34 @@ def main() -> None:
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
+
+
+def initialize(model: DiT, seed: int = 0) -> DiT:
+    """Random weights for training from scratch: adaLN-Zero, so every block starts as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1), generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        elif isinstance(module, TimestepEmbedder):
+            for index in (0, 2):
+                linear = module.mlp[index]
+                assert isinstance(linear, nn.Linear)
+                nn.init.normal_(linear.weight, std=0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, DiTBlock | FinalLayer):
+            last = module.adaLN_modulation[1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    nn.init.zeros_(model.final_layer.linear.bias)
+    return model
 
 
 def train_model(args: argparse.Namespace) -> None:
@@ -274,7 +302,7 @@ def train_judge(args: argparse.Namespace) -> None:
 
 
 def package(args: argparse.Namespace) -> None:
-    """Write both results as float16 safetensors into the package."""
+    """Write both results as float16 safetensors into the package tqdit_demo."""
     saved = torch.load(args.folder / "model.pt", weights_only=True)
     judge = torch.load(args.folder / "judge.pt", weights_only=True)
     metadata = {"training": json.dumps(saved["state"])}

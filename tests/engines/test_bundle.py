@@ -125,7 +125,7 @@ def test_a_graph_that_cannot_be_compiled_leaves_no_bundle(tmp_path):
     for node in edited.graph.node:
         node.op_type = node.op_type.replace("LayerNormalization", "LayerNormalizatiom")
     onnx.save(edited, model)
-    with pytest.raises(BackendError, match=r"model\.onnx: ONNX Runtime .* cannot compile it"):
+    with pytest.raises(BackendError, match=r"model\.onnx: ONNX Runtime .* cannot open it"):
         build_engine(model, tmp_path / "model.engine")
     assert not (tmp_path / "model.engine").exists()
 
@@ -144,5 +144,5 @@ def test_a_missing_backend_comes_with_the_pip_command(bundle, monkeypatch):
     from tqdit.errors import MissingLibraryError
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingLibraryError, match=r"pip install 'tqdit\[onnxruntime\]'"):
+    with pytest.raises(MissingLibraryError, match=r"pip install 'onnxruntime>="):
         Sampler.open(bundle)

@@ -22,7 +22,7 @@ READERS = {
     **{name: ["inspect", "--heads", "2"] for name in ("dit.safetensors", "zip.pt", "legacy.pt")},
 }  # fmt: skip
 QUIET = ["--backend", "onnxruntime", "-q"]
-CUTS, FLIPS = 60, 300  # of each kind at most
+CUTS, FLIPS = 60, 100  # of each kind at most
 
 
 @pytest.fixture

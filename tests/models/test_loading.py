@@ -26,7 +26,7 @@ def test_demo_is_the_model_that_ships_with_the_package():
     assert (model.origin, model.source, model.latents) == ("demo", "demo", None)
     assert (model.signature.channels, model.sampling.process.learned_variance) == (3, True)
     assert model.signature.label.choices == len(model.class_names) >= 10
-    assert model.network.config.num_tokens >= 64
+    assert model.signature.state.row_shape == (3, 16, 16)
     assert model.network.config.depth >= 6
     assert load_model("demo").fingerprint == model.fingerprint
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tqdit.calibration.work import WorkFolder
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.products import Scores, ValueProduct, watched
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
@@ -95,8 +95,7 @@ class Recorder:
     """Collects the samples of some products during one network call."""
 
     def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
-        self.modules = {name: network.get_submodule(name) for name in names}
-        self.picker = picker
+        self._network, self._names, self.picker = network, names, picker
         self.found: dict[str, list[dict[str, Tensor]]] = {}  # of each product, call by call
         self._start = self._rows = 0
         self._recording = False
@@ -106,28 +105,21 @@ class Recorder:
         """Record a call, whose first row is number `start`, and the backward pass after it."""
         self._start, self._rows, self.found = start, rows, {}
         self._recording = True
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()]
-        try:
+        with watched(self._network, self._names, self._record):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def forward_is_done(self) -> None:
         """Blocks that are computed again in the backward pass are not recorded again."""
         self._recording = False
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
-                output.requires_grad_()  # its gradient starts here
-            if self._recording:
-                part = self._operands(module, [tensor.detach() for tensor in inputs])
-                part["g2"] = self._weights(module, part, torch.zeros_like(output))  # if no gradient comes
-                self.found.setdefault(name, []).append(part)
-                output.register_hook(partial(self._put_weights, module, part))  # type: ignore[no-untyped-call]
-
-        return hook
+    def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()  # its gradient starts here
+        if self._recording:
+            part = self._operands(module, [tensor.detach() for tensor in inputs])
+            part["g2"] = self._weights(module, part, torch.zeros_like(output))  # if no gradient comes
+            self.found.setdefault(name, []).append(part)
+            output.register_hook(partial(self._put_weights, module, part))  # type: ignore[no-untyped-call]
 
     def _put_weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> None:
         part["g2"] = self._weights(module, part, gradient)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
-from tqdit.calibration.cost import Meter, multiply_adds
+from tqdit.calibration.cost import Meter, product_costs
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
 from tqdit.calibration.drift import check_group_count
@@ -75,7 +75,7 @@ class Calibration:
     ) -> None:
         self.model, self.config, self.console, self.data = model, config, console, data
         self.plans = plan(model, config)
-        self.meter = Meter(multiply_adds(model))
+        self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
         self._check()
         row_facts = {
@@ -123,7 +123,13 @@ class Calibration:
         save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
         with self.console.bar(self.spec.steps, "1/3 rows from chains", "steps") as bar:
             bar.update(self.spec.steps - steps)
-            trajectory.run(lambda tensors: self.root.save(state_name, tensors), save_every, bar.update)
+
+            def after(step: int) -> None:
+                if step % save_every == 0:
+                    self.root.save(state_name, trajectory.state_dict())
+                bar.update()
+
+            trajectory.run(after)
         if measured:
             trajectory.place_boundaries()
         return trajectory.renoised_rows() if self.config.fisher == "loss" else trajectory.rows()

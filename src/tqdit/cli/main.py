@@ -9,21 +9,16 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, TqditWarning, UsageError
+from tqdit.extras import missing
 from tqdit.version import __version__
 
-VERBS = {
-    "calibrate": "tqdit.cli.calibrate",
-    "export": "tqdit.cli.export",
-    "build": "tqdit.cli.build",
-    "sample": "tqdit.cli.sample",
-    "evaluate": "tqdit.cli.evaluate",
-    "inspect": "tqdit.cli.inspect",
-}
+VERBS = ("calibrate", "export", "build", "sample", "evaluate", "inspect")  # modules of this package
 # Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
 EXTRAS = {"calibrate": "calibrate", "export": "export", "evaluate": "evaluate"}
 
@@ -129,14 +124,12 @@ def _fail(prog: str, error: Exception | str, code: int) -> int:
 
 def _load(verb: str) -> VerbModule:
     try:
-        return cast(VerbModule, importlib.import_module(VERBS[verb]))
+        return cast(VerbModule, importlib.import_module(f"tqdit.cli.{verb}"))
     except ModuleNotFoundError as error:
         library = (error.name or "tqdit").split(".")[0]
         if verb not in EXTRAS or library == "tqdit":
             raise
-        raise MissingLibraryError(
-            f"tqdit-{verb} needs {library}, which is not installed. Run: pip install 'tqdit[{EXTRAS[verb]}]'"
-        ) from error
+        raise missing(library, EXTRAS[verb], f"tqdit-{verb}") from error
 
 
 def _summary(verb: str) -> str:
@@ -147,29 +140,5 @@ def _summary(verb: str) -> str:
         return str(error)
 
 
-def calibrate() -> int:
-    return run("calibrate")
-
-
-def export() -> int:
-    return run("export")
-
-
-def build() -> int:
-    return run("build")
-
-
-def sample() -> int:
-    return run("sample")
-
-
-def evaluate() -> int:
-    return run("evaluate")
-
-
-def inspect() -> int:
-    return run("inspect")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+# What the console scripts `tqdit-VERB` call.
+calibrate, export, build, sample, evaluate, inspect = (partial(run, verb) for verb in VERBS)

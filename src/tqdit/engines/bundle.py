@@ -49,20 +49,26 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Facts:
-    """The manifest without the card, which reads itself."""
+class Artefact:
+    """What a backend compiled."""
 
-    backend: str
-    precision: str
     entry: str  # file that the backend opens
     decoder: str | None  # file of the VAE decoder
     versions: dict[str, str]  # of the libraries that built it
     target: dict[str, str]  # hardware that it runs on
     audit: Audit | None = None  # of a quantized graph
-    float_type: str = "fp32"  # of what is not integer
-    files: dict[str, Part] = field(default_factory=dict)
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts(Artefact):
+    """The manifest without the card, which reads itself."""
+
+    backend: str
+    precision: str
+    float_type: str = "fp32"  # of what is not integer
+    files: dict[str, Part] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
 from tqdit.evaluate.samples import Reference
-from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
+from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,8 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
     pooled, spatial = reference.pooled, reference.spatial
     if pooled is None:
         assert found is not None
-        pooled = moments(found.pooled).gaussian
-        spatial = None if found.spatial is None else moments(found.spatial).gaussian
+        pooled = Gaussian.of(found.pooled)
+        spatial = None if found.spatial is None else Gaussian.of(found.spatial)
     count = None if reference.images is None else len(reference.images)
     return ReferenceFeatures(reference.source, pooled, spatial, None if found is None else found.pooled, count)
 
@@ -114,7 +114,7 @@ class Metrics:
             return None
         x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
-            lambda weights: distance(weighted(x, weights)) - distance(weighted(y, weights)),
+            lambda weights: distance(Gaussian.of(x, weights)) - distance(Gaussian.of(y, weights)),
             len(images), self._choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
@@ -169,7 +169,7 @@ class Metrics:
         x = features.pooled if name == "frechet_distance" else features.spatial
         assert x is not None
         y = x.astype(np.float64)
-        return jackknife(lambda weights: distance(weighted(y, weights)), count, choice.resamples, images.labels)
+        return jackknife(lambda weights: distance(Gaussian.of(y, weights)), count, choice.resamples, images.labels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from tqdit.calibration.advice import as_text
 from tqdit.calibration.capture import Capture
 from tqdit.calibration.config import QuantizationConfig
-from tqdit.calibration.cost import multiply_adds
+from tqdit.calibration.cost import product_costs
 from tqdit.calibration.flow import Calibration
 from tqdit.calibration.rows import CalibrationRows
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Product, prediction_of
+from tqdit.models.products import Product, prediction_of, watched
 from tqdit.quantization.fake_quant import (
     QuantizedLinear,
     QuantizedNetwork,
@@ -169,25 +169,18 @@ def layer_errors(diagnosis: Diagnosis) -> dict[str, list[float]]:
     totals = {name: np.zeros((2, groups)) for name in diagnosis.table.by_module}
     group = diagnosis.rows.group.cpu().numpy()
     float_network, quantized = diagnosis.model.network, diagnosis.quantized
+    twins = {name: find_module(quantized.network, name) for name in totals}
     part = slice(0, 0)
 
-    def listen(name: str, twin: nn.Module) -> Any:
-        def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            difference = (twin(*inputs) - output).double().square().flatten(1).sum(1).cpu().numpy()
-            energy = output.double().square().flatten(1).sum(1).cpu().numpy()
-            for row, values in enumerate((difference, energy)):
-                totals[name][row] += np.bincount(group[part], values, minlength=groups)
+    def compare(name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        errors = _squares((twins[name](*inputs) - output).double()), _squares(output.double())
+        for row, values in enumerate(errors):
+            totals[name][row] += np.bincount(group[part], values, minlength=groups)
 
-        return find_module(float_network, name).register_forward_hook(compare)
-
-    handles = [listen(name, find_module(quantized.network, name)) for name in totals]
-    try:
+    with watched(float_network, totals, compare):
         for part in diagnosis.batches():
             with quantized.rows.set(diagnosis.rows.group[part]):
                 float_network(**diagnosis.rows.part(part.start, part.stop))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
         name: np.divide(wrong, energy, out=np.zeros(groups), where=energy > 0).tolist()
         for name, (wrong, energy) in totals.items()
@@ -304,18 +297,19 @@ class BitOperations:
     """What a forward pass costs: multiply-adds times the bits of both operands."""
 
     def __init__(self, diagnosis: Diagnosis) -> None:
-        self.per_row, self._elements = multiply_adds(diagnosis.model), operand_elements(diagnosis.model)
+        self.costs = product_costs(diagnosis.model)
         self.table = diagnosis.table
         held = diagnosis.table.by_module
-        self.total = float(sum(self.of(name, held.get(name, {})) for name in self.per_row))
+        self.total = float(sum(self.of(name, held.get(name, {})) for name in self.costs))
 
     def of(self, layer: str, sites: Mapping[str, Site]) -> float:
         """32 bits for a tensor that stays float; one float32 multiplication per element for a scale per group."""
         left, right = sites.get("input", sites.get("left")), sites.get("weight", sites.get("right"))
-        count = float(self.per_row[layer] * _bits(left) * _bits(right))
+        cost = self.costs[layer]
+        count = float(cost.multiply_adds * _bits(left) * _bits(right))
         if left is not None and left.quantizer.scheme in ("gelu", "softmax"):
             count *= 2  # the second region is a second product
-        for site, elements in zip((left, right), self._elements[layer], strict=False):  # a weight has none
+        for site, elements in zip((left, right), cost.elements, strict=False):  # a weight has none
             if site is not None and _touches(site):
                 count += 2 * ELEMENTWISE * elements
         return count
@@ -323,29 +317,6 @@ class BitOperations:
     def extra(self, layer: str, sites: Mapping[str, Site]) -> float:
         """Share of the model's bit operations that other sites of one layer add."""
         return (self.of(layer, sites) - self.of(layer, self.table.by_module[layer])) / self.total
-
-
-def operand_elements(model: LoadedModel) -> dict[str, list[int]]:
-    """The size of each operand of each product that is no weight, for one row."""
-    found: dict[str, list[int]] = {}
-
-    def count(name: str) -> Any:
-        def hook(_module: nn.Module, operands: tuple[Tensor, ...], _output: Tensor) -> None:
-            before = found.get(name, [0] * len(operands))
-            found[name] = [total + operand.numel() for total, operand in zip(before, operands, strict=True)]
-
-        return hook
-
-    handles = [
-        find_module(model.network, product.name).register_forward_hook(count(product.name))
-        for product in model.products
-    ]
-    try:
-        model(model.signature.zeros(1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def _bits(site: Site | None) -> int:

@@ -20,7 +20,7 @@ from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
 from tqdit.evaluate.samples import Images, Reference, read_reference
 from tqdit.evaluate.samples import write_reference as write_statistics
-from tqdit.evaluate.statistics import moments
+from tqdit.evaluate.statistics import Gaussian
 from tqdit.extras import need
 
 DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings that no training has seen
@@ -101,9 +101,7 @@ def _reference(path: Path | None, console: Console, extractor: Extractor, card: 
 
 def write_reference(path: Path, images: Observed) -> None:
     """Write the statistics of these images as a reference for later runs."""
-    pooled, spatial = (
-        None if x is None else moments(x).gaussian for x in (images.features.pooled, images.features.spatial)
-    )
+    pooled, spatial = (None if x is None else Gaussian.of(x) for x in (images.features.pooled, images.features.spatial))
     assert pooled is not None
     write_statistics(path, pooled, spatial, images.extractor, len(images))
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import flush, sha256, temporary_folder
-from tqdit.onnx_file import PRODUCER, OnnxFile, read_card, save
+from tqdit.onnx_file import OnnxFile, read_card, save
+from tqdit.onnx_header import PRODUCER
 
 
 def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tuple[int, int]] | None = None) -> None:

@@ -35,10 +35,6 @@ class DiTConfig:
     num_heads: int
 
     @property
-    def num_tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
-
-    @property
     def learns_variance(self) -> bool:
         return self.out_channels == 2 * self.in_channels
 
@@ -242,34 +238,6 @@ def sine_cosine_positions(config: DiTConfig) -> Tensor:
         angle = coordinate.reshape(-1, 1) * omega  # (T, D / 4)
         halves.append(np.concatenate([np.sin(angle), np.cos(angle)], axis=1))
     return torch.from_numpy(np.concatenate(halves, axis=1)).float().unsqueeze(0)
-
-
-def initialize(model: DiT, seed: int = 0) -> DiT:
-    """Random weights for training from scratch: adaLN-Zero, so every block starts as the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1), generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02, generator=generator)
-        elif isinstance(module, TimestepEmbedder):
-            for index in (0, 2):
-                linear = module.mlp[index]
-                assert isinstance(linear, nn.Linear)
-                nn.init.normal_(linear.weight, std=0.02, generator=generator)
-    for module in model.modules():
-        if isinstance(module, DiTBlock | FinalLayer):
-            last = module.adaLN_modulation[1]
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-    nn.init.zeros_(model.final_layer.linear.weight)
-    nn.init.zeros_(model.final_layer.linear.bias)
-    return model
 
 
 def randomize(model: DiT, seed: int = 0, scale: float = 0.02) -> DiT:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
@@ -205,14 +206,11 @@ def write_scale_table(path: Path, table: ScaleTable) -> None:
 
 def read_scale_table(path: Path) -> ScaleTable:
     """Read and validate everything. Raises FileFormatError with one line that names the file and what is wrong."""
-    safetensors = need("safetensors", "calibrate", "reading a scale table")
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Write it with tqdit-calibrate.")
     try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        metadata, tensors = safetensors_file.read(path)
+    except (OSError, ValueError) as error:
         raise FileFormatError(f"{path}: damaged or truncated ({error}). Calibrate again.") from error
     try:
         return parse(metadata, tensors)
@@ -222,11 +220,9 @@ def read_scale_table(path: Path) -> ScaleTable:
 
 def is_scale_table(path: Path) -> bool:
     """Whether the header of this safetensors file says so; reads nothing else."""
-    safetensors = need("safetensors", "calibrate", "reading a scale table")
     try:
-        with safetensors.safe_open(path, "np") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
+        return METADATA_KEY in safetensors_file.read_metadata(path)
+    except (OSError, ValueError):
         return False
 
 

@@ -184,7 +184,7 @@ def test_without_ray_the_command_names_the_package(bundle, tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run("sample", command(bundle, tmp_path / "s", "--ray")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("--ray needs ray, which is not installed. Run: pip install 'tqdit[ray]'")
+    assert line.endswith("--ray needs ray, which is not installed. Run: pip install 'ray>=2.40'")
     assert not (tmp_path / "s").exists()
 
 

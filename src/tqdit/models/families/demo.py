@@ -1,4 +1,4 @@
-"""Adapter for `demo`, the small class-conditional DiT that ships with the package (docs/demo-model.md)."""
+"""Adapter for `demo`, the small class-conditional DiT of the distribution `tqdit-demo` (docs/demo-model.md)."""
 
 from __future__ import annotations
 
