@@ -61,7 +61,7 @@ def test_a_checkpoint_is_described(checkpoint):
 
 
 def test_a_checkpoint_of_unusual_width_asks_for_heads(checkpoint):
-    assert "Pass --heads." in refusal(checkpoint, CheckpointError)
+    assert "Pass --heads, or tell" in refusal(checkpoint, CheckpointError)
 
 
 def test_a_sharded_checkpoint_is_described_by_its_index(own_file):
