@@ -77,15 +77,14 @@ class Metrics:
         self._target, self._choice = target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
-        self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
-        if target is not None:
-            self._add_distance("frechet_distance", target.pooled)
-            if target.spatial is not None:
-                self._add_distance("spatial_frechet_distance", target.spatial)
-
-    def _add_distance(self, name: str, gaussian: Gaussian) -> None:
-        if name in self._choice.metrics:
-            self._distances[name] = frechet_to(gaussian), gaussian.rank
+        targets = {} if target is None else {
+            "frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial
+        }  # fmt: skip
+        self._distances = {
+            name: (frechet_to(gaussian), gaussian.rank)
+            for name, gaussian in targets.items()
+            if gaussian is not None and name in choice.metrics
+        }
 
     def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be computed."""

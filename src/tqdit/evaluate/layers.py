@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibration.advice import as_text
 from tqdit.calibration.capture import Capture
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import product_costs
@@ -90,9 +89,7 @@ class Diagnosis:
         model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
         self.model, self.table, self.console = model, table, console
         self.products = {product.name: product for product in model.products}
-        known = {field.name for field in fields(QuantizationConfig)}
-        settings = {key: value for key, value in table.settings.items() if key in known} | {"equalize": False}
-        self.config = QuantizationConfig(**settings).for_model(model)
+        self.config = replace(QuantizationConfig.of_settings(table.settings), equalize=False).for_model(model)
         self.calibration = Calibration(model, self.config, work, console)
         self.every_row = self.calibration.rows()
         self.rows_per_image = rows_per_image(model.guidance)
@@ -252,15 +249,13 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
     return found
 
 
-def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
-    """Each change of each of these layers, searched anew and measured; the largest gain per cost first."""
-    wanted = [
-        (layer, change)
-        for layer in layers
-        for change in changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
-    ]
+def remedies(
+    diagnosis: Diagnosis, wanted: list[tuple[str, dict[str, Any]]], advance: Callable[[], object]
+) -> list[Remedy]:
+    """Each change (layer, knobs) searched anew and measured; the largest gain per cost first."""
     if not wanted:
         return []
+    layers = {layer for layer, _ in wanted}
     plans = tuple(entry for entry in diagnosis.calibration.plans if entry.name in layers)
     capture = diagnosis.calibration.capture(diagnosis.model, diagnosis.every_row, plans, "remedies")
     costs, found = BitOperations(diagnosis), []
@@ -277,15 +272,9 @@ def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], obje
     return sorted(found, key=lambda remedy: -remedy.gain_per_cost)
 
 
-def count_changes(diagnosis: Diagnosis, layers: list[str]) -> int:
-    return int(sum(len(changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])) for layer in layers))
-
-
 def _search(diagnosis: Diagnosis, capture: Capture, layer: str, change: dict[str, Any]) -> dict[str, Site]:
     """The sites of one layer, searched again with one change on the samples of the calibration's rows."""
-    knobs = {name: dict(held) for name, held in diagnosis.config.layer_knobs.items()}
-    knobs.setdefault(layer, {}).update(change)
-    config = replace(diagnosis.config, overrides=as_text(knobs))
+    config = diagnosis.config.with_layer_knobs([(layer, change)])
     weight: Tensor | None = getattr(find_module(diagnosis.model.network, layer), "weight", None)
     with tempfile.TemporaryDirectory() as folder:
         run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True))
@@ -335,8 +324,10 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
     with console.bar(len(diagnosis.table.sites), "leaving one tensor in float", "tensors") as bar:
         gains = leave_one_out(diagnosis, bar.update)
     worst = list(dict.fromkeys(gain.layer for gain in gains))[:layers]
-    with console.bar(count_changes(diagnosis, worst), "remedies", "changes") as bar:
-        found = remedies(diagnosis, worst, bar.update)
+    held = diagnosis.table.by_module
+    wanted = [(layer, change) for layer in worst for change in changes_for(diagnosis.products[layer], held[layer])]
+    with console.bar(len(wanted), "remedies", "changes") as bar:
+        found = remedies(diagnosis, wanted, bar.update)
     return {
         "tqdit_diagnosis": 1,
         "model": diagnosis.table.model,

@@ -63,7 +63,7 @@ def class_name(source: str) -> str | None:
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
     if heads is not None:
-        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out --heads.")
+        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out the heads.")
     if isinstance(source, nn.Module):
         theirs: Any = unwrap(source, ANCHOR)
         name, settings = name_of(source), {**theirs.config, "_class_name": CLASS_NAME}
