@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
@@ -108,13 +107,9 @@ def write_reference(path: Path, images: Observed) -> None:
 
 def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
     """How everything was measured; `settings` are those of the sampling."""
-    import torch
-
-    from tqdit.version import __version__
-
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,
-        "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions(),
         "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
         "settings": dict(settings),
         "extractor": None, "reference": None, "not_computed": {},
