@@ -8,7 +8,6 @@ An *image* is what one chain had at one step: one row, or with guidance the two 
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,13 +31,7 @@ from tqdit.console import Console
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, prediction_of, watched
-from tqdit.quantization.fake_quant import (
-    QuantizedLinear,
-    QuantizedNetwork,
-    QuantizedProduct,
-    find_module,
-    quantize_module,
-)
+from tqdit.quantization.fake_quant import QuantizedNetwork, find_module, quantize_module
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerTimestepGroup, Role
 from tqdit.quantization.quantizer import Part
@@ -127,6 +120,11 @@ class Diagnosis:
         low, high = np.quantile(draws, [0.025, 0.975])
         return float(1 - errors.sum() / self.base.sum()), float(low), float(high)
 
+    def quantize(self, layer: str, sites: Mapping[str, Site]) -> nn.Module:
+        """A layer of the float network, quantized by these sites."""
+        module = find_module(self.model.network, layer)
+        return quantize_module(layer, module, sites, self.quantized.rows).to(self.model.device)
+
     @contextmanager
     def replaced(self, layer: str, module: nn.Module) -> Iterator[QuantizedNetwork]:
         """The quantized network with another module in one place."""
@@ -194,31 +192,17 @@ class FloatOperand(nn.Module):
         yield Part(x)
 
 
-def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
-    """A copy of a quantized module with one of its tensors in float."""
-    changed = copy.copy(module)
-    changed._modules, changed._buffers = dict(module._modules), dict(module._buffers)
-    changed._parameters = dict(module._parameters)
-    if isinstance(module, QuantizedProduct):
-        setattr(changed, role, FloatOperand())
-        return changed
-    assert isinstance(module, QuantizedLinear)
-    assert isinstance(changed, QuantizedLinear)
-    if role == "input":
-        changed.quantize = None
-        return changed
-    assert isinstance(original, nn.Linear | nn.Conv2d)
-    changed.weight = nn.Parameter(original.weight.detach(), requires_grad=False)
-    changed.row_sums = changed.weight.flatten(1).sum(1).reshape(module.row_sums.shape)
-    return changed
-
-
 def leave_one_out(diagnosis: Diagnosis, advance: Callable[[], object]) -> list[TensorGain]:
     """Every tensor of the table in turn left in float; the largest gain first."""
     gains = []
     for site in diagnosis.table.sites:
-        original = find_module(diagnosis.model.network, site.module)
-        changed = without(find_module(diagnosis.quantized.network, site.module), original, site.role)
+        held = diagnosis.table.by_module[site.module]
+        is_product = site.role in ("left", "right")  # which needs both operands
+        changed = diagnosis.quantize(
+            site.module, {role: other for role, other in held.items() if role != site.role or is_product}
+        )
+        if is_product:
+            setattr(changed, site.role, FloatOperand())
         with diagnosis.replaced(site.module, changed) as network:
             gains.append(TensorGain(site.module, site.role, *diagnosis.gain(diagnosis.errors(network))))
         advance()
@@ -261,10 +245,7 @@ def remedies(
     costs, found = BitOperations(diagnosis), []
     for layer, change in wanted:
         sites = _search(diagnosis, capture, layer, change)
-        module = quantize_module(
-            layer, find_module(diagnosis.model.network, layer), sites, diagnosis.quantized.rows
-        ).to(diagnosis.model.device)  # fmt: skip
-        with diagnosis.replaced(layer, module) as network:
+        with diagnosis.replaced(layer, diagnosis.quantize(layer, sites)) as network:
             gain = diagnosis.gain(diagnosis.errors(network))
         found.append(Remedy(layer, change, *gain, costs.extra(layer, sites)))
         advance()
