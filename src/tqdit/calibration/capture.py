@@ -88,7 +88,7 @@ class Picker:
         return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
-class Recorder:
+class ProductRecorder:
     """Collects the samples of some products during one network call."""
 
     def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
@@ -226,7 +226,7 @@ class Capture:
         return recorded
 
     def _record(self, batch: range) -> dict[str, Tensor]:
-        recorder = Recorder(self.model.network, self.names, self.picker)
+        recorder = ProductRecorder(self.model.network, self.names, self.picker)
         inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
         inputs[self.model.signature.state.name].requires_grad_()  # or a block that is computed again would differ
         blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()

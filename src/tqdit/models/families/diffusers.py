@@ -56,9 +56,10 @@ def transformer_folder(source: str) -> Path:
 def class_name(source: str) -> str | None:
     """Of the transformer in a directory; None if its configuration is missing or not readable."""
     try:
-        return str(read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name"))
+        name = read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name")
     except CheckpointError:
         return None
+    return None if name is None else str(name)
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
