@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from tqdit.engines.backends import load_side
 from tqdit.engines.bundle import Manifest
+from tqdit.engines.process import Process
 
 
 class Engine(Protocol):
@@ -32,3 +34,30 @@ class Runner(Protocol):
 def runner(backend: str) -> Runner:
     """The run side of a backend. Raises UsageError for an unknown name."""
     return cast(Runner, load_side(backend, "run"))
+
+
+class OpenEngine:
+    """An engine in the process that opened it: refused in a fork, which would wait for threads that it does not have.
+
+    A fork does not free its copy either, for the same reason: not by `close`, and not when the fork ends.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._process = engine, Process()
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        self._process.check("engine")
+        return self._engine(inputs)
+
+    def close(self) -> None:
+        if self._process.is_here:
+            self._engine.close()
+
+    def __del__(self) -> None:
+        if not self._process.is_here:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+
+
+def open_engine(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OpenEngine:
+    """Open one compiled file of a bundle with the bundle's backend."""
+    return OpenEngine(runner(manifest.backend).load(folder, manifest, file, threads))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import check_parts, read_manifest
-from tqdit.engines.run.backend import Engine, runner
+from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.errors import UsageError
 from tqdit.ports import check_call
 
@@ -47,7 +47,7 @@ class Denoiser:
         if manifest.card.graph != "denoiser":  # before the work of loading it
             raise UsageError(f"{folder}: {STEP_GRAPH}")
         check_parts(folder, manifest)
-        engine = runner(manifest.backend).load(folder, manifest, manifest.entry, threads)
+        engine = open_engine(folder, manifest, manifest.entry, threads)
         most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
         return cls(manifest.card, engine, most)
 

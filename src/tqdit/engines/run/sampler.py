@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.run.backend import runner
+from tqdit.engines.run.backend import open_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -76,9 +76,8 @@ class Sampler:
         _check_graph(manifest.card, f"{folder}: ")
         check_parts(folder, manifest)
         batch = choose_batch(folder, manifest.batch, batch)
-        backend = runner(manifest.backend)
-        network = backend.load(folder, manifest, manifest.entry, threads)
-        decoder = backend.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
+        network = open_engine(folder, manifest, manifest.entry, threads)
+        decoder = open_engine(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
         return cls(manifest.card, network, decoder, batch)
 
     @property
