@@ -168,8 +168,9 @@ class StepBatcher:
         its place before the next step. `future.running()` is always False for this reason.
 
         Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`, BackendError
-        in a fork of the process that made the batcher. The future fails with DeadlineError, SamplingError (NaN, or the engine's error as its cause), SamplingStopped (by
-        the callback or by `close(drain=False)`) or whatever the callback raised.
+        in a fork of the batcher's process. The future fails with DeadlineError, SamplingError (NaN, or the engine's
+        error as its cause), SamplingStopped (by the callback or by `close(drain=False)`) or whatever the callback
+        raised.
         """
         self._process.check("batcher")
         ports = check_request(self.card.signature, request)
