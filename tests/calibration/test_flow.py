@@ -361,11 +361,11 @@ def test_the_command_writes_a_table_and_names_it_last(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--guidance-scale", "nan"], "guidance scale nan is not a finite number"),
+        (["--guidance-scale", "nan"], "--guidance-scale is nan; expected a finite number"),
         (["--rows-per-group", "5"], "--rows-per-group is 5.*Pass an even number"),
         (["--groups", "13"], "group 6 of 13 has no timestep of a chain of 12 steps"),
         (["--groups", "13", "--boundaries", "drift"], "--groups is 13, more than the 12 steps"),
-        (["--steps", "2000"], "--steps is 2000; a chain has 1 to 1000 steps"),
+        (["--steps", "2000"], "--steps is 2000; expected a whole number from 1 to 1000"),
         (["--overrides", "blocks.9.mlp.fc1:activation_bits=4"], "'blocks.9.mlp.fc1', which is no layer of this model"),
     ],
 )

@@ -7,14 +7,23 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tqdit.bounds import MOST_GUIDANCE, check_count, check_number
 from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
 from tqdit.sampling.guidance import check_scale
+from tqdit.sampling.process import TRAINING_STEPS
 
 if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models.loaded import LoadedModel
 
 
+MOST_FACTOR = 100  # between a candidate scale and the range-based one
+# The least and the most of each knob that is a whole number.
+COUNTS = {
+    "weight_bits": (2, 8), "activation_bits": (2, 8), "outer_bits": (2, 8), "steps": (1, TRAINING_STEPS),
+    "groups": (1, 1000), "rows_per_group": (1, 100_000), "chains": (1, 100_000), "rounds": (1, 100),
+    "candidates": (2, 10_000), "coarse": (1, 10_000), "seed": (0, 2**63),
+}  # fmt: skip
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 
@@ -83,31 +92,21 @@ class QuantizationConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "outer_bits"):
-            self._within(name, 2, 8)
-        self._within("groups", 1, 1000)
-        self._within("rows_per_group", 1, 100_000)
-        self._within("chains", 1, 100_000)
-        self._within("rounds", 1, 100)
-        self._within("candidates", 2, 10_000)
-        self._within("coarse", 1, 10_000)
-        self._within("seed", 0, 2**63)
         for knob_field in fields(self):
             choices, value = choices_of(knob_field), getattr(self, knob_field.name)
+            if knob_field.name in COUNTS and value is not None:
+                check_count(flag(knob_field), value, *COUNTS[knob_field.name])
             if choices and value not in choices:
                 raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(choices)}.")
-        if not 0 < self.alpha < self.beta or not 0 < self.token_share <= 1:
+        if self.guidance_scale is not None:
+            check_number("--guidance-scale", self.guidance_scale, -MOST_GUIDANCE, MOST_GUIDANCE)
+        if not 0 < self.alpha < self.beta <= MOST_FACTOR or not 0 < self.token_share <= 1:
             raise UsageError(
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
-                "0 < alpha < beta and a share in (0, 1]."
+                f"0 < alpha < beta <= {MOST_FACTOR} and a share in (0, 1]."
             )
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
-
-    def _within(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high}.")
 
     @property
     def layer_knobs(self) -> dict[str, dict[str, Any]]:

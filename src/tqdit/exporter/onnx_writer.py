@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import flush, sha256, temporary_folder
-from tqdit.onnx_file import PRODUCER, OnnxFile, read_card, save
+from tqdit.onnx_file import PRODUCER, OnnxFile, save
 
 
 def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tuple[int, int]] | None = None) -> None:
@@ -37,17 +38,29 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
 
 
 def check_overwrite(path: Path, force: bool) -> None:
-    """Only files that TQDiT wrote are overwritten without --force."""
-    if not path.exists() or force:
+    """Raise OutputError unless an export may take this place: free, or that of a file that tqdit-export wrote.
+
+    force: a file that this tqdit cannot use, too, as one of another version.
+    """
+    if not path.exists():
         return
     if path.is_dir():
         raise OutputError(f"{path}: is a directory. Name a file for the ONNX model.")
+    with suppress(FileFormatError):
+        file = OnnxFile.read(path)
+        marks = {file.model.producer_name, *(entry.key for entry in file.model.metadata_props)}
+        if marks & {PRODUCER, METADATA_KEY}:
+            _check_version(file, force)
+            return
+    raise OutputError(f"{path}: exists and was not written by tqdit. Choose another name, or remove it yourself.")
+
+
+def _check_version(file: OnnxFile, force: bool) -> None:
     try:
-        read_card(path)
+        _ = file.own_card
     except FileFormatError as error:
-        raise OutputError(
-            f"{path}: exists and was not written by tqdit. Choose another name or pass --force."
-        ) from error
+        if not force:
+            raise OutputError(f"{error} Or choose another name, or pass --force to replace it.") from error
 
 
 def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int]) -> VaeCard:

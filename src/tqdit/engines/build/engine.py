@@ -11,7 +11,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
-from tqdit.engines.bundle import Manifest, write_manifest
+from tqdit.engines.bundle import Manifest, check_overwrite, write_manifest
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
@@ -20,18 +20,20 @@ from tqdit.onnx_file import OnnxFile, save
 
 
 def build_engine(
-    source: Path,
-    output: Path,
+    source: str | Path,
+    output: str | Path,
     backend: str = "onnxruntime",
     config: BuildConfig | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Compile `source` for `backend` ('auto': the best one here) into the folder `output`, which appears whole or not.
 
+    A bundle that is there is replaced, of whatever version.
     Raises BackendError if a quantized product would run in float and the config does not allow it, UsageError for what
-    the backend or the file cannot do, FileFormatError for a file that is damaged or incomplete.
+    the backend or the file cannot do, FileFormatError for a file that is damaged or incomplete, OutputError for a place
+    that holds anything else.
     """
-    config = config or BuildConfig()
+    source, output, config = Path(source), Path(output), config or BuildConfig()
     file = OnnxFile.read(source)
     card = file.own_card
     config = _choose_precision(source, card, config)
@@ -44,7 +46,7 @@ def build_engine(
     config = replace(config, float_type=chosen)
     cast: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision != "int8"
-    with whole_folder(output) as folder, _prepared(file, card, strip, cast, output) as prepared:
+    with whole_folder(output, check_overwrite) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
         manifest = replace(compiler.build(prepared, card, folder, config, progress), float_type=chosen)
         write_manifest(folder, manifest)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import MOST_THREADS, check_count
 from tqdit.engines.backends import load_side
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.process import Process
@@ -56,6 +57,12 @@ class OpenEngine:
     def __del__(self) -> None:
         if not self._process.is_here:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no engine can have. None leaves it to the backend."""
+    if threads is not None:
+        check_count("threads", threads, 1, MOST_THREADS)
 
 
 def open_engine(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OpenEngine:

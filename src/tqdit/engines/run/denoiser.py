@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import check_parts, read_manifest
-from tqdit.engines.run.backend import Engine, open_engine
+from tqdit.engines.run.backend import Engine, check_threads, open_engine
 from tqdit.errors import UsageError
 from tqdit.ports import check_call
 
@@ -42,6 +42,7 @@ class Denoiser:
         threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
         BackendError if it cannot run here, UsageError for a step graph.
         """
+        check_threads(threads)
         folder = Path(path)
         manifest = read_manifest(folder)
         if manifest.card.graph != "denoiser":  # before the work of loading it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import threading
 import time
 import weakref
@@ -176,14 +175,13 @@ class StepBatcher:
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
         schedule = self.card.sampling.choose(steps, sampler).schedule
-        seed, image = operator.index(seed), operator.index(image_index)
-        check_key(seed, image)
+        check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")
         if preview_every < 0 or (preview_every and on_progress is None):
             raise UsageError(f"preview_every is {preview_every}; expected 0 or more, with an on_progress to call.")
         expires = math.inf if deadline is None else time.monotonic() + deadline
-        queued = _Request(self, schedule, ports, scale, seed, image)
+        queued = _Request(self, schedule, ports, scale, seed, image_index)
         queued.expires, queued.callback, queued.preview_every = expires, on_progress, preview_every
         with self._changed:
             if self._closing:
