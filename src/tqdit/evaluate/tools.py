@@ -6,6 +6,7 @@ import contextlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, check_reference, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
@@ -40,16 +41,29 @@ class MeasurementOptions:
 
 @dataclass(frozen=True, eq=False)
 class Tools:
+    """What images are measured with. The features of the reference are extracted when they are first asked for."""
+
     extractor: Extractor
-    target: ReferenceFeatures | None
-    metrics: Metrics
+    reference: Reference | None
     choice: MetricChoice
+    console: Console
+
+    @cached_property
+    def target(self) -> ReferenceFeatures | None:
+        return None if self.reference is None else describe_reference(self.reference, self.extractor, self.console)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.extractor, self.target, self.choice)
 
 
 def choose_tools(
     options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
 ) -> Tools | None:
-    """Extractor and reference for images of this shape, or None if there is no extractor for them."""
+    """Extractor and reference for images of this shape (H, W, ...), or None if there is no extractor for them.
+
+    Files are read and checked here, before there are images.
+    """
     from tqdit.demo.glyphs import IMAGE_SIZE
 
     extractor: Extractor
@@ -65,23 +79,11 @@ def choose_tools(
             )
         return None
     reference = _reference(options.reference, console, extractor, card)
-    target = None if reference is None else describe_reference(reference, extractor, console)
+    if reference is not None:
+        check_reference(reference, extractor)
     resamples = options.resamples or (200 if extractor.size < 512 else 20)
     choice = MetricChoice(options.metrics or METRICS, options.metrics is not None, resamples, options.seed)
-    return Tools(extractor, target, Metrics(target, choice), choice)
-
-
-def check_reference(options: MeasurementOptions, card: GraphCard) -> None:
-    """Refuse before minutes of sampling what `choose_tools` would refuse after them."""
-    for path in (options.reference, options.inception_weights):
-        if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such file or folder. Check the path.")
-    if options.reference is None and options.inception_weights is None and card.model == "demo":
-        _need_drawing()
-
-
-def _need_drawing() -> None:
-    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
+    return Tools(extractor, reference, choice, console)
 
 
 def _reference(path: Path | None, console: Console, extractor: Extractor, card: GraphCard | None) -> Reference | None:
@@ -90,7 +92,7 @@ def _reference(path: Path | None, console: Console, extractor: Extractor, card: 
         return read_reference(path)
     if extractor.name != "judge" or (card is not None and card.model != "demo"):
         return None
-    _need_drawing()
+    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
     from tqdit.demo.glyphs import draw
 
     console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")

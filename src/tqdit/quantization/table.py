@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
-from tqdit.files import whole_file
+from tqdit.files import SAFETENSORS, reading, whole_file
 from tqdit.quantization.checks import (
     AGAIN,
     BOUNDARIES,
@@ -208,12 +208,10 @@ def read_scale_table(path: Path) -> ScaleTable:
     safetensors = need("safetensors", "calibrate", "reading a scale table")
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Write it with tqdit-calibrate.")
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise FileFormatError(f"{path}: damaged or truncated ({error}). Calibrate again.") from error
+    damage = (safetensors.SafetensorError, ValueError, TypeError)
+    with reading(path, SAFETENSORS, AGAIN, *damage), safetensors.safe_open(path, "np") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     try:
         return parse(metadata, tensors)
     except FileFormatError as error:
@@ -224,9 +222,10 @@ def is_scale_table(path: Path) -> bool:
     """Whether the header of this safetensors file says so; reads nothing else."""
     safetensors = need("safetensors", "calibrate", "reading a scale table")
     try:
-        with safetensors.safe_open(path, "np") as file:
+        damage = safetensors.SafetensorError
+        with reading(path, SAFETENSORS, AGAIN, damage), safetensors.safe_open(path, "np") as file:
             return METADATA_KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError):
+    except FileFormatError:
         return False
 
 
