@@ -44,7 +44,7 @@ from tqdit.engines.run.backend import open_engine
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
-from tqdit.models.families.published import PUBLISHED, describe
+from tqdit.models.families.published import describe
 from tqdit.models.loaded import LoadedModel
 from tqdit.sampling.chains import Chains, Network, run
 
@@ -103,7 +103,7 @@ def block_stack(depth: int) -> LoadedModel:
         mlp_hidden_size=4608, num_classes=1000, num_heads=16,
     )  # fmt: skip
     network = randomize(DiT(config)).eval().requires_grad_(False)
-    return describe(network, f"DiT-XL/2 with {depth} blocks", PUBLISHED)
+    return describe(network, f"DiT-XL/2 with {depth} blocks")
 
 
 # The contenders -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+from tqdit.extras import missing
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan
 
@@ -29,7 +30,7 @@ SHARED_OF_A_BLOCK = 1024  # what the driver takes for itself
 def tool(name: str) -> Path:
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
-        raise SystemExit("kernel_resources.py needs triton. Run: pip install 'tqdit[triton]'")
+        raise SystemExit(str(missing("triton", "triton", "kernel_resources.py")))
     return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
 
 

@@ -9,24 +9,64 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
+import secrets
+from asyncio import TimerHandle, Transport
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tqdit import Sampler, StepBatcher
-from tqdit.errors import DeadlineError, QueueFullError, TqditError, UsageError
+from tqdit.errors import DeadlineError, QueueFullError, TqditError
 
 KEPT = 1000  # finished results in memory; the oldest are removed first
-DEADLINE = 600.0  # seconds
+DEADLINE = 600.0  # seconds, of an image
+ANSWER_SECONDS = 20.0  # from the first byte of a request, or from the connection, to the last byte of its answer
+CONNECTIONS = 256  # open at the same time
+BODY_BYTES = 16_384  # of a request
+
+
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of a request."""
+
+    label: int = msgspec.field(name="class")
+    guidance_scale: float | None = None
+    seed: int = 0
+    steps: int | None = None
+    sampler: str | None = None
+
+
+class Connection(H11Protocol):
+    """One client. A slow one is disconnected whatever it delays: the request's head, its body or the answer."""
+
+    timer: TimerHandle
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timer = self.loop.call_later(ANSWER_SECONDS, transport.abort)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.timer.cancel()
+        self.timer = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.timer.cancel()
+        super().connection_lost(exc)
+
+
+SERVER: dict[str, Any] = {"http": Connection, "ws": "none"}  # settings of uvicorn
 
 
 @dataclass
@@ -54,7 +94,6 @@ class Job:
 def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlette:
     """The application; the engine is opened when the server starts and closed when it ends."""
     jobs: dict[str, Job] = {}
-    numbers = itertools.count(1)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -63,20 +102,25 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
             app.state.batcher.close(drain=False)
 
     async def submit(request: Request) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY_BYTES:
+                return JSONResponse({"error": f"a body of more than {BODY_BYTES} bytes"}, 413)
         try:
-            wanted = await request.json()
-            if not isinstance(wanted, dict) or "class" not in wanted:
-                raise UsageError('expected a JSON object with a class, such as {"class": 3, "seed": 7}.')
+            wanted = msgspec.json.decode(body, type=Wanted)
             job = Job()
             job.future = request.app.state.batcher.submit(
-                wanted["class"], guidance_scale=wanted.get("guidance_scale"), seed=wanted.get("seed", 0),
-                steps=wanted.get("steps"), sampler=wanted.get("sampler"), deadline=DEADLINE, on_progress=job.advance,
+                wanted.label, guidance_scale=wanted.guidance_scale, seed=wanted.seed, steps=wanted.steps,
+                sampler=wanted.sampler, deadline=DEADLINE, on_progress=job.advance,
             )  # fmt: skip
         except QueueFullError as error:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": "5"})
-        except (UsageError, ValueError, TypeError) as error:
+        except msgspec.DecodeError as error:
+            return JSONResponse({"error": f'{error}; expected a JSON object such as {{"class": 3, "seed": 7}}'}, 400)
+        except ValueError as error:
             return JSONResponse({"error": str(error)}, 400)
-        name = str(next(numbers))
+        name = secrets.token_urlsafe(16)  # who knows it may fetch and cancel the image
         jobs[name] = job
         for old in [each for each in jobs if jobs[each].future.done()][:-KEPT]:
             del jobs[old]
@@ -118,7 +162,12 @@ def make_app(engine: str, batch: int | None = None, queue: int = 256) -> Starlet
         Route("/images/{name}", cancel, methods=["DELETE"]),
         Route("/health", health),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={ClientDisconnect: gone})
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    """The client left, or was disconnected, before its request was complete: nobody reads this."""
+    return Response(status_code=400)
 
 
 def main() -> None:
@@ -132,7 +181,7 @@ def main() -> None:
         Sampler.open(args.engine).close()  # the server would wrap its error into a traceback
     except TqditError as error:
         parser.error(str(error))
-    uvicorn.run(make_app(args.engine, args.batch), host=args.host, port=args.port)
+    uvicorn.run(make_app(args.engine, args.batch), host=args.host, port=args.port, **SERVER)
 
 
 if __name__ == "__main__":

@@ -220,8 +220,7 @@ class Bench:
         config = QuantizationConfig(steps=self.size.steps, groups=1, rows_per_group=160, chains=4, seed=HELD_OUT)
         config = config.for_model(self.model)
         trajectory = Trajectory(self.model, config, pick(self.model, config))
-        while trajectory.next_step >= 0:
-            trajectory.advance()
+        trajectory.run()
         rows = trajectory.rows()
         return rows, np.square(trajectory.spec.schedule.error_weights[rows.step.cpu().numpy()])
 

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
-from tqdit.calibration.judge import chain_error, final_samples
-from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
 from tqdit.calibration.work import versions
+from tqdit.evaluate.paired import relative_errors
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
@@ -57,8 +58,7 @@ class Judge:
         self.model, self.steps = model, steps
         held_out = QuantizationConfig(rows_per_group=16, chains=4, seed=HELD_OUT_SEED).for_model(model)
         trajectory = Trajectory(model, held_out, pick(model, held_out))
-        while trajectory.next_step >= 0:
-            trajectory.advance()
+        trajectory.run()
         self.rows: CalibrationRows = trajectory.rows()
         weights = trajectory.spec.schedule.error_weights
         self.factor = torch.from_numpy(weights[self.rows.step.cpu()]).square()
@@ -71,15 +71,21 @@ class Judge:
     def _eps(self, model: LoadedModel) -> Tensor:
         return model.call(self.rows.inputs)[:, : model.signature.channels].double()
 
-    def _samples(self, model: LoadedModel) -> Tensor:
-        return final_samples(model, self.steps, self.images, self.guidance_scale, HELD_OUT_SEED)
+    def _samples(self, model: LoadedModel) -> NDArray[np.float32]:
+        """x_0 of chains with seeded noise and requests, (images, C, ...)."""
+        config = QuantizationConfig(
+            steps=self.steps, chains=self.images, guidance_scale=self.guidance_scale, seed=HELD_OUT_SEED
+        )
+        trajectory = Trajectory(model, config, every_state(sampling_of(model, config), config))
+        trajectory.run()
+        return trajectory.chains.x.copy()
 
     def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
         energy = self.eps.square().flatten(1).sum(1).cpu()
         error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1).cpu()
         found = self._samples(quantized)
         step = float((self.factor * error).sum() / (self.factor * energy).sum())
-        return float(error.sum() / energy.sum()), step, chain_error(self.samples, found).per_image
+        return float(error.sum() / energy.sum()), step, tuple(relative_errors(self.samples, found).tolist())
 
 
 def measure(judge: Judge, name: str, config: QuantizationConfig, work: Path) -> Row:

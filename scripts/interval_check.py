@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdit.demo.glyphs import CLASSES, draw
 from tqdit.evaluate.bootstrap import around, jackknife
 from tqdit.evaluate.extractors import JudgeExtractor
-from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
+from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 
 def main() -> None:
@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("--checked", type=int, default=8, help="sets whose standard error is computed (%(default)s)")
     args = parser.parse_args()
     extractor = JudgeExtractor()
-    distance = frechet_to(moments(extractor(draw(4096, 20_000)[0]).pooled).gaussian)
+    distance = frechet_to(Gaussian.of(extractor(draw(4096, 20_000)[0]).pooled))
     print("samples   mean distance   spread over seeds   jackknife   bootstrap within classes")
     for count in args.counts:
         sets = [extractor(draw(count, seed)[0]).pooled.astype(np.float64) for seed in range(args.seeds)]
-        values = [distance(moments(x).gaussian) for x in sets]
+        values = [distance(Gaussian.of(x)) for x in sets]
         labels = np.arange(count, dtype=np.int64) % len(CLASSES)
         errors = np.array([standard_errors(x, labels, distance) for x in sets[: args.checked]]).mean(axis=0)
         print(
@@ -45,8 +45,8 @@ def standard_errors(
     x: NDArray[np.float64], labels: NDArray[np.int64], distance: Callable[[Gaussian], float]
 ) -> tuple[float, float]:
     """Of the distance of one set (N, D): by the jackknife, by the bootstrap."""
-    jack = jackknife(lambda weights: distance(weighted(x, weights)), len(x), 200, labels).standard_error
-    boot = around(lambda chosen: distance(moments(x[chosen]).gaussian), len(x), 100, 0, labels).standard_error
+    jack = jackknife(lambda weights: distance(Gaussian.of(x, weights)), len(x), 200, labels).standard_error
+    boot = around(lambda chosen: distance(Gaussian.of(x[chosen])), len(x), 100, 0, labels).standard_error
     assert jack is not None
     assert boot is not None
     return jack, boot

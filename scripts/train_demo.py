@@ -3,7 +3,7 @@
 
     python scripts/train_demo.py judge            # about 5 minutes on 2 cores
     python scripts/train_demo.py model            # about 1.5 hours on 2 cores; --device cuda: a few minutes
-    python scripts/train_demo.py package          # the two results as package data, in float16
+    python scripts/train_demo.py package          # the two results into demo-weights/, in float16
 
 Both trainings save a checkpoint every --save-minutes and resume from it; every batch is drawn from (seed, step), so
 an interrupted run sees the same batches as an undisturbed one. Needs the extra `demo`.
@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE, colour, draw, draw_masks
 from tqdit.demo.judge import Judge
 from tqdit.files import sha256
-from tqdit.models.dit import DiT, DiTConfig, initialize
-from tqdit.models.families.published import DEMO, describe
+from tqdit.models.dit import DiT, DiTBlock, DiTConfig, FinalLayer, TimestepEmbedder
+from tqdit.models.families.published import describe
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
@@ -39,9 +39,9 @@ CONFIG = DiTConfig(
     input_size=IMAGE_SIZE, patch_size=2, in_channels=3, out_channels=6, hidden_size=128, depth=6,
     mlp_hidden_size=512, num_classes=len(CLASSES), num_heads=4,
 )  # fmt: skip
-NULL_CLASS = CONFIG.num_classes
+NULL_CLASS = len(CLASSES)
 POOL_SIZE = 131_072
-PACKAGE_DATA = Path(__file__).resolve().parent.parent / "src" / "tqdit" / "demo"
+PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
 
 def main() -> None:
@@ -64,6 +64,34 @@ def main() -> None:
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
+
+
+def initialize(model: DiT, seed: int = 0) -> DiT:
+    """Random weights for training from scratch: adaLN-Zero, so every block starts as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1), generator=generator)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        elif isinstance(module, TimestepEmbedder):
+            for index in (0, 2):
+                linear = module.mlp[index]
+                assert isinstance(linear, nn.Linear)
+                nn.init.normal_(linear.weight, std=0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, DiTBlock | FinalLayer):
+            last = module.adaLN_modulation[1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    nn.init.zeros_(model.final_layer.linear.bias)
+    return model
 
 
 def train_model(args: argparse.Namespace) -> None:
@@ -215,9 +243,9 @@ def look(ema: DiT, args: argparse.Namespace, state: dict[str, Any]) -> None:
 
 def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (count, 3, H, W) in -1..1 of classes in turn, (count,)."""
-    model = describe(network, "training", DEMO)
+    model = describe(network, "training")
     schedule = SamplingSpec(model.sampling.process, "ddim", 50).schedule
-    labels = np.arange(count) % CONFIG.num_classes
+    labels = np.arange(count) % NULL_CLASS
     chains = Chains(model.signature, model.guidance, count)
     for image in range(count):
         chains.add(schedule, {"class_labels": labels[image]}, 2.0, seed, image)
@@ -274,10 +302,10 @@ def train_judge(args: argparse.Namespace) -> None:
 
 
 def package(args: argparse.Namespace) -> None:
-    """Write both results as float16 safetensors into the package."""
+    """Write both results as float16 safetensors into the package tqdit_demo."""
     saved = torch.load(args.folder / "model.pt", weights_only=True)
     judge = torch.load(args.folder / "judge.pt", weights_only=True)
-    metadata = {"tqdit": json.dumps({"num_heads": CONFIG.num_heads, "classes": CLASSES, "training": saved["state"]})}
+    metadata = {"training": json.dumps(saved["state"])}
     for name, tensors, meta in (("model", saved["ema"], metadata), ("judge", judge["model"], {})):
         half = {key: value.half().contiguous() for key, value in tensors.items() if value.is_floating_point()}
         path = PACKAGE_DATA / f"{name}.safetensors"

@@ -5,7 +5,6 @@ tests/test_noise.py` starts in a second.
 """
 
 import ctypes
-import json
 import os
 import sys
 import tempfile
@@ -58,21 +57,23 @@ def network():
 
 @pytest.fixture
 def checkpoint(tmp_path, network):
-    """Its weights as a flat `.pt`; of unusual width, so it needs `heads=2`."""
+    """Its weights as a flat `.pt` with a model card; of unusual width, so it needs `heads=2`."""
     import torch
 
     path = tmp_path / "tiny.pt"
     torch.save(network.state_dict(), path)
+    path.with_suffix(".json").write_text('{"num_classes": 5}')
     return path
 
 
 @pytest.fixture
 def own_file(tmp_path, network):
-    """Its weights as a safetensors file of ours, which says how many heads it has."""
+    """Its weights as a safetensors file with a model card that tells its heads."""
     from safetensors.torch import save_file
 
-    path = tmp_path / "tiny.safetensors"
-    save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2})})
+    path = tmp_path / "own.safetensors"
+    save_file(network.state_dict(), path)
+    path.with_suffix(".json").write_text('{"num_classes": 5, "heads": 2}')
     return path
 
 

@@ -1,39 +1,26 @@
-"""A CUDA runtime and a TensorRT that do on the host what the real ones do on a GPU, and note what they were asked.
+"""A CUDA and a TensorRT that do on the host what the real ones do on a GPU, and note what they were asked.
 
 "Device memory" is host memory, so that a wrong address, a missing copy or a stale graph gives wrong numbers. Work is
 done at once, or recorded where its stream is being captured. What this cannot show is said in docs/tensorrt.md.
 """
 
-# ruff: noqa: N815, ARG005 (names and signatures are those of the libraries)
+# ruff: noqa: ARG005 (names and signatures are those of the libraries)
 from __future__ import annotations
 
 import ctypes
-import enum
 from types import SimpleNamespace
 
 import numpy as np
 
 
-class Status(enum.IntEnum):
-    cudaSuccess = 0
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInsufficientDriver = 35
-    cudaErrorIllegalAddress = 700
-
-
-OK = Status.cudaSuccess
+class CUDAError(Exception):
+    __module__ = "cuda.core._utils.cuda_utils"  # the real one's
 
 
 class FakeCuda:
-    """The functions of `cuda.bindings.runtime` that we call, with their way of returning (status, results...)."""
+    """What we use of `cuda.core` and of `cuda.bindings.driver`."""
 
-    cudaStreamNonBlocking = 1
-    cudaEventDisableTiming = 2
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    cudaMemcpyKind = SimpleNamespace(
-        cudaMemcpyHostToDevice="H2D", cudaMemcpyDeviceToHost="D2H", cudaMemcpyDeviceToDevice="D2D"
-    )
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
+    LEGACY = 1
 
     def __init__(self, capability: tuple[int, int] = (8, 9)) -> None:
         self.capability = capability
@@ -41,105 +28,163 @@ class FakeCuda:
         self.memory: dict[int, ctypes.Array] = {}
         self.capturing: dict[int, list] = {}
         self.streams: set[int] = set()
-        self.graphs: dict[object, list] = {}
-        self.fails: dict[str, Status] = {}
+        self.graphs: set[FakeGraph] = set()
+        self.fails: dict[str, str] = {}  # call -> name of the driver's error
+        self.context = 0  # of the thread; the primary one is 1
+        self.pools = True
         self._next = 1000
 
-    def __getattribute__(self, name: str):
-        """Every call is written down, and fails where a test wants it to."""
-        value = object.__getattribute__(self, name)
-        if not name.startswith("cuda") or not callable(value):
-            return value
-
-        def called(*arguments):
-            if name in self.fails:
-                return (self.fails[name], None)
-            if not name.startswith("cudaGetError"):
-                self.calls.append(name.removeprefix("cuda"))
-            return value(*arguments)
-
-        return called
+    def note(self, call: str, needs_context: bool = True) -> None:
+        """Write a call down; fail where a test wants it to, and without a context as the driver does."""
+        error = self.fails.get(call, "" if self.context or not needs_context else "CUDA_ERROR_INVALID_CONTEXT")
+        if error:
+            raise CUDAError(f"{error}: what the documentation says. And more.")
+        self.calls.append(call)
 
     def submit(self, stream: int, work) -> None:
         """Do it now, or write it down for the graph."""
         self.capturing[stream].append(work) if stream in self.capturing else work()
 
-    def cudaGetErrorString(self, status):
-        return OK, status.name.encode()
-
-    def cudaGetDeviceCount(self):
-        return OK, 1
-
-    def cudaGetDevice(self):
-        return OK, 0
-
-    def cudaDeviceGetAttribute(self, attribute, device):
-        return OK, self.capability[attribute - 75]
-
-    def cudaStreamCreateWithFlags(self, flags):
-        self._next += 1
-        self.streams.add(self._next)
-        return OK, self._next
-
-    def cudaStreamSynchronize(self, stream):
-        return (OK,)
-
-    def cudaStreamDestroy(self, stream):
-        self.streams.remove(stream)
-        return (OK,)
-
-    def cudaEventCreateWithFlags(self, flags):
-        return OK, object()
-
-    def cudaEventRecord(self, event, stream):
-        return (OK,)
-
-    def cudaStreamWaitEvent(self, stream, event, flags):
-        return (OK,)
-
-    def cudaEventDestroy(self, event):
-        return (OK,)
-
-    def _allocate(self, size):
+    def reserve(self, size: int) -> int:
         block = ctypes.create_string_buffer(b"\xff" * size, size)  # NaN where nothing was copied
         self.memory[ctypes.addressof(block)] = block
-        return OK, ctypes.addressof(block)
+        return ctypes.addressof(block)
 
-    cudaMalloc = cudaMallocHost = _allocate
+    def new_stream(self) -> int:
+        self._next += 1
+        self.streams.add(self._next)
+        return self._next
 
-    def _release(self, address):
-        del self.memory[address]
-        return (OK,)
+    def cuCtxGetCurrent(self):
+        return 0, self.context
 
-    cudaFree = cudaFreeHost = _release
+    def cuCtxSetCurrent(self, context):
+        self.context = context
 
-    def cudaMemcpyAsync(self, target, source, size, kind, stream):
-        self.submit(stream, lambda: ctypes.memmove(target, source, size))
-        return (OK,)
+    def Device(self):
+        return FakeDevice(self)
 
-    def cudaStreamBeginCapture(self, stream, mode):
-        self.capturing[stream] = []
-        return (OK,)
+    @property
+    def Stream(self):
+        return SimpleNamespace(from_handle=lambda handle: FakeStream(self, handle))
 
-    def cudaStreamEndCapture(self, stream):
-        return OK, self.capturing.pop(stream)
+    @property
+    def Buffer(self):
+        return SimpleNamespace(from_handle=lambda ptr, size, owner=None: FakeBuffer(self, ptr, size, owner))
 
-    def cudaGraphInstantiate(self, graph, flags):
-        executable = object()
-        self.graphs[executable] = list(graph)
-        return OK, executable
+    def LegacyPinnedMemoryResource(self):
+        return FakeMemory(self, "pinned")
 
-    def cudaGraphDestroy(self, graph):
-        return (OK,)
+    def DeviceMemoryResource(self, device, options):
+        return FakeMemory(self, "device")
 
-    def cudaGraphExecDestroy(self, executable):
-        del self.graphs[executable]
-        return (OK,)
+    def DeviceMemoryResourceOptions(self):
+        return None
 
-    def cudaGraphLaunch(self, executable, stream):
-        for work in self.graphs[executable]:
+
+class FakeDevice:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.compute_capability = cuda.capability
+        self.properties = SimpleNamespace(memory_pools_supported=cuda.pools)
+
+    @property
+    def memory_resource(self):
+        return FakeMemory(self.cuda, "shared")
+
+    def set_current(self):
+        self.cuda.context = 1
+
+    def create_stream(self):
+        self.cuda.note("create_stream")
+        return FakeStream(self.cuda, self.cuda.new_stream())
+
+    def sync(self):
+        self.cuda.note("device.sync")
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, handle: int) -> None:
+        self.cuda, self.handle = cuda, handle
+
+    def sync(self):
+        self.cuda.note("sync")
+
+    def wait(self, stream):
+        self.cuda.note("wait")
+
+    def close(self):
+        self.cuda.streams.remove(self.handle)
+
+    def create_graph_builder(self):
+        return FakeGraphBuilder(self.cuda, self.handle)
+
+
+class FakeMemory:
+    def __init__(self, cuda: FakeCuda, kind: str) -> None:
+        self.cuda, self.kind = cuda, kind
+
+    def allocate(self, size, *, stream=None):
+        self.cuda.note(f"allocate {self.kind}")
+        assert (stream is None) == (self.kind == "pinned"), "the real one asks for a stream"
+        return FakeBuffer(self.cuda, self.cuda.reserve(size), size, ours=True)
+
+
+class FakeBuffer:
+    def __init__(self, cuda: FakeCuda, handle: int, size: int, owner=None, ours: bool = False) -> None:
+        self.cuda, self.handle, self.size, self.owner, self.ours = cuda, handle, size, owner, ours
+
+    def copy_from(self, src, *, stream):
+        assert src.size == self.size, "the real one refuses buffers of different sizes"
+        self.cuda.note("copy")
+        target, source = self.handle, src.handle
+        self.cuda.submit(stream.handle, lambda: ctypes.memmove(target, source, src.size))
+
+    def copy_to(self, dst, *, stream):
+        dst.copy_from(self, stream=stream)
+
+    def close(self):
+        if self.ours and self.handle:
+            self.cuda.calls.append("free")
+            del self.cuda.memory[self.handle]
+        self.handle = 0
+
+
+class FakeGraphBuilder:
+    def __init__(self, cuda: FakeCuda, stream: int) -> None:
+        self.cuda, self.stream, self.work = cuda, stream, None
+
+    def begin_building(self, mode):
+        assert mode == "thread_local"
+        self.cuda.note("begin_building")
+        self.cuda.capturing[self.stream] = []
+
+    def end_building(self):
+        self.cuda.note("end_building")
+        self.work = self.cuda.capturing.pop(self.stream)
+        return self
+
+    def complete(self):
+        self.cuda.note("complete")
+        return FakeGraph(self.cuda, self.work)
+
+    def close(self):
+        self.cuda.calls.append("close builder")
+        self.cuda.capturing.pop(self.stream, None)
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda, work) -> None:
+        self.cuda, self.work = cuda, work
+        cuda.graphs.add(self)
+
+    def launch(self, stream):
+        self.cuda.note("launch")
+        for work in self.work:
             work()
-        return (OK,)
+
+    def close(self):
+        self.cuda.graphs.remove(self)
 
 
 class FakeTensorRT:

@@ -63,7 +63,7 @@ def tiny_model(origin: str = "published", steps: int = 20, pixels: bool = False,
     else:
         config = replace(tiny_config(), in_channels=channels, out_channels=2 * channels)
         network = randomize(DiT(config), seed, scale=0.2).eval().requires_grad_(False)
-        model = published.describe(network, "tiny", published.PUBLISHED)
+        model = published.describe(network, "tiny")
     latents = None if pixels else model.latents
     return replace(model, sampling=model.sampling.choose(steps), latents=latents)
 

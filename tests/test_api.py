@@ -24,11 +24,12 @@ def blocks_of(page):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a tiny pixel model of random weights, tiny.safetensors, which names its heads and classes."""
+    """A folder with a tiny pixel model of random weights, tiny.safetensors, which beside a card with its facts."""
     from safetensors.torch import save_file
 
-    facts = {"tqdit": json.dumps({"num_heads": 2, "classes": "abcde"})}
-    save_file(support.tiny_model(pixels=True).network.state_dict(), tmp_path / "tiny.safetensors", facts)
+    save_file(support.tiny_model(pixels=True).network.state_dict(), tmp_path / "tiny.safetensors")
+    card = {"space": "pixels", "heads": 2, "class_names": list("abcde")}
+    (tmp_path / "tiny.json").write_text(json.dumps(card))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -84,7 +85,7 @@ def test_an_unknown_preset_or_knob_is_refused_by_name(place):
         tqdit.calibrate("tiny.safetensors", preset="fastest")
     with pytest.raises(UsageError, match=r"'bits'.*weight_bits"):
         tqdit.calibrate("tiny.safetensors", bits=4)
-    assert [path.name for path in place.iterdir()] == ["tiny.safetensors"]
+    assert {path.name for path in place.iterdir()} == {"tiny.safetensors", "tiny.json"}
 
 
 def test_a_file_of_another_program_is_overwritten_by_force_alone(place):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import shlex
 import subprocess
 import sys
 import types
@@ -66,12 +67,11 @@ def test_every_verb_is_installed_as_a_command():
         assert callable(function), name
 
 
-@pytest.mark.parametrize("name", ["export", "build", "sample", "inspect"])
-def test_the_installed_commands_run_their_verb(name, monkeypatch):
-    called = []
-    monkeypatch.setattr(cli, "run", lambda verb: called.append(verb) or 0)
-    assert getattr(cli, name)() == 0
-    assert called == [name]
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_the_installed_commands_run_their_verb(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"tqdit-{name}", "--help"])
+    assert exit_code(getattr(cli, name)) == 0
+    assert capsys.readouterr().out.startswith(f"usage: tqdit-{name} ")
 
 
 def test_an_unknown_verb_is_a_usage_error(capsys):
@@ -236,9 +236,11 @@ def test_sampling_needs_only_the_libraries_of_the_runtime():
 def test_a_missing_library_is_answered_with_the_pip_command(library):
     done = without([library], "export")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"tqdit export: tqdit-export needs {library}, which is not installed. Run: pip install 'tqdit[export]'\n"
+    (line,) = done.stderr.splitlines()
+    command = line.removeprefix(
+        f"tqdit export: tqdit-export needs {library}, which is not installed. Run: pip install "
     )
+    assert {name.split(">")[0] for name in shlex.split(command)} >= {"torch", "onnx", "onnx-ir", "onnxscript"}
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):

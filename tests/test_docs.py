@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tqdit import __version__
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
@@ -48,3 +50,13 @@ def test_the_flow_s_figure_names_every_command_and_file():
     texts = {element.text for element in figure.iter("{http://www.w3.org/2000/svg}text")}
     assert texts >= {"tqdit-calibrate", "tqdit-export", "tqdit-build", "tqdit-sample"}
     assert texts >= {"checkpoint", "scales.safetensors", "model.onnx", "model.engine/", "images"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_installs_tqdit_from_a_clone_or_a_wheel(page):
+    """The name is on no package index."""
+    for command in re.findall(r"pip install[^`#\n]*", page.read_text("utf-8")):
+        assert not re.search(r"[ ']tqdit\b(?!-\d)", command), command
+        assert all(version == __version__ for version in re.findall(r"tqdit-(\d.*?)-py3-none-any\.whl", command)), (
+            command
+        )

@@ -6,7 +6,6 @@ the manifest of every engine, so the engine side reads no other file.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "tqdit"
 
 GraphName = Literal["denoiser", "step"]
@@ -64,6 +63,7 @@ class QuantizationCard:
     boundaries: tuple[float, ...]  # of the groups of timesteps
     attention: AttentionForm
     products: dict[str, ProductForm]  # module -> how its product was exported
+    sampling: SamplingSpec  # the chain that the scales were found for
 
     @property
     def summary(self) -> str:
@@ -82,7 +82,7 @@ class GraphCard:
 
     graph: GraphName
     signature: Signature  # of the network; a step graph takes the state and the requests of it
-    sampling: SamplingSpec  # the chain that the file proposes; the scales of a quantized file were found for it
+    sampling: SamplingSpec  # the chain that the file proposes
     guidance: Guidance | None
     latents: Latents | None  # None: the state is an image in -1..1
     class_names: tuple[str, ...]
@@ -114,27 +114,19 @@ class GraphCard:
 
     def remark(self, chosen: SamplingSpec) -> str | None:
         """One line if the scales were found for another chain than the chosen one; None otherwise."""
-        if self.quantization is None or chosen == self.sampling:
+        found_for = chosen if self.quantization is None else self.quantization.sampling
+        if chosen == found_for:
             return None
-        return f"the scales were found for {self.sampling}; sampling {chosen}. Calibrate for it if quality matters."
+        process = "" if chosen.process == found_for.process else " in another process"
+        return (
+            f"the scales were found for {found_for}; sampling {chosen}{process}. Calibrate for it if quality matters."
+        )
 
     def to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = msgspec.to_builtins(self)
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> GraphCard:
+    def from_json(cls, text: str | bytes, where: str) -> GraphCard:
         """Raises FileFormatError naming `where` if the text is not a card of this version."""
-        try:
-            values = json.loads(text)
-            version = values.pop("format_version")
-            if version == FORMAT_VERSION:
-                return msgspec.convert(values, cls)
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError, UsageError) as error:
-            raise FileFormatError(
-                f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
-            ) from error
-        raise FileFormatError(
-            f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-            "Export again, or install the tqdit that wrote it."
-        )
+        return decode_record(text, cls, FORMAT_VERSION, f"{where}: '{METADATA_KEY}' metadata", "Export again.")

@@ -71,3 +71,7 @@ class QueueFullError(SamplingError):
 
 class DeadlineError(SamplingError, TimeoutError):
     """The deadline of a request passed before its image was finished."""
+
+
+class TqditWarning(UserWarning):
+    """Something was assumed, or is not as a user may expect; the result may differ from what was meant."""

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from tqdit.errors import FileFormatError, InputError, OutputError, TqditError
 NPZ_ERRORS = (ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCK = ".lock"  # an empty file in a locked folder
 _SUFFIX = ".partial"
+T = TypeVar("T")
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename met a full folder or a file
 _LONGEST = len("..prepared..1234567890.partial.partial")  # what the names of temporary files add to that of an output
 _ADVICE = {
@@ -145,6 +147,7 @@ NPZ = Format("an .npz of arrays", re.compile(rb"PK\x03\x04|PK\x05\x06"), 4)
 SAFETENSORS = Format("a safetensors file", re.compile(rb".{8}\{", re.DOTALL), 9)
 TORCH = Format("a PyTorch checkpoint", re.compile(rb"PK\x03\x04|\x80"), 4)
 JSON = Format("a JSON object", re.compile(rb"\s*\{"), 2)
+ONNX = Format("an ONNX file", re.compile(rb"\x08"), 2)
 
 
 @contextmanager
@@ -199,6 +202,26 @@ def check_writable(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Version(msgspec.Struct):
+    """The part of a record that has the same form in every version."""
+
+    format_version: int
+
+
+def decode_record(text: str | bytes, kind: type[T], version: int, where: str, advice: str) -> T:
+    """A dataclass from JSON with a `format_version`. Raises FileFormatError if it is damaged or of another version."""
+    try:
+        found = msgspec.json.decode(text, type=_Version).format_version
+        if found == version:
+            return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise FileFormatError(f"{where}: damaged ({error}). {advice}") from error
+    raise FileFormatError(
+        f"{where}: written in format {found}, this tqdit reads format {version}. {advice} Or install the tqdit that "
+        "wrote it."
+    )
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
@@ -256,6 +279,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 (folder / LOCK).unlink()  # filelock refuses a lock on a removed file: the next owner makes a new one
+
+
+def stays_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, with every link followed, lies in `folder` or in the cache of a model hub that holds the folder.
+
+    Such a cache keeps links in `snapshots/REVISION` to files in `blobs`.
+    """
+    real, tree = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    caches = (parent.parent / "blobs" for parent in tree.parents if parent.name == "snapshots")
+    return any(real.is_relative_to(place) for place in (tree, *caches))
 
 
 def _behind_links(path: Path) -> Path:

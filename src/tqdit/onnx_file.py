@@ -10,8 +10,9 @@ from pathlib import Path
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
 from tqdit.extras import need
-from tqdit.files import bring, sha256
+from tqdit.files import ONNX, bring, reading, sha256, stays_inside
 from tqdit.graph_names import Scopes
+from tqdit.onnx_header import OnnxHeader
 
 need("onnx", "build", "reading and writing ONNX files")
 need("onnx_ir", "build", "reading and writing ONNX files")
@@ -20,7 +21,6 @@ import onnx  # noqa: E402  (after its absence has been answered)
 import onnx_ir as ir  # noqa: E402
 from google.protobuf.message import DecodeError, Message  # noqa: E402
 
-PRODUCER = "tqdit"
 SMALL_BYTES = 256  # shapes and the like stay inside, since tools infer other shapes from them
 EXTERNAL_DATA_BYTES = 1_000_000_000  # a protobuf file ends at 2 GB; from half of that weights go beside it
 
@@ -35,16 +35,13 @@ class OnnxFile:
     @classmethod
     def read(cls, path: Path) -> OnnxFile:
         """Parse `path`. Raises FileFormatError if it is missing, damaged or not an ONNX file."""
-        if path.is_dir():
-            raise FileFormatError(f"{path}: a folder, expected the ONNX file that tqdit-export wrote. Pass that file.")
-        if not path.is_file():
-            raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
+        OnnxHeader.read(path)  # which refuses it in the words that a machine without onnx uses
         return cls(path, parse_model(path))
 
     @cached_property
     def card(self) -> GraphCard | None:
         """None if another program wrote the file. Raises FileFormatError if it is damaged."""
-        return _card(self.model, self.path)
+        return OnnxHeader.read(self.path).card
 
     @property
     def own_card(self) -> GraphCard:
@@ -57,10 +54,14 @@ class OnnxFile:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
-        """Files beside this one that hold weights. Raises FileFormatError if one is missing or in another folder."""
+        """Files beside this one that hold weights. Raises FileFormatError if one is missing, or in another folder.
+
+        A link is followed within the folder and in the cache of a model hub.
+        """
         names = {e.value for tensor in _tensors(self.model) for e in tensor.external_data if e.key == "location"}
         for name in names:
-            if Path(name).name != name or name in ("", ".", ".."):
+            is_plain = Path(name).name == name and name not in ("", ".", "..")
+            if not is_plain or not stays_inside(self.path.with_name(name), self.path.parent):
                 raise FileFormatError(
                     f"{self.path}: its weights lie in '{name}', outside its own folder. Refused; export it again."
                 )
@@ -134,27 +135,13 @@ def parse_model(path: Path) -> onnx.ModelProto:
 
     Raises FileFormatError if it is not an ONNX file.
     """
-    try:
+    with reading(path, ONNX, "Export it again.", DecodeError, ValueError):
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise FileFormatError(f"{path}: damaged or truncated, not an ONNX file ({error}). Export it again.") from error
     if not _is_text(model):
         raise FileFormatError(f"{path}: damaged, not an ONNX file (a name that is not UTF-8). Export it again.")
     if not model.graph.node:
         raise FileFormatError(f"{path}: not an ONNX file, or one without a graph. Export it again.")
     return model
-
-
-def _card(model: onnx.ModelProto, path: Path) -> GraphCard | None:
-    for entry in model.metadata_props:
-        if entry.key == METADATA_KEY:
-            return GraphCard.from_json(entry.value, str(path))
-    if model.producer_name == PRODUCER:
-        raise FileFormatError(
-            f"{path}: damaged or truncated: tqdit-export wrote it with '{METADATA_KEY}' metadata, which is not there. "
-            "Export it again."
-        )
-    return None
 
 
 def _is_text(message: Message) -> bool:

@@ -48,10 +48,8 @@ def test_every_step_is_measured_and_every_group_gets_its_rows():
     config = SMALL.for_model(model)
     spec = sampling_of(model, config)
     trajectory = Trajectory(model, config, every_state(spec, config))
-    states = {}
-    while trajectory.next_step >= 0:
-        states[trajectory.next_step] = trajectory.chains.x.copy()
-        trajectory.advance()
+    states = {trajectory.next_step: trajectory.chains.x.copy()}
+    trajectory.run(lambda step: states.update({step - 1: trajectory.chains.x.copy()}))
     statistics = trajectory.drift.statistics.numpy()
     operands = len(model.products) + sum(product.place == "attention" for product in model.products)
     assert statistics.shape == (12, 2 * operands)
@@ -69,14 +67,14 @@ def test_the_table_holds_the_boundaries_and_a_resumed_run_the_same(tmp_path: Pat
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **{**vars(SMALL), "time_groups": "all"})
     table = calibrate(model, config, tmp_path / "a").table
     assert table.groups == 3
-    advance, calls = Trajectory.advance, iter(range(100))
+    call, calls = Trajectory.call, iter(range(100))
 
-    def killed(trajectory):
+    def killed(trajectory, inputs):
         if next(calls) == 7:
             raise KeyboardInterrupt
-        advance(trajectory)
+        return call(trajectory, inputs)
 
-    monkeypatch.setattr(Trajectory, "advance", killed)
+    monkeypatch.setattr(Trajectory, "call", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, config, tmp_path / "b")
     assert calibrate(model, config, tmp_path / "b").table == table

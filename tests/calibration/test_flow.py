@@ -22,13 +22,12 @@ from safetensors.torch import save_file
 from support import tiny_model
 from tqdit.calibration import capture, flow
 from tqdit.calibration.config import PRESETS, QuantizationConfig
-from tqdit.calibration.flow import calibrate, finish
-from tqdit.calibration.judge import chain_error, final_samples
-from tqdit.calibration.judge import eps_error as eps_error_of
-from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.flow import calibrate
+from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
 from tqdit.calibration.work import WorkFolder
 from tqdit.cli.main import main
 from tqdit.errors import UsageError
+from tqdit.evaluate.paired import relative_errors
 from tqdit.models.dit import randomize
 from tqdit.models.families import diffusers
 from tqdit.models.load import load_model
@@ -38,6 +37,21 @@ from tqdit.quantization.granularity import PerTensor, PerTimestepGroup
 from tqdit.quantization.table import ScaleTable, read_scale_table
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
+
+
+def final_samples(model: LoadedModel, **knobs: object) -> np.ndarray:
+    """x_0 of chains with seeded noise and requests, (images, C, ...)."""
+    config = QuantizationConfig(guidance_scale=1.5, **knobs)
+    trajectory = Trajectory(model, config, every_state(sampling_of(model, config), config))
+    trajectory.run()
+    return trajectory.chains.x.copy()
+
+
+@torch.no_grad()
+def eps_error_of(model: LoadedModel, table: ScaleTable, rows: CalibrationRows) -> float:
+    """Squared error of the prediction on given rows, relative to its energy."""
+    a, b = (each.call(rows.inputs)[:, : model.signature.channels] for each in (model, apply(model, table)))
+    return float((a - b).square().sum() / a.square().sum())
 
 
 def eps_error(model: LoadedModel, table: ScaleTable) -> float:
@@ -78,10 +92,9 @@ def test_more_bits_give_less_error(tmp_path: Path, origin: str) -> None:
 def test_the_chain_of_a_quantized_model_stays_close_to_the_float_one(tmp_path: Path) -> None:
     model = tiny_model()
     table = calibrate(model, replace(PRESETS["tq-dit"], **SMALL), tmp_path).table
-    reference = final_samples(model, 12, 3, 1.5, seed=5)
-    assert chain_error(reference, reference).mean == 0
-    error = chain_error(reference, final_samples(apply(model, table), 12, 3, 1.5, seed=5))
-    assert 0 < error.mean < 0.1
+    chains = {"steps": 12, "chains": 3, "seed": 5}
+    reference, found = final_samples(model, **chains), final_samples(apply(model, table), **chains)
+    assert 0 < relative_errors(reference, found).mean() < 0.1
 
 
 def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> None:
@@ -133,8 +146,9 @@ def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) 
             weight_bits=bits, activation_bits=bits, steps=25, groups=5, rows_per_group=8, chains=2
         )
         quantized = apply(model, calibrate(model, config, tmp_path).table)
-        reference = final_samples(model, 25, 4, 1.5, seed=1)
-        errors.append(float(np.median(chain_error(reference, final_samples(quantized, 25, 4, 1.5, seed=1)).per_image)))
+        chains = {"steps": 25, "chains": 4, "seed": 1}
+        reference, found = final_samples(model, **chains), final_samples(quantized, **chains)
+        errors.append(float(np.median(relative_errors(reference, found))))
     assert errors[0] < 0.005
     assert errors[0] < errors[1] / 3
 
@@ -227,15 +241,15 @@ def test_chains_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     """Every step is saved where there are fewer steps than saves."""
     model, config = tiny_model(), replace(PRESETS["min-max"], **SMALL)
     undisturbed = calibrate(model, config, tmp_path / "a").table.to_bytes()
-    advance, steps = Trajectory.advance, []
+    call, steps = Trajectory.call, []
 
-    def stopped(trajectory: Trajectory) -> None:
+    def stopped(trajectory: Trajectory, inputs: dict[str, np.ndarray]) -> np.ndarray:
         steps.append(trajectory.next_step)
         if steps[-1] == step and len(steps) == 12 - step:
             raise KilledError
-        advance(trajectory)
+        return call(trajectory, inputs)
 
-    monkeypatch.setattr(Trajectory, "advance", stopped)
+    monkeypatch.setattr(Trajectory, "call", stopped)
     with pytest.raises(KilledError):
         calibrate(model, config, tmp_path / "b")
     resumed = calibrate(model, config, tmp_path / "b")
@@ -248,7 +262,7 @@ def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
     (tmp_path / "search-of-my-life").mkdir()  # the user's: nothing of ours has such a name
     first = calibrate(model, config, tmp_path)
-    finish(model, config, tmp_path)
+    first.folder.delete()
     assert sorted(path.name[:8] for path in tmp_path.iterdir())[-1] == "search-o"
     (tmp_path / "search-of-my-life").rmdir()
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["rows-"]
@@ -261,8 +275,9 @@ def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path
 
 def test_a_damaged_file_of_rows_is_sampled_again(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
-    first = calibrate(model, config, tmp_path).table
-    finish(model, config, tmp_path)
+    result = calibrate(model, config, tmp_path)
+    first = result.table
+    result.folder.delete()
     (rows,) = tmp_path.glob("rows-*")
     rows.write_bytes(rows.read_bytes()[:100])
     assert calibrate(model, config, tmp_path).table == first
@@ -285,7 +300,7 @@ def test_another_family_calibrates(two_streams: LoadedModel, tmp_path: Path) -> 
     assert all(site.divisor is None for site in table.sites)  # no place for one
     rows = CalibrationRows.of(WorkFolder(tmp_path).load(next(tmp_path.glob("rows-*")).stem))
     assert len(rows) == 9
-    assert eps_error_of(two_streams, apply(two_streams, table), rows) < 0.02
+    assert eps_error_of(two_streams, table, rows) < 0.02
 
 
 def test_an_unguided_model_has_no_guidance_scale(tmp_path: Path) -> None:
@@ -312,11 +327,10 @@ def test_the_module_of_diffusers_loses_as_little_as_it_did_converted(tmp_path: P
     knobs = {"steps": 20, "groups": 4, "rows_per_group": 16, "chains": 4, "guidance_scale": 1.5}
     held_out = QuantizationConfig(**knobs, seed=10_000)
     trajectory = Trajectory(model, held_out, pick(model, held_out))
-    while trajectory.next_step >= 0:
-        trajectory.advance()
+    trajectory.run()
     for preset, converted in (("tq-dit", 2.15e-4), ("min-max", 2.46e-4)):
         table = calibrate(model, replace(PRESETS[preset], **knobs), tmp_path).table
-        assert eps_error_of(model, apply(model, table), trajectory.rows()) < 1.3 * converted
+        assert eps_error_of(model, table, trajectory.rows()) < 1.3 * converted
 
 
 @pytest.mark.parametrize(
@@ -390,7 +404,7 @@ def test_settings_are_refused_before_the_chains_run(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     flags: list[str], message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(Trajectory, "advance", lambda _: pytest.fail("a chain ran"))
+    monkeypatch.setattr(Trajectory, "call", lambda *_: pytest.fail("a chain ran"))
     output = tmp_path / "s.safetensors"
     assert main(["calibrate", str(checkpoint), "-o", str(output), *FLAGS, *flags]) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -27,8 +27,7 @@ SMALL = QuantizationConfig(steps=20, groups=4, rows_per_group=6, chains=2, guida
 
 def run(model: LoadedModel, config: QuantizationConfig) -> tuple[Trajectory, CalibrationRows]:
     trajectory = Trajectory(model, config, pick(model, config))
-    while trajectory.next_step >= 0:
-        trajectory.advance()
+    trajectory.run()
     return trajectory, trajectory.rows()
 
 
@@ -47,9 +46,8 @@ def test_rows_are_states_of_the_chains(guided: bool) -> None:
     config, states, each = SMALL if guided else replace(SMALL, guidance_scale=None), {}, 1 + guided
     trajectory = Trajectory(model, config, pick(model, config))
     timesteps = trajectory.spec.schedule.timesteps
-    while trajectory.next_step >= 0:
-        states[trajectory.next_step] = trajectory.chains.x.copy()
-        trajectory.advance()
+    states[trajectory.next_step] = trajectory.chains.x.copy()
+    trajectory.run(lambda step: states.update({step - 1: trajectory.chains.x.copy()}))
     rows, picks = trajectory.rows(), trajectory.picks
     assert len(rows) == 4 * 6 == each * len(picks.step)
     for index, (step, chain) in enumerate(zip(picks.step, picks.chain, strict=True)):
@@ -135,14 +133,12 @@ def test_the_seed_decides_the_rows() -> None:
 def assert_chains_resume(model: LoadedModel, config: QuantizationConfig) -> None:
     picks = pick(model, config)
     first = Trajectory(model, config, picks)
-    for _ in range(5):
-        first.advance()
-    saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    saved = {}
+    first.run(lambda step: saved.update({step: {name: tensor.clone() for name, tensor in first.state_dict().items()}}))
     second = Trajectory(model, config, picks)
-    second.load_state_dict(saved)
-    assert second.next_step == first.next_step > 0
-    while second.next_step >= 0:
-        second.advance()
+    second.load_state_dict(saved[7])
+    assert second.next_step == 6
+    second.run()
     state = model.signature.state.name
     assert torch.equal(second.rows().inputs[state], run(model, config)[1].inputs[state])
 

@@ -1,6 +1,9 @@
 """`tqdit-inspect`: what it says about each kind of file, and about files that are damaged or unknown."""
 
 import argparse
+import json
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import load_file
 
 import support
 from tqdit.card import Latents
@@ -16,6 +20,7 @@ from tqdit.cli.inspect import _card, inspect, run
 from tqdit.console import Console
 from tqdit.engines.run.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.exporter.onnx_writer import write
 from tqdit.models import families
 
 
@@ -57,7 +62,14 @@ def test_a_checkpoint_is_described(checkpoint):
 
 
 def test_a_checkpoint_of_unusual_width_asks_for_heads(checkpoint):
-    assert "Pass --heads." in refusal(checkpoint, CheckpointError)
+    assert "Pass --heads, or tell" in refusal(checkpoint, CheckpointError)
+
+
+def test_a_sharded_checkpoint_is_described_by_its_index(own_file):
+    index = own_file.with_name("own.safetensors.index.json")
+    names = load_file(own_file)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, own_file.name)}))
+    assert facts(index)["fingerprint"] == facts(own_file)["fingerprint"]
 
 
 def test_a_file_of_ours_needs_no_heads(own_file):
@@ -156,7 +168,65 @@ def test_pickled_code_in_samples_does_not_run(tmp_path):
 def test_a_damaged_onnx_file_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"" if name.startswith("empty") else b"\xff" * 100)
-    assert "not an ONNX file" in refusal(path, FileFormatError)
+    known = "empty or truncated: 0 bytes, expected" if name.startswith("empty") else "not"
+    assert refusal(path, FileFormatError) == f"{known} an ONNX file. Export it again."
+
+
+BARE = """
+import sys
+for name in {libraries}:
+    sys.modules[name] = None
+from tqdit.cli.main import run
+sys.exit(run("inspect", sys.argv[1:]))
+"""
+
+
+def inspected_without(libraries, *arguments):
+    """What a machine without these libraries prints: exit code, stdout, stderr."""
+    code = BARE.format(libraries=list(libraries))
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+RUNTIME = ("onnx", "onnx_ir", "safetensors", "torch", "diffusers")
+
+
+@pytest.fixture
+def exported(tmp_path):
+    path = tmp_path / "model.onnx"
+    write(path, *support.exported())
+    return path
+
+
+def test_an_onnx_file_is_described_without_onnx(exported):
+    code, said, error = inspected_without(RUNTIME, str(exported))
+    assert (code, error) == (0, "")
+    lines = dict(line.split("  ", 1) for line in said.splitlines())
+    everything = {name: str(value) for name, value in inspect(str(exported))}
+    known = {name: value.strip() for name, value in lines.items() if name != "nodes"}
+    assert known == {name: everything[name] for name in everything if name not in ONLY_ONNX_KNOWS}
+    assert "needs onnx, which is not installed. Run: pip install 'onnx>=" in lines["nodes"]
+
+
+ONLY_ONNX_KNOWS = ("size", "opsets", "nodes", "inputs", "outputs")
+
+
+def test_a_scale_table_is_described_without_the_libraries_of_calibration(capsys):
+    golden = Path(__file__).parents[1] / "data" / "scales.safetensors"
+    code, said, error = inspected_without(RUNTIME, str(golden))
+    assert (code, error) == (0, "")
+    assert cli.run("inspect", [str(golden)]) == 0
+    assert said == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_a_checkpoint_needs_libraries_and_says_which(own_file, library):
+    code, said, error = inspected_without([library], str(own_file))
+    assert (code, said) == (1, "")
+    assert error.startswith(
+        f"tqdit-inspect: inspecting a checkpoint needs {library}, which is not installed. Run: pip "
+    )
+    assert len(error.splitlines()) == 1
 
 
 def test_an_onnx_file_without_its_weights_is_refused_by_their_name(tmp_path):
@@ -177,7 +247,7 @@ def test_an_onnx_file_without_its_weights_is_refused_by_their_name(tmp_path):
 
 def test_a_damaged_checkpoint_is_refused(checkpoint):
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert "damaged or truncated checkpoint" in refusal(checkpoint, CheckpointError)
+    assert "damaged or truncated" in refusal(checkpoint, CheckpointError)
 
 
 def test_a_folder_of_unknown_kind_is_refused(tmp_path):
@@ -218,8 +288,8 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_printed(samples, cap
 def test_a_file_of_unknown_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     assert refusal(tmp_path / name, UsageError) == (
-        "a file of unknown kind; known are .onnx, .npz, .safetensors, .pt, .pth, .bin, engine bundles and diffusers "
-        "directories."
+        "a file of unknown kind; known are .onnx, .npz, .safetensors, .pt, .pth, .bin, .index.json, engine bundles and "
+        "diffusers directories."
     )
 
 

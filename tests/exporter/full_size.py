@@ -27,23 +27,23 @@ XL = DiTConfig(
 )  # fmt: skip
 
 
-def main(folder: Path, form: str) -> None:
+def main(folder: Path) -> None:
     network = randomize(Network(XL)).eval().requires_grad_(False)
-    model = published.describe(network, "xl", published.PUBLISHED)
+    model = published.describe(network, "xl")
     ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
-    table = None if form == "none" else make_table(model, Kind(groups=10), operands=ranges)
+    table = make_table(model, Kind(groups=10), operands=ranges)
     started = time.perf_counter()
-    graph, card = export_graph(model, ExportConfig(attention="float" if form == "none" else form), table)
+    graph, card = export_graph(model, ExportConfig(), table)
     write(folder / "model.onnx", graph, card)
     print(json.dumps({
         "seconds": time.perf_counter() - started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "file_bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in network.parameters()),
-        "products": None if card.quantization is None else card.quantization.summary,
+        "products": card.quantization.summary,
     }))  # fmt: skip
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

@@ -13,16 +13,20 @@ from tables import Kind, make_table
 from tqdit.card import Latents
 from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest
+from tqdit.errors import FileFormatError, TqditWarning
+from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.models.load import load_model
 from tqdit.onnx_file import read_card
 from tqdit.quantization.table import write_scale_table
 from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.process import Diffusion
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "dit.safetensors"
     save_file(dict(support.tiny_model().network.state_dict()), path)
+    path.with_suffix(".json").write_text('{"num_classes": 5}')
     return path
 
 
@@ -58,11 +62,29 @@ def test_a_chain_other_than_that_of_the_scales_is_said(checkpoint, tmp_path, cap
     assert run("export", arguments) == 0
     assert "100 steps of ddpm; the file" not in capsys.readouterr().err
     assert read_card(output).sampling.steps == 100
-    assert run("export", [*arguments, "--steps", "50", "--sampler", "ddim"]) == 0
+    assert run("export", [*arguments, "-q", "--steps", "50", "--sampler", "ddim"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "100 steps of ddpm" in line]
     assert len(said) == 1
     assert "50 steps of ddim" in said[0]
-    assert (read_card(output).sampling.steps, read_card(output).sampling.sampler) == (50, "ddim")
+    card = read_card(output)
+    assert (card.sampling.steps, card.sampling.sampler) == (50, "ddim")
+    found_for = card.quantization.sampling
+    assert (found_for.steps, found_for.sampler) == (100, "ddpm")
+    assert card.remark(found_for) is None
+    assert "100 steps of ddpm; sampling 50 steps of ddim" in card.remark(card.sampling)  # which tqdit-sample says
+
+
+def test_scales_of_another_process_are_said(checkpoint, tmp_path):
+    """A model card that was edited after the calibration."""
+    model = load_model(str(checkpoint), heads=2)
+    process = {"type": "diffusion", "beta_end": 0.012, "learned_variance": True}
+    table = replace(make_table(model, Kind()), settings={"process": process})
+    with pytest.warns(TqditWarning, match="250 steps of ddpm; sampling 250 steps of ddpm in another process"):
+        _, card = export_graph(model, ExportConfig(), table)
+    assert card.quantization.sampling.process == Diffusion(beta_end=0.012, learned_variance=True)
+    assert card.sampling.process == Diffusion(learned_variance=True)
+    with pytest.raises(FileFormatError, match=r"setting 'process' is damaged .*Calibrate again"):
+        export_graph(model, ExportConfig(), replace(table, settings={"process": {"type": "diffusion", "beta_end": 2}}))
 
 
 @pytest.mark.slow

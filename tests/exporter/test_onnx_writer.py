@@ -10,7 +10,7 @@ import pytest
 
 import support
 from tqdit import onnx_file
-from tqdit.card import METADATA_KEY, GraphCard
+from tqdit.card import FORMAT_VERSION, METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.exporter.onnx_writer import check_overwrite, write
 from tqdit.onnx_file import OnnxFile, read_card
@@ -88,9 +88,9 @@ def test_only_our_own_files_are_overwritten(exported, tmp_path):
 def test_a_file_of_another_version_is_replaced_by_force_alone(exported):
     model = onnx.load(exported)
     (entry,) = model.metadata_props
-    entry.value = entry.value.replace('"format_version": 2', '"format_version": 1')
+    entry.value = entry.value.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 1')
     onnx.save(model, exported)
-    with pytest.raises(OutputError, match=r"format 1, this tqdit reads format 2.*--force"):
+    with pytest.raises(OutputError, match=r"format 1, this tqdit reads format \d+.*--force"):
         check_overwrite(exported, force=False)
     check_overwrite(exported, force=True)
 
@@ -124,10 +124,46 @@ def test_weights_outside_the_folder_are_refused(exported, monkeypatch):
         _ = file.weight_files
 
 
+@pytest.fixture
+def with_weights(exported, monkeypatch):
+    """An export with its weights in a file beside it: both paths."""
+    monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
+    write(exported, *support.exported())
+    (weights,) = OnnxFile.read(exported).weight_files
+    return exported, weights
+
+
+def test_weights_behind_a_link_out_of_the_folder_are_refused(with_weights):
+    path, weights = with_weights
+    target = path.parent.parent / f"{path.parent.name}-secret"
+    weights.rename(target)
+    weights.symlink_to(target)
+    with pytest.raises(FileFormatError, match=rf"'{weights.name}', outside its own folder"):
+        _ = OnnxFile.read(path).weight_files
+    weights.unlink()
+    target.rename(path.parent / "inside.data")
+    weights.symlink_to("inside.data")
+    assert OnnxFile.read(path).weight_files == (weights,)
+
+
+def test_weights_in_the_cache_of_a_model_hub_are_read(with_weights, tmp_path):
+    (blobs := tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    (snapshot := tmp_path / "models--a--b" / "snapshots" / "0a1b").mkdir(parents=True)
+    for file in with_weights:
+        file.rename(blobs / f"hash-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+    path, weights = (snapshot / file.name for file in with_weights)
+    assert OnnxFile.read(path).weight_files == (weights,)
+    (blobs / f"hash-of-{weights.name}").rename(tmp_path / "secret")
+    (blobs / f"hash-of-{weights.name}").symlink_to(tmp_path / "secret")
+    with pytest.raises(FileFormatError, match="outside its own folder"):
+        _ = OnnxFile.read(path).weight_files
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 2"),
+        (lambda card: card | {"format_version": 99}, "written in format 99, this tqdit reads format 3"),
         (lambda card: {k: v for k, v in card.items() if k != "sampling"}, "damaged"),
         (lambda card: card | {"signature": card["signature"] | {"output": [None, -8, 8, 8]}}, "damaged"),
         (lambda card: card | {"sampling": card["sampling"] | {"sampler": "euler"}}, "damaged"),

@@ -11,7 +11,7 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tqdit.calibration.advice import as_text, read_advice
+from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest
@@ -19,8 +19,8 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.run.shards import INDEX, parse_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
-from tqdit.models.families.published import read_own_facts
-from tqdit.models.state import read_sharded
+from tqdit.models.model_card import read_model_card
+from tqdit.models.state import read_tensors
 from tqdit.onnx_file import OnnxFile, parse_model, read_card
 from tqdit.quantization.granularity import granularity_from_text, granularity_to_text
 from tqdit.quantization.table import METADATA_KEY, parse
@@ -198,18 +198,16 @@ def test_indexes_of_sharded_checkpoints(tmp_path_factory, data):
     path.write_text(
         json.dumps(data.draw(changed({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})))
     )
-    assert value_or_one_line(read_sharded, path) in (None, {})
+    assert value_or_one_line(read_tensors, path) in (None, {})
 
 
 @given(st.data())
 @some
-def test_facts_of_our_own_checkpoints(tmp_path_factory, data):
-    from safetensors.numpy import save_file
-
-    path = tmp_path_factory.getbasetemp() / "own.safetensors"
-    facts = data.draw(changed({"num_heads": 2, "classes": ["a", "b"]}))
-    save_file({"x": np.zeros(1, np.float32)}, path, {"tqdit": json.dumps(facts)})
-    value_or_one_line(read_own_facts, path)
+def test_model_cards(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "own.json"
+    good = {"heads": 2, "class_names": ["a", "b"], "process": {"type": "flow", "shift": 3.0}, "guidance_scale": None}
+    path.write_text(json.dumps(data.draw(changed(good))))
+    value_or_one_line(read_model_card, path)
 
 
 @given(st.data())
@@ -223,14 +221,14 @@ def test_diagnoses(tmp_path_factory, data):
     }
     path.write_text(json.dumps(data.draw(changed(good))))
     advice = value_or_one_line(read_advice, path)
-    assert advice is None or as_text(advice.config.layer_knobs) == advice.config.overrides
+    assert advice is None or advice.config.with_layer_knobs([]) == advice.config
 
 
 @given(st.text(max_size=40) | st.from_regex(r"blocks\.\d\.[a-z.]{0,8}:[a-z_]{1,12}=[a-z0-9]{1,4}", fullmatch=True))
 @many
 def test_overrides(text):
-    knobs = value_or_one_line(lambda: QuantizationConfig(overrides=text).layer_knobs)
-    assert knobs is None or QuantizationConfig(overrides=as_text(knobs)).layer_knobs == knobs
+    config = value_or_one_line(lambda: QuantizationConfig(overrides=text))
+    assert config is None or config.with_layer_knobs([]).layer_knobs == config.layer_knobs
 
 
 NAMES = ["../graph.onnx", "/etc/passwd", "..", ".", "", "sub/graph.onnx", "./graph.onnx"]

@@ -20,8 +20,8 @@ BUILD = ["build", "{inputs}/model.onnx", "-o", "{here}/model.engine", "-q"]
 SAMPLE = ["sample", "{inputs}/model.engine", "-n", "300", "--shard-size", "20", "-o", "{here}/samples", "-q"]
 SHEET = ["sample", "{inputs}/model.engine", "-n", "100", "-o", "{here}/samples.png", "-q"]
 STAGES = {  # command, output, kills
-    "calibrate": (CALIBRATE, "scales.safetensors", 12), "export": (EXPORT, "model.onnx", 3),
-    "build": (BUILD, "model.engine", 12), "shards": (SAMPLE, "samples", 25), "picture": (SHEET, "samples.png", 10),
+    "calibrate": (CALIBRATE, "scales.safetensors", 6), "export": (EXPORT, "model.onnx", 3),
+    "build": (BUILD, "model.engine", 6), "shards": (SAMPLE, "samples", 10), "picture": (SHEET, "samples.png", 5),
 }  # fmt: skip
 
 

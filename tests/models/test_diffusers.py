@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tqdit.card import Latents
 from tqdit.errors import CheckpointError
 from tqdit.models.families.diffusers import describe
 from tqdit.models.load import load_model
+from tqdit.models.model_card import ModelCard
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.noise import INITIAL, normal_rows
 from tqdit.sampling.process import Diffusion
@@ -68,7 +70,7 @@ SIZES = {
 def test_explicit_attention_computes_what_diffusers_does(size, tmp_path):
     theirs = make(**SIZES[size])
     theirs.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path))
+    model = load_model(str(tmp_path), card=ModelCard(space="pixels" if theirs.config.in_channels == 3 else "latents"))
     assert type(model.network) is type(theirs)
     assert_same_outputs(theirs, model)
     assert model.sampling.process.learned_variance == (theirs.config.out_channels == 2 * theirs.config.in_channels)
@@ -140,6 +142,63 @@ def test_every_form_of_weights_gives_the_same_model(theirs, diffusers_folder, tm
     model = load_model(str(tmp_path / "other"))
     assert_same_outputs(theirs, model)
     assert model.fingerprint == load_model(str(diffusers_folder)).fingerprint
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded safetensors"])
+def test_weights_saved_as_a_variant_are_found(theirs, diffusers_folder, tmp_path, form, variant):
+    sharded = {"max_shard_size": "20KB"} if form.startswith("sharded") else {}
+    folder = tmp_path / "other"
+    theirs.save_pretrained(folder, variant=variant, safe_serialization=form.endswith("safetensors"), **sharded)
+    assert all(f".{variant}" in file.name for file in folder.iterdir() if file.name != "config.json")
+    assert load_model(folder).fingerprint == load_model(diffusers_folder).fingerprint
+
+
+def test_weights_without_a_variant_go_first_and_two_variants_are_refused(theirs, diffusers_folder):
+    fingerprint = load_model(diffusers_folder).fingerprint
+    copy.deepcopy(theirs).half().save_pretrained(diffusers_folder, variant="fp16")
+    assert load_model(diffusers_folder).fingerprint == fingerprint
+    (diffusers_folder / WEIGHTS).rename(diffusers_folder / "diffusion_pytorch_model.ema.safetensors")
+    with pytest.raises(CheckpointError, match="holds the variants ema, fp16, expected one"):
+        load_model(diffusers_folder)
+
+
+def hub_cache(folder, root):
+    """What a download of `folder` looks like in the cache of a model hub: its snapshot."""
+    (blobs := root / "models--a--b" / "blobs").mkdir(parents=True)
+    snapshot = root / "models--a--b" / "snapshots" / "0a1b"
+    for number, file in enumerate(sorted(file for file in folder.rglob("*") if file.is_file())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        link = snapshot / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("../" * (len(link.relative_to(snapshot).parts) + 1), "blobs", f"{number:040x}"))
+    return snapshot
+
+
+def test_a_pipeline_in_the_cache_of_a_model_hub_loads(pipeline, tmp_path):
+    snapshot = hub_cache(pipeline, tmp_path / "hub")
+    assert (snapshot / "transformer" / WEIGHTS).is_symlink()
+    assert load_model(snapshot).fingerprint == load_model(pipeline).fingerprint
+    assert load_model(snapshot / "transformer").fingerprint == load_model(pipeline).fingerprint
+
+
+@pytest.mark.parametrize(
+    "name", [f"transformer/{WEIGHTS}", "transformer/config.json", "scheduler/scheduler_config.json", "transformer"]
+)
+def test_a_link_out_of_the_directory_is_refused(pipeline, tmp_path, name):
+    target = (pipeline / name).rename(tmp_path / "secret")
+    (pipeline / name).symlink_to(target)
+    with pytest.raises(CheckpointError, match=r": a link to '.*secret.*', outside '.*pipeline'\. Refused"):
+        load_model(pipeline)
+    (pipeline / name).unlink()
+    target.rename(pipeline / "inside")
+    (pipeline / name).symlink_to(pipeline / "inside")
+    assert load_model(pipeline).origin == "diffusers"
+
+
+def test_a_directory_that_is_a_link_loads(diffusers_folder, tmp_path):
+    (tmp_path / "mine").symlink_to(diffusers_folder)
+    assert load_model(tmp_path / "mine").origin == "diffusers"
 
 
 def test_half_precision_weights_are_computed_in_float32(theirs, tmp_path):

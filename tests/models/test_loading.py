@@ -26,7 +26,7 @@ def test_demo_is_the_model_that_ships_with_the_package():
     assert (model.origin, model.source, model.latents) == ("demo", "demo", None)
     assert (model.signature.channels, model.sampling.process.learned_variance) == (3, True)
     assert model.signature.label.choices == len(model.class_names) >= 10
-    assert model.network.config.num_tokens >= 64
+    assert model.signature.state.row_shape == (3, 16, 16)
     assert model.network.config.depth >= 6
     assert load_model("demo").fingerprint == model.fingerprint
 
@@ -112,9 +112,11 @@ def test_one_changed_weight_changes_the_fingerprint(network):
 
 def test_a_new_kind_of_model_is_one_file_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(
-        "def matches(source): return source.startswith('toy:')\n"
-        "def load(source, heads=None): return ('a toy', source, heads)\n"
+        "from dataclasses import replace\n"
+        "from tqdit.models.families import demo\n"
+        "def matches(source): return source == 'toy:1'\n"
+        "def load(source, heads=None): return replace(demo.load('demo', 4), source=f'{source} {heads}', assumed={})\n"
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
-    assert load_model("toy:1", heads=3) == ("a toy", "toy:1", 3)
+    assert load_model("toy:1", heads=3).source == "toy:1 3"
     assert list(find_modules(families)) == ["demo", "diffusers", "published", "toy"]

@@ -1,7 +1,6 @@
 """Checkpoints in the layout of facebookresearch/DiT: what is inferred, what is refused, and that nothing is copied."""
 
 import argparse
-import json
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,12 @@ from tqdit.card import Latents
 from tqdit.errors import CheckpointError
 from tqdit.models.dit import DiT, randomize
 from tqdit.models.load import load_model
+from tqdit.models.model_card import ModelCard
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
 
+CARD = ModelCard(num_classes=5)
 SAMPLING = SamplingSpec(Diffusion(learned_variance=True), "ddpm", 250)
 
 
@@ -77,7 +78,7 @@ def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path
     tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
     FORMS[form](tensors, tmp_path / "dit.pt")
     (file,) = tmp_path.iterdir()
-    loaded = load_model(str(file), heads=2).network
+    loaded = load_model(str(file), 2, CARD).network
     assert loaded.config == support.TINY
     assert not loaded.training
     for name, tensor in loaded.state_dict().items():
@@ -139,7 +140,7 @@ def test_the_published_network_equals_diffusers_module_after_undoing_their_diffe
         block.norm3.eps = 1e-6
     path = tmp_path / "published.pt"
     torch.save(in_published_names(theirs), path)
-    published = load_model(str(path), heads=2).network
+    published = load_model(str(path), 2, CARD).network
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 5, 2, 3])
     with torch.no_grad():
         torch.testing.assert_close(published(x, t, y), theirs(x, t, y).sample, atol=1e-5, rtol=1e-5)
@@ -149,12 +150,12 @@ def test_the_fingerprint_is_that_of_the_weights_not_of_the_file(checkpoint, own_
     flat = load_model(str(checkpoint), heads=2).fingerprint
     torch.save(nested(dict(network.state_dict())), tmp_path / "nested.pt")
     assert load_model(str(own_file)).fingerprint == flat
-    assert load_model(str(tmp_path / "nested.pt"), heads=2).fingerprint == flat
+    assert load_model(str(tmp_path / "nested.pt"), 2, CARD).fingerprint == flat
 
 
 def test_the_fingerprint_tells_weights_and_heads_apart(checkpoint, tmp_path):
     torch.save(randomize(DiT(support.TINY), seed=1, scale=0.3).state_dict(), tmp_path / "other.pt")
-    prints = {load_model(str(path), heads).fingerprint for path, heads in (
+    prints = {load_model(str(path), heads, CARD).fingerprint for path, heads in (
         (checkpoint, 2), (checkpoint, 4), (tmp_path / "other.pt", 2)
     )}  # fmt: skip
     assert len(prints) == 3
@@ -164,7 +165,7 @@ def test_the_fingerprint_tells_weights_and_heads_apart(checkpoint, tmp_path):
 def test_the_heads_of_the_published_family_are_known(width, heads, tmp_path):
     config = replace(support.TINY, hidden_size=width, mlp_hidden_size=4 * width, depth=1)
     torch.save(shared_state_dict(config), tmp_path / "dit.pt")
-    assert load_model(str(tmp_path / "dit.pt")).network.config.num_heads == heads
+    assert load_model(str(tmp_path / "dit.pt"), card=CARD).network.config.num_heads == heads
 
 
 def test_other_widths_need_heads(checkpoint):
@@ -172,7 +173,7 @@ def test_other_widths_need_heads(checkpoint):
         load_model(str(checkpoint))
     assert str(error.value) == (
         f"{checkpoint}: width 16 is not of the published family [384, 768, 1024, 1152], so the number of heads is not "
-        "known. Pass --heads."
+        "known. Pass --heads, or tell 'heads' in a model card."
     )
     assert load_model(str(checkpoint), heads=4).network.config.num_heads == 4
 
@@ -181,39 +182,7 @@ def test_other_widths_need_heads(checkpoint):
 def test_heads_that_do_not_divide_the_width_are_refused(checkpoint, heads):
     with pytest.raises(CheckpointError) as error:
         load_model(str(checkpoint), heads=heads)
-    assert str(error.value) == (f"{checkpoint}: width 16 cannot be split into {heads} heads. Pass another --heads.")
-
-
-def test_a_file_of_ours_says_how_many_heads_it_has_and_the_caller_may_differ(own_file):
-    assert load_model(str(own_file)).network.config.num_heads == 2
-    assert load_model(str(own_file), heads=4).network.config.num_heads == 4
-
-
-def test_a_file_of_our_own_training_samples_as_the_demo_does(tmp_path, network):
-    path = tmp_path / "model.safetensors"
-    save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2, "classes": "abcde"})})
-    model = load_model(str(path))
-    assert (model.origin, model.sampling, model.latents) == ("demo", SAMPLING, None)
-    assert model.class_names == tuple("abcde")
-
-
-def test_class_names_that_do_not_fit_the_label_table_are_refused(tmp_path, network):
-    path = tmp_path / "model.safetensors"
-    save_file(network.state_dict(), path, {"tqdit": json.dumps({"num_heads": 2, "classes": "abc"})})
-    with pytest.raises(CheckpointError, match=r"names 3 classes, its label table has 5 \(and the null class\)\. Get"):
-        load_model(str(path))
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "7", "{}", '{"num_heads": "2"}', '{"num_heads": 2, "classes": 5}', "[" * 9999]
-)
-def test_damaged_metadata_of_ours_is_one_line(tmp_path, network, text):
-    path = tmp_path / "model.safetensors"
-    save_file(network.state_dict(), path, {"tqdit": text})
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: its 'tqdit' metadata is damaged \(.*\)\. Get the file"
-    ):
-        load_model(str(path))
+    assert str(error.value) == (f"{checkpoint}: width 16 cannot be split into {heads} heads. Correct the heads.")
 
 
 def change(checkpoint, edit):
@@ -281,7 +250,7 @@ def test_large_finite_weights_whose_sum_overflows_are_not_refused(tmp_path, netw
     tensors = {name: tensor.half() for name, tensor in network.state_dict().items()}
     tensors["blocks.0.mlp.fc1.weight"] = torch.full((64, 16), 60000.0, dtype=torch.float16)
     torch.save(tensors, tmp_path / "large.pt")
-    assert load_model(str(tmp_path / "large.pt"), heads=2).network.blocks[0].mlp.fc1.weight.max() == 60000
+    assert load_model(str(tmp_path / "large.pt"), 2, CARD).network.blocks[0].mlp.fc1.weight.max() == 60000
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
@@ -318,10 +287,6 @@ INCONSISTENT = {
     "another number of output channels": (
         {"final_layer.linear.weight": (20, 16)},
         "5 channels come out of 4, expected 4 or 8. Pass a DiT checkpoint.",
-    ),
-    "no null class": (
-        {"y_embedder.embedding_table.weight": (1, 16)},
-        "its label table holds one row, expected the classes and the null class. Pass a DiT checkpoint.",
     ),
 }
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tqdit.errors import CheckpointError
-from tqdit.models.state import read_json, read_sharded, read_tensors
+from tqdit.models.state import find_network, flatten, read_json, read_tensors
 
 TENSORS = {f"layer.{i}": torch.full((4, 4), float(i)) for i in range(4)}
 
@@ -97,7 +98,7 @@ def test_a_whole_module_is_refused_by_the_name_of_its_class(tmp_path):
 def test_the_namespace_of_dits_training_script_is_let_through(tmp_path):
     path = tmp_path / "dit.pt"
     torch.save({"ema": TENSORS, "model": {}, "args": argparse.Namespace(model="DiT-XL/2", lr=1e-4)}, path)
-    assert read_tensors(path).keys() == TENSORS.keys()
+    assert find_network(path, read_tensors(path), "layer.0").keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize(
@@ -106,17 +107,79 @@ def test_the_namespace_of_dits_training_script_is_let_through(tmp_path):
         ({}, "an empty dict"),
         ([1, 2], "list"),
         (torch.zeros(2), "Tensor"),
-        ({"epoch": 3, "weights": TENSORS}, "a dict with keys 'epoch', 'weights'"),
-        ({"layer": torch.zeros(1), "step": 7}, "a dict with keys 'layer', 'step'"),
         ({0: torch.zeros(1)}, "a dict with keys '0'"),
-        ({"ema": {"decay": 0.999}}, "a dict with keys 'decay'"),
+        ({"ema": {"decay": 0.999}}, "a dict with keys 'ema'"),
     ],
 )
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content, found):
     torch.save(content, tmp_path / "dit.pt")
     assert refusal(tmp_path / "dit.pt") == (
-        f"expected a state dict of tensors, flat or under 'ema', found {found}. Pass a DiT checkpoint."
+        f"expected a state dict of tensors, flat or in sections, found {found}. Pass a DiT checkpoint."
     )
+
+
+OTHER = {name: tensor + 100 for name, tensor in TENSORS.items()}
+SECTIONS = {
+    "flat": TENSORS,
+    "a parallel wrapper": {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+    "a compiled network in one": {f"module._orig_mod.{name}": tensor for name, tensor in TENSORS.items()},
+    "a training module": {"state_dict": {f"model.{name}": tensor for name, tensor in TENSORS.items()}, "epoch": 3},
+    "with a decoder": {f"model.net.{name}": t for name, t in TENSORS.items()} | {"vae.conv.weight": torch.ones(2)},
+    "averaged beside others": {"model": OTHER, "ema": TENSORS, "opt": {"state": {0: {"step": torch.ones(1)}}}},
+    "averaged in a wrapper": {
+        "model_ema": {f"module.{name}": tensor for name, tensor in TENSORS.items()},
+        "net": OTHER,
+    },
+    "averaged among flat names": {f"ema.{n}": t for n, t in TENSORS.items()}
+    | {f"model.{n}": t for n, t in OTHER.items()},
+    "one dict twice": {"model": TENSORS, "state_dict": TENSORS},
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_network_is_found_under_sections_and_prefixes(name, suffix, tmp_path):
+    path = tmp_path / f"dit.{suffix}"
+    if suffix == "pt":
+        torch.save(SECTIONS[name], path)
+    else:
+        save_file({name: tensor.clone() for name, tensor in flatten(SECTIONS[name]).items()}, path)
+    found = find_network(path, read_tensors(path), "layer.0")
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+
+
+def test_two_networks_without_averaged_ones_are_refused_by_name(tmp_path):
+    torch.save({"student": TENSORS, "teacher": OTHER}, tmp_path / "dit.pt")
+    with pytest.raises(CheckpointError, match=r"several networks, under 'student\.', 'teacher\.'"):
+        find_network(tmp_path / "dit.pt", read_tensors(tmp_path / "dit.pt"), "layer.0")
+
+
+def test_a_dict_that_holds_itself_is_read_once(tmp_path):
+    content = {"ema": TENSORS}
+    content |= {f"again {i}": content for i in range(100)}
+    content["ema"] = TENSORS | {"deeper": content}
+    torch.save(content, tmp_path / "dit.pt")
+    assert len(read_tensors(tmp_path / "dit.pt")) == len(TENSORS)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save(TENSORS, tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored:
+        entries = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(tmp_path / "dit.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, content in entries.items():
+            bomb.writestr(name, content + b"\0" * 10**6)
+    assert refusal(tmp_path / "dit.pt").startswith("a compressed archive, which torch.save never writes.")
+
+
+@pytest.mark.parametrize("shell", [
+    torch.zeros(1).expand(10**9), torch.zeros(10**9, device="meta"),
+    torch.sparse_coo_tensor(size=(10**9,), check_invariants=False),
+])  # fmt: skip
+def test_a_tensor_that_claims_more_values_than_it_holds_is_refused(shell):
+    with pytest.raises(CheckpointError, match=r"x\.pt: 'layer\.9' claims \(1000000000,\) values and holds fewer"):
+        find_network("x.pt", TENSORS | {"layer.9": shell}, "layer.0")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -180,24 +243,48 @@ def write_index(path, weight_map):
 
 
 def test_shards_are_read_together(index):
-    assert {name: tensor.tolist() for name, tensor in read_sharded(index).items()} == {
+    assert {name: tensor.tolist() for name, tensor in read_tensors(index).items()} == {
         "layer.0": [0.0, 0.0], "layer.1": [1.0, 1.0]
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("shard", ["../part-0.safetensors", "/etc/passwd", "sub/part-0.safetensors", "", "."])
+@pytest.mark.parametrize(
+    "shard", ["../part-0.safetensors", "/etc/passwd", "sub/part-0.safetensors", "", ".", "model.safetensors.index.json"]
+)
 def test_a_shard_outside_the_folder_is_refused(index, shard):
     write_index(index, {"layer.0": shard})
-    assert refusal(index, read_sharded) == (
-        f"shard '{shard}' lies outside its folder, expected a plain file name. Download it again."
-    )
+    assert refusal(index) == (f"shard '{shard}' is not a file of weights in its folder. Download it again.")
+
+
+def test_a_shard_behind_a_link_out_of_the_folder_is_refused(index, tmp_path):
+    shard = index.parent / "part-1.safetensors"
+    secret = shard.rename(tmp_path.parent / f"{tmp_path.name}-secret.safetensors")
+    shard.symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"part-1\.safetensors: a link to '.*secret\.safetensors', outside"):
+        read_tensors(index)
+
+
+def test_a_sharded_checkpoint_in_the_cache_of_a_model_hub_is_read(index, tmp_path):
+    (blobs := tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    (snapshot := tmp_path / "models--a--b" / "snapshots" / "0a1b").mkdir(parents=True)
+    for file in (index, *tmp_path.glob("*.safetensors")):
+        file.rename(blobs / f"hash-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+    assert read_tensors(snapshot / index.name).keys() == {"layer.0", "layer.1"}
+
+
+def test_a_link_that_the_user_names_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "new.pt").rename(tmp_path / "elsewhere" / "blob")
+    (tmp_path / "dit.pt").symlink_to(tmp_path / "elsewhere" / "blob")
+    assert read_tensors(tmp_path / "dit.pt").keys() == TENSORS.keys()
 
 
 def test_a_missing_shard_is_named(index):
     shard = index.parent / "part-1.safetensors"
     shard.unlink()
     with pytest.raises(CheckpointError) as error:
-        read_sharded(index)
+        read_tensors(index)
     assert str(error.value) == f"{shard}: missing, 'model.safetensors.index.json' names it. Download it too."
 
 
@@ -205,18 +292,18 @@ def test_a_truncated_shard_is_named(index):
     shard = index.parent / "part-1.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"part-1\.safetensors: damaged or truncated"):
-        read_sharded(index)
+        read_tensors(index)
 
 
 def test_tensors_that_no_shard_holds_are_named(index):
     write_index(index, {"layer.0": "part-0.safetensors", "layer.7": "part-1.safetensors"})
-    assert refusal(index, read_sharded) == "its shards lack 'layer.7'. Download them again."
+    assert refusal(index) == "its shards lack 'layer.7'. Download them again."
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map_is_refused(index, text):
     index.write_text(text)
-    assert refusal(index, read_sharded) == "no 'weight_map' of tensor names to shards. Download it again."
+    assert refusal(index) == "no 'weight_map' of tensor names to shards. Download it again."
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100000])

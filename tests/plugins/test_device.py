@@ -14,7 +14,6 @@ from kernel_device import regions
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan as attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
-from tqdit.plugins.tensorrt import device_capability
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -46,7 +45,7 @@ def launch_ptx(compiled, launch, inputs, output):
 @pytest.mark.parametrize("tokens", [256, 1000])
 @pytest.mark.parametrize("portable", [True, False])
 def test_the_compiled_attention_runs_with_its_visible_parameters(tokens, portable):
-    capability = aot.PORTABLE if portable else aot.best_capability(device_capability())
+    capability = aot.PORTABLE if portable else aot.best_capability(torch.cuda.get_device_capability())
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         (torch.randn(2, 3, tokens, 72, device="cuda", generator=generator) * 40).round().clamp(-128, 127).half()
@@ -70,7 +69,7 @@ def test_the_compiled_softmax_runs_with_its_visible_parameters():
     low_step = torch.tensor([1 / 127 / 8], device="cuda")
     kernel = softmax.kernel("fp32", 77, 8, 1 / 127)
     launch = softmax.launch(kernel, 3, 2, 50, 1)
-    compiled = aot.compile_kernel(kernel, aot.best_capability(device_capability()))
+    compiled = aot.compile_kernel(kernel, aot.best_capability(torch.cuda.get_device_capability()))
     out = launch_ptx(compiled, launch, (scores, low_step), torch.full_like(scores, np.nan))
     expected, off = regions(scores.cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127))
     assert (np.abs(out - expected) <= 2e-6 * expected + 1.001 * off).all()

@@ -13,11 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
 
 from tqdit.plugins import aot, tensorrt
-from tqdit.plugins.function import PLUGIN_ATTRIBUTES
 from tqdit.plugins.multi_region_attention import plan as attention
 
 pytestmark = pytest.mark.slow
@@ -120,20 +118,3 @@ def test_a_tensorrt_without_plugins_is_named(monkeypatch):
 def test_a_device_gets_ptx_that_runs_on_it(device, target):
     """Ptx of 9.0 and 12.0 runs on that chip alone, that of 8.0 on every later one."""
     assert aot.best_capability(device) == target
-
-
-def test_nodes_are_marked_and_unmarked():
-    model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 20, "tqdit": 1]> g (float[1,1,4,4] x, float[1] s) => (float[1,1,4,4] z)'
-        "{ y = tqdit.MultiRegionSoftmax <bits = 8, high_step = 0.1> (x, s)\n z = Relu (y) }"
-    )
-    for _ in range(2):  # twice changes nothing
-        assert tensorrt.mark_for_plugins(model) == 1
-        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in model.graph.node[0].attribute}
-        expected = {
-            key: value.encode() if isinstance(value, str) else value for key, value in PLUGIN_ATTRIBUTES.items()
-        }
-        assert attributes == {"bits": 8, "high_step": pytest.approx(0.1), **expected}
-        assert not model.graph.node[1].attribute
-    tensorrt.mark_for_plugins(model, use=False)
-    assert [each.name for each in model.graph.node[0].attribute] == ["bits", "high_step"]

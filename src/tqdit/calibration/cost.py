@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
 
 from torch import Tensor, nn
 
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.products import watched
 
 
-def multiply_adds(model: LoadedModel) -> dict[str, int]:
+@dataclass(frozen=True)
+class ProductCost:
+    """Of one row in one product: multiply-adds, and the size of each operand that is not a weight."""
+
+    multiply_adds: int = 0
+    elements: tuple[int, ...] = ()
+
+
+def product_costs(model: LoadedModel) -> dict[str, ProductCost]:
     """Of each product of the network, for one row."""
-    counts: dict[str, int] = {}
+    costs = {product.name: ProductCost() for product in model.products}
 
-    def hook(name: str) -> Any:
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(module, Scores | ValueProduct):
-                contracted = inputs[0].shape[-1]
-            else:
-                weight = module.weight
-                assert isinstance(weight, Tensor)
-                contracted = weight[0].numel()
-            counts[name] = counts.get(name, 0) + output.numel() * contracted
+    def add(name: str, module: nn.Module, operands: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = getattr(module, "weight", None)
+        contracted = operands[0].shape[-1] if weight is None else weight[0].numel()
+        sizes = zip_longest(costs[name].elements, (operand.numel() for operand in operands), fillvalue=0)
+        costs[name] = ProductCost(costs[name].multiply_adds + output.numel() * contracted, tuple(map(sum, sizes)))
 
-        return count
-
-    names = [product.name for product in model.products]
-    handles = [model.network.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
+    with watched(model.network, costs, add):
         model(model.signature.zeros(1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+    return costs
 
 
 @dataclass

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import watched
 
 TINY = 1e-12  # of an operand that is all zeros
 
@@ -27,7 +27,7 @@ class Drift:
     """Statistics (T, F) of the operands of every product at each step of the chains."""
 
     def __init__(self, model: LoadedModel, steps: int) -> None:
-        self.modules = [model.network.get_submodule(product.name) for product in model.products]
+        self._network, self._names = model.network, [product.name for product in model.products]
         self.statistics = torch.zeros(steps, 0)
         self._steps = steps
 
@@ -36,17 +36,13 @@ class Drift:
         """Measure the forward pass that runs inside."""
         found: list[Tensor] = []
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def measure(_name: str, _module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             for x in inputs:
                 magnitude = torch.stack([x.abs().amax(), x.square().mean().sqrt()])
                 found.append(magnitude.clamp(min=TINY).log())
 
-        handles: list[Any] = [module.register_forward_hook(hook) for module in self.modules]
-        try:
+        with watched(self._network, self._names, measure):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         row = torch.cat(found).cpu()
         if not self.statistics.shape[1]:
             self.statistics = torch.zeros(self._steps, len(row))

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from tqdit.bounds import check_memory
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
-from tqdit.calibration.cost import Meter, multiply_adds
+from tqdit.calibration.cost import Meter, product_costs
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
 from tqdit.calibration.drift import check_group_count
@@ -43,10 +44,11 @@ SAVES_PER_TRAJECTORY = 25
 
 @dataclass(frozen=True)
 class Result:
-    """A table and what it cost this process."""
+    """A table, what it cost this process, and the folder of its intermediate results, which may be deleted."""
 
     table: ScaleTable
     meter: Meter
+    folder: WorkFolder
 
 
 def calibrate(
@@ -60,12 +62,7 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         table = run.search(run.rows())
-    return Result(table, run.meter)
-
-
-def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | None = None) -> None:
-    """Remove the intermediate results of a finished calibration; its rows stay."""
-    Calibration(model, config.for_model(model), work, Console(quiet=True), data).folder.delete()
+    return Result(table, run.meter, run.folder)
 
 
 class Calibration:
@@ -76,7 +73,7 @@ class Calibration:
     ) -> None:
         self.model, self.config, self.console, self.data = model, config, console, data
         self.plans = plan(model, config)
-        self.meter = Meter(multiply_adds(model))
+        self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
         self._check()
         row_facts = {
@@ -129,7 +126,13 @@ class Calibration:
         save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
         with self.console.bar(self.spec.steps, "1/3 rows from chains", "steps") as bar:
             bar.update(self.spec.steps - steps)
-            trajectory.run(lambda tensors: self.root.save(state_name, tensors), save_every, bar.update)
+
+            def after(step: int) -> None:
+                if step % save_every == 0:
+                    self.root.save(state_name, trajectory.state_dict())
+                bar.update()
+
+            trajectory.run(after)
         if measured:
             trajectory.place_boundaries()
         return trajectory.renoised_rows() if self.config.fisher == "loss" else trajectory.rows()
@@ -238,7 +241,11 @@ class Calibration:
             sites=tuple(sites),
             seed=self.config.seed,
             guidance_scale=1.0 if self.config.guidance_scale is None else self.config.guidance_scale,
-            settings={**self.config.to_json(), "sampler": self.spec.sampler},
+            settings={
+                **self.config.to_json(),
+                "sampler": self.spec.sampler,
+                "process": msgspec.to_builtins(self.spec.process),
+            },
             versions=versions(self.model.device),
             errors=errors,
         )

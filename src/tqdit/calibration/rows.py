@@ -6,8 +6,10 @@ of a network call: with guidance, the two rows of a pair share the state and dif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.ports import Port, Signature
 from tqdit.quantization.granularity import group_of
 from tqdit.quantization.table import even_boundaries
-from tqdit.sampling.chains import Chains
+from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.guidance import rows_per_image
 from tqdit.sampling.noise import normal
 from tqdit.sampling.schedule import SamplingSpec
@@ -114,7 +116,7 @@ def every_state(spec: SamplingSpec, config: QuantizationConfig) -> Picks:
 
 
 class Trajectory:
-    """Chains of the float model, one step at a time, keeping the states that were picked."""
+    """Chains of the float model, keeping the states that were picked."""
 
     def __init__(self, model: LoadedModel, config: QuantizationConfig, picks: Picks) -> None:
         self.model, self.config, self.picks = model, config, picks
@@ -160,28 +162,17 @@ class Trajectory:
         self.states = self.states[picks.step * self.config.chains + picks.chain]
         self.picks = picks
 
-    def advance(self) -> None:
-        """One step of all chains."""
+    def run(self, after: Callable[[int], object] = lambda _: None) -> None:
+        """Run to the end; `after` is called with every step that is done."""
+        run(self.chains, self.call, after)
+
+    def call(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The network call of the next step, whose picked states are kept."""
         step = self.next_step
         for index in np.flatnonzero(self.picks.step == step):
             self.states[index] = self.chains.x[self.picks.chain[index]]
-        inputs = self.chains.inputs()
-        if self.drift is None:
-            output = self.model(inputs)
-        else:
-            with self.drift.listen(step):
-                output = self.model(inputs)
-        finite = self.chains.advance(output)
-        if not finite.all():
-            raise self.chains.failure(int(np.flatnonzero(~finite)[0]))
-
-    def run(self, save: Callable[[dict[str, Tensor]], None], save_every: int, done: Callable[[], object]) -> None:
-        """Run to the end, saving the state every `save_every` steps."""
-        while self.next_step >= 0:
-            self.advance()
-            if (self.next_step + 1) % save_every == 0:
-                save(self.state_dict())
-            done()
+        with nullcontext() if self.drift is None else self.drift.listen(step):
+            return self.model(inputs)
 
     def rows(self) -> CalibrationRows:
         """The picked states as rows, once every step is done."""

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
         need(library, "export", "tqdit-export")
-    from tqdit.exporter.graph import ExportConfig, calibrated_for, export_graph
+    from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.vae import load_decoder, trace_decoder
     from tqdit.models.load import load_model
@@ -81,16 +81,11 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
     model = load_model(source, args.heads)
-    spec, found_for = config.sampling(model, table), calibrated_for(model, table)
-    if table is not None and spec != found_for:
-        console.say(
-            f"the scales were found for {found_for}; the file proposes {spec}. Calibrate for it if quality matters."
-        )
     vae_folder = None if args.no_vae else args.vae or model.vae_folder
     decoder = load_decoder(vae_folder, model) if vae_folder else None
     if decoder is not None:
         model = replace(model, latents=decoder.latents)
-    console.say(f"tracing the {args.graph} graph; {spec}")
+    console.say(f"tracing the {args.graph} graph; {config.sampling(model, table)}")
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:
         console.say(f"quantized {card.quantization.summary}")

@@ -16,9 +16,10 @@ from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
-from tqdit.errors import FileFormatError, LintError, UsageError
+from tqdit.errors import FileFormatError, LintError, MissingLibraryError, UsageError
 from tqdit.extras import need
 from tqdit.files import NPZ, NPZ_ERRORS, check_writable, npz_headers, reading
+from tqdit.onnx_header import OnnxHeader
 from tqdit.ports import Port
 from tqdit.quantization import summary as scale_table_summary
 from tqdit.quantization.table import is_scale_table, read_scale_table
@@ -34,7 +35,7 @@ examples:
   tqdit-inspect scales.safetensors --plot scales.png
   tqdit-inspect DiT-XL-2-256x256.pt"""
 
-CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin", ".index.json")
 PICTURES = (".png", ".svg", ".pdf")
 Facts = list[tuple[str, object]]
 
@@ -84,7 +85,7 @@ def inspect(file: str, heads: int | None = None) -> Facts:
     readers: dict[str, Callable[[Path], Facts]] = {".onnx": _onnx, ".npz": _samples}
     if path.suffix in readers:
         return readers[path.suffix](path)
-    if path.is_file() and path.suffix not in CHECKPOINTS:
+    if path.is_file() and not file.endswith(CHECKPOINTS):
         raise UsageError(
             f"{file}: a file of unknown kind; known are {', '.join([*readers, *CHECKPOINTS])}, engine bundles and "
             "diffusers directories."
@@ -126,23 +127,31 @@ def _batch(batch: BatchRange) -> str:
 
 
 def _onnx(path: Path) -> Facts:
-    from tqdit.onnx_file import OnnxFile  # answers the absence of onnx, an optional library
+    header = OnnxHeader.read(path)
+    card = header.card
+    facts: Facts = [("kind", "ONNX file"), *_graph(path)]
+    if card is not None:
+        return [*facts, *_card(card)]
+    return [*facts, ("written by", header.producer or "unknown, not by tqdit")]
 
+
+def _graph(path: Path) -> Facts:
+    """What only the parsed graph tells; one line if onnx is not installed."""
+    try:
+        from tqdit.onnx_file import OnnxFile
+    except MissingLibraryError as error:
+        return [("nodes", f"not counted: {error}")]
     file = OnnxFile.read(path)
-    model, card = file.model, file.card
+    model = file.model
     operators = Counter(node.op_type for node in model.graph.node)
     opsets = ", ".join(f"{entry.domain or 'onnx'} {entry.version}" for entry in model.opset_import)
-    facts: Facts = [
-        ("kind", "ONNX file"),
+    return [
         ("size", f"{file.size_bytes / 1e6:.1f} MB"),
         ("opsets", opsets),
         ("nodes", ", ".join(f"{count} {name}" for name, count in operators.most_common(6)) + ", ..."),
         ("inputs", ", ".join(value.name for value in model.graph.input)),
         ("outputs", ", ".join(value.name for value in model.graph.output)),
     ]
-    if card is not None:
-        return [*facts, *_card(card)]
-    return [*facts, ("written by", model.producer_name or "unknown, not by tqdit")]
 
 
 def _lint(path: Path) -> None:
@@ -193,7 +202,8 @@ def _shards(path: Path) -> Facts:
 
 
 def _checkpoint(file: str, heads: int | None) -> Facts:
-    need("torch", "export", "inspecting a checkpoint")
+    for library in ("torch", "safetensors"):
+        need(library, "export", "inspecting a checkpoint")
     from tqdit.models.load import load_model
 
     model = load_model(file, heads)

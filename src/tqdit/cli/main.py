@@ -6,23 +6,19 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from tqdit.console import Console
-from tqdit.errors import MissingLibraryError, TqditError, UsageError
+from tqdit.errors import MissingLibraryError, TqditError, TqditWarning, UsageError
+from tqdit.extras import missing
 from tqdit.version import __version__
 
-VERBS = {
-    "calibrate": "tqdit.cli.calibrate",
-    "export": "tqdit.cli.export",
-    "build": "tqdit.cli.build",
-    "sample": "tqdit.cli.sample",
-    "evaluate": "tqdit.cli.evaluate",
-    "inspect": "tqdit.cli.inspect",
-}
+VERBS = ("calibrate", "export", "build", "sample", "evaluate", "inspect")  # modules of this package
 # Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
 EXTRAS = {"calibrate": "calibrate", "export": "export", "evaluate": "evaluate"}
 
@@ -74,7 +70,8 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
     args = parser.parse_args(argv)
     try:
-        written = module.run(args, Console(args.quiet))
+        with _warnings_as_lines(prog):
+            written = module.run(args, Console(args.quiet))
         if written is not None:
             print(written)
         sys.stdout.flush()  # here, where a refusal becomes one line, and not when Python ends
@@ -97,6 +94,23 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         return _fail(prog, error if str(error) else "out of memory", 1)
 
 
+@contextmanager
+def _warnings_as_lines(prog: str) -> Iterator[None]:
+    """Our own warnings in one line each, also in quiet commands; those of libraries as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TqditWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, TqditWarning):
+                print(f"{prog}: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_line
+        yield
+
+
 def _drop_output() -> None:
     """Let what is still to be printed go nowhere, or Python would fail again when it ends."""
     with suppress(OSError, ValueError):  # a stream without a file behind it has nothing that could fail
@@ -110,14 +124,12 @@ def _fail(prog: str, error: Exception | str, code: int) -> int:
 
 def _load(verb: str) -> VerbModule:
     try:
-        return cast(VerbModule, importlib.import_module(VERBS[verb]))
+        return cast(VerbModule, importlib.import_module(f"tqdit.cli.{verb}"))
     except ModuleNotFoundError as error:
         library = (error.name or "tqdit").split(".")[0]
         if verb not in EXTRAS or library == "tqdit":
             raise
-        raise MissingLibraryError(
-            f"tqdit-{verb} needs {library}, which is not installed. Run: pip install 'tqdit[{EXTRAS[verb]}]'"
-        ) from error
+        raise missing(library, EXTRAS[verb], f"tqdit-{verb}") from error
 
 
 def _summary(verb: str) -> str:
@@ -128,29 +140,5 @@ def _summary(verb: str) -> str:
         return str(error)
 
 
-def calibrate() -> int:
-    return run("calibrate")
-
-
-def export() -> int:
-    return run("export")
-
-
-def build() -> int:
-    return run("build")
-
-
-def sample() -> int:
-    return run("sample")
-
-
-def evaluate() -> int:
-    return run("evaluate")
-
-
-def inspect() -> int:
-    return run("inspect")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+# What the console scripts `tqdit-VERB` call.
+calibrate, export, build, sample, evaluate, inspect = (partial(run, verb) for verb in VERBS)

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tqdit.bounds import check_count
+from tqdit.card import GraphCard
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
-from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images
+from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
     INDEX,
     SHARD_SIZE,
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     shards = _wants_shards(args, manifest)
     job = _describe(args, manifest, shards)
     if not shards:
-        _check_output(output, job)
+        _check_output(output, job, manifest.card)
     if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
         console.say(remark)
     return (_sample_shards if shards else _sample_at_once)(args, manifest, job, console)
@@ -118,13 +119,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError("--workers belongs to --ray.")
 
 
-def _check_output(output: Path, job: SamplingJob) -> None:
+def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
     """Refuse an output that samples in memory cannot go to, before they are made."""
     check_output(output)
     if job.content == "latents" and kind_of(output) != "npz":
-        raise OutputError(
-            f"{output}: this engine makes latents and has no decoder. Name a .npz, or export again with --vae DIR."
-        )
+        raise OutputError(f"{output}: {no_images(card)}")
 
 
 def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool) -> SamplingJob:

@@ -38,7 +38,7 @@ class Judge(nn.Module):
 
 
 def load_judge() -> Judge:
-    """The trained judge that ships with the package."""
+    """The trained judge, of the distribution `tqdit-demo`."""
     judge = Judge()
     weights = load_file(shipped("judge.safetensors"))
     judge.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

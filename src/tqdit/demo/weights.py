@@ -1,14 +1,13 @@
-"""The weights that ship with the package, each known by its SHA-256."""
+"""The demo model's weights, of the distribution `tqdit-demo` (folder `demo-weights`), each known by its SHA-256."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
 
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, MissingLibraryError
 from tqdit.files import sha256
 
-FOLDER = Path(str(resources.files("tqdit.demo")))
 # As `scripts/train_demo.py package` says them.
 DIGESTS = {
     "model.safetensors": "9db237a5476412b5386557b9bca9a0fd5b46a61ffa79ce9bf26270e048a5399a",
@@ -17,10 +16,16 @@ DIGESTS = {
 
 
 def shipped(name: str) -> Path:
-    """The file of that name, whole and unaltered."""
-    path = FOLDER / name
+    """The file of that name, whole and unaltered. Raises MissingLibraryError if `tqdit-demo` is not installed."""
+    try:
+        path = Path(str(resources.files("tqdit_demo"))) / name
+    except ModuleNotFoundError as error:
+        raise MissingLibraryError(
+            "the demo model's weights are in tqdit-demo, which is not installed. Run: pip install ./demo-weights (in a "
+            "clone of tqdit, or the path of a wheel of tqdit-demo)"
+        ) from error
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; it comes with tqdit. Install tqdit again.")
+        raise CheckpointError(f"{path}: missing; it comes with tqdit-demo. Install tqdit-demo again.")
     if sha256(path) != DIGESTS[name]:
-        raise CheckpointError(f"{path}: altered since tqdit shipped it (its SHA-256 differs). Install tqdit again.")
+        raise CheckpointError(f"{path}: its SHA-256 is not that of this tqdit's demo model. Install tqdit-demo again.")
     return path

@@ -17,15 +17,15 @@ import msgspec
 
 from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange
-from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
-from tqdit.files import JSON, check_only, reading, sha256, writing
+from tqdit.errors import BackendError, FileFormatError, OutputError
+from tqdit.files import JSON, check_only, decode_record, reading, sha256, writing
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class BundlePart:
     """One file of a bundle."""
 
     sha256: str
@@ -50,20 +50,31 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Facts:
-    """The manifest without the card, which reads itself."""
+class Artefact:
+    """What a backend compiled."""
 
-    backend: str
-    precision: str
     entry: str  # file that the backend opens
     decoder: str | None  # file of the VAE decoder
     versions: dict[str, str]  # of the libraries that built it
     target: dict[str, str]  # hardware that it runs on
     audit: Audit | None = None  # of a quantized graph
-    float_type: str = "fp32"  # of what is not integer
-    files: dict[str, Part] = field(default_factory=dict)
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts(Artefact):
+    """The manifest without the card, which reads itself."""
+
+    backend: str
+    precision: str
+    float_type: str = "fp32"  # of what is not integer
+    files: dict[str, BundlePart] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored(_Facts):
+    card: msgspec.Raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,33 +87,19 @@ class Manifest(_Facts):
         return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Raises FileFormatError naming `where` if the text is not a manifest of this version."""
-        try:
-            values = msgspec.json.decode(text, type=dict[str, Any])
-            version = values.pop("format_version")
-        except (msgspec.MsgspecError, KeyError, RecursionError) as error:
-            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
-        if version != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-                "Build the engine again, or install the tqdit that built it."
-            )
-        card = GraphCard.from_json(json.dumps(values.pop("card", None)), str(where))
-        try:
-            facts = msgspec.convert(values, _Facts)
-        except (msgspec.ValidationError, UsageError) as error:
-            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
-        manifest = cls(card=card, **vars(facts))
+        stored = decode_record(text, _Stored, FORMAT_VERSION, str(where), "Build the engine again.")
+        manifest = cls(**vars(stored) | {"card": GraphCard.from_json(bytes(stored.card), str(where))})
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
             if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
 
 
-def describe_parts(folder: Path) -> dict[str, Part]:
+def describe_parts(folder: Path) -> dict[str, BundlePart]:
     """Size and SHA-256 of every file in a folder that is being built."""
-    return {file.name: Part(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+    return {file.name: BundlePart(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -117,8 +114,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileFormatError(
             f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote."
         )
-    with reading(folder / MANIFEST, JSON, "Build the engine again.", UnicodeDecodeError):
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    with reading(folder / MANIFEST, JSON, "Build the engine again."):
+        text = (folder / MANIFEST).read_bytes()
     return Manifest.from_json(text, folder / MANIFEST)
 
 

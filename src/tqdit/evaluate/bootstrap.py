@@ -135,16 +135,19 @@ def _shuffled(labels: NDArray[np.int64] | None, count: int) -> Indices:
     return np.arange(count) if labels is None else np.argsort(labels, kind="stable")
 
 
+def percentile(statistic: Callable[[Indices], float], count: int, resamples: int = 2000, seed: int = 0) -> Measure:
+    """Value with the percentile interval of a bootstrap over images, without draws that are not finite."""
+    draws = resample(statistic, count, resamples, seed)
+    draws = draws[np.isfinite(draws)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    how = f"{resamples} bootstrap resamples over images"
+    return Measure(statistic(np.arange(count)), float(low), float(high), count, how, float(draws.std(ddof=1)))
+
+
 def of_mean(values: NDArray[np.floating], resamples: int = 2000, seed: int = 0) -> Measure:
     """Mean of one number per image (N,), with the percentile bootstrap."""
     x = np.asarray(values, np.float64)
-    rng = np.random.default_rng([seed, len(x)])
-    means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Measure(
-        float(x.mean()), float(low), float(high), len(x), f"{resamples} bootstrap resamples over images",
-        float(means.std(ddof=1)),
-    )  # fmt: skip
+    return percentile(lambda chosen: float(x[chosen].mean()), len(x), resamples, seed)
 
 
 def of_share(hits: NDArray[np.bool_], how: str = "Wilson score") -> Measure:

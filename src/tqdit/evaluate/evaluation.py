@@ -23,7 +23,7 @@ from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
 from tqdit.evaluate.samples import Reference
-from tqdit.evaluate.statistics import Gaussian, frechet_to, moments, weighted
+from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,8 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
     pooled, spatial = reference.pooled, reference.spatial
     if pooled is None:
         assert found is not None
-        pooled = moments(found.pooled).gaussian
-        spatial = None if found.spatial is None else moments(found.spatial).gaussian
+        pooled = Gaussian.of(found.pooled)
+        spatial = None if found.spatial is None else Gaussian.of(found.spatial)
     count = None if reference.images is None else len(reference.images)
     return ReferenceFeatures(reference.source, pooled, spatial, None if found is None else found.pooled, count)
 
@@ -79,24 +79,23 @@ class Metrics:
     """All metrics of one set of images, each with its noise; what cannot be computed comes with the reason."""
 
     def __init__(self, extractor: Extractor, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
-        self._extractor, self._target, self._choice = extractor, target, choice
+        self.extractor, self.target, self.choice = extractor, target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
-        self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
-        if target is not None:
-            self._add_distance("frechet_distance", target.pooled)
-            if target.spatial is not None:
-                self._add_distance("spatial_frechet_distance", target.spatial)
-
-    def _add_distance(self, name: str, gaussian: Gaussian) -> None:
-        if name in self._choice.metrics:
-            self._distances[name] = frechet_to(gaussian), gaussian.rank
+        targets = {} if target is None else {
+            "frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial
+        }  # fmt: skip
+        self._distances = {
+            name: (frechet_to(gaussian), gaussian.rank)
+            for name, gaussian in targets.items()
+            if gaussian is not None and name in choice.metrics
+        }
 
     def choose(self, images: Outline) -> tuple[str, ...]:
         """The metrics that were asked for and can be computed; UsageError if one is required and cannot."""
-        reasons = {name: self._reason_against(name, images) for name in self._choice.metrics}
+        reasons = {name: self._reason_against(name, images) for name in self.choice.metrics}
         missing = {name: reason for name, reason in reasons.items() if reason is not None}
-        if missing and self._choice.required:
+        if missing and self.choice.required:
             name, reason = next(iter(missing.items()))
             raise UsageError(f"{images.source}: {name} {reason}")
         self.missing |= missing
@@ -120,26 +119,26 @@ class Metrics:
             return None
         x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
-            lambda weights: distance(weighted(x, weights)) - distance(weighted(y, weights)),
-            len(images), self._choice.resamples, images.labels, least=-math.inf,
+            lambda weights: distance(Gaussian.of(x, weights)) - distance(Gaussian.of(y, weights)),
+            len(images), self.choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
     def _reason_against(self, name: str, images: Outline) -> str | None:
         """Why a metric cannot be computed, or None."""
         count, advice = images.count, "Sample more with -n."
         if name == "accuracy":
-            if self._extractor.name != "judge":
+            if self.extractor.name != "judge":
                 return "needs the judge, which knows the demo model's classes alone."
             return None if images.has_labels else "needs the classes that were asked for (arr_1 of the .npz)."
         if name == "inception_score":
-            classes = self._extractor.classes
+            classes = self.extractor.classes
             return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"
-        if self._target is None:
+        if self.target is None:
             return "needs a reference. Pass --reference FILE."
         if name in ("precision", "recall"):
-            if self._target.features is None:
-                return f"needs the samples of the reference; {self._target.source} holds statistics alone."
-            least = min(count, len(self._target.features))
+            if self.target.features is None:
+                return f"needs the samples of the reference; {self.target.source} holds statistics alone."
+            least = min(count, len(self.target.features))
             return (
                 None
                 if least > NEIGHBOURS
@@ -156,7 +155,7 @@ class Metrics:
         )
 
     def _compute(self, name: str, images: Observed) -> Measure:
-        choice, features, count, strata = self._choice, images.features, len(images), balanced_strata(images.labels)
+        choice, features, count, strata = self.choice, images.features, len(images), balanced_strata(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)
@@ -164,10 +163,10 @@ class Metrics:
                 p = features.probabilities
                 return around(lambda chosen: inception_score(p[chosen]), count, choice.resamples, choice.seed, strata)
             case "precision" | "recall":
-                assert self._target is not None
-                assert self._target.features is not None
+                assert self.target is not None
+                assert self.target.features is not None
                 if self._hits is None:
-                    self._hits = manifold_hits(self._target.features, features.pooled)
+                    self._hits = manifold_hits(self.target.features, features.pooled)
                 if name == "precision":
                     return of_share(self._hits[0])
                 return of_share(self._hits[1], "Wilson score over the reference, the samples as they are")
@@ -175,7 +174,7 @@ class Metrics:
         x = features.pooled if name == "frechet_distance" else features.spatial
         assert x is not None
         y = x.astype(np.float64)
-        return jackknife(lambda weights: distance(weighted(y, weights)), count, choice.resamples, images.labels)
+        return jackknife(lambda weights: distance(Gaussian.of(y, weights)), count, choice.resamples, images.labels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,14 +34,6 @@ def _score(p: Float64) -> float:
     return float(np.exp(terms.sum(axis=1).mean()))
 
 
-def precision_recall(
-    reference: NDArray[np.floating], samples: NDArray[np.floating], neighbours: int = NEIGHBOURS
-) -> tuple[float, float]:
-    """The two shares of `manifold_hits`."""
-    precise, recalled = manifold_hits(reference, samples, neighbours)
-    return float(precise.mean()), float(recalled.mean())
-
-
 def manifold_hits(
     reference: NDArray[np.floating], samples: NDArray[np.floating], neighbours: int = NEIGHBOURS
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
-from tqdit.evaluate.bootstrap import Measure, resample
+from tqdit.evaluate.bootstrap import Indices, Measure, percentile
 from tqdit.extras import need
 
 Images = NDArray[np.uint8]  # (N, H, W, 3)
@@ -36,17 +36,14 @@ def psnr(reference: Images, found: Images, resamples: int = 200, seed: int = 0) 
     """10 log10(255^2 / MSE) in dB, MSE over all images together, so that equal images do not make it infinite."""
     errors = mean_squared_errors(reference, found)
 
-    def decibels(mse: float) -> float:
+    if not errors.any():
+        return Measure(None, None, None, len(errors), "equal images")
+
+    def decibels(chosen: Indices) -> float:
+        mse = float(errors[chosen].mean())
         return 10 * math.log10(PEAK**2 / mse) if mse > 0 else math.inf
 
-    value = decibels(float(errors.mean()))
-    if not math.isfinite(value):
-        return Measure(None, None, None, len(errors), "equal images")
-    draws = resample(lambda chosen: decibels(float(errors[chosen].mean())), len(errors), resamples, seed)
-    draws = draws[np.isfinite(draws)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Measure(value, float(low), float(high), len(errors), f"{resamples} bootstrap resamples over images",
-                   float(draws.std(ddof=1)))  # fmt: skip
+    return percentile(decibels, len(errors), resamples, seed)
 
 
 def ssim(reference: Images, found: Images) -> NDArray[np.float64]:

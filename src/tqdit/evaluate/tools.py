@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, check_reference, describe_reference
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, check_reference, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
 from tqdit.evaluate.samples import Images, Reference, read_reference
 from tqdit.evaluate.samples import write_reference as write_statistics
-from tqdit.evaluate.statistics import moments
+from tqdit.evaluate.statistics import Gaussian
 from tqdit.extras import need
 
 DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings that no training has seen
@@ -39,30 +37,12 @@ class MeasurementOptions:
     write_reference: Path | None = None  # where the statistics of the samples go
 
 
-@dataclass(frozen=True, eq=False)
-class Tools:
-    """What images are measured with. The features of the reference are extracted when they are first asked for."""
-
-    extractor: Extractor
-    reference: Reference | None
-    choice: MetricChoice
-    console: Console
-
-    @cached_property
-    def target(self) -> ReferenceFeatures | None:
-        return None if self.reference is None else describe_reference(self.reference, self.extractor, self.console)
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        return Metrics(self.extractor, self.target, self.choice)
-
-
-def choose_tools(
+def choose_metrics(
     options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
-) -> Tools | None:
-    """Extractor and reference for images of this shape (H, W, ...), or None if there is no extractor for them.
+) -> Callable[[], Metrics] | None:
+    """What makes the metrics for images of this shape (H, W, ...), or None if there is no extractor for them.
 
-    Files are read and checked here, before there are images.
+    Files are read and checked here; the features of the reference are extracted when the result is called.
     """
     from tqdit.demo.glyphs import IMAGE_SIZE
 
@@ -83,7 +63,9 @@ def choose_tools(
         check_reference(reference, extractor)
     resamples = options.resamples or (200 if extractor.size < 512 else 20)
     choice = MetricChoice(options.metrics or METRICS, options.metrics is not None, resamples, options.seed)
-    return Tools(extractor, reference, choice, console)
+    return lambda: Metrics(
+        extractor, None if reference is None else describe_reference(reference, extractor, console), choice
+    )
 
 
 def _reference(path: Path | None, console: Console, extractor: Extractor, card: GraphCard | None) -> Reference | None:
@@ -103,34 +85,28 @@ def _reference(path: Path | None, console: Console, extractor: Extractor, card: 
 
 def write_reference(path: Path, images: Observed) -> None:
     """Write the statistics of these images as a reference for later runs."""
-    pooled, spatial = (
-        None if x is None else moments(x).gaussian for x in (images.features.pooled, images.features.spatial)
-    )
+    pooled, spatial = (None if x is None else Gaussian.of(x) for x in (images.features.pooled, images.features.spatial))
     assert pooled is not None
     write_statistics(path, pooled, spatial, images.extractor, len(images))
 
 
-def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
+def describe(settings: Mapping[str, Any], metrics: Metrics | None) -> dict[str, Any]:
     """How everything was measured; `settings` are those of the sampling."""
-    import torch
-
-    from tqdit.version import __version__
-
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,
-        "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions(),
         "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
         "settings": dict(settings),
         "extractor": None, "reference": None, "not_computed": {},
     }  # fmt: skip
-    if tools is not None:
+    if metrics is not None:
         facts["extractor"] = {
-            "name": tools.extractor.name, "weights": tools.extractor.digest, "features": tools.extractor.size
+            "name": metrics.extractor.name, "weights": metrics.extractor.digest, "features": metrics.extractor.size
         }  # fmt: skip
-        facts["settings"]["bootstrap"] = tools.choice.resamples
-        facts["not_computed"] = dict(tools.metrics.missing)
-        if tools.target is not None:
-            facts["reference"] = {"name": tools.target.source, "count": tools.target.count}
+        facts["settings"]["bootstrap"] = metrics.choice.resamples
+        facts["not_computed"] = dict(metrics.missing)
+        if metrics.target is not None:
+            facts["reference"] = {"name": metrics.target.source, "count": metrics.target.count}
     return facts
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
+import msgspec
 import onnx_ir as ir
 
 from tqdit.card import AttentionForm, GraphCard, GraphName
+from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.exporter.passes.names import name_by_modules
 from tqdit.exporter.passes.quantize import describe, quantize
 from tqdit.exporter.step import SamplingStep, step_inputs
@@ -15,6 +18,7 @@ from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.process import Process
 from tqdit.sampling.schedule import SamplingSpec
 
 
@@ -34,7 +38,8 @@ class ExportConfig:
 
     def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
         """The chain that the file proposes, or that a step graph computes."""
-        return calibrated_for(model, table).choose(self.steps, self.sampler)
+        own = calibrated_for(model, table)
+        return model.sampling.choose(own.steps, own.sampler).choose(self.steps, self.sampler)
 
     def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
         """With the scale that the quantization scales were found for."""
@@ -46,7 +51,12 @@ class ExportConfig:
 def calibrated_for(model: LoadedModel, table: ScaleTable | None) -> SamplingSpec:
     """The chain that a table's scales were found for; the model's own if the table does not say, or there is none."""
     settings = {} if table is None else table.settings
-    return model.sampling.choose(settings.get("steps"), settings.get("sampler"))
+    own = model.sampling
+    try:
+        process = msgspec.convert(settings["process"], Process) if "process" in settings else own.process
+    except (msgspec.ValidationError, UsageError) as error:
+        raise FileFormatError(f"the scale table's setting 'process' is damaged ({error}). Calibrate again.") from error
+    return SamplingSpec(process, settings.get("sampler") or own.sampler, settings.get("steps") or own.steps)
 
 
 def export_graph(
@@ -54,12 +64,16 @@ def export_graph(
 ) -> tuple[ir.Model, GraphCard]:
     """The denoiser graph or the step graph of a model, with its card; quantized if a scale table is given.
 
-    Raises UsageError if the table is for another model or does not fit the trace.
+    Raises UsageError if the table is for another model or does not fit the trace. Warns if the scales were found for
+    another chain than the one that the file proposes.
     """
     if table is not None:
         table.check_model(model.fingerprint, model.source)
         model, table = fold(model, table)
-    return finish_graph(trace_graph(model, config, table), model, config, table)
+    graph, card = finish_graph(trace_graph(model, config, table), model, config, table)
+    if remark := card.remark(card.sampling):
+        warnings.warn(remark, TqditWarning, stacklevel=2)
+    return graph, card
 
 
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
@@ -83,5 +97,5 @@ def finish_graph(
         config.graph,
         sampling=config.sampling(model, table),
         guidance=config.guidance(model, table),
-        quantization=None if table is None else describe(table, config.attention),
+        quantization=None if table is None else describe(table, config.attention, calibrated_for(model, table)),
     )

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import flush, sha256, temporary_folder
-from tqdit.onnx_file import PRODUCER, OnnxFile, save
+from tqdit.onnx_file import OnnxFile, save
+from tqdit.onnx_header import PRODUCER, OnnxHeader
 
 
 def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tuple[int, int]] | None = None) -> None:
@@ -46,18 +47,13 @@ def check_overwrite(path: Path, force: bool) -> None:
         return
     if path.is_dir():
         raise OutputError(f"{path}: is a directory. Name a file for the ONNX model.")
+    header = None
     with suppress(FileFormatError):
-        file = OnnxFile.read(path)
-        marks = {file.model.producer_name, *(entry.key for entry in file.model.metadata_props)}
-        if marks & {PRODUCER, METADATA_KEY}:
-            _check_version(file, force)
-            return
-    raise OutputError(f"{path}: exists and was not written by tqdit. Choose another name, or remove it yourself.")
-
-
-def _check_version(file: OnnxFile, force: bool) -> None:
+        header = OnnxHeader.read(path)
+    if header is None or not {header.producer, *header.metadata} & {PRODUCER, METADATA_KEY}:
+        raise OutputError(f"{path}: exists and was not written by tqdit. Choose another name, or remove it yourself.")
     try:
-        _ = file.own_card
+        _ = header.card
     except FileFormatError as error:
         if not force:
             raise OutputError(f"{error} Or choose another name, or pass --force to replace it.") from error

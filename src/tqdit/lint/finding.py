@@ -12,6 +12,19 @@ TENSORRT = ("tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A rule by its name in the findings; `node` is the name of a node, or of what else the finding is about."""
+
+    name: str
+
+    def error(self, node: str, message: str, remedy: str, backends: tuple[str, ...] = BACKENDS) -> Finding:
+        return Finding(self.name, "error", node, message, remedy, backends)
+
+    def warning(self, node: str, message: str, remedy: str, backends: tuple[str, ...] = BACKENDS) -> Finding:
+        return Finding(self.name, "warning", node, message, remedy, backends)
+
+
+@dataclass(frozen=True)
 class Finding:
     """An error means wrong values, a refused file or INT8 lost silently; a warning costs size or a detour.
 

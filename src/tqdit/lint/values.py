@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto
 from onnx.reference.ops import load_op
 
 if TYPE_CHECKING:
     from tqdit.lint.program import GraphNode
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 SMALL = 65536  # elements; scales and zero points lie far below, weights mostly above
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
           "Dropout"}  # fmt: skip
@@ -25,14 +24,14 @@ LAYOUT = {"Identity", "Cast", "CastLike", "Transpose", "Reshape", "Squeeze", "Un
 
 @dataclass(frozen=True)
 class Value:
-    """`constant`: every backend can compute it at build time. `dtype` is 0 if unknown.
+    """`constant`: every backend can compute it at build time. `dtype` is UNDEFINED, which is false, if unknown.
 
     Of constants: `shape`, `array` if it is small and available, and `origin`, the initializer that it is a copy of up
     to its type and layout. `quantized` if it comes from a DequantizeLinear through nothing but layout.
     """
 
     constant: bool = False
-    dtype: int = TensorProto.UNDEFINED
+    dtype: ir.DataType = ir.DataType.UNDEFINED
     shape: tuple[int, ...] | None = None
     array: NDArray[Any] | None = None
     origin: str = ""
@@ -80,7 +79,7 @@ class Values:
 
     def _stored(self, value: ir.Value) -> Value:
         """An input, an initializer, or the output of a Constant node."""
-        bare = _inferred(value)
+        bare = inferred(value)
         try:
             tensor = ir.convenience.get_const_tensor(value)
         except ValueError:  # a Constant node without a value
@@ -89,7 +88,7 @@ class Values:
             return bare
         constant = not (self._overridable and value.is_graph_input())
         origin = (value.name or "") if value.is_initializer() else ""
-        return Value(constant, int(tensor.dtype), tuple(tensor.shape.numpy()), self._numbers(tensor), origin)
+        return Value(constant, tensor.dtype, tuple(tensor.shape.numpy()), self._numbers(tensor), origin)
 
     def _numbers(self, tensor: ir.TensorProtocol) -> NDArray[Any] | None:
         if tensor.size > SMALL or (isinstance(tensor, ir.ExternalTensor) and not self._read_external):
@@ -101,7 +100,7 @@ class Values:
             return None
 
     def _output(self, node: GraphNode, value: ir.Value) -> Value:
-        bare = _inferred(value)
+        bare = inferred(value)
         if not node.standard:
             return bare
         if node.op_type == "Constant":
@@ -112,7 +111,7 @@ class Values:
         bare = replace(bare, constant=constant)
         first = node.value(0)
         if node.op_type == "QuantizeLinear":
-            return replace(bare, shape=first.shape, origin=first.origin)
+            return replace(bare, origin=first.origin)
         if node.op_type == "DequantizeLinear":
             return _dequantized(node, bare)
         if constant and node.op_type in ARITHMETIC | LAYOUT:
@@ -123,10 +122,10 @@ class Values:
         return bare
 
 
-def _inferred(value: ir.Value) -> Value:
+def inferred(value: ir.Value) -> Value:
     """Type and shape alone; a shape with a dimension that is not a number counts as unknown."""
     shape = None if value.shape is None or not value.shape.is_static() else tuple(value.shape.numpy())
-    return Value(dtype=int(value.dtype or 0), shape=shape)
+    return Value(dtype=value.dtype or ir.DataType.UNDEFINED, shape=shape)
 
 
 def _dequantized(node: GraphNode, bare: Value) -> Value:
@@ -135,8 +134,7 @@ def _dequantized(node: GraphNode, bare: Value) -> Value:
     if axis < 0 and data.shape is not None:
         axis += len(data.shape)
     quantized = Quantized(node.label, data, scale, axis if per_channel(scale) else None)
-    dtype = node.integer("output_dtype", 0) or scale.dtype
-    return replace(bare, dtype=dtype, shape=data.shape, origin=data.origin, quantized=quantized)
+    return replace(bare, origin=data.origin, quantized=quantized)
 
 
 def _moved(node: GraphNode, source: Value) -> Quantized | None:
@@ -165,12 +163,6 @@ def _evaluated(node: GraphNode) -> NDArray[Any] | None:
         return np.asarray(found)
     except Exception:  # operands or attributes that do not go together: a backend refuses them, nothing to judge
         return None
-
-
-def type_name(dtype: int) -> str:
-    """`float16` for 10, and so on."""
-    known = dtype and dtype in TensorProto.DataType.values()
-    return str(TensorProto.DataType.Name(dtype)).lower() if known else "of unknown type"
 
 
 def per_channel(scale: Value) -> bool:

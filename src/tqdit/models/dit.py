@@ -31,12 +31,8 @@ class DiTConfig:
     hidden_size: int
     depth: int
     mlp_hidden_size: int
-    num_classes: int  # without the null class, whose label is num_classes
+    num_classes: int | None  # rows of the class table but for the last, the null class's; None: there is no table
     num_heads: int
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
 
     @property
     def learns_variance(self) -> bool:
@@ -80,9 +76,9 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Class labels (N,) in 0..num_classes to vectors (N, D); the last label is the null class of guidance."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
@@ -165,7 +161,8 @@ class DiT(nn.Module):
     """(x (N, C, H, W) float, timestep (N,) in 0..999, class_labels (N,)) -> (N, out_channels, H, W).
 
     The first C channels of the result are the predicted noise, the rest (if learned) the variance fraction v of
-    improved DDPM (arXiv 2102.09672, eq. 15).
+    improved DDPM (arXiv 2102.09672, eq. 15). An unconditional network has no class table, or one of a single row, and
+    takes no labels.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -173,13 +170,18 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
-        self.y_embedder = LabelEmbedder(config)
+        if config.num_classes is not None:
+            self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.pos_embed = nn.Parameter(sine_cosine_positions(config), requires_grad=False)  # (1, T, D)
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        c = self.t_embedder(timestep) + self.y_embedder(class_labels)  # (N, D)
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        c = self.t_embedder(timestep)  # (N, D)
+        if self.config.num_classes is not None:
+            c = c + self.y_embedder(
+                torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
+            )
         tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         for block in self.blocks:
             tokens = block(tokens, c)
@@ -196,12 +198,11 @@ class DiT(nn.Module):
 def signature_of(config: DiTConfig) -> Signature:
     """The ports of a DiT; the last class is the null class of guidance."""
     size, null = config.input_size, config.num_classes
+    state = Port("x", "state", "float32", (None, config.in_channels, size, size))
+    time = Port("timestep", "time", "int64", (None,))
+    label = (Port("class_labels", "request", "int64", (None,), null=null, values=null + 1),) if null else ()
     return Signature(
-        ports=(
-            Port("x", "state", "float32", (None, config.in_channels, size, size)),
-            Port("timestep", "time", "int64", (None,)),
-            Port("class_labels", "request", "int64", (None,), null=null, values=null + 1),
-        ),
+        ports=(state, time, *label),
         output=(None, config.out_channels, size, size),
         family="DiT",
     )
@@ -237,34 +238,6 @@ def sine_cosine_positions(config: DiTConfig) -> Tensor:
         angle = coordinate.reshape(-1, 1) * omega  # (T, D / 4)
         halves.append(np.concatenate([np.sin(angle), np.cos(angle)], axis=1))
     return torch.from_numpy(np.concatenate(halves, axis=1)).float().unsqueeze(0)
-
-
-def initialize(model: DiT, seed: int = 0) -> DiT:
-    """Random weights for training from scratch: adaLN-Zero, so every block starts as the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.xavier_uniform_(module.weight.data.view(module.weight.shape[0], -1), generator=generator)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02, generator=generator)
-        elif isinstance(module, TimestepEmbedder):
-            for index in (0, 2):
-                linear = module.mlp[index]
-                assert isinstance(linear, nn.Linear)
-                nn.init.normal_(linear.weight, std=0.02, generator=generator)
-    for module in model.modules():
-        if isinstance(module, DiTBlock | FinalLayer):
-            last = module.adaLN_modulation[1]
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-    nn.init.zeros_(model.final_layer.linear.weight)
-    nn.init.zeros_(model.final_layer.linear.bias)
-    return model
 
 
 def randomize(model: DiT, seed: int = 0, scale: float = 0.02) -> DiT:

@@ -1,30 +1,43 @@
-"""Loading a model by what the user wrote."""
+"""Loading a model by what the user wrote, or from memory."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, TqditWarning, UsageError
 from tqdit.models import families
-from tqdit.models.loaded import LoadedModel
+from tqdit.models.loaded import LoadedModel, Source, name_of
+from tqdit.models.model_card import ModelCard, card_path, read_model_card
 from tqdit.models.scratch import need_compiler
 from tqdit.registry import find_modules
 
 KNOWN = "Pass 'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers directory."
 
 
-def load_model(source: str | Path, heads: int | None = None) -> LoadedModel:
-    """Load `demo`, a published DiT checkpoint (`.pt`, `.safetensors`) or a diffusers directory.
+def load_model(source: Source | Path, heads: int | None = None, card: ModelCard | None = None) -> LoadedModel:
+    """Load `demo`, a DiT checkpoint (`.pt`, `.safetensors`), a diffusers directory, a network or a state dict.
 
-    heads: attention heads of a checkpoint that does not tell them. Raises CheckpointError with one line that names the
-    file and what is wrong with it, and OutputError if PyTorch finds no folder for temporary files.
+    heads: attention heads of a checkpoint that does not tell them. card: facts of the model; None: those of the JSON
+    file beside it. A network in memory stays as it is, and shares its weights with the model.
+    Raises CheckpointError with one line that names the file and what is wrong with it, and OutputError if PyTorch finds
+    no folder for temporary files. Warns (`TqditWarning`) of what neither tensors nor card tell.
     """
-    text = str(source)
+    source = str(source) if isinstance(source, Path) else source
     for family in find_modules(families).values():
-        if family.matches(text):
+        if family.matches(source):
             need_compiler()
-            model: LoadedModel = family.load(text, heads)
-            return model
+            path = card_path(Path(source)) if isinstance(source, str) else None
+            card = card or getattr(family, "CARD", None) or (path and read_model_card(path)) or ModelCard()
+            model: LoadedModel = family.load(source, card.heads if heads is None else heads)
+            for fact in sorted(set(model.assumed) - card.told):
+                place = "a ModelCard" if path is None else f"'{path}'"
+                text = f"{name_of(source)}: {model.assumed[fact]}. Say what is right as '{fact}' in {place}."
+                warnings.warn(text, TqditWarning, stacklevel=2)
+            return card.apply(model)
+    text = name_of(source)
+    if not isinstance(source, str):
+        raise UsageError(f"{text}: not a model. {KNOWN[:-1]}, a network or a state dict.")
     if not Path(text).exists():
         raise CheckpointError(f"{text}: no such file or directory. {KNOWN}")
     raise CheckpointError(f"{text}: unsupported file type '{Path(text).suffix or 'without a suffix'}'. {KNOWN}")

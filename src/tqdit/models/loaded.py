@@ -20,6 +20,8 @@ from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 from tqdit.version import __version__
 
+Source = str | nn.Module | Mapping[str, Any]  # what the user wrote, a network or a state dict
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -36,6 +38,7 @@ class LoadedModel:
     fingerprint: str  # SHA-256 over configuration and weights
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
+    assumed: Mapping[str, str] = field(default_factory=dict, compare=False)  # fact of a model card -> what is taken
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +79,12 @@ class LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""
         return replace(self, network=self.network.to(device))
 
-    def with_source(self, source: str) -> LoadedModel:
-        return replace(self, source=source)
+
+def name_of(source: Source) -> str:
+    """The source in messages."""
+    if isinstance(source, str):
+        return source
+    return f"{'state dict' if isinstance(source, Mapping) else type(source).__name__} in memory"
 
 
 class PositionalCall(nn.Module):

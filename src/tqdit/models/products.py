@@ -7,8 +7,10 @@ it, so each tensor that a quantizer wants is some submodule's input or output. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
+Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 MASKED = -1e30  # a score that no probability is left of, and whose products are finite
 
@@ -232,6 +235,17 @@ def _observe(network: nn.Module, example: Mapping[str, Tensor]) -> _Observed:
         for handle in handles:
             handle.remove()
     return seen
+
+
+@contextmanager
+def watched(network: nn.Module, names: Iterable[str], watch: Watch) -> Iterator[None]:
+    """Inside, `watch(name, module, inputs, output)` follows each call of the modules of these names."""
+    handles = [network.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_products(

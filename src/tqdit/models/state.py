@@ -8,32 +8,102 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tqdit.errors import CheckpointError
-from tqdit.files import JSON, SAFETENSORS, TORCH, reading
+from tqdit.files import JSON, SAFETENSORS, TORCH, reading, stays_inside
 
 StateDict = dict[str, Tensor]
 AGAIN = "Get it again."
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+MOST_JSON_BYTES = 64_000_000  # an index of shards needs 100 bytes a tensor
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read_tensors(path: Path) -> StateDict:
-    """All tensors of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU. Nothing is ever unpickled."""
+def read_tensors(path: Path, folder: Path | None = None) -> StateDict:
+    """All tensors of a checkpoint on the CPU; nothing is ever unpickled. Nested sections give dotted names.
+
+    path: `.safetensors`, `.pt`, `.pth` or `.bin`, or the `.index.json` of a sharded checkpoint. folder: the model's
+    own, which links must not leave; None: the user named this file, wherever it lies.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Pass a checkpoint, a diffusers directory or 'demo'.")
+    if folder is not None:
+        check_place(path, folder)
+    if path.suffix == ".json":
+        return _read_sharded(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _read_torch(path)
 
 
-def read_sharded(index_file: Path) -> StateDict:
+def check_place(path: Path, folder: Path) -> None:
+    """Refuse a link out of the model's own folder: it would read a file that nobody chose."""
+    if not stays_inside(path, folder):
+        raise CheckpointError(
+            f"{path}: a link to '{path.resolve()}', outside '{folder}'. Refused; put the file itself there."
+        )
+
+
+def find_prefix(source: object, names: Iterable[str], anchor: str) -> str:
+    """What stands before the names of the network that holds the tensor `anchor`; '' if there is none.
+
+    A prefix of a wrapper (`module.`, `_orig_mod.`, `model.`) or a section of a training checkpoint. Averaged weights
+    (`ema`) go before others. Raises CheckpointError if several networks remain.
+    """
+    found = [name.removesuffix(anchor) for name in names if f".{name}".endswith(f".{anchor}")]
+    found = [prefix for prefix in found if "ema" in re.split(r"[._]", prefix.lower())] or found
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{source}: it holds several networks, under {_some(found)}; expected one, or one of averaged weights "
+            "('ema'). Save the one that you want alone."
+        )
+    return found[0] if found else ""
+
+
+def find_network(source: object, tensors: Mapping[str, Tensor], anchor: str) -> StateDict:
+    """The tensors of the network that holds `anchor`, without what stands before their names."""
+    prefix = find_prefix(source, tensors, anchor)
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name, tensor in found.items():
+        if not _is_whole(tensor):
+            raise CheckpointError(
+                f"{source}: '{name}' claims {tuple(tensor.shape)} values and holds fewer. Get the checkpoint again."
+            )
+    return found
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """False for a sparse or an empty shell, and for one that repeats a few values, which would be huge in float32."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def unwrap(network: nn.Module, anchor: str) -> nn.Module:
+    """The network that holds the tensor `anchor`, out of wrappers such as those of compiled or parallel ones."""
+    return network.get_submodule(find_prefix(type(network).__name__, network.state_dict(), anchor).rstrip("."))
+
+
+def load_weights(source: object, network: nn.Module, tensors: StateDict) -> nn.Module:
+    """Put tensors into a network that has no memory yet: in float32, on the CPU, in eval mode.
+
+    Those that are float32 on the CPU are not copied.
+    """
+    check_layout(source, tensors, network.state_dict())
+    weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _read_sharded(index_file: Path) -> StateDict:
     """All tensors of a sharded checkpoint, `*.index.json` beside its shards."""
     index = read_json(index_file)
     weight_map = index.get("weight_map")
@@ -41,30 +111,34 @@ def read_sharded(index_file: Path) -> StateDict:
         raise CheckpointError(f"{index_file}: no 'weight_map' of tensor names to shards. Download it again.")
     tensors: StateDict = {}
     for shard in sorted(set(weight_map.values())):
-        if not shard or Path(shard).name != shard:
+        if not shard or Path(shard).name != shard or not shard.endswith(WEIGHT_SUFFIXES):
             raise CheckpointError(
-                f"{index_file}: shard '{shard}' lies outside its folder, expected a plain file name. Download it again."
+                f"{index_file}: shard '{shard}' is not a file of weights in its folder. Download it again."
             )
         if not (index_file.parent / shard).is_file():
             raise CheckpointError(
                 f"{index_file.parent / shard}: missing, '{index_file.name}' names it. Download it too."
             )
-        tensors |= read_tensors(index_file.parent / shard)
+        tensors |= read_tensors(index_file.parent / shard, index_file.parent)
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
         raise CheckpointError(f"{index_file}: its shards lack {_some(lost)}. Download them again.")
     return tensors
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file."""
-    with reading(path, SAFETENSORS, AGAIN, SafetensorError, error=CheckpointError), safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+def read_text(path: Path) -> str:
+    """A file of JSON. Raises ValueError if it is too large for one."""
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"it has more than {MOST_JSON_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path, folder: Path | None = None) -> dict[str, object]:
+    """A JSON object. folder: as in `read_tensors`."""
+    if folder is not None:
+        check_place(path, folder)
     with reading(path, JSON, AGAIN, ValueError, RecursionError, error=CheckpointError):
-        content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, object] = json.loads(read_text(path))
     return content
 
 
@@ -81,27 +155,48 @@ def _read_torch(path: Path) -> StateDict:
         warnings.simplefilter("ignore")  # torch warns about the pickle protocol of damaged files; our line says more
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        except CheckpointError:
+            raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(_is_entry(*item) for item in content.items()):
+    tensors = flatten(content)
+    if not tensors:
         raise CheckpointError(
-            f"{path}: expected a state dict of tensors, flat or under 'ema', found {_describe(content)}. "
+            f"{path}: expected a state dict of tensors, flat or in sections, found {_describe(content)}. "
             "Pass a DiT checkpoint."
         )
-    return dict(content)
+    return tensors
 
 
-def _is_entry(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
+def flatten(content: object) -> StateDict:
+    """The tensors of nested dicts, with dotted names; each dict once, since a pickle may hold one in itself."""
+    tensors: StateDict = {}
+    sections, seen = [("", content)], set()
+    for prefix, section in sections:
+        if not isinstance(section, Mapping) or id(section) in seen:
+            continue
+        seen.add(id(section))
+        for name, value in section.items():
+            if isinstance(name, str) and isinstance(value, Tensor):
+                tensors[prefix + name] = value
+            elif isinstance(name, str):
+                sections.append((f"{prefix}{name}.", value))
+    return tensors
 
 
 def _is_zip(path: Path) -> bool:
+    """Whether it is an archive. Raises CheckpointError for a compressed one: what it unpacks to has no bound."""
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception:  # torch says what is damaged
+        return True
+    if not stored:
+        raise CheckpointError(f"{path}: a compressed archive, which torch.save never writes. Get it again.")
+    return True
 
 
 def _refusal(reason: str) -> str:
@@ -122,7 +217,7 @@ def _describe(content: object) -> str:
     return type(content).__name__
 
 
-def check_layout(source: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_layout(source: object, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Names, shapes, types and finiteness of every tensor, or one line that names what is wrong."""
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))

@@ -7,12 +7,12 @@ from pathlib import Path
 from tqdit.card import Latents
 from tqdit.models.state import read_json, read_number
 
-LATENT_SCALE = 0.18215  # of Stable Diffusion's VAE, which DiT was trained with
+LATENT_SCALE, LATENT_CHANNELS = 0.18215, 4  # of Stable Diffusion's VAE, which DiT was trained with
 
 
-def read_latents(folder: Path) -> Latents:
-    """`scaling_factor` and `shift_factor` of a VAE's configuration."""
+def read_latents(folder: Path, root: Path) -> Latents:
+    """`scaling_factor` and `shift_factor` of a VAE's configuration. root: the folder that links must not leave."""
     path = folder / "config.json"
-    settings = read_json(path)
+    settings = read_json(path, root)
     shift = 0.0 if settings.get("shift_factor") is None else read_number(path, settings, "shift_factor", 0.0)
     return Latents(read_number(path, settings, "scaling_factor", LATENT_SCALE), shift)

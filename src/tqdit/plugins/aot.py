@@ -9,11 +9,8 @@ uses them (checked here), and TensorRT passes none, so they are taken out of the
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -21,7 +18,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdit.errors import BackendError, MissingLibraryError
+import msgspec
+
+from tqdit.errors import BackendError
+from tqdit.extras import missing
 from tqdit.files import whole_file
 from tqdit.plugins.kernels import Kernel
 
@@ -55,7 +55,7 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> Co
         cached = _compile_in_fresh_process(kernel, capability)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(cached)))
+            temporary.write_bytes(msgspec.json.encode(cached))
     return cached
 
 
@@ -95,27 +95,18 @@ def _key(kernel: Kernel, capability: tuple[int, int]) -> str:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError as error:
-        raise MissingLibraryError("compiling kernels needs triton, which is not installed. "
-                                  "Run: pip install 'tqdit[triton]'") from error  # fmt: skip
-    digest = hashlib.sha256(json.dumps([FORMAT, dataclasses.asdict(kernel), capability, version]).encode())
-    for module in (
-        kernel.module,
-        "tqdit.plugins.triton_math",
-        __name__ if __name__ != "__main__" else "tqdit.plugins.aot",
-    ):
-        spec = importlib.util.find_spec(module)
-        assert spec is not None
-        assert spec.origin is not None
-        digest.update(Path(spec.origin).read_bytes())
+        raise missing("triton", "triton", "compiling kernels") from error
+    digest = hashlib.sha256(msgspec.json.encode((FORMAT, kernel, capability, version)))
+    for module in (kernel.module, "tqdit.plugins.triton_math", "tqdit.plugins.aot"):
+        digest.update(Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py").read_bytes())
     return digest.hexdigest()[:32]
 
 
 def _read(path: Path) -> CompiledKernel | None:
     """A cached kernel; a damaged file counts as none and is written anew."""
     try:
-        values = json.loads(path.read_text())
-        return CompiledKernel(**{**values, "capability": tuple(values["capability"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        return msgspec.json.decode(path.read_bytes(), type=CompiledKernel)
+    except (OSError, msgspec.MsgspecError, UnicodeError):
         return None
 
 
@@ -123,15 +114,14 @@ def _compile_in_fresh_process(kernel: Kernel, capability: tuple[int, int]) -> Co
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     # No paths of this machine in the PTX, which ends up in engines.
     environment["TRITON_DISABLE_LINE_INFO"] = "1"
-    request = json.dumps([dataclasses.asdict(kernel), capability])
+    request = msgspec.json.encode((kernel, capability)).decode()
     command = [sys.executable, "-m", "tqdit.plugins.aot"]
     done = subprocess.run(command, input=request, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BackendError(f"Triton cannot compile '{kernel.function}' for compute capability "
                            f"{capability[0]}.{capability[1]}: {reason}. Use --no-plugins.")  # fmt: skip
-    values = json.loads(done.stdout.splitlines()[-1])
-    return CompiledKernel(**{**values, "capability": capability})
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=CompiledKernel)
 
 
 def _compile(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
@@ -158,10 +148,8 @@ def _compile(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
 
 
 def _main() -> None:
-    values, capability = json.load(sys.stdin)
-    pairs = {key: tuple(map(tuple, values[key])) for key in ("parameters", "constants")}
-    compiled = _compile(Kernel(**{**values, **pairs}), tuple(capability))
-    sys.stdout.write(json.dumps(dataclasses.asdict(compiled)) + "\n")
+    compiled = _compile(*msgspec.json.decode(sys.stdin.read(), type=tuple[Kernel, tuple[int, int]]))
+    sys.stdout.write(msgspec.json.encode(compiled).decode() + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import SAFETENSORS, reading, whole_file
@@ -205,13 +206,10 @@ def write_scale_table(path: Path, table: ScaleTable) -> None:
 
 def read_scale_table(path: Path) -> ScaleTable:
     """Read and validate everything. Raises FileFormatError with one line that names the file and what is wrong."""
-    safetensors = need("safetensors", "calibrate", "reading a scale table")
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Write it with tqdit-calibrate.")
-    damage = (safetensors.SafetensorError, ValueError, TypeError)
-    with reading(path, SAFETENSORS, AGAIN, *damage), safetensors.safe_open(path, "np") as file:
-        metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    with reading(path, SAFETENSORS, AGAIN, ValueError):
+        metadata, tensors = safetensors_file.read(path)
     try:
         return parse(metadata, tensors)
     except FileFormatError as error:
@@ -220,11 +218,9 @@ def read_scale_table(path: Path) -> ScaleTable:
 
 def is_scale_table(path: Path) -> bool:
     """Whether the header of this safetensors file says so; reads nothing else."""
-    safetensors = need("safetensors", "calibrate", "reading a scale table")
     try:
-        damage = safetensors.SafetensorError
-        with reading(path, SAFETENSORS, AGAIN, damage), safetensors.safe_open(path, "np") as file:
-            return METADATA_KEY in (file.metadata() or {})
+        with reading(path, SAFETENSORS, AGAIN, ValueError):
+            return METADATA_KEY in safetensors_file.read_metadata(path)
     except FileFormatError:
         return False
 

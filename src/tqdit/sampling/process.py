@@ -24,7 +24,7 @@ BETA_SCHEDULES: dict[str, Callable[[float, float], Float64]] = {
 }
 
 
-class Diffusion(msgspec.Struct, frozen=True, tag="diffusion"):
+class Diffusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="diffusion"):
     """DDPM (arXiv 2006.11239): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..999; the network predicts eps."""
 
     beta_schedule: str = "linear"
@@ -81,7 +81,7 @@ class Diffusion(msgspec.Struct, frozen=True, tag="diffusion"):
         return noise
 
 
-class Flow(msgspec.Struct, frozen=True, tag="flow"):
+class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
     """Rectified flow (arXiv 2209.03003): x_t = (1 - t) x_0 + t noise, t in 0..1; the network predicts noise - x_0.
 
     The network is told time_scale t. A chain visits t = shift u / (1 + (shift - 1) u) at even u (SD3, 2403.03206,

@@ -46,9 +46,7 @@ def gpu_library(monkeypatch):
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_this_library_lacks_is_refused_with_the_pip_command(floating, tmp_path, provider):
-    with pytest.raises(
-        BackendError, match=rf"--provider {provider}: .* has no .*pip install 'tqdit\[onnxruntime-gpu\]'"
-    ):
+    with pytest.raises(BackendError, match=rf"--provider {provider}: .* has no .*pip install 'onnxruntime-gpu>="):
         build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider=provider))
     assert not (tmp_path / "m.engine").exists()
 
@@ -74,7 +72,7 @@ def test_a_cuda_bundle_is_not_opened_where_the_library_has_no_cuda(floating, tmp
 
     build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider="cuda"))
     monkeypatch.setattr(run, "load_library", lambda: onnxruntime)
-    with pytest.raises(BackendError, match=r"pip install 'tqdit\[onnxruntime-gpu\]'"):
+    with pytest.raises(BackendError, match=r"pip install 'onnxruntime-gpu>="):
         Sampler.open(tmp_path / "m.engine")
 
 

@@ -1,9 +1,11 @@
 """The CUDA part of the runtime on a real GPU: everything but TensorRT, whose place a copy on the stream takes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from fake_gpu import FakeTensorRT
+from fake_gpu import FakeEngine, FakeTensorRT
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT
 from tqdit.errors import TqditError
@@ -21,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs a
 
 
 class CopyContext:
-    """An execution context that copies x to x_next, twice over the scratch memory, as a stand-in for an engine."""
+    """An execution context that copies x to the prediction by way of the scratch memory, in the place of an engine."""
 
     def __init__(self):
         self.addresses, self.rows, self.executions = {}, 0, 0
@@ -40,36 +42,39 @@ class CopyContext:
     def execute_async_v3(self, stream):
         self.executions += 1
         size = self.rows * 3 * 4 * 4 * 4
-        cuda.copy(self.scratch, self.addresses["x"], size, "DeviceToDevice", stream)
-        cuda.copy(self.addresses["x_next"], self.scratch, size, "DeviceToDevice", stream)
+        x, scratch, prediction = (
+            cuda.core().Buffer.from_handle(address, size)
+            for address in (self.addresses["x"], self.scratch, self.addresses["prediction"])
+        )
+        scratch.copy_from(x, stream=cuda.open_stream(stream))
+        prediction.copy_from(scratch, stream=cuda.open_stream(stream))
         return True
+
+
+class CopyTensorRT(FakeTensorRT):
+    """Opens any plan as the network of `CopyContext`."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.tensors["prediction"] = self.tensors["x"]
+
+    def Runtime(self, logger):
+        def create(strategy):
+            self.contexts.append(CopyContext())
+            return self.contexts[-1]
+
+        engine = FakeEngine(self)
+        engine.device_memory_size_v2, engine.create_execution_context = 1 << 20, create
+        return SimpleNamespace(deserialize_cuda_engine=lambda _: engine)
 
 
 @pytest.fixture
 def engine(tmp_path):
-    from types import SimpleNamespace
-
-    class Trt(FakeTensorRT):
-        def Runtime(self, logger):
-            def deserialize(plan):
-                names = list(self.tensors)
-                contexts = self.contexts
-
-                def create(strategy):
-                    contexts.append(CopyContext())
-                    return contexts[-1]
-
-                return SimpleNamespace(
-                    device_memory_size_v2=1 << 20, num_io_tensors=len(names), get_tensor_name=lambda i: names[i],
-                    get_tensor_dtype=lambda n: self.tensors[n][0], get_tensor_shape=lambda n: self.tensors[n][1],
-                    get_tensor_mode=lambda n: "out" if n == "x_next" else "in", create_execution_context=create,
-                )  # fmt: skip
-
-            return SimpleNamespace(deserialize_cuda_engine=deserialize)
-
     (tmp_path / "engine.plan").write_bytes(b"plan")
-    manifest = SimpleNamespace(batch=None, entry="engine.plan", target={}, versions={})
-    made = run.TensorRTEngine(TENSORRT, tmp_path / "engine.plan", manifest, Trt(None))
+    manifest = SimpleNamespace(
+        batch=None, entry="engine.plan", target={}, versions={}, card=SimpleNamespace(rows_per_image=1)
+    )
+    made = run.TensorRTEngine(TENSORRT, tmp_path / "engine.plan", manifest, CopyTensorRT())
     yield made
     made.close()
 
@@ -77,10 +82,23 @@ def engine(tmp_path):
 def inputs(rows, seed):
     rng = np.random.default_rng(seed)
     return {
-        "x": rng.standard_normal((rows, 3, 4, 4), np.float32), "step": np.zeros(rows, np.int64),
-        "class_labels": np.zeros(rows, np.int64), "guidance_scale": np.ones(rows, np.float32),
-        "noise": np.zeros((rows, 3, 4, 4), np.float32),
-    }  # fmt: skip
+        "x": rng.standard_normal((rows, 3, 4, 4), np.float32),
+        "timestep": np.zeros(rows, np.int64),
+        "class_labels": np.zeros(rows, np.int64),
+    }
+
+
+def on_device(engine, fed):
+    """The arrays on the GPU."""
+    made = {}
+    with cuda.on_device(engine._device):
+        for name, array in fed.items():
+            buffer = engine._allocate(array.nbytes)
+            source = cuda.core().Buffer.from_handle(array.ctypes.data, array.nbytes)
+            buffer.copy_from(source, stream=engine._stream)
+            engine._stream.sync()  # before the array of the host goes
+            made[name] = cuda.DeviceArray(engine._device, buffer, array.shape, array.dtype, engine._stream)
+    return made
 
 
 def test_captured_graphs_replay_with_new_inputs(engine):
@@ -94,13 +112,10 @@ def test_captured_graphs_replay_with_new_inputs(engine):
 def test_device_arrays_travel_by_array_interface(engine):
     for seed in range(3):
         fed = inputs(2, seed)
-        on_device = {}
-        for name, array in fed.items():
-            on_device[name] = cuda.DeviceArray(array.shape, array.dtype, 0)
-            cuda.copy(on_device[name].address, array.ctypes.data, array.nbytes, "HostToDevice", 0)
-        out = engine.run_on_device(on_device)
+        given = on_device(engine, fed)
+        out = engine.run_on_device(given)
         assert np.array_equal(out.numpy(), fed["x"])
-        again = engine.run_on_device(on_device | {"x": out})
+        again = engine.run_on_device(given | {"x": out})
         assert np.array_equal(again.numpy(), fed["x"])
 
 
@@ -117,17 +132,17 @@ def test_torch_tensors_are_taken_and_given(engine):
 
 
 def test_memory_goes_back(engine):
-    free = cuda.call("cudaMemGetInfo")[0]
+    free = free_bytes(engine)
     for seed in range(200):
         fed = inputs(1 + seed % 16, seed)
         engine(fed)
-        out = engine.run_on_device({n: _up(a) for n, a in fed.items()})
+        out = engine.run_on_device(on_device(engine, fed))
         assert np.array_equal(out.numpy(), fed["x"])
     del out
-    assert free - cuda.call("cudaMemGetInfo")[0] < 64 << 20
+    assert free - free_bytes(engine) < 64 << 20
 
 
-def _up(array):
-    made = cuda.DeviceArray(array.shape, array.dtype, 0)
-    cuda.copy(made.address, array.ctypes.data, array.nbytes, "HostToDevice", 0)
-    return made
+def free_bytes(engine):
+    with cuda.on_device(engine._device):
+        _, free, _ = cuda.driver().cuMemGetInfo()
+    return free

@@ -9,6 +9,7 @@ from tqdit.engines.backends.tensorrt.builder import audit_layers
 from tqdit.engines.backends.tensorrt.layers import Layer, from_inspector, from_log
 from tqdit.errors import BackendError
 from tqdit.graph_names import SCOPE_KEY, Scopes
+from tqdit.sampling.schedule import SamplingSpec
 
 TENSOR = "{{ Name: t, Dimensions: [-1,12], Strides: [12,1], StrideOrder: [1,0], Datatype: {}, Format: (Linear) Row }}"
 
@@ -101,7 +102,7 @@ def test_a_product_is_integer_only_where_both_operands_are(one, integer):
 
 
 def card(**products):
-    return QuantizationCard(8, 8, (), "simulated", products)
+    return QuantizationCard(8, 8, (), "simulated", products, SamplingSpec())
 
 
 def scopes(*names):

@@ -31,7 +31,7 @@ def release(request, monkeypatch, tmp_path):
     monkeypatch.setenv("TQDIT_TEST_SURFACE", str(TESTS / "data" / "tensorrt_surfaces" / f"{request.param}.json"))
     monkeypatch.setenv("TQDIT_TEST_CALLS", str(calls))
     monkeypatch.syspath_prepend(TESTS / "fake_tensorrt")
-    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(0, "8.7"))
+    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(None, "8.7"))
     yield lambda: [json.loads(line) for line in calls.read_text().splitlines()]
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt"]:
         del sys.modules[name]

@@ -67,7 +67,7 @@ def demo(tmp_path_factory):
 def stack(tmp_path_factory):
     """Two blocks of the width of DiT-XL/2 with everything around them."""
     network = randomize(DiT(XL_STACK)).eval().requires_grad_(False)
-    model = published.describe(network, "stack", published.PUBLISHED)
+    model = published.describe(network, "stack")
     table = make_table(model, Kind(groups=10), operands=ranges_of(network))
     return export_all(tmp_path_factory.mktemp("stack"), model, table, ("simulated",))["simulated"]
 

@@ -17,6 +17,7 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, UsageError
 from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY, Scopes
+from tqdit.sampling.schedule import SamplingSpec
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("auto", "fp16"), ("fp16", "fp16"), ("fp32", "fp32")])
@@ -60,7 +61,12 @@ def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantiz
 
 def test_the_audit_counts_a_product_with_a_float_twin_as_fallen_back():
     card = QuantizationCard(
-        8, 8, (), "simulated", {"a": "integer", "b": "integer", "c": "simulated", "d": "weight-only"}
+        8,
+        8,
+        (),
+        "simulated",
+        {"a": "integer", "b": "integer", "c": "simulated", "d": "weight-only"},
+        SamplingSpec(),
     )
     nodes = [SimpleNamespace(name=f"node of {name}", metadata_props={SCOPE_KEY: name}) for name in "abcd"]
     scopes = Scopes(nodes)

@@ -308,4 +308,4 @@ def test_the_engines_are_imported_without_torch_and_name_what_the_drop_in_lacks(
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "DiffusersTransformer needs diffusers" in done.stdout
-    assert "pip install 'tqdit[diffusers]'" in done.stdout
+    assert "pip install 'torch>=2.9' 'diffusers>=0.32'" in done.stdout

@@ -1,9 +1,12 @@
 """examples/http_service.py and the commands of its guide, over a real socket."""
 
+import contextlib
 import importlib.util
 import io
 import json
+import logging
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -38,7 +41,7 @@ def serve(example):
 
     def start(engine, **options):
         server = uvicorn.Server(
-            uvicorn.Config(example.make_app(str(engine), **options), port=0, log_level="error", ws="none")
+            uvicorn.Config(example.make_app(str(engine), **options), port=0, log_level="error", **example.SERVER)
         )
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -134,15 +137,30 @@ def test_progress_is_reported_and_a_cancelled_request_frees_its_place(slow):
     [
         b"",
         b"{",
+        b"\xff",
+        b"[" * 16_000,
+        b'{"class":' + b"[" * 16_000,
         [],
         {},
+        3,
         {"class": 99},
         {"class": "x"},
+        {"class": "3"},
+        {"class": True},
+        {"class": 3.5},
+        {"class": None},
         {"class": 0, "seed": -1},
+        {"class": 0, "seed": 10**30},
         {"class": 0, "steps": 0},
         {"class": 0, "steps": "x"},
         {"class": 0, "sampler": "x"},
+        {"class": 0, "guidance_scale": "4"},
+        {"class": 0, "guidance_scale": True},
+        b'{"class": 0, "guidance_scale": NaN}',
+        b'{"class": 0, "guidance_scale": 1e999}',
+        {"class": 0, "guidance": 4},
     ],
+    ids=lambda body: str(body)[:40],
 )
 def test_a_bad_request_is_told_so(quick, body):
     status, answer = ask(f"{quick}/images", "POST", body)
@@ -150,11 +168,63 @@ def test_a_bad_request_is_told_so(quick, body):
     assert answer["error"]
 
 
-@pytest.mark.parametrize("body", [[], {}, 3])
-def test_a_request_without_a_class_is_shown_one(quick, body):
-    assert ask(f"{quick}/images", "POST", body)[1]["error"].startswith(
-        'expected a JSON object with a class, such as {"'
-    )
+def test_a_misspelt_request_is_told_the_field_and_shown_a_right_one(quick):
+    error = ask(f"{quick}/images", "POST", {"class": 0, "guidance": 4})[1]["error"]
+    assert "guidance" in error
+    assert '{"class": 3, "seed": 7}' in error
+
+
+def connected(address):
+    return socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=20)
+
+
+HEAD = b"POST /images HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 600000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
+def test_a_body_that_is_too_large_is_refused_before_it_is_all_there(quick, head):
+    with connected(quick) as client:
+        client.sendall(HEAD + head + (b"5000\r\n" if b"chunked" in head else b"") + b" " * 0x5000)
+        assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /ima", HEAD + b"Content-Length: 99\r\n\r\n{", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /"],
+    ids=["nothing", "half a head", "half a body", "half a second request"],
+)  # fmt: skip
+def test_a_client_that_stalls_is_disconnected(quick, example, monkeypatch, sent):
+    logged = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", lambda *args, **_: logged.append(args))
+    monkeypatch.setattr(example, "ANSWER_SECONDS", 0.3)
+    with connected(quick) as client:
+        client.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(1000):
+                pass
+    assert ask(f"{quick}/health")[0] == 200
+    assert not logged
+
+
+def test_the_number_of_connections_is_bounded(quick, example, monkeypatch):
+    monkeypatch.setattr(example, "CONNECTIONS", 2)
+    with connected(quick) as first, connected(quick) as second:
+        for client in (first, second):
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with connected(quick) as third, contextlib.suppress(ConnectionResetError):
+            assert third.recv(1000) == b""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            assert ask(f"{quick}/health")[0] == 200
+            return
+    raise AssertionError("no connection is free again")
+
+
+def test_the_names_of_images_cannot_be_guessed(quick):
+    names = {ask(f"{quick}/images", "POST", {"class": 1, "steps": 2})[1]["id"] for _ in range(2)}
+    assert len(names) == 2
+    assert all(re.fullmatch(r"[\w-]{22}", name) for name in names)
 
 
 def test_an_engine_that_is_not_there_is_one_line(example, monkeypatch, capsys, tmp_path):

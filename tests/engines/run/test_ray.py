@@ -129,7 +129,7 @@ def test_workers_join_and_leave_with_the_machines(bundle, expected, tmp_path, ma
             until = time.monotonic() + 30
             while len(workers()) < 3 and time.monotonic() < until:  # the worker of the new machine is starting
                 time.sleep(0.1)
-            time.sleep(1)  # it opens the engine
+            time.sleep(3)  # it opens the engine
 
     bar = Bar(act)
     work(bundle, tmp_path / "s", machines, bar)
@@ -184,7 +184,7 @@ def test_without_ray_the_command_names_the_package(bundle, tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run("sample", command(bundle, tmp_path / "s", "--ray")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("--ray needs ray, which is not installed. Run: pip install 'tqdit[ray]'")
+    assert line.endswith("--ray needs ray, which is not installed. Run: pip install 'ray>=2.40'")
     assert not (tmp_path / "s").exists()
 
 

@@ -144,7 +144,7 @@ def test_an_unfinished_folder_is_refused_by_readers(bundle, tmp_path):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--seed", "1"], "holds samples of another run: seed 0 (asked for 1). Choose another folder, or --force"),
+    (["--seed", "1"], "holds samples of another run: seed 0 (asked for 1)"),
     (["--guidance-scale", "2"], "guidance_scale 1.5 (asked for 2.0)"),
     (["--steps", "10"], "steps 20 (asked for 10)"),
     (["--sampler", "ddim"], "sampler ddpm (asked for ddim)"),

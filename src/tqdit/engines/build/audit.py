@@ -17,15 +17,10 @@ def audit(card: QuantizationCard, scopes: Scopes, integer_nodes: Iterable[str], 
     """
     integer = {scopes.scope_of_name(name) for name in integer_nodes}
     floating = {scopes.scope_of_name(name) for name in float_nodes}
-    promised = integer_products(card)
+    promised = tuple(module for module, form in card.products.items() if form == "integer")
     fallen = tuple(module for module in promised if module not in integer or module in floating)
     forms = list(card.products.values())
     return Audit(len(promised) - len(fallen), forms.count("simulated"), forms.count("weight-only"), fallen)
-
-
-def integer_products(card: QuantizationCard) -> tuple[str, ...]:
-    """The products that the export promised to be integer."""
-    return tuple(module for module, form in card.products.items() if form == "integer")
 
 
 def check_audit(report: Audit, backend: str, cause: str) -> None:

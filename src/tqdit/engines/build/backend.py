@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol, cast
 
 from tqdit.card import GraphCard
 from tqdit.engines.backends import backend_names, load_side
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Artefact
 from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError
+from tqdit.extras import install
 from tqdit.onnx_file import OnnxFile
 
 
@@ -35,9 +36,10 @@ class Builder(Protocol):
         ...
 
     def build(
-        self, source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
-    ) -> Manifest:
-        """Compile `source` into files in `folder`, audit and describe them.
+        self, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
+        progress: Progress,
+    ) -> Artefact:  # fmt: skip
+        """Compile `source` and the decoder of its VAE into files in `folder`; audit (`check_audit`) and describe them.
 
         `config` has its precision and float type chosen. Unless CASTS_FLOATS, the file is of that type. `card`
         describes the file as it is to be compiled: without a quantization if that was stripped.
@@ -56,8 +58,6 @@ def choose_backend() -> tuple[str, str]:
     name = max(found, key=lambda one: found[one].score)
     if found[name].score == 0:
         reasons = "; ".join(f"{one}: {fitness.reason}" for one, fitness in found.items())
-        raise BackendError(
-            f"no backend can build and run an engine here ({reasons}). Run: pip install 'tqdit[onnxruntime]'"
-        )
+        raise BackendError(f"no backend can build and run an engine here ({reasons}). Run: {install('onnxruntime')}")
     others = "; ".join(f"{one}: {fitness.reason}" for one, fitness in found.items() if one != name)
     return name, found[name].reason + (f" (passed over: {others})" if others else "")

@@ -11,12 +11,13 @@ from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
-from tqdit.engines.bundle import Manifest, check_overwrite, write_manifest
+from tqdit.engines.bundle import Manifest, check_overwrite, describe_parts, write_manifest
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import OnnxFile, save
+from tqdit.version import __version__
 
 
 def build_engine(
@@ -46,19 +47,20 @@ def build_engine(
     config = replace(config, float_type=chosen)
     cast: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision != "int8"
+    decoder = None if card.vae is None else OnnxFile.read(source.parent / card.vae.file)
     with whole_folder(output, check_overwrite) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
-        manifest = replace(compiler.build(prepared, card, folder, config, progress), float_type=chosen)
+        artefact = compiler.build(prepared, decoder, card, folder, config, progress)
+        precision, files = config.precision or "fp32", describe_parts(folder)
+        facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
+        manifest = Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
         write_manifest(folder, manifest)
     return manifest
 
 
 @contextmanager
 def _prepared(file: OnnxFile, card: GraphCard, strip: bool, float_type: FloatType, output: Path) -> Iterator[OnnxFile]:
-    """The file, if asked for without its quantization and with its float parts in another type.
-
-    A changed file lies in a temporary folder together with its decoder.
-    """
+    """The file, or a temporary one without its quantization and with its float parts in another type."""
     if not strip and float_type == "fp32":
         yield file
         return
@@ -72,8 +74,6 @@ def _prepared(file: OnnxFile, card: GraphCard, strip: bool, float_type: FloatTyp
         path = folder / file.path.name
         changed = OnnxFile(path, save(model, path))
         del model  # gigabytes that the compiler may need
-        if card.vae is not None:
-            (folder / card.vae.file).symlink_to((file.path.parent / card.vae.file).absolute())
         yield changed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_THREADS, check_count
+from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.process import Process
+from tqdit.errors import UsageError
 
 
 class Engine(Protocol):
@@ -65,6 +67,28 @@ def check_threads(threads: int | None) -> None:
         check_count("threads", threads, 1, MOST_THREADS)
 
 
-def open_engine(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OpenEngine:
-    """Open one compiled file of a bundle with the bundle's backend."""
-    return OpenEngine(runner(manifest.backend).load(folder, manifest, file, threads))
+def open_bundle(path: str | Path, threads: int | None) -> tuple[Manifest, Callable[[str], Engine]]:
+    """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
+
+    threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
+    UsageError for a step graph; opening a file raises BackendError if it cannot run here.
+    """
+    check_threads(threads)
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_graph(manifest.card, f"{folder}:")
+    check_parts(folder, manifest)
+
+    def load(file: str) -> Engine:
+        return OpenEngine(runner(manifest.backend).load(folder, manifest, file, threads))
+
+    return manifest, load
+
+
+def check_graph(card: GraphCard, where: str = "this engine") -> None:
+    """Refuse a step graph."""
+    if card.graph != "denoiser":
+        raise UsageError(
+            f"{where} holds a step graph, which has its sampler inside and is for programs in other languages. Export "
+            "again without --graph step."
+        )

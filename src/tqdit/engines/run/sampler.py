@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_BATCH, check_count, check_memory
 from tqdit.card import GraphCard
-from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.run.backend import check_threads, open_engine
+from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -55,7 +54,7 @@ class Sampler:
         """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W) in -1..1.
         batch: images per call at most. `close` closes both if they have a method of that name.
         """
-        _check_graph(card)
+        check_graph(card)
         self.card = card
         self.batch = check_count("batch", batch, 1, MOST_BATCH)
         self._network: Network | None = network
@@ -69,15 +68,9 @@ class Sampler:
         threads per call; None leaves it to the backend.
         Raises FileFormatError for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
-        check_threads(threads)
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        _check_graph(manifest.card, f"{folder}: ")
-        batch = choose_batch(folder, manifest.batch, batch)
-        check_parts(folder, manifest)
-        network = open_engine(folder, manifest, manifest.entry, threads)
-        decoder = open_engine(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
-        return cls(manifest.card, network, decoder, batch)
+        manifest, load = open_bundle(path, threads)
+        batch = choose_batch(Path(path), manifest.batch, batch)
+        return cls(manifest.card, load(manifest.entry), load(manifest.decoder) if manifest.decoder else None, batch)
 
     @property
     def makes_images(self) -> bool:
@@ -86,11 +79,7 @@ class Sampler:
 
     def _check_makes_images(self) -> None:
         if not self.makes_images:
-            if self.card.latents is None:
-                raise UsageError(f"this engine makes states of shape {self.card.state_shape}. Use sample_latents.")
-            raise UsageError(
-                "this engine makes latents and has no decoder. Use sample_latents, or export again with --vae DIR."
-            )
+            raise UsageError(no_images(self.card))
 
     def sample(
         self,
@@ -155,9 +144,7 @@ class Sampler:
     def __enter__(self) -> Sampler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def predict(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -191,17 +178,22 @@ class Sampler:
         return chains.run(batch, self.predict, report)
 
 
-def _check_graph(card: GraphCard, where: str = "") -> None:
-    if card.graph != "denoiser":
-        raise UsageError(
-            f"{where}holds a step graph, which has its sampler inside and is for programs in other languages. Export "
-            "again without --graph step."
-        )
-
-
 def has_pixels(card: GraphCard) -> bool:
     """Whether the states are pictures as they are: grey (1, H, W) or RGB (3, H, W)."""
     return card.latents is None and len(card.state_shape) == 3 and card.state_shape[0] in (1, 3)
+
+
+def no_images(card: GraphCard) -> str:
+    """Why an engine without a decoder makes no pictures, and what to do."""
+    if card.latents is None:
+        return (
+            f"this engine makes states of shape {card.state_shape}, and pictures have 1 or 3 channels. Use "
+            "sample_latents, or name a .npz."
+        )
+    return (
+        "this engine makes latents and has no decoder. Use sample_latents or name a .npz, or export again with --vae "
+        "DIR."
+    )
 
 
 def makes_images(manifest: Manifest) -> bool:

@@ -34,13 +34,14 @@ from tqdit.files import (
     NPZ_ERRORS,
     check_only,
     check_writable,
+    decode_record,
     lock_folder,
     parse_npz,
     reading,
     sha256,
     whole_file,
     writing,
-)
+)  # fmt: skip
 from tqdit.ports import Requests, Signature, check_requests
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
@@ -55,6 +56,7 @@ _LEFT_OVER = re.compile(r"\.lock|\.(shard-\d{5,}\.npz|shards\.json)\.\d+\.partia
 _OURS = re.compile(rf"shard-\d{{5,}}\.npz|shards\.json|{_LEFT_OVER.pattern}")
 
 _AGAIN = "Run the same tqdit-sample command again; it replaces the file."
+_ANEW = "Choose another folder, or start anew: tqdit-sample --force."
 
 Arrays = Mapping[str, NDArray[Any]]
 Content = Literal["images", "latents"]
@@ -166,12 +168,6 @@ class _Index:
     shards: dict[str, str]  # name of a finished shard -> its SHA-256
 
 
-class _Version(msgspec.Struct):
-    """The part of an index that has the same form in every version."""
-
-    format_version: int
-
-
 class ShardFolder:
     """The shards of one job on disk. `open_shards` makes sure that one process writes it; any number may read."""
 
@@ -277,9 +273,7 @@ def _continued(path: Path, job: SamplingJob) -> ShardFolder:
             for field in fields(job)
             if (there := getattr(folder.job, field.name)) != (asked := getattr(job, field.name))
         )
-        raise OutputError(
-            f"{path}: holds samples of another run: {differences}. Choose another folder, or --force to start anew."
-        )
+        raise OutputError(f"{path}: holds samples of another run: {differences}. {_ANEW}")
     return folder
 
 
@@ -293,26 +287,17 @@ def read_index(path: Path) -> ShardFolder:
     index = path / INDEX
     if not index.is_file():
         raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
-    with reading(index, JSON, "Start anew with --force."):
+    with reading(index, JSON, _ANEW):
         return parse_index(index.read_bytes(), path)
 
 
 def parse_index(content: bytes, path: Path) -> ShardFolder:
     """The content of the index of folder `path`."""
     file = path / INDEX
-    try:
-        version = msgspec.json.decode(content, type=_Version).format_version
-        if version != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{file}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-                "Choose another folder, or --force to start anew."
-            )
-        index = msgspec.json.decode(content, type=_Index)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise FileFormatError(f"{file}: damaged ({error}). Start anew with --force.") from error
+    index = decode_record(content, _Index, FORMAT_VERSION, str(file), _ANEW)
     for name in index.shards:
         if not _is_shard(name, index.job):
-            raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. Start anew with --force.")
+            raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. {_ANEW}")
     return ShardFolder(path, index.job, index.shards)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from tqdit.card import AttentionForm, ProductForm, QuantizationCard
 from tqdit.errors import UsageError
 from tqdit.exporter.passes.attention import quantize_attention
-from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.linear import quantize_linears
 from tqdit.exporter.passes.scopes import network_timestep
 from tqdit.models.loaded import LoadedModel
@@ -22,6 +22,7 @@ from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 from tqdit.plugins.time_group_select import schema as time_group_select
 from tqdit.quantization.fake_quant import find_module
 from tqdit.quantization.table import ScaleTable
+from tqdit.sampling.schedule import SamplingSpec
 
 SCHEMAS = (multi_region_attention, multi_region_softmax, time_group_select)
 
@@ -36,8 +37,8 @@ def exported_sites(table: ScaleTable, form: AttentionForm) -> ScaleTable:
     return replace(table, sites=tuple(site for site in table.sites if site.role not in ("left", "right")))
 
 
-def describe(table: ScaleTable, form: AttentionForm) -> QuantizationCard:
-    """What `quantize` makes of a table."""
+def describe(table: ScaleTable, form: AttentionForm, sampling: SamplingSpec) -> QuantizationCard:
+    """What `quantize` makes of a table whose scales were found for the chain `sampling`."""
     exported = exported_sites(table, form)
     products: dict[str, ProductForm] = {}
     for module, sites in exported.by_module.items():
@@ -51,6 +52,7 @@ def describe(table: ScaleTable, form: AttentionForm) -> QuantizationCard:
         boundaries=tuple(float(boundary) for boundary in table.boundaries),
         attention=form,
         products=products,
+        sampling=sampling,
     )
 
 
@@ -63,7 +65,7 @@ def quantize(graph: ir.Model, model: LoadedModel, table: ScaleTable, form: Atten
     assert all(site.divisor is None for site in table.sites)
     table = exported_sites(table, form)
     check_sites(model.network, table)
-    groups = RowGroups(network_timestep(graph, model.signature.time), table.boundaries)
+    groups = GroupSelector(network_timestep(graph, model.signature.time), table.boundaries)
     quantize_linears(graph, model.network, table, groups)
     quantize_attention(graph, model.network, table, groups, form)
     RemoveUnusedNodesPass()(graph)

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tqdit.lint.finding import Finding
+from tqdit.lint.finding import Finding, Rule
 from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.rules.products import operands
-from tqdit.lint.values import FLOATS, Value
+from tqdit.lint.values import FLOATS, Value, inferred
 
-RULE = "float-twin"
+RULE = Rule("float-twin")
 _SUFFIX = re.compile(r"[._/-](q|quantized|int8|i8|codes|dq|dequantized|float|float32|fp32|f32|orig(inal)?)$")
 Size = tuple[int, ...]
 
@@ -61,9 +61,7 @@ def _survivors(floats: list[_Weight], quantized: list[_Weight]) -> Iterator[Find
         twin = origins.get(origin) or names.get((_stem(origin), weight.size))
         twin = twin or scopes.get((weight.node.scope, weight.size))
         if twin is not None:
-            yield Finding(
-                RULE,
-                "error",
+            yield RULE.error(
                 weight.node.label,
                 f"it multiplies by the float weight '{origin}', whose quantized twin '{twin.value.origin}' feeds "
                 f"{twin.node.label}. This product runs in float, and the file holds the weight twice.",
@@ -73,15 +71,12 @@ def _survivors(floats: list[_Weight], quantized: list[_Weight]) -> Iterator[Find
 
 def _unused(program: Program, quantized: list[_Weight]) -> Iterator[Finding]:
     names = {(_stem(weight.value.origin), weight.size): weight for weight in quantized if weight.value.origin}
-    used = {value.name for node in program.nodes for value in node.ir_node.inputs if value is not None}
-    used |= {value.name for value in program.model.graph.output}
-    for tensor in program.model.graph.initializer:
-        twin = names.get((_stem(tensor.name), tuple(sorted(tensor.dims))))
-        if twin is not None and tensor.name not in used and tensor.data_type in FLOATS:
-            yield Finding(
-                RULE,
-                "warning",
-                tensor.name,
+    for value in program.file.graph.initializers.values():
+        known, name = inferred(value), value.name or ""
+        twin = names.get((_stem(name), tuple(sorted(known.shape or ()))))
+        if twin is not None and not value.uses() and not value.is_graph_output() and known.dtype in FLOATS:
+            yield RULE.warning(
+                name,
                 f"nothing uses this float weight; its quantized twin '{twin.value.origin}' feeds {twin.node.label}. "
                 "It costs four times the space of the integers.",
                 "Remove the initializer.",
@@ -92,9 +87,7 @@ def _stored_in_float(program: Program) -> Iterator[Finding]:
     for node in program.standard_nodes("QuantizeLinear"):
         weight = node.value(0)
         if weight.constant and weight.dtype in FLOATS and weight.shape is not None and len(weight.shape) > 1:
-            yield Finding(
-                RULE,
-                "warning",
+            yield RULE.warning(
                 node.label,
                 f"it quantizes the constant '{weight.origin or node.input_names[0]}', which the file stores in float: "
                 "four times the space of its integers.",

@@ -10,25 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx import TensorProto
+import onnx_ir as ir
 
-from tqdit.lint.finding import TENSORRT, Finding
+from tqdit.lint.finding import TENSORRT, Finding, Rule
 from tqdit.lint.program import GraphNode, Program, quantized_type
 
-RULE = "operator"
+RULE = Rule("operator")
 INTEGER_OPERATORS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
-REMEDY: dict[int, str] = {
-    TensorProto.INT32: "Add the bias in float after the product; backends fuse it into the product's end.",
-    TensorProto.UINT4: "Use int4 in blocks for weights, or codes of 4 bits stored as int8.",
+REMEDY: dict[ir.DataType, str] = {
+    ir.DataType.INT32: "Add the bias in float after the product; backends fuse it into the product's end.",
+    ir.DataType.UINT4: "Use int4 in blocks for weights, or codes of 4 bits stored as int8.",
 }
 
 
 def check(program: Program) -> Iterator[Finding]:
     for node in program.nodes:
         if node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear"):
-            yield Finding(
-                RULE,
-                "error",
+            yield RULE.error(
                 node.label,
                 f"TensorRT does not know {node.op_type} and refuses the file.",
                 "Write QuantizeLinear -> DequantizeLinear -> the float operator with constant scales; backends make "
@@ -42,9 +40,11 @@ def check(program: Program) -> Iterator[Finding]:
 def _type(node: GraphNode) -> Iterator[Finding]:
     quantizes = node.op_type == "QuantizeLinear"
     dtype = quantized_type(node) if quantizes else node.value(0).dtype
-    if dtype in REMEDY and not (quantizes and dtype == TensorProto.INT32):
+    if dtype in REMEDY and not (quantizes and dtype == ir.DataType.INT32):
         what = "writes" if quantizes else "dequantizes"
-        name = str(TensorProto.DataType.Name(dtype)).lower()
-        yield Finding(
-            RULE, "error", node.label, f"it {what} {name}. TensorRT's parser refuses the file.", REMEDY[dtype], TENSORRT
+        yield RULE.error(
+            node.label,
+            f"it {what} {dtype.name.lower()}. TensorRT's parser refuses the file.",
+            REMEDY[dtype],
+            TENSORRT,
         )

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import onnx
-from onnx import TensorProto
+import onnx_ir as ir
 
-from tqdit.lint.finding import Finding, Severity
+from tqdit.lint.finding import Finding, Rule, Severity
 from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.values import per_channel
 
-RULE = "opset"
+RULE = Rule("opset")
 PER_CHANNEL = 13  # ONNX's changelog: QuantizeLinear-13 brought `axis`; TensorRT-RTX fails on such scales at opset 10
 FLOAT16_SCALES = 19  # ONNX's changelog: QuantizeLinear-19 brought float16; the checker and ONNX Runtime refuse below
 TQDIT = 20  # Gelu-20; the function bodies of domain `tqdit` are written in it
@@ -58,35 +59,24 @@ def check(program: Program) -> Iterator[Finding]:
 def _missing(node: GraphNode) -> Iterator[Finding]:
     if onnx.defs.has(node.op_type, node.opset, "") or not onnx.defs.has(node.op_type):
         return
-    since = min(schema.since_version for schema in _versions(node.op_type))
-    if since > node.opset:
-        yield Finding(
-            RULE,
-            "error",
-            node.label,
-            f"{node.op_type} exists from opset {since} on, the file is written for {node.opset}. No backend has to "
-            "take it.",
-            f"Export with opset {max(since, TQDIT)}.",
-        )
-
-
-def _versions(op_type: str) -> list[onnx.defs.OpSchema]:
-    return [
-        schema for schema in onnx.defs.get_all_schemas_with_history() if schema.name == op_type and not schema.domain
-    ]
+    since = next(opset for opset in count(node.opset) if onnx.defs.has(node.op_type, opset, ""))
+    yield RULE.error(
+        node.label,
+        f"{node.op_type} exists from opset {since} on, the file is written for {node.opset}. No backend has to "
+        "take it.",
+        f"Export with opset {max(since, TQDIT)}.",
+    )
 
 
 def _scales(node: GraphNode) -> Iterator[Finding]:
     scale = node.value(1)
     needs = (
         (PER_CHANNEL, per_channel(scale), "per-channel scales"),
-        (FLOAT16_SCALES, scale.dtype == TensorProto.FLOAT16, "float16 scales"),
+        (FLOAT16_SCALES, scale.dtype == ir.DataType.FLOAT16, "float16 scales"),
     )
     for lowest, found, what in needs:
         if found and node.opset < lowest:
-            yield Finding(
-                RULE,
-                "error",
+            yield RULE.error(
                 node.label,
                 f"it has {what}, which exist from opset {lowest} on; the file is written for {node.opset}. ONNX's "
                 "checker and ONNX Runtime refuse it.",
@@ -99,7 +89,7 @@ def _limits(program: Program) -> Iterator[Finding]:
     for backend, limit in LIMITS.items():
         if not limit.lowest <= program.opset <= limit.highest:
             yield Finding(
-                RULE,
+                RULE.name,
                 limit.severity,
                 first,
                 f"the file is written for opset {program.opset}, {backend} takes {limit.lowest}..{limit.highest} "
@@ -108,9 +98,7 @@ def _limits(program: Program) -> Iterator[Finding]:
                 (backend,),
             )
     if program.opset < TQDIT and any(node.standard for node in program.nodes):
-        yield Finding(
-            RULE,
-            "warning",
+        yield RULE.warning(
             first,
             f"the file is written for opset {program.opset}. Below {TQDIT} there is no Gelu, so it is a chain of nodes "
             "that not every backend recognises, and the function bodies of domain 'tqdit' are not defined.",

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tqdit.lint.finding import Finding
+from tqdit.lint.finding import Finding, Rule
 from tqdit.lint.program import Program
 
+RULE = Rule("runtime-scale")
 RATIO_FORM = "x / r[g] -> QuantizeLinear/DequantizeLinear with a constant scale -> MatMul -> * r[g]"
 
 
 def check(program: Program) -> Iterator[Finding]:
     for node in program.standard_nodes("QuantizeLinear", "DequantizeLinear"):
         if node.given(1) and not node.value(1).constant:
-            yield Finding(
-                "runtime-scale",
-                "error",
+            yield RULE.error(
                 node.label,
                 f"its scale '{node.input_names[1]}' is computed at run time. Every backend builds this without an "
                 "error; TensorRT and OpenVINO then run the product in float, ONNX Runtime does unless there is one "

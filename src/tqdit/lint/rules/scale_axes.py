@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tqdit.lint.finding import TENSORRT, Finding
+from tqdit.lint.finding import TENSORRT, Finding, Rule
 from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.rules.products import operands, output_channel
 from tqdit.lint.values import Quantized, Value, blocked, per_channel
 
-RULE = "scale-axis"
+RULE = Rule("scale-axis")
 
 
 def check(program: Program) -> Iterator[Finding]:
@@ -33,9 +33,7 @@ def _weight(node: GraphNode, index: int, value: Value, quantized: Quantized) -> 
         return
     wanted = output_channel(node, index, len(value.shape))
     if quantized.axis != wanted:
-        yield Finding(
-            RULE,
-            "error",
+        yield RULE.error(
             quantized.node,
             f"its scales lie on axis {quantized.axis} of the weight as {node.label} takes it, the output channels on "
             f"axis {wanted}. No integer product can apply them afterwards: TensorRT runs it in float silently, "
@@ -51,9 +49,7 @@ def _count(node: GraphNode) -> Iterator[Finding]:
     axis = node.integer("axis", 1)
     have = data.shape[axis] if -len(data.shape) <= axis < len(data.shape) else None
     if have != scale.shape[0]:
-        yield Finding(
-            RULE,
-            "error",
+        yield RULE.error(
             node.label,
             f"it has {scale.shape[0]} scales for axis {axis}, "
             + (f"which has {have} entries." if have is not None else f"which a tensor of shape {data.shape} lacks.")
@@ -71,9 +67,7 @@ def _activation(node: GraphNode) -> Iterator[Finding]:
         "MatMul, with r per row multiplied back after it, or r per channel multiplied into the weight."
     )
     if per_channel(scale):
-        yield Finding(
-            RULE,
-            "error",
+        yield RULE.error(
             node.label,
             f"it has {scale.size} scales for an activation. Scales along the summed axis cannot be taken out of an "
             "integer product: TensorRT and ONNX Runtime run it in float silently.",
@@ -81,9 +75,7 @@ def _activation(node: GraphNode) -> Iterator[Finding]:
             ("onnxruntime", *TENSORRT),
         )
     elif blocked(scale):
-        yield Finding(
-            RULE,
-            "error",
+        yield RULE.error(
             node.label,
             f"it has a scale of shape {scale.shape} (blocks or tokens) for an activation. TensorRT "
             "and ONNX Runtime run the product in float silently.",

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tqdit.lint.finding import Finding
+from tqdit.lint.finding import Finding, Rule
 from tqdit.lint.program import GraphNode, Program
 from tqdit.lint.rules.products import operands
-from tqdit.lint.values import type_name
 
-RULE = "scale-type"
+RULE = Rule("scale-type")
 
 
 def check(program: Program) -> Iterator[Finding]:
@@ -29,11 +28,9 @@ def check(program: Program) -> Iterator[Finding]:
 def _input(node: GraphNode) -> Iterator[Finding]:
     x, scale = node.value(0).dtype, node.value(1).dtype
     if x and scale and x != scale:
-        yield Finding(
-            RULE,
-            "error",
+        yield RULE.error(
             node.label,
-            f"it quantizes {type_name(x)} with a {type_name(scale)} scale. ONNX Runtime refuses the file.",
+            f"it quantizes {x.name.lower()} with a {scale.name.lower()} scale. ONNX Runtime refuses the file.",
             "Cast the input to the type of the scale; float32 around the integers is the safe choice.",
         )
 
@@ -44,11 +41,10 @@ def _product(node: GraphNode) -> Iterator[Finding]:
         return
     (a, a_type), (b, b_type) = ((quantized, quantized.scale.dtype or dtype) for quantized, dtype in pair)
     if a_type and b_type and a_type != b_type:
-        yield Finding(
-            RULE,
-            "error",
+        yield RULE.error(
             node.label,
-            f"its operands are dequantized with a {type_name(a_type)} scale ({a.node}) and a {type_name(b_type)} scale "
-            f"({b.node}). Backends refuse it, or, with a cast between, TensorRT and ONNX Runtime run it in float.",
+            f"its operands are dequantized with a {a_type.name.lower()} scale ({a.node}) and a {b_type.name.lower()} "
+            f"scale ({b.node}). Backends refuse it, or, with a cast between, TensorRT and ONNX Runtime run it "
+            "in float.",
             "Give both scales one type; float32 around the integers is the safe choice.",
         )

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import TensorProto
 
-from tqdit.lint.finding import Finding
+from tqdit.lint.finding import Finding, Rule
 from tqdit.lint.program import Program
-from tqdit.lint.values import type_name
 
-SMALLEST_NORMAL: dict[int, float] = {
-    TensorProto.FLOAT: 2.0**-126,
-    TensorProto.BFLOAT16: 2.0**-126,
-    TensorProto.FLOAT16: 2.0**-14,
-    TensorProto.DOUBLE: 2.0**-1022,
+RULE = Rule("scale-value")
+SMALLEST_NORMAL: dict[ir.DataType, float] = {
+    ir.DataType.FLOAT: 2.0**-126,
+    ir.DataType.BFLOAT16: 2.0**-126,
+    ir.DataType.FLOAT16: 2.0**-14,
+    ir.DataType.DOUBLE: 2.0**-1022,
 }
 
 
@@ -36,9 +36,7 @@ def check(program: Program) -> Iterator[Finding]:
         wrong = _wrong(numbers, scale.dtype)
         if wrong is not None:
             what, consequence = wrong
-            yield Finding(
-                "scale-value",
-                "error",
+            yield RULE.error(
                 node.label,
                 f"its scale '{node.input_names[1]}' {what}. {consequence}",
                 "Calibrate again; for a tensor that is all zero take any normal scale, such as 1. A float16 scale that "
@@ -46,7 +44,7 @@ def check(program: Program) -> Iterator[Finding]:
             )
 
 
-def _wrong(scale: NDArray[Any], dtype: int) -> tuple[str, str] | None:
+def _wrong(scale: NDArray[Any], dtype: ir.DataType) -> tuple[str, str] | None:
     """What is wrong with a scale, and what comes of it."""
     smallest = SMALLEST_NORMAL[dtype]
     cases = (
@@ -55,7 +53,7 @@ def _wrong(scale: NDArray[Any], dtype: int) -> tuple[str, str] | None:
         (scale < 0, "is negative", "TensorRT refuses the file, and calibration never gives this."),
         (
             scale < smallest,
-            f"is denormal in {type_name(dtype)}",
+            f"is denormal in {dtype.name.lower()}",
             "It has lost bits, and is zero wherever denormals are flushed, as on GPUs.",
         ),
     )

@@ -1,21 +1,25 @@
-"""Adapter for diffusers directories: a transformer, or a whole pipeline. The module is diffusers' own, unconverted."""
+"""Adapter for diffusers' DiT: a directory of the transformer or of a pipeline, or the module in memory.
+
+The module is diffusers' own, unconverted.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
-from tqdit.models.loaded import LoadedModel, fingerprint
+from tqdit.models.loaded import LoadedModel, Source, fingerprint, name_of
 from tqdit.models.products import Fold, find_products, shift_and_scale
-from tqdit.models.state import StateDict, check_layout, read_json, read_number, read_sharded, read_tensors
-from tqdit.models.vae import LATENT_SCALE, read_latents
+from tqdit.models.state import find_network, load_weights, read_json, read_number, read_tensors, unwrap
+from tqdit.models.vae import LATENT_CHANNELS, LATENT_SCALE, read_latents
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Diffusion
@@ -23,7 +27,9 @@ from tqdit.sampling.schedule import SamplingSpec
 
 CLASS_NAME = "DiTTransformer2DModel"
 CLASS_NAMES = (CLASS_NAME, "Transformer2DModel")  # the second is what old DiT repositories say
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# The names that save_pretrained gives to weights; the dotted word in front of or behind is a variant such as fp16.
+WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(\.[^.-]+)?\.(safetensors|bin)(\.index(\.[^.-]+)?\.json)?")
+ANCHOR = "pos_embed.proj.weight"  # a tensor that every network of this class has
 POSITIONS = "pos_embed.pos_embed"  # a copy of the sine-cosine positions that old files hold
 
 # DiTPipeline's own settings: DDIM, multiples of 1000 // T, guidance 4 on every channel.
@@ -35,11 +41,20 @@ SCHEDULER = {"prediction_type": "epsilon", "clip_sample": False, "thresholding":
 ABSENT = {"clip_sample": True, "variance_type": "fixed_small"}  # diffusers' defaults of absent settings
 
 
-def matches(source: str) -> bool:
-    return Path(source).is_dir()
+def matches(source: Source) -> bool:
+    if isinstance(source, nn.Module):
+        return type(unwrap(source, ANCHOR)).__name__ in CLASS_NAMES
+    return isinstance(source, str) and Path(source).is_dir()
 
 
-def load(source: str, heads: int | None = None) -> LoadedModel:
+def load(source: Source, heads: int | None = None) -> LoadedModel:
+    if heads is not None:
+        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out the heads.")
+    if isinstance(source, nn.Module):
+        theirs: Any = unwrap(source, ANCHOR)
+        name, settings = name_of(source), {**theirs.config, "_class_name": CLASS_NAME}
+        return describe(_fill(name, _make_network(name, settings), theirs.state_dict()), name)
+    assert isinstance(source, str)
     root = Path(source)
     folder = root / "transformer" if (root / "model_index.json").is_file() else root
     config_file = folder / "config.json"
@@ -48,15 +63,14 @@ def load(source: str, heads: int | None = None) -> LoadedModel:
             f"{root}: neither 'model_index.json' nor 'config.json' is in it. Pass the directory that diffusers' "
             "save_pretrained wrote."
         )
-    if heads is not None:
-        raise UsageError(f"{root}: --heads is for checkpoints that do not tell; {config_file} does. Leave it out.")
-    network = _assemble(folder, read_json(config_file))
+    network = _make_network(config_file, read_json(config_file, root))
+    network = _fill(folder, network, read_tensors(find_weights(folder)[0], root))
     vae = root / "vae" if (root / "vae" / "config.json").is_file() else None
     return describe(
         network,
         source,
-        read_sampling(root / "scheduler" / "scheduler_config.json"),
-        read_latents(vae) if vae else None,
+        read_sampling(root / "scheduler" / "scheduler_config.json", root),
+        read_latents(vae, root) if vae else None,
         vae,
     )
 
@@ -84,17 +98,20 @@ def describe(
     if out_channels == 2 * channels:
         values = {name: getattr(spec.process, name) for name in spec.process.__struct_fields__}
         spec = SamplingSpec(Diffusion(**values | {"learned_variance": True}), spec.sampler, spec.steps)
+    own = None if channels in (1, 3) else Latents(LATENT_SCALE)
+    assumed = {"space": f"its {channels} channels are taken for {'latents' if own else 'pixels'}"}
     return LoadedModel(
         network=network,
         signature=signature,
         products=find_products(network, example, _folds(config)),
         sampling=spec,
         guidance=GUIDANCE,
-        latents=latents or Latents(LATENT_SCALE),
+        latents=latents or own,
         origin="diffusers",
         source=source,
         fingerprint=fingerprint(network, sorted(dict(config).items())),
         vae_folder=vae_folder,
+        assumed={} if latents or channels == LATENT_CHANNELS else assumed,
     )
 
 
@@ -109,16 +126,16 @@ def _folds(config: Any) -> dict[str, tuple[Fold, ...]]:
     return folds
 
 
-def _assemble(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
-    """The network of a configuration with the weights beside it in float32; float32 weights are not copied."""
+def _make_network(where: object, settings: Mapping[str, Any]) -> nn.Module:
+    """The network of a configuration, without memory for its weights."""
     if settings.get("_class_name") not in CLASS_NAMES or settings.get("norm_type", "ada_norm_zero") != "ada_norm_zero":
         raise CheckpointError(
-            f"{folder / 'config.json'}: '_class_name' is {settings.get('_class_name')!r} with norm_type "
-            f"{settings.get('norm_type')!r}, expected '{CLASS_NAME}' with 'ada_norm_zero'. Pass the directory of a DiT."
+            f"{where}: '_class_name' is {settings.get('_class_name')!r} with norm_type {settings.get('norm_type')!r}, "
+            f"expected '{CLASS_NAME}' with 'ada_norm_zero'. Pass the directory of a DiT."
         )
     for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size",
                  "num_embeds_ada_norm"):  # fmt: skip
-        _check_positive(folder / "config.json", settings, name)
+        _check_positive(where, settings, name)
     diffusers = need("diffusers", "vae", "loading a diffusers directory")
     accelerate = need("accelerate", "vae", "loading a diffusers directory")
     known = {name: value for name, value in settings.items() if not name.startswith("_")}
@@ -126,19 +143,21 @@ def _assemble(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
         with accelerate.init_empty_weights(include_buffers=False):
             network: nn.Module = getattr(diffusers, CLASS_NAME).from_config(known)
     except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: diffusers refuses it ({error}). Get it again.") from error
-    tensors = _read_weights(folder)
-    tensors.pop(POSITIONS, None)
-    check_layout(folder, tensors, network.state_dict())
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        raise CheckpointError(f"{where}: diffusers refuses it ({error}). Get it again.") from error
     return network
 
 
-def read_sampling(path: Path) -> SamplingSpec | None:
+def _fill(where: object, network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    found = find_network(where, tensors, ANCHOR)
+    found.pop(POSITIONS, None)
+    return load_weights(where, network, found)
+
+
+def read_sampling(path: Path, root: Path) -> SamplingSpec | None:
     """The scheduler that a pipeline directory names; None if there is none."""
     if not path.is_file():
         return None
-    settings = read_json(path)
+    settings = read_json(path, root)
     sampler = SAMPLERS.get(str(settings.get("_class_name")))
     if sampler is None:
         raise _unsupported(path, "_class_name", settings.get("_class_name"), " or ".join(map(repr, SAMPLERS)))
@@ -167,19 +186,27 @@ def _unsupported(path: Path, name: str, found: object, expected: str) -> Checkpo
     )
 
 
-def _check_positive(path: Path, settings: Mapping[str, Any], name: str) -> None:
+def _check_positive(where: object, settings: Mapping[str, Any], name: str) -> None:
     value = settings.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = repr(value) if name in settings else "missing"
-        raise CheckpointError(f"{path}: '{name}' is {found}, expected a positive whole number. Get the file again.")
+        raise CheckpointError(f"{where}: '{name}' is {found}, expected a positive whole number. Get the file again.")
 
 
-def _read_weights(folder: Path) -> StateDict:
-    for name in WEIGHT_FILES:
-        if (folder / f"{name}.index.json").is_file():
-            return read_sharded(folder / f"{name}.index.json")
-        if (folder / name).is_file():
-            return read_tensors(folder / name)
-    raise CheckpointError(
-        f"{folder}: found none of {', '.join(WEIGHT_FILES)} (or their .index.json). Download the weights too."
-    )
+def find_weights(folder: Path) -> tuple[Path, str | None]:
+    """The weights in a directory, or their index, and their variant: None, if there are weights without one."""
+    found = [match for file in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(file.name))]
+    variants = sorted({match[1] or match[4] or "" for match in found})
+    if not found:
+        raise CheckpointError(
+            f"{folder}: found none of diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin (or their "
+            ".index.json). Download the weights too."
+        )
+    if variants[0] and len(variants) > 1:
+        raise CheckpointError(
+            f"{folder}: holds the variants {', '.join(variant[1:] for variant in variants)}, expected one. Remove the "
+            "others."
+        )
+    chosen = [match for match in found if (match[1] or match[4] or "") == variants[0]]
+    best = min(chosen, key=lambda match: (match[2] == "bin", match[3] is None))
+    return folder / best[0], variants[0][1:] or None

@@ -1,5 +1,5 @@
 from tqdit.engines.build.backend import Fitness
-from tqdit.engines.bundle import Manifest, describe_parts
+from tqdit.engines.bundle import Artefact
 
 OPTIONS = frozenset()
 CASTS_FLOATS = False
@@ -13,16 +13,7 @@ def float_types(config):
     return ("fp16", "fp32")
 
 
-def build(source, card, folder, config, progress):
+def build(source, decoder, card, folder, config, progress):
     source.save_copy(source.model, folder)
     (folder / source.path.name).rename(folder / "graph.onnx")
-    return Manifest(
-        backend="plain",
-        precision=config.precision,
-        card=card,
-        entry="graph.onnx",
-        decoder=None,
-        versions={},
-        target={},
-        files=describe_parts(folder),
-    )
+    return Artefact(entry="graph.onnx", decoder=None, versions={}, target={})

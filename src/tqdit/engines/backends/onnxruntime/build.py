@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import onnx
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends.onnxruntime.library import load_library, session_options
+from tqdit.engines.backends.onnxruntime.library import load_library, open_session, session_options
 from tqdit.engines.backends.onnxruntime.providers import (
     FLOAT_TYPES,
     NOT_AUDITED,
@@ -23,15 +22,14 @@ from tqdit.engines.backends.onnxruntime.providers import (
     check_offered,
     settings_of,
 )
-from tqdit.engines.build.audit import audit, check_audit, integer_products
+from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
-from tqdit.engines.bundle import Audit, Manifest, describe_parts
-from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress, silent
-from tqdit.errors import BackendError, UsageError
+from tqdit.engines.bundle import Artefact, Audit
+from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
+from tqdit.errors import UsageError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import SCOPE_KEY, Scopes, scope_of
 from tqdit.onnx_file import OnnxFile, parse_model
-from tqdit.version import __version__
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
@@ -60,9 +58,9 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 
 
 def build(
-    source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent
-) -> Manifest:
-    """Compile the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
+    source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig, _progress: Progress
+) -> Artefact:
+    """Compile the graph and the decoder; read off the optimised graph what stayed integer."""
     ort = load_library()
     provider = config.provider or "cpu"
     if config.batch is not None and provider != "tensorrt":
@@ -74,23 +72,19 @@ def build(
     else:
         with _prepared(source, card, folder) as prepared:
             _optimise(prepared, folder / GRAPH_FILE, providers, provider, _keeps_weights_beside(source))
-    if card.vae is not None:
-        decoder, on = OnnxFile.read(source.path.parent / card.vae.file), provider if provider == "cpu" else "cuda"
+    if decoder is not None:
+        on = provider if provider == "cpu" else "cuda"
         settings = settings_of(on, folder, card, None)
         _optimise(decoder.path, folder / DECODER_FILE, settings, on, _keeps_weights_beside(decoder))
     report = audit_graph(folder / GRAPH_FILE, card, source.scopes, provider)
     if report is not None and not config.allow_fallback:
         check_audit(report, "onnxruntime", CAUSES[provider])
-    return Manifest(
-        backend="onnxruntime",
-        precision=config.precision or "fp32",
-        card=card,
+    return Artefact(
         entry=GRAPH_FILE,
-        decoder=DECODER_FILE if card.vae is not None else None,
-        versions={"tqdit": __version__, "onnxruntime": ort.__version__},
+        decoder=None if decoder is None else DECODER_FILE,
+        versions={"onnxruntime": ort.__version__},
         target={"provider": PROVIDERS[provider], "machine": platform.machine()},
         audit=report,
-        files=describe_parts(folder),
         batch=(config.batch or BatchRange()) if provider == "tensorrt" else None,
     )
 
@@ -99,16 +93,13 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, provider: str) -> A
     """Read off the optimised graph which products are integer; its nodes keep their names through fusion."""
     if card.quantization is None:
         return None
-    nodes = list(parse_model(file).graph.node)
-    report = audit(
+    nodes = [] if provider == "tensorrt" else list(parse_model(file).graph.node)  # which compiles later, shows nothing
+    return audit(
         card.quantization,
         scopes,
         (node.name for node in nodes if node.op_type in INTEGER_PRODUCTS),
         (node.name for node in nodes if node.op_type in FLOAT_PRODUCTS),
     )
-    if provider == "tensorrt":  # which compiles later and shows nothing
-        return replace(report, integer=0, fallen_back=integer_products(card.quantization))
-    return report
 
 
 @contextmanager
@@ -167,31 +158,18 @@ def _optimise(source: Path, target: Path, providers: list[Any], provider: str, w
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(target)
     if weights_beside:
-        _keep_weights_beside(options, target)
-    _open(source, options, settings | {"providers": providers}, provider)
+        entry = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{entry}_file_name", f"{target.name}.data")
+        options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
+    check_got(open_session(ort, source, options, providers=providers, **settings), provider)
 
 
 def _compile_by_tensorrt(source: OnnxFile, card: GraphCard, target: Path, providers: list[Any]) -> None:
     """Keep the graph as it is and let the provider fill its engine cache beside it: it wants Q/DQ, not fused nodes."""
-    options, settings = session_options(load_library())
+    ort = load_library()
+    options, settings = session_options(ort)
     model = _float_weights_kept_apart(source, card) or source.copy()
     onnx.load_external_data_for_model(model, str(source.path.parent))
     data = f"{target.name}.data" if source.size_bytes > EXTERNAL_DATA_BYTES else None
     onnx.save(model, target, save_as_external_data=data is not None, location=data)
-    _open(target, options, settings | {"providers": providers}, "tensorrt")
-
-
-def _open(source: Path, options: Any, settings: dict[str, Any], provider: str) -> None:
-    ort = load_library()
-    try:
-        session = ort.InferenceSession(source, options, **settings)
-    except Exception as error:  # ONNX Runtime raises a class of its own for each status code
-        reason = str(error).strip().splitlines()[0]
-        raise BackendError(f"{source}: ONNX Runtime {ort.__version__} cannot compile it ({reason}).") from error
-    check_got(session, provider)
-
-
-def _keep_weights_beside(options: Any, target: Path) -> None:
-    entry = "session.optimized_model_external_initializers"
-    options.add_session_config_entry(f"{entry}_file_name", f"{target.name}.data")
-    options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
+    check_got(open_session(ort, target, options, providers=providers, **settings), "tensorrt")

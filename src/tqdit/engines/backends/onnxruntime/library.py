@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tqdit.errors import BackendError
-from tqdit.extras import need
+from tqdit.extras import install, need
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
@@ -19,8 +20,8 @@ def load_library() -> ModuleType:
     if len(both) > 1:
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Run: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tqdit[onnxruntime]' for CPUs or "
-            "pip install 'tqdit[onnxruntime-gpu]'"
+            f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install('onnxruntime')} for CPUs or "
+            f"{install('onnxruntime-gpu')}"
         )
     # Its telemetry would write to the user's home, and a fork of this process would wait for its thread when it ends.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -38,6 +39,18 @@ def session_options(ort: ModuleType) -> tuple[Any, dict[str, Any]]:
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options, {"disabled_optimizers": ["MatMulAddFusion"]}
+
+
+def open_session(ort: ModuleType, file: Path, options: Any, **settings: Any) -> Any:
+    """A session with a file. Raises BackendError if ONNX Runtime refuses it."""
+    try:
+        return ort.InferenceSession(file, options, **settings)
+    except Exception as error:  # it raises a class of its own for each status code
+        raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot open it ({reason(error)}).") from error
+
+
+def reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _installed(distribution: str) -> bool:

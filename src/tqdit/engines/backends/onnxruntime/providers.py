@@ -13,6 +13,7 @@ from typing import Any
 from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange, FloatType
 from tqdit.errors import BackendError
+from tqdit.extras import install
 
 CPU = "CPUExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -55,7 +56,7 @@ def check_offered(ort: ModuleType, provider: str) -> None:
     if PROVIDERS[provider] not in ort.get_available_providers():
         raise BackendError(
             f"--provider {provider}: ONNX Runtime {ort.__version__} here has no {PROVIDERS[provider]}. Run: "
-            "pip uninstall -y onnxruntime, then pip install 'tqdit[onnxruntime-gpu]'"
+            f"pip uninstall -y onnxruntime, then {install('onnxruntime-gpu')}"
         )
 
 

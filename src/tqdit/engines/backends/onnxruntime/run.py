@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.backends.onnxruntime.library import load_library, session_options
+from tqdit.engines.backends.onnxruntime.library import load_library, open_session, reason, session_options
 from tqdit.engines.backends.onnxruntime.providers import CPU, NAMES, check_got, check_offered, settings_of
 from tqdit.engines.bundle import Manifest, check_machine, check_not_older
 from tqdit.errors import BackendError, UsageError
@@ -33,11 +33,7 @@ class OrtEngine:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            self._session: Any = ort.InferenceSession(file, options, providers=providers or [CPU], **settings)
-        except Exception as error:  # ONNX Runtime raises a class of its own for each status code
-            reason = str(error).strip().splitlines()[0]
-            raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot load it ({reason}).") from error
+        self._session = open_session(ort, file, options, providers=providers or [CPU], **settings)
         check_got(self._session, provider)
         self._file = file
         self._inputs = [value.name for value in self._session.get_inputs()]
@@ -56,9 +52,8 @@ class OrtEngine:
         binding.bind_output(self._output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         try:
             session.run_with_iobinding(binding)
-        except Exception as error:  # as above
-            reason = str(error).strip().splitlines()[0]
-            raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({reason}).") from error
+        except Exception as error:  # a class of its own for each status code
+            raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({reason(error)}).") from error
         return out
 
     def close(self) -> None:

@@ -16,13 +16,12 @@ from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
-from tqdit.engines.bundle import Audit, Manifest, describe_parts
-from tqdit.engines.config import BuildConfig, FloatType, Progress, silent
+from tqdit.engines.bundle import Artefact, Audit
+from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
-from tqdit.version import __version__
 
 GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
 DECODER_FILE = "decoder.xml"
@@ -46,30 +45,24 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 
 
 def build(
-    source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress = silent
-) -> Manifest:
-    """Convert the graph and, where there is one, the decoder beside it; prove that what was quantized is integer."""
+    source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
+) -> Artefact:
+    """Convert the graph and the decoder; read off the compiled graph what stayed integer."""
     ov = load_library()
     float_type = "bf16" if config.float_type == "bf16" else "fp32"
-    parts = {GRAPH_FILE: source}
-    if card.vae is not None:
-        parts[DECODER_FILE] = OnnxFile.read(source.path.parent / card.vae.file)
+    parts = {GRAPH_FILE: source} | ({} if decoder is None else {DECODER_FILE: decoder})
     for done, (name, file) in enumerate(parts.items()):
         progress(f"converting {file.path.name}", done, len(parts))
         _convert(ov, file, folder / name, float_type, card)
     report = audit_graph(folder / GRAPH_FILE, card, source.scopes, float_type)
     if report is not None and not config.allow_fallback:
         check_audit(report, "openvino", "a scale that is not a constant; run tqdit-inspect --lint on the file")
-    return Manifest(
-        backend="openvino",
-        precision=config.precision or "fp32",
-        card=card,
+    return Artefact(
         entry=GRAPH_FILE,
-        decoder=DECODER_FILE if card.vae is not None else None,
-        versions={"tqdit": __version__, "openvino": release(ov)},
+        decoder=None if decoder is None else DECODER_FILE,
+        versions={"openvino": release(ov)},
         target={"device": "CPU", "machine": platform.machine()},
         audit=report,
-        files=describe_parts(folder),
     )
 
 

@@ -13,14 +13,14 @@ import onnx.inliner
 
 from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.compiler import Compiled, run_worker
+from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
-from tqdit.engines.backends.tensorrt.worker import Job
+from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
-from tqdit.engines.bundle import Audit, Manifest, describe_parts
+from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.extras import need
@@ -28,7 +28,6 @@ from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
 from tqdit.plugins import tensorrt as plugins
-from tqdit.version import __version__
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
@@ -42,12 +41,12 @@ def fitness(library: Library, score: int) -> Fitness:
     """Whether an engine of this library can run here; names the first thing that is missing."""
     if not library.installed:
         return Fitness(0, f"{library.module} is not installed")
-    elsewhere = "; it builds here for machines with one" if not library.needs_gpu_to_build else ""
+    elsewhere = "; it builds here for machines with one" if library.cross_compiles else ""
     if not cuda.installed():
-        return Fitness(0, f"cuda-python, which runs its engines, is not installed{elsewhere}")
+        return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}")
     try:
         device = cuda.find_device()
-        known = library.targets(library.load("choosing a backend")) if library.takes_targets else (device.capability,)
+        known = library.targets(library.load("choosing a backend")) if library.cross_compiles else (device.capability,)
     except (TqditError, ImportError, OSError) as error:
         return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}")
     if device.capability not in known:
@@ -57,31 +56,33 @@ def fitness(library: Library, score: int) -> Fitness:
 
 def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
     """float16 first. Turing (7.5) has no bfloat16, and TensorRT-RTX no float32 products there."""
-    if not library.takes_targets:
+    if not library.cross_compiles:
         return ("fp16", "bf16", "fp32")
     return ("fp16",) if "7.5" in _checked(config.targets) else ("fp16", "bf16", "fp32")
 
 
 def build(
-    library: Library, source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
-) -> Manifest:
-    """Compile the graph and, where there is one, its decoder; prove that what was quantized is integer."""
+    library: Library, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
+    progress: Progress,
+) -> Artefact:  # fmt: skip
+    """Compile the graph and the decoder; find out from the layers what stayed integer."""
     if not library.installed:  # found here and not loaded: the compiler's process does that
         library.load(f"--backend {library.backend}")
     need("polygraphy", library.backend, f"--backend {library.backend}")
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
-    device = cuda.find_device() if library.needs_gpu_to_build else None
+    device = None if library.cross_compiles else cuda.find_device()
     batch = config.batch or BatchRange()
     rows = batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
     inline = no_plugins is not None
+    plugins_for = None if inline or device is None else device.capability
 
     def compile_graph(spelled_out: Collection[str]) -> tuple[Compiled, Audit | None, Custom] | None:
         with _prepared(source, folder, inline, spelled_out) as prepared:
             if prepared is None:
                 return None
-            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, not inline, progress)
+            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, plugins_for, progress)
             report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
             return compiled, report, prepared.custom
 
@@ -92,30 +93,26 @@ def build(
         compiled, report, custom = compile_graph(report.fallen_back) or first
     if report is not None and not config.allow_fallback:
         check_audit(report, library.backend, CAUSE)
-    if card.vae is not None:
-        with _prepared(OnnxFile.read(source.path.parent / card.vae.file), folder, inline=True) as decoder:
-            assert decoder is not None
+    if decoder is not None:
+        with _prepared(decoder, folder, inline=True) as inlined:
+            assert inlined is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, decoder.file, folder / DECODER_FILE, (1, 1, 1), config, False, progress)
+            _compile(library, inlined.file, folder / DECODER_FILE, (1, 1, 1), config, None, progress)
     targets = compiled.targets if device is None else (device.capability,)
-    return Manifest(
-        backend=library.backend,
-        precision=config.precision or "fp32",
-        card=card,
+    return Artefact(
         entry=PLAN_FILE,
-        decoder=DECODER_FILE if card.vae is not None else None,
-        versions={"tqdit": __version__, library.module: compiled.version},
+        decoder=None if decoder is None else DECODER_FILE,
+        versions={library.module: compiled.version},
         target=_target(library, targets, config),
         audit=report,
-        files=describe_parts(folder),
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
     )
 
 
 def _compile(
-    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig, registers: bool,
-    progress: Progress,
+    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig,
+    plugins_for: str | None, progress: Progress,
 ) -> Compiled:  # fmt: skip
     job = Job(
         backend=library.backend,
@@ -128,7 +125,7 @@ def _compile(
         optimization_level=config.optimization_level,
         version_compatible=config.version_compatible,
         exclude_lean_runtime=config.lean_runtime == "exclude",
-        register_plugins=registers,
+        plugins_for=plugins_for,
     )
     try:
         return run_worker(job, progress)

@@ -18,17 +18,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
 from types import ModuleType
 from typing import Any
 
-from tqdit.engines.backends.tensorrt.layers import Layer, from_inspector, from_log
+from tqdit.engines.backends.tensorrt.layers import HEADING, Layer, from_inspector, from_log
 from tqdit.errors import BackendError
 from tqdit.extras import need
 
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read by Polygraphy once, when it is imported
+
+
+class Log:
+    """A logger that keeps the errors and, of a detailed build, the lists of layers."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        self.errors: list[str] = []
+        self.listings: list[str] = []
+        log = self
+        serious = (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR)
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in serious:
+                    log.errors.append(message)
+                elif message.startswith(HEADING):
+                    log.listings.append(message)
+
+        self.logger = Logger()
 
 
 @dataclass(frozen=True)
@@ -38,8 +59,7 @@ class Library:
     backend: str  # the backend's name, and the extra that installs it
     module: str
     title: str
-    needs_gpu_to_build: bool
-    takes_targets: bool
+    cross_compiles: bool  # for any compute capabilities, without a GPU; otherwise for the GPU that is here
     takes_plugins: bool
     is_rtx: bool
     options: frozenset[str]  # fields of BuildConfig
@@ -69,16 +89,16 @@ class Library:
 
     def targets(self, trt: ModuleType) -> tuple[str, ...]:
         """Compute capabilities that an engine can be made for, such as ('8.0', '12.0')."""
-        if not self.takes_targets:
+        if not self.cross_compiles:
             return ()
         numbers = [name[2:] for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
         return tuple(f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int))
 
-    def layers(self, trt: ModuleType, plan: Any, logger: Any, log: Sequence[str]) -> tuple[Layer, ...]:
+    def layers(self, trt: ModuleType, plan: Any, log: Log) -> tuple[Layer, ...]:
         """What was compiled: by the detailed build log, or by the inspector of the opened plan, which takes a GPU."""
         if self.is_rtx:
-            return from_log(log)
-        runtime = trt.Runtime(logger)
+            return from_log(log.listings)
+        runtime = trt.Runtime(log.logger)
         if hasattr(runtime, "engine_host_code_allowed"):
             runtime.engine_host_code_allowed = True  # built a moment ago by this process
         engine = runtime.deserialize_cuda_engine(plan)
@@ -109,8 +129,7 @@ TENSORRT_RTX = Library(
     backend="tensorrt-rtx",
     module="tensorrt_rtx",
     title="TensorRT-RTX",
-    needs_gpu_to_build=False,
-    takes_targets=True,
+    cross_compiles=True,
     takes_plugins=False,
     is_rtx=True,
     options=frozenset({"batch", "targets", "workspace_bytes", "plugins"}),
@@ -119,8 +138,7 @@ TENSORRT = Library(
     backend="tensorrt",
     module="tensorrt",
     title="TensorRT",
-    needs_gpu_to_build=True,
-    takes_targets=False,
+    cross_compiles=False,
     takes_plugins=True,
     is_rtx=False,
     options=frozenset({"batch", "workspace_bytes", "timing_cache", "optimization_level", "plugins"})

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library
+from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
 from tqdit.engines.process import Process
 from tqdit.errors import BackendError, UsageError
@@ -41,19 +41,17 @@ class Bound:
     """An execution context with everything that it works on, for one number of rows."""
 
     context: Any
-    device: dict[str, cuda.Memory]
+    device: dict[str, Any]  # cuda.core's buffers
     host: dict[str, cuda.PinnedArray]
     runs: int = 0
-    graph: cuda.Graph | None = None
+    graph: Any = None  # cuda.core's
 
     def close(self) -> None:
         self.context = None
         if self.graph is not None:
             self.graph.close()
-        for memory in self.device.values():
-            memory.free()
-        for array in self.host.values():
-            array.free()
+        for buffer in (*self.device.values(), *(array.buffer for array in self.host.values())):
+            buffer.close()
 
 
 class TensorRTEngine:
@@ -69,12 +67,12 @@ class TensorRTEngine:
         self._least = 1
         if manifest.batch is not None and is_entry:
             self._least = manifest.batch.least * self._rows_per_image
-        with cuda.on_device(self._device.index):
-            self._plan = _open_plan(library, trt, file, manifest)
-            self._engine: Any = self._plan.engine
+        with cuda.on_device(self._device):
+            self._engine, *self._kept = _open_plan(library, trt, file, manifest)
             self._inputs, (self._output,) = _tensors(trt, self._engine)
-            self._stream = cuda.Stream()
-            self._scratch = cuda.Memory(int(self._engine.device_memory_size_v2))
+            self._pool = cuda.make_pool(self._device)
+            self._stream = self._device.handle.create_stream()  # neither it nor the default stream waits for the other
+            self._scratch = self._allocate(max(1, int(self._engine.device_memory_size_v2)))
 
     @classmethod
     def open(cls, path: str | Path) -> TensorRTEngine:
@@ -99,11 +97,11 @@ class TensorRTEngine:
                 pinned = bound.host[tensor.name]
                 pinned.array[:rows] = inputs[tensor.name]
                 pinned.array[rows:] = pinned.array[rows - 1]
-                self._copy(bound.device[tensor.name].address, pinned.address, pinned.size_bytes, "HostToDevice")
+                bound.device[tensor.name].copy_from(pinned.buffer, stream=self._stream)
             self._run(bound)
             out = bound.host[self._output.name]
-            self._copy(out.address, bound.device[self._output.name].address, out.size_bytes, "DeviceToHost")
-            self._stream.synchronize()
+            out.buffer.copy_from(bound.device[self._output.name], stream=self._stream)
+            self._stream.sync()
             self._capture(bound)
             return out.array[:rows].astype(np.float32, copy=True)
 
@@ -115,10 +113,10 @@ class TensorRTEngine:
         what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes one. Raises
         UsageError for arrays that do not fit.
         """
-        caller = cuda.stream_handle(stream)
+        caller = cuda.open_stream(stream)
         with self._turn():
-            mine = self._stream.handle
-            cuda.order_streams(caller, mine)
+            mine = self._stream
+            mine.wait(caller)
             views = {t.name: cuda.view_array(inputs[t.name], t.name, mine) for t in self._inputs if t.name in inputs}
             rows = self._rows({name: view.shape for name, view in views.items()})
             if rows < self._least:
@@ -128,37 +126,35 @@ class TensorRTEngine:
                 view = views[tensor.name]
                 if view.dtype != tensor.dtype:
                     raise UsageError(f"'{tensor.name}' is {view.dtype}, the engine takes {tensor.dtype}.")
-                self._copy(
-                    bound.device[tensor.name].address, view.address, _bytes(view.shape, view.dtype), "DeviceToDevice"
-                )
+                bound.device[tensor.name].copy_from(view.buffer, stream=mine)
             self._run(bound)
-            shape = (rows, *self._output.tail)
-            result = cuda.DeviceArray(shape, self._output.dtype, caller) if out is None else out
-            target = cuda.view_array(result, "out", mine) if out is not None else result
-            if target.shape != shape or target.dtype != self._output.dtype:
-                raise UsageError(
-                    f"'out' is {target.dtype} {target.shape}, the engine makes {self._output.dtype} {shape}."
-                )
-            source = bound.device[self._output.name].address
-            self._copy(target.address, source, _bytes(shape, self._output.dtype), "DeviceToDevice")
-            cuda.order_streams(mine, caller)
+            shape, dtype, made = (rows, *self._output.tail), self._output.dtype, bound.device[self._output.name]
+            if out is None:
+                target = self._allocate(made.size)
+                out = cuda.DeviceArray(self._device, target, shape, dtype, caller)
+            else:
+                target, *given = cuda.view_array(out, "out", mine)
+                if given != [shape, dtype]:
+                    raise UsageError(f"'out' is {given[1]} {given[0]}, the engine makes {dtype} {shape}.")
+            target.copy_from(made, stream=mine)
+            caller.wait(mine)
             if bound.runs == 1:
-                self._stream.synchronize()
+                mine.sync()
                 self._capture(bound)
-            return result
+            return out
 
     def close(self) -> None:
         """Free everything on the GPU. The engine cannot be called afterwards; closing twice does nothing."""
         with self._lock:
             if self._engine is None:
                 return
-            with cuda.on_device(self._device.index):
-                self._stream.synchronize()
+            with cuda.on_device(self._device):
+                self._stream.sync()
                 for bound in self._bound.values():
                     bound.close()
                 self._bound.clear()
-                self._engine = self._plan.engine = None
-                self._scratch.free()
+                self._engine = None
+                self._scratch.close()
                 self._stream.close()
 
     @contextmanager
@@ -167,7 +163,7 @@ class TensorRTEngine:
         with self._lock:
             if self._engine is None:
                 raise UsageError("this engine is closed. Open the bundle again.")
-            with cuda.on_device(self._device.index):
+            with cuda.on_device(self._device):
                 yield
 
     def _rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -189,12 +185,12 @@ class TensorRTEngine:
             self._bound.move_to_end(rows)
             return self._bound[rows]
         while len(self._bound) >= SHAPES_KEPT:
-            self._stream.synchronize()
+            self._stream.sync()
             self._bound.popitem(last=False)[1].close()
         context = self._library.create_context(self._trt, self._engine)
         if context is None:
             raise BackendError(f"{self._file}: no execution context could be made; the GPU may be out of memory.")
-        context.set_device_memory(self._scratch.address, int(self._engine.device_memory_size_v2))
+        context.set_device_memory(int(self._scratch.handle), int(self._engine.device_memory_size_v2))
         bound = Bound(context, {}, {})
         try:
             for tensor in (*self._inputs, self._output):
@@ -206,8 +202,8 @@ class TensorRTEngine:
                         f"range of images: tqdit-build --batch 1,{max(1, images // 2)},{images}."
                     )
                 bound.host[tensor.name] = cuda.PinnedArray(shape, tensor.dtype)
-                bound.device[tensor.name] = cuda.Memory(_bytes(shape, tensor.dtype))
-                if not context.set_tensor_address(tensor.name, bound.device[tensor.name].address):
+                bound.device[tensor.name] = self._allocate(bound.host[tensor.name].buffer.size)
+                if not context.set_tensor_address(tensor.name, int(bound.device[tensor.name].handle)):
                     raise BackendError(f"{self._file}: the address of '{tensor.name}' was refused.")
         except Exception:
             bound.close()
@@ -218,24 +214,25 @@ class TensorRTEngine:
     def _run(self, bound: Bound) -> None:
         bound.runs += 1
         if bound.graph is not None:
-            bound.graph.launch(self._stream.handle)
+            bound.graph.launch(self._stream)
         else:
             self._enqueue(bound)
 
     def _enqueue(self, bound: Bound) -> None:
-        if not bound.context.execute_async_v3(self._stream.handle):
+        if not bound.context.execute_async_v3(int(self._stream.handle)):
             raise BackendError(f"{self._file}: {self._library.title} could not run the engine (its log says why).")
 
     def _capture(self, bound: Bound) -> None:
         """After the first run, which let the library finish what it does lazily; RTX captures by itself."""
         if bound.graph is not None or self._library.is_rtx:
             return
-        with cuda.Capture(self._stream.handle) as capture:
+        with closing(self._stream.create_graph_builder()) as capture:
+            capture.begin_building("thread_local")  # other threads of the program may go on allocating
             self._enqueue(bound)
-        bound.graph = capture.graph
+            bound.graph = capture.end_building().complete()
 
-    def _copy(self, target: int, source: int, size_bytes: int, kind: str) -> None:
-        cuda.copy(target, source, size_bytes, kind, self._stream.handle)
+    def _allocate(self, size_bytes: int) -> Any:
+        return self._pool.allocate(size_bytes, stream=self._stream)
 
 
 def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> TensorRTEngine:
@@ -251,7 +248,7 @@ def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -
     if device.capability not in offered:
         raise BackendError(
             f"{folder}: built for compute capability {', '.join(offered)}, this GPU has {device.capability}. "
-            f"Build the engine for it{': tqdit-build --target ' + device.capability if library.takes_targets else ''}."
+            f"Build the engine for it{': tqdit-build --target ' + device.capability if library.cross_compiles else ''}."
         )
     check_machine(folder, manifest)
     built_by = manifest.versions.get(library.module, "0")
@@ -264,18 +261,10 @@ def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -
     return TensorRTEngine(library, folder / file, manifest, trt)
 
 
-@dataclass
-class _Plan:
-    """An open plan and what must live as long as it."""
-
-    engine: Any
-    runtime: Any
-    logger: Any
-
-
-def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest) -> _Plan:
-    logger = _quiet_logger(trt)
-    runtime = trt.Runtime(logger)
+def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest) -> tuple[Any, ...]:
+    """An open plan, then what must live as long as it."""
+    log = Log(trt)
+    runtime = trt.Runtime(log.logger)
     lean = manifest.target.get("version_compatible")
     if lean == "embed":
         if os.environ.get(ALLOW_CODE) != "1":
@@ -295,25 +284,9 @@ def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        reason = logger.errors[0] if logger.errors else "it gave no reason"
+        reason = log.errors[0] if log.errors else "it gave no reason"
         raise BackendError(f"{file}: {library.title} {trt.__version__} cannot open it ({' '.join(reason.split())}).")
-    return _Plan(engine, runtime, logger)
-
-
-def _quiet_logger(trt: ModuleType) -> Any:
-    """Keeps errors and says nothing."""
-    serious = (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR)
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in serious:
-                self.errors.append(message)
-
-    return Logger()
+    return engine, runtime, log
 
 
 def _tensors(trt: ModuleType, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -326,7 +299,3 @@ def _tensors(trt: ModuleType, engine: Any) -> tuple[tuple[Tensor, ...], tuple[Te
         tensor = Tensor(name, dtype, tuple(engine.get_tensor_shape(name))[1:])
         (inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs).append(tensor)
     return tuple(inputs), tuple(outputs)
-
-
-def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -8,21 +8,22 @@ parent died; exit. Messages are lines of JSON on what was standard output.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdit.engines.backends.tensorrt import layers
-from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library
-from tqdit.errors import BackendError, MissingLibraryError, TqditError, UsageError
+import msgspec
+
+from tqdit.engines.backends.tensorrt.layers import Layer
+from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library, Log
+from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.plugins.tensorrt import register_plugins
 
 Tell = Callable[[dict[str, Any]], None]
@@ -44,11 +45,21 @@ class Job:
     optimization_level: int | None = None
     version_compatible: bool = False
     exclude_lean_runtime: bool = False
-    register_plugins: bool = False
+    plugins_for: str | None = None  # compute capability; None: the custom ops get no plugins
 
 
-def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
-    """Compile and describe: the library's version, targets, layers, and which custom ops became plugins."""
+@dataclass(frozen=True)
+class Compiled:
+    """What a worker says about the plan that it wrote."""
+
+    version: str  # of the library
+    targets: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    plugins: tuple[str, ...]  # ONNX nodes that became plugins
+
+
+def compile_job(job: Job, tell: Tell) -> Compiled:
+    """Compile, write the plan and describe it."""
     library = LIBRARIES[job.backend]
     trt = library.load(f"--backend {job.backend}")
     targets = choose_targets(library, library.targets(trt), job)
@@ -57,10 +68,10 @@ def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
     from polygraphy.backend.trt import util as polygraphy_util
     from polygraphy.exception import PolygraphyException
 
-    log = BuildLog(trt)
+    log = Log(trt)
     polygraphy_util.TRT_LOGGER = log.logger  # Polygraphy's own would keep neither errors nor layers
-    if job.register_plugins:
-        register_plugins()
+    if job.plugins_for is not None:
+        register_plugins(_order(job.plugins_for))
     try:
         builder, network, parser = NetworkFromOnnxPath(job.source, strongly_typed=True)()
         settings: dict[str, Any] = {
@@ -69,7 +80,7 @@ def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
             "progress_monitor": _monitor(trt, tell),
         }
         if targets:
-            settings["compute_capabilities"] = [tuple(map(int, target.split("."))) for target in targets]
+            settings["compute_capabilities"] = [_order(target) for target in targets]
         if job.workspace_bytes is not None:
             settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job.workspace_bytes}
         if job.timing_cache is not None and Path(job.timing_cache).is_file():
@@ -81,49 +92,22 @@ def compile_job(job: Job, tell: Tell) -> dict[str, Any]:
         plan = EngineBytesFromNetwork(
             (builder, network, parser), library.config_loader(**settings), save_timing_cache=job.timing_cache
         )()
-        compiled = library.layers(trt, plan, log.logger, log.listings)
+        compiled = library.layers(trt, plan, log)
     except PolygraphyException as error:
         raise BackendError(_reason(library, trt.__version__, log.errors or [str(error)], targets)) from error
     Path(job.plan).write_bytes(memoryview(plan))
-    return {
-        "version": trt.__version__,
-        "targets": targets,
-        "layers": [asdict(layer) for layer in compiled],
-        "plugins": _plugin_layers(trt, network),
-    }
+    return Compiled(trt.__version__, targets, compiled, _plugin_layers(trt, network))
 
 
 def choose_targets(library: Library, known: tuple[str, ...], job: Job) -> tuple[str, ...]:
     """The compute capabilities to compile for; refuses one that the library does not know."""
     unknown = [target for target in job.targets if target not in known]
-    if unknown and library.takes_targets:
+    if unknown and library.cross_compiles:
         raise UsageError(
             f"--target {', '.join(unknown)}: {library.title} compiles for {', '.join(known)}. For data-centre GPUs use "
             "--backend tensorrt on a machine that has one."
         )
     return job.targets or tuple(target for target in known if _order(target) >= _order(job.least_target))
-
-
-class BuildLog:
-    """A logger that keeps what is needed of a detailed log: the errors and the lists of layers."""
-
-    def __init__(self, trt: ModuleType) -> None:
-        self.errors: list[str] = []
-        self.listings: list[str] = []
-        log = self
-        serious = (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR)
-
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in serious:
-                    log.errors.append(message)
-                elif message.startswith(layers.HEADING):
-                    log.listings.append(message)
-
-        self.logger = Logger()
 
 
 def _profile(network: Any, batch: tuple[int, int, int], profile: Any) -> Any:
@@ -164,11 +148,11 @@ def _monitor(trt: ModuleType, tell: Tell) -> Any:
     return Monitor()
 
 
-def _plugin_layers(trt: ModuleType, network: Any) -> list[str]:
+def _plugin_layers(trt: ModuleType, network: Any) -> tuple[str, ...]:
     """Names of the ONNX nodes that became plugins."""
     kind = getattr(trt.LayerType, "PLUGIN_V3", None)
     found = (network.get_layer(index) for index in range(network.num_layers))
-    return [layer.name for layer in found if kind is not None and layer.type == kind]
+    return tuple(layer.name for layer in found if kind is not None and layer.type == kind)
 
 
 def _reason(library: Library, version: str, errors: list[str], targets: tuple[str, ...]) -> str:
@@ -185,34 +169,27 @@ def _reason(library: Library, version: str, errors: list[str], targets: tuple[st
     return f"{library.title} {version} cannot compile it ({text}).{advice}"
 
 
-def _order(target: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in target.split("."))
+def _order(target: str) -> tuple[int, int]:
+    """(8, 9) of '8.9'."""
+    major, minor = target.split(".")
+    return int(major), int(minor)
 
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides; it ends us
-    messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    messages = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the libraries print joins their errors
-    job = Job(**as_tuples(json.loads(sys.stdin.readline())))
+    job = msgspec.json.decode(sys.stdin.readline(), type=Job)
     threading.Thread(target=_leave_with_caller, daemon=True).start()
 
     def tell(message: dict[str, Any]) -> None:
-        messages.write(json.dumps(message) + "\n")
+        messages.write(msgspec.json.encode(message) + b"\n")
 
     try:
-        tell({"kind": "done", **compile_job(job, tell)})
+        tell({"kind": "done", "compiled": compile_job(job, tell)})
     except TqditError as error:
-        kind = next(
-            one for one in (UsageError, MissingLibraryError, BackendError, TqditError) if isinstance(error, one)
-        )
-        tell({"kind": "refused", "error": kind.__name__, "text": str(error)})
-    messages.flush()
+        tell({"kind": "refused", "error": type(error).__name__, "text": str(error)})
     os._exit(0)  # the libraries' own teardown is not ours to wait for
-
-
-def as_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _leave_with_caller() -> None:
