@@ -113,8 +113,8 @@ def export(
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers AutoencoderKL
-    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: overwrite
-    a file that tqdit did not write.
+    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: replace
+    the file of another version of tqdit.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph
@@ -143,8 +143,8 @@ def build(
     """Compile an ONNX file of ours into an engine bundle, prove that it is integer, and return its manifest.
 
     output: the folder to write; None: the file's name with .engine. backend: 'auto' is the best one that is installed
-    and runs here. force: replace a folder that is not an engine. Raises BackendError if a quantized product would run
-    in float.
+    and runs here. force: replace the engine of another version of tqdit. Raises BackendError if a quantized product
+    would run in float.
     """
     need("onnx", "build", "tqdit.build")
     from tqdit.engines.build.engine import build_engine

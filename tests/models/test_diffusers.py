@@ -444,7 +444,8 @@ def test_a_directory_without_weights_is_refused(diffusers_folder):
 def test_a_damaged_configuration_is_one_line(diffusers_folder, text):
     (diffusers_folder / "config.json").write_text(text)
     with pytest.raises(
-        CheckpointError, match=r"config\.json: (not a readable JSON|expected a JSON object).* Get it again"
+        CheckpointError,
+        match=r"config\.json: (not a JSON|(damaged|empty) or truncated).* Get it again",
     ):
         load_model(str(diffusers_folder))
 

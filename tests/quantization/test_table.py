@@ -226,7 +226,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     path, content = tmp_path / "scales.safetensors", small_table().to_bytes()
     for length in [0, 4, 8, 100, len(content) // 2, len(content) - 1]:
         path.write_bytes(content[:length])
-        with pytest.raises(FileFormatError, match="damaged or truncated"):
+        with pytest.raises(FileFormatError, match="or truncated"):
             read_scale_table(path)
 
 

@@ -9,6 +9,7 @@ Each phase leaves its results in the work folder, so a killed run loses at most 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from tqdit.bounds import check_memory
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter, product_costs
@@ -98,7 +100,12 @@ class Calibration:
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
-        chains = len(self.data) if self.data else None
+        chains, config = len(self.data) if self.data else None, self.config
+        rows, state = config.groups * config.rows_per_group, 4 * math.prod(self.model.signature.state.row_shape)
+        check_memory(
+            f"{rows} calibration rows from {config.chains} chains", (2 * rows + 6 * config.chains) * state,
+            "Lower --rows-per-group or --chains.",
+        )  # fmt: skip
         if self.config.boundaries == "drift":
             check_group_count(self.config.groups, self.spec.steps)
         else:

@@ -6,13 +6,9 @@ One function per kind of file; the first whose file it is answers.
 from __future__ import annotations
 
 import argparse
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from tqdit.card import GraphCard
 from tqdit.console import Console
@@ -23,6 +19,7 @@ from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, LintError, MissingLibraryError, UsageError
 from tqdit.extras import need
+from tqdit.files import NPZ, NPZ_ERRORS, check_writable, npz_headers, reading
 from tqdit.onnx_header import OnnxHeader
 from tqdit.ports import Port
 from tqdit.quantization import summary as scale_table_summary
@@ -85,6 +82,7 @@ def _check_plot(file: Path, plot: Path) -> None:
         raise UsageError(f"{file}: is not a scale table. --plot draws what tqdit-calibrate wrote.")
     if plot.suffix not in PICTURES:
         raise UsageError(f"--plot {plot}: unknown kind of picture. Name a file with {', '.join(PICTURES)}.")
+    check_writable(plot)
 
 
 def inspect(file: str, heads: int | None = None) -> Facts:
@@ -195,21 +193,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _samples(path: Path) -> Facts:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = [(name.removesuffix(".npy"), _array(archive, name)) for name in archive.namelist()]
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise FileFormatError(f"{path}: damaged or truncated .npz ({error}). Sample again.") from error
-    return [("kind", "samples"), *arrays]
-
-
-def _array(archive: zipfile.ZipFile, name: str) -> str:
-    """Type and shape from the header alone: fifty thousand images need not fit into memory."""
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    return f"{dtype} {shape}"
+    """From the headers alone: fifty thousand images need not fit into memory."""
+    with reading(path, NPZ, "Sample again.", *NPZ_ERRORS), path.open("rb") as file:
+        headers = npz_headers(str(path), file)
+    return [("kind", "samples"), *((name, f"{dtype} {shape}") for name, (dtype, shape) in headers.items())]
 
 
 def _shards(path: Path) -> Facts:
