@@ -312,7 +312,8 @@ def latte() -> Case:
 
 
 HUNYUAN = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1,
-           "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 24, "rope_axes_dim": (4, 6, 6)}  # fmt: skip
+           "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 24,
+           "rope_axes_dim": (4, 6, 6)}  # fmt: skip
 
 
 def hunyuan_video() -> Case:
@@ -409,16 +410,19 @@ def krea2() -> Case:
 
 def ideogram4() -> Case:
     network = {"in_channels": 8, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-               "intermediate_size": 32, "adaln_dim": 16, "llm_features_dim": 24, "mrope_section": (4, 2, 2)}  # fmt: skip
+               "intermediate_size": 32, "adaln_dim": 16, "llm_features_dim": 24,
+               "mrope_section": (4, 2, 2)}  # fmt: skip
     kinds = torch.tensor([3] * 6 + [2] * 16)
     return network, {
         "hidden_states": draw(22, 8), "timestep": times(1.0), "encoder_hidden_states": draw(22, 24),
-        "position_ids": (ones(22, 3) * torch.arange(22)[:, None]), "segment_ids": ones(22), "indicator": ones(22) * kinds,
+        "position_ids": (ones(22, 3) * torch.arange(22)[:, None]), "segment_ids": ones(22),
+        "indicator": ones(22) * kinds,
     }  # fmt: skip
 
 
 def minimax_music() -> Case:
-    network = {"in_channels": 4, "condition_dim": 6, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
+    network = {"in_channels": 4, "condition_dim": 6, "num_layers": 2, "num_attention_heads": 2,
+               "attention_head_dim": 16,
                "ff_inner_dim": 32, "rotary_dim": 8, "fourier_embedding_dim": 16}  # fmt: skip
     return network, {"hidden_states": draw(4, 8), "timestep": times(1.0), "encoder_hidden_states": draw(8, 6)}
 
@@ -560,7 +564,8 @@ def prior() -> Case:
     network = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "embedding_dim": 24,
                "num_embeddings": 6}  # fmt: skip
     return network, {
-        "hidden_states": draw(24), "timestep": times(), "proj_embedding": draw(24), "encoder_hidden_states": draw(6, 24),
+        "hidden_states": draw(24), "timestep": times(), "proj_embedding": draw(24),
+        "encoder_hidden_states": draw(6, 24),
     }  # fmt: skip
 
 
@@ -568,7 +573,8 @@ def transformer_2d() -> Case:
     network = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
                "cross_attention_dim": 32, "attention_bias": True, "sample_size": 8, "patch_size": 2,
                "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single",
-               "norm_elementwise_affine": False, "caption_channels": 24, "use_additional_conditions": False}  # fmt: skip
+               "norm_elementwise_affine": False, "caption_channels": 24,
+               "use_additional_conditions": False}  # fmt: skip
     return network, pixart()[1]
 
 
@@ -661,7 +667,8 @@ def sana_wm() -> Case:
                "chunk_plucker_post_attn_blocks": 0, "use_chunk_plucker_post_attn": False, "caption_channels": 24,
                "mixed_precision": "no"}  # fmt: skip
     return network, {
-        "hidden_states": draw(4, 4, 4, 4), "timestep": times()[:, None, None].expand(ROWS, 1, 4), "encoder_hidden_states": draw(1, 6, 24),
+        "hidden_states": draw(4, 4, 4, 4), "timestep": times()[:, None, None].expand(ROWS, 1, 4),
+        "encoder_hidden_states": draw(1, 6, 24),
         "encoder_attention_mask": ones(6),
     }  # fmt: skip
 

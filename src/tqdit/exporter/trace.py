@@ -42,6 +42,7 @@ def trace(
             opset_version=opset,
             input_names=list(inputs),
             output_names=[output],
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None
