@@ -1,0 +1,67 @@
+"""Small hand-made networks as loaded models: one property of real transformers each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from tqdit.models.loaded import LoadedModel, fingerprint
+from tqdit.models.products import find_products
+from tqdit.ports import Port, Signature
+from tqdit.sampling.process import Flow
+from tqdit.sampling.schedule import SamplingSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from tqdit.quantization.table import ScaleTable
+
+CHANNELS, WIDTH = 4, 16
+
+
+class Tokens(nn.Module):
+    """(N, C, T) to tokens of width 16 that depend on the timestep, through `body`, and back."""
+
+    def __init__(self, body: nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.embed, self.time = nn.Linear(CHANNELS, WIDTH), nn.Linear(1, WIDTH)
+        self.body, self.out = body, nn.Linear(width, CHANNELS)
+
+    def forward(self, x: Tensor, sigma: Tensor, **requests: Tensor) -> Tensor:
+        tokens = self.embed(x.transpose(1, 2)) + self.time(sigma[:, None])[:, None]
+        prediction: Tensor = self.out(self.body(tokens, **requests)).transpose(1, 2)
+        return prediction
+
+
+def described(network: nn.Module, state: tuple[int, ...], *requests: Port) -> LoadedModel:
+    """A network of a state `x` and a float timestep `sigma` in 0..1."""
+    network = network.eval().requires_grad_(False)
+    ports = (Port("x", "state", "float32", (None, *state)), Port("sigma", "time", "float32", (None,)), *requests)
+    signature = Signature(ports, (None, *state), type(network).__name__)
+    example = {name: torch.from_numpy(array) for name, array in signature.zeros(2).items()}
+    return LoadedModel(
+        network=network, signature=signature, products=find_products(network, example),
+        sampling=SamplingSpec(Flow(time_scale=1.0), "euler", 10), guidance=None, latents=None, origin="toy",
+        source="toy", fingerprint=fingerprint(network, "toy"),
+    )  # fmt: skip
+
+
+def run_graph(graph: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What ONNX Runtime computes without optimisations."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    content = ir.to_proto(graph).SerializeToString()
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def without_sites(table: ScaleTable, *modules: str) -> ScaleTable:
+    from dataclasses import replace
+
+    return replace(table, sites=tuple(site for site in table.sites if site.module not in modules))
