@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tqdit.models.loaded import LoadedModel, fingerprint
 from tqdit.models.products import find_products
@@ -35,6 +36,27 @@ class Tokens(nn.Module):
         tokens = self.embed(x.transpose(1, 2)) + self.time(sigma[:, None])[:, None]
         prediction: Tensor = self.out(self.body(tokens, **requests)).transpose(1, 2)
         return prediction
+
+
+class Convolutions(nn.Module):
+    """A video's patches, as Wan's; a gate of convolutions, as Sana's; pairs of tokens, as an audio model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 8)
+        self.patches = nn.Conv3d(4, 8, (1, 2, 3), (1, 2, 3), bias=False)  # leaves the last column out
+        self.expand, self.shrink = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.strided, self.dilated = nn.Conv1d(8, 8, 2), nn.Conv1d(8, 8, 2, 2, dilation=2)
+        self.pairs = nn.Conv1d(8, 8, 2, 2)
+        self.out = nn.Linear(8, 4 * 2 * 4 * 7 // 4)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2, 3)  # (N, 8, 4, 2)
+        h = self.shrink(self.depthwise(self.expand(h)).sigmoid()) + self.time(sigma[:, None])[:, :, None, None]
+        h = h.flatten(2)  # (N, 8, 8)
+        h = self.pairs(h) + self.dilated(F.pad(h, (0, 1)))[:, :, :4] + self.strided(h)[:, :, :4]
+        return self.out(h.transpose(1, 2)).reshape(-1, 4, 2, 4, 7)
 
 
 def described(network: nn.Module, state: tuple[int, ...], *requests: Port) -> LoadedModel:

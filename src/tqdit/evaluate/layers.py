@@ -32,7 +32,7 @@ from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Product, prediction_of, watched
+from tqdit.models.products import Convolution, Product, prediction_of, watched
 from tqdit.quantization.fake_quant import (
     QuantizedLinear,
     QuantizedNetwork,
@@ -210,7 +210,7 @@ def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
     if role == "input":
         changed.quantize = None
         return changed
-    assert isinstance(original, nn.Linear | nn.Conv2d)
+    assert isinstance(original, nn.Linear | Convolution)
     changed.weight = nn.Parameter(original.weight.detach(), requires_grad=False)
     changed.row_sums = changed.weight.flatten(1).sum(1).reshape(module.row_sums.shape)
     return changed

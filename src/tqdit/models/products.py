@@ -7,6 +7,7 @@ it, so each tensor that a quantizer wants is some submodule's input or output. A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
 Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 MASKED = -1e30  # a score that no probability is left of, and whose products are finite
 
 
@@ -218,7 +220,29 @@ def prediction_of(output: Any) -> Tensor:
 
 
 def is_product(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Scores | ValueProduct)
+    return isinstance(module, nn.Linear | Convolution | Scores | ValueProduct)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer, or a convolution that is one on patches: its stride is its kernel, without padding or groups."""
+    if not isinstance(module, Convolution):
+        return isinstance(module, nn.Linear)
+    padded = module.padding == "same" if isinstance(module.padding, str) else any(module.padding)
+    return (
+        module.stride == module.kernel_size
+        and not padded
+        and module.groups == 1
+        and (set(module.dilation) == {1} or set(module.kernel_size) == {1})
+    )
+
+
+def patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(N, C, H, W) -> (N, T, C p p) with any number of axes in the place of H and W, T = (H // p)(W // p)."""
+    grid = [side // step for side, step in zip(x.shape[2:], size, strict=True)]
+    x = x[(..., *(slice(tiles * step) for tiles, step in zip(grid, size, strict=True)))]
+    x = x.reshape(*x.shape[:2], *(length for pair in zip(grid, size, strict=True) for length in pair))
+    x = x.permute(0, *range(2, x.ndim, 2), 1, *range(3, x.ndim, 2))  # (N, H / p, W / p, C, p, p)
+    return x.reshape(len(x), math.prod(grid), -1)
 
 
 def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:

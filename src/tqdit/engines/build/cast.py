@@ -46,7 +46,7 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
 
 def _islands(card: GraphCard) -> frozenset[str]:
     """The modules of the quantized products."""
-    return frozenset() if card.quantization is None else frozenset(card.quantization.products)
+    return frozenset() if card.quantization is None else card.quantization.quantized
 
 
 def _angles(graph: ir.Graph) -> frozenset[int]:
