@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING, Any
 from tqdit.version import __version__
 
 if TYPE_CHECKING:
-    from tqdit.api import build, calibrate, export, load_model, record
-    from tqdit.engines.config import BuildConfig
-    from tqdit.engines.run.denoiser import Denoiser
-    from tqdit.engines.run.drop_in import DropIn
-    from tqdit.engines.run.sampler import Sampler
-    from tqdit.engines.run.shards import read_shards
-    from tqdit.engines.run.step_batcher import StepBatcher
-    from tqdit.quantization.table import ScaleTable
+    from tqdit.api import build as build
+    from tqdit.api import calibrate as calibrate
+    from tqdit.api import export as export
+    from tqdit.api import load_model as load_model
+    from tqdit.api import record as record
+    from tqdit.engines.config import BuildConfig as BuildConfig
+    from tqdit.engines.run.denoiser import Denoiser as Denoiser
+    from tqdit.engines.run.drop_in import DropIn as DropIn
+    from tqdit.engines.run.sampler import Sampler as Sampler
+    from tqdit.engines.run.shards import read_shards as read_shards
+    from tqdit.engines.run.step_batcher import StepBatcher as StepBatcher
+    from tqdit.models.model_card import ModelCard as ModelCard
+    from tqdit.quantization.table import ScaleTable as ScaleTable
 
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
     "DropIn": "tqdit.engines.run.drop_in",
+    "ModelCard": "tqdit.models.model_card",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",
     "StepBatcher": "tqdit.engines.run.step_batcher",
@@ -43,18 +49,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-__all__ = [
-    "BuildConfig",
-    "Denoiser",
-    "DropIn",
-    "Sampler",
-    "ScaleTable",
-    "StepBatcher",
-    "__version__",
-    "build",
-    "calibrate",
-    "export",
-    "load_model",
-    "read_shards",
-    "record",
-]
+__all__ = ["__version__", *_HOMES]

@@ -42,8 +42,8 @@ def load_model(source: Source | Path, heads: int | None = None, card: ModelCard 
 
     heads: of one of unusual width. card: what its tensors do not tell; None: the JSON file beside it, if there is one.
     A network in memory keeps its state, and the model shares its float32 weights: do not train it meanwhile.
-    Raises CheckpointError with one line that names the file and what is wrong with it. Warns (`TqditWarning`) of what
-    is assumed.
+    Raises CheckpointError with one line that names the file and what is wrong with it. Warns (`TqditWarning`) if
+    something had to be assumed.
     """
     _need_stage("calibrate", "tqdit.load_model")
     from tqdit.models.load import load_model as load
@@ -82,7 +82,6 @@ def calibrate(
     from tqdit.calibration.config import PRESETS
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
-    from tqdit.calibration.flow import finish
     from tqdit.models.recording import Recording
     from tqdit.quantization.table import write_scale_table
 
@@ -99,11 +98,11 @@ def calibrate(
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="tqdit-")) if work is None else work
         folder = Path(temporary)
         stack.enter_context(lock_folder(folder))
-        table = find_scales(loaded, config, folder, Console(quiet), images).table
+        result = find_scales(loaded, config, folder, Console(quiet), images)
         if output is not None:
-            write_scale_table(Path(output), table)
-        finish(loaded, config, folder, images)
-    return table
+            write_scale_table(Path(output), result.table)
+        result.folder.delete()
+    return result.table
 
 
 def export(
@@ -114,8 +113,8 @@ def export(
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers AutoencoderKL
-    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: overwrite
-    a file that tqdit did not write.
+    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: replace
+    the file of another version of tqdit.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph
@@ -144,8 +143,8 @@ def build(
     """Compile an ONNX file of ours into an engine bundle, prove that it is integer, and return its manifest.
 
     output: the folder to write; None: the file's name with .engine. backend: 'auto' is the best one that is installed
-    and runs here. force: replace a folder that is not an engine. Raises BackendError if a quantized product would run
-    in float.
+    and runs here. force: replace the engine of another version of tqdit. Raises BackendError if a quantized product
+    would run in float.
     """
     need("onnx", "build", "tqdit.build")
     from tqdit.engines.build.engine import build_engine

@@ -8,6 +8,7 @@ exits with 1, or with 2 if the command line is wrong.
     |-- CheckpointError       a model that cannot be loaded
     |-- FileFormatError       a file of TQDiT that is damaged or of an unknown version
     |-- LintError             an ONNX file that a backend would refuse, or run in float without a message
+    |-- InputError            a file that the system does not let us read, or that does not fit into memory
     |-- OutputError           an output that cannot be written
     |-- MissingLibraryError   an extra that is not installed
     |-- BackendError          an engine that cannot be built or run here
@@ -39,6 +40,10 @@ class FileFormatError(TqditError):
 
 class LintError(TqditError):
     """A backend would refuse an ONNX file, or run it in float or wrongly without a message."""
+
+
+class InputError(TqditError):
+    """The system refuses to read a file, or its content does not fit into memory."""
 
 
 class OutputError(TqditError):

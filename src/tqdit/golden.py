@@ -51,10 +51,6 @@ class GoldenCalls:
     def __len__(self) -> int:
         return len(self.errors)
 
-    def of_float(self) -> GoldenCalls:
-        """What a file without quantization must compute."""
-        return GoldenCalls(self.inputs, self.prediction, np.zeros(len(self)))
-
     def arrays(self) -> dict[str, Array]:
         """As named arrays, for a file."""
         ports = {f"{PORT}{name}": array for name, array in self.inputs.items()}

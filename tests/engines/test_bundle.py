@@ -63,7 +63,7 @@ def test_a_truncated_manifest_is_refused(copy, cut):
     if cut == 1:  # only the final newline is gone
         Sampler.open(copy).close()
         return
-    with pytest.raises(FileFormatError, match="damaged manifest"):
+    with pytest.raises(FileFormatError, match="damaged"):
         Sampler.open(copy)
 
 
@@ -75,10 +75,10 @@ def test_a_truncated_manifest_is_refused(copy, cut):
         ({"decoder": "decoder.onnx"}, FileFormatError, r"'decoder\.onnx' is not a file of this bundle"),
         ({"files": {"/etc/passwd": {"sha256": "", "size_bytes": 1}}}, FileFormatError, "'/etc/passwd' is not a file"),
         ({"card": {}}, FileFormatError, "damaged"),
-        ({"precision": 8}, FileFormatError, r"damaged manifest \(.*precision"),
-        ({"batch": {"least": 2, "best": 1, "most": 1}}, FileFormatError, "damaged manifest"),
-        ({"audit": {"integer": 1}}, FileFormatError, "damaged manifest"),
-        ({"files": {"graph.onnx": {"sha256": "", "size_bytes": "1"}}}, FileFormatError, "damaged manifest"),
+        ({"precision": 8}, FileFormatError, r"damaged \(.*precision"),
+        ({"batch": {"least": 2, "best": 1, "most": 1}}, FileFormatError, "damaged"),
+        ({"audit": {"integer": 1}}, FileFormatError, "damaged"),
+        ({"files": {"graph.onnx": {"sha256": "", "size_bytes": "1"}}}, FileFormatError, "damaged"),
         ({"backend": "abacus"}, UsageError, "unknown backend 'abacus'"),
         ({"target": {"machine": "riscv64"}}, BackendError, "built for riscv64, this machine is"),
         ({"versions": {"onnxruntime": "99.1.0"}}, BackendError, r"built by ONNX Runtime 99\.1\.0, installed is"),
@@ -97,23 +97,39 @@ def test_folders_that_are_no_bundles_are_refused(tmp_path):
         Sampler.open(tmp_path)
 
 
-def test_only_bundles_are_replaced(bundle, tmp_path):
-    check_overwrite(bundle, force=False)
-    check_overwrite(tmp_path, force=False)  # empty
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(OutputError, match="exists and is not an engine"):
-        check_overwrite(tmp_path, force=False)
-    check_overwrite(tmp_path, force=True)
+def test_only_bundles_are_replaced(copy, tmp_path):
+    for place in (copy, tmp_path / "nothing", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        check_overwrite(place, force=False)
+    (copy / "thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("mine")
+    home = tmp_path / "home"
+    (home / ".git").mkdir(parents=True)
+    (home / MANIFEST).write_text('{"name": "another program\'s"}')
+    for place, name in ((copy, "thesis.tex"), (tmp_path / "file", "file"), (home, ".git")):
+        for force in (False, True):
+            with pytest.raises(OutputError, match=rf"'{name}' is not of an engine bundle.*empty the place yourself"):
+                check_overwrite(place, force)
 
 
-def test_rebuilding_replaces_the_whole_bundle(tmp_path):
+def test_a_bundle_of_another_version_is_replaced_by_force_alone(copy):
+    change_manifest(copy, format_version=2)
+    with pytest.raises(OutputError, match=r"format 2, this tqdit writes format 3.*--force"):
+        check_overwrite(copy, force=False)
+    check_overwrite(copy, force=True)
+
+
+def test_rebuilding_replaces_the_whole_bundle_and_nothing_of_the_users(tmp_path):
     write(tmp_path / "model.onnx", *support.exported(pixels=True))
     output = tmp_path / "model.engine"
-    for _ in range(2):
-        build_engine(tmp_path / "model.onnx", output)
-        (output / "stray").write_text("not listed")
+    build_engine(str(tmp_path / "model.onnx"), str(output))
+    (output / "graph.onnx").write_bytes(b"old")
     build_engine(tmp_path / "model.onnx", output)
-    assert sorted(file.name for file in output.iterdir()) == ["graph.onnx", MANIFEST]
+    assert (output / "graph.onnx").read_bytes() != b"old"
+    (output / "stray").write_text("not listed")
+    with pytest.raises(OutputError, match="'stray' is not of an engine bundle"):
+        build_engine(tmp_path / "model.onnx", output)
+    assert sorted(file.name for file in output.iterdir()) == ["graph.onnx", MANIFEST, "stray"]
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 

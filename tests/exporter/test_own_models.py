@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import support
+import tqdit
 from tqdit.cli.main import main
 from tqdit.engines.run.sampler import Sampler
+from tqdit.errors import TqditWarning
 from tqdit.models.dit import DiT, randomize
 from tqdit.models.load import load_model
+from tqdit.onnx_file import read_card
 from tqdit.sampling.chains import Chains, run
 
 pytestmark = pytest.mark.slow
@@ -58,3 +61,16 @@ def test_an_own_checkpoint_goes_through_the_whole_flow(name, tmp_path, monkeypat
     with Sampler.open("model.engine") as sampler:
         found = sampler.sample_latents(2 if classes is None else [5, 5], seed=7)
     assert np.linalg.norm(found - expected) < 0.2 * np.linalg.norm(expected)  # int8 against float
+
+
+def test_a_network_in_memory_is_calibrated_and_exported(theirs, tmp_path):
+    """As after a LoRA was merged; to the end of it, the module is the caller's."""
+    names = [name for name, _ in theirs.named_modules()]
+    table = tqdit.calibrate(theirs, preset="min-max", steps=4, groups=2, rows_per_group=2, chains=1)
+    path = tqdit.export(theirs, tmp_path / "model.onnx", scales=table)
+    card = read_card(path)
+    assert (card.fingerprint, card.model) == (table.fingerprint, "DiTTransformer2DModel in memory")
+    assert (card.sampling.steps, card.quantization.sampling) == (4, card.sampling)
+    assert [name for name, _ in theirs.named_modules()] == names
+    with pytest.warns(TqditWarning, match="4 steps of ddim; sampling 9 steps of ddim"):
+        tqdit.export(theirs, tmp_path / "other.onnx", scales=table, steps=9)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import JSON, reading
+
+AGAIN = "Write it with tqdit-evaluate --layers."
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,12 @@ class Advice:
 def read_advice(path: Path) -> Advice:
     """Raises FileFormatError if the file is not a diagnosis or has no advice."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such file. Write it with tqdit-evaluate --layers.")
-    try:
+        raise UsageError(f"{path}: no such file. {AGAIN}")
+    with reading(path, JSON, AGAIN, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(QuantizationConfig)}
-        config = QuantizationConfig(**{key: value for key, value in content["settings"].items() if key in known})
-        merged: dict[str, dict[str, Any]] = {layer: dict(knobs) for layer, knobs in config.layer_knobs.items()}
-        for entry in content["advice"]:
-            merged.setdefault(str(entry["layer"]), {}).update(entry["change"])
-        return Advice(replace(config, overrides=as_text(merged)), str(content["fingerprint"]), str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(
-            f"{path}: not a diagnosis that this tqdit reads ({error}). Write it with tqdit-evaluate --layers."
-        ) from error
-
-
-def as_text(knobs: dict[str, dict[str, Any]]) -> str:
-    """layer -> knob -> value in the spelling of --overrides."""
-    return ";".join(
-        f"{layer}:" + ",".join(f"{name}={value}" for name, value in changes.items()) for layer, changes in knobs.items()
-    )
+    try:
+        config = QuantizationConfig.of_settings(content["settings"])
+        config = config.with_layer_knobs((str(entry["layer"]), entry["change"]) for entry in content["advice"])
+        return Advice(config, str(content["fingerprint"]), str(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path}: not a diagnosis that this tqdit reads ({error}). {AGAIN}") from error

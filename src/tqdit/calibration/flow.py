@@ -9,15 +9,16 @@ Each phase leaves its results in the work folder, so a killed run loses at most 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tqdit.bounds import check_memory
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter, product_costs
@@ -33,11 +34,11 @@ from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
-from tqdit.golden import CALLS, MOST_BYTES, GoldenCalls, relative_errors
+from tqdit.golden import CALLS, MOST_BYTES
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
-from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.fake_quant import golden_calls
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 
@@ -47,10 +48,11 @@ SAVES_PER_TRAJECTORY = 25
 
 @dataclass(frozen=True)
 class Result:
-    """A table and what it cost this process."""
+    """A table, what it cost this process, and the folder of its intermediate results, which may be deleted."""
 
     table: ScaleTable
     meter: Meter
+    folder: WorkFolder
 
 
 def calibrate(
@@ -68,12 +70,7 @@ def calibrate(
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
         table = run.with_golden_calls(run.search(rows), rows)
-    return Result(table, run.meter)
-
-
-def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | Recording | None = None) -> None:
-    """Remove the intermediate results of a finished calibration; its rows stay."""
-    Calibration(model, config.for_model(model), work, Console(quiet=True), data).folder.delete()
+    return Result(table, run.meter, run.folder)
 
 
 class Calibration:
@@ -104,7 +101,12 @@ class Calibration:
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
-        chains = len(self.data) if self.data else None
+        chains, config = len(self.data) if self.data else None, self.config
+        rows, state = config.groups * config.rows_per_group, 4 * math.prod(self.model.signature.state.row_shape)
+        check_memory(
+            f"{rows} calibration rows from {config.chains} chains", (2 * rows + 6 * config.chains) * state,
+            "Lower --rows-per-group or --chains.",
+        )  # fmt: skip
         if self.config.boundaries == "drift":
             check_group_count(self.config.groups, self.spec.steps)
         else:
@@ -221,13 +223,8 @@ class Calibration:
         row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
         count = max(1, min(CALLS, len(rows), MOST_BYTES // row_bytes))
         index = torch.linspace(0, len(rows) - 1, count).round().long()
-        calls = {name: tensor.cpu()[index].numpy() for name, tensor in rows.inputs.items()}
-        quantized = apply(self.model, table)
-        one_by_one = [{name: array[k : k + 1] for name, array in calls.items()} for k in range(count)]
-        prediction = np.concatenate([self.model(call) for call in one_by_one])
-        found = np.concatenate([quantized(call) for call in one_by_one])
+        golden = golden_calls(self.model, table, {name: t.cpu()[index].numpy() for name, t in rows.inputs.items()})
         self.meter.forward("golden calls", 2 * count)
-        golden = GoldenCalls(calls, prediction, relative_errors(found, prediction))
         interface = self.data.interface if isinstance(self.data, Recording) else None
         return replace(table, golden=golden, interface=interface)
 

@@ -13,7 +13,7 @@ from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
 from tqdit.errors import OutputError, UsageError
 from tqdit.extras import need
-from tqdit.files import check_writable, lock_folder
+from tqdit.files import LOCK, check_writable, lock_folder
 
 if TYPE_CHECKING:
     from tqdit.models.recording import Recording
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {default})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif choices_of(knob):
+        elif isinstance(default, str) and choices_of(knob):
             options["choices"] = choices_of(knob)
         elif isinstance(default, str):
             options["metavar"] = "TEXT"
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     for library in ("torch", "safetensors"):
         need(library, "calibrate", "tqdit-calibrate")
     from tqdit.calibration.cost import peak_memory_bytes
-    from tqdit.calibration.data import read_data
+    from tqdit.calibration.data import check_data, read_data
     from tqdit.calibration.device import choose_device, peak_device_bytes
-    from tqdit.calibration.flow import calibrate, finish
+    from tqdit.calibration.flow import calibrate
     from tqdit.models.load import load_model
     from tqdit.quantization.table import is_scale_table, write_scale_table
 
@@ -90,12 +90,15 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         print(config)
         return None
     output: Path = args.output
+    check_writable(output)
     if output.exists() and not (output.is_file() and is_scale_table(output)):
         raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
-    check_writable(output)
     if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
         raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
     work = args.work or output.with_name(f"{output.name}.work")
+    check_writable(work / LOCK)
+    if args.data is not None:
+        check_data(args.data)
     started = time.monotonic()
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
@@ -108,13 +111,13 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     with lock_folder(work):  # two runs would remove each other's results
         result = calibrate(model, config, work, console, data)
         write_scale_table(output, result.table)
-        finish(model, config, work, data)
+        result.folder.delete()
     spent = result.meter.forward_equivalents
     phases = ", ".join(f"{phase} {count:,.0f}" for phase, count in spent.items())
     seconds = time.monotonic() - started
     console.say(
         f"{len(result.table.sites)} tensors of {len(result.table.by_module)} layers in {seconds:.0f} s, "
-        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB{_on_device(peak_device_bytes(device))}, "
+        f"peak memory {_memory(peak_memory_bytes(), peak_device_bytes(device))}, "
         f"{sum(spent.values()):,.0f} forward-equivalents of one row" + (f" ({phases})" if phases else "")
     )
     return output
@@ -157,5 +160,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _on_device(peak: int) -> str:
-    return f" and {peak / 1e9:.2f} GB on the GPU" if peak else ""
+def _memory(peak: int | None, on_device: int) -> str:
+    here = "not known" if peak is None else f"{peak / 1e9:.2f} GB"
+    return here + (f" and {on_device / 1e9:.2f} GB on the GPU" if on_device else "")

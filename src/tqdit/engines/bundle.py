@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import msgspec
 
 from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange
-from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
-from tqdit.files import sha256
+from tqdit.errors import BackendError, FileFormatError, OutputError
+from tqdit.files import JSON, check_only, decode_record, reading, sha256, writing
+from tqdit.golden import Verdict
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -25,7 +27,7 @@ CALLS_FILE = "calls.npz"  # golden calls
 
 
 @dataclass(frozen=True)
-class Part:
+class BundlePart:
     """One file of a bundle."""
 
     sha256: str
@@ -57,6 +59,10 @@ class Verified:
     error: float
     expected: float
 
+    @classmethod
+    def of(cls, verdict: Verdict) -> Verified:
+        return cls(len(verdict.found), float(verdict.found.mean()), float(verdict.expected.mean()))
+
     @property
     def line(self) -> str:
         return f"golden calls: {self.calls}, error against float {self.error:.1e} (expected {self.expected:.1e})"
@@ -83,7 +89,12 @@ class _Facts(Artefact):
     backend: str
     precision: str
     float_type: str = "fp32"  # of what is not integer
-    files: dict[str, Part] = field(default_factory=dict)
+    files: dict[str, BundlePart] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored(_Facts):
+    card: msgspec.Raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,33 +107,19 @@ class Manifest(_Facts):
         return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Raises FileFormatError naming `where` if the text is not a manifest of this version."""
-        try:
-            values = msgspec.json.decode(text, type=dict[str, Any])
-            version = values.pop("format_version")
-        except (msgspec.MsgspecError, KeyError, RecursionError) as error:
-            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
-        if version != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-                "Build the engine again, or install the tqdit that built it."
-            )
-        card = GraphCard.from_json(json.dumps(values.pop("card", None)), str(where))
-        try:
-            facts = msgspec.convert(values, _Facts)
-        except (msgspec.ValidationError, UsageError) as error:
-            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
-        manifest = cls(card=card, **vars(facts))
+        stored = decode_record(text, _Stored, FORMAT_VERSION, str(where), "Build the engine again.")
+        manifest = cls(**vars(stored) | {"card": GraphCard.from_json(bytes(stored.card), str(where))})
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
             if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
 
 
-def describe_parts(folder: Path) -> dict[str, Part]:
+def describe_parts(folder: Path) -> dict[str, BundlePart]:
     """Size and SHA-256 of every file in a folder that is being built."""
-    return {file.name: Part(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+    return {file.name: BundlePart(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -137,10 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileFormatError(
             f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote."
         )
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{folder / MANIFEST}: cannot be read ({error}). Build the engine again.") from error
+    with reading(folder / MANIFEST, JSON, "Build the engine again."):
+        text = (folder / MANIFEST).read_bytes()
     return Manifest.from_json(text, folder / MANIFEST)
 
 
@@ -183,9 +178,27 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-def check_overwrite(folder: Path, force: bool) -> None:
-    """Only bundles are replaced without --force."""
-    if not folder.exists() or force:
-        return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
-        raise OutputError(f"{folder}: exists and is not an engine. Choose another name or pass --force.")
+class _Ours(msgspec.Struct):
+    """What tells a manifest of any version from other files of that name."""
+
+    format_version: int
+    backend: str
+    files: dict[str, Any]
+
+
+def check_overwrite(folder: Path, force: bool = True) -> None:
+    """Raise OutputError unless a bundle may take this place: free, empty, or that of a bundle and nothing else.
+
+    force: a bundle of another version of tqdit, too.
+    """
+    ours = None
+    nothing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    with writing(folder), suppress(*nothing, msgspec.MsgspecError, UnicodeError, RecursionError):
+        ours = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Ours)
+    names = set() if ours is None else {MANIFEST, *ours.files}
+    check_only(folder, names.__contains__, "an engine bundle")
+    if ours is not None and ours.format_version != FORMAT_VERSION and not force:
+        raise OutputError(
+            f"{folder}: an engine of format {ours.format_version}, this tqdit writes format {FORMAT_VERSION}. Choose "
+            "another name, or pass --force to replace it."
+        )

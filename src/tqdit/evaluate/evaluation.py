@@ -20,7 +20,7 @@ from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.extractors import Extractor, identity
 from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
 from tqdit.evaluate.names import METRICS
-from tqdit.evaluate.observe import Observed, observe
+from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
 from tqdit.evaluate.samples import Reference
 from tqdit.evaluate.statistics import Gaussian, frechet_to
@@ -37,8 +37,8 @@ class ReferenceFeatures:
     count: int | None  # of samples; None if only statistics are stored
 
 
-def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
-    """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
+def check_reference(reference: Reference, extractor: Extractor) -> None:
+    """Refuse statistics of another extractor."""
     own = identity(extractor)
     if reference.extractor is not None and reference.extractor != own:
         raise UsageError(
@@ -50,6 +50,11 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
             f"{reference.source}: holds statistics of {len(reference.pooled.mean)} features, the extractor "
             f"'{extractor.name}' has {extractor.size}. They are of another extractor; pass a reference that fits."
         )
+
+
+def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
+    """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
+    check_reference(reference, extractor)
     found = None if reference.images is None else observe(extractor, reference.images, console).features
     pooled, spatial = reference.pooled, reference.spatial
     if pooled is None:
@@ -73,33 +78,33 @@ class MetricChoice:
 class Metrics:
     """All metrics of one set of images, each with its noise; what cannot be computed comes with the reason."""
 
-    def __init__(self, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
-        self._target, self._choice = target, choice
+    def __init__(self, extractor: Extractor, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
+        self.extractor, self.target, self.choice = extractor, target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
-        self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
-        if target is not None:
-            self._add_distance("frechet_distance", target.pooled)
-            if target.spatial is not None:
-                self._add_distance("spatial_frechet_distance", target.spatial)
+        targets = {} if target is None else {
+            "frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial
+        }  # fmt: skip
+        self._distances = {
+            name: (frechet_to(gaussian), gaussian.rank)
+            for name, gaussian in targets.items()
+            if gaussian is not None and name in choice.metrics
+        }
 
-    def _add_distance(self, name: str, gaussian: Gaussian) -> None:
-        if name in self._choice.metrics:
-            self._distances[name] = frechet_to(gaussian), gaussian.rank
+    def choose(self, images: Outline) -> tuple[str, ...]:
+        """The metrics that were asked for and can be computed; UsageError if one is required and cannot."""
+        reasons = {name: self._reason_against(name, images) for name in self.choice.metrics}
+        missing = {name: reason for name, reason in reasons.items() if reason is not None}
+        if missing and self.choice.required:
+            name, reason = next(iter(missing.items()))
+            raise UsageError(f"{images.source}: {name} {reason}")
+        self.missing |= missing
+        return tuple(name for name in reasons if name not in missing)
 
     def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be computed."""
         self._hits = None
-        found: dict[str, Measure] = {}
-        for name in self._choice.metrics:
-            reason = self._reason_against(name, images)
-            if reason is None:
-                found[name] = self._compute(name, images)
-            elif self._choice.required:
-                raise UsageError(f"{images.source}: {name} {reason}")
-            else:
-                self.missing[name] = reason
-        return found
+        return {name: self._compute(name, images) for name in self.choose(images.outline)}
 
     def excess(self, images: Observed, floats: Observed) -> Measure | None:
         """Frechet distance of these images less that of the float ones of the same noise.
@@ -115,25 +120,25 @@ class Metrics:
         x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
             lambda weights: distance(Gaussian.of(x, weights)) - distance(Gaussian.of(y, weights)),
-            len(images), self._choice.resamples, images.labels, least=-math.inf,
+            len(images), self.choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
-    def _reason_against(self, name: str, images: Observed) -> str | None:
+    def _reason_against(self, name: str, images: Outline) -> str | None:
         """Why a metric cannot be computed, or None."""
-        count, advice = len(images), "Sample more with -n."
+        count, advice = images.count, "Sample more with -n."
         if name == "accuracy":
-            if not images.extractor.startswith("judge "):
+            if self.extractor.name != "judge":
                 return "needs the judge, which knows the demo model's classes alone."
-            return None if images.labels is not None else "needs the classes that were asked for (arr_1 of the .npz)."
+            return None if images.has_labels else "needs the classes that were asked for (arr_1 of the .npz)."
         if name == "inception_score":
-            classes = images.features.probabilities.shape[1]
+            classes = self.extractor.classes
             return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"
-        if self._target is None:
+        if self.target is None:
             return "needs a reference. Pass --reference FILE."
         if name in ("precision", "recall"):
-            if self._target.features is None:
-                return f"needs the samples of the reference; {self._target.source} holds statistics alone."
-            least = min(count, len(self._target.features))
+            if self.target.features is None:
+                return f"needs the samples of the reference; {self.target.source} holds statistics alone."
+            least = min(count, len(self.target.features))
             return (
                 None
                 if least > NEIGHBOURS
@@ -150,7 +155,7 @@ class Metrics:
         )
 
     def _compute(self, name: str, images: Observed) -> Measure:
-        choice, features, count, strata = self._choice, images.features, len(images), balanced_strata(images.labels)
+        choice, features, count, strata = self.choice, images.features, len(images), balanced_strata(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)
@@ -158,10 +163,10 @@ class Metrics:
                 p = features.probabilities
                 return around(lambda chosen: inception_score(p[chosen]), count, choice.resamples, choice.seed, strata)
             case "precision" | "recall":
-                assert self._target is not None
-                assert self._target.features is not None
+                assert self.target is not None
+                assert self.target.features is not None
                 if self._hits is None:
-                    self._hits = manifold_hits(self._target.features, features.pooled)
+                    self._hits = manifold_hits(self.target.features, features.pooled)
                 if name == "precision":
                     return of_share(self._hits[0])
                 return of_share(self._hits[1], "Wilson score over the reference, the samples as they are")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, check_reference, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
@@ -38,18 +37,13 @@ class MeasurementOptions:
     write_reference: Path | None = None  # where the statistics of the samples go
 
 
-@dataclass(frozen=True, eq=False)
-class Tools:
-    extractor: Extractor
-    target: ReferenceFeatures | None
-    metrics: Metrics
-    choice: MetricChoice
-
-
-def choose_tools(
+def choose_metrics(
     options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
-) -> Tools | None:
-    """Extractor and reference for images of this shape, or None if there is no extractor for them."""
+) -> Callable[[], Metrics] | None:
+    """What makes the metrics for images of this shape (H, W, ...), or None if there is no extractor for them.
+
+    Files are read and checked here; the features of the reference are extracted when the result is called.
+    """
     from tqdit.demo.glyphs import IMAGE_SIZE
 
     extractor: Extractor
@@ -65,23 +59,13 @@ def choose_tools(
             )
         return None
     reference = _reference(options.reference, console, extractor, card)
-    target = None if reference is None else describe_reference(reference, extractor, console)
+    if reference is not None:
+        check_reference(reference, extractor)
     resamples = options.resamples or (200 if extractor.size < 512 else 20)
     choice = MetricChoice(options.metrics or METRICS, options.metrics is not None, resamples, options.seed)
-    return Tools(extractor, target, Metrics(target, choice), choice)
-
-
-def check_reference(options: MeasurementOptions, card: GraphCard) -> None:
-    """Refuse before minutes of sampling what `choose_tools` would refuse after them."""
-    for path in (options.reference, options.inception_weights):
-        if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such file or folder. Check the path.")
-    if options.reference is None and options.inception_weights is None and card.model == "demo":
-        _need_drawing()
-
-
-def _need_drawing() -> None:
-    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
+    return lambda: Metrics(
+        extractor, None if reference is None else describe_reference(reference, extractor, console), choice
+    )
 
 
 def _reference(path: Path | None, console: Console, extractor: Extractor, card: GraphCard | None) -> Reference | None:
@@ -90,7 +74,7 @@ def _reference(path: Path | None, console: Console, extractor: Extractor, card: 
         return read_reference(path)
     if extractor.name != "judge" or (card is not None and card.model != "demo"):
         return None
-    _need_drawing()
+    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
     from tqdit.demo.glyphs import draw
 
     console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")
@@ -106,27 +90,23 @@ def write_reference(path: Path, images: Observed) -> None:
     write_statistics(path, pooled, spatial, images.extractor, len(images))
 
 
-def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
+def describe(settings: Mapping[str, Any], metrics: Metrics | None) -> dict[str, Any]:
     """How everything was measured; `settings` are those of the sampling."""
-    import torch
-
-    from tqdit.version import __version__
-
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,
-        "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions(),
         "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
         "settings": dict(settings),
         "extractor": None, "reference": None, "not_computed": {},
     }  # fmt: skip
-    if tools is not None:
+    if metrics is not None:
         facts["extractor"] = {
-            "name": tools.extractor.name, "weights": tools.extractor.digest, "features": tools.extractor.size
+            "name": metrics.extractor.name, "weights": metrics.extractor.digest, "features": metrics.extractor.size
         }  # fmt: skip
-        facts["settings"]["bootstrap"] = tools.choice.resamples
-        facts["not_computed"] = dict(tools.metrics.missing)
-        if tools.target is not None:
-            facts["reference"] = {"name": tools.target.source, "count": tools.target.count}
+        facts["settings"]["bootstrap"] = metrics.choice.resamples
+        facts["not_computed"] = dict(metrics.missing)
+        if metrics.target is not None:
+            facts["reference"] = {"name": metrics.target.source, "count": metrics.target.count}
     return facts
 
 

@@ -40,6 +40,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
             opset_version=opset,
             input_names=list(inputs),
             output_names=[output],
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None

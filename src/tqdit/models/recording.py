@@ -48,7 +48,7 @@ TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and
 Array = NDArray[Any]
 
 
-class Header(msgspec.Struct):
+class RecordingHeader(msgspec.Struct):
     """The metadata of a file of recorded calls."""
 
     format_version: int
@@ -74,7 +74,7 @@ class Recording:
         """Write a safetensors file, whole or not at all, for `load`."""
         requests = {f"{REQUEST}{name}": array for name, array in self.requests.items()}
         arrays = {STATES: self.states, **requests, **self.interface.arrays}
-        text = msgspec.json.encode(Header(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
+        text = msgspec.json.encode(RecordingHeader(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
         with whole_file(Path(path)) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {METADATA_KEY: text})
         return Path(path)
@@ -90,7 +90,7 @@ class Recording:
         if METADATA_KEY not in metadata or STATES not in tensors:
             raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
         try:
-            header = msgspec.json.decode(metadata[METADATA_KEY], type=Header)
+            header = msgspec.json.decode(metadata[METADATA_KEY], type=RecordingHeader)
         except (msgspec.MsgspecError, UsageError, RecursionError) as error:
             raise FileFormatError(f"{path}: damaged, or of another version ({error}). {again}") from error
         if header.format_version != FORMAT_VERSION:

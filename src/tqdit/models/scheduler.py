@@ -76,7 +76,7 @@ def _fit(
         weights = torch.linalg.lstsq(matrix, y[:, None], driver="gelsd").solution[:, 0]
         residual = float((matrix @ weights - y).norm() / y.norm())
         if residual < TOLERANCE:
-            found = weights.numpy()
+            found = np.where(np.abs(weights.numpy()) < TOLERANCE, 0, weights.numpy())
             return found[: lag + 1], found[lag + 1 : 2 * lag + 2], float(found[-1]) if noise else 0.0
     raise UsageError(
         f"{name}: its update is not linear in the last {MOST_LAG + 1} steps (residual {residual:.1e}, expected less "

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
-from tqdit.files import whole_file
+from tqdit.files import SAFETENSORS, reading, whole_file
 from tqdit.golden import GoldenCalls
 from tqdit.interface import CONSTANT, Interface, InterfaceEntry
 from tqdit.quantization.checks import (
@@ -220,10 +220,8 @@ def read_scale_table(path: Path) -> ScaleTable:
     """Read and validate everything. Raises FileFormatError with one line that names the file and what is wrong."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. Write it with tqdit-calibrate.")
-    try:
+    with reading(path, SAFETENSORS, AGAIN, ValueError):
         metadata, tensors = safetensors_file.read(path)
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{path}: damaged or truncated ({error}). Calibrate again.") from error
     try:
         return parse(metadata, tensors)
     except FileFormatError as error:
@@ -233,8 +231,9 @@ def read_scale_table(path: Path) -> ScaleTable:
 def is_scale_table(path: Path) -> bool:
     """Whether the header of this safetensors file says so; reads nothing else."""
     try:
-        return METADATA_KEY in safetensors_file.read_metadata(path)
-    except (OSError, ValueError):
+        with reading(path, SAFETENSORS, AGAIN, ValueError):
+            return METADATA_KEY in safetensors_file.read_metadata(path)
+    except FileFormatError:
         return False
 
 

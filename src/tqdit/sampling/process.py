@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import check_count
 from tqdit.errors import UsageError
 
 Float64 = NDArray[np.float64]
@@ -59,10 +60,7 @@ class Diffusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="di
 
         `linspace` is DiT's own (improved DDPM's fractional stride), `leading` that of diffusers' DDIMScheduler.
         """
-        if not 1 <= steps <= TRAINING_STEPS:
-            raise UsageError(
-                f"--steps is {steps}; a chain has 1 to {TRAINING_STEPS} steps. Pass a number in that range."
-            )
+        check_count("--steps", steps, 1, TRAINING_STEPS)
         if self.spacing == "linspace":
             return np.asarray(np.round(np.linspace(0, TRAINING_STEPS - 1, steps)), np.float64)
         found = np.arange(steps, dtype=np.float64) * (TRAINING_STEPS // steps) + self.steps_offset
@@ -104,10 +102,7 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
 
     def timesteps(self, steps: int) -> Float64:
         """The timesteps of a chain of T steps, ascending, (T,); the last step ends at t = 0."""
-        if not 1 <= steps <= TRAINING_STEPS:
-            raise UsageError(
-                f"--steps is {steps}; a chain has 1 to {TRAINING_STEPS} steps. Pass a number in that range."
-            )
+        check_count("--steps", steps, 1, TRAINING_STEPS)
         u = np.arange(1, steps + 1) / steps
         return self.time_scale * self.shift * u / (1 + (self.shift - 1) * u)
 

@@ -25,7 +25,7 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.drop_in import DropIn
-from tqdit.errors import UsageError
+from tqdit.errors import BackendError, UsageError
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import randomize
@@ -194,6 +194,13 @@ def test_what_the_graph_cannot_take_is_refused(ours, arguments, message):
     }
     with pytest.raises(UsageError, match=message):
         ours(**usual | arguments)
+
+
+def test_a_fork_of_the_process_is_refused(ours, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 12345)
+    with pytest.raises(BackendError, match="in process 12345, a fork of it"):
+        ours(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1).long())
+    monkeypatch.undo()
 
 
 def test_a_step_engine_is_refused(bundle_of):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import threading
 import time
 import weakref
@@ -13,12 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines.process import Process
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, TqditError, UsageError
 from tqdit.ports import check_request
@@ -71,7 +70,6 @@ class _Request(Future[Result]):
         self.expires = math.inf  # time.monotonic(), in seconds
         self.callback: ProgressCallback | None = None
         self.preview_every = 0
-        self.counted = False  # among the batcher's unfinished requests
         self._batcher = batcher
         self._notifying = threading.Lock()  # taken once, by the thread that notifies the waiters of a cancellation
 
@@ -129,10 +127,11 @@ class StepBatcher:
         self._running: list[_Request] = []  # one per chain
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Request] = deque()
-        self._unfinished = 0
+        self._unfinished: set[_Request] = set()
         self._closing = False  # no new requests
         self._stopping = False  # and the old ones are not finished either
         self._calls = self._steps = 0
+        self._process = Process()
         self._worker = threading.Thread(target=self._work, name="tqdit-step-batcher", daemon=True)
         # Finalizers run before the interpreter ends. A daemon thread that is inside an engine call then would crash.
         weakref.finalize(self, _close_at_exit, weakref.ref(self))
@@ -165,32 +164,32 @@ class StepBatcher:
         `future.cancel()` succeeds until the result is there: a waiting request is gone at once, a running one frees
         its place before the next step. `future.running()` is always False for this reason.
 
-        Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`. The
-        future fails with DeadlineError, SamplingError (NaN, or the engine's error as its cause), SamplingStopped (by
-        the callback or by `close(drain=False)`) or whatever the callback raised.
+        Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`, BackendError
+        in a fork of the batcher's process. The future fails with DeadlineError, SamplingError (NaN, or the engine's
+        error as its cause), SamplingStopped (by the callback or by `close(drain=False)`) or whatever the callback
+        raised.
         """
+        self._process.check("batcher")
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
         schedule = self.card.sampling.choose(steps, sampler).schedule
-        seed, image = operator.index(seed), operator.index(image_index)
-        check_key(seed, image)
+        check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")
         if preview_every < 0 or (preview_every and on_progress is None):
             raise UsageError(f"preview_every is {preview_every}; expected 0 or more, with an on_progress to call.")
         expires = math.inf if deadline is None else time.monotonic() + deadline
-        queued = _Request(self, schedule, ports, scale, seed, image)
+        queued = _Request(self, schedule, ports, scale, seed, image_index)
         queued.expires, queued.callback, queued.preview_every = expires, on_progress, preview_every
         with self._changed:
             if self._closing:
                 raise UsageError("this batcher is closed. Make another one.")
-            if self._unfinished >= self.batch + self.queue:
+            if len(self._unfinished) >= self.batch + self.queue:
                 raise QueueFullError(
-                    f"{self._unfinished} requests are unfinished, the batcher takes {self.batch} running and "
+                    f"{len(self._unfinished)} requests are unfinished, the batcher takes {self.batch} running and "
                     f"{self.queue} waiting. Submit again when one is done, or make the queue longer."
                 )
-            self._unfinished += 1
-            queued.counted = True
+            self._unfinished.add(queued)
             self._waiting.append(queued)
             self._changed.notify_all()
         return queued
@@ -201,6 +200,7 @@ class StepBatcher:
         return self._sampler
 
     def stats(self) -> BatcherStats:
+        self._process.check("batcher")
         with self._changed:
             return BatcherStats(len(self._waiting), len(self._running), self._calls, self._steps)
 
@@ -210,6 +210,8 @@ class StepBatcher:
         Waits for the thread, unless a callback calls it. drain=False: unfinished requests fail with
         SamplingStopped as soon as the engine call in progress returns; it overrides an earlier drain.
         """
+        if not self._process.is_here:
+            return  # the lock may be held by a thread that a fork does not have
         with self._changed:
             self._closing = True
             self._stopping = self._stopping or not drain
@@ -220,9 +222,7 @@ class StepBatcher:
     def __enter__(self) -> StepBatcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
 
     # The worker's thread. Futures are resolved without the lock, since that runs their owners' callbacks.
@@ -344,11 +344,9 @@ class StepBatcher:
     def _forget(self, request: _Request) -> None:
         """Make room for another request, before the owner of this one's future is notified."""
         with self._changed:
-            if request.counted:
-                request.counted = False
-                self._unfinished -= 1
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(request)
+            self._unfinished.discard(request)
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(request)
 
 
 def _late(when: str) -> DeadlineError:

@@ -56,14 +56,15 @@ def transformer_folder(source: str) -> Path:
 def class_name(source: str) -> str | None:
     """Of the transformer in a directory; None if its configuration is missing or not readable."""
     try:
-        return str(read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name"))
+        name = read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name")
     except CheckpointError:
         return None
+    return None if name is None else str(name)
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
     if heads is not None:
-        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out --heads.")
+        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out the heads.")
     if isinstance(source, nn.Module):
         theirs: Any = unwrap(source, ANCHOR)
         name, settings = name_of(source), {**theirs.config, "_class_name": CLASS_NAME}
