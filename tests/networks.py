@@ -59,6 +59,22 @@ class Convolutions(nn.Module):
         return self.out(h.transpose(1, 2)).reshape(-1, 4, 2, 4, 7)
 
 
+class Parallel(nn.Module):
+    """Attention and MLP side by side, their results joined in front of one linear layer: Flux's single blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.up = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 4 * WIDTH)
+        self.proj_out = nn.Linear(5 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        result: Tensor = x + self.proj_out(torch.cat([attended, F.gelu(self.up(h), approximate="tanh")], dim=2))
+        return result
+
+
 def described(network: nn.Module, state: tuple[int, ...], *requests: Port) -> LoadedModel:
     """A network of a state `x` and a float timestep `sigma` in 0..1."""
     network = network.eval().requires_grad_(False)
