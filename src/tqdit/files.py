@@ -180,11 +180,11 @@ def explain(error: OSError | MemoryError, use: str = "used", path: object = None
     if isinstance(error, MemoryError):
         place, advice = f"{path}: " if path else "", "Ask for less at a time, or free some memory."
         return f"{place}out of memory{f' ({error})' if str(error) else ''}. {advice}"
-    reason: str = error.strerror or str(error)
-    place = path or error.filename
+    reason = str(error.strerror or error)
+    where = path or error.filename
     permission, other = _ADVICE_BY_USE[use]
     advice = permission if error.errno in (errno.EACCES, errno.EPERM) else _ADVICE.get(error.errno or 0, other)
-    return f"{place}: cannot be {use} ({reason}). {advice}" if place else f"{reason}. {advice}"
+    return f"{where}: cannot be {use} ({reason}). {advice}" if where else f"{reason}. {advice}"
 
 
 def check_writable(path: Path) -> None:
