@@ -105,11 +105,10 @@ class Recording:
         """Raises FileFormatError if the arrays do not fit the interface, or hold NaN."""
         signature = self.interface.signature
         shapes = {name: port.row_shape for name, port in signature.request_values.items()}
-        steps = self.interface.sampling.steps
         if isinstance(self.interface.sampling.process, Unsampled):
-            shapes, steps = shapes | {signature.time.name: signature.time.row_shape}, 1
+            shapes[signature.time.name] = signature.time.row_shape
         found = {name: array.shape[1:] for name, array in self.requests.items()}
-        states = (steps, *signature.state.row_shape)
+        states = (self.interface.sampling.steps, *signature.state.row_shape)
         counts = {len(self.states), *(len(array) for array in self.requests.values())}
         if found != shapes or self.states.shape[1:] != states or len(counts) != 1 or not len(self.states):
             raise FileFormatError(f"{where}: its requests {found} and states do not fit its ports. Record again.")
@@ -277,7 +276,7 @@ class NetworkRecorder:
             raise UsageError(
                 f"the prediction is {list(output)} for {len(first.tensors[state])} rows, expected as many."
             )
-        spec, states = SamplingSpec(Unsampled(), "none", 0), rows.pop(state)[:, None]
+        spec, states = SamplingSpec(Unsampled(), "none", 1), rows.pop(state)[:, None]
         return _recording(self.network, roles, output[1:], (spec, None), first.constants, states, rows)
 
 
