@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from tqdit.version import __version__
 
 if TYPE_CHECKING:
-    from tqdit.api import build, calibrate, export, load_model
-    from tqdit.engines.config import BuildConfig
-    from tqdit.engines.run.denoiser import Denoiser
-    from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
-    from tqdit.engines.run.sampler import Sampler
-    from tqdit.engines.run.shards import read_shards
-    from tqdit.engines.run.step_batcher import StepBatcher
-    from tqdit.models.model_card import ModelCard
-    from tqdit.quantization.table import ScaleTable
+    from tqdit.api import build as build
+    from tqdit.api import calibrate as calibrate
+    from tqdit.api import export as export
+    from tqdit.api import load_model as load_model
+    from tqdit.engines.config import BuildConfig as BuildConfig
+    from tqdit.engines.run.denoiser import Denoiser as Denoiser
+    from tqdit.engines.run.diffusers_transformer import DiffusersTransformer as DiffusersTransformer
+    from tqdit.engines.run.sampler import Sampler as Sampler
+    from tqdit.engines.run.shards import read_shards as read_shards
+    from tqdit.engines.run.step_batcher import StepBatcher as StepBatcher
+    from tqdit.models.model_card import ModelCard as ModelCard
+    from tqdit.quantization.table import ScaleTable as ScaleTable
 
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
@@ -44,18 +47,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-__all__ = [
-    "BuildConfig",
-    "Denoiser",
-    "DiffusersTransformer",
-    "ModelCard",
-    "Sampler",
-    "ScaleTable",
-    "StepBatcher",
-    "__version__",
-    "build",
-    "calibrate",
-    "export",
-    "load_model",
-    "read_shards",
-]
+__all__ = ["__version__", *_HOMES]

@@ -63,7 +63,6 @@ def calibrate(
     from tqdit.calibration.config import PRESETS
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
-    from tqdit.calibration.flow import finish
     from tqdit.quantization.table import write_scale_table
 
     if preset not in PRESETS:
@@ -78,11 +77,11 @@ def calibrate(
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="tqdit-")) if work is None else work
         folder = Path(temporary)
         stack.enter_context(lock_folder(folder))
-        table = find_scales(loaded, config, folder, Console(quiet), images).table
+        result = find_scales(loaded, config, folder, Console(quiet), images)
         if output is not None:
-            write_scale_table(Path(output), table)
-        finish(loaded, config, folder, images)
-    return table
+            write_scale_table(Path(output), result.table)
+        result.folder.delete()
+    return result.table
 
 
 def export(

@@ -6,7 +6,6 @@ the manifest of every engine, so the engine side reads no other file.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
@@ -128,18 +127,6 @@ class GraphCard:
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> GraphCard:
+    def from_json(cls, text: str | bytes, where: str) -> GraphCard:
         """Raises FileFormatError naming `where` if the text is not a card of this version."""
-        try:
-            values = json.loads(text)
-            version = values.pop("format_version")
-            if version == FORMAT_VERSION:
-                return msgspec.convert(values, cls)
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError, UsageError) as error:
-            raise FileFormatError(
-                f"{where}: its '{METADATA_KEY}' metadata is damaged ({error}). Export again."
-            ) from error
-        raise FileFormatError(
-            f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-            "Export again, or install the tqdit that wrote it."
-        )
+        return decode_record(text, cls, FORMAT_VERSION, f"{where}: '{METADATA_KEY}' metadata", "Export again.")

@@ -5,26 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self, TypeAlias
 
 from tqdm import tqdm
-
-
-class Bar(Protocol):
-    """The part of a tqdm bar that TQDiT uses."""
-
-    n: int
-    desc: str
-    leave: bool
-
-    def update(self, n: int = 1) -> object: ...
-    def refresh(self) -> object: ...
-    def reset(self, total: int) -> object: ...
-    def set_description_str(self, desc: str, refresh: bool = True) -> object: ...
-    def set_postfix_str(self, s: str, refresh: bool = True) -> object: ...
-    def close(self) -> object: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *error: object) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +27,7 @@ class Console:
         """
         if not self.quiet and not sys.stderr.isatty():
             return Lines(total, what, unit)
-        bar: Bar = tqdm(
+        return tqdm(
             total=total,
             desc=what,
             unit=unit,
@@ -53,11 +36,10 @@ class Console:
             dynamic_ncols=True,
             bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {unit}, {remaining} left{postfix}",
         )
-        return bar
 
 
 class Lines:
-    """A bar for log files: a line on stderr at each further 10 %."""
+    """A bar for log files: a line on stderr at each further 10 %. It has what TQDiT uses of tqdm's bar."""
 
     leave = True  # lines stay
 
@@ -97,6 +79,9 @@ class Lines:
         return self
 
     def __exit__(self, *error: object) -> None: ...
+
+
+Bar: TypeAlias = tqdm | Lines
 
 
 def _duration(seconds: float) -> str:

@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from tqdit.errors import FileFormatError, OutputError
 _NPZ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
 LOCK = ".lock"  # an empty file in a locked folder
 _SUFFIX = ".partial"
+T = TypeVar("T")
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename met a full folder or a file
 
 
@@ -101,6 +103,26 @@ def check_writable(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Version(msgspec.Struct):
+    """The part of a record that has the same form in every version."""
+
+    format_version: int
+
+
+def decode_record(text: str | bytes, kind: type[T], version: int, where: str, advice: str) -> T:
+    """A dataclass from JSON with a `format_version`. Raises FileFormatError if it is damaged or of another version."""
+    try:
+        found = msgspec.json.decode(text, type=_Version).format_version
+        if found == version:
+            return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise FileFormatError(f"{where}: damaged ({error}). {advice}") from error
+    raise FileFormatError(
+        f"{where}: written in format {found}, this tqdit reads format {version}. {advice} Or install the tqdit that "
+        "wrote it."
+    )
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:

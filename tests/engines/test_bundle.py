@@ -63,7 +63,7 @@ def test_a_truncated_manifest_is_refused(copy, cut):
     if cut == 1:  # only the final newline is gone
         Sampler.open(copy).close()
         return
-    with pytest.raises(FileFormatError, match="damaged manifest"):
+    with pytest.raises(FileFormatError, match="damaged"):
         Sampler.open(copy)
 
 
@@ -75,10 +75,10 @@ def test_a_truncated_manifest_is_refused(copy, cut):
         ({"decoder": "decoder.onnx"}, FileFormatError, r"'decoder\.onnx' is not a file of this bundle"),
         ({"files": {"/etc/passwd": {"sha256": "", "size_bytes": 1}}}, FileFormatError, "'/etc/passwd' is not a file"),
         ({"card": {}}, FileFormatError, "damaged"),
-        ({"precision": 8}, FileFormatError, r"damaged manifest \(.*precision"),
-        ({"batch": {"least": 2, "best": 1, "most": 1}}, FileFormatError, "damaged manifest"),
-        ({"audit": {"integer": 1}}, FileFormatError, "damaged manifest"),
-        ({"files": {"graph.onnx": {"sha256": "", "size_bytes": "1"}}}, FileFormatError, "damaged manifest"),
+        ({"precision": 8}, FileFormatError, r"damaged \(.*precision"),
+        ({"batch": {"least": 2, "best": 1, "most": 1}}, FileFormatError, "damaged"),
+        ({"audit": {"integer": 1}}, FileFormatError, "damaged"),
+        ({"files": {"graph.onnx": {"sha256": "", "size_bytes": "1"}}}, FileFormatError, "damaged"),
         ({"backend": "abacus"}, UsageError, "unknown backend 'abacus'"),
         ({"target": {"machine": "riscv64"}}, BackendError, "built for riscv64, this machine is"),
         ({"versions": {"onnxruntime": "99.1.0"}}, BackendError, r"built by ONNX Runtime 99\.1\.0, installed is"),

@@ -16,15 +16,15 @@ import msgspec
 
 from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange
-from tqdit.errors import BackendError, FileFormatError, OutputError, UsageError
-from tqdit.files import sha256
+from tqdit.errors import BackendError, FileFormatError, OutputError
+from tqdit.files import decode_record, sha256
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class BundlePart:
     """One file of a bundle."""
 
     sha256: str
@@ -68,7 +68,12 @@ class _Facts(Artefact):
     backend: str
     precision: str
     float_type: str = "fp32"  # of what is not integer
-    files: dict[str, Part] = field(default_factory=dict)
+    files: dict[str, BundlePart] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored(_Facts):
+    card: msgspec.Raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,33 +86,19 @@ class Manifest(_Facts):
         return {"format_version": FORMAT_VERSION, **asdict(self), "card": self.card.to_json()}
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Raises FileFormatError naming `where` if the text is not a manifest of this version."""
-        try:
-            values = msgspec.json.decode(text, type=dict[str, Any])
-            version = values.pop("format_version")
-        except (msgspec.MsgspecError, KeyError, RecursionError) as error:
-            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
-        if version != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{where}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-                "Build the engine again, or install the tqdit that built it."
-            )
-        card = GraphCard.from_json(json.dumps(values.pop("card", None)), str(where))
-        try:
-            facts = msgspec.convert(values, _Facts)
-        except (msgspec.ValidationError, UsageError) as error:
-            raise FileFormatError(f"{where}: damaged manifest ({error}). Build the engine again.") from error
-        manifest = cls(card=card, **vars(facts))
+        stored = decode_record(text, _Stored, FORMAT_VERSION, str(where), "Build the engine again.")
+        manifest = cls(**vars(stored) | {"card": GraphCard.from_json(bytes(stored.card), str(where))})
         for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
             if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
 
 
-def describe_parts(folder: Path) -> dict[str, Part]:
+def describe_parts(folder: Path) -> dict[str, BundlePart]:
     """Size and SHA-256 of every file in a folder that is being built."""
-    return {file.name: Part(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+    return {file.name: BundlePart(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -123,8 +114,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote."
         )
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = (folder / MANIFEST).read_bytes()
+    except OSError as error:
         raise FileFormatError(f"{folder / MANIFEST}: cannot be read ({error}). Build the engine again.") from error
     return Manifest.from_json(text, folder / MANIFEST)
 

@@ -129,7 +129,7 @@ def test_workers_join_and_leave_with_the_machines(bundle, expected, tmp_path, ma
             until = time.monotonic() + 30
             while len(workers()) < 3 and time.monotonic() < until:  # the worker of the new machine is starting
                 time.sleep(0.1)
-            time.sleep(1)  # it opens the engine
+            time.sleep(3)  # it opens the engine
 
     bar = Bar(act)
     work(bundle, tmp_path / "s", machines, bar)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.errors import UsageError
 
 
 class Engine(Protocol):
@@ -32,3 +35,27 @@ class Runner(Protocol):
 def runner(backend: str) -> Runner:
     """The run side of a backend. Raises UsageError for an unknown name."""
     return cast(Runner, load_side(backend, "run"))
+
+
+def open_bundle(path: str | Path, threads: int | None) -> tuple[Manifest, Callable[[str], Engine]]:
+    """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
+
+    threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
+    UsageError for a step graph; opening a file raises BackendError if it cannot run here.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; it must be at least 1.")
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_graph(manifest.card, f"{folder}:")
+    check_parts(folder, manifest)
+    return manifest, partial(runner(manifest.backend).load, folder, manifest, threads=threads)
+
+
+def check_graph(card: GraphCard, where: str = "this engine") -> None:
+    """Refuse a step graph."""
+    if card.graph != "denoiser":
+        raise UsageError(
+            f"{where} holds a step graph, which has its sampler inside and is for programs in other languages. Export "
+            "again without --graph step."
+        )

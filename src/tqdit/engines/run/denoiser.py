@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
-from tqdit.engines.bundle import check_parts, read_manifest
-from tqdit.engines.run.backend import Engine, runner
+from tqdit.engines.run.backend import Engine, check_graph, open_bundle
 from tqdit.errors import UsageError
 from tqdit.ports import check_call
-
-STEP_GRAPH = "holds a step graph, which has its sampler inside. Export again without --graph step."
 
 
 class Denoiser:
@@ -29,8 +25,7 @@ class Denoiser:
 
     def __init__(self, card: GraphCard, engine: Engine, batch: int | None = None) -> None:
         """batch: rows per engine call at most; None: any number."""
-        if card.graph != "denoiser":
-            raise UsageError(f"this engine {STEP_GRAPH}")
+        check_graph(card)
         self.card = card
         self._batch = batch
         self._engine: Engine | None = engine
@@ -42,14 +37,9 @@ class Denoiser:
         threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
         BackendError if it cannot run here, UsageError for a step graph.
         """
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        if manifest.card.graph != "denoiser":  # before the work of loading it
-            raise UsageError(f"{folder}: {STEP_GRAPH}")
-        check_parts(folder, manifest)
-        engine = runner(manifest.backend).load(folder, manifest, manifest.entry, threads)
+        manifest, load = open_bundle(path, threads)
         most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
-        return cls(manifest.card, engine, most)
+        return cls(manifest.card, load(manifest.entry), most)
 
     def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:
         """The prediction float32 (rows, K, ...) for one array (rows, ...) of each port.
@@ -96,7 +86,5 @@ class Denoiser:
     def __enter__(self) -> Denoiser:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -11,8 +11,9 @@ import os
 import socket
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,38 +131,41 @@ class _Run:
         self.cluster, self.folder, self.bar = cluster, folder, bar
         self.ray = cluster.ray
         self.unassigned = deque(pending)
-        self.opening: dict[Any, Any] = {}  # reference of a result -> worker
-        self.running: dict[Any, tuple[Any, int]] = {}  # reference of a result -> worker, shard
-        self.failures: dict[int, int] = {}  # of shards
-        self.failed_openings = 0  # since a worker last opened the engine
-        self.bundle: Any = None  # reference of the content of its files, if a worker needs it
+        self.calls: dict[Any, tuple[Any, int | None]] = {}  # reference of a result -> worker, shard; None: it opens
+        self.failures: Counter[int | None] = Counter()  # by shard; None: of openings since one succeeded
         self.last_running = time.monotonic()
         required = cluster.requirements()
         self.actor = self.ray.remote(Worker).options(num_cpus=required["CPU"], num_gpus=required.get("GPU", 0))
 
+    @property
+    def running(self) -> int:
+        """Workers that make a shard."""
+        return sum(shard is not None for _, shard in self.calls.values())
+
+    @cached_property
+    def bundle(self) -> Any:
+        """Reference of the content of the bundle's files, for workers that do not find it at its path."""
+        files = [MANIFEST, *self.cluster.manifest.files]
+        return self.ray.put({name: (self.cluster.engine / name).read_bytes() for name in files})
+
     def finish(self) -> None:
         while self.unassigned or self.running:
             self._start_workers()
-            references = [*self.opening, *self.running]
-            self.ray.wait(references, num_returns=1, timeout=POLL_INTERVAL_S)
-            ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0)  # all that are ready now
+            ready, _ = self.ray.wait([*self.calls], timeout=POLL_INTERVAL_S)
             for reference in ready:
-                if reference in self.opening:
-                    self._opened(reference)
-                else:
-                    self._made(reference)
+                self._returned(reference, *self.calls.pop(reference))
             self._report()
 
     def close(self) -> None:
-        for worker in [*self.opening.values(), *(worker for worker, _ in self.running.values())]:
+        for worker, _ in self.calls.values():
             self.ray.kill(worker)
 
     def _start_workers(self) -> None:
         """Start as many workers as there is work and room for; machines may have joined since the last call."""
-        wanted = min(self._capacity(), len(self.unassigned) + len(self.running))
-        for _ in range(wanted - len(self.opening) - len(self.running)):
+        wanted = min(self._capacity(), len(self.unassigned) + self.running)
+        for _ in range(wanted - len(self.calls)):
             worker = self.actor.remote(self.cluster.config.batch, self.cluster.config.threads or 1)
-            self.opening[worker.open.remote(str(self.cluster.engine), self.folder.job.engine)] = worker
+            self.calls[worker.open.remote(str(self.cluster.engine), self.folder.job.engine)] = worker, None
 
     def _capacity(self) -> int:
         """The number of workers that the cluster has room for, at least 1: an autoscaling cluster may start empty."""
@@ -169,51 +173,39 @@ class _Run:
         room = max(1, min(int(total.get(name, 0) // amount) for name, amount in self.cluster.requirements().items()))
         return room if self.cluster.config.workers is None else min(room, self.cluster.config.workers)
 
-    def _opened(self, reference: Any) -> None:
-        worker = self.opening.pop(reference)
+    def _returned(self, reference: Any, worker: Any, shard: int | None) -> None:
         try:
-            opened = self.ray.get(reference)
+            result = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            self.failed_openings += 1
             self.ray.kill(worker)
-            if self.failed_openings >= ATTEMPTS:
-                raise _failure(error, "no worker can open the engine") from error
+            self.failures[shard] += 1
+            if self.failures[shard] >= ATTEMPTS:
+                what = "no worker can open the engine" if shard is None else f"shard {shard} failed {ATTEMPTS} times"
+                raise _failure(error, what) from error
+            if shard is not None:
+                self.unassigned.appendleft(shard)
             return
-        if opened:
-            self.failed_openings = 0
+        if shard is not None:
+            self._assign(worker)  # before the write, so that the worker does not wait for it
+            self.folder.add(shard, result)
+            self.bar.update(len(self.folder.job.images(shard)))
+        elif result:
+            self.failures[None] = 0
             self._assign(worker)
         else:
-            if self.bundle is None:
-                files = [MANIFEST, *self.cluster.manifest.files]
-                self.bundle = self.ray.put({name: (self.cluster.engine / name).read_bytes() for name in files})
-            self.opening[worker.receive.remote(self.bundle)] = worker
+            self.calls[worker.receive.remote(self.bundle)] = worker, None
 
     def _assign(self, worker: Any) -> None:
         """Give a worker the next shard, or end it if there is none."""
         if self.unassigned:
             shard = self.unassigned.popleft()
-            self.running[worker.make.remote(self.folder.job, shard)] = worker, shard
+            self.calls[worker.make.remote(self.folder.job, shard)] = worker, shard
         else:
             self.ray.kill(worker)
 
-    def _made(self, reference: Any) -> None:
-        worker, shard = self.running.pop(reference)
-        try:
-            arrays = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            self.failures[shard] = self.failures.get(shard, 0) + 1
-            self.ray.kill(worker)
-            if self.failures[shard] >= ATTEMPTS:
-                raise _failure(error, f"shard {shard} failed {ATTEMPTS} times") from error
-            self.unassigned.appendleft(shard)
-            return
-        self._assign(worker)  # before the write, so that the worker does not wait for it
-        self.folder.add(shard, arrays)
-        self.bar.update(len(self.folder.job.images(shard)))
-
     def _report(self) -> None:
         """Show the number of workers; say so if there has been none for a while."""
-        self.bar.set_postfix_str(f"{len(self.running)} workers")
+        self.bar.set_postfix_str(f"{self.running} workers")
         now = time.monotonic()
         if self.running:
             self.last_running = now

@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
-from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.run.backend import runner
+from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -53,7 +52,7 @@ class Sampler:
         """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W) in -1..1.
         batch: images per call at most. `close` closes both if they have a method of that name.
         """
-        _check_graph(card)
+        check_graph(card)
         if batch < 1:
             raise UsageError(f"batch is {batch}; it must be at least 1.")
         self.card = card
@@ -69,17 +68,9 @@ class Sampler:
         threads per call; None leaves it to the backend.
         Raises FileFormatError for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}; it must be at least 1.")
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        _check_graph(manifest.card, f"{folder}: ")
-        check_parts(folder, manifest)
-        batch = choose_batch(folder, manifest.batch, batch)
-        backend = runner(manifest.backend)
-        network = backend.load(folder, manifest, manifest.entry, threads)
-        decoder = backend.load(folder, manifest, manifest.decoder, threads) if manifest.decoder else None
-        return cls(manifest.card, network, decoder, batch)
+        manifest, load = open_bundle(path, threads)
+        batch = choose_batch(Path(path), manifest.batch, batch)
+        return cls(manifest.card, load(manifest.entry), load(manifest.decoder) if manifest.decoder else None, batch)
 
     @property
     def makes_images(self) -> bool:
@@ -151,9 +142,7 @@ class Sampler:
     def __enter__(self) -> Sampler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def predict(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -187,14 +176,6 @@ class Sampler:
         if self._decoder is None:
             return latents
         return np.concatenate([self._decoder({"latents": one[None]}) for one in latents])  # one by one: memory
-
-
-def _check_graph(card: GraphCard, where: str = "") -> None:
-    if card.graph != "denoiser":
-        raise UsageError(
-            f"{where}holds a step graph, which has its sampler inside and is for programs in other languages. Export "
-            "again without --graph step."
-        )
 
 
 def has_pixels(card: GraphCard) -> bool:

@@ -26,7 +26,7 @@ from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
 from tqdit.engines.run.sampler import Callback, Sampler, makes_images
 from tqdit.errors import FileFormatError, OutputError, UsageError
-from tqdit.files import LOCK, check_writable, lock_folder, sha256, whole_file, writing
+from tqdit.files import LOCK, check_writable, decode_record, lock_folder, sha256, whole_file, writing
 from tqdit.ports import Requests, Signature, check_requests
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
@@ -146,12 +146,6 @@ class _Index:
     written_by: str
     job: SamplingJob
     shards: dict[str, str]  # name of a finished shard -> its SHA-256
-
-
-class _Version(msgspec.Struct):
-    """The part of an index that has the same form in every version."""
-
-    format_version: int
 
 
 class ShardFolder:
@@ -291,16 +285,7 @@ def read_index(path: Path) -> ShardFolder:
 def parse_index(content: bytes, path: Path) -> ShardFolder:
     """The content of the index of folder `path`."""
     file = path / INDEX
-    try:
-        version = msgspec.json.decode(content, type=_Version).format_version
-        if version != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{file}: written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-                "Choose another folder, or --force to start anew."
-            )
-        index = msgspec.json.decode(content, type=_Index)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise FileFormatError(f"{file}: damaged ({error}). Start anew with --force.") from error
+    index = decode_record(content, _Index, FORMAT_VERSION, str(file), "Start anew with --force.")
     for name in index.shards:
         if not _is_shard(name, index.job):
             raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. Start anew with --force.")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,6 @@ class _Request(Future[Result]):
         self.expires = math.inf  # time.monotonic(), in seconds
         self.callback: ProgressCallback | None = None
         self.preview_every = 0
-        self.counted = False  # among the batcher's unfinished requests
         self._batcher = batcher
         self._notifying = threading.Lock()  # taken once, by the thread that notifies the waiters of a cancellation
 
@@ -129,7 +127,7 @@ class StepBatcher:
         self._running: list[_Request] = []  # one per chain
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Request] = deque()
-        self._unfinished = 0
+        self._unfinished: set[_Request] = set()
         self._closing = False  # no new requests
         self._stopping = False  # and the old ones are not finished either
         self._calls = self._steps = 0
@@ -184,13 +182,12 @@ class StepBatcher:
         with self._changed:
             if self._closing:
                 raise UsageError("this batcher is closed. Make another one.")
-            if self._unfinished >= self.batch + self.queue:
+            if len(self._unfinished) >= self.batch + self.queue:
                 raise QueueFullError(
-                    f"{self._unfinished} requests are unfinished, the batcher takes {self.batch} running and "
+                    f"{len(self._unfinished)} requests are unfinished, the batcher takes {self.batch} running and "
                     f"{self.queue} waiting. Submit again when one is done, or make the queue longer."
                 )
-            self._unfinished += 1
-            queued.counted = True
+            self._unfinished.add(queued)
             self._waiting.append(queued)
             self._changed.notify_all()
         return queued
@@ -220,9 +217,7 @@ class StepBatcher:
     def __enter__(self) -> StepBatcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
 
     # The worker's thread. Futures are resolved without the lock, since that runs their owners' callbacks.
@@ -344,11 +339,9 @@ class StepBatcher:
     def _forget(self, request: _Request) -> None:
         """Make room for another request, before the owner of this one's future is notified."""
         with self._changed:
-            if request.counted:
-                request.counted = False
-                self._unfinished -= 1
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(request)
+            self._unfinished.discard(request)
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(request)
 
 
 def _late(when: str) -> DeadlineError:
