@@ -1,0 +1,32 @@
+"""Directories of other transformers of diffusers, before their calls are recorded."""
+
+import pytest
+import torch
+
+from tqdit.errors import CheckpointError
+from tqdit.models.families.recorded import open_pipeline
+from zoo.pipelines import FAMILIES
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pipeline, _ = FAMILIES["flux"]()
+    pipeline.save_pretrained(tmp_path / "flux", variant="fp16")
+    return pipeline, tmp_path / "flux"
+
+
+def test_a_pipeline_saved_as_a_variant_opens(saved):
+    pipeline, folder = saved
+    assert (folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    found, expected = open_pipeline(str(folder)).transformer.state_dict(), pipeline.transformer.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_pipeline_with_a_link_out_of_its_directory_is_refused(saved, tmp_path):
+    _, folder = saved
+    weights = folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    weights.symlink_to(weights.rename(tmp_path / "secret"))
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model\.fp16\.safetensors: a link to '.*secret'"):
+        open_pipeline(str(folder))
