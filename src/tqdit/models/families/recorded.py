@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tqdit.errors import CheckpointError, UsageError
@@ -63,12 +62,11 @@ def _read_network(source: str) -> nn.Module:
 
 
 def _from_pretrained(kind: Any, folder: Path, root: Path) -> Any:
+    """In float32, which is what diffusers makes of every type unless it is told another one."""
     check_places(folder, root)
     _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
-        return kind.from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32, use_safetensors=True, variant=variant
-        )
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error
