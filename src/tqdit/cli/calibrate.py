@@ -99,13 +99,10 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     spent = result.meter.forward_equivalents
     phases = ", ".join(f"{phase} {count:,.0f}" for phase, count in spent.items())
     seconds = time.monotonic() - started
+    on_gpu = f" and {peak_device_bytes(device) / 1e9:.2f} GB on the GPU" if device.type == "cuda" else ""
     console.say(
         f"{len(result.table.sites)} tensors of {len(result.table.by_module)} layers in {seconds:.0f} s, "
-        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB{_on_device(peak_device_bytes(device))}, "
+        f"peak memory {peak_memory_bytes() / 1e9:.2f} GB{on_gpu}, "
         f"{sum(spent.values()):,.0f} forward-equivalents of one row" + (f" ({phases})" if phases else "")
     )
     return output
-
-
-def _on_device(peak: int) -> str:
-    return f" and {peak / 1e9:.2f} GB on the GPU" if peak else ""
