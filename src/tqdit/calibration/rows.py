@@ -201,9 +201,7 @@ def renoise(
     """Rows x_t = a x_0 + b noise with known noise; picks.chain indexes x0 (B, C, ...) and the requests."""
     shape = x0.shape[1:]
     noise = np.stack([normal(seed, RENOISING + index, 0, shape) for index in range(len(picks.step))])
-    a, b = (
-        factor.reshape(-1, *[1] * len(shape)) for factor in spec.process.mix(spec.schedule.timesteps[picks.step])
-    )  # fmt: skip
+    a, b = (factor.reshape(-1, *[1] * len(shape)) for factor in spec.process.mix(spec.schedule.timesteps[picks.step]))
     clean = x0[picks.chain].astype(np.float64)
     states = (a * clean + b * noise).astype(np.float32)
     target = spec.process.target(clean, noise.astype(np.float64)).astype(np.float32)

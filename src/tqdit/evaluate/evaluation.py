@@ -77,9 +77,9 @@ class Metrics:
         self.extractor, self.target, self.choice = extractor, target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
-        targets = {} if target is None else {
-            "frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial
-        }  # fmt: skip
+        targets = (
+            {} if target is None else {"frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial}
+        )
         self._distances = {
             name: (frechet_to(gaussian), gaussian.rank)
             for name, gaussian in targets.items()
@@ -252,8 +252,7 @@ def seed_noise(subject: Measure, floats: list[Measure]) -> SeedNoise | None:
         return None
     mean = float(np.mean(values))
     half = Z * float(np.mean(errors)) * math.sqrt(1 + 1 / len(values))
-    return SeedNoise(mean, max(0.0, mean - half), mean + half, len(values), subject.value,
-                     subject.value <= mean + half)  # fmt: skip
+    return SeedNoise(mean, max(0.0, mean - half), mean + half, len(values), subject.value, subject.value <= mean + half)
 
 
 def verdict(
