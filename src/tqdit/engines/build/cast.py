@@ -36,13 +36,9 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
     Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
-    _Caster(model.graph, _islands(card), _angles(model.graph), DTYPES[float_type]).run()
+    islands = () if card.quantization is None else tuple(card.quantization.products)
+    _Caster(model.graph, islands, _angles(model.graph), DTYPES[float_type]).run()
     RemoveUnusedNodesPass()(model)  # float32 constants that only had users in the other type
-
-
-def _islands(card: GraphCard) -> frozenset[str]:
-    """The modules of the quantized products."""
-    return frozenset() if card.quantization is None else frozenset(card.quantization.products)
 
 
 def _angles(graph: ir.Graph) -> frozenset[int]:
