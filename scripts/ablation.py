@@ -163,7 +163,7 @@ class Bench:
         self.target: ReferenceFeatures = describe_reference(
             Reference(source, Images(*draw(DATA_COUNT, DATA_SEED), source)), self._extractor, console
         )
-        self._metrics = Metrics(self.target, MetricChoice(METRICS, required=True))
+        self._metrics = Metrics(self._extractor, self.target, MetricChoice(METRICS, required=True))
         self._float: dict[int, SampledChains] = {}
 
     def chains(self, model: LoadedModel, seed: int, what: str) -> SampledChains:

@@ -39,7 +39,7 @@ CONFIG = DiTConfig(
     input_size=IMAGE_SIZE, patch_size=2, in_channels=3, out_channels=6, hidden_size=128, depth=6,
     mlp_hidden_size=512, num_classes=len(CLASSES), num_heads=4,
 )  # fmt: skip
-NULL_CLASS = CONFIG.num_classes
+NULL_CLASS = len(CLASSES)
 POOL_SIZE = 131_072
 PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
@@ -245,7 +245,7 @@ def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (count, 3, H, W) in -1..1 of classes in turn, (count,)."""
     model = describe(network, "training")
     schedule = SamplingSpec(model.sampling.process, "ddim", 50).schedule
-    labels = np.arange(count) % CONFIG.num_classes
+    labels = np.arange(count) % NULL_CLASS
     chains = Chains(model.signature, model.guidance, count)
     for image in range(count):
         chains.add(schedule, {"class_labels": labels[image]}, 2.0, seed, image)

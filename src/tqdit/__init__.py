@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from tqdit.engines.run.sampler import Sampler as Sampler
     from tqdit.engines.run.shards import read_shards as read_shards
     from tqdit.engines.run.step_batcher import StepBatcher as StepBatcher
+    from tqdit.models.model_card import ModelCard as ModelCard
     from tqdit.quantization.table import ScaleTable as ScaleTable
 
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
     "DiffusersTransformer": "tqdit.engines.run.diffusers_transformer",
+    "ModelCard": "tqdit.models.model_card",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",
     "StepBatcher": "tqdit.engines.run.step_batcher",

@@ -6,8 +6,9 @@
     with tqdit.Sampler.open("model.engine") as sampler:
         images = sampler.sample([207, 360], seed=7)
 
-A model is what the commands take as MODEL ('demo', a checkpoint, a diffusers directory), or what `tqdit.load_model`
-returned. Stages are imported when they are called: a machine that only samples needs neither torch nor onnx.
+A model is what the commands take as MODEL ('demo', a checkpoint, a diffusers directory), a network or a state dict in
+memory, or what `tqdit.load_model` returned. Stages are imported when they are called: a machine that only samples needs
+neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -27,21 +28,25 @@ if TYPE_CHECKING:
     from tqdit.card import AttentionForm, GraphName
     from tqdit.engines.bundle import Manifest
     from tqdit.engines.config import BuildConfig
-    from tqdit.models.loaded import LoadedModel
+    from tqdit.models.loaded import LoadedModel, Source
+    from tqdit.models.model_card import ModelCard
     from tqdit.quantization.table import ScaleTable
 
-    Model = str | Path | LoadedModel
+    Model = Source | Path | LoadedModel
 
 
-def load_model(source: str | Path, heads: int | None = None) -> LoadedModel:
-    """Load `demo`, a DiT checkpoint (.pt, .safetensors) or a diffusers directory. heads: of one of unusual width.
+def load_model(source: Source | Path, heads: int | None = None, card: ModelCard | None = None) -> LoadedModel:
+    """Load `demo`, a DiT checkpoint (.pt, .safetensors), a diffusers directory, or a network or state dict in memory.
 
-    Raises CheckpointError with one line that names the file and what is wrong with it.
+    heads: of one of unusual width. card: what its tensors do not tell; None: the JSON file beside it, if there is one.
+    A network in memory keeps its state, and the model shares its float32 weights: do not train it meanwhile.
+    Raises CheckpointError with one line that names the file and what is wrong with it. Warns (`TqditWarning`) if
+    something had to be assumed.
     """
     _need_stage("calibrate", "tqdit.load_model")
     from tqdit.models.load import load_model as load
 
-    return load(source, heads)
+    return load(source, heads, card)
 
 
 def calibrate(
@@ -58,7 +63,6 @@ def calibrate(
     from tqdit.calibration.config import PRESETS
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
-    from tqdit.calibration.flow import finish
     from tqdit.quantization.table import write_scale_table
 
     if preset not in PRESETS:
@@ -73,11 +77,11 @@ def calibrate(
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="tqdit-")) if work is None else work
         folder = Path(temporary)
         stack.enter_context(lock_folder(folder))
-        table = find_scales(loaded, config, folder, Console(quiet), images).table
+        result = find_scales(loaded, config, folder, Console(quiet), images)
         if output is not None:
-            write_scale_table(Path(output), table)
-        finish(loaded, config, folder, images)
-    return table
+            write_scale_table(Path(output), result.table)
+        result.folder.delete()
+    return result.table
 
 
 def export(
@@ -138,4 +142,6 @@ def _need_stage(extra: str, what: str) -> None:
 
 
 def _loaded(model: Model) -> LoadedModel:
-    return load_model(model) if isinstance(model, str | Path) else model
+    from tqdit.models.loaded import LoadedModel
+
+    return model if isinstance(model, LoadedModel) else load_model(model)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from support import tiny_model
 from tqdit.calibration import capture as capture_module
-from tqdit.calibration.capture import Samples, choose_heads, choose_tokens
+from tqdit.calibration.capture import Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.fisher import COTANGENTS, FISHERS, plain, step_weighted
 from tqdit.calibration.flow import Calibration
@@ -212,7 +212,7 @@ def test_only_some_tokens_are_kept_but_ranges_are_those_of_all(tmp_path: Path) -
     model = tiny_model()
     _, everything = capture(model, CONFIG, tmp_path / "a")
     _, some = capture(model, replace(CONFIG, token_share=0.25), tmp_path / "b")
-    tokens = choose_tokens(12, 16, 0.25, seed=0)
+    tokens = Picker(12, 0.25, seed=0).tokens(16)
     for name in ("blocks.0.mlp.fc1", "blocks.0.attn.scores"):
         full, part = everything[name], some[name]
         assert part.left.shape[-2] == 4
@@ -308,7 +308,7 @@ def test_only_some_heads_are_kept_the_same_ones_of_every_operand(
     _, everything = capture(model, CONFIG, tmp_path / "a")
     monkeypatch.setattr(capture_module, "MOST_HEADS", 1)
     _, some = capture(model, CONFIG, tmp_path / "b")
-    heads = choose_heads(12, 2, seed=0, most=1)[:, 0]
+    heads = Picker(12, 1.0, seed=0).heads(2, 1)[:, 0]
     assert set(heads.tolist()) == {0, 1}
     for name in ("blocks.0.attn.scores", "blocks.1.attn.value_product"):
         full, part = everything[name], some[name]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from support import tiny_model
 from tqdit.calibration import capture, flow
 from tqdit.calibration.config import PRESETS, QuantizationConfig
-from tqdit.calibration.flow import calibrate, finish
+from tqdit.calibration.flow import calibrate
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
 from tqdit.calibration.work import WorkFolder
 from tqdit.cli.main import main
@@ -261,7 +261,7 @@ def test_chains_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.Monk
 def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
     first = calibrate(model, config, tmp_path)
-    finish(model, config, tmp_path)
+    first.folder.delete()
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["rows-"]
     assert first.meter.spent["rows"] > 0
     second = calibrate(model, replace(config, weight_bits=5), tmp_path)
@@ -272,8 +272,9 @@ def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path
 
 def test_a_damaged_file_of_rows_is_sampled_again(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
-    first = calibrate(model, config, tmp_path).table
-    finish(model, config, tmp_path)
+    result = calibrate(model, config, tmp_path)
+    first = result.table
+    result.folder.delete()
     (rows,) = tmp_path.glob("rows-*")
     rows.write_bytes(rows.read_bytes()[:100])
     assert calibrate(model, config, tmp_path).table == first

@@ -1,6 +1,7 @@
 """`tqdit-inspect`: what it says about each kind of file, and about files that are damaged or unknown."""
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import load_file
 
 import support
 from tqdit.card import Latents
@@ -59,7 +61,14 @@ def test_a_checkpoint_is_described(checkpoint):
 
 
 def test_a_checkpoint_of_unusual_width_asks_for_heads(checkpoint):
-    assert "Pass --heads." in refusal(checkpoint, CheckpointError)
+    assert "Pass --heads, or tell" in refusal(checkpoint, CheckpointError)
+
+
+def test_a_sharded_checkpoint_is_described_by_its_index(own_file):
+    index = own_file.with_name("own.safetensors.index.json")
+    names = load_file(own_file)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, own_file.name)}))
+    assert facts(index)["fingerprint"] == facts(own_file)["fingerprint"]
 
 
 def test_a_file_of_ours_needs_no_heads(own_file):
@@ -267,8 +276,8 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_printed(samples, cap
 def test_a_file_of_unknown_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     assert refusal(tmp_path / name, UsageError) == (
-        "a file of unknown kind; known are .onnx, .npz, .safetensors, .pt, .pth, .bin, engine bundles and diffusers "
-        "directories."
+        "a file of unknown kind; known are .onnx, .npz, .safetensors, .pt, .pth, .bin, .index.json, engine bundles and "
+        "diffusers directories."
     )
 
 

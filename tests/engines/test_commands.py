@@ -125,7 +125,7 @@ def test_a_latent_model_writes_npz_latents_and_refuses_png(bundle_of, tmp_path, 
     with np.load(tmp_path / "s.npz") as content:
         assert content["latents"].shape == (2, 4, 8, 8)
     assert run("sample", [str(folder), "-n", "2", "-o", str(tmp_path / "s.png")]) == 1
-    assert "has no decoder. Name a .npz" in capsys.readouterr().err
+    assert "has no decoder. Use sample_latents or name a .npz" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,7 @@ def test_two_regions_are_offered_for_what_a_softmax_or_a_gelu_makes(tmp_path: Pa
     assert {name for name, found in offered.items() if {"gelu": "two-region"} in found} == {
         "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"
     }  # fmt: skip
-    mended = remedies(diagnosis, ["blocks.0.attn.value_product"], lambda: None)
-    two_regions = next(remedy for remedy in mended if remedy.change == {"softmax": "two-region"})
+    (two_regions,) = remedies(diagnosis, [("blocks.0.attn.value_product", {"softmax": "two-region"})], lambda: None)
     assert two_regions.gain != 0
     assert two_regions.cost > 0  # a second product
 

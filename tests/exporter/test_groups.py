@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tqdit.exporter.passes.groups import RowGroups, in_type
+from tqdit.exporter.passes.groups import GroupSelector, in_type
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32])
@@ -22,6 +22,6 @@ def test_boundaries_of_the_graph_divide_timesteps_as_the_table_does(dtype):
 
 @pytest.mark.parametrize(("kind", "expected"), [(ir.DataType.INT64, np.int64), (ir.DataType.FLOAT, np.float32)])
 def test_the_type_of_the_boundaries_is_that_of_the_timestep(kind, expected):
-    groups = RowGroups(ir.Value(name="timestep", type=ir.TensorType(kind)), np.array([250.0, 500.0]))
+    groups = GroupSelector(ir.Value(name="timestep", type=ir.TensorType(kind)), np.array([250.0, 500.0]))
     assert groups.boundaries.dtype == expected
     assert groups.boundaries.tolist() == [250, 500]

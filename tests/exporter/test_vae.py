@@ -1,6 +1,7 @@
 """The VAE decoder beside a latent model: exported from diffusers' AutoencoderKL, carried by the bundle."""
 
 import shutil
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -14,7 +15,7 @@ from tqdit.card import Latents
 from tqdit.cli.main import run
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler, to_pixels
-from tqdit.errors import CheckpointError, FileFormatError
+from tqdit.errors import CheckpointError, FileFormatError, TqditWarning
 from tqdit.exporter.vae import load_decoder
 from tqdit.onnx_file import read_card
 
@@ -37,7 +38,8 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     vae = save_vae(folder / "vae")
     model = support.tiny_model("diffusers")  # which would take the scale of Stable Diffusion's VAE
-    path = tqdit.export(model, folder / "model.onnx", vae=folder / "vae", steps=4)
+    with pytest.warns(TqditWarning, match=r"scale 0\.5 and shift 0\.1, those of tiny 0\.18215 and 0\."):
+        path = tqdit.export(model, folder / "model.onnx", vae=folder / "vae", steps=4)
     assert read_card(path).latents == Latents(0.5, 0.1)
     build_engine(folder / "model.onnx", folder / "model.engine")
     return folder, vae
@@ -53,6 +55,27 @@ def test_the_decoder_is_diffusers_own(exported):
         expected = vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy()
     assert images.shape == (3, 16, 16, 3)
     assert np.abs(images.astype(int) - to_pixels(expected).astype(int)).max() <= 1  # truncation to uint8
+
+
+def test_a_decoder_saved_as_a_variant_is_the_same(exported, tmp_path):
+    folder, vae = exported
+    vae.save_pretrained(tmp_path, variant="fp16")
+    model = replace(support.tiny_model(), latents=Latents(0.5, 0.1))
+    found, expected = (
+        load_decoder(tmp_path, model).vae.state_dict(),
+        load_decoder(folder / "vae", model).vae.state_dict(),
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_decoder_behind_a_link_out_of_its_directory_is_refused(exported, tmp_path):
+    folder, _ = exported
+    vae = shutil.copytree(folder / "vae", tmp_path / "vae")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    secret = weights.rename(tmp_path / "secret")
+    weights.symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors: a link to '.*secret', outside"):
+        load_decoder(vae, support.tiny_model())
 
 
 def test_the_bundle_is_complete_without_the_onnx_files(exported, tmp_path, capsys):
@@ -100,7 +123,7 @@ def test_a_vae_that_does_not_fit_is_refused(tmp_path):
     save_vae(tmp_path / "other", latent_channels=8)
     with pytest.raises(CheckpointError, match="latent_channels is 8, the model has 4"):
         load_decoder(tmp_path / "other", support.tiny_model())
-    with pytest.raises(CheckpointError, match="works on images and needs no decoder"):
+    with pytest.raises(CheckpointError, match=r"works on images and needs no decoder.*model card"):
         load_decoder(tmp_path / "other", support.tiny_model(pixels=True))
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_decoder(tmp_path, support.tiny_model())

@@ -1,10 +1,12 @@
 """Model cards: what they tell, what is assumed without one, and what they refuse."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -214,3 +216,11 @@ def test_a_card_behind_a_link_out_of_the_folder_is_refused(save, tmp_path):
     secret = path.with_suffix(".json").rename(tmp_path.parent / f"{tmp_path.name}-secret")
     path.with_suffix(".json").symlink_to(secret)
     assert "own.json: a link to" in refusal(path)
+
+
+def test_the_guide_names_every_field_and_its_cards_are_cards():
+    page = (Path(__file__).parents[2] / "docs/guides/own-checkpoint.md").read_text("utf-8")
+    rows = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(ModelCard.__struct_fields__)
+    cards = [msgspec.json.decode(text, type=ModelCard) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    assert [card.classes for card in cards] == [3, 10]

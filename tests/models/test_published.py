@@ -173,7 +173,7 @@ def test_other_widths_need_heads(checkpoint):
         load_model(str(checkpoint))
     assert str(error.value) == (
         f"{checkpoint}: width 16 is not of the published family [384, 768, 1024, 1152], so the number of heads is not "
-        "known. Pass --heads."
+        "known. Pass --heads, or tell 'heads' in a model card."
     )
     assert load_model(str(checkpoint), heads=4).network.config.num_heads == 4
 
@@ -182,7 +182,7 @@ def test_other_widths_need_heads(checkpoint):
 def test_heads_that_do_not_divide_the_width_are_refused(checkpoint, heads):
     with pytest.raises(CheckpointError) as error:
         load_model(str(checkpoint), heads=heads)
-    assert str(error.value) == (f"{checkpoint}: width 16 cannot be split into {heads} heads. Pass another --heads.")
+    assert str(error.value) == (f"{checkpoint}: width 16 cannot be split into {heads} heads. Correct the heads.")
 
 
 def change(checkpoint, edit):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.errors import FileFormatError, UsageError
@@ -33,20 +32,10 @@ def read_advice(path: Path) -> Advice:
         raise UsageError(f"{path}: no such file. Write it with tqdit-evaluate --layers.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(QuantizationConfig)}
-        config = QuantizationConfig(**{key: value for key, value in content["settings"].items() if key in known})
-        merged: dict[str, dict[str, Any]] = {layer: dict(knobs) for layer, knobs in config.layer_knobs.items()}
-        for entry in content["advice"]:
-            merged.setdefault(str(entry["layer"]), {}).update(entry["change"])
-        return Advice(replace(config, overrides=as_text(merged)), str(content["fingerprint"]), str(path))
+        config = QuantizationConfig.of_settings(content["settings"])
+        config = config.with_layer_knobs((str(entry["layer"]), entry["change"]) for entry in content["advice"])
+        return Advice(config, str(content["fingerprint"]), str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(
             f"{path}: not a diagnosis that this tqdit reads ({error}). Write it with tqdit-evaluate --layers."
         ) from error
-
-
-def as_text(knobs: dict[str, dict[str, Any]]) -> str:
-    """layer -> knob -> value in the spelling of --overrides."""
-    return ";".join(
-        f"{layer}:" + ",".join(f"{name}={value}" for name, value in changes.items()) for layer, changes in knobs.items()
-    )

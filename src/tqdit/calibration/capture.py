@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -48,28 +48,25 @@ class Samples:
     channels: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Picker:
-    """Which tokens and heads of each of R rows are kept, at random but seeded."""
+    """Which tokens and heads of each of R rows are kept, at random but seeded.
+
+    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together.
+    """
 
     rows: int
     share: float
     seed: int
-    _tokens: dict[int, Tensor] = field(default_factory=dict)
-    _heads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def tokens(self, tokens: int) -> Tensor:
         """int64 (R, S), S = ceil(share T)."""
-        if tokens not in self._tokens:
-            self._tokens[tokens] = choose_tokens(self.rows, tokens, self.share, self.seed)
-        return self._tokens[tokens]
+        return choose(self.rows, tokens, max(1, -int(-self.share * tokens // 1)), self.seed)
 
     def heads(self, heads: int, head_elements: int) -> Tensor:
         """int64 (R, H): all, or as many as fit; head_elements is the size of K or V of one head."""
         most = max(1, min(MOST_HEADS, HEAD_ELEMENTS // (self.rows * head_elements)))
-        if (heads, most) not in self._heads:
-            self._heads[heads, most] = choose_heads(self.rows, heads, self.seed, most)
-        return self._heads[heads, most]
+        return choose(self.rows, heads, most, self.seed + 1)  # apart from the tokens
 
     def keep(self, matrix: Tensor, start: int, head_elements: int) -> Tensor:
         """The kept heads and tokens of (N, T, K) or (N, H, T, K), rows from `start`; a product without tokens keeps
@@ -316,17 +313,8 @@ def recomputed(network: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def choose_heads(rows: int, heads: int, seed: int, most: int = MOST_HEADS) -> Tensor:
-    """Which heads of each row are kept, int64 (R, H): all, or a random subset per row.
-
-    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together.
-    """
-    generator = torch.Generator().manual_seed(seed + 1)  # apart from the tokens
-    return torch.rand(rows, heads, generator=generator).argsort(dim=1)[:, :most].sort(dim=1).values
-
-
-def choose_tokens(rows: int, tokens: int, share: float, seed: int) -> Tensor:
-    """Which tokens of each row are kept, int64 (R, S): a random subset per row, S = ceil(share T)."""
+@lru_cache(maxsize=64)
+def choose(rows: int, count: int, most: int, seed: int) -> Tensor:
+    """For each row a random subset of 0..count - 1 in increasing order: int64 (R, min(count, most))."""
     generator = torch.Generator().manual_seed(seed)
-    kept = max(1, min(tokens, -int(-share * tokens // 1)))
-    return torch.rand(rows, tokens, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
+    return torch.rand(rows, count, generator=generator).argsort(dim=1)[:, :most].sort(dim=1).values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,36 +15,38 @@ if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models.loaded import LoadedModel
 
 
-Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
+Choices = tuple[str, ...] | range
 
 
-def knob(default: Any, help_text: str, choices: Choices = ()) -> Any:
+def knob(default: Any, help_text: str, choices: Choices | Callable[[], Choices] = ()) -> Any:
     """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices."""
     return field(default=default, metadata={"help": help_text, "choices": choices})
 
 
-def choices_of(knob_field: Field[Any]) -> tuple[str, ...]:
+def choices_of(knob_field: Field[Any]) -> Choices:
     """The values that a knob can have, () if they cannot be listed."""
-    choices: Choices = knob_field.metadata["choices"]
-    return choices() if callable(choices) else choices
+    choices = knob_field.metadata["choices"]
+    found: Choices = choices() if callable(choices) else choices
+    return found
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
     """What is quantized, how finely, and how the scales are found. Print it, compare it, save it."""
 
-    weight_bits: int = knob(8, "bits of weights, 2..8; below 8 the codes still take a byte each")
-    activation_bits: int = knob(8, "bits of activations, 2..8")
-    outer_bits: int = knob(8, "least bits of the patch embedding, the final layer and the conditioning")
+    weight_bits: int = knob(8, "bits of weights, 2..8; below 8 the codes still take a byte each", range(2, 9))
+    activation_bits: int = knob(8, "bits of activations, 2..8", range(2, 9))
+    outer_bits: int = knob(8, "least bits of the patch embedding, the final layer and the conditioning", range(2, 9))
 
     steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)")
-    groups: int = knob(10, "groups G of timesteps")
+    groups: int = knob(10, "groups G of timesteps", range(1, 1001))
     boundaries: str = knob("even", "where groups end: at even timesteps, or where the activations drift most",
                            ("even", "drift"))  # fmt: skip
-    rows_per_group: int = knob(32, "calibration rows n per group; the two rows of a guided pair count as two")
-    chains: int = knob(8, "guided chains from which the rows are picked; they are most of the cost")
+    rows_per_group: int = knob(32, "calibration rows n per group; the two rows of a guided pair count as two",
+                               range(1, 100_001))  # fmt: skip
+    chains: int = knob(8, "guided chains from which the rows are picked; they are most of the cost", range(1, 100_001))
     guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")
-    seed: int = knob(0, "decides chains, classes, rows and cotangents")
+    seed: int = knob(0, "decides chains, classes, rows and cotangents", range(2**63 + 1))
 
     method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback",
                        ("search", "min-max", "gptq"))  # fmt: skip
@@ -53,11 +55,13 @@ class QuantizationConfig:
         "step", "weights of HO: random cotangents scaled by the sampler's step, the same unscaled, or the gradient of "
         "the paper's loss (eq. 11)", ("step", "plain", "loss"),
     )  # fmt: skip
-    rounds: int = knob(3, "alternating rounds R of the search")
-    candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one")
+    rounds: int = knob(3, "alternating rounds R of the search", range(1, 101))
+    candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one",
+                           range(2, 10_001))  # fmt: skip
     alpha: float = knob(0.01, "smallest candidate factor")
     beta: float = knob(1.2, "largest candidate factor")
-    coarse: int = knob(8, "stride of the first pass over the candidates, refined around the best; 1 tries each one")
+    coarse: int = knob(8, "stride of the first pass over the candidates, refined around the best; 1 tries each one",
+                       range(1, 10_001))  # fmt: skip
     token_share: float = knob(0.1, "share of a row's tokens that a search looks at")
 
     weight_granularity: str = knob("channel", "one weight scale per output channel or per tensor (three for qkv)",
@@ -83,19 +87,12 @@ class QuantizationConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "outer_bits"):
-            self._within(name, 2, 8)
-        self._within("groups", 1, 1000)
-        self._within("rows_per_group", 1, 100_000)
-        self._within("chains", 1, 100_000)
-        self._within("rounds", 1, 100)
-        self._within("candidates", 2, 10_000)
-        self._within("coarse", 1, 10_000)
-        self._within("seed", 0, 2**63)
         for knob_field in fields(self):
             choices, value = choices_of(knob_field), getattr(self, knob_field.name)
+            if isinstance(choices, range) and value not in choices:
+                raise UsageError(f"{flag(knob_field)} is {value}; expected {choices[0]} to {choices[-1]}.")
             if choices and value not in choices:
-                raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(choices)}.")
+                raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(map(str, choices))}.")
         if not 0 < self.alpha < self.beta or not 0 < self.token_share <= 1:
             raise UsageError(
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
@@ -103,11 +100,6 @@ class QuantizationConfig:
             )
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
-
-    def _within(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected {low} to {high}.")
 
     @property
     def layer_knobs(self) -> dict[str, dict[str, Any]]:
@@ -125,6 +117,15 @@ class QuantizationConfig:
                 found.setdefault(layer.strip(), {})[name] = int(value) if name.endswith("bits") else value.strip()
         return found
 
+    def with_layer_knobs(self, changes: Iterable[tuple[str, Mapping[str, Any]]]) -> QuantizationConfig:
+        """With these knobs (layer, knob -> value) over those that the overrides have."""
+        merged = self.layer_knobs
+        for layer, knobs in changes:
+            merged.setdefault(layer, {}).update(knobs)
+        entries = ((layer, ",".join(f"{name}={value}" for name, value in knobs.items()))
+                   for layer, knobs in merged.items())  # fmt: skip
+        return replace(self, overrides=";".join(f"{layer}:{pairs}" for layer, pairs in entries))
+
     def for_layer(self, layer: str) -> QuantizationConfig:
         """As it is for one layer, its overrides applied."""
         changes = self.layer_knobs.get(layer)
@@ -137,6 +138,13 @@ class QuantizationConfig:
             self,
             steps=model.sampling.steps if self.steps is None else self.steps,
             guidance_scale=None if model.guidance is None else scale,
+        )
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> QuantizationConfig:
+        """From the settings of a scale table, which hold more than knobs."""
+        return cls(
+            **{knob_field.name: settings[knob_field.name] for knob_field in fields(cls) if knob_field.name in settings}
         )
 
     def to_json(self) -> dict[str, Any]:

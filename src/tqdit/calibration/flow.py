@@ -42,10 +42,11 @@ SAVES_PER_TRAJECTORY = 25
 
 @dataclass(frozen=True)
 class Result:
-    """A table and what it cost this process."""
+    """A table, what it cost this process, and the folder of its intermediate results, which may be deleted."""
 
     table: ScaleTable
     meter: Meter
+    folder: WorkFolder
 
 
 def calibrate(
@@ -59,12 +60,7 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         table = run.search(run.rows())
-    return Result(table, run.meter)
-
-
-def finish(model: LoadedModel, config: QuantizationConfig, work: Path, data: DataSet | None = None) -> None:
-    """Remove the intermediate results of a finished calibration; its rows stay."""
-    Calibration(model, config.for_model(model), work, Console(quiet=True), data).folder.delete()
+    return Result(table, run.meter, run.folder)
 
 
 class Calibration:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,10 +29,11 @@ class Problem:
     is_linear: bool
     g2: Tensor | None
     operands: dict[Role, Operand]
-    target: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "target", self.product(self.left, self.right))
+    @cached_property
+    def target(self) -> Tensor:
+        """The float product z."""
+        return self.product(self.left, self.right)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ (right.t() if self.is_linear else right)

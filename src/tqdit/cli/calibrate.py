@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {default})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif choices_of(knob):
+        elif isinstance(default, str) and choices_of(knob):
             options["choices"] = choices_of(knob)
         elif isinstance(default, str):
             options["metavar"] = "TEXT"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     from tqdit.calibration.cost import peak_memory_bytes
     from tqdit.calibration.data import read_data
     from tqdit.calibration.device import choose_device, peak_device_bytes
-    from tqdit.calibration.flow import calibrate, finish
+    from tqdit.calibration.flow import calibrate
     from tqdit.models.load import load_model
     from tqdit.quantization.table import is_scale_table, write_scale_table
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     with lock_folder(work):  # two runs would remove each other's results
         result = calibrate(model, config, work, console, data)
         write_scale_table(output, result.table)
-        finish(model, config, work, data)
+        result.folder.delete()
     spent = result.meter.forward_equivalents
     phases = ", ".join(f"{phase} {count:,.0f}" for phase, count in spent.items())
     seconds = time.monotonic() - started

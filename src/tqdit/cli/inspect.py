@@ -38,7 +38,7 @@ examples:
   tqdit-inspect scales.safetensors --plot scales.png
   tqdit-inspect DiT-XL-2-256x256.pt"""
 
-CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin", ".index.json")
 PICTURES = (".png", ".svg", ".pdf")
 Facts = list[tuple[str, object]]
 
@@ -87,7 +87,7 @@ def inspect(file: str, heads: int | None = None) -> Facts:
     readers: dict[str, Callable[[Path], Facts]] = {".onnx": _onnx, ".npz": _samples}
     if path.suffix in readers:
         return readers[path.suffix](path)
-    if path.is_file() and path.suffix not in CHECKPOINTS:
+    if path.is_file() and not file.endswith(CHECKPOINTS):
         raise UsageError(
             f"{file}: a file of unknown kind; known are {', '.join([*readers, *CHECKPOINTS])}, engine bundles and "
             "diffusers directories."

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
-from tqdit.engines.run.sampler import Sampler, StepReport, makes_images
+from tqdit.engines.run.sampler import Sampler, StepReport, makes_images, no_images
 from tqdit.engines.run.shards import (
     INDEX,
     SHARD_SIZE,
@@ -123,9 +123,7 @@ def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJ
     check_output(output)
     check_writable(output)
     if job.content == "latents" and kind_of(output) != "npz":
-        raise OutputError(
-            f"{output}: this engine makes latents and has no decoder. Name a .npz, or export again with --vae DIR."
-        )
+        raise OutputError(f"{output}: {no_images(manifest.card)}")
     with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
         calls = sampler.steps_for(job.count, job.steps)
         started = time.perf_counter()

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class BundlePart:
     """One file of a bundle."""
 
     sha256: str
@@ -68,7 +68,7 @@ class _Facts(Artefact):
     backend: str
     precision: str
     float_type: str = "fp32"  # of what is not integer
-    files: dict[str, Part] = field(default_factory=dict)
+    files: dict[str, BundlePart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,9 @@ class Manifest(_Facts):
         return manifest
 
 
-def describe_parts(folder: Path) -> dict[str, Part]:
+def describe_parts(folder: Path) -> dict[str, BundlePart]:
     """Size and SHA-256 of every file in a folder that is being built."""
-    return {file.name: Part(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+    return {file.name: BundlePart(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -73,29 +73,28 @@ class MetricChoice:
 class Metrics:
     """All metrics of one set of images, each with its noise; what cannot be computed comes with the reason."""
 
-    def __init__(self, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
-        self._target, self._choice = target, choice
+    def __init__(self, extractor: Extractor, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
+        self.extractor, self.target, self.choice = extractor, target, choice
         self.missing: dict[str, str] = {}
         self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
-        self._distances: dict[str, tuple[Callable[[Gaussian], float], int]] = {}
-        if target is not None:
-            self._add_distance("frechet_distance", target.pooled)
-            if target.spatial is not None:
-                self._add_distance("spatial_frechet_distance", target.spatial)
-
-    def _add_distance(self, name: str, gaussian: Gaussian) -> None:
-        if name in self._choice.metrics:
-            self._distances[name] = frechet_to(gaussian), gaussian.rank
+        targets = {} if target is None else {
+            "frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial
+        }  # fmt: skip
+        self._distances = {
+            name: (frechet_to(gaussian), gaussian.rank)
+            for name, gaussian in targets.items()
+            if gaussian is not None and name in choice.metrics
+        }
 
     def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be computed."""
         self._hits = None
         found: dict[str, Measure] = {}
-        for name in self._choice.metrics:
+        for name in self.choice.metrics:
             reason = self._reason_against(name, images)
             if reason is None:
                 found[name] = self._compute(name, images)
-            elif self._choice.required:
+            elif self.choice.required:
                 raise UsageError(f"{images.source}: {name} {reason}")
             else:
                 self.missing[name] = reason
@@ -115,7 +114,7 @@ class Metrics:
         x, y = (part.features.pooled.astype(np.float64) for part in (images, floats))
         return jackknife(
             lambda weights: distance(Gaussian.of(x, weights)) - distance(Gaussian.of(y, weights)),
-            len(images), self._choice.resamples, images.labels, least=-math.inf,
+            len(images), self.choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
     def _reason_against(self, name: str, images: Observed) -> str | None:
@@ -128,12 +127,12 @@ class Metrics:
         if name == "inception_score":
             classes = images.features.probabilities.shape[1]
             return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"
-        if self._target is None:
+        if self.target is None:
             return "needs a reference. Pass --reference FILE."
         if name in ("precision", "recall"):
-            if self._target.features is None:
-                return f"needs the samples of the reference; {self._target.source} holds statistics alone."
-            least = min(count, len(self._target.features))
+            if self.target.features is None:
+                return f"needs the samples of the reference; {self.target.source} holds statistics alone."
+            least = min(count, len(self.target.features))
             return (
                 None
                 if least > NEIGHBOURS
@@ -150,7 +149,7 @@ class Metrics:
         )
 
     def _compute(self, name: str, images: Observed) -> Measure:
-        choice, features, count, strata = self._choice, images.features, len(images), balanced_strata(images.labels)
+        choice, features, count, strata = self.choice, images.features, len(images), balanced_strata(images.labels)
         match name:
             case "accuracy":
                 return of_share(features.probabilities.argmax(axis=1) == images.labels)
@@ -158,10 +157,10 @@ class Metrics:
                 p = features.probabilities
                 return around(lambda chosen: inception_score(p[chosen]), count, choice.resamples, choice.seed, strata)
             case "precision" | "recall":
-                assert self._target is not None
-                assert self._target.features is not None
+                assert self.target is not None
+                assert self.target.features is not None
                 if self._hits is None:
-                    self._hits = manifold_hits(self._target.features, features.pooled)
+                    self._hits = manifold_hits(self.target.features, features.pooled)
                 if name == "precision":
                     return of_share(self._hits[0])
                 return of_share(self._hits[1], "Wilson score over the reference, the samples as they are")

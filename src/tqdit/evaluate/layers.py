@@ -8,12 +8,11 @@ An *image* is what one chain had at one step: one row, or with guidance the two 
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.calibration.advice import as_text
 from tqdit.calibration.capture import Capture
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import product_costs
@@ -33,13 +31,7 @@ from tqdit.console import Console
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, prediction_of, watched
-from tqdit.quantization.fake_quant import (
-    QuantizedLinear,
-    QuantizedNetwork,
-    QuantizedProduct,
-    find_module,
-    quantize_module,
-)
+from tqdit.quantization.fake_quant import QuantizedNetwork, find_module, quantize_module
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerTimestepGroup, Role
 from tqdit.quantization.quantizer import Part
@@ -90,9 +82,7 @@ class Diagnosis:
         model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
         self.model, self.table, self.console = model, table, console
         self.products = {product.name: product for product in model.products}
-        known = {field.name for field in fields(QuantizationConfig)}
-        settings = {key: value for key, value in table.settings.items() if key in known} | {"equalize": False}
-        self.config = QuantizationConfig(**settings).for_model(model)
+        self.config = replace(QuantizationConfig.of_settings(table.settings), equalize=False).for_model(model)
         self.calibration = Calibration(model, self.config, work, console)
         self.every_row = self.calibration.rows()
         self.rows_per_image = rows_per_image(model.guidance)
@@ -129,6 +119,11 @@ class Diagnosis:
         draws = 1 - errors[chosen].sum(axis=1) / self.base[chosen].sum(axis=1)
         low, high = np.quantile(draws, [0.025, 0.975])
         return float(1 - errors.sum() / self.base.sum()), float(low), float(high)
+
+    def quantize(self, layer: str, sites: Mapping[str, Site]) -> nn.Module:
+        """A layer of the float network, quantized by these sites."""
+        module = find_module(self.model.network, layer)
+        return quantize_module(layer, module, sites, self.quantized.rows).to(self.model.device)
 
     @contextmanager
     def replaced(self, layer: str, module: nn.Module) -> Iterator[QuantizedNetwork]:
@@ -197,30 +192,17 @@ class FloatOperand(nn.Module):
         yield Part(x)
 
 
-def without(module: nn.Module, original: nn.Module, role: Role) -> nn.Module:
-    """A copy of a quantized module with one of its tensors in float."""
-    changed = copy.copy(module)
-    changed._modules, changed._buffers = dict(module._modules), dict(module._buffers)
-    if isinstance(module, QuantizedProduct):
-        setattr(changed, role, FloatOperand())
-        return changed
-    assert isinstance(module, QuantizedLinear)
-    assert isinstance(changed, QuantizedLinear)
-    if role == "input":
-        changed.quantize = None
-        return changed
-    assert isinstance(original, nn.Linear | nn.Conv2d)
-    changed.weight = original.weight.detach()
-    changed.row_sums = changed.weight.flatten(1).sum(1).reshape(module.row_sums.shape)
-    return changed
-
-
 def leave_one_out(diagnosis: Diagnosis, advance: Callable[[], object]) -> list[TensorGain]:
     """Every tensor of the table in turn left in float; the largest gain first."""
     gains = []
     for site in diagnosis.table.sites:
-        original = find_module(diagnosis.model.network, site.module)
-        changed = without(find_module(diagnosis.quantized.network, site.module), original, site.role)
+        held = diagnosis.table.by_module[site.module]
+        is_product = site.role in ("left", "right")  # which needs both operands
+        changed = diagnosis.quantize(
+            site.module, {role: other for role, other in held.items() if role != site.role or is_product}
+        )
+        if is_product:
+            setattr(changed, site.role, FloatOperand())
         with diagnosis.replaced(site.module, changed) as network:
             gains.append(TensorGain(site.module, site.role, *diagnosis.gain(diagnosis.errors(network))))
         advance()
@@ -251,24 +233,19 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
     return found
 
 
-def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], object]) -> list[Remedy]:
-    """Each change of each of these layers, searched anew and measured; the largest gain per cost first."""
-    wanted = [
-        (layer, change)
-        for layer in layers
-        for change in changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
-    ]
+def remedies(
+    diagnosis: Diagnosis, wanted: list[tuple[str, dict[str, Any]]], advance: Callable[[], object]
+) -> list[Remedy]:
+    """Each change (layer, knobs) searched anew and measured; the largest gain per cost first."""
     if not wanted:
         return []
+    layers = {layer for layer, _ in wanted}
     plans = tuple(entry for entry in diagnosis.calibration.plans if entry.name in layers)
     capture = diagnosis.calibration.capture(diagnosis.model, diagnosis.every_row, plans, "remedies")
     costs, found = BitOperations(diagnosis), []
     for layer, change in wanted:
         sites = _search(diagnosis, capture, layer, change)
-        module = quantize_module(
-            layer, find_module(diagnosis.model.network, layer), sites, diagnosis.quantized.rows
-        ).to(diagnosis.model.device)  # fmt: skip
-        with diagnosis.replaced(layer, module) as network:
+        with diagnosis.replaced(layer, diagnosis.quantize(layer, sites)) as network:
             gain = diagnosis.gain(diagnosis.errors(network))
         found.append(Remedy(layer, change, *gain, costs.extra(layer, sites)))
         advance()
@@ -276,15 +253,9 @@ def remedies(diagnosis: Diagnosis, layers: list[str], advance: Callable[[], obje
     return sorted(found, key=lambda remedy: -remedy.gain_per_cost)
 
 
-def count_changes(diagnosis: Diagnosis, layers: list[str]) -> int:
-    return int(sum(len(changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])) for layer in layers))
-
-
 def _search(diagnosis: Diagnosis, capture: Capture, layer: str, change: dict[str, Any]) -> dict[str, Site]:
     """The sites of one layer, searched again with one change on the samples of the calibration's rows."""
-    knobs = {name: dict(held) for name, held in diagnosis.config.layer_knobs.items()}
-    knobs.setdefault(layer, {}).update(change)
-    config = replace(diagnosis.config, overrides=as_text(knobs))
+    config = diagnosis.config.with_layer_knobs([(layer, change)])
     weight: Tensor | None = getattr(find_module(diagnosis.model.network, layer), "weight", None)
     with tempfile.TemporaryDirectory() as folder:
         run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True))
@@ -334,8 +305,10 @@ def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, A
     with console.bar(len(diagnosis.table.sites), "leaving one tensor in float", "tensors") as bar:
         gains = leave_one_out(diagnosis, bar.update)
     worst = list(dict.fromkeys(gain.layer for gain in gains))[:layers]
-    with console.bar(count_changes(diagnosis, worst), "remedies", "changes") as bar:
-        found = remedies(diagnosis, worst, bar.update)
+    held = diagnosis.table.by_module
+    wanted = [(layer, change) for layer in worst for change in changes_for(diagnosis.products[layer], held[layer])]
+    with console.bar(len(wanted), "remedies", "changes") as bar:
+        found = remedies(diagnosis, wanted, bar.update)
     return {
         "tqdit_diagnosis": 1,
         "model": diagnosis.table.model,

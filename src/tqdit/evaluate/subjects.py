@@ -20,13 +20,13 @@ from tqdit.errors import MissingLibraryError, UsageError
 from tqdit.evaluate import chains
 from tqdit.evaluate.bootstrap import Measure
 from tqdit.evaluate.chains import SampledChains
-from tqdit.evaluate.evaluation import Pairs, pair_up, plain, seed_noise, verdict
+from tqdit.evaluate.evaluation import Metrics, Pairs, pair_up, plain, seed_noise, verdict
 from tqdit.evaluate.extractors import Extractor
 from tqdit.evaluate.layers import look_inside, scales_over_time
 from tqdit.evaluate.lpips import Lpips
 from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.samples import SHOWN, Images, read_images
-from tqdit.evaluate.tools import MeasurementOptions, Tools, check_reference, choose_tools, describe, write_reference
+from tqdit.evaluate.tools import MeasurementOptions, check_reference, choose_metrics, describe, write_reference
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
 
 SCALES = "scales.safetensors"
@@ -49,18 +49,18 @@ class Evaluation:
 def evaluate_images(path: Path, count: int | None, measurement: MeasurementOptions, console: Console) -> Evaluation:
     """Measure the first `count` images of a file or a folder, or all."""
     images = read_images(path, count)
-    tools = choose_tools(measurement, console, images.shape, None)
-    if tools is None:
+    metrics = choose_metrics(measurement, console, images.shape, None)
+    if metrics is None:
         raise UsageError(
             f"{path}: {images.shape[1]}x{images.shape[0]} images need an extractor. Pass --inception-weights FILE."
         )
-    console.say(f"measuring {len(images)} images of {path} with {tools.extractor.name}")
+    console.say(f"measuring {len(images)} images of {path} with {metrics.extractor.name}")
     shown = images.shown
-    observed = observe(tools.extractor, images, console)
-    found = tools.metrics.measure(observed)
+    observed = observe(metrics.extractor, images, console)
+    found = metrics.measure(observed)
     if measurement.write_reference is not None:
         write_reference(measurement.write_reference, observed)
-    facts = describe({"seed": measurement.seed}, tools) | {
+    facts = describe({"seed": measurement.seed}, metrics) | {
         "subject": {"name": str(path), "kind": "images", "count": len(images)},
         "verdict": verdict(str(path), found, [], None, None),
         "sets": {"samples": _to_json(found)},
@@ -166,17 +166,17 @@ class _Comparison:
 
     def evaluate(self, measurement: MeasurementOptions) -> Evaluation:
         runs, pairs = self._sample()
-        pixels, tools = runs["subject"].pixels, None
+        pixels, metrics = runs["subject"].pixels, None
         if pixels is not None:
-            tools = choose_tools(measurement, self.console, pixels.shape[1:], self.subject.manifest.card)
+            metrics = choose_metrics(measurement, self.console, pixels.shape[1:], self.subject.manifest.card)
         measured: dict[str, dict[str, Measure]] = {}
-        if tools is not None:
-            measured, pairs = self._measure(runs, pairs, tools, measurement.write_reference)
+        if metrics is not None:
+            measured, pairs = self._measure(runs, pairs, metrics, measurement.write_reference)
         subject = measured.get("subject", {})
         floats = [found for name, found in measured.items() if name.startswith("float")]
         distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]
         noise = seed_noise(subject["frechet_distance"], distances) if "frechet_distance" in subject else None
-        facts = describe(self.options.settings, tools) | {
+        facts = describe(self.options.settings, metrics) | {
             "subject": self._describe(),
             "verdict": verdict(self.subject.title, subject, floats, noise, pairs),
             "sets": {name: _to_json(found) for name, found in measured.items()},
@@ -222,14 +222,14 @@ class _Comparison:
         return pair_up(runs["float"], runs["subject"], self._timesteps, boundaries, self.lpips)
 
     def _measure(
-        self, runs: Mapping[str, SampledChains], pairs: Pairs | None, tools: Tools, reference: Path | None
+        self, runs: Mapping[str, SampledChains], pairs: Pairs | None, metrics: Metrics, reference: Path | None
     ) -> tuple[dict[str, dict[str, Measure]], Pairs | None]:
         """The metrics of each set, and the pairs with the distance above float."""
-        self.console.say(f"measuring with {tools.extractor.name}")
-        seen = {name: self._observe(run, tools.extractor) for name, run in runs.items()}
-        measured = {name: tools.metrics.measure(observed) for name, observed in seen.items()}
+        self.console.say(f"measuring with {metrics.extractor.name}")
+        seen = {name: self._observe(run, metrics.extractor) for name, run in runs.items()}
+        measured = {name: metrics.measure(observed) for name, observed in seen.items()}
         if pairs is not None and "float" in seen:
-            excess = tools.metrics.excess(seen["subject"], seen["float"])
+            excess = metrics.excess(seen["subject"], seen["float"])
             if excess is not None:
                 pairs = replace(pairs, measures={"frechet_excess": excess, **pairs.measures})
         if reference is not None:

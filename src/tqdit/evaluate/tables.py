@@ -10,11 +10,6 @@ from tqdit.evaluate.names import INCEPTION_TITLES, SETS, TITLES
 Facts = dict[str, Any]
 
 
-def measure_of(entry: Facts) -> Measure:
-    """A number of the JSON with its interval."""
-    return Measure(**entry)
-
-
 def title(metric: str, facts: Facts) -> str:
     """What a metric is called with this extractor."""
     extractor = facts.get("extractor") or {}
@@ -30,14 +25,11 @@ def summary(facts: Facts) -> str:
     """Verdict, then one line per metric and set, then what could not be computed."""
     lines = [facts["verdict"], ""]
     metrics = list(dict.fromkeys(metric for found in facts["sets"].values() for metric in found))
-    for metric in metrics:
-        for name, found in facts["sets"].items():
-            if metric in found:
-                measure = measure_of(found[metric])
-                lines.append(f"{title(metric, facts):<28} {set_title(name):<20} {measure}   n {measure.count}")
-    for metric, entry in (facts.get("paired") or {}).items():
-        measure = measure_of(entry)
-        lines.append(f"{title(metric, facts):<28} {'against float':<20} {measure}   n {measure.count}")
+    found = [(metric, set_title(name), measures[metric])
+             for metric in metrics for name, measures in facts["sets"].items() if metric in measures]  # fmt: skip
+    found += [(metric, "against float", entry) for metric, entry in (facts.get("paired") or {}).items()]
+    for metric, of, entry in found:
+        lines.append(f"{title(metric, facts):<28} {of:<20} {Measure(**entry)}   n {entry['count']}")
     for engine in facts.get("engines") or []:
         lines.append(
             f"{'engine':<28} {set_title(engine['set']):<20} {engine['precision']}, "

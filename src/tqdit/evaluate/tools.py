@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
@@ -38,18 +37,10 @@ class MeasurementOptions:
     write_reference: Path | None = None  # where the statistics of the samples go
 
 
-@dataclass(frozen=True, eq=False)
-class Tools:
-    extractor: Extractor
-    target: ReferenceFeatures | None
-    metrics: Metrics
-    choice: MetricChoice
-
-
-def choose_tools(
+def choose_metrics(
     options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
-) -> Tools | None:
-    """Extractor and reference for images of this shape, or None if there is no extractor for them."""
+) -> Metrics | None:
+    """What images of this shape are measured by, or None if there is no extractor for them."""
     from tqdit.demo.glyphs import IMAGE_SIZE
 
     extractor: Extractor
@@ -68,11 +59,11 @@ def choose_tools(
     target = None if reference is None else describe_reference(reference, extractor, console)
     resamples = options.resamples or (200 if extractor.size < 512 else 20)
     choice = MetricChoice(options.metrics or METRICS, options.metrics is not None, resamples, options.seed)
-    return Tools(extractor, target, Metrics(target, choice), choice)
+    return Metrics(extractor, target, choice)
 
 
 def check_reference(options: MeasurementOptions, card: GraphCard) -> None:
-    """Refuse before minutes of sampling what `choose_tools` would refuse after them."""
+    """Refuse before minutes of sampling what `choose_metrics` would refuse after them."""
     for path in (options.reference, options.inception_weights):
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file or folder. Check the path.")
@@ -106,27 +97,23 @@ def write_reference(path: Path, images: Observed) -> None:
     write_statistics(path, pooled, spatial, images.extractor, len(images))
 
 
-def describe(settings: Mapping[str, Any], tools: Tools | None) -> dict[str, Any]:
+def describe(settings: Mapping[str, Any], metrics: Metrics | None) -> dict[str, Any]:
     """How everything was measured; `settings` are those of the sampling."""
-    import torch
-
-    from tqdit.version import __version__
-
     facts: dict[str, Any] = {
         "tqdit_evaluation": 1,
-        "versions": {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions(),
         "machine": {"processor": processor(), "platform": platform.platform(), "python": platform.python_version()},
         "settings": dict(settings),
         "extractor": None, "reference": None, "not_computed": {},
     }  # fmt: skip
-    if tools is not None:
+    if metrics is not None:
         facts["extractor"] = {
-            "name": tools.extractor.name, "weights": tools.extractor.digest, "features": tools.extractor.size
+            "name": metrics.extractor.name, "weights": metrics.extractor.digest, "features": metrics.extractor.size
         }  # fmt: skip
-        facts["settings"]["bootstrap"] = tools.choice.resamples
-        facts["not_computed"] = dict(tools.metrics.missing)
-        if tools.target is not None:
-            facts["reference"] = {"name": tools.target.source, "count": tools.target.count}
+        facts["settings"]["bootstrap"] = metrics.choice.resamples
+        facts["not_computed"] = dict(metrics.missing)
+        if metrics.target is not None:
+            facts["reference"] = {"name": metrics.target.source, "count": metrics.target.count}
     return facts
 
 

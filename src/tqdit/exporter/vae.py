@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.card import Latents
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, TqditWarning
 from tqdit.exporter.trace import EXAMPLE_BATCH, trace
 from tqdit.extras import need
+from tqdit.models.families.diffusers import find_weights
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.state import read_json
+from tqdit.models.state import check_place, read_json
 from tqdit.models.vae import read_latents
 
 
@@ -34,13 +36,20 @@ class Decoder(nn.Module):
 def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
     """The decoder in a diffusers VAE directory; refuses one that does not fit the model.
 
-    Its `latents` are those of the VAE's configuration: a model that is exported with it takes them over.
+    Its `latents` are those of the VAE's configuration: a model that is exported with it takes them over. Warns if they
+    are not what the model tells or takes for granted.
     """
     if model.latents is None:
-        raise CheckpointError(f"{folder}: --vae was given, but {model.source} works on images and needs no decoder.")
+        raise CheckpointError(
+            f'{folder}: {model.source} works on images and needs no decoder. Leave out --vae, or say "space": '
+            '"latents" in its model card.'
+        )
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{folder}: no config.json in it. Pass the directory of a diffusers AutoencoderKL.")
+    root = Path(model.source) if folder == model.vae_folder else folder  # which links must not leave
+    for file in folder.iterdir():
+        check_place(file, root)
     config = read_json(config_file)
     if config.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(
@@ -53,11 +62,22 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
         )
     diffusers = need("diffusers", "vae", "exporting a VAE decoder")
     try:
-        vae = diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+        vae = diffusers.AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, torch_dtype=torch.float32, variant=find_weights(folder)[1]
+        )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: its weights cannot be loaded ({reason}). Get the directory again.") from error
-    return Decoder(vae.eval().requires_grad_(False), read_latents(folder))
+    latents = read_latents(folder, root)
+    if latents != model.latents:
+        warnings.warn(
+            f"{folder}: its latents have scale {latents.scale:g} and shift {latents.shift:g}, those of {model.source} "
+            f"{model.latents.scale:g} and {model.latents.shift:g}. The decoder's are taken; if that is right, say so "
+            "in the model card.",
+            TqditWarning,
+            stacklevel=2,
+        )
+    return Decoder(vae.eval().requires_grad_(False), latents)
 
 
 def trace_decoder(decoder: Decoder, model: LoadedModel) -> tuple[ir.Model, tuple[int, int]]:

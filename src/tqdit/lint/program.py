@@ -7,9 +7,9 @@ therefore judged by what each call passes. Subgraphs see the values around them.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,8 +20,7 @@ from tqdit.errors import FileFormatError
 from tqdit.lint.values import UNKNOWN, Value, Values
 
 STANDARD = ("", "ai.onnx")
-MAX_NODES = 100_000  # a file with more nodes once its functions are inlined is read without inlining,
-MAX_DEPTH = 50  # and so is one whose functions call one another deeper than this
+MAX_NODES = 100_000  # a file with more nodes once its functions are inlined is read without inlining
 _SCOPES = "pkg.torch.onnx.name_scopes"
 # Without a handler, Python would print the library's remarks about damaged files to stderr.
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
@@ -140,30 +139,24 @@ def _subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
 
 def _inline(model: ir.Model) -> bool:
     """Inline in place. False if the functions cannot be inlined, which may leave the model half changed."""
-    sizes: dict[tuple[str, str, str], float] = {}
 
-    def size(nodes: ir.Graph | ir.Function, calls: tuple[tuple[str, str, str], ...]) -> float:
-        """Nodes after inlining; infinite if functions call themselves."""
-        total = 0.0
-        for node in nodes.all_nodes():
-            key = node.op_identifier()
-            if key in model.functions:
-                if key in calls or len(calls) > MAX_DEPTH:
-                    return math.inf
-                if key not in sizes:
-                    sizes[key] = size(model.functions[key], (*calls, key))
-                total += sizes[key]
-            total += 1
-        return total
+    @cache
+    def size(key: ir.OperatorIdentifier) -> int:
+        return size_of(model.functions[key])
 
-    if size(model.graph, ()) > MAX_NODES:
-        return False
+    def size_of(body: ir.Graph | ir.Function) -> int:
+        """Nodes after inlining."""
+        keys = (node.op_identifier() for node in body.all_nodes())
+        return sum(size(key) if key in model.functions else 1 for key in keys)
+
     for function in model.functions.values():
         for domain in model.opset_imports:  # a function of another opset has a rule of its own, and is inlined
             function.opset_imports.pop(domain, None)
     try:
+        if size_of(model.graph) > MAX_NODES:
+            return False
         InlinePass()(model)
-    except (ValueError, RuntimeError):  # as for a call with more inputs than its function has
+    except (ValueError, RuntimeError):  # as for a function that calls itself, or a call with too many inputs
         return False
     return True
 

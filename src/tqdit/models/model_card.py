@@ -1,23 +1,25 @@
-"""The model card: what the tensors of a checkpoint do not tell (docs/model-card.md)."""
+"""The model card: what the tensors of a checkpoint do not tell (docs/guides/own-checkpoint.md)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
-from tqdit.models.loaded import LoadedModel
 from tqdit.models.state import check_place, read_text
 from tqdit.models.vae import LATENT_SCALE
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Diffusion, Flow
 from tqdit.sampling.schedule import SamplingSpec, samplers_of
+
+if TYPE_CHECKING:
+    from tqdit.models.loaded import LoadedModel
 
 NAME = "model.json"  # in the directory of a model
 
@@ -141,6 +143,6 @@ def read_model_card(path: Path) -> ModelCard | None:
         return msgspec.json.decode(read_text(path), type=ModelCard)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: not a model card ({error}). Correct it (docs/model-card.md), or rename it if it belongs to "
-            "another program."
+            f"{path}: not a model card ({error}). Correct it (docs/guides/own-checkpoint.md), or rename it if another "
+            "program wrote it."
         ) from error

@@ -94,10 +94,10 @@ def unwrap(network: nn.Module, anchor: str) -> nn.Module:
 def load_weights(source: object, network: nn.Module, tensors: StateDict) -> nn.Module:
     """Put tensors into a network that has no memory yet: in float32, on the CPU, in eval mode.
 
-    Those that are float32 on the CPU are not copied; `tensors` is emptied, so that others exist once.
+    Those that are float32 on the CPU are not copied.
     """
     check_layout(source, tensors, network.state_dict())
-    weights = {name: tensors.pop(name).detach().to("cpu", torch.float32) for name in list(tensors)}
+    weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 

@@ -14,7 +14,7 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import Manifest, Part, describe_parts, write_manifest
+from tqdit.engines.bundle import BundlePart, Manifest, describe_parts, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
@@ -37,8 +37,8 @@ def manifest():
     _, card = support.exported(ExportConfig(), pixels=True)
     return Manifest(
         backend="tensorrt", precision="int8", card=card, entry="engine.plan", decoder=None,
-        versions={"tensorrt": "11.4.0"}, target={"compute_capabilities": "8.9"}, files={"engine.plan": Part("", 4)},
-        batch=BatchRange(1, 2, 16),
+        versions={"tensorrt": "11.4.0"}, target={"compute_capabilities": "8.9"},
+        files={"engine.plan": BundlePart("", 4)}, batch=BatchRange(1, 2, 16),
     )  # fmt: skip
 
 
@@ -392,7 +392,7 @@ def test_the_engine_of_a_bundle_opens_by_the_path_of_the_folder(gpu, manifest, p
     monkeypatch.setattr(type(TENSORRT), "load", lambda *_: FakeTensorRT(gpu, shape=manifest.card.state_shape))
     write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent)))
     run.TensorRTEngine.open(str(plan.parent)).close()
-    write_manifest(plan.parent, replace(manifest, backend="openvino", files={"engine.plan": Part("", 4)}))
+    write_manifest(plan.parent, replace(manifest, backend="openvino", files={"engine.plan": BundlePart("", 4)}))
     with pytest.raises(FileFormatError, match=r"engine\.plan: altered"):
         run.TensorRTEngine.open(plan.parent)
 

@@ -79,11 +79,7 @@ class Sampler:
 
     def _check_makes_images(self) -> None:
         if not self.makes_images:
-            if self.card.latents is None:
-                raise UsageError(f"this engine makes states of shape {self.card.state_shape}. Use sample_latents.")
-            raise UsageError(
-                "this engine makes latents and has no decoder. Use sample_latents, or export again with --vae DIR."
-            )
+            raise UsageError(no_images(self.card))
 
     def sample(
         self,
@@ -185,6 +181,19 @@ class Sampler:
 def has_pixels(card: GraphCard) -> bool:
     """Whether the states are pictures as they are: grey (1, H, W) or RGB (3, H, W)."""
     return card.latents is None and len(card.state_shape) == 3 and card.state_shape[0] in (1, 3)
+
+
+def no_images(card: GraphCard) -> str:
+    """Why an engine without a decoder makes no pictures, and what to do."""
+    if card.latents is None:
+        return (
+            f"this engine makes states of shape {card.state_shape}, and pictures have 1 or 3 channels. Use "
+            "sample_latents, or name a .npz."
+        )
+    return (
+        "this engine makes latents and has no decoder. Use sample_latents or name a .npz, or export again with --vae "
+        "DIR."
+    )
 
 
 def makes_images(manifest: Manifest) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from tqdit.card import AttentionForm
 from tqdit.exporter.passes.emit import Emitter
 from tqdit.exporter.passes.fused_attention import fuse_attention
-from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.exporter.passes.scopes import Modules
 from tqdit.models.products import Scores, ValueProduct
@@ -20,7 +20,7 @@ from tqdit.quantization.table import ScaleTable, Site
 
 
 def quantize_attention(
-    model: ir.Model, network: nn.Module, table: ScaleTable, groups: RowGroups, form: AttentionForm
+    model: ir.Model, network: nn.Module, table: ScaleTable, groups: GroupSelector, form: AttentionForm
 ) -> None:
     """Requires: a float trace whose scores and value products are one MatMul each, with a Softmax between them.
 
@@ -42,7 +42,7 @@ def quantize_attention(
                 _quantize_product(model.graph, node, name, sites, order, groups, rounding)
 
 
-def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: RowGroups) -> set[str]:
+def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: GroupSelector) -> set[str]:
     """Fuse every attention whose softmax has two regions; returns the modules that are done with."""
     done = set()
     for name, sites in table.by_module.items():
@@ -53,8 +53,8 @@ def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: RowGroup
 
 
 def _quantize_product(
-    graph: ir.Graph, node: ir.Node, name: str, sites: Mapping[str, Site], order: tuple[Role, Role], groups: RowGroups,
-    rounding: Rounding,
+    graph: ir.Graph, node: ir.Node, name: str, sites: Mapping[str, Site], order: tuple[Role, Role],
+    groups: GroupSelector, rounding: Rounding,
 ) -> None:  # fmt: skip
     """left^ right^. The operands are added in `order`, in which their nodes are named."""
     emit = Emitter(graph, node, name)

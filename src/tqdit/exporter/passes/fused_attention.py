@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from tqdit.errors import UsageError
 from tqdit.exporter.passes.emit import Emitter
-from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.operands import GraphOperand, low_scales, rank_of, replace
 from tqdit.exporter.passes.scopes import scope_of
 from tqdit.plugins.multi_region_attention.schema import OP_TYPE
@@ -19,7 +19,7 @@ TRANSPOSED = (0, 1, 3, 2)
 LARGEST_FLOAT16 = 65504
 
 
-def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTable, groups: RowGroups) -> str:
+def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTable, groups: GroupSelector) -> str:
     """Requires: `product` multiplies a Softmax of scaled scores with v, and stands in the module `name`; its left
     quantizer has `softmax_regions`.
 
@@ -62,7 +62,7 @@ def _check_range(low: Float32, high: Float32, bits: int, name: str) -> None:
         )
 
 
-def _codes(emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: RowGroups) -> Part[ir.Value]:
+def _codes(emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: GroupSelector) -> Part[ir.Value]:
     """The one part of a tensor, as integer codes. A tensor without a site is its own code."""
     if site is None:
         return Part(x)

@@ -12,7 +12,7 @@ from tqdit.exporter.passes.emit import Emitter
 from tqdit.plugins.time_group_select.schema import OP_TYPE
 
 
-class RowGroups:
+class GroupSelector:
     """Selects entries of per-group tables for the rows of one graph. boundaries float64 (G - 1,)."""
 
     def __init__(self, timestep: ir.Value, boundaries: NDArray[np.float64]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from tqdit.errors import UsageError
 from tqdit.exporter.passes.emit import Emitter, dequantize
-from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.exporter.passes.scopes import Modules
 from tqdit.quantization.fake_quant import weight_codes
@@ -23,7 +23,7 @@ Product = Callable[[ir.Value], ir.Value]
 PATCHES_RANK = 3  # (N, T, C p p)
 
 
-def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, groups: RowGroups) -> None:
+def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, groups: GroupSelector) -> None:
     """Requires: a float trace of `network` whose linear layers are MatMul + Add or Gemm, convolutions one Conv.
 
     Ensures: for every site of the table on a linear layer or a convolution, weights are int8 initializers behind a
@@ -49,7 +49,7 @@ class _Linear:
 
     def __init__(
         self, graph: ir.Graph, node: ir.Node, name: str, module: nn.Linear | nn.Conv2d, sites: Mapping[str, Site],
-        groups: RowGroups,
+        groups: GroupSelector,
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)

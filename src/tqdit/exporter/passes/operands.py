@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tqdit.exporter.passes.emit import Emitter, codes, quantize_dequantize, simulate
-from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.plugins.multi_region_softmax.schema import OP_TYPE
 from tqdit.quantization.quantizer import Float32, Part, Quantizer, Rounding, factor_scales
 
@@ -22,7 +22,7 @@ class GraphOperand:
     """
 
     def __init__(
-        self, emit: Emitter, quantizer: Quantizer, name: str, rank: int, groups: RowGroups, rounding: Rounding
+        self, emit: Emitter, quantizer: Quantizer, name: str, rank: int, groups: GroupSelector, rounding: Rounding
     ) -> None:
         self.emit, self.quantizer, self.name, self.rank = emit, quantizer, name, rank
         self.groups, self.rounding = groups, rounding
@@ -77,7 +77,7 @@ class GraphOperand:
         return quantized
 
 
-def low_scales(emit: Emitter, scales: Float32, groups: RowGroups) -> ir.Value:
+def low_scales(emit: Emitter, scales: Float32, groups: GroupSelector) -> ir.Value:
     """The input `low_step` (1,) or (B,) of the ops that round probabilities in two regions."""
     if scales.ndim:
         return groups.select(emit, "low_step", scales, rank=1)

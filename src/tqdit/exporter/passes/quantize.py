@@ -11,7 +11,7 @@ from torch import nn
 from tqdit.card import AttentionForm, ProductForm, QuantizationCard
 from tqdit.errors import UsageError
 from tqdit.exporter.passes.attention import quantize_attention
-from tqdit.exporter.passes.groups import RowGroups
+from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.linear import quantize_linears
 from tqdit.exporter.passes.scopes import network_timestep
 from tqdit.models.loaded import LoadedModel
@@ -65,7 +65,7 @@ def quantize(graph: ir.Model, model: LoadedModel, table: ScaleTable, form: Atten
     assert all(site.divisor is None for site in table.sites)
     table = exported_sites(table, form)
     check_sites(model.network, table)
-    groups = RowGroups(network_timestep(graph, model.signature.time), table.boundaries)
+    groups = GroupSelector(network_timestep(graph, model.signature.time), table.boundaries)
     quantize_linears(graph, model.network, table, groups)
     quantize_attention(graph, model.network, table, groups, form)
     RemoveUnusedNodesPass()(graph)

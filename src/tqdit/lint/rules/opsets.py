@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import onnx
 import onnx_ir as ir
@@ -58,20 +59,13 @@ def check(program: Program) -> Iterator[Finding]:
 def _missing(node: GraphNode) -> Iterator[Finding]:
     if onnx.defs.has(node.op_type, node.opset, "") or not onnx.defs.has(node.op_type):
         return
-    since = min(schema.since_version for schema in _versions(node.op_type))
-    if since > node.opset:
-        yield RULE.error(
-            node.label,
-            f"{node.op_type} exists from opset {since} on, the file is written for {node.opset}. No backend has to "
-            "take it.",
-            f"Export with opset {max(since, TQDIT)}.",
-        )
-
-
-def _versions(op_type: str) -> list[onnx.defs.OpSchema]:
-    return [
-        schema for schema in onnx.defs.get_all_schemas_with_history() if schema.name == op_type and not schema.domain
-    ]
+    since = next(opset for opset in count(node.opset) if onnx.defs.has(node.op_type, opset, ""))
+    yield RULE.error(
+        node.label,
+        f"{node.op_type} exists from opset {since} on, the file is written for {node.opset}. No backend has to "
+        "take it.",
+        f"Export with opset {max(since, TQDIT)}.",
+    )
 
 
 def _scales(node: GraphNode) -> Iterator[Finding]:

@@ -49,7 +49,7 @@ def matches(source: Source) -> bool:
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
     if heads is not None:
-        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out --heads.")
+        raise UsageError(f"{name_of(source)}: its configuration tells its heads. Leave out the heads.")
     if isinstance(source, nn.Module):
         theirs: Any = unwrap(source, ANCHOR)
         name, settings = name_of(source), {**theirs.config, "_class_name": CLASS_NAME}
@@ -64,7 +64,7 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
             "save_pretrained wrote."
         )
     network = _make_network(config_file, read_json(config_file, root))
-    network = _fill(folder, network, read_tensors(_weight_file(folder), root))
+    network = _fill(folder, network, read_tensors(find_weights(folder)[0], root))
     vae = root / "vae" if (root / "vae" / "config.json").is_file() else None
     return describe(
         network,
@@ -193,8 +193,8 @@ def _check_positive(where: object, settings: Mapping[str, Any], name: str) -> No
         raise CheckpointError(f"{where}: '{name}' is {found}, expected a positive whole number. Get the file again.")
 
 
-def _weight_file(folder: Path) -> Path:
-    """The weights in a directory, or their index; those of a variant if there are no others."""
+def find_weights(folder: Path) -> tuple[Path, str | None]:
+    """The weights in a directory, or their index, and their variant: None, if there are weights without one."""
     found = [match for file in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(file.name))]
     variants = sorted({match[1] or match[4] or "" for match in found})
     if not found:
@@ -208,4 +208,5 @@ def _weight_file(folder: Path) -> Path:
             "others."
         )
     chosen = [match for match in found if (match[1] or match[4] or "") == variants[0]]
-    return folder / min(chosen, key=lambda match: (match[2] == "bin", match[3] is None))[0]
+    best = min(chosen, key=lambda match: (match[2] == "bin", match[3] is None))
+    return folder / best[0], variants[0][1:] or None

@@ -158,10 +158,10 @@ def choose_heads(source: str, width: int, heads: int | None) -> int:
     if chosen is None:
         raise CheckpointError(
             f"{source}: width {width} is not of the published family {sorted(FAMILY_HEADS)}, so the number of heads is "
-            "not known. Pass --heads."
+            "not known. Pass --heads, or tell 'heads' in a model card."
         )
     if chosen < 1 or width % chosen:
-        raise CheckpointError(f"{source}: width {width} cannot be split into {chosen} heads. Pass another --heads.")
+        raise CheckpointError(f"{source}: width {width} cannot be split into {chosen} heads. Correct the heads.")
     return chosen
 
 
