@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,7 +181,7 @@ class ShardFolder:
 
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
         """The arrays of a finished shard. Raises FileFormatError if it is missing, truncated or altered."""
-        file, content = self.path / shard_name(shard), self._content(shard)
+        file, content = self.path / shard_name(shard), self.check(shard)
         names, count = self.job.names, len(self.job.images(shard))
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -192,11 +192,8 @@ class ShardFolder:
             raise FileFormatError(f"{file}: expected {count} of each array. {_AGAIN}")
         return found
 
-    def check(self, shard: int) -> None:
-        """Raise FileFormatError if a finished shard is missing, truncated or altered."""
-        self._content(shard)
-
-    def _content(self, shard: int) -> bytes:
+    def check(self, shard: int) -> bytes:
+        """The content of a finished shard's file. Raises FileFormatError if it is missing, truncated or altered."""
         file = self.path / shard_name(shard)
         try:
             content = file.read_bytes()
@@ -228,7 +225,8 @@ def open_shards(path: Path, job: SamplingJob, force: bool = False) -> Iterator[S
         raise OutputError(f"{path}: is a file. Choose another name.")
     with lock_folder(path):
         with writing(path):
-            foreign = sorted(entry.name for entry in path.iterdir() if not _is_ours(entry.name))
+            names = {entry.name for entry in path.iterdir()} - {LOCK}
+            foreign = sorted(name for name in names if not _OURS.fullmatch(name))
         if foreign:
             raise OutputError(f"{path}: holds '{foreign[0]}', which is not a shard of samples. Choose another name.")
         if force:
@@ -236,10 +234,6 @@ def open_shards(path: Path, job: SamplingJob, force: bool = False) -> Iterator[S
         folder = _continued(path, job)
         folder.write_index()
         yield folder
-
-
-def _is_ours(name: str) -> bool:
-    return name == LOCK or _OURS.fullmatch(name) is not None
 
 
 def _clear(path: Path) -> None:
@@ -273,18 +267,13 @@ def _short(value: object) -> str:
 
 def read_index(path: Path) -> ShardFolder:
     """What the index of a folder says; the shards are not read. Raises FileFormatError if it is missing or damaged."""
-    index = path / INDEX
-    if not index.is_file():
+    file = path / INDEX
+    if not file.is_file():
         raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
     try:
-        return parse_index(index.read_bytes(), path)
+        content = file.read_bytes()
     except OSError as error:
-        raise FileFormatError(f"{index}: cannot be read ({error}). Start anew with --force.") from error
-
-
-def parse_index(content: bytes, path: Path) -> ShardFolder:
-    """The content of the index of folder `path`."""
-    file = path / INDEX
+        raise FileFormatError(f"{file}: cannot be read ({error}). Start anew with --force.") from error
     index = decode_record(content, _Index, FORMAT_VERSION, str(file), "Start anew with --force.")
     for name in index.shards:
         if not _is_shard(name, index.job):
@@ -315,17 +304,17 @@ def read_shards(path: str | Path) -> Iterator[dict[str, NDArray[Any]]]:
 def merge_shards(path: Path, output: Path) -> None:
     """Write all samples to one `.npz`, the same bytes as one run with `-o output`. One shard at a time is in memory."""
     job = read_index(path).job
-    samples, *label_names = job.names
+    samples = job.names[0]
     with whole_file(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{samples}.npy", "w", force_zip64=True) as file:
             for number, arrays in enumerate(read_shards(path)):
                 if number == 0:
                     file.write(_header(arrays[samples], job.count))
                 file.write(arrays[samples].tobytes())
-        every = [labels for shard in range(job.shards) if (labels := job.labels(shard)) is not None]
-        for name in label_names:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.concatenate(every), allow_pickle=False)
+        labels = replace(job, shard_size=job.count).labels(0)
+        if labels is not None:
+            with archive.open(f"{job.names[1]}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, labels, allow_pickle=False)
 
 
 def _header(first: NDArray[Any], count: int) -> bytes:
