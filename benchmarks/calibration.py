@@ -98,7 +98,7 @@ def report(run: ComparingCalibration, path: Path | None) -> None:
     print(f"search: {ours:.1f} s, exhaustive {theirs:.1f} s and {less:.1f} times the multiply-adds")
     print(f"forward-equivalents of one row: {sum(spent.values()):.0f} in all "
           f"({', '.join(f'{phase} {count:.0f}' for phase, count in spent.items())})")  # fmt: skip
-    print(f"peak memory {peak_memory_bytes() / 1e9:.2f} GB (with the exhaustive search)")
+    print(f"peak memory {(peak_memory_bytes() or 0) / 1e9:.2f} GB (with the exhaustive search)")
     if path is not None:
         facts = {
             "machine": platform.processor() or platform.machine(), "versions": versions(),

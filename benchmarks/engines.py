@@ -40,7 +40,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BuildConfig
-from tqdit.engines.run.backend import runner
+from tqdit.engines.run.backend import open_engine
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
@@ -142,7 +142,7 @@ def ours(path: Path, backend: str, threads: int) -> Network:
     bundle = path.with_name(f"{path.stem}.{backend}.engine")
     build_engine(path, bundle, backend, BuildConfig(float_type="fp32"))
     manifest = read_manifest(bundle)
-    return runner(backend).load(bundle, manifest, manifest.entry, threads)
+    return open_engine(bundle, manifest, manifest.entry, threads)
 
 
 def openvino_default(path: Path, threads: int) -> Network:

@@ -6,19 +6,34 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tqdit.errors import FileFormatError, OutputError
-from tqdit.files import LOCK, check_writable, lock_folder, read_npz, sha256, temporary_folder, whole_file, whole_folder
+from tqdit.errors import FileFormatError, OutputError, UsageError
+from tqdit.files import (
+    LOCK,
+    check_only,
+    check_writable,
+    lock_folder,
+    read_npz,
+    sha256,
+    temporary_folder,
+    whole_file,
+    whole_folder,
+)
 
 
 def content(folder):
     """Every file below a folder with its text."""
     return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def anything(path):
+    """No folder is refused."""
 
 
 def write_file(path, text="new"):
@@ -27,7 +42,7 @@ def write_file(path, text="new"):
 
 
 def write_folder(path, **files):
-    with whole_folder(path) as folder:
+    with whole_folder(path, anything) as folder:
         for name, text in files.items():
             (folder / name).write_text(text)
 
@@ -41,7 +56,7 @@ def refusal(write, path):
 
 
 def fail_in_the_middle(kind, path, error):
-    with kind(path) as temporary:
+    with kind(path, anything) if kind is whole_folder else kind(path) as temporary:
         (temporary if kind is whole_file else temporary / "new").write_text("half")
         raise error
 
@@ -140,6 +155,31 @@ def test_a_failure_in_the_middle_keeps_the_old_folder(tmp_path, error):
     assert content(tmp_path) == {"out/old": "1"}
 
 
+def test_a_folder_is_asked_for_before_the_work_and_after_it(tmp_path):
+    write_folder(tmp_path / "out", ours="1")
+
+    def check(path):
+        check_only(path, {"ours"}.__contains__, "a test")
+
+    with pytest.raises(OutputError, match=r"out: 'photo\.jpg' is not of a test"), whole_folder(tmp_path / "out", check):
+        (tmp_path / "out" / "photo.jpg").write_text("precious")
+    assert content(tmp_path) == {"out/ours": "1", "out/photo.jpg": "precious"}
+    begun = []
+    with pytest.raises(OutputError, match=r"photo\.jpg"), whole_folder(tmp_path / "out", check):
+        begun.append(True)
+    assert not begun
+
+
+@pytest.mark.parametrize("name", ["sub/ours", "ours/file", "file"])
+def test_a_folder_with_anything_else_is_not_ours(tmp_path, name):
+    """Another file, a folder of our file's name, and a file in the folder's place."""
+    place = tmp_path / "out" / name if name != "file" else tmp_path / "out"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("precious")
+    with pytest.raises(OutputError, match="tqdit removes only what it wrote"):
+        check_only(tmp_path / "out", {"ours"}.__contains__, "a test")
+
+
 def test_a_folder_takes_the_place_of_a_file_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "out").write_text("old")
     write_folder(tmp_path / "out", new="2")
@@ -165,7 +205,7 @@ KILLED = """
     from pathlib import Path
     from tqdit import files
     kind, path = sys.argv[1], Path(sys.argv[2])
-    with getattr(files, kind)(path) as temporary:
+    with getattr(files, kind)(path, *([str] if kind == "whole_folder" else [])) as temporary:
         target = temporary if kind == "whole_file" else temporary / "half"
         target.write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -225,7 +265,7 @@ FULL = """
     kind, path = sys.argv[1], Path(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
     try:
-        with getattr(files, kind)(path) as temporary:
+        with getattr(files, kind)(path, *([str] if kind == "whole_folder" else [])) as temporary:
             target = temporary if kind == "whole_file" else temporary / "large"
             target.write_bytes(bytes(50000))
     except OutputError as error:
@@ -275,7 +315,7 @@ def test_a_place_where_nobody_may_write_is_refused(write):
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
 def test_a_name_that_is_too_long_is_refused(tmp_path, write):
-    assert refusal(write, tmp_path / ("x" * 250)) == "(File name too long). Choose another place."
+    assert refusal(write, tmp_path / ("x" * 250)) == "(File name too long). Choose a shorter name."
     assert content(tmp_path) == {}
 
 
@@ -387,11 +427,35 @@ def test_arrays_are_read_and_anything_else_is_refused(tmp_path):
         assert str(error.value).endswith(". Write it again.")
 
 
-def test_an_array_too_large_for_the_memory_is_refused(tmp_path):
-    """A damaged header can ask for any size."""
+def claim(path, shape, held=b"", compression=zipfile.ZIP_STORED):
+    """An .npz whose header claims a shape."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 55,)})
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        archive.writestr("x.npy", header.getvalue())
-    with pytest.raises(FileFormatError):
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x.npy", header.getvalue() + held)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_memory_is_taken(tmp_path, compression):
+    claim(tmp_path / "a.npz", (8 * 10**9, 16, 16, 3), bytes(3000), compression)
+    tracemalloc.start()
+    with pytest.raises(FileFormatError, match=r"'x', uint8 \(8000000000, .* claims 6144000000000 bytes, .* 3000"):
+        read_npz(tmp_path / "a.npz")
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+def test_a_zip_entry_that_claims_more_than_its_bytes_can_unpack_to_is_refused(tmp_path):
+    claim(tmp_path / "a.npz", (1000,), bytes(1000), zipfile.ZIP_DEFLATED)
+    content = (tmp_path / "a.npz").read_bytes()
+    at = content.index(b"PK\x01\x02") + 24  # the unpacked size, in the directory
+    (tmp_path / "a.npz").write_bytes(content[:at] + (2**31).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(FileFormatError, match="'x' claims 2147483648 bytes"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_arrays_that_are_larger_than_the_memory_are_no_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("tqdit.bounds.memory_left", lambda: 10**6)
+    np.savez(tmp_path / "a.npz", x=np.zeros(2 * 10**6, np.uint8))
+    with pytest.raises(UsageError, match=r"a\.npz: 0\.0 GB of memory are needed"):
         read_npz(tmp_path / "a.npz")

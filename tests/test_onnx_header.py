@@ -79,7 +79,7 @@ FIELD = 8 * 14 + 2  # metadata_props
 def test_a_damaged_file_is_refused(tmp_path, content):
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
-    with pytest.raises(FileFormatError, match="not an ONNX file"):
+    with pytest.raises(FileFormatError, match=r"not an ONNX file|or truncated"):
         OnnxHeader.read(path)
 
 

@@ -8,9 +8,11 @@ exits with 1, or with 2 if the command line is wrong.
     |-- CheckpointError       a model that cannot be loaded
     |-- FileFormatError       a file of TQDiT that is damaged or of an unknown version
     |-- LintError             an ONNX file that a backend would refuse, or run in float without a message
+    |-- InputError            a file that the system does not let us read, or that does not fit into memory
     |-- OutputError           an output that cannot be written
     |-- MissingLibraryError   an extra that is not installed
     |-- BackendError          an engine that cannot be built or run here
+    |   `-- VerificationError an engine that does not compute what its golden calls say
     `-- SamplingError         a chain that became NaN or was stopped
         |-- SamplingStopped
         |-- QueueFullError    a request that the full queue of a StepBatcher refuses
@@ -40,6 +42,10 @@ class LintError(TqditError):
     """A backend would refuse an ONNX file, or run it in float or wrongly without a message."""
 
 
+class InputError(TqditError):
+    """The system refuses to read a file, or its content does not fit into memory."""
+
+
 class OutputError(TqditError):
     """An output cannot be written."""
 
@@ -50,6 +56,10 @@ class MissingLibraryError(TqditError, ImportError):
 
 class BackendError(TqditError):
     """An engine cannot be built or run on this machine."""
+
+
+class VerificationError(BackendError):
+    """An engine's error on golden calls is larger than that of the fake-quantized network."""
 
 
 class SamplingError(TqditError):

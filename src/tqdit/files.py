@@ -1,4 +1,4 @@
-"""Files on disk: outputs that are written whole or not at all, folders with one writer, arrays that are read safely.
+"""Files on disk: outputs that are written whole or not at all, folders with one writer, inputs that are read safely.
 
 A file or folder is written under a temporary name beside its final one and renamed when it is complete. The next run
 that writes the same output removes the temporary files of a killed run.
@@ -8,28 +8,45 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
+import re
 import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from tqdit.errors import FileFormatError, OutputError
+from tqdit.bounds import DEFLATE_RATIO, check_claim, check_memory
+from tqdit.errors import FileFormatError, InputError, OutputError, TqditError
 
-# Damaged files raise all of these. RuntimeError: a member marked as encrypted; MemoryError: a shape that is too large.
-_NPZ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+# What a damaged .npz raises. RuntimeError: a member marked as encrypted.
+NPZ_ERRORS = (ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 LOCK = ".lock"  # an empty file in a locked folder
 _SUFFIX = ".partial"
 T = TypeVar("T")
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename met a full folder or a file
+_LONGEST = len("..prepared..1234567890.partial.partial")  # what the names of temporary files add to that of an output
+_ADVICE = {
+    errno.ENOSPC: "Free some space or choose another place.",
+    errno.EFBIG: "Raise the file size limit or choose another place.",
+    errno.EROFS: "Choose a place that is not read-only.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Raise the limit of open files.",
+}
+_ADVICE_BY_USE = {  # for a missing permission, and for whatever else
+    "read": ("Ask its owner for the permission.", "Check the path and the disk."),
+    "written": ("Choose a place that you may write to.", "Choose another place."),
+    "used": ("Ask for the permission, or choose another place.", "Check the path."),
+}
 
 
 @contextmanager
@@ -50,15 +67,39 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; put it in the place of `path` on success, remove it on failure."""
+def whole_folder(path: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a temporary folder; put it in the place of `path` on success, remove it on failure.
+
+    check: raises OutputError if what is at `path` may not be removed. It is asked before the work and after it.
+    """
     path = _behind_links(path)
+    check(path)
     with temporary_folder(path) as folder:
         yield folder
         for file in folder.rglob("*"):
             if file.is_file():
                 flush(file)
+        check(path)
         _swap(folder, path)
+
+
+def check_only(path: Path, is_ours: Callable[[str], object], what: str) -> None:
+    """Raise OutputError if a folder that is to be replaced is a file, or holds anything but files of ours.
+
+    is_ours: whether tqdit writes a file of this name there. what: such a folder, for the message.
+    """
+    if path.name in ("", ".."):
+        raise OutputError(f"{path}: cannot be replaced as a whole. Call it by its name, or choose another place.")
+    with writing(path):
+        if not path.exists():
+            return
+        entries = sorted(path.iterdir()) if path.is_dir() else [path]
+        foreign = [entry.name for entry in entries if not (entry.is_file() and path.is_dir() and is_ours(entry.name))]
+    if foreign:
+        raise OutputError(
+            f"{path}: '{foreign[0]}' is not of {what}, and tqdit removes only what it wrote. Choose another name, or "
+            "empty the place yourself."
+        )
 
 
 @contextmanager
@@ -81,18 +122,77 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        advice = {
-            errno.ENOSPC: "Free some space or choose another place.",
-            errno.EFBIG: "Raise the file size limit or choose another place.",
-            errno.EACCES: "Choose a place that you may write to.",
-            errno.EROFS: "Choose a place that is not read-only.",
-        }.get(error.errno or 0, "Choose another place.")
-        raise OutputError(f"{path}: cannot be written ({reason}). {advice}") from error
+        raise OutputError(explain(error, "written", path)) from error
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the files of a format are called, and how they begin."""
+
+    name: str
+    begin: re.Pattern[bytes]
+    least: int  # bytes of the shortest one
+
+    def check(self, path: Path, again: str, error: type[TqditError]) -> None:
+        """Raise `error` if a file is too short for the format, or is of another one."""
+        with path.open("rb") as file:
+            head = file.read(16)
+        if len(head) < self.least:
+            raise error(f"{path}: empty or truncated: {len(head)} bytes, expected {self.name}. {again}")
+        if not self.begin.match(head):
+            raise error(f"{path}: not {self.name}. {again}")
+
+
+NPZ = Format("an .npz of arrays", re.compile(rb"PK\x03\x04|PK\x05\x06"), 4)
+SAFETENSORS = Format("a safetensors file", re.compile(rb".{8}\{", re.DOTALL), 9)
+TORCH = Format("a PyTorch checkpoint", re.compile(rb"PK\x03\x04|\x80"), 4)
+JSON = Format("a JSON object", re.compile(rb"\s*\{"), 2)
+ONNX = Format("an ONNX file", re.compile(rb"\x08"), 2)
+
+
+@contextmanager
+def reading(
+    path: Path, kind: Format, again: str, *damage: type[Exception], error: type[TqditError] = FileFormatError
+) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into one line that says which: refused, of another format, or damaged.
+
+    again: what to do about a wrong or damaged file, for which `error` is raised. damage: what the format's library
+    raises for one. Whatever the system refuses, and a lack of memory, is an InputError.
+    """
+    try:
+        kind.check(path, again, error)  # first, since libraries take a refusal of the system for damage
+        yield
+    except TqditError:
+        raise
+    except FileNotFoundError as found:
+        raise error(f"{path}: no such file. {again}") from found
+    except MemoryError as found:
+        raise InputError(explain(found, "read", path)) from found
+    except (OSError, *damage) as found:  # type: ignore[misc]  # mypy does not see through the star
+        if isinstance(found, OSError) and found.errno not in (None, errno.EINVAL):  # EINVAL: a place that is not there
+            raise InputError(explain(found, "read", path)) from found
+        reason = str(found).splitlines()[0] if str(found) else type(found).__name__
+        raise error(f"{path}: damaged or truncated ({reason}). {again}") from found
+
+
+def explain(error: OSError | MemoryError, use: str = "used", path: object = None) -> str:
+    """One line for what the system refuses. use: 'read', 'written' or 'used'. path: None: the one that it names."""
+    if isinstance(error, MemoryError):
+        place, advice = f"{path}: " if path else "", "Ask for less at a time, or free some memory."
+        return f"{place}out of memory{f' ({error})' if str(error) else ''}. {advice}"
+    reason = str(error.strerror or error)
+    where = path or error.filename
+    permission, other = _ADVICE_BY_USE[use]
+    advice = permission if error.errno in (errno.EACCES, errno.EPERM) else _ADVICE.get(error.errno or 0, other)
+    return f"{where}: cannot be {use} ({reason}). {advice}" if where else f"{reason}. {advice}"
 
 
 def check_writable(path: Path) -> None:
     """Raise OutputError if an output cannot be written; called before hours of work, not after."""
+    if path.name == "-":
+        raise OutputError("-: outputs are files, not the standard output. Choose another name.")
+    with writing(path), suppress(FileNotFoundError):
+        path.parent.joinpath(path.name + _LONGEST * "x").lstat()  # raises an OSError if temporary names are too long
     with writing(path):
         _require_ordinary(path, lambda: path.is_file() or path.is_dir())
         _make_parent(path)
@@ -126,16 +226,38 @@ def decode_record(text: str | bytes, kind: type[T], version: int, where: str, ad
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an `.npz` file, without pickled objects. Raises FileFormatError if it cannot be read."""
-    try:
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-    except _NPZ_ERRORS as error:
-        raise FileFormatError(f"{path}: damaged, or not an .npz of plain arrays ({error}). Write it again.") from error
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # NumPy returns other members of the zip file as bytes
-            raise FileFormatError(f"{path}: '{name}' is not an array. Write it again.")
-    return arrays
+    """All arrays of an `.npz` file, without pickled objects. Raises FileFormatError for anything else."""
+    with reading(path, NPZ, "Write it again.", *NPZ_ERRORS), path.open("rb") as file:
+        return parse_npz(str(path), file)
+
+
+def parse_npz(where: str, file: BinaryIO) -> dict[str, NDArray[Any]]:
+    """The arrays of an `.npz`; raises NPZ_ERRORS for a damaged one. where: names it in messages."""
+    headers = npz_headers(where, file)
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in headers.values())
+    check_memory(where, size, "Split the file, or take a machine with more memory.")
+    with np.lib.npyio.NpzFile(file, allow_pickle=False) as content:
+        return {name: content[name] for name in headers}
+
+
+def npz_headers(where: str, file: BinaryIO) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Type and shape of each array of an `.npz`, none of which claims more than the file holds."""
+    headers = {}
+    length = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            packed = entry.compress_size * (1 if entry.compress_type == zipfile.ZIP_STORED else DEFLATE_RATIO)
+            check_claim(where, f"'{name}', compressed,", entry.compress_size, length)
+            check_claim(where, f"'{name}'", entry.file_size, packed)
+            with archive.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+                claimed = dtype.itemsize * math.prod(shape)
+                check_claim(where, f"'{name}', {dtype} {shape},", claimed, entry.file_size - member.tell())
+            headers[name] = dtype, shape
+    return headers
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
+from tqdit.files import ONNX, reading
 
 PRODUCER = "tqdit"
 MAX_FIELDS, MAX_BYTES = 1_000_000, 100_000_000  # of a message, and of what is read of it
@@ -37,17 +38,14 @@ class OnnxHeader:
         if not path.is_file():
             raise FileFormatError(f"{path}: no such file. Run tqdit-export {path.name} first.")
         producer, metadata, has_graph = "", {}, False
-        try:
-            with path.open("rb") as file:
-                for number, value in _fields(file, (_PRODUCER_NAME, _METADATA_PROPS)):
-                    has_graph |= number == _GRAPH
-                    if number == _PRODUCER_NAME:
-                        producer = value.decode()
-                    if number == _METADATA_PROPS:
-                        entry = dict(_fields(io.BytesIO(value), (_KEY, _VALUE)))
-                        metadata[entry.get(_KEY, b"").decode()] = entry.get(_VALUE, b"").decode()
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"{path}: damaged, not an ONNX file ({error}). Export it again.") from error
+        with reading(path, ONNX, "Export it again.", ValueError), path.open("rb") as file:
+            for number, value in _fields(file, (_PRODUCER_NAME, _METADATA_PROPS)):
+                has_graph |= number == _GRAPH
+                if number == _PRODUCER_NAME:
+                    producer = value.decode()
+                if number == _METADATA_PROPS:
+                    entry = dict(_fields(io.BytesIO(value), (_KEY, _VALUE)))
+                    metadata[entry.get(_KEY, b"").decode()] = entry.get(_VALUE, b"").decode()
         if not has_graph:
             raise FileFormatError(f"{path}: not an ONNX file, or one without a graph. Export it again.")
         return cls(path, producer, metadata)

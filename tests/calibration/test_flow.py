@@ -260,8 +260,11 @@ def test_chains_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
+    (tmp_path / "search-of-my-life").mkdir()  # the user's: nothing of ours has such a name
     first = calibrate(model, config, tmp_path)
     first.folder.delete()
+    assert sorted(path.name[:8] for path in tmp_path.iterdir())[-1] == "search-o"
+    (tmp_path / "search-of-my-life").rmdir()
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["rows-"]
     assert first.meter.spent["rows"] > 0
     second = calibrate(model, replace(config, weight_bits=5), tmp_path)
@@ -333,15 +336,29 @@ def test_the_module_of_diffusers_loses_as_little_as_it_did_converted(tmp_path: P
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"weight_bits": 1}, "--weight-bits is 1; expected 2 to 8"),
+        ({"weight_bits": 1}, "--weight-bits is 1; expected a whole number from 2 to 8"),
         ({"activation_bits": 9}, "--activation-bits is 9"),
         ({"alpha": 2.0}, "0 < alpha < beta"),
+        ({"beta": float("inf")}, "beta <= 100"),
+        ({"seed": 1.5}, r"--seed is 1\.5; expected a whole number"),
+        ({"steps": 2.5}, r"--steps is 2\.5"),
+        ({"guidance_scale": "4"}, "--guidance-scale is '4'"),
+        ({"guidance_scale": 1e38}, r"1e\+38"),
         ({"metric": "cosine"}, "--metric is 'cosine'; known are ho, mse"),
     ],
 )
 def test_unusable_settings_are_refused(knobs: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         QuantizationConfig(**knobs)  # type: ignore[arg-type]
+
+
+def test_more_rows_than_fit_into_memory_are_refused_before_the_chains_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tqdit.bounds.memory_left", lambda: 10**8)
+    config = replace(PRESETS["tq-dit"], **SMALL | {"rows_per_group": 100_000})
+    with pytest.raises(UsageError, match="300000 calibration rows from 2 chains"):
+        calibrate(tiny_model(), config, tmp_path)
 
 
 # The command ------------------------------------------------------------------------------------------------------
@@ -375,11 +392,11 @@ def test_the_command_writes_a_table_and_names_it_last(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--guidance-scale", "nan"], "guidance scale nan is not a finite number"),
+        (["--guidance-scale", "nan"], "--guidance-scale is nan; expected a finite number"),
         (["--rows-per-group", "5"], "--rows-per-group is 5.*Pass an even number"),
         (["--groups", "13"], "group 6 of 13 has no timestep of a chain of 12 steps"),
         (["--groups", "13", "--boundaries", "drift"], "--groups is 13, more than the 12 steps"),
-        (["--steps", "2000"], "--steps is 2000; a chain has 1 to 1000 steps"),
+        (["--steps", "2000"], "--steps is 2000; expected a whole number from 1 to 1000"),
         (["--overrides", "blocks.9.mlp.fc1:activation_bits=4"], "'blocks.9.mlp.fc1', which is no layer of this model"),
     ],
 )

@@ -97,23 +97,39 @@ def test_folders_that_are_no_bundles_are_refused(tmp_path):
         Sampler.open(tmp_path)
 
 
-def test_only_bundles_are_replaced(bundle, tmp_path):
-    check_overwrite(bundle, force=False)
-    check_overwrite(tmp_path, force=False)  # empty
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(OutputError, match="exists and is not an engine"):
-        check_overwrite(tmp_path, force=False)
-    check_overwrite(tmp_path, force=True)
+def test_only_bundles_are_replaced(copy, tmp_path):
+    for place in (copy, tmp_path / "nothing", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        check_overwrite(place, force=False)
+    (copy / "thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("mine")
+    home = tmp_path / "home"
+    (home / ".git").mkdir(parents=True)
+    (home / MANIFEST).write_text('{"name": "another program\'s"}')
+    for place, name in ((copy, "thesis.tex"), (tmp_path / "file", "file"), (home, ".git")):
+        for force in (False, True):
+            with pytest.raises(OutputError, match=rf"'{name}' is not of an engine bundle.*empty the place yourself"):
+                check_overwrite(place, force)
 
 
-def test_rebuilding_replaces_the_whole_bundle(tmp_path):
+def test_a_bundle_of_another_version_is_replaced_by_force_alone(copy):
+    change_manifest(copy, format_version=2)
+    with pytest.raises(OutputError, match=r"format 2, this tqdit writes format 3.*--force"):
+        check_overwrite(copy, force=False)
+    check_overwrite(copy, force=True)
+
+
+def test_rebuilding_replaces_the_whole_bundle_and_nothing_of_the_users(tmp_path):
     write(tmp_path / "model.onnx", *support.exported(pixels=True))
     output = tmp_path / "model.engine"
-    for _ in range(2):
-        build_engine(tmp_path / "model.onnx", output)
-        (output / "stray").write_text("not listed")
+    build_engine(str(tmp_path / "model.onnx"), str(output))
+    (output / "graph.onnx").write_bytes(b"old")
     build_engine(tmp_path / "model.onnx", output)
-    assert sorted(file.name for file in output.iterdir()) == ["graph.onnx", MANIFEST]
+    assert (output / "graph.onnx").read_bytes() != b"old"
+    (output / "stray").write_text("not listed")
+    with pytest.raises(OutputError, match="'stray' is not of an engine bundle"):
+        build_engine(tmp_path / "model.onnx", output)
+    assert sorted(file.name for file in output.iterdir()) == ["graph.onnx", MANIFEST, "stray"]
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 

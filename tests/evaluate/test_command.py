@@ -178,9 +178,9 @@ def test_mixed_image_sizes_are_refused_by_name(tmp_path, capsys):
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"PK nothing", "not a file of weights"),
+        (b"PK nothing", "not a PyTorch checkpoint"),
         ({"fc.weight": torch.zeros(2, 2)}, "torch-fidelity"),
-        ([1, 2], "holds a list, expected a state dict"),
+        ([1, 2], "expected a state dict of tensors"),
     ],
 )
 def test_missing_or_wrong_weights_are_refused(samples, tmp_path, capsys, content, message):
@@ -201,7 +201,7 @@ class Dangerous:
 def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
     weights = tmp_path / "inception.pth"
     torch.save({"a": Dangerous()}, weights)
-    assert "not a file of weights" in refused(capsys, samples, "--inception-weights", weights)
+    assert "it holds pickled code" in refused(capsys, samples, "--inception-weights", weights)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_weights_that_would_run_code_are_refused(samples, tmp_path, capsys):
         (["-n", "0"], "-n is 0"),
         (["--alone", "--against", "x"], "exclude each other"),
         (["{latents}"], "holds latents, expected images"),
-        (["{damaged}"], "damaged, or not an .npz"),
-        (["{picture}"], "picture.npz: damaged, or not an .npz"),
+        (["{damaged}"], "damaged.npz: damaged or truncated"),
+        (["{picture}"], "picture.npz: not an .npz of arrays"),
         (["{samples}", "--reference", "{latents}"], "expected samples (arr_0) or statistics"),
         (["{samples}", "--reference", "{half}"], "holds mu without its partner"),
         (["{large}"], "32x32 images need an extractor"),
@@ -236,11 +236,35 @@ def test_what_cannot_be_evaluated_is_one_line(samples, tmp_path, capsys, argumen
     ("arguments", "message"),
     [
         (["--reference", "missing.npz"], "missing.npz: no such file or folder"),
-        (["--inception-weights", "missing.pth"], "missing.pth: no such file or folder"),
+        (["--inception-weights", "missing.pth"], "missing.pth: no such file"),
+        (["--inception-weights", "evil.pth"], "evil.pth: not a PyTorch checkpoint"),
+        (["--lpips-weights", "evil.pth", "evil.pth"], "evil.pth: not a PyTorch checkpoint"),
+        (["--reference", "evil.npz"], "evil.npz: not an .npz of arrays"),
+        (["--reference", "stored.npz"], "holds statistics of 3 features, the extractor 'judge' has 128"),
+        (["--reference", "few.npz", "--metrics", "spatial_frechet_distance"], "needs spatial features"),
+        (["--reference", "few.npz", "--metrics", "precision", "-n", "3"], "needs more than 3 images on each side"),
+        (
+            ["--reference", "few.npz", "--metrics", "inception_score", "-n", "15"],
+            "over 16 classes needs as many samples",
+        ),
+        (["--guidance-scale", "nan"], "guidance scale is nan"),
+        (["-n", str(10**12)], "sets of 1000000000000 images: "),
+        (["--float-seeds", str(10**12)], "--float-seeds is 1000000000000; expected a whole number from 0 to 1000"),
+        (["--bootstrap", str(10**12)], "--bootstrap is 1000000000000"),
+        (["--batch", str(10**12)], "--batch is 1000000000000"),
+        (["--threads", str(10**12)], "threads is 1000000000000"),
         ([], "needs matplotlib, which is not installed. Run: pip install "),
     ],
 )
-def test_what_an_evaluation_lacks_is_said_before_anything_is_sampled(flow, capsys, monkeypatch, arguments, message):
+def test_what_an_evaluation_lacks_is_said_before_anything_is_sampled(
+    flow, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("evil.pth", "evil.npz"):
+        Path(name).write_text("evil" * 10)
+    np.savez("stored.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez("few.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8), arr_1=np.arange(4))
+
     def sample(*_: object, **__: object) -> None:
         raise AssertionError("sampled although the evaluation cannot end")
 

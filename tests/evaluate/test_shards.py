@@ -443,8 +443,8 @@ def test_shards_that_hold_no_images_are_refused_by_name(tmp_path):
 
 def test_a_spoilt_index_is_refused(small, capsys):
     (small / INDEX).write_text("{")
-    assert "shards.json: damaged" in refused(capsys, small)
-    assert "shards.json: damaged" in refused(capsys, merged_like(small), "--reference", small)
+    assert "shards.json: empty or truncated" in refused(capsys, small)
+    assert "shards.json: empty or truncated" in refused(capsys, merged_like(small), "--reference", small)
 
 
 def merged_like(folder: Path) -> Path:

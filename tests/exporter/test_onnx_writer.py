@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 import support
 from tqdit import onnx_file
-from tqdit.card import METADATA_KEY, GraphCard
+from tqdit.card import FORMAT_VERSION, METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.exporter.onnx_writer import check_overwrite, write
 from tqdit.onnx_file import OnnxFile, read_card
@@ -71,11 +72,27 @@ def test_only_our_own_files_are_overwritten(exported, tmp_path):
     check_overwrite(exported, force=False)
     foreign = tmp_path / "foreign.onnx"
     foreign.write_text("not ours")
-    with pytest.raises(OutputError, match=r"foreign\.onnx: exists and was not written by tqdit.*--force"):
-        check_overwrite(foreign, force=False)
-    check_overwrite(foreign, force=True)
+    theirs = tmp_path / "theirs.onnx"
+    graph, _ = support.exported()
+    graph.metadata_props.clear()
+    graph.producer_name = "another program"
+    ir.save(graph, theirs)
+    for place in (foreign, theirs):
+        for force in (False, True):
+            with pytest.raises(OutputError, match=r"s?\.onnx: exists and was not written by tqdit.*remove it yourself"):
+                check_overwrite(place, force)
     with pytest.raises(OutputError, match="is a directory"):
         check_overwrite(tmp_path, force=False)
+
+
+def test_a_file_of_another_version_is_replaced_by_force_alone(exported):
+    model = onnx.load(exported)
+    (entry,) = model.metadata_props
+    entry.value = entry.value.replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 1')
+    onnx.save(model, exported)
+    with pytest.raises(OutputError, match=r"format 1, this tqdit reads format \d+.*--force"):
+        check_overwrite(exported, force=False)
+    check_overwrite(exported, force=True)
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2000])

@@ -84,7 +84,7 @@ def test_another_kind_of_file_where_a_model_is_expected_is_refused(tmp_path, nam
 def test_an_onnx_file_named_like_a_checkpoint_is_refused(tmp_path):
     path = tmp_path / "dit.pt"
     path.write_bytes(b"\x08\x08\x12\x07pytorch" + b"\x00" * 100)
-    assert refusal(path) == f"{path}: not a PyTorch checkpoint, or a damaged one (Unsupported operand 8). Get it again."
+    assert refusal(path) == f"{path}: not a PyTorch checkpoint. Get it again."
 
 
 def test_a_loaded_model_is_in_eval_mode_and_needs_no_gradient(checkpoint):
@@ -119,4 +119,4 @@ def test_a_new_kind_of_model_is_one_file_and_nothing_else(tmp_path, monkeypatch)
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     assert load_model("toy:1", heads=3).source == "toy:1 3"
-    assert list(find_modules(families)) == ["demo", "diffusers", "published", "toy"]
+    assert list(find_modules(families)) == ["demo", "diffusers", "published", "recorded", "toy"]

@@ -191,14 +191,10 @@ def test_a_truncated_file_is_refused(tmp_path, name, part):
     assert "Get it again." in refusal(path)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("dit.pt", "damaged or truncated checkpoint (EOFError). Get it again."),
-    ("dit.safetensors", "damaged or truncated safetensors file (Error while deserializing header: header too small). "
-                        "Get it again."),
-])  # fmt: skip
-def test_an_empty_file_is_refused(tmp_path, name, message):
-    (tmp_path / name).touch()
-    assert refusal(tmp_path / name) == message
+@pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors"])
+def test_an_empty_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    assert refusal(tmp_path / name).startswith("empty or truncated: 0 bytes, expected a ")
 
 
 @pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors"])
@@ -313,12 +309,14 @@ def test_an_index_without_a_map_is_refused(index, text):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100000])
 def test_json_that_cannot_be_read_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    assert refusal(tmp_path / "config.json", read_json).startswith("not a readable JSON file (")
+    assert refusal(tmp_path / "config.json", read_json).startswith(
+        ("not a JSON object", "damaged or truncated (", "empty or truncated")
+    )
 
 
 def test_json_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
-    assert refusal(tmp_path / "config.json", read_json) == "expected a JSON object, found list. Get it again."
+    assert refusal(tmp_path / "config.json", read_json) == "not a JSON object. Get it again."
 
 
 def test_devices_and_directories_are_not_checkpoints(tmp_path):

@@ -40,7 +40,7 @@ def test_the_scale_is_the_default_or_the_users():
 
 @pytest.mark.parametrize(
     ("guidance", "scale", "message"),
-    [(Guidance(1.5), float("nan"), "nan is not a finite"), (Guidance(1.5), float("-inf"), "-inf"),
+    [(Guidance(1.5), float("nan"), "nan; expected a finite number"), (Guidance(1.5), float("-inf"), "-inf"),
      (None, 2.0, "without guidance")],
 )  # fmt: skip
 def test_an_impossible_scale_is_refused(guidance, scale, message):

@@ -59,7 +59,7 @@ def test_odd_sizes_are_filled():
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(UsageError, match="seed -1"):
+    with pytest.raises(UsageError, match="seed is -1"):
         noise.normal(-1, 0, 0, SHAPE)
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import JSON, reading
+
+AGAIN = "Write it with tqdit-evaluate --layers."
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,12 @@ class Advice:
 def read_advice(path: Path) -> Advice:
     """Raises FileFormatError if the file is not a diagnosis or has no advice."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such file. Write it with tqdit-evaluate --layers.")
-    try:
+        raise UsageError(f"{path}: no such file. {AGAIN}")
+    with reading(path, JSON, AGAIN, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
+    try:
         config = QuantizationConfig.of_settings(content["settings"])
         config = config.with_layer_knobs((str(entry["layer"]), entry["change"]) for entry in content["advice"])
         return Advice(config, str(content["fingerprint"]), str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(
-            f"{path}: not a diagnosis that this tqdit reads ({error}). Write it with tqdit-evaluate --layers."
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path}: not a diagnosis that this tqdit reads ({error}). {AGAIN}") from error

@@ -7,14 +7,17 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tqdit.bounds import MOST_GUIDANCE, check_count, check_number
 from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
 from tqdit.sampling.guidance import check_scale
+from tqdit.sampling.process import TRAINING_STEPS
 
 if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models.loaded import LoadedModel
 
 
+MOST_FACTOR = 100  # between a candidate scale and the range-based one
 Choices = tuple[str, ...] | range
 
 
@@ -38,7 +41,8 @@ class QuantizationConfig:
     activation_bits: int = knob(8, "bits of activations, 2..8", range(2, 9))
     outer_bits: int = knob(8, "least bits of the patch embedding, the final layer and the conditioning", range(2, 9))
 
-    steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)")
+    steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)",
+                             range(1, TRAINING_STEPS + 1))  # fmt: skip
     groups: int = knob(10, "groups G of timesteps", range(1, 1001))
     boundaries: str = knob("even", "where groups end: at even timesteps, or where the activations drift most",
                            ("even", "drift"))  # fmt: skip
@@ -89,14 +93,17 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         for knob_field in fields(self):
             choices, value = choices_of(knob_field), getattr(self, knob_field.name)
-            if isinstance(choices, range) and value not in choices:
-                raise UsageError(f"{flag(knob_field)} is {value}; expected {choices[0]} to {choices[-1]}.")
-            if choices and value not in choices:
+            if isinstance(choices, range):
+                if value is not None:
+                    check_count(flag(knob_field), value, choices[0], choices[-1])
+            elif choices and value not in choices:
                 raise UsageError(f"{flag(knob_field)} is '{value}'; known are {', '.join(map(str, choices))}.")
-        if not 0 < self.alpha < self.beta or not 0 < self.token_share <= 1:
+        if self.guidance_scale is not None:
+            check_number("--guidance-scale", self.guidance_scale, -MOST_GUIDANCE, MOST_GUIDANCE)
+        if not 0 < self.alpha < self.beta <= MOST_FACTOR or not 0 < self.token_share <= 1:
             raise UsageError(
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
-                "0 < alpha < beta and a share in (0, 1]."
+                f"0 < alpha < beta <= {MOST_FACTOR} and a share in (0, 1]."
             )
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -60,7 +59,11 @@ class Meter:
         return {phase: count / one for phase, count in self.spent.items()}
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
+def peak_memory_bytes() -> int | None:
+    """Largest resident set of this process so far; None if the system does not say."""
+    try:
+        import resource  # which Windows does not have
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

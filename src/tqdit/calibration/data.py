@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.rows import CalibrationRows, pick, renoise
 from tqdit.errors import UsageError
-from tqdit.files import read_npz, sha256
+from tqdit.files import NPZ, NPZ_ERRORS, npz_headers, read_npz, reading, sha256
 from tqdit.models.loaded import LoadedModel
 from tqdit.sampling.schedule import SamplingSpec
 
+T = TypeVar("T")
 IMAGE_NAMES = ("arr_0", "images", "latents", "x")
 LABEL_NAMES = ("arr_1", "labels", "class_labels", "y")
 
@@ -28,14 +30,26 @@ class DataSet:
     labels: NDArray[np.int64]
     sha256: str
 
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+def check_data(path: Path) -> None:
+    """Refuse, before a model is loaded, a file that `read_data` would refuse for any model."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file. Pass an .npz of images or latents with labels.")
+    with reading(path, NPZ, "Write it again.", *NPZ_ERRORS), path.open("rb") as file:
+        headers = npz_headers(str(path), file)
+    for names in (IMAGE_NAMES, LABEL_NAMES):
+        _first(path, headers, names)
+
 
 def read_data(path: Path, model: LoadedModel) -> DataSet:
     """An `.npz` with images uint8 (B, H, W, C), or latents or images float (B, C, H, W), and their labels.
 
     Names are those that tqdit-sample and the ADM evaluator use (arr_0, arr_1), or `images` / `latents` and `labels`.
     """
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file. Pass an .npz of images or latents with labels.")
+    check_data(path)
     arrays = read_npz(path)
     x0 = _first(path, arrays, IMAGE_NAMES)
     labels = _first(path, arrays, LABEL_NAMES)
@@ -56,7 +70,7 @@ def read_data(path: Path, model: LoadedModel) -> DataSet:
     return DataSet(x0.astype(np.float32), labels.astype(np.int64), sha256(path))
 
 
-def _first(path: Path, arrays: dict[str, NDArray[Any]], names: tuple[str, ...]) -> NDArray[Any]:
+def _first(path: Path, arrays: Mapping[str, T], names: tuple[str, ...]) -> T:
     for name in names:
         if name in arrays:
             return arrays[name]

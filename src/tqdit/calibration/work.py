@@ -24,6 +24,7 @@ from tqdit.files import whole_file
 from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
 
 DOOMED = "search-removed"
+_SEARCH = re.compile(rf"{DOOMED}|search-[0-9a-f]{{12}}")
 
 
 def digest(facts: Any) -> str:
@@ -105,8 +106,8 @@ def open_search(root: Path, facts: Any, device: torch.device) -> WorkFolder:
     """The folder of one search, after removing what searches with other settings left in `root`."""
     name = f"search-{digest(facts)}"
     if root.is_dir():
-        for other in root.glob("search-*"):
-            if other.name != name:
+        for other in root.iterdir():
+            if _SEARCH.fullmatch(other.name) and other.name != name:
                 _discard(other)
     return WorkFolder(root / name, device)
 

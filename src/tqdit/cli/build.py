@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdit.bounds import check_number
 from tqdit.console import Console
 from tqdit.engines.backends import backend_names
-from tqdit.engines.bundle import check_overwrite
+from tqdit.engines.bundle import CALLS_FILE, check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
 from tqdit.files import check_writable
 
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--version-compatible", action="store_true", help="a TensorRT plan that later versions of its major one run")
     add("--exclude-lean-runtime", action="store_true", help="with --version-compatible: leave the lean runtime out")
     add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
-    add("--force", action="store_true", help="replace a folder that is not an engine")
+    add("--force", action="store_true", help="replace the engine of another version of tqdit; other folders are never "
+        "replaced")  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
@@ -52,19 +54,24 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.engines.build.engine import build_engine
 
     output: Path = args.output or args.model.with_suffix(".engine")
-    check_overwrite(output, args.force)
     check_writable(output)
+    check_overwrite(output, args.force)
+    config = _config(args)
     backend = args.backend
     if backend == "auto":
         backend, why = choose_backend()
         console.say(f"backend {backend}: {why}")
     console.say(f"compiling {args.model} for {backend}")
     with _progress_bar(console) as progress:
-        manifest = build_engine(args.model, output, backend, _config(args), progress)
+        manifest = build_engine(args.model, output, backend, config, progress)
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     if manifest.audit is not None:
         console.say(manifest.audit.line)
+    if manifest.verified is not None:
+        console.say(manifest.verified.line)
+    elif CALLS_FILE in manifest.files:
+        console.say(f"golden calls: not run, since {backend} engines do not run here; tqdit-inspect --verify runs them")
     return output
 
 
@@ -88,6 +95,7 @@ def _progress_bar(console: Console) -> Iterator[Progress]:
 
 
 def _config(args: argparse.Namespace) -> BuildConfig:
+    workspace = None if args.workspace is None else check_number("--workspace", args.workspace, 1, 2**24)
     return BuildConfig(
         precision=args.precision,
         float_type=args.float_type,
@@ -95,7 +103,7 @@ def _config(args: argparse.Namespace) -> BuildConfig:
         batch=None if args.batch is None else BatchRange.parse(args.batch),
         provider=args.provider,
         targets=tuple(args.target),
-        workspace_bytes=None if args.workspace is None else int(args.workspace * 2**20),
+        workspace_bytes=None if workspace is None else int(workspace * 2**20),
         timing_cache=args.timing_cache,
         optimization_level=args.optimization_level,
         version_compatible=args.version_compatible,

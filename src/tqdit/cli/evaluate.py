@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdit.bounds import MOST_BATCH, MOST_RESAMPLES, MOST_SEEDS, check_count
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST
+from tqdit.engines.run.backend import check_threads
 from tqdit.errors import UsageError
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.tables import summary
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         write_report(args.report, evaluation.facts, evaluation.pictures)
         console.say(f"report: {args.report}")
     _write_json(output, evaluation.facts)
-    print(summary(evaluation.facts))
+    if not console.quiet:
+        print(summary(evaluation.facts))
     return output
 
 
@@ -134,10 +137,14 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("n", 1), ("batch", 1), ("seed", 0), ("float_seeds", 0), ("bootstrap", 2)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = "-n" if name == "n" else f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} is {value}; it must be at least {least}.")
+    bounds = {
+        "-n": (args.n, 1, None), "--batch": (args.batch, 1, MOST_BATCH), "--seed": (args.seed, 0, 2**64 - 1),
+        "--float-seeds": (args.float_seeds, 0, MOST_SEEDS), "--bootstrap": (args.bootstrap, 2, MOST_RESAMPLES),
+        "--diagnosed": (args.diagnosed, 0, None),
+    }  # fmt: skip
+    for flag, (value, least, most) in bounds.items():
+        if value is not None:
+            check_count(flag, value, least, most)
+    check_threads(args.threads)
     if args.alone and args.against is not None:
         raise UsageError("--alone and --against ENGINE exclude each other. Pass one of them.")

@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
     add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
-    add("--force", action="store_true", help="overwrite a file that tqdit did not write")
+    add("--force", action="store_true", help="replace the file of another version of tqdit; those of other programs "
+        "never are")  # fmt: skip
 
 
 def run(args: argparse.Namespace, console: Console) -> Path:
@@ -73,13 +74,13 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output
     if output.suffix != ".onnx":
         raise UsageError(f"{output}: tqdit-export writes an ONNX file. Give it a name that ends in .onnx.")
-    check_overwrite(output, args.force)
     check_writable(output)
+    check_overwrite(output, args.force)
     config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention, args.opset)
     table = _scale_table(args, console)
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
-    model = load_model(source, args.heads)
+    model = load_model(source, args.heads, interface=None if table is None else table.interface)
     vae_folder = None if args.no_vae else args.vae or model.vae_folder
     decoder = load_decoder(vae_folder, model) if vae_folder else None
     if decoder is not None:

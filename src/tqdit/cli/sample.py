@@ -8,10 +8,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from tqdit.bounds import check_count
+from tqdit.card import GraphCard
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
-from tqdit.engines.run.sampler import Sampler, StepReport, makes_images, no_images
+from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
     INDEX,
     SHARD_SIZE,
@@ -22,6 +25,7 @@ from tqdit.engines.run.shards import (
     open_shards,
 )
 from tqdit.errors import OutputError, UsageError
+from tqdit.extras import need
 from tqdit.files import check_writable
 from tqdit.sampling.schedule import sampler_names
 
@@ -70,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("png", "npz"), help="a PNG per image, or .npz shards that an interrupted run continues "
         f"(default: png up to {MOST_PICTURES} images, npz beyond, for latents and with the flags below)")  # fmt: skip
     add("--shard-size", type=int, metavar="N", help=f"images per shard (default: {SHARD_SIZE})")
-    add("--force", action="store_true", help="remove the shards of another run from the folder and start anew")
+    add(
+        "--force",
+        action="store_true",
+        help="remove the shards of another run from the folder and start anew; other files are never removed",
+    )
     add("--ray", nargs="?", const="", metavar="ADDRESS", help="make the shards on a Ray cluster: the one at ADDRESS "
         "('auto': the one that runs here), or without ADDRESS one that lives as long as the command")  # fmt: skip
     add("--workers", type=int, metavar="N", help="workers on the Ray cluster at most (default: as many as it has CPUs "
@@ -80,23 +88,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> Path:
     output: Path = args.output
+    check_writable(output)
     if args.merge is not None:
         if kind_of(output) != "npz":
             raise UsageError(f"{output}: --merge writes an .npz. Pass -o FILE.npz.")
         merge_shards(args.merge, output)
         return output
-    kind = kind_of(output)
-    if args.n < 1:
-        raise UsageError(f"-n is {args.n}; at least one image is needed.")
+    _check_numbers(args)
     manifest = read_manifest(args.engine)
-    shards = kind == "folder" and _wants_shards(args, manifest)
-    for name in ("format", "shard_size", "ray", "workers"):
-        if getattr(args, name) is not None and kind != "folder":
-            raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{output}' is a .{kind}.")
+    choose_batch(args.engine, manifest.batch, args.batch)
+    shards = _wants_shards(args, manifest)
     job = _describe(args, manifest, shards)
+    if not shards:
+        _check_output(output, job, manifest.card)
     if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
         console.say(remark)
     return (_sample_shards if shards else _sample_at_once)(args, manifest, job, console)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """What is wrong with the arguments alone."""
+    check_count("-n", args.n, 1)
+    check_threads(args.threads)
+    for name in ("shard_size", "workers"):
+        if getattr(args, name) is not None:
+            check_count(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    for name in ("format", "shard_size", "ray", "workers"):
+        if getattr(args, name) is not None and (kind := kind_of(args.output)) != "folder":
+            raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{args.output}' is a .{kind}.")
+    if args.workers is not None and args.ray is None:
+        raise UsageError("--workers belongs to --ray.")
+    if args.ray is not None:
+        need("ray", "ray", "--ray")
+
+
+def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
+    """Refuse an output that samples in memory cannot go to, before they are made."""
+    check_output(output)
+    if job.content == "latents" and kind_of(output) != "npz":
+        raise OutputError(f"{output}: {no_images(card)}")
 
 
 def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool) -> SamplingJob:
@@ -109,6 +139,8 @@ def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool) -> Sam
 
 
 def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
+    if kind_of(args.output) != "folder":
+        return False
     needs = [name for name in ("shard_size", "ray", "workers") if getattr(args, name) is not None]
     if args.format == "png" and needs:
         raise UsageError(f"--{needs[0].replace('_', '-')} makes shards; leave out --format png.")
@@ -120,10 +152,6 @@ def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
 def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
-    check_output(output)
-    check_writable(output)
-    if job.content == "latents" and kind_of(output) != "npz":
-        raise OutputError(f"{output}: {no_images(manifest.card)}")
     with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
         calls = sampler.steps_for(job.count, job.steps)
         started = time.perf_counter()
@@ -153,8 +181,8 @@ def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJo
     """Shard by shard, here or on a cluster."""
     output: Path = args.output
     with ExitStack() as stack:
+        folder = stack.enter_context(open_shards(output, job, args.force, bytes_per_image(manifest.card)[1]))
         work = _work_here(args, stack) if args.ray is None else _work_on_cluster(args, manifest, console)
-        folder = stack.enter_context(open_shards(output, job, args.force))
         pending = folder.pending()
         images = sum(len(job.images(shard)) for shard in pending)
         if folder.done:
@@ -171,8 +199,6 @@ def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJo
 
 
 def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
-    if args.workers is not None:
-        raise UsageError("--workers belongs to --ray.")
     sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
 
     def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tqdit.demo.glyphs import CLASSES
 from tqdit.demo.weights import shipped
+from tqdit.files import read_npz
 
 
 class Judge(nn.Module):
@@ -67,8 +68,8 @@ def _stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def main(path: Path) -> None:
-    with np.load(path, allow_pickle=False) as content:
-        right = recognised(content["arr_0"], content["arr_1"])
+    content = read_npz(path)
+    right = recognised(content["arr_0"], content["arr_1"])
     low, high = wilson_interval(int(right.sum()), len(right))
     print(
         f"quality: the judge recognises {right.mean():.1%} of {len(right)} samples "

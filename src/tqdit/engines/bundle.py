@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import msgspec
 from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange
 from tqdit.errors import BackendError, FileFormatError, OutputError
-from tqdit.files import decode_record, sha256
+from tqdit.files import JSON, check_only, decode_record, reading, sha256, writing
+from tqdit.golden import Verdict
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+CALLS_FILE = "calls.npz"  # golden calls
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,23 @@ class Audit:
         )
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What the golden calls gave where the engine was built: mean errors against the float model."""
+
+    calls: int
+    error: float
+    expected: float
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> Verified:
+        return cls(len(verdict.found), float(verdict.found.mean()), float(verdict.expected.mean()))
+
+    @property
+    def line(self) -> str:
+        return f"golden calls: {self.calls}, error against float {self.error:.1e} (expected {self.expected:.1e})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
     """What a backend compiled."""
@@ -59,6 +79,7 @@ class Artefact:
     audit: Audit | None = None  # of a quantized graph
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
+    verified: Verified | None = None  # None: no golden calls, or they cannot run where it was built
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileFormatError(
             f"{folder}: not an engine bundle (it has no {MANIFEST}). Pass a folder that tqdit-build wrote."
         )
-    try:
+    with reading(folder / MANIFEST, JSON, "Build the engine again."):
         text = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise FileFormatError(f"{folder / MANIFEST}: cannot be read ({error}). Build the engine again.") from error
     return Manifest.from_json(text, folder / MANIFEST)
 
 
@@ -159,9 +178,27 @@ def release_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def check_overwrite(folder: Path, force: bool) -> None:
-    """Only bundles are replaced without --force."""
-    if not folder.exists() or force:
-        return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file()):
-        raise OutputError(f"{folder}: exists and is not an engine. Choose another name or pass --force.")
+class _Ours(msgspec.Struct):
+    """What tells a manifest of any version from other files of that name."""
+
+    format_version: int
+    backend: str
+    files: dict[str, Any]
+
+
+def check_overwrite(folder: Path, force: bool = True) -> None:
+    """Raise OutputError unless a bundle may take this place: free, empty, or that of a bundle and nothing else.
+
+    force: a bundle of another version of tqdit, too.
+    """
+    ours = None
+    nothing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    with writing(folder), suppress(*nothing, msgspec.MsgspecError, UnicodeError, RecursionError):
+        ours = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Ours)
+    names = set() if ours is None else {MANIFEST, *ours.files}
+    check_only(folder, names.__contains__, "an engine bundle")
+    if ours is not None and ours.format_version != FORMAT_VERSION and not force:
+        raise OutputError(
+            f"{folder}: an engine of format {ours.format_version}, this tqdit writes format {FORMAT_VERSION}. Choose "
+            "another name, or pass --force to replace it."
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from tqdit.bounds import MOST_BATCH
 from tqdit.errors import UsageError
 
 Precision = Literal["int8", "fp16", "bf16", "fp32"]
@@ -25,9 +26,10 @@ class BatchRange:
     most: int = 16
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.best <= self.most:
+        if not 1 <= self.least <= self.best <= self.most <= MOST_BATCH:
             raise UsageError(
-                f"--batch {self.least},{self.best},{self.most}: expected MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX."
+                f"--batch {self.least},{self.best},{self.most}: expected MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX <= "
+                f"{MOST_BATCH}."
             )
 
     def rows(self, rows_per_image: int) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.extractors import Extractor, identity
 from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
 from tqdit.evaluate.names import METRICS
-from tqdit.evaluate.observe import Observed, observe
+from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
 from tqdit.evaluate.samples import Reference
 from tqdit.evaluate.statistics import Gaussian, frechet_to
@@ -37,8 +37,8 @@ class ReferenceFeatures:
     count: int | None  # of samples; None if only statistics are stored
 
 
-def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
-    """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
+def check_reference(reference: Reference, extractor: Extractor) -> None:
+    """Refuse statistics of another extractor."""
     own = identity(extractor)
     if reference.extractor is not None and reference.extractor != own:
         raise UsageError(
@@ -50,6 +50,11 @@ def describe_reference(reference: Reference, extractor: Extractor, console: Cons
             f"{reference.source}: holds statistics of {len(reference.pooled.mean)} features, the extractor "
             f"'{extractor.name}' has {extractor.size}. They are of another extractor; pass a reference that fits."
         )
+
+
+def describe_reference(reference: Reference, extractor: Extractor, console: Console) -> ReferenceFeatures:
+    """Features of its samples, or its stored statistics. Refuses statistics of another extractor."""
+    check_reference(reference, extractor)
     found = None if reference.images is None else observe(extractor, reference.images, console).features
     pooled, spatial = reference.pooled, reference.spatial
     if pooled is None:
@@ -86,19 +91,20 @@ class Metrics:
             if gaussian is not None and name in choice.metrics
         }
 
+    def choose(self, images: Outline) -> tuple[str, ...]:
+        """The metrics that were asked for and can be computed; UsageError if one is required and cannot."""
+        reasons = {name: self._reason_against(name, images) for name in self.choice.metrics}
+        missing = {name: reason for name, reason in reasons.items() if reason is not None}
+        if missing and self.choice.required:
+            name, reason = next(iter(missing.items()))
+            raise UsageError(f"{images.source}: {name} {reason}")
+        self.missing |= missing
+        return tuple(name for name in reasons if name not in missing)
+
     def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be computed."""
         self._hits = None
-        found: dict[str, Measure] = {}
-        for name in self.choice.metrics:
-            reason = self._reason_against(name, images)
-            if reason is None:
-                found[name] = self._compute(name, images)
-            elif self.choice.required:
-                raise UsageError(f"{images.source}: {name} {reason}")
-            else:
-                self.missing[name] = reason
-        return found
+        return {name: self._compute(name, images) for name in self.choose(images.outline)}
 
     def excess(self, images: Observed, floats: Observed) -> Measure | None:
         """Frechet distance of these images less that of the float ones of the same noise.
@@ -117,15 +123,15 @@ class Metrics:
             len(images), self.choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
-    def _reason_against(self, name: str, images: Observed) -> str | None:
+    def _reason_against(self, name: str, images: Outline) -> str | None:
         """Why a metric cannot be computed, or None."""
-        count, advice = len(images), "Sample more with -n."
+        count, advice = images.count, "Sample more with -n."
         if name == "accuracy":
-            if not images.extractor.startswith("judge "):
+            if self.extractor.name != "judge":
                 return "needs the judge, which knows the demo model's classes alone."
-            return None if images.labels is not None else "needs the classes that were asked for (arr_1 of the .npz)."
+            return None if images.has_labels else "needs the classes that were asked for (arr_1 of the .npz)."
         if name == "inception_score":
-            classes = images.features.probabilities.shape[1]
+            classes = self.extractor.classes
             return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"
         if self.target is None:
             return "needs a reference. Pass --reference FILE."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pickle
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.calibration.device import choose_device, exact_arithmetic
-from tqdit.demo.glyphs import IMAGE_SIZE
+from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE
 from tqdit.demo.judge import load_judge
 from tqdit.errors import CheckpointError, MissingLibraryError, UsageError
+from tqdit.models.state import read_tensors
 
 BATCH = 64  # images per call of a network, fixed: a batch decides the last bits of a convolution
 SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv, as the ADM evaluator takes them
@@ -45,6 +45,7 @@ class Extractor(Protocol):
     name: str
     digest: str
     size: int  # D
+    classes: int  # K
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """Features of images (N, H, W, 3), whatever N is."""
@@ -60,7 +61,7 @@ class JudgeExtractor:
     """The classifier that ships with the demo model. It has no spatial features, so no sFID."""
 
     name = "judge"
-    size = 128
+    size, classes = 128, len(CLASSES)
 
     def __init__(self) -> None:
         self._judge = load_judge()
@@ -88,7 +89,7 @@ class InceptionExtractor:
     """
 
     name = "inception"
-    size = 2048
+    size, classes = 2048, 1008
 
     def __init__(self, weights: Path) -> None:
         state = read_weights(weights)
@@ -137,14 +138,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: no such file. Pass the InceptionV3 weights that torch-fidelity publishes "
             f"({INCEPTION_LAYOUT}-*.pth)."
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a file of weights ({reason:.120}). Download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a state dict of tensors.")
-    return state
+    return read_tensors(path)
 
 
 def _build_inception(state: dict[str, Tensor], path: Path) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdit.console import Console
 from tqdit.engines.run.images import write_npz
 from tqdit.engines.run.shards import ShardFolder, shard_name
-from tqdit.errors import FileFormatError, OutputError
+from tqdit.errors import FileFormatError, InputError, OutputError
 from tqdit.evaluate.extractors import Extractor, Features, identity
 from tqdit.files import check_writable, read_npz
 
@@ -43,7 +43,7 @@ class FeatureStore:
         """Features of a whole shard, or None if they are to be extracted."""
         try:
             content = read_npz(self._file(shard))
-        except FileFormatError:  # missing or damaged
+        except (FileFormatError, InputError):  # missing or damaged
             return None
         if any(str(content.pop(name, None)) != fact for name, fact in self._facts(shard).items()):
             return None

@@ -18,6 +18,15 @@ from tqdit.evaluate.feature_store import FeatureStore
 from tqdit.evaluate.samples import AnyImages, Images, ShardImages
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a set of images before they are made."""
+
+    source: str
+    count: int
+    has_labels: bool  # whether their classes are known
+
+
 @dataclass(frozen=True, eq=False)
 class Observed:
     """Features of N images, their classes (N,) if they are known, and the source of both."""
@@ -29,6 +38,10 @@ class Observed:
 
     def __len__(self) -> int:
         return len(self.features.pooled)
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.source, len(self), self.labels is not None)
 
 
 def observe(extractor: Extractor, images: AnyImages, console: Console) -> Observed:

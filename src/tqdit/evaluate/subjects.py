@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import check_memory
+from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import Manifest, read_manifest
-from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.sampler import Sampler, bytes_per_image, image_size
 from tqdit.engines.run.shards import SamplingJob, describe_job
 from tqdit.errors import MissingLibraryError, UsageError
 from tqdit.evaluate import chains
@@ -24,9 +27,9 @@ from tqdit.evaluate.evaluation import Metrics, Pairs, pair_up, plain, seed_noise
 from tqdit.evaluate.extractors import Extractor
 from tqdit.evaluate.layers import look_inside, scales_over_time
 from tqdit.evaluate.lpips import Lpips
-from tqdit.evaluate.observe import Observed, observe
+from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.samples import SHOWN, Images, read_images
-from tqdit.evaluate.tools import MeasurementOptions, check_reference, choose_metrics, describe, write_reference
+from tqdit.evaluate.tools import MeasurementOptions, choose_metrics, describe, write_reference
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
 
 SCALES = "scales.safetensors"
@@ -49,13 +52,15 @@ class Evaluation:
 def evaluate_images(path: Path, count: int | None, measurement: MeasurementOptions, console: Console) -> Evaluation:
     """Measure the first `count` images of a file or a folder, or all."""
     images = read_images(path, count)
-    metrics = choose_metrics(measurement, console, images.shape, None)
-    if metrics is None:
+    make_metrics = choose_metrics(measurement, console, images.shape, None)
+    if make_metrics is None:
         raise UsageError(
             f"{path}: {images.shape[1]}x{images.shape[0]} images need an extractor. Pass --inception-weights FILE."
         )
+    metrics = make_metrics()
     console.say(f"measuring {len(images)} images of {path} with {metrics.extractor.name}")
     shown = images.shown
+    metrics.choose(Outline(str(path), len(images), images.labels is not None))  # before the work
     observed = observe(metrics.extractor, images, console)
     found = metrics.measure(observed)
     if measurement.write_reference is not None:
@@ -102,22 +107,34 @@ def evaluate_engine(
 ) -> Evaluation:
     """Sample an engine beside its float model, and measure both."""
     manifest = read_manifest(path)
-    check_reference(measurement, manifest.card)
+    card, size = manifest.card, image_size(manifest.card)
     job = describe_job(
         path, manifest, None, options.guidance_scale, options.seed, options.count, options.batch,
         steps=options.steps, sampler=options.sampler,
     )  # fmt: skip
-    if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
+    _check_memory(card, job, options)
+    if remark := card.remark(card.sampling.choose(job.steps, job.sampler)):
         console.say(remark)
     table = _scale_table(path, manifest, options, console)
     lpips = None if options.lpips_weights is None else Lpips(*options.lpips_weights)  # refuses a bad file at once
+    make_metrics = None if size is None else choose_metrics(measurement, console, size, card)
     with contextlib.ExitStack() as stack:
         sampler = stack.enter_context(Sampler.open(path, batch=options.batch, threads=options.threads))
         subject = _Engine(str(path), manifest, sampler)
         floating = None if options.alone else stack.enter_context(_float_engine(options, manifest, console))
-        comparison = _Comparison(subject, floating, options, job, console, lpips)
-        evaluation = comparison.evaluate(measurement)
+        metrics = None if make_metrics is None else make_metrics()
+        if metrics is not None:
+            metrics.choose(Outline(str(path), job.count, bool(job.classes)))
+        comparison = _Comparison(subject, floating, options, job, console, lpips, metrics)
+        evaluation = comparison.evaluate(measurement.write_reference)
     return replace(evaluation, facts=evaluation.facts | _look_inside(path, manifest, table, options, console))
+
+
+def _check_memory(card: GraphCard, job: SamplingJob, options: EngineOptions) -> None:
+    """Every set stays in memory, and so do the states after each step of a batch of the float chains."""
+    sets, steps = 2 + options.float_seeds, job.steps * min(job.count, job.shard_size)
+    size = sets * job.count * bytes_per_image(card)[0] + steps * 4 * math.prod(card.state_shape)
+    check_memory(f"{sets} sets of {job.count} images", size, "Pass a smaller -n or --float-seeds.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,15 +180,14 @@ class _Comparison:
     job: SamplingJob
     console: Console
     lpips: Lpips | None
+    metrics: Metrics | None
 
-    def evaluate(self, measurement: MeasurementOptions) -> Evaluation:
+    def evaluate(self, reference: Path | None) -> Evaluation:
+        """reference: where the statistics of the samples go."""
         runs, pairs = self._sample()
-        pixels, metrics = runs["subject"].pixels, None
-        if pixels is not None:
-            metrics = choose_metrics(measurement, self.console, pixels.shape[1:], self.subject.manifest.card)
-        measured: dict[str, dict[str, Measure]] = {}
+        metrics, measured = self.metrics, dict[str, dict[str, Measure]]()
         if metrics is not None:
-            measured, pairs = self._measure(runs, pairs, metrics, measurement.write_reference)
+            measured, pairs = self._measure(runs, pairs, metrics, reference)
         subject = measured.get("subject", {})
         floats = [found for name, found in measured.items() if name.startswith("float")]
         distances = [found["frechet_distance"] for found in floats if "frechet_distance" in found]

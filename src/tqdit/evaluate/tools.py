@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.evaluate.evaluation import MetricChoice, Metrics, describe_reference
+from tqdit.evaluate.evaluation import MetricChoice, Metrics, check_reference, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
@@ -39,8 +39,11 @@ class MeasurementOptions:
 
 def choose_metrics(
     options: MeasurementOptions, console: Console, shape: tuple[int, ...], card: GraphCard | None
-) -> Metrics | None:
-    """What images of this shape are measured by, or None if there is no extractor for them."""
+) -> Callable[[], Metrics] | None:
+    """What makes the metrics for images of this shape (H, W, ...), or None if there is no extractor for them.
+
+    Files are read and checked here; the features of the reference are extracted when the result is called.
+    """
     from tqdit.demo.glyphs import IMAGE_SIZE
 
     extractor: Extractor
@@ -56,23 +59,13 @@ def choose_metrics(
             )
         return None
     reference = _reference(options.reference, console, extractor, card)
-    target = None if reference is None else describe_reference(reference, extractor, console)
+    if reference is not None:
+        check_reference(reference, extractor)
     resamples = options.resamples or (200 if extractor.size < 512 else 20)
     choice = MetricChoice(options.metrics or METRICS, options.metrics is not None, resamples, options.seed)
-    return Metrics(extractor, target, choice)
-
-
-def check_reference(options: MeasurementOptions, card: GraphCard) -> None:
-    """Refuse before minutes of sampling what `choose_metrics` would refuse after them."""
-    for path in (options.reference, options.inception_weights):
-        if path is not None and not path.exists():
-            raise UsageError(f"{path}: no such file or folder. Check the path.")
-    if options.reference is None and options.inception_weights is None and card.model == "demo":
-        _need_drawing()
-
-
-def _need_drawing() -> None:
-    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
+    return lambda: Metrics(
+        extractor, None if reference is None else describe_reference(reference, extractor, console), choice
+    )
 
 
 def _reference(path: Path | None, console: Console, extractor: Extractor, card: GraphCard | None) -> Reference | None:
@@ -81,7 +74,7 @@ def _reference(path: Path | None, console: Console, extractor: Extractor, card: 
         return read_reference(path)
     if extractor.name != "judge" or (card is not None and card.model != "demo"):
         return None
-    _need_drawing()
+    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
     from tqdit.demo.glyphs import draw
 
     console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import onnx_ir as ir
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.files import flush, sha256, temporary_folder
-from tqdit.onnx_file import OnnxFile, read_card, save
-from tqdit.onnx_header import PRODUCER
+from tqdit.onnx_file import OnnxFile, save
+from tqdit.onnx_header import PRODUCER, OnnxHeader
 
 
 def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tuple[int, int]] | None = None) -> None:
@@ -38,17 +39,24 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
 
 
 def check_overwrite(path: Path, force: bool) -> None:
-    """Only files that TQDiT wrote are overwritten without --force."""
-    if not path.exists() or force:
+    """Raise OutputError unless an export may take this place: free, or that of a file that tqdit-export wrote.
+
+    force: a file that this tqdit cannot use, too, as one of another version.
+    """
+    if not path.exists():
         return
     if path.is_dir():
         raise OutputError(f"{path}: is a directory. Name a file for the ONNX model.")
+    header = None
+    with suppress(FileFormatError):
+        header = OnnxHeader.read(path)
+    if header is None or not {header.producer, *header.metadata} & {PRODUCER, METADATA_KEY}:
+        raise OutputError(f"{path}: exists and was not written by tqdit. Choose another name, or remove it yourself.")
     try:
-        read_card(path)
+        _ = header.card
     except FileFormatError as error:
-        raise OutputError(
-            f"{path}: exists and was not written by tqdit. Choose another name or pass --force."
-        ) from error
+        if not force:
+            raise OutputError(f"{error} Or choose another name, or pass --force to replace it.") from error
 
 
 def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int]) -> VaeCard:

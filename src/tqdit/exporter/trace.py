@@ -6,12 +6,15 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from tqdit.errors import UsageError
+from tqdit.exporter.program import prepare
 from tqdit.models.scratch import need_compiler, need_temporary_folder
 from tqdit.ports import Signature
 
@@ -29,19 +32,33 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
     need_compiler()
     need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
+    shapes = (tuple({0: batch} for _ in inputs),)
     with _quiet():
+        traced = _program(module.eval(), tuple(inputs.values()), shapes)
+        prepare(traced)
         program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
+            traced,
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),
             output_names=[output],
-            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None
     return program.model
+
+
+def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """The traced module. A bound on the batch that a kernel's choice of memory layout suggests is taken for the trace
+    alone, as torch's ONNX exporter does: no node of the graph knows it.
+    """
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        try:
+            return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError as error:
+            bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+            return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 
 
 def check_opset(opset: int) -> None:

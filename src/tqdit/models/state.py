@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tqdit.errors import CheckpointError
-from tqdit.files import stays_inside
+from tqdit.files import JSON, SAFETENSORS, TORCH, reading, stays_inside
 
 StateDict = dict[str, Tensor]
+AGAIN = "Get it again."
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 MOST_JSON_BYTES = 64_000_000  # an index of shards needs 100 bytes a tensor
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,26 +137,21 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, object]:
     """A JSON object. folder: as in `read_tensors`."""
     if folder is not None:
         check_place(path, folder)
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file ({error}). Get it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}. Get it again.")
+    with reading(path, JSON, AGAIN, ValueError, RecursionError, error=CheckpointError):
+        content: dict[str, object] = json.loads(read_text(path))
     return content
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated safetensors file ({error}). Get it again.") from error
+    with reading(path, SAFETENSORS, AGAIN, SafetensorError, error=CheckpointError), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def _read_torch(path: Path) -> StateDict:
     # DiT's train.py stores its argparse.Namespace beside the weights: plain data, and the only class let through.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    allowed, caught = torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings()
+    # a damaged pickle or archive fails with almost any class
+    with reading(path, TORCH, AGAIN, Exception, error=CheckpointError), allowed, caught:
         warnings.simplefilter("ignore")  # torch warns about the pickle protocol of damaged files; our line says more
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -163,9 +159,6 @@ def _read_torch(path: Path) -> StateDict:
             raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
-        except Exception as error:  # a damaged pickle or archive fails with almost any class
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path}: damaged or truncated checkpoint ({reason}). Get it again.") from error
     tensors = flatten(content)
     if not tensors:
         raise CheckpointError(

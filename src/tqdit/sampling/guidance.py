@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import MOST_GUIDANCE, check_number
 from tqdit.errors import UsageError
 
 Float32 = NDArray[np.float32]
@@ -25,10 +25,9 @@ class Guidance:
     channels: int | None = None  # how many leading channels of the prediction it moves; None: all
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or (self.channels is not None and self.channels < 1):
-            raise UsageError(
-                f"guidance scale {self.scale} on {self.channels} channels; expected a finite number and at least one."
-            )
+        check_number("guidance scale", self.scale, -MOST_GUIDANCE, MOST_GUIDANCE)
+        if self.channels is not None and self.channels < 1:
+            raise UsageError(f"guidance of {self.channels} channels; expected at least one.")
 
     def combine(self, output: Float32, scale: Float32, out: Float32) -> None:
         """Write the guided prediction of B images into `out` (B, C, ...).
@@ -60,10 +59,7 @@ def check_scale(guidance: Guidance | None, scale: float | None) -> float:
         if scale is not None:
             raise UsageError("this model is sampled without guidance and takes no guidance scale. Leave it out.")
         return 1.0
-    chosen = guidance.scale if scale is None else float(scale)
-    if not math.isfinite(chosen):
-        raise UsageError(f"guidance scale {chosen} is not a finite number.")
-    return chosen
+    return check_number("guidance scale", guidance.scale if scale is None else scale, -MOST_GUIDANCE, MOST_GUIDANCE)
 
 
 def column(values: NDArray[Any], ndim: int) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.errors import UsageError
+from tqdit.bounds import check_count
 
 INITIAL = -1  # the "step" of the initial latent
 BLOCK = 4096  # pairs of numbers that are made at a time: their scratch space fits into a core's cache
@@ -33,8 +33,8 @@ def normal(seed: int, image: int, step: int, shape: tuple[int, ...]) -> NDArray[
 
 def check_key(seed: int, image: int) -> None:
     """Refuse what the generator cannot take as its key."""
-    if not (0 <= seed < 2**64 and 0 <= image < 2**64):
-        raise UsageError(f"seed {seed}, image {image}: both must lie in 0..2^64-1.")
+    check_count("seed", seed, 0, 2**64 - 1)
+    check_count("image", image, 0, 2**64 - 1)
 
 
 class Normals:

@@ -73,6 +73,14 @@ def test_it_computes_what_the_engine_computes_at_any_batch(engine):
         assert np.array_equal(engine(fed), compute(fed))
 
 
+def test_a_fork_of_the_process_is_refused(engine, monkeypatch):
+    for call in (lambda: engine(inputs(1)), lambda: engine.run_on_device({})):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: 12345)
+            with pytest.raises(BackendError, match="in process 12345, a fork of it"):
+                call()
+
+
 def test_a_graph_is_captured_after_the_first_run_and_replayed_from_then_on(engine, gpu):
     for seed in range(4):
         fed = inputs(2, seed)

@@ -58,7 +58,7 @@ def test_earlier_samples_are_replaced_but_other_files_are_not(tmp_path):
         write_images(folder, IMAGES[:count], LABELS[:count], {})
     assert len(list(folder.glob("*.png"))) == 2
     (tmp_path / "photo.jpg").write_text("precious")
-    with pytest.raises(OutputError, match="holds other files than samples"):
+    with pytest.raises(OutputError, match=r"photo\.jpg' is not of samples"):
         check_output(tmp_path)
     folder.with_suffix(".png").mkdir()
     with pytest.raises(OutputError, match="is a folder"):

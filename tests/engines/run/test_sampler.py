@@ -114,9 +114,36 @@ def test_seed_class_and_guidance_each_change_the_image(bundle):
             assert np.abs(sampler.sample_latents(labels, scale, seed=seed) - base).max() > 1e-3
 
 
+@pytest.mark.parametrize("arguments", [
+    {"seed": 1.5}, {"seed": "7"}, {"seed": True}, {"first_image": 0.5}, {"steps": 2.5}, {"guidance_scale": "4"},
+    {"guidance_scale": True}, {"guidance_scale": 1e38},
+])  # fmt: skip
+def test_what_is_no_number_of_its_kind_is_refused_and_not_rounded(bundle, arguments):
+    (name,) = arguments
+    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match=r"expected a .* number"):
+        sampler.sample([0], **arguments)
+    with StepBatcher(bundle) as batcher, pytest.raises(UsageError, match=r"expected a .* number"):
+        batcher.submit(0, **{"image_index" if name == "first_image" else name: arguments[name]})
+
+
+@pytest.mark.parametrize("arguments", [{"threads": 10**8}, {"threads": 0.5}, {"batch": 10**9}, {"batch": 1.5}])
+def test_counts_that_no_engine_has_are_refused_before_it_is_opened(bundle, monkeypatch, arguments):
+    monkeypatch.setattr("tqdit.engines.run.backend.runner", None)
+    with pytest.raises(UsageError, match=f"{next(iter(arguments))} is .*expected a whole number from 1 to"):
+        Sampler.open(bundle, **arguments)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(bundle, monkeypatch):
+    monkeypatch.setattr("tqdit.bounds.memory_left", lambda: 2000)
+    with Sampler.open(bundle) as sampler:
+        assert sampler.sample([0, 1], steps=1).shape == (2, 8, 8, 3)
+        with pytest.raises(UsageError, match="3 images at once"):
+            sampler.sample([0, 1, 2])
+
+
 @pytest.mark.parametrize("threads", [0, -1])
 def test_a_number_of_threads_below_one_is_refused(bundle, threads):
-    with pytest.raises(UsageError, match=f"threads is {threads}; it must be at least 1."):
+    with pytest.raises(UsageError, match=f"threads is {threads}; expected .* from 1 to 1024"):
         Sampler.open(bundle, threads=threads)
 
 
@@ -211,7 +238,7 @@ def test_states_that_are_no_pictures_have_no_images():
     with toy(shape=(2, 5)) as sampler:
         assert not sampler.makes_images
         assert sampler.sample_latents(2).shape == (2, 2, 5)
-        with pytest.raises(UsageError, match=r"states of shape \(2, 5\). Use sample_latents"):
+        with pytest.raises(UsageError, match=r"states of shape \(2, 5\), .* Use sample_latents"):
             sampler.sample(2)
 
 
@@ -322,7 +349,7 @@ def test_nan_is_reported_with_image_class_and_step(card):
 
 
 def test_a_guidance_scale_that_is_no_number_or_has_no_input_is_refused(bundle, bundle_of):
-    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match="nan is not a finite number"):
+    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match="nan; expected a finite number"):
         sampler.sample([0], float("nan"))
     with Sampler.open(bundle_of(guided=False)) as sampler, pytest.raises(UsageError, match="without guidance"):
         sampler.sample([0], 2.0)

@@ -120,7 +120,7 @@ def test_a_spoilt_shard_is_refused_by_readers_and_made_again_by_the_same_command
     bundle, folder, whole, spoil, tmp_path
 ):
     spoil(folder / "shard-00001.npz")
-    with pytest.raises(FileFormatError, match=r"shard-00001\.npz: (cannot be read|truncated or altered)"):
+    with pytest.raises(FileFormatError, match=r"shard-00001\.npz: (no such file|(empty|truncated) or )"):
         list(read_shards(folder))
     with pytest.raises(FileFormatError):
         merge_shards(folder, tmp_path / "merged.npz")
@@ -144,7 +144,7 @@ def test_an_unfinished_folder_is_refused_by_readers(bundle, tmp_path):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--seed", "1"], "holds samples of another run: seed 0 (asked for 1). Choose another folder, or --force"),
+    (["--seed", "1"], "holds samples of another run: seed 0 (asked for 1)"),
     (["--guidance-scale", "2"], "guidance_scale 1.5 (asked for 2.0)"),
     (["--steps", "10"], "steps 20 (asked for 10)"),
     (["--sampler", "ddim"], "sampler ddpm (asked for ddim)"),
@@ -175,10 +175,35 @@ def test_a_folder_of_other_things_is_never_touched(bundle, tmp_path, capsys):
     (tmp_path / "samples" / "thesis.tex").write_text("years")
     for more in ([], ["--force"]):
         message = refused(capsys, command(bundle, tmp_path / "samples", *more))
-        assert "holds 'thesis.tex', which is not a shard of samples" in message
+        assert "'thesis.tex' is not of shards of samples" in message
     assert content(tmp_path / "samples") == {"thesis.tex": b"years"}
     (tmp_path / "thesis").write_text("years")
-    assert "thesis: is a file" in refused(capsys, command(bundle, tmp_path / "thesis"))
+    assert "thesis: cannot be written (File exists)" in refused(capsys, command(bundle, tmp_path / "thesis"))
+
+
+def test_shards_without_an_index_are_somebody_elses(bundle, tmp_path, capsys):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "shard-00000.npz").write_text("years")
+    for more in ([], ["--force"]):
+        message = refused(capsys, command(bundle, tmp_path / "samples", *more))
+        assert "'shard-00000.npz' is not of shards of samples" in message
+    assert content(tmp_path / "samples") == {"shard-00000.npz": b"years"}
+
+
+def test_more_images_than_there_is_room_for_are_refused_before_any_is_made(bundle, tmp_path, capsys, monkeypatch):
+    """A trillion at once, in a trillion shards, in shards that are too large, and on a disk that is too small."""
+    many = 10**12
+    for more, message in (
+        (["-o", "s.npz"], "1000000000000 images at once: 960,000.0 GB of memory are needed"),
+        (["-o", "s.png"], "1000000000000 images at once: 960,000.0 GB of memory are needed"),
+        (["-o", "s"], "7812500000 shards, a folder holds at most 100000. Pass a larger --shard-size"),
+        (["-o", "s", "--shard-size", "1000000000"], "1000000000 images at once: 960.0 GB of memory are needed"),
+        (["-o", "s", "--shard-size", "10000000"], "s: needs 192,000.0 GB, the disk has"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        code = 1 if "disk" in message else 2
+        assert message in refused(capsys, [str(bundle), "-n", str(many), "-q", *more], code)
+        assert not any(file.name.endswith((".npz", ".png")) for file in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize(("more", "kind"), [
@@ -244,8 +269,9 @@ def test_an_unguided_engine_makes_shards(bundle_of, tmp_path):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--shard-size", "0"], "shards of 0; both must be at least 1"), (["--classes", "9"], "9 is out of range"),
-    (["--seed", "-1"], "seed -1"), (["--batch", "0"], "batch is 0"), (["--workers", "2"], "--workers belongs to --ray"),
+    (["--shard-size", "0"], "--shard-size is 0"), (["--classes", "9"], "9 is out of range"),
+    (["--seed", "-1"], "seed is -1"), (["--batch", "0"], "batch is 0"),
+    (["--workers", "2"], "--workers belongs to --ray"),
     (["--format", "png"], "--shard-size makes shards"), (["-o", "s.png"], "--shard-size belongs to a folder"),
 ])  # fmt: skip
 def test_a_bad_request_is_one_line_and_writes_nothing(bundle, tmp_path, monkeypatch, capsys, more, message):
@@ -318,9 +344,10 @@ def test_a_full_disk_keeps_the_finished_shards_and_the_next_run_goes_on(bundle, 
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda text: text[:-30], "damaged"), (lambda text: text[:0] + "[]", "damaged"), (lambda text: text[:0], "damaged"),
+    (lambda text: text[:-30], "damaged"), (lambda text: f"[{text}]", "not a JSON object"),
+    (lambda text: text[:0], "empty or truncated"),
     (lambda text: text.replace('"count": 11', '"count": "11"'), "$.job.count"),
-    (lambda text: text.replace('"seed": 0', '"seed": -1'), "seed -1"),
+    (lambda text: text.replace('"seed": 0', '"seed": -1'), "seed is -1"),
     (lambda text: text.replace('"content": "images"', '"content": "sounds"'), "$.job.content"),
     (lambda text: text.replace('"format_version": 2', '"format_version": 3'), "written in format 3"),
     (lambda text: text.replace("shard-00000", "../../etc/x"), "not a shard of this job"),
@@ -336,7 +363,7 @@ def test_a_spoilt_index_is_refused_and_force_starts_anew(bundle, folder, whole, 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"count": 0}, "0 images"), ({"steps": 0}, "0 steps of ddim"), ({"shard_size": -1}, "shards of -1"),
-    ({"seed": -1}, "seed -1"),
+    ({"seed": -1}, "seed is -1"),
 ])  # fmt: skip
 def test_a_job_that_no_run_can_have_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
@@ -368,7 +395,7 @@ def test_a_read_only_folder_is_one_line(bundle, tmp_path, monkeypatch, capsys):
 
 def test_a_folder_of_shards_is_not_taken_for_a_folder_of_pictures(bundle, folder, whole, capsys):
     message = refused(capsys, [str(bundle), "-n", "2", "--format", "png", "-o", str(folder), "-q"])
-    assert "holds other files than samples" in message
+    assert "'shard-00000.npz' is not of samples" in message
     assert content(folder) == whole
     with pytest.raises(OutputError):
         merge_shards(folder, folder)

@@ -11,8 +11,9 @@ from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
-from tqdit.engines.bundle import Manifest, describe_parts, write_manifest
+from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite, describe_parts, write_manifest
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
@@ -21,18 +22,20 @@ from tqdit.version import __version__
 
 
 def build_engine(
-    source: Path,
-    output: Path,
+    source: str | Path,
+    output: str | Path,
     backend: str = "onnxruntime",
     config: BuildConfig | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Compile `source` for `backend` ('auto': the best one here) into the folder `output`, which appears whole or not.
 
+    A bundle that is there is replaced, of whatever version.
     Raises BackendError if a quantized product would run in float and the config does not allow it, UsageError for what
-    the backend or the file cannot do, FileFormatError for a file that is damaged or incomplete.
+    the backend or the file cannot do, FileFormatError for a file that is damaged or incomplete, OutputError for a place
+    that holds anything else.
     """
-    config = config or BuildConfig()
+    source, output, config = Path(source), Path(output), config or BuildConfig()
     file = OnnxFile.read(source)
     card = file.own_card
     config = _choose_precision(source, card, config)
@@ -46,14 +49,25 @@ def build_engine(
     cast: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision != "int8"
     decoder = None if card.vae is None else OnnxFile.read(source.parent / card.vae.file)
-    with whole_folder(output) as folder, _prepared(file, card, strip, cast, output) as prepared:
+    with whole_folder(output, check_overwrite) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
+        if file.golden is not None:
+            file.golden.save(folder / CALLS_FILE)
         artefact = compiler.build(prepared, decoder, card, folder, config, progress)
         precision, files = config.precision or "fp32", describe_parts(folder)
         facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
         manifest = Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
+        if CALLS_FILE in files and config.provider in (None, "cpu") and compiler.fitness().score:
+            manifest = replace(manifest, verified=_verified(folder, manifest, output))
         write_manifest(folder, manifest)
     return manifest
+
+
+def _verified(folder: Path, manifest: Manifest, output: Path) -> Verified:
+    """What the golden calls gave. Raises VerificationError if the engine is wrong."""
+    verdict = verify_bundle(folder, manifest)
+    verdict.check(str(output))
+    return Verified.of(verdict)
 
 
 @contextmanager

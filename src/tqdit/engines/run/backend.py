@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import MOST_THREADS, check_count
 from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
-from tqdit.errors import UsageError
+from tqdit.engines.process import Process
+from tqdit.errors import BackendError, UsageError
 
 
 class Engine(Protocol):
@@ -37,19 +39,53 @@ def runner(backend: str) -> Runner:
     return cast(Runner, load_side(backend, "run"))
 
 
+class OpenEngine:
+    """An engine in the process that opened it: refused in a fork, which would wait for threads that it does not have.
+
+    A fork does not free its copy either, for the same reason: not by `close`, and not when the fork ends.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._process = engine, Process()
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        self._process.check("engine")
+        try:
+            return self._engine(inputs)
+        except KeyError as error:
+            raise BackendError(f"the engine takes an input {error}, which its manifest does not name.") from error
+
+    def close(self) -> None:
+        if self._process.is_here:
+            self._engine.close()
+
+    def __del__(self) -> None:
+        if not self._process.is_here:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no engine can have. None leaves it to the backend."""
+    if threads is not None:
+        check_count("threads", threads, 1, MOST_THREADS)
+
+
 def open_bundle(path: str | Path, threads: int | None) -> tuple[Manifest, Callable[[str], Engine]]:
     """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
 
     threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
     UsageError for a step graph; opening a file raises BackendError if it cannot run here.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; it must be at least 1.")
+    check_threads(threads)
     folder = Path(path)
     manifest = read_manifest(folder)
     check_graph(manifest.card, f"{folder}:")
     check_parts(folder, manifest)
-    return manifest, partial(runner(manifest.backend).load, folder, manifest, threads=threads)
+
+    def load(file: str) -> Engine:
+        return OpenEngine(runner(manifest.backend).load(folder, manifest, file, threads))
+
+    return manifest, load
 
 
 def check_graph(card: GraphCard, where: str = "this engine") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tqdit.errors import OutputError, UsageError
-from tqdit.files import whole_file, whole_folder
+from tqdit.files import check_only, whole_file, whole_folder
 
 NOTES = "samples.json"  # in a folder of PNGs: how they were made
 SMALL_IMAGE = 64  # images below this width are enlarged in a grid
+_OURS = re.compile(rf"\d{{6,}}\.png|{re.escape(NOTES)}")  # names in such a folder
 GAP = 2  # pixels between the images of a grid
 
 
@@ -31,11 +33,11 @@ def kind_of(path: Path) -> str:
 
 def check_output(path: Path) -> None:
     """Refuse to replace a folder that holds anything but earlier samples."""
-    if kind_of(path) != "folder":
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder. Choose another name.")
-    elif path.exists() and any(path.iterdir()) and not (path / NOTES).is_file():
-        raise OutputError(f"{path}: exists and holds other files than samples. Choose another name.")
+    if kind_of(path) == "folder":
+        has_notes = (path / NOTES).is_file()
+        check_only(path, lambda name: has_notes and _OURS.fullmatch(name), "samples")
+    elif path.is_dir():
+        raise OutputError(f"{path}: is a folder. Choose another name.")
 
 
 def write_images(
@@ -50,7 +52,7 @@ def write_images(
         arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels})  # as the ADM evaluator reads
         write_npz(path, **arrays)
     else:
-        with whole_folder(path) as folder:
+        with whole_folder(path, check_output) as folder:
             for index, image in enumerate(images):
                 Image.fromarray(image).save(folder / f"{index:06d}.png")
             classes = {} if labels is None else {"classes": labels.tolist()}

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import MOST_BATCH, check_count, check_memory
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
+from tqdit.engines.run.verify import verify_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
 from tqdit.sampling.chains import Chains, Network
 from tqdit.sampling.guidance import check_scale
+from tqdit.sampling.noise import check_key
 from tqdit.sampling.schedule import SamplingSpec
 
 DEFAULT_BATCH = 16
@@ -53,24 +56,28 @@ class Sampler:
         batch: images per call at most. `close` closes both if they have a method of that name.
         """
         check_graph(card)
-        if batch < 1:
-            raise UsageError(f"batch is {batch}; it must be at least 1.")
         self.card = card
-        self.batch = batch
+        self.batch = check_count("batch", batch, 1, MOST_BATCH)
         self._network: Network | None = network
         self._decoder = decoder
 
     @classmethod
-    def open(cls, path: str | Path, *, batch: int | None = None, threads: int | None = None) -> Sampler:
+    def open(
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, verify: bool = False
+    ) -> Sampler:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend.
-        Raises FileFormatError for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
+        threads per call; None leaves it to the backend. verify: run the bundle's golden calls first, on this machine.
+        Raises VerificationError if they are wrong or if there are none, FileFormatError for a damaged bundle,
+        BackendError if it cannot run here, UsageError for a step graph.
         """
         manifest, load = open_bundle(path, threads)
         batch = choose_batch(Path(path), manifest.batch, batch)
-        return cls(manifest.card, load(manifest.entry), load(manifest.decoder) if manifest.decoder else None, batch)
+        network = load(manifest.entry)
+        if verify:
+            verify_engine(Path(path), manifest, network).check(str(path))
+        return cls(manifest.card, network, load(manifest.decoder) if manifest.decoder else None, batch)
 
     @property
     def makes_images(self) -> bool:
@@ -121,6 +128,8 @@ class Sampler:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
         count, arrays = check_requests(self.card.signature, requests)
         scale, spec = check_scale(self.card.guidance, guidance_scale), self.card.sampling.choose(steps, sampler)
+        check_key(seed, first_image)
+        check_memory(f"{count} images at once", count * bytes_per_image(self.card)[0], "Sample fewer at a time.")
         done = np.empty((count, *self.card.state_shape), np.float32)
         for start in range(0, count, self.batch):
             part = slice(start, min(start + self.batch, count))
@@ -155,7 +164,10 @@ class Sampler:
     def to_images(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """States float32 (N, ...), finished or not, as uint8 images (N, H, W, 3); a latent model decodes them."""
         self._check_makes_images()
-        return to_pixels(self._decode(latents))
+        decode = self._decoder
+        if decode is None:
+            return to_pixels(latents)
+        return np.concatenate([to_pixels(decode({"latents": one[None]})) for one in latents])  # one by one: memory
 
     def _chain(
         self, requests: Mapping[str, NDArray[Any]], images: range, scale: float, seed: int, spec: SamplingSpec,
@@ -171,11 +183,6 @@ class Sampler:
                 raise SamplingStopped(f"stopped by the callback at step {step} of images {images}.")
 
         return chains.run(batch, self.predict, report)
-
-    def _decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self._decoder is None:
-            return latents
-        return np.concatenate([self._decoder({"latents": one[None]}) for one in latents])  # one by one: memory
 
 
 def has_pixels(card: GraphCard) -> bool:
@@ -201,10 +208,25 @@ def makes_images(manifest: Manifest) -> bool:
     return manifest.decoder is not None or has_pixels(manifest.card)
 
 
+def image_size(card: GraphCard) -> tuple[int, int] | None:
+    """(height, width) of the pictures that states become; None if there are none."""
+    if card.vae is not None:
+        return card.vae.image_height, card.vae.image_width
+    return (card.state_shape[1], card.state_shape[2]) if has_pixels(card) else None
+
+
+def bytes_per_image(card: GraphCard) -> tuple[int, int]:
+    """What an image takes in memory until it is written, its state and its pixels; and in a file."""
+    height, width = image_size(card) or (0, 0)
+    state, pixels = 4 * math.prod(card.state_shape), 3 * height * width
+    return state + pixels, pixels or state
+
+
 def choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> int:
     """Images per call at most. Raises UsageError if the engine was built for fewer."""
     if asked is None:
         return DEFAULT_BATCH if built is None else min(DEFAULT_BATCH, built.most)
+    check_count("batch", asked, 1, MOST_BATCH)
     if built is not None and asked > built.most:
         raise UsageError(
             f"{folder}: built for at most {built.most} image(s) per call, asked for {asked}. Pass --batch {built.most} "

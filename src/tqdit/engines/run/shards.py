@@ -22,11 +22,26 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.bounds import MOST_SHARDS, check_disk, check_memory
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
-from tqdit.engines.run.sampler import Callback, Sampler, makes_images
+from tqdit.engines.run.sampler import Callback, Sampler, bytes_per_image, makes_images
 from tqdit.errors import FileFormatError, OutputError, UsageError
-from tqdit.files import LOCK, check_writable, decode_record, lock_folder, sha256, whole_file, writing
+from tqdit.files import (
+    JSON,
+    LOCK,
+    NPZ,
+    NPZ_ERRORS,
+    check_only,
+    check_writable,
+    decode_record,
+    lock_folder,
+    parse_npz,
+    reading,
+    sha256,
+    whole_file,
+    writing,
+)  # fmt: skip
 from tqdit.ports import Requests, Signature, check_requests
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
@@ -36,9 +51,12 @@ FORMAT_VERSION = 2
 INDEX = "shards.json"
 SHARD_SIZE = 128  # 25 MB of 256x256 images; a multiple of the default batch
 _SHARD = re.compile(r"shard-(\d{5,19})\.npz", re.ASCII)
-_OURS = re.compile(r"shard-\d{5,}\.npz|\.(shard-\d{5,}\.npz|shards\.json)\.\d+\.partial|shards\.json")
+# Names in a folder of shards; without an index, shards are somebody else's.
+_LEFT_OVER = re.compile(r"\.lock|\.(shard-\d{5,}\.npz|shards\.json)\.\d+\.partial")
+_OURS = re.compile(rf"shard-\d{{5,}}\.npz|shards\.json|{_LEFT_OVER.pattern}")
 
 _AGAIN = "Run the same tqdit-sample command again; it replaces the file."
+_ANEW = "Choose another folder, or start anew: tqdit-sample --force."
 
 Arrays = Mapping[str, NDArray[Any]]
 Content = Literal["images", "latents"]
@@ -108,6 +126,8 @@ def describe_job(
     """
     card = manifest.card
     scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler)
+    at_once = min(count, shard_size)
+    check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
     return SamplingJob(
         engine=sha256(engine / MANIFEST),
         steps=spec.steps,
@@ -183,11 +203,9 @@ class ShardFolder:
         """The arrays of a finished shard. Raises FileFormatError if it is missing, truncated or altered."""
         file, content = self.path / shard_name(shard), self.check(shard)
         names, count = self.job.names, len(self.job.images(shard))
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in names}
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise FileFormatError(f"{file}: not a shard ({error}). {_AGAIN}") from error
+        with reading(file, NPZ, _AGAIN, *NPZ_ERRORS):
+            arrays = parse_npz(str(file), io.BytesIO(content))
+            found = {name: arrays[name] for name in names}
         if any(len(array) != count for array in found.values()):
             raise FileFormatError(f"{file}: expected {count} of each array. {_AGAIN}")
         return found
@@ -195,10 +213,8 @@ class ShardFolder:
     def check(self, shard: int) -> bytes:
         """The content of a finished shard's file. Raises FileFormatError if it is missing, truncated or altered."""
         file = self.path / shard_name(shard)
-        try:
+        with reading(file, NPZ, _AGAIN):
             content = file.read_bytes()
-        except OSError as error:
-            raise FileFormatError(f"{file}: cannot be read ({error.strerror}). {_AGAIN}") from error
         if hashlib.sha256(content).hexdigest() != self.digest(shard):
             raise FileFormatError(f"{file}: truncated or altered (its SHA-256 differs). {_AGAIN}")
         return content
@@ -214,32 +230,32 @@ def shard_name(shard: int) -> str:
 
 
 @contextmanager
-def open_shards(path: Path, job: SamplingJob, force: bool = False) -> Iterator[ShardFolder]:
+def open_shards(path: Path, job: SamplingJob, force: bool = False, image_bytes: int = 0) -> Iterator[ShardFolder]:
     """The folder of a job, new or continued. This process is its only writer.
 
-    Raises OutputError if another process writes it, if it holds shards of another job (force: they are removed), or if
-    it holds any other file.
+    image_bytes: of an image on the disk, for which there must be room. Raises OutputError if there is none, if another
+    process writes the folder, if it holds shards of another job (force: they are removed), or any other file.
     """
+    if job.shards > MOST_SHARDS:
+        raise UsageError(
+            f"{job.count} images in shards of {job.shard_size} are {job.shards} shards, a folder holds at most "
+            f"{MOST_SHARDS}. Pass a larger --shard-size, or fewer images."
+        )
     check_writable(path)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path}: is a file. Choose another name.")
     with lock_folder(path):
-        with writing(path):
-            names = {entry.name for entry in path.iterdir()} - {LOCK}
-            foreign = sorted(name for name in names if not _OURS.fullmatch(name))
-        if foreign:
-            raise OutputError(f"{path}: holds '{foreign[0]}', which is not a shard of samples. Choose another name.")
+        check_only(path, _OURS.fullmatch if (path / INDEX).is_file() else _LEFT_OVER.fullmatch, "shards of samples")
         if force:
             _clear(path)
         folder = _continued(path, job)
+        left = (job.shards - folder.done) * min(job.shard_size, job.count)
+        check_disk(path, left * image_bytes, "Take fewer images, or another disk.")
         folder.write_index()
         yield folder
 
 
 def _clear(path: Path) -> None:
     with writing(path):
-        (path / INDEX).unlink(missing_ok=True)  # first: a shard that no index lists is not finished
-        for entry in path.iterdir():
+        for entry in sorted(path.iterdir(), key=lambda entry: entry.name == INDEX):  # last: it tells whose they are
             if entry.name != LOCK:
                 entry.unlink()
 
@@ -254,9 +270,7 @@ def _continued(path: Path, job: SamplingJob) -> ShardFolder:
             for field in fields(job)
             if (there := getattr(folder.job, field.name)) != (asked := getattr(job, field.name))
         )
-        raise OutputError(
-            f"{path}: holds samples of another run: {differences}. Choose another folder, or --force to start anew."
-        )
+        raise OutputError(f"{path}: holds samples of another run: {differences}. {_ANEW}")
     return folder
 
 
@@ -270,14 +284,12 @@ def read_index(path: Path) -> ShardFolder:
     file = path / INDEX
     if not file.is_file():
         raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
-    try:
+    with reading(file, JSON, _ANEW):
         content = file.read_bytes()
-    except OSError as error:
-        raise FileFormatError(f"{file}: cannot be read ({error}). Start anew with --force.") from error
-    index = decode_record(content, _Index, FORMAT_VERSION, str(file), "Start anew with --force.")
+    index = decode_record(content, _Index, FORMAT_VERSION, str(file), _ANEW)
     for name in index.shards:
         if not _is_shard(name, index.job):
-            raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. Start anew with --force.")
+            raise FileFormatError(f"{file}: lists '{name}', which is not a shard of this job. {_ANEW}")
     return ShardFolder(path, index.job, index.shards)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import threading
 import time
 import weakref
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines.process import Process
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, TqditError, UsageError
 from tqdit.ports import check_request
@@ -131,6 +131,7 @@ class StepBatcher:
         self._closing = False  # no new requests
         self._stopping = False  # and the old ones are not finished either
         self._calls = self._steps = 0
+        self._process = Process()
         self._worker = threading.Thread(target=self._work, name="tqdit-step-batcher", daemon=True)
         # Finalizers run before the interpreter ends. A daemon thread that is inside an engine call then would crash.
         weakref.finalize(self, _close_at_exit, weakref.ref(self))
@@ -163,21 +164,22 @@ class StepBatcher:
         `future.cancel()` succeeds until the result is there: a waiting request is gone at once, a running one frees
         its place before the next step. `future.running()` is always False for this reason.
 
-        Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`. The
-        future fails with DeadlineError, SamplingError (NaN, or the engine's error as its cause), SamplingStopped (by
-        the callback or by `close(drain=False)`) or whatever the callback raised.
+        Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`, BackendError
+        in a fork of the batcher's process. The future fails with DeadlineError, SamplingError (NaN, or the engine's
+        error as its cause), SamplingStopped (by the callback or by `close(drain=False)`) or whatever the callback
+        raised.
         """
+        self._process.check("batcher")
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
         schedule = self.card.sampling.choose(steps, sampler).schedule
-        seed, image = operator.index(seed), operator.index(image_index)
-        check_key(seed, image)
+        check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")
         if preview_every < 0 or (preview_every and on_progress is None):
             raise UsageError(f"preview_every is {preview_every}; expected 0 or more, with an on_progress to call.")
         expires = math.inf if deadline is None else time.monotonic() + deadline
-        queued = _Request(self, schedule, ports, scale, seed, image)
+        queued = _Request(self, schedule, ports, scale, seed, image_index)
         queued.expires, queued.callback, queued.preview_every = expires, on_progress, preview_every
         with self._changed:
             if self._closing:
@@ -198,6 +200,7 @@ class StepBatcher:
         return self._sampler
 
     def stats(self) -> BatcherStats:
+        self._process.check("batcher")
         with self._changed:
             return BatcherStats(len(self._waiting), len(self._running), self._calls, self._steps)
 
@@ -207,6 +210,8 @@ class StepBatcher:
         Waits for the thread, unless a callback calls it. drain=False: unfinished requests fail with
         SamplingStopped as soon as the engine call in progress returns; it overrides an earlier drain.
         """
+        if not self._process.is_here:
+            return  # the lock may be held by a thread that a fork does not have
         with self._changed:
             self._closing = True
             self._stopping = self._stopping or not drain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,8 @@ def load_library() -> ModuleType:
             f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install('onnxruntime')} for CPUs or "
             f"{install('onnxruntime-gpu')}"
         )
+    # Its telemetry would write to the user's home, and a fork of this process would wait for its thread when it ends.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return need("onnxruntime", "onnxruntime", "this backend")
 
 

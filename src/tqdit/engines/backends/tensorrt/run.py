@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
+from tqdit.engines.process import Process
 from tqdit.errors import BackendError, UsageError
 
 SHAPES_KEPT = 16  # numbers of rows whose buffers and graph are kept; the longest unused one goes first
@@ -60,7 +61,7 @@ class TensorRTEngine:
     def __init__(self, library: Library, file: Path, manifest: Manifest, trt: ModuleType) -> None:
         self._library, self._trt, self._file = library, trt, file
         self._device = cuda.find_device()
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), Process()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         is_entry = file.name == manifest.entry  # the decoder has one row for each image
         self._rows_per_image = manifest.card.rows_per_image if is_entry else 1
@@ -159,6 +160,7 @@ class TensorRTEngine:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
+        self._process.check("engine")
         with self._lock:
             if self._engine is None:
                 raise UsageError("this engine is closed. Open the bundle again.")
