@@ -36,13 +36,9 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
     Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
-    _Caster(model.graph, _islands(card), _angles(model.graph), DTYPES[float_type]).run()
+    islands = () if card.quantization is None else tuple(card.quantization.products)
+    _Caster(model.graph, islands, _angles(model.graph), DTYPES[float_type]).run()
     RemoveUnusedNodesPass()(model)  # float32 constants that only had users in the other type
-
-
-def _islands(card: GraphCard) -> frozenset[str]:
-    """The modules of the quantized products."""
-    return frozenset() if card.quantization is None else frozenset(card.quantization.products)
 
 
 def _angles(graph: ir.Graph) -> frozenset[int]:
@@ -71,10 +67,10 @@ class _Caster:
         fused = [node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, multi_region_attention.OP_TYPE)]
         chosen = {id(node) for node in small}
         mixed = {id(node) for node in fused}
-        low = {id(value) for node in (*small, *fused) for value in node.outputs if self._is_float(value)}
+        low = {id(value) for node in (*small, *fused) for value in node.outputs if value.dtype == FLOAT32}
         for node in list(self.graph):
             for index, value in enumerate(node.inputs):
-                if value is None or not self._is_float(value):
+                if value is None or value.dtype != FLOAT32:
                     continue
                 is_low = id(node) in chosen or (id(node) in mixed and index < QKV)
                 wanted = self.target if is_low else FLOAT32
@@ -98,11 +94,7 @@ class _Caster:
             return False
         if id(node) in self.angles or any(value.is_graph_output() for value in node.outputs):
             return False
-        return any(self._is_float(value) for value in node.outputs)
-
-    @staticmethod
-    def _is_float(value: ir.Value) -> bool:
-        return value.dtype == FLOAT32
+        return any(value.dtype == FLOAT32 for value in node.outputs)
 
     def _converted(self, value: ir.Value, wanted: ir.DataType, user: ir.Node) -> ir.Value:
         """The value in the other type: a converted constant, or a Cast behind the node that makes it."""
