@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+NO_MASK = np.zeros((1, 1, 1, 1), np.float32)
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,11 +50,11 @@ def run_select(timestep, boundaries, table, floats="fp32"):
     return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)
 
 
-def run_attention(q, k, v, low_step, bits, high_step, scale, floats="fp32", blocks=None):
+def run_attention(q, k, v, mask, low_step, bits, high_step, scale, floats="fp32", blocks=None):
     images, heads, queries, head = q.shape
-    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, scale, blocks)
-    launch = attention.launch(kernel, images, heads, len(low_step))
-    inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(low_step))
+    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, scale, blocks, mask.shape[1:])
+    launch = attention.launch(kernel, images, heads, len(low_step), len(mask))
+    inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(mask), tensor(low_step))
     return launched(kernel, launch, inputs, q.shape, floats)
 
 

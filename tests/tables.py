@@ -39,6 +39,7 @@ def make_table(
     """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
     import torch
 
+    from tqdit.models.products import is_linear
     from tqdit.quantization.fold import fold_divisors
 
     rng = np.random.default_rng(seed)
@@ -55,7 +56,7 @@ def make_table(
     sites = []
     for product in model.products:
         name, module = product.name, model.network.get_submodule(product.name)
-        if name not in operands:
+        if name not in operands or not (product.place == "attention" or is_linear(module)):
             continue
         values = operands[name]
         if product.place == "attention":
@@ -96,8 +97,9 @@ def record_operands(model: LoadedModel) -> dict[str, tuple[np.ndarray, ...]]:
             recorded[name] = tuple(each.numpy() for each in inputs)
 
         hooks.append(model.network.get_submodule(product.name).register_forward_hook(hook))
+    rows = random_rows(model.signature, 8, last=0.98 * model.sampling.process.span[1])
     with torch.no_grad():
-        model.call({name: torch.from_numpy(array) for name, array in random_rows(model.signature, 8).items()})
+        model.call({name: torch.from_numpy(array) for name, array in rows.items()})
     for each in hooks:
         each.remove()
     return recorded

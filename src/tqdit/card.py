@@ -51,7 +51,7 @@ class VaeCard:
 
 AttentionForm = Literal["simulated", "fused", "integer", "float"]
 ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
-ProductForm = Literal["integer", "simulated", "weight-only"]
+ProductForm = Literal["integer", "simulated", "weight-only", "float"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,13 @@ class QuantizationCard:
     sampling: SamplingSpec  # the chain that the scales were found for
 
     @property
+    def quantized(self) -> frozenset[str]:
+        """The modules of the products that do not stay float."""
+        return frozenset(module for module, form in self.products.items() if form != "float")
+
+    @property
     def summary(self) -> str:
-        """W8A8: 26 products integer, 12 simulated, 8 weight-only; 10 groups of timesteps."""
+        """W8A8: products 26 integer, 12 simulated, 8 weight-only, 1 float; 10 groups of timesteps."""
         counts = Counter(self.products.values())
         forms = ", ".join(f"{counts[form]} {form}" for form in get_args(ProductForm) if counts[form])
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from networks import Convolutions, described
 from support import tiny_model
 from tqdit.calibration import capture as capture_module
 from tqdit.calibration.capture import Picker, Samples
@@ -125,6 +127,25 @@ def test_one_pass_records_what_autograd_gives_on_a_network_written_by_hand(tmp_p
         low, high = found.ranges["left"]
         torch.testing.assert_close(low.double(), left.flatten(1).amin(1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(high.double(), left.flatten(1).amax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_a_convolution_are_its_patches(tmp_path: Path) -> None:
+    model = described(Convolutions(), (4, 2, 4, 7))
+    none = torch.zeros(5, dtype=torch.int64)
+    inputs = {"x": torch.randn(5, 4, 2, 4, 7), "sigma": torch.rand(5)}
+    rows = CalibrationRows(inputs, none, none, torch.zeros(5, 4, 2, 4, 7), torch.zeros(0, dtype=torch.float64))
+    config = replace(CONFIG, steps=10, guidance_scale=None)
+    outputs: dict[str, Tensor] = {}
+    for name in ("patches", "expand", "pairs"):
+        hook = partial(outputs.__setitem__, name)
+        model.network.get_submodule(name).register_forward_hook(lambda _m, _i, output, hook=hook: hook(output.detach()))
+    _, samples = capture(model, config, tmp_path, rows)
+    for name, output in outputs.items():
+        module, found = model.network.get_submodule(name), samples[name]
+        product = found.left @ module.weight.flatten(1).t()
+        product = product if module.bias is None else product + module.bias
+        torch.testing.assert_close(product, output.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+        assert found.g2.shape == product.shape
 
 
 def gradients_of(model: LoadedModel, inputs: dict[str, Tensor], cotangent: Tensor) -> dict[str, list[Tensor]]:

@@ -116,12 +116,12 @@ def test_the_kernel_computes_the_node(tmp_path):
     node = next(node for node in model.graph.node if node.op_type == "MultiRegionAttention")
     for value in (*node.input, *node.output):
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
-    _, q, k, v, low_step, body = ort.InferenceSession(
+    _, q, k, v, mask, low_step, body = ort.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     ).run(None, denoiser_inputs())
     attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     sizes = (attributes["bits"], attributes["high_step"], attributes["scale"])
-    kernel = run_attention(q, k, v, low_step, *sizes)
+    kernel = run_attention(q, k, v, mask, low_step, *sizes)
     moved = (np.abs(kernel - body) > 1e-5 * np.abs(body).max()).any(axis=-1)
     assert moved.mean() <= 0.01  # rows of queries with a flipped code
 
@@ -173,7 +173,7 @@ def test_the_cast_hands_it_the_networks_type(tmp_path, float_type):
     assert len(nodes) == 2
     for node in nodes:
         types = [value.dtype for value in (*node.inputs, *node.outputs)]
-        assert types == [kind, kind, kind, ir.DataType.FLOAT, kind]
+        assert types == [kind, kind, kind, ir.DataType.FLOAT, ir.DataType.FLOAT, kind]
 
 
 def test_in_float16_it_stays_close(tmp_path):

@@ -207,3 +207,39 @@ def test_products_of_the_module_of_diffusers() -> None:
     assert {name for name, product in found.items() if product.folds} == {
         "proj_out_2", *(f"{block.format(i)}.{name}" for i in (0, 1) for name in equalised)
     }  # fmt: skip
+
+
+class Parallel(nn.Module):
+    """Attention and MLP side by side, their results joined in front of one linear layer: Flux's single blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.up, self.gate = nn.Linear(8, 24), nn.Linear(8, 16), nn.Linear(8, 16)
+        self.joined, self.gated = nn.Linear(24, 8), nn.Linear(24, 8, bias=False)
+        self.streams, self.time, self.twice, self.out = (nn.Linear(16, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        activated, gated = F.gelu(self.up(x), approximate="tanh"), F.silu(self.gate(x)) * self.up(x)
+        h = self.joined(torch.cat([attended, activated], dim=2)) + self.gated(torch.cat((gated, x), -1))
+        h = h + self.streams(torch.cat([x, attended], dim=-1)) + self.time(torch.cat([t, F.gelu(t)], -1))[:, None]
+        h = h + self.twice(torch.cat([h, F.gelu(h)], -1)) + self.twice(torch.cat([h, h], -1))
+        return self.out(torch.cat([h, x], 1).unflatten(1, (2, -1)).transpose(1, 2).flatten(2))
+
+
+def test_a_linear_layer_on_joined_columns_becomes_a_sum_over_its_parts() -> None:
+    torch.manual_seed(0)
+    network, example = Parallel().eval(), {"x": torch.randn(2, 5, 8), "t": torch.randn(2, 8)}
+    expected, parameters = network(**example), sum(parameter.numel() for parameter in network.parameters())
+    products = {product.name: (product.place, product.made_by) for product in find_products(network, example)}
+    torch.testing.assert_close(network(**example), expected, rtol=1e-5, atol=1e-6)
+    assert {name: facts for name, facts in products.items() if "columns" in name} == {
+        "joined.columns.0": ("block", None), "joined.columns.1": ("block", "gelu"),
+        "gated.columns.0": ("block", None), "gated.columns.1": ("block", None),
+    }  # fmt: skip
+    # parts that are made alike, one vector per row, calls that differ, tokens that are joined: as they were
+    assert products.keys() >= {"streams", "time", "twice", "out"}
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert network.joined.columns[1].weight.shape == (8, 16)
+    assert [part.bias is None for part in network.joined.columns] == [True, False]

@@ -19,8 +19,9 @@ def main():
         kernel_device.run_softmax(rng.random((2, 3, 7, columns), np.float32), low, 8, 1 / 127, "fp16")
     for tokens, head in ((33, 72), (197, 72), (300, 88)):
         q, k, v = (rng.integers(-99, 99, (2, 1, tokens, head)).astype(np.float32) for _ in range(3))
+        mask = rng.normal(0, 1, (2, 1, tokens, tokens)).astype(np.float32)
         for blocks in candidates("fp16", head, tokens):
-            kernel_device.run_attention(q, k, v, low, 8, 1 / 127, 1e-4, "fp16", blocks)
+            kernel_device.run_attention(q, k, v, mask, low, 8, 1 / 127, 1e-4, "fp16", blocks)
 
 
 if __name__ == "__main__":

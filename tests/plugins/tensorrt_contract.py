@@ -125,11 +125,11 @@ def main():
         ),
         "MultiRegionAttention": drive(
             "MultiRegionAttention",
-            (half, half, half, single),
+            (half, half, half, single, single),
             half,
-            [(3, 2, 200, 72)] * 3 + [(3,)],
+            [(3, 2, 200, 72)] * 3 + [(3, 1, 1, 200), (3,)],
             attention,
-            {0, 1, 2, 3},
+            {0, 1, 2, 3, 4},
         ),
     }
     sys.stdout.write(json.dumps(results) + "\n")

@@ -29,6 +29,7 @@ def kernels_of(floats):
         softmax.kernel(floats, 256, 8, 1 / 127),
         attention.kernel(floats, 256, 256, 72, 8, 1 / 127, SCALE),
         attention.kernel(floats, 1024, 1024, 72, 8, 1 / 127, SCALE),
+        attention.kernel(floats, 256, 256, 72, 8, 1 / 127, SCALE, mask=(1, 1, 256)),
     ]
 
 

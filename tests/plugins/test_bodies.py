@@ -92,13 +92,15 @@ def attention_case(bits, rows=3, head=24, tokens=17):
     q, k, v = (rng.integers(-100, 101, (3, 2, tokens, head)).astype(np.float32) for _ in range(3))
     high = 1 / (2 ** (bits - 1) - 1)
     low_step = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
-    return {"q": q, "k": k, "v": v, "low_step": low_step}, {"bits": bits, "high_step": high, "scale": 2e-4}
+    mask = np.where(rng.random((3, 1, 1, tokens)) < 0.3, -1e38, rng.normal(0, 1, (3, 1, 1, tokens))).astype(np.float32)
+    inputs = {"q": q, "k": k, "v": v, "mask": mask, "low_step": low_step}
+    return inputs, {"bits": bits, "high_step": high, "scale": 2e-4}
 
 
 def assert_attends(out, inputs, attributes, precision=2e-6):
     """A code may differ where its quotient lies at a rounding tie."""
     q, k, v = (inputs[name].astype(np.float64) for name in "qkv")
-    scores = q @ k.swapaxes(-1, -2) * np.float32(attributes["scale"])
+    scores = q @ k.swapaxes(-1, -2) * np.float32(attributes["scale"]) + np.maximum(inputs["mask"], -1e30)
     p, off = regions(scores, inputs["low_step"], attributes["bits"], np.float32(attributes["high_step"]))
     assert (np.abs(out - p @ v) <= precision * (p @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6).all()
     assert (off > 0).mean() < 0.02
@@ -114,7 +116,7 @@ def test_multi_region_attention_equals_its_reference(bits, rows, inline):
 
 def test_the_attention_body_takes_float16_and_computes_in_float32():
     inputs, attributes = attention_case(8)
-    small = {name: value if name == "low_step" else value.astype(np.float16) for name, value in inputs.items()}
+    small = {name: value.astype(np.float16) if name in "qkv" else value for name, value in inputs.items()}
     out = run(attention_schema, small, attributes, out_kind=TensorProto.FLOAT16)
     assert out.dtype == np.float16
     assert_attends(out.astype(np.float32), inputs, attributes, precision=2**-10)

@@ -52,15 +52,17 @@ def test_the_compiled_attention_runs_with_its_visible_parameters(tokens, portabl
         for _ in range(3)
     )
     low_step, scale = torch.tensor([1 / 127 / 8, 1 / 127 / 64], device="cuda"), 2e-4
-    p, off = regions((q.double() @ k.double().mT * scale).cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127))
+    mask = torch.randn(2, 1, 1, tokens, device="cuda", generator=generator)
+    p, off = regions(
+        (q.double() @ k.double().mT * scale + mask).cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127)
+    )
     values = v.double().cpu().numpy()
     bound = 2**-10 * (p @ np.abs(values)) + 1.001 * (off @ np.abs(values)) + 1e-6
     for blocks in attention.candidates("fp16", 72, tokens):
-        kernel = attention.kernel("fp16", tokens, tokens, 72, 8, 1 / 127, scale, blocks)
-        launch = attention.launch(kernel, 2, 3, 2)
-        out = launch_ptx(
-            aot.compile_kernel(kernel, capability), launch, (q, k, v, low_step), torch.full_like(q, np.nan)
-        )
+        kernel = attention.kernel("fp16", tokens, tokens, 72, 8, 1 / 127, scale, blocks, mask.shape[1:])
+        launch = attention.launch(kernel, 2, 3, 2, 2)
+        inputs = (q, k, v, mask, low_step)
+        out = launch_ptx(aot.compile_kernel(kernel, capability), launch, inputs, torch.full_like(q, np.nan))
         assert (np.abs(out - p @ values) <= bound).all()
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_device import DEVICE, regions, run_attention, run_select, run_softmax
+from kernel_device import DEVICE, NO_MASK, regions, run_attention, run_select, run_softmax
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS
 from tqdit.plugins.multi_region_attention.plan import Blocks
@@ -45,9 +45,9 @@ def assert_quantized(out, scores, low_step, bits, high, floats="fp32"):
     assert (np.abs(out - expected) <= PRECISION[floats] * expected + 1.001 * off).all()
 
 
-def assert_attended(out, q, k, v, low_step, bits, high, scale, floats="fp32"):
+def assert_attended(out, q, k, v, low_step, bits, high, scale, floats="fp32", mask=NO_MASK):
     q, k, v = (each.astype(np.float64) for each in (q, k, v))
-    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale, low_step, bits, high)
+    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale + mask, low_step, bits, high)
     bound = PRECISION[floats] * (quantized @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6
     assert (np.abs(out - quantized @ v) <= bound).all()
     assert (off > 0).mean() < 0.02  # nearly everything is compared
@@ -183,8 +183,30 @@ def test_multi_region_attention(data):
     low = low_steps(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
     high = high_step(bits, data.draw(st.booleans()))
     blocks = data.draw(st.sampled_from([None, *TILES.values()]))
-    out = run_attention(q, k, v, low, bits, high, scale, floats, blocks)
+    out = run_attention(q, k, v, NO_MASK, low, bits, high, scale, floats, blocks)
     assert_attended(out, q, k, v, low, bits, np.float32(high), np.float32(scale), floats)
+
+
+@pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("shape", [(2, 2, 40, 50), (1, 2, 1, 50), (2, 1, 1, 50), (1, 1, 40, 50), (2, 1, 40, 1)])
+def test_a_mask_with_any_axis_of_length_one(shape, blocks):
+    """Some keys are masked, others have a bias; a mask with one value for all keys changes nothing."""
+    rng = np.random.default_rng(0)
+    q, k, v = (codes(rng, (2, 2, n, 72)) for n in (40, 50, 50))
+    mask = np.where(rng.random(shape) < 0.5, -np.inf, rng.normal(0, 1, shape)).astype(np.float32)
+    mask[..., 0] = 0.5
+    low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
+    out = run_attention(q, k, v, mask, low, 8, 1 / 127, scale, "fp16", blocks)
+    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16", np.maximum(mask, -1e30))
+
+
+@pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
+def test_a_query_that_sees_no_key_has_equal_probabilities(blocks):
+    rng = np.random.default_rng(0)
+    q, k, v = (codes(rng, (1, 1, n, 16)) for n in (5, 80, 80))
+    mask = np.full((1, 1, 1, 80), -np.inf, np.float32)
+    out = run_attention(q, k, v, mask, np.array([1 / 80], np.float32), 8, 1 / 127, 1.0, "fp32", blocks)
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(2, keepdims=True), out.shape), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -194,7 +216,7 @@ def test_every_head_size_in_every_tiling(head, blocks):
     rng = np.random.default_rng(head)
     q, k, v = (codes(rng, (1, 2, 100, head)) for _ in range(3))
     low, scale = low_steps(rng, 1, 8), 3 / (43 * 43 * head**0.5)
-    out = run_attention(q, k, v, low, 8, 1 / 127, scale, "fp16", blocks)
+    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16", blocks)
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
 
@@ -204,7 +226,7 @@ def test_attention_over_many_tokens(tokens):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (2, 1, tokens, 72)) for _ in range(3))
     low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
-    out = run_attention(q, k, v, low, 8, 1 / 127, scale, "fp16")
+    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16")
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
 
@@ -213,7 +235,7 @@ def test_few_queries_over_many_keys(keys):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (1, 1, n, 72)) for n in (5, keys, keys))
     low, scale = low_steps(rng, 1, 8), 5 / (43 * 43 * 72**0.5)
-    out = run_attention(q, k, v, low, 8, 1 / 127, scale, "fp16")
+    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16")
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
 
@@ -226,7 +248,7 @@ def test_ties_of_attention_round_to_even(code, blocks, floats):
     low = np.array([1 / 64 / code], np.float32)
     assert np.float32(1) / low[0] == 64 * code  # what the kernel multiplies by
     assert np.float32(1 / 64) / low[0] == np.float32(code)  # as the reference divides
-    out = run_attention(q, k, v, low, 8, 1 / 127, 1.0, floats, blocks)
+    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, 1.0, floats, blocks)
     np.testing.assert_allclose(out, np.round(code) * low[0], rtol=PRECISION[floats])
 
 
@@ -239,7 +261,7 @@ def test_attention_to_one_key(blocks, key):
     k = np.zeros((1, 1, 80, 16), np.float32)
     k[:, :, key] = 100
     q[0, 0, 3, 0] = np.nan
-    out = run_attention(q, k, v, np.array([1 / 127], np.float32), 8, 1 / 127, 1.0, "fp16", blocks)
+    out = run_attention(q, k, v, NO_MASK, np.array([1 / 127], np.float32), 8, 1 / 127, 1.0, "fp16", blocks)
     assert np.isnan(out[0, 0, 3]).all()
     np.testing.assert_array_equal(np.delete(out, 3, axis=2), np.broadcast_to(v[:, :, [key]], (1, 1, 39, 16)))
 
@@ -248,8 +270,8 @@ def test_the_float32_attention_equals_its_reference():
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (2, 2, 50, 72)) for _ in range(3))
     low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
-    out = run_attention(q, k, v, low, 8, 1 / 127, scale)
-    expected = multi_region_attention(q, k, v, low, 8, 1 / 127, scale)
+    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale)
+    expected = multi_region_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale)
     # a flipped code moves all of a row's outputs by a step times v
     moved = (np.abs(out - expected) > 1e-5 * np.abs(expected).max()).any(-1)
     assert moved.mean() <= 50 * 1e-4 + 0.005

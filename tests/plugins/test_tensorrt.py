@@ -79,12 +79,12 @@ def test_launches_take_the_symbolic_batch(contract):
     candidates = attention.candidates("fp16", 72, 200)
     assert [kernel["launch"]["grid_x"] for kernel in kernels] == [6 * -(-200 // each.queries) for each in candidates]
     assert [kernel["launch"]["block_x"] for kernel in kernels] == [32 * each.warps for each in candidates]
-    assert {tuple(kernel["scalars"]) for kernel in kernels} == {(2, 3)}
+    assert {tuple(kernel["scalars"]) for kernel in kernels} == {(2, 3, 3)}
 
 
 def test_entries_take_what_tensorrt_passes(contract):
     """Inputs, integers, output, and nothing else."""
-    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionAttention": 4}
+    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionAttention": 5}
     for name, result in contract.items():
         for kernel in result["kernels"]:
             assert kernel["parameters"] == inputs[name] + len(kernel["scalars"]) + 1

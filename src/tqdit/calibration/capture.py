@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tqdit.calibration.work import WorkFolder
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct, watched
+from tqdit.models.products import Convolution, Scores, ValueProduct, patches, watched
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
@@ -133,8 +131,8 @@ class ProductRecorder:
 
     def _matrix(self, module: nn.Module, x: Tensor) -> Tensor:
         """An operand as rows of tokens: (N, T, K), or (N, H, T, K) of attention."""
-        if isinstance(module, nn.Conv2d):
-            return F.unfold(x, _pair(module.kernel_size), stride=_pair(module.stride)).transpose(1, 2)
+        if isinstance(module, Convolution):
+            return patches(x, module.kernel_size)
         if isinstance(module, Scores | ValueProduct):
             return x
         return x.reshape(self._rows, -1, x.shape[-1])
@@ -158,7 +156,7 @@ class ProductRecorder:
             elements = part["right"].shape[-1] * part["right"].shape[-2]
             kept = self.picker.keep(matrix, self._start, elements)
         else:
-            matrix = gradient.flatten(2).transpose(1, 2) if isinstance(module, nn.Conv2d) else gradient
+            matrix = gradient.flatten(2).transpose(1, 2) if isinstance(module, Convolution) else gradient
             kept = self.picker.keep(matrix.reshape(self._rows, -1, matrix.shape[-1]), self._start, 1)
         # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
         return kept.square().to(torch.bfloat16)
@@ -176,10 +174,6 @@ def _join(key: str, tensors: list[Tensor]) -> Tensor:
 def _head_elements(operands: list[Tensor]) -> int:
     """Of K or V of one head."""
     return int(operands[1].shape[-1] * operands[1].shape[-2]) if len(operands) > 1 else 1
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.golden import CALLS, MOST_BYTES
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import golden_calls
 from tqdit.quantization.fold import fold_divisors
@@ -280,4 +281,4 @@ class Calibration:
 def _weight(network: nn.Module, name: str) -> Tensor | None:
     """The weight of a linear layer or a convolution; products of attention have none."""
     module = network.get_submodule(name)
-    return module.weight if isinstance(module, nn.Linear | nn.Conv2d) else None
+    return module.weight if isinstance(module, nn.Linear | Convolution) else None

@@ -10,7 +10,7 @@ from torch import nn
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Place, Product
+from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
 from tqdit.quantization.granularity import Role
 
 
@@ -54,7 +54,7 @@ def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...
 
 
 def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -> LayerPlan:
-    if not _can_be_quantized(module):
+    if not (is_linear(module) or isinstance(module, Scores | ValueProduct)):
         return LayerPlan(layer, {})
     if layer.place == "attention":
         if not config.attention:
@@ -67,19 +67,12 @@ def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -
     least = 2 if layer.place == "block" else config.outer_bits
     operands: dict[Role, OperandPlan] = {}
     if parts[layer.place] != "none":
-        assert isinstance(module, nn.Linear | nn.Conv2d)
+        assert isinstance(module, nn.Linear | Convolution)
         scales = module.weight.shape[0] if config.weight_granularity == "channel" else layer.row_blocks
         operands["weight"] = OperandPlan("symmetric", max(least, config.weight_bits), scales)
     if parts[layer.place] == "all":
         operands["input"] = _input(layer, config, max(least, config.activation_bits))
     return LayerPlan(layer, operands)
-
-
-def _can_be_quantized(module: nn.Module) -> bool:
-    """Convolutions only if their stride is their kernel: a linear layer on patches."""
-    if isinstance(module, nn.Conv2d):
-        return module.stride == module.kernel_size and not any(module.padding) and module.groups == 1
-    return not isinstance(module, nn.Conv1d | nn.Conv3d)
 
 
 def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:

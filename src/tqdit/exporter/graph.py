@@ -99,5 +99,7 @@ def finish_graph(
         config.graph,
         sampling=config.sampling(model, table),
         guidance=config.guidance(model, table),
-        quantization=None if table is None else describe(table, config.attention, calibrated_for(model, table)),
+        quantization=None
+        if table is None
+        else describe(model.products, table, config.attention, calibrated_for(model, table)),
     )

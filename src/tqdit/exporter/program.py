@@ -21,6 +21,7 @@ def prepare(program: ExportedProgram) -> None:
     """All passes in their order."""
     drop_assertions(program)
     drop_idle_squeezes(program)
+    drop_joined_splits(program)
     keep_epsilons(program)
     cast_bool_where(program)
     fold_constants(program)
@@ -42,6 +43,21 @@ def drop_idle_squeezes(program: ExportedProgram) -> None:
         if all(isinstance(shape[axis], int) and shape[axis] != 1 for axis in axes):
             node.replace_all_uses_with(x)
             program.graph.erase_node(node)
+    _finish(program)
+
+
+def drop_joined_splits(program: ExportedProgram) -> None:
+    """What is joined and split into the same parts again (Flux's single blocks, as `find_products` makes them)."""
+    for node in _calls(program, aten.split_with_sizes.default):
+        joined: Any = node.args[0]
+        if joined.target is not aten.cat.default:
+            continue
+        parts, axis = joined.args[0], (*joined.args[1:], 0)[0]
+        ndim = joined.meta["val"].ndim
+        sizes = [part.meta["val"].shape[axis] for part in parts]
+        if sizes == list(node.args[1]) and axis % ndim == (*node.args[2:], 0)[0] % ndim:
+            for user in list(node.users):
+                user.replace_all_uses_with(parts[user.args[1]])
     _finish(program)
 
 

@@ -7,11 +7,12 @@ it, so each tensor that a quantizer wants is some submodule's input or output. A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from functools import partial, reduce
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
 Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 MASKED = -1e30  # a score that no probability is left of, and whose products are finite
 
 
@@ -102,6 +104,26 @@ class Sdpa(nn.Module):
         return attended
 
 
+class SumOfColumns(nn.Module):
+    """A linear layer whose input joins columns of several origins, as a sum of layers that each take one of them.
+
+    Each part then has scales of its own. The weights are views of the layer's.
+    """
+
+    def __init__(self, linear: nn.Linear, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.widths = widths
+        self.columns = nn.ModuleList(nn.Linear(width, linear.out_features, False, "meta") for width in widths)
+        for part, weight in zip(self.columns, linear.weight.split(widths, dim=1), strict=True):
+            part.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        self.columns[-1].bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., sum of the widths) -> (..., D)."""
+        parts = (part(piece) for part, piece in zip(self.columns, x.split(self.widths, -1), strict=True))
+        return reduce(torch.add, parts)
+
+
 class _Route(TorchFunctionMode):
     """Sends the attention of one module to its submodules."""
 
@@ -143,13 +165,18 @@ def sdpa_name(call: int) -> str:
     return "sdpa" if call == 0 else f"sdpa_{call}"
 
 
+Origin = str | None  # the activation that makes a tensor, or `gated` for its product with another tensor
+Columns = tuple[tuple[int, Origin], ...]  # width and origin of what is joined along the last axis
+
+
 @dataclass
 class _Call:
-    """What one product was called with."""
+    """What one product was called with: made_by and columns if they are the same in all calls."""
 
     ndim: int
     rows: int
-    made_by: Maker | None
+    made_by: Origin
+    columns: Columns | None
 
 
 @dataclass
@@ -161,7 +188,8 @@ class _Observed(TorchFunctionMode):
     attention: dict[nn.Module, int] = field(default_factory=dict)
     products: dict[str, _Call] = field(default_factory=dict)
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)  # of the products
-    made: dict[int, Maker] = field(default_factory=dict)  # by id of a tensor
+    made: dict[int, Origin] = field(default_factory=dict)  # by id of a tensor
+    joined: dict[int, Columns] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # an id is unique while its tensor lives
 
     def __post_init__(self) -> None:
@@ -171,12 +199,20 @@ class _Observed(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = function(*args, **(kwargs or {}))
+        name, first = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), None)
         if function is F.scaled_dot_product_attention:
             self.attention[self.owners[-1]] = self.attention.get(self.owners[-1], 0) + 1
-        elif function is F.gelu:
-            self._keep(output, "gelu")
-        elif function in (torch.dropout, F.dropout) and id(args[0]) in self.made:
-            self._keep(output, self.made[id(args[0])])
+        elif name in ("gelu", "silu"):
+            self._keep(output, name)
+        elif name == "dropout":
+            self._keep(output, self.made.get(id(first)))
+        elif name == "mul" and any(self.made.get(id(factor)) for factor in args):
+            self._keep(output, "gated")
+        elif name in ("cat", "concat", "concatenate"):
+            self._join(output, first)
+        elif name == "split" and id(first) in self.joined:
+            for piece, (_, origin) in zip(output, self.joined[id(first)], strict=False):
+                self._keep(piece, origin)
         return output
 
     def drop_dead(self, prediction: Tensor) -> None:
@@ -189,9 +225,16 @@ class _Observed(TorchFunctionMode):
         self.products = {name: call for name, call in self.products.items() if name in alive}
         self.outputs = []
 
-    def _keep(self, tensor: Tensor, maker: Maker) -> None:
-        self.made[id(tensor)] = maker
+    def _keep(self, tensor: Tensor, origin: Origin) -> None:
+        self.made[id(tensor)] = origin
         self.kept.append(tensor)
+
+    def _join(self, tensor: Tensor, parts: Iterable[Tensor]) -> None:
+        """Of tensors that are joined along the last axis."""
+        columns = tuple((part.shape[-1], self.made.get(id(part))) for part in parts)
+        if tensor.shape[-1] == sum(width for width, _ in columns):
+            self.joined[id(tensor)] = columns
+            self.kept.append(tensor)
 
     def enter(self, module: nn.Module, _args: Any) -> None:
         self.owners.append(module)
@@ -202,8 +245,10 @@ class _Observed(TorchFunctionMode):
             self._keep(output, "softmax")
         elif is_product(module):
             x = args[0]
-            call = _Call(x.ndim, len(x), self.made.get(id(x)))
-            self.products.setdefault(self.names[module], call)
+            call = _Call(x.ndim, len(x), self.made.get(id(x)), self.joined.get(id(x)))
+            first = self.products.setdefault(self.names[module], call)
+            if (first.made_by, first.columns) != (call.made_by, call.columns):
+                first.made_by = first.columns = None
             if not output.requires_grad:
                 output.requires_grad_()
             self.outputs.append((self.names[module], output))
@@ -218,7 +263,29 @@ def prediction_of(output: Any) -> Tensor:
 
 
 def is_product(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Scores | ValueProduct)
+    return isinstance(module, nn.Linear | Convolution | Scores | ValueProduct)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer, or a convolution that is one on patches: its stride is its kernel, without padding or groups."""
+    if not isinstance(module, Convolution):
+        return isinstance(module, nn.Linear)
+    padded = module.padding == "same" if isinstance(module.padding, str) else any(module.padding)
+    return (
+        module.stride == module.kernel_size
+        and not padded
+        and module.groups == 1
+        and (set(module.dilation) == {1} or set(module.kernel_size) == {1})
+    )
+
+
+def patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(N, C, H, W) -> (N, T, C p p) with any number of axes in the place of H and W, T = (H // p)(W // p)."""
+    grid = [side // step for side, step in zip(x.shape[2:], size, strict=True)]
+    x = x[(..., *(slice(tiles * step) for tiles, step in zip(grid, size, strict=True)))]
+    x = x.reshape(*x.shape[:2], *(length for pair in zip(grid, size, strict=True) for length in pair))
+    x = x.permute(0, *range(2, x.ndim, 2), 1, *range(3, x.ndim, 2))  # (N, H / p, W / p, C, p, p)
+    return x.reshape(len(x), math.prod(grid), -1)
 
 
 def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
@@ -253,7 +320,10 @@ def find_products(
     network: nn.Module, example: Mapping[str, Any], folds: Mapping[str, tuple[Fold, ...]] | None = None,
     row_blocks: Mapping[str, int] | None = None, rows: int | None = None,
 ) -> tuple[Product, ...]:  # fmt: skip
-    """Make the network's attention explicit, in place, and describe its products in the order of their calls.
+    """Make the network's products explicit, in place, and describe them in the order of their calls.
+
+    A linear layer whose input joins columns that are made differently, such as attention and GELU, becomes a
+    `SumOfColumns`.
 
     Products that the prediction does not depend on are left out.
 
@@ -261,7 +331,11 @@ def find_products(
     folds, row_blocks: what a family knows about products by name.
     """
     rows = len(next(iter(example.values()))) if rows is None else rows
-    for owner, calls in _observe(network, example).attention.items():
+    seen = _observe(network, example)
+    for name, call in seen.products.items():
+        if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1:
+            _split_columns(network, name, tuple(width for width, _ in call.columns))
+    for owner, calls in seen.attention.items():
         for call in range(calls):
             owner.add_module(sdpa_name(call), Sdpa())
         local = _Local()
@@ -278,9 +352,21 @@ def find_products(
         return "patch" if name == on_tokens[0] else "final" if name == on_tokens[-1] else "block"
 
     return tuple(
-        Product(name, place(name, call), call.made_by, (row_blocks or {}).get(name, 1), (folds or {}).get(name, ()))
+        Product(
+            name, place(name, call), _maker(call.made_by), (row_blocks or {}).get(name, 1), (folds or {}).get(name, ())
+        )
         for name, call in called.items()
     )
+
+
+def _split_columns(network: nn.Module, name: str, widths: tuple[int, ...]) -> None:
+    linear = network.get_submodule(name)
+    if isinstance(linear, nn.Linear):
+        network.set_submodule(name, SumOfColumns(linear, widths))
+
+
+def _maker(origin: Origin) -> Maker | None:
+    return next((maker for maker in get_args(Maker) if maker == origin), None)
 
 
 def _is_conditioning(call: _Call, rows: int) -> bool:

@@ -88,20 +88,20 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool) -> N
 
     @trtp.register(name, lazy_register=lazy)
     def describe(
-        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, low_step: trtp.TensorDesc,
-        bits: int, high_step: float, scale: float,
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
+        low_step: trtp.TensorDesc, bits: int, high_step: float, scale: float,
     ) -> trtp.TensorDesc:  # fmt: skip
         return q.like()
 
     @trtp.autotune(name)
     def combinations(
-        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, low_step: trtp.TensorDesc,
-        bits: int, high_step: float, scale: float, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
+        low_step: trtp.TensorDesc, bits: int, high_step: float, scale: float, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         head, keys = _static(q.shape_expr[3], name), _static(k.shape_expr[2], name)
         return [
             trtp.AutoTuneCombination(
-                f"{kind}, {kind}, {kind}, FP32, {kind}", "LINEAR",
+                f"{kind}, {kind}, {kind}, FP32, FP32, {kind}", "LINEAR",
                 list(range(1, len(attention.candidates(kind.lower(), head, keys)) + 1)),
             )
             for kind in FLOATS.split("|")
@@ -109,14 +109,18 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool) -> N
 
     @trtp.aot_impl(name)
     def implementation(
-        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, low_step: trtp.TensorDesc,
-        bits: int, high_step: float, scale: float, outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
+        low_step: trtp.TensorDesc, bits: int, high_step: float, scale: float,
+        outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, head = q.shape_expr
+        masks, *sizes = mask.shape_expr
         floats, keys, columns = _float_type(q), _static(k.shape_expr[2], name), _static(head, name)
         blocks = attention.candidates(floats, columns, keys)[tactic - 1]
-        kernel = attention.kernel(floats, _static(queries, name), keys, columns, bits, high_step, scale, blocks)
-        return _compiled(kernel, attention.launch(kernel, images, heads, low_step.shape_expr[0]), capability)
+        kernel = attention.kernel(floats, _static(queries, name), keys, columns, bits, high_step, scale, blocks,
+                                  tuple(_static(size, name) for size in sizes))  # fmt: skip
+        launch = attention.launch(kernel, images, heads, low_step.shape_expr[0], masks)
+        return _compiled(kernel, launch, capability)
 
 
 def _compiled(kernel: Kernel, launch: Launch, capability: tuple[int, int]) -> Compiled:

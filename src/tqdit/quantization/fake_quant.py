@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from tqdit.errors import UsageError
 from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct, prediction_of
+from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, prediction_of
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Part, Quantizer, factor_scales
 from tqdit.quantization.rounding import codes, rounded
 from tqdit.quantization.table import ScaleTable, Site
+
+CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
@@ -162,15 +164,15 @@ def multiply(parts: Iterable[Part[Tensor]], product: Callable[[Tensor], Tensor],
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer or a convolution without padding, with W^ for its weight. The bias comes last."""
+    """A linear layer or a convolution that is one on patches, with W^ for its weight. The bias comes last."""
 
     row_sums: Tensor
     bias: Tensor | None
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, weight: Tensor, quantize: QuantizedOperand | None) -> None:
+    def __init__(self, module: nn.Linear | Convolution, weight: Tensor, quantize: QuantizedOperand | None) -> None:
         super().__init__()
-        self.stride = module.stride if isinstance(module, nn.Conv2d) else None
-        shape = (-1,) if self.stride is None else (-1, 1, 1)
+        self.axes = weight.ndim - 2  # of the patches
+        shape = (-1, *[1] * self.axes)
         self.weight = nn.Parameter(weight, requires_grad=False)  # networks look at the dtype of their parameters
         self.register_buffer("row_sums", weight.flatten(1).sum(1).reshape(shape), persistent=False)
         bias = None if module.bias is None else module.bias.detach().reshape(shape)
@@ -178,9 +180,9 @@ class QuantizedLinear(nn.Module):
         self.quantize = quantize
 
     def product(self, x: Tensor) -> Tensor:
-        if self.stride is None:
+        if not self.axes:
             return F.linear(x, self.weight)
-        return F.conv2d(x, self.weight, stride=self.stride)
+        return CONVOLVE[self.axes - 1](x, self.weight, stride=self.weight.shape[2:])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x) if self.quantize is None else multiply(self.quantize.parts(x), self.product, self.row_sums)
@@ -213,7 +215,7 @@ def find_module(network: nn.Module, name: str) -> nn.Module:
 def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], rows: RowGroups) -> nn.Module:
     """The quantized form of one module of the network."""
     expected = {"left", "right"} if isinstance(module, Scores | ValueProduct) else {"weight", "input"}
-    if not isinstance(module, nn.Linear | nn.Conv2d | Scores | ValueProduct) or not set(sites) <= expected:
+    if not isinstance(module, nn.Linear | Convolution | Scores | ValueProduct) or not set(sites) <= expected:
         raise UsageError(f"the scale table quantizes {sorted(sites)} of '{name}', a {type(module).__name__}. "
                          "Calibrate again.")  # fmt: skip
     operands = {role: QuantizedOperand(site.quantizer, rows) for role, site in sites.items() if role != "weight"}
@@ -222,8 +224,9 @@ def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], row
             raise UsageError(f"the scale table quantizes only {sorted(sites)} of the product '{name}'. "
                              "Calibrate again.")  # fmt: skip
         return QuantizedProduct(module, operands["left"], operands["right"])
-    if isinstance(module, nn.Conv2d) and any(module.padding):
-        raise UsageError(f"'{name}' is a convolution with padding, which cannot be quantized. Leave it out.")
+    if not is_linear(module):
+        raise UsageError(f"'{name}' is a convolution with padding, groups or a stride that is not its kernel, which "
+                         "stays float. Leave it out.")  # fmt: skip
     weight = module.weight.detach()
     if "weight" in sites:
         integers, scale = weight_codes(weight, sites["weight"])

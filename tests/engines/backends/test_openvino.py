@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import support
+from networks import Parallel, Tokens, described
 from tables import Kind, make_table, random_rows
 from tqdit import onnx_file
 from tqdit.card import ATTENTION_FORMS
@@ -372,6 +373,14 @@ def test_a_product_that_fell_back_fails_the_audit_by_name(quantized, tmp_path, m
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     kept = build_engine(quantized, tmp_path / "model.engine", "openvino", BuildConfig(allow_fallback=True))
     assert kept.audit.fallen_back == (module,)
+
+
+def test_layers_that_are_added_are_known_by_their_weights(tmp_path):
+    """OpenVINO scales behind the sum and gives one of the layers a name of its own."""
+    model = described(Tokens(Parallel()), (4, 6))
+    write(tmp_path / "model.onnx", *export_graph(model, ExportConfig(), make_table(model, Kind())))
+    audit = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino").audit
+    assert (audit.integer, audit.fallen_back) == (6, ())
 
 
 def test_the_manifest_says_what_was_built(engine):

@@ -17,28 +17,37 @@ from tqdit.errors import UsageError
 from tqdit.graph_names import scope_of
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
+from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 
 FloatType = Literal["fp16", "bf16"]
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT32 = ir.DataType.FLOAT
 LARGEST_FLOAT16 = 65504.0
 NO_BFLOAT16 = {"Conv"}  # in opset 20
-QKV = 3  # inputs of MultiRegionAttention that take the network's type; the low step stays float32
+QKV = 3  # inputs of MultiRegionAttention that take the network's type; mask and low step stay float32
+SOFTMAXES = {"Softmax", multi_region_softmax.OP_TYPE}
+MASKING = {"Add", "Where"}  # of scores, with values such as -1e30
 
 
 def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None:
     """Requires: a float32 file of ours, with scopes in the nodes' metadata.
 
     Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
-    their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes, the angles of
-    the timestep, and the sampling step. Inputs and outputs keep their types; functions and Q/DQ see float32 only, but
-    for MultiRegionAttention, whose q, k, v and result have `float_type` (integer codes are exact in it).
+    their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes and the masks
+    of their scores, the angles of the timestep, and the sampling step. Inputs and outputs keep their types; functions
+    and Q/DQ see float32 only, but for MultiRegionAttention, whose q, k, v and result have `float_type` (integer codes
+    are exact in it).
     Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
-    islands = () if card.quantization is None else tuple(card.quantization.products)
+    islands = _islands(card)
     _Caster(model.graph, islands, _angles(model.graph), DTYPES[float_type]).run()
     RemoveUnusedNodesPass()(model)  # float32 constants that only had users in the other type
+
+
+def _islands(card: GraphCard) -> frozenset[str]:
+    """The modules of the quantized products."""
+    return frozenset() if card.quantization is None else card.quantization.quantized
 
 
 def _angles(graph: ir.Graph) -> frozenset[int]:
@@ -88,13 +97,20 @@ class _Caster:
         scope = scope_of(node)
         if not scope or scope in self.islands or node.domain:  # no scope: the sampling step around the network
             return False
-        if node.op_type == "Softmax" and any(scope_of(user) in self.islands for user, _ in node.outputs[0].uses()):
+        if self._is_rounded_softmax(node):
+            return False
+        if node.op_type in MASKING and any(self._is_rounded_softmax(user) for user, _ in node.outputs[0].uses()):
             return False
         if self.target == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16:
             return False
         if id(node) in self.angles or any(value.is_graph_output() for value in node.outputs):
             return False
         return any(value.dtype == FLOAT32 for value in node.outputs)
+
+    def _is_rounded_softmax(self, node: ir.Node) -> bool:
+        """Whether a quantized product takes its probabilities."""
+        users = (user for user, _ in node.outputs[0].uses())
+        return node.op_type in SOFTMAXES and any(scope_of(user) in self.islands for user in users)
 
     def _converted(self, value: ir.Value, wanted: ir.DataType, user: ir.Node) -> ir.Value:
         """The value in the other type: a converted constant, or a Cast behind the node that makes it."""

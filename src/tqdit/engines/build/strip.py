@@ -34,7 +34,7 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
     for node in model.graph:
         if node.op_type == "MatMul":
             scopes.setdefault(scope_of(node), []).append(node)
-    for module in card.quantization.products:
+    for module in sorted(card.quantization.quantized):
         if module not in scopes:
             raise UsageError(f"the quantization of '{module}' cannot be stripped. Export the model with --float.")
         _strip_product(model.graph, module, scopes[module])

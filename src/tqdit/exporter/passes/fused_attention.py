@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -21,7 +23,7 @@ LARGEST_FLOAT16 = 65504
 
 def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTable, groups: GroupSelector) -> str:
     """Requires: `product` multiplies a Softmax of scaled scores with v, and stands in the module `name`; its left
-    quantizer has `softmax_regions`.
+    quantizer has `softmax_regions`. Scores may be masked by an Add or a Where.
 
     Ensures: in its place stands one MultiRegionAttention. Quantized q, k and v enter as their integer codes, which are
     exact in float16 and bfloat16 too: constant scales of q and k are part of its scale, those of v multiply its result,
@@ -35,15 +37,16 @@ def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTab
     low, high = (softmax.constants()[scale] for scale in softmax.softmax_regions() or ())
     _check_range(low, high, softmax.bits, name)
     emit = Emitter(graph, product, name)
-    q, k, factor, scores = _scores_of(emit, probabilities, name)
+    scores = f"{name.rpartition('.')[0]}.scores"
+    made = _scores_of(emit, probabilities, name, scores)
     left, right = (_codes(emit, value, table.by_module.get(scores, {}).get(role), role, groups)
-                   for value, role in ((q, "left"), (k, "right")))  # fmt: skip
+                   for value, role in ((made.q, "left"), (made.k, "right")))  # fmt: skip
     q = left.values
     for ratio in (left.ratio, right.ratio):
         q = q if ratio is None else emit.op("Mul", q, ratio)
     value = _codes(emit, v, table.by_module[name]["right"], "value", groups)
-    y = emit.custom(OP_TYPE, q, right.values, value.values, low_scales(emit, low, groups), bits=softmax.bits,
-                    high_step=float(high), scale=left.unit * right.unit * factor)  # fmt: skip
+    y = emit.custom(OP_TYPE, q, right.values, value.values, made.mask, low_scales(emit, low, groups), bits=softmax.bits,
+                    high_step=float(high), scale=left.unit * right.unit * made.factor)  # fmt: skip
     y = emit.op("Mul", y, emit.constant("value.scale", np.float32(value.unit)))
     if value.ratio is not None:
         y = emit.op("Mul", y, value.ratio)
@@ -70,11 +73,25 @@ def _codes(emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: Gro
     return part
 
 
-def _scores_of(emit: Emitter, probabilities: ir.Value, name: str) -> tuple[ir.Value, ir.Value, float, str]:
-    """(q, k, factor, name of the scores' module) of probabilities = Softmax(factor q kᵀ)."""
+@dataclass(frozen=True)
+class _Scores:
+    """factor q kᵀ + mask, as a Softmax gets it."""
+
+    q: ir.Value
+    k: ir.Value
+    factor: float
+    mask: ir.Value
+
+
+def _scores_of(emit: Emitter, probabilities: ir.Value, name: str, scores: str) -> _Scores:
+    """What makes probabilities = Softmax(factor q kᵀ + mask); `scores` is the module of the first product."""
     softmax = probabilities.producer()
     found = [None if softmax is None else softmax.op_type]
     node, factor = _maker_of(softmax, 0), 1.0
+    mask = emit.constant("no_mask", np.zeros((1,) * RANK, np.float32))
+    if node is not None and node.op_type in ("Add", "Where") and scope_of(node) != scores:
+        (place,) = (i for i, value in enumerate(node.inputs) if (made := value.producer()) and scope_of(made) == scores)
+        mask, node = _mask(emit, node, place), _maker_of(node, place)
     while node is not None and node.op_type == "Mul" and (constant := node.inputs[1]) is not None:
         if constant.const_value is None or constant.const_value.size != 1:
             break
@@ -90,7 +107,20 @@ def _scores_of(emit: Emitter, probabilities: ir.Value, name: str) -> tuple[ir.Va
     q, transposed = node.inputs
     assert q is not None
     assert transposed is not None
-    return q, _transpose(emit, transposed), factor, scope_of(node)
+    return _Scores(q, _transpose(emit, transposed), factor, mask)
+
+
+def _mask(emit: Emitter, node: ir.Node, place: int) -> ir.Value:
+    """What a node adds to its input `place`, with four dimensions; a Where adds what it puts in the place of scores."""
+    others = [value for index, value in enumerate(node.inputs) if index != place and value is not None]
+    rank = max(rank_of(value) for value in others)
+    mask = others[0]
+    if node.op_type == "Where":
+        zero = emit.constant("unmasked", np.float32(0))
+        mask = emit.op("Where", *(zero if index == place else value for index, value in enumerate(node.inputs)))
+    if rank == RANK:
+        return mask
+    return emit.op("Unsqueeze", mask, emit.constant("mask.axes", np.arange(RANK - rank)))
 
 
 def _maker_of(node: ir.Node | None, index: int) -> ir.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from tqdit.exporter.passes.emit import Emitter, dequantize
 from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.exporter.passes.scopes import Modules
+from tqdit.models.products import Convolution
 from tqdit.quantization.fake_quant import weight_codes
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Quantizer
@@ -36,7 +38,7 @@ def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, gro
         if isinstance(module, nn.Linear):
             for node in modules.all(name, "MatMul", "Gemm"):
                 _Linear(model.graph, node, name, module, sites, groups).rewrite()
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, Convolution):
             for node in modules.all(name, "Conv"):
                 _PatchEmbedding(model.graph, node, name, module, sites, groups).rewrite()
 
@@ -48,12 +50,12 @@ class _Linear:
     """
 
     def __init__(
-        self, graph: ir.Graph, node: ir.Node, name: str, module: nn.Linear | nn.Conv2d, sites: Mapping[str, Site],
+        self, graph: ir.Graph, node: ir.Node, name: str, module: nn.Linear | Convolution, sites: Mapping[str, Site],
         groups: GroupSelector,
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
         self.emit = Emitter(graph, node, name)
-        self.rank = PATCHES_RANK if isinstance(module, nn.Conv2d) else rank_of(node.outputs[0])  # of the input
+        self.rank = PATCHES_RANK if isinstance(module, Convolution) else rank_of(node.outputs[0])  # of the input
         self.float_weight = module.weight.detach()
 
     def rewrite(self) -> None:
@@ -115,19 +117,31 @@ class _PatchEmbedding(_Linear):
     """
 
     def enter(self, x: ir.Value) -> ir.Value:
-        """(N, C, H, W) -> (N, T, C p p), T = (H / p)(W / p)."""
-        assert isinstance(self.module, nn.Conv2d)
-        if self.module.stride != self.module.kernel_size or any(self.module.padding) or x.shape is None:
-            raise UsageError(f"'{self.name}' is not a patch embedding and cannot be quantized. Leave it out.")
-        high, wide = (int(side) for side in self.module.kernel_size)
-        channels, height, width = (int(str(side)) for side in x.shape[1:])
-        self.grid = height // high, width // wide
-        x = self.reshape(x, "patches.split", [channels, self.grid[0], high, self.grid[1], wide])
-        x = self.emit.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
-        return self.reshape(x, "patches.rows", [self.grid[0] * self.grid[1], channels * high * wide])
+        """(N, C, H, W) -> (N, T, C p p), T = (H // p)(W // p), with any number of axes in the place of H and W."""
+        assert isinstance(self.module, Convolution)
+        assert x.shape is not None
+        size = self.module.kernel_size
+        channels, *sides = (int(str(side)) for side in x.shape[1:])
+        self.grid = [side // step for side, step in zip(sides, size, strict=True)]
+        whole = [tiles * step for tiles, step in zip(self.grid, size, strict=True)]
+        if whole != sides:
+            ends, axes = np.array(whole, np.int64), np.arange(len(size)) + 2
+            bounds = {"start": np.zeros_like(ends), "end": ends, "axes": axes}
+            x = self.emit.op("Slice", x, *(self.emit.constant(f"patches.{name}", a) for name, a in bounds.items()))
+        lengths, outer, inner = [channels], [], []
+        for tiles, step in zip(self.grid, size, strict=True):
+            lengths.append(tiles)
+            outer.append(len(lengths))
+            if step > 1:
+                lengths.append(step)
+                inner.append(len(lengths))
+        if inner:
+            x = self.reshape(x, "patches.split", lengths)
+        x = self.emit.op("Transpose", x, perm=[0, *outer, 1, *inner])
+        return self.reshape(x, "patches.rows", [math.prod(self.grid), channels * math.prod(size)])
 
     def leave(self, y: ir.Value) -> ir.Value:
-        """(N, T, D) -> (N, D, H / p, W / p)."""
+        """(N, T, D) -> (N, D, H // p, W // p)."""
         y = self.emit.op("Transpose", y, perm=[0, 2, 1])
         return self.reshape(y, "patches.grid", [len(self.float_weight), *self.grid])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.linear import quantize_linears
 from tqdit.exporter.passes.scopes import network_timestep
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Scores, ValueProduct
+from tqdit.models.products import Product, Scores, ValueProduct
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
@@ -37,21 +38,23 @@ def exported_sites(table: ScaleTable, form: AttentionForm) -> ScaleTable:
     return replace(table, sites=tuple(site for site in table.sites if site.role not in ("left", "right")))
 
 
-def describe(table: ScaleTable, form: AttentionForm, sampling: SamplingSpec) -> QuantizationCard:
-    """What `quantize` makes of a table whose scales were found for the chain `sampling`."""
+def describe(
+    products: Iterable[Product], table: ScaleTable, form: AttentionForm, sampling: SamplingSpec
+) -> QuantizationCard:
+    """What `quantize` makes of a network with these products and a table whose scales were found for `sampling`."""
     exported = exported_sites(table, form)
-    products: dict[str, ProductForm] = {}
+    forms: dict[str, ProductForm] = {product.name: "float" for product in products}
     for module, sites in exported.by_module.items():
         if "left" in sites:
-            products[module] = "integer" if form == "integer" else "simulated"
+            forms[module] = "integer" if form == "integer" else "simulated"
         elif "weight" in sites:
-            products[module] = "integer" if "input" in sites else "weight-only"
+            forms[module] = "integer" if "input" in sites else "weight-only"
     return QuantizationCard(
         weight_bits=min((site.quantizer.bits for site in exported.sites if site.role == "weight"), default=32),
         activation_bits=min((site.quantizer.bits for site in exported.sites if site.role != "weight"), default=32),
         boundaries=tuple(float(boundary) for boundary in table.boundaries),
         attention=form,
-        products=products,
+        products=forms,
         sampling=sampling,
     )
 

@@ -10,6 +10,8 @@ import triton.language as tl
 
 from tqdit.plugins.triton_math import LOG2_E, MAGIC
 
+LEAST_MASK: tl.constexpr = tl.constexpr(-1e30)
+
 
 @triton.jit
 def _head_tile(base, row, column, rows, HEAD: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
@@ -26,16 +28,19 @@ def _head_tile(base, row, column, rows, HEAD: tl.constexpr, MASK_ROWS: tl.conste
 
 @triton.jit
 def _scores(
-    q_main, q_rest, k, key, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
-    MASK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    q_main, q_rest, k, mask_row, key, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
+    MASK_KEYS: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q k^T for one tile of keys, float32; -inf beyond the last key."""
+    """q k^T for one tile of keys, float32; scaled and masked if there is a mask; -inf beyond the last key."""
     main = tl.arange(0, MAIN)
     k_main = _head_tile(k, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
     s = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
     if REST > 0:
         k_rest = _head_tile(k, key, MAIN + tl.arange(0, REST), KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
         s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
+    if MASKED:
+        added = tl.load(mask_row + key[None, :], mask=(key < KEYS)[None, :], other=0.0)
+        s = s * SCALE + tl.maximum(added, LEAST_MASK)
     if MASK_KEYS:
         s = tl.where((key < KEYS)[None, :], s, float("-inf"))
     return s
@@ -56,25 +61,32 @@ def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.con
 
 @triton.jit
 def multi_region_attention_kernel(
-    q, k, v, low_step, heads, low_steps, out,
+    q, k, v, mask, low_step, heads, low_steps, masks, out,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    MASKED: tl.constexpr, IMAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
     TOP: tl.constexpr, HIGH_STEP: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, out (images heads, QUERIES, HEAD), k, v (images heads, KEYS, HEAD), contiguous; low_step as in the softmax.
 
+    mask float32: of its `masks` images, image i has number i % masks; a stride of 0 stands for an axis of length 1.
     A head is MAIN columns, a power of two, and REST more, a power of two or 0: 72 is 64 + 16, not 128.
     """
     blocks: tl.constexpr = (QUERIES + BLOCK_QUERIES - 1) // BLOCK_QUERIES
     MASK_QUERIES: tl.constexpr = QUERIES % BLOCK_QUERIES != 0
     MASK_KEYS: tl.constexpr = KEYS % BLOCK_KEYS != 0
-    FACTOR: tl.constexpr = SCALE * LOG2_E
+    FACTOR: tl.constexpr = LOG2_E if MASKED else SCALE * LOG2_E
     head = tl.program_id(0) // blocks
     query = (tl.program_id(0) % blocks) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     main = tl.arange(0, MAIN)
     start = head.to(tl.int64) * QUERIES * HEAD
     q_base, out_base = q + start, out + start
     k_base, v_base = k + head.to(tl.int64) * KEYS * HEAD, v + head.to(tl.int64) * KEYS * HEAD
+    mask_row = mask + ((head // heads) % masks).to(tl.int64) * IMAGE_STRIDE + (head % heads) * HEAD_STRIDE
+    if QUERY_STRIDE > 0:
+        mask_row += tl.minimum(query, QUERIES - 1)[:, None] * QUERY_STRIDE
+    else:
+        mask_row += tl.zeros([1, 1], tl.int32)
     s1 = tl.load(low_step + (head // heads) % low_steps)
     low_inverse = tl.math.div_rn(1.0, s1)
     ratio = tl.math.div_rn(HIGH_STEP, s1)
@@ -91,11 +103,15 @@ def multi_region_attention_kernel(
     if KEYS <= 2 * BLOCK_KEYS:
         # One tile or two, whose scores stay in registers.
         key = tl.arange(0, BLOCK_KEYS)
-        s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, KEYS < BLOCK_KEYS, PRECISION)
+        s = _scores(
+            q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, KEYS < BLOCK_KEYS, MASKED, SCALE, PRECISION
+        )
         largest = tl.max(s, 1)
         if KEYS > BLOCK_KEYS:
-            second_key = BLOCK_KEYS + key
-            second = _scores(q_main, q_rest, k_base, second_key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+            later = BLOCK_KEYS + key
+            second = _scores(
+                q_main, q_rest, k_base, mask_row, later, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
+            )
             largest = tl.maximum(largest, tl.max(second, 1))
         offset = (largest * FACTOR)[:, None]
         s = tl.exp2(s * FACTOR - offset)
@@ -113,17 +129,19 @@ def multi_region_attention_kernel(
             rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
         if KEYS > BLOCK_KEYS:
             codes = _codes(second, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
-            v_main = _head_tile(v_base, second_key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+            v_main = _head_tile(v_base, later, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
             sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
             if REST > 0:
-                v_rest = _head_tile(v_base, second_key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+                v_rest = _head_tile(v_base, later, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
                 rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
     else:
         largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_QUERIES], tl.float32)
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
-            s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+            s = _scores(
+                q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
+            )
             grown = tl.maximum(largest, tl.max(s, 1))
             exponent = tl.exp2(s * FACTOR - (grown * FACTOR)[:, None])
             total = total * tl.exp2((largest - grown) * FACTOR) + tl.sum(exponent, 1)
@@ -132,7 +150,9 @@ def multi_region_attention_kernel(
         low_rate, high_rate = (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
-            s = _scores(q_main, q_rest, k_base, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, PRECISION)
+            s = _scores(
+                q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
+            )
             v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
             exponent = tl.exp2(s * FACTOR - (largest * FACTOR)[:, None])
             codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tqdit.errors import UsageError
@@ -47,9 +48,11 @@ def candidates(floats: str, head: int, keys: int) -> tuple[Blocks, ...]:
 
 def kernel(
     floats: str, queries: int, keys: int, head: int, bits: int, high_step: float, scale: float,
-    blocks: Blocks | None = None,
+    blocks: Blocks | None = None, mask: tuple[int, int, int] = (1, 1, 1),
 ) -> Kernel:  # fmt: skip
     """For q, k, v and result of the type `floats` ('fp32', 'fp16', 'bf16') with heads of `head` columns.
+
+    mask: its numbers of heads, queries and keys. With one key for all it changes no probability and is not read.
 
     Raises UsageError for sizes that the kernel does not take.
     """
@@ -68,9 +71,11 @@ def kernel(
             ("q", types),
             ("k", types),
             ("v", types),
+            ("mask", "*fp32"),
             ("low_step", "*fp32"),
             ("heads", "i32"),
             ("low_steps", "i32"),
+            ("masks", "i32"),
             ("out", types),
         ),
         constants=(
@@ -79,6 +84,10 @@ def kernel(
             ("HEAD", head),
             ("MAIN", main),
             ("REST", rest),
+            ("MASKED", mask[2] > 1),
+            ("IMAGE_STRIDE", math.prod(mask)),
+            ("HEAD_STRIDE", mask[1] * mask[2] if mask[0] > 1 else 0),
+            ("QUERY_STRIDE", mask[2] if mask[1] > 1 else 0),
             ("TOP", top_code(bits)),
             ("HIGH_STEP", high_step),
             # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
@@ -93,8 +102,8 @@ def kernel(
     )
 
 
-def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size) -> Launch:
-    """q (images, heads, queries, head), low_step (low_steps,)."""
+def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size, masks: Size = 1) -> Launch:
+    """q (images, heads, queries, head), low_step (low_steps,), mask (masks, ...)."""
     constants = dict(kernel.constants)
     blocks = ceil_div(int(constants["QUERIES"]), int(constants["BLOCK_QUERIES"]))
-    return Launch(images * heads * blocks, (heads, low_steps))
+    return Launch(images * heads * blocks, (heads, low_steps, masks))

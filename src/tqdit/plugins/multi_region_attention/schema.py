@@ -1,4 +1,5 @@
-"""MultiRegionAttention(q T[B,H,N,d], k, v T[B,H,M,d], low_step float[B]; bits, high_step, scale) -> T[B,H,N,d].
+"""MultiRegionAttention(q T[B,H,N,d], k, v T[B,H,M,d], mask float[B,H,N,M], low_step float[B]; bits, high_step, scale)
+-> T[B,H,N,d].
 
 T is float, float16 or bfloat16; the body computes in float32.
 """
@@ -14,7 +15,7 @@ OP_TYPE = "MultiRegionAttention"
 
 BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionAttention <bits, high_step, scale> (q, k, v, low_step) => (attended)
+MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (attended)
 {{
     q_float = Cast <to: int = 1> (q)
     k_float = Cast <to: int = 1> (k)
@@ -22,7 +23,10 @@ MultiRegionAttention <bits, high_step, scale> (q, k, v, low_step) => (attended)
     k_columns = Transpose <perm: ints = [0, 1, 3, 2]> (k_float)
     product = MatMul (q_float, k_columns)
     factor = Constant <value_float: float = @scale> ()
-    scores = Mul (product, factor)
+    scaled = Mul (product, factor)
+    least = Constant <value_float: float = -1e30> ()
+    finite_mask = Max (mask, least)
+    scores = Add (scaled, finite_mask)
 {ROUNDED}
     attended_float = MatMul (probabilities, v_float)
     attended = CastLike (attended_float, q)

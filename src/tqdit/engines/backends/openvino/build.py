@@ -70,8 +70,9 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
     """Compile an IR and read off which products multiply integers: by the types of both inputs.
 
     A layer's `runtimePrecision` says i8 even if only the weight is. Layers keep the names of the nodes that
-    were fused into them. A whole attention may be one kernel: q, k and v are its inputs, and the
-    probabilities must be quantized inside.
+    were fused into them; one whose scaling moved behind a sum gets a name of its own, and its weight tells its
+    module. A whole attention may be one kernel: q, k and v are its inputs, and the probabilities must be
+    quantized inside.
     """
     if card.quantization is None:
         return None
@@ -79,16 +80,23 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
     integer: list[str] = []
     floating: list[str] = []
     for layer in compiled.get_runtime_model().get_ops():
-        info = layer.get_rt_info()
-        kind, names = info["layerType"].astype(str), info["originalLayersNames"].astype(str).split(",")
+        kind, names = layer.get_rt_info()["layerType"].astype(str), _names(layer)
         is_attention = kind == "Subgraph" and any(name.endswith("/Softmax") for name in names)
         if kind not in PRODUCTS and not is_attention:
             continue
+        if kind == "FullyConnected":
+            names += _names(layer.input_value(1).get_node())
         operands = layer.inputs() if is_attention else layer.inputs()[:2]
         types = {operand.get_element_type().get_type_name() for operand in operands}
         quantized = types <= INTEGERS and (not is_attention or any("/QuantizeLinear" in name for name in names))
         (integer if quantized else floating).extend(names)
     return audit(card.quantization, scopes, integer, floating)
+
+
+def _names(layer: Any) -> list[str]:
+    """Of the nodes that became this layer."""
+    names: list[str] = layer.get_rt_info()["originalLayersNames"].astype(str).split(",")
+    return names
 
 
 def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, card: GraphCard) -> None:
