@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rows of the ablation (default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip
-    add("--from-diagnosis", type=Path, metavar="FILE", help="take the settings and the advice of a diagnosis.json that "
-        "tqdit-evaluate --layers wrote, in place of --preset")  # fmt: skip
+    add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
+        "diagnosis.json that tqdit-evaluate --layers wrote")  # fmt: skip
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--work", type=Path, metavar="DIR", help="folder for intermediate results (default: OUTPUT.work)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: a GPU that "
