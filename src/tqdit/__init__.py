@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from tqdit.api import calibrate as calibrate
     from tqdit.api import export as export
     from tqdit.api import load_model as load_model
+    from tqdit.api import record as record
     from tqdit.engines.config import BuildConfig as BuildConfig
     from tqdit.engines.run.denoiser import Denoiser as Denoiser
-    from tqdit.engines.run.diffusers_transformer import DiffusersTransformer as DiffusersTransformer
+    from tqdit.engines.run.drop_in import DropIn as DropIn
     from tqdit.engines.run.sampler import Sampler as Sampler
     from tqdit.engines.run.shards import read_shards as read_shards
     from tqdit.engines.run.step_batcher import StepBatcher as StepBatcher
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
-    "DiffusersTransformer": "tqdit.engines.run.diffusers_transformer",
+    "DropIn": "tqdit.engines.run.drop_in",
     "ModelCard": "tqdit.models.model_card",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",
@@ -38,6 +39,7 @@ _HOMES = {
     "export": "tqdit.api",
     "load_model": "tqdit.api",
     "read_shards": "tqdit.engines.run.shards",
+    "record": "tqdit.api",
 }
 
 

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from tqdit.card import AttentionForm, GraphName
     from tqdit.engines.bundle import Manifest
     from tqdit.engines.config import BuildConfig
+    from tqdit.interface import Interface
     from tqdit.models.loaded import LoadedModel, Source
     from tqdit.models.model_card import ModelCard
+    from tqdit.models.recording import Recorder
     from tqdit.quantization.table import ScaleTable
 
     Model = Source | Path | LoadedModel
@@ -49,20 +51,38 @@ def load_model(source: Source | Path, heads: int | None = None, card: ModelCard 
     return load(source, heads, card)
 
 
+def record(pipeline: Any) -> Recorder:
+    """A context that hears the calls of a diffusers pipeline's transformer, and what its scheduler makes of them.
+
+        with tqdit.record(pipeline) as calls:
+            pipeline("a red square", num_inference_steps=28)
+        table = tqdit.calibrate(pipeline.transformer, rows=calls)
+
+    Record whole chains, all with one number of steps and one resolution. `calls.recording().save(path)` keeps them.
+    Raises UsageError, in `calibrate` or in the pipeline's call, for a loop that is not linear.
+    """
+    _need_stage("calibrate", "tqdit.record")
+    from tqdit.models.recording import Recorder
+
+    return Recorder(pipeline)
+
+
 def calibrate(
     model: Model = "demo", *, preset: str = "tq-dit", output: str | Path | None = None, work: str | Path | None = None,
-    data: str | Path | None = None, quiet: bool = True, **knobs: Any,
+    data: str | Path | None = None, rows: Recorder | str | Path | None = None, quiet: bool = True, **knobs: Any,
 ) -> ScaleTable:  # fmt: skip
     """Find the scales of a model; returns the scale table and writes it to `output` if that is given.
 
     preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
     results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
-    latents with labels. Raises UsageError for a preset or a knob that does not exist.
+    latents with labels. rows: calls that `record` heard, or the file of them; for networks other than a DiT. Raises
+    UsageError for a preset or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
     from tqdit.calibration.config import PRESETS
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
+    from tqdit.models.recording import Recording
     from tqdit.quantization.table import write_scale_table
 
     if preset not in PRESETS:
@@ -71,8 +91,9 @@ def calibrate(
     if unknown:
         raise UsageError(f"'{unknown[0]}' is not a knob; known are {', '.join(PRESETS[preset].to_json())}.")
     config = replace(PRESETS[preset], **knobs)
-    loaded = _loaded(model)
-    images = None if data is None else read_data(Path(data), loaded)
+    recording = Recording.load(rows) if isinstance(rows, str | Path) else None if rows is None else rows.recording()
+    loaded = _loaded(model, None if recording is None else recording.interface)
+    images = recording if data is None else read_data(Path(data), loaded)
     with ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="tqdit-")) if work is None else work
         folder = Path(temporary)
@@ -105,7 +126,7 @@ def export(
     check_overwrite(path, force)
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
-    loaded = _loaded(model)
+    loaded = _loaded(model, None if table is None else table.interface)
     folder = loaded.vae_folder if vae is None else Path(vae)
     decoder = None if folder is None else load_decoder(folder, loaded)
     if decoder is not None:
@@ -141,7 +162,8 @@ def _need_stage(extra: str, what: str) -> None:
         need(library, extra, what)
 
 
-def _loaded(model: Model) -> LoadedModel:
+def _loaded(model: Model, interface: Interface | None) -> LoadedModel:
+    from tqdit.models.load import load_model as load
     from tqdit.models.loaded import LoadedModel
 
-    return model if isinstance(model, LoadedModel) else load_model(model)
+    return model if isinstance(model, LoadedModel) else load(model, interface=interface)

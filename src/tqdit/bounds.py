@@ -40,7 +40,7 @@ def check_count(name: str, value: Any, least: int, most: int | None = None) -> i
 
 def check_number(name: str, value: Any, least: float, most: float) -> float:
     """The finite number. Raises UsageError for anything else and outside least..most."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
     if not least <= number <= most:
         raise UsageError(f"{name} is {value!r}; expected a finite number from {least:g} to {most:g}.")
     return number

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -92,6 +92,8 @@ class GraphCard:
     written_by: str  # tqdit's version
     vae: VaeCard | None = None
     quantization: QuantizationCard | None = None  # None: a float graph
+    constants: dict[str, str] = field(default_factory=dict)  # arguments that are part of the graph -> digest
+    config: dict[str, Any] = field(default_factory=dict)  # settings of the network, as diffusers' pipelines read them
 
     @property
     def rows_per_image(self) -> int:

@@ -12,6 +12,7 @@ exits with 1, or with 2 if the command line is wrong.
     |-- OutputError           an output that cannot be written
     |-- MissingLibraryError   an extra that is not installed
     |-- BackendError          an engine that cannot be built or run here
+    |   `-- VerificationError an engine that does not compute what its golden calls say
     `-- SamplingError         a chain that became NaN or was stopped
         |-- SamplingStopped
         |-- QueueFullError    a request that the full queue of a StepBatcher refuses
@@ -55,6 +56,10 @@ class MissingLibraryError(TqditError, ImportError):
 
 class BackendError(TqditError):
     """An engine cannot be built or run on this machine."""
+
+
+class VerificationError(BackendError):
+    """An engine's error on golden calls is larger than that of the fake-quantized network."""
 
 
 class SamplingError(TqditError):

@@ -169,7 +169,7 @@ def reading(
         raise error(f"{path}: no such file. {again}") from found
     except MemoryError as found:
         raise InputError(explain(found, "read", path)) from found
-    except (OSError, *damage) as found:
+    except (OSError, *damage) as found:  # type: ignore[misc]  # mypy does not see through the star
         if isinstance(found, OSError) and found.errno not in (None, errno.EINVAL):  # EINVAL: a place that is not there
             raise InputError(explain(found, "read", path)) from found
         reason = str(found).splitlines()[0] if str(found) else type(found).__name__
@@ -181,10 +181,11 @@ def explain(error: OSError | MemoryError, use: str = "used", path: object = None
     if isinstance(error, MemoryError):
         place, advice = f"{path}: " if path else "", "Ask for less at a time, or free some memory."
         return f"{place}out of memory{f' ({error})' if str(error) else ''}. {advice}"
-    reason, place = error.strerror or str(error), path or error.filename
+    reason = str(error.strerror or error)
+    where = path or error.filename
     permission, other = _ADVICE_BY_USE[use]
     advice = permission if error.errno in (errno.EACCES, errno.EPERM) else _ADVICE.get(error.errno or 0, other)
-    return f"{place}: cannot be {use} ({reason}). {advice}" if place else f"{reason}. {advice}"
+    return f"{where}: cannot be {use} ({reason}). {advice}" if where else f"{reason}. {advice}"
 
 
 def check_writable(path: Path) -> None:

@@ -11,6 +11,7 @@ from tqdit.card import METADATA_KEY, GraphCard
 from tqdit.errors import FileFormatError
 from tqdit.extras import need
 from tqdit.files import ONNX, bring, reading, sha256, stays_inside
+from tqdit.golden import CALLS_KEY, GoldenCalls
 from tqdit.graph_names import Scopes
 from tqdit.onnx_header import OnnxHeader
 
@@ -42,6 +43,14 @@ class OnnxFile:
     def card(self) -> GraphCard | None:
         """None if another program wrote the file. Raises FileFormatError if it is damaged."""
         return OnnxHeader.read(self.path).card
+
+    @cached_property
+    def golden(self) -> GoldenCalls | None:
+        """The calls that prove an engine of this file; None if it holds none."""
+        for entry in self.model.metadata_props:
+            if entry.key == CALLS_KEY:
+                return GoldenCalls.from_text(entry.value, str(self.path))
+        return None
 
     @property
     def own_card(self) -> GraphCard:

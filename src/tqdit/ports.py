@@ -7,7 +7,7 @@ that the network was trained for) and in `models.products` (its products).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from tqdit.errors import UsageError
 
 PortKind = Literal["state", "time", "request"]
-PortType = Literal["float32", "int64"]
+PortType = Literal["float32", "int64", "bool"]
+Null = float | Literal["own"] | None
 MOST_ELEMENTS = 2**28  # of one row of a port
+NEGATIVE = "negative."  # begins the name of what a request brings for the unconditional row
+NUMBERS = {"float32": np.floating, "int64": np.integer, "bool": np.bool_}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Port:
     kind: PortKind
     dtype: PortType
     shape: tuple[int | None, ...]
-    null: float | None = None  # fills the port in an unconditional row; None: both rows hold the same value
+    null: Null = None  # fills the port in an unconditional row; None: as in the other row; own: a request brings it
     values: int | None = None  # of an integer port: it takes 0..values - 1, the null value among them
 
     def __post_init__(self) -> None:
@@ -93,6 +96,12 @@ class Signature:
     def requests(self) -> tuple[Port, ...]:
         return tuple(port for port in self.ports if port.kind == "request")
 
+    @cached_property
+    def request_values(self) -> dict[str, Port]:
+        """What a request holds: each request port, and `negative.PORT` if the unconditional row has its own value."""
+        own = {f"{NEGATIVE}{port.name}": port for port in self.requests if port.null == "own"}
+        return {port.name: port for port in self.requests} | own
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(port.name for port in self.ports)
@@ -128,7 +137,7 @@ def check_requests(signature: Signature, requests: Requests) -> tuple[int, dict[
     requests: the number of images of a network without request ports; the values of the only request port; or a
     mapping from each request port's name to its values. Raises UsageError for what the network does not take.
     """
-    ports = signature.requests
+    ports = signature.request_values
     if not ports:
         if isinstance(requests, bool) or not isinstance(requests, int) or requests < 1:
             raise UsageError(
@@ -138,12 +147,12 @@ def check_requests(signature: Signature, requests: Requests) -> tuple[int, dict[
     if not isinstance(requests, dict):
         if len(ports) > 1:
             raise UsageError(f"{signature.family} takes {_names(ports)}. Pass a dict with an array for each.")
-        requests = {ports[0].name: requests}
-    if set(requests) != {port.name for port in ports}:
+        requests = dict.fromkeys(ports, requests)
+    if set(requests) != set(ports):
         raise UsageError(
             f"found requests for {', '.join(map(repr, requests))}; {signature.family} takes {_names(ports)}."
         )
-    arrays = {port.name: _check_values(port, requests[port.name]) for port in ports}
+    arrays = {name: _check_values(name, port, requests[name]) for name, port in ports.items()}
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1:
         raise UsageError(f"the arrays of {_names(ports)} have different lengths {sorted(counts)}. Pass one row each.")
@@ -173,33 +182,33 @@ def check_call(signature: Signature, values: Mapping[str, Any]) -> dict[str, NDA
     take.
     """
     if set(values) != set(signature.names):
-        raise UsageError(f"found {', '.join(map(repr, values))}; {signature.family} takes {_names(signature.ports)}.")
-    arrays = {port.name: _check_values(port, values[port.name]) for port in signature.ports}
+        raise UsageError(f"found {', '.join(map(repr, values))}; {signature.family} takes {_names(signature.names)}.")
+    arrays = {port.name: _check_values(port.name, port, values[port.name]) for port in signature.ports}
     if len({len(array) for array in arrays.values()}) != 1:
         rows = ", ".join(f"'{name}' has {len(array)}" for name, array in arrays.items())
         raise UsageError(f"the inputs of a call have different numbers of rows: {rows}. Pass as many of each.")
     return arrays
 
 
-def _names(ports: tuple[Port, ...]) -> str:
-    return ", ".join(f"'{port.name}'" for port in ports)
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
-def _check_values(port: Port, values: Any) -> NDArray[Any]:
+def _check_values(name: str, port: Port, values: Any) -> NDArray[Any]:
     try:
         array = np.asarray(values)
     except ValueError:
         array = np.asarray(None)
-    wanted = np.integer if port.dtype == "int64" else np.floating
+    wanted = NUMBERS[port.dtype]
     if array.ndim == 0 or not len(array) or array.shape[1:] != port.row_shape or not np.issubdtype(array.dtype, wanted):
         rows = "N" if not port.row_shape else f"N, {', '.join(map(str, port.row_shape))}"
         raise UsageError(
-            f"'{port.name}' is {array.dtype}{list(array.shape)}, expected a non-empty array of {wanted.__name__} "
+            f"'{name}' is {array.dtype}{list(array.shape)}, expected a non-empty array of {wanted.__name__} "
             f"numbers ({rows})."
         )
     if port.values is not None and (bad := array[(array < 0) | (array >= port.values)]).size:
         known = f"0..{port.values - 1}" if port.null is None else f"0..{port.values - 2} (and {port.values - 1}: none)"
-        raise UsageError(f"'{port.name}' {bad.flat[0]} is out of range; this model knows {known}.")
+        raise UsageError(f"'{name}' {bad.flat[0]} is out of range; this model knows {known}.")
     if not np.isfinite(array).all():
-        raise UsageError(f"'{port.name}' holds NaN or infinite values, expected finite numbers.")
+        raise UsageError(f"'{name}' holds NaN or infinite values, expected finite numbers.")
     return np.ascontiguousarray(array, port.dtype)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_HEADER = 100_000_000  # bytes, as in the format's own library
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+         "BOOL": "?"}  # fmt: skip
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
 

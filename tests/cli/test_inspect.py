@@ -298,7 +298,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_the_command_prints_one_fact_a_line_in_two_columns(samples, capsys):
-    run(argparse.Namespace(file=str(samples), heads=None, lint=False, plot=None), Console())
+    run(argparse.Namespace(file=str(samples), heads=None, lint=False, verify=False, plot=None), Console())
     assert capsys.readouterr().out == "kind    samples\narr_0   uint8 (4, 8, 8, 3)\nlabels  int64 (4,)\n"
 
 

@@ -8,9 +8,7 @@ from tqdit.engines import backends, run
 from tqdit.engines.backends import backend_names
 
 RUN_SIDE = [
-    f"{run.__name__}.{entry.name}"
-    for entry in pkgutil.iter_modules(run.__path__)
-    if entry.name != "diffusers_transformer"
+    f"{run.__name__}.{entry.name}" for entry in pkgutil.iter_modules(run.__path__) if entry.name != "drop_in"
 ] + [f"{backends.__name__}.{name.replace('-', '_')}.run" for name in backend_names()]
 FORBIDDEN = """
 import importlib, sys

@@ -81,8 +81,8 @@ def test_steps_sampler_and_scale_may_differ_between_the_files_of_two_engines(mod
     ("changes", "message"),
     [
         ({"fingerprint": "0" * 64}, "fingerprint"),
-        ({"guidance": None}, "guidance: of 3 channels and none"),
-        ({"guidance": Guidance(1.5)}, "guidance: of 3 channels and of all channels"),
+        ({"guidance": None}, "guidance: of all channels and none"),
+        ({"guidance": Guidance(1.5, channels=2)}, "guidance: of all channels and of 2 channels"),
         ({"process": Diffusion(beta_end=0.012)}, r"process: .*0\.02.*0\.012"),
     ],
 )

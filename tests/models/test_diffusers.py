@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tqdit.card import Latents
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, UsageError
 from tqdit.models.families.diffusers import describe
 from tqdit.models.load import load_model
 from tqdit.models.model_card import ModelCard
@@ -342,11 +342,10 @@ def test_a_schedule_that_makes_no_sense_is_refused(pipeline, changes, message):
     ("changes", "message"),
     [
         (
-            {"_class_name": "PixArtTransformer2DModel"},
-            "'_class_name' is 'PixArtTransformer2DModel' with norm_type 'ada_norm_zero', expected "
-            "'DiTTransformer2DModel' with 'ada_norm_zero'. Pass the directory of a DiT.",
+            {"_class_name": "absent"},
+            "'_class_name' is None with norm_type 'ada_norm_zero', expected 'DiTTransformer2DModel' with "
+            "'ada_norm_zero'. Pass the directory of a DiT.",
         ),
-        ({"_class_name": "absent"}, "'_class_name' is None with norm_type"),
         ({"norm_type": "ada_norm_single"}, "norm_type 'ada_norm_single', expected 'DiTTransformer2DModel'"),
         ({"num_layers": "absent"}, "'num_layers' is missing, expected a positive whole number. Get the file again."),
         ({"patch_size": 0}, "'patch_size' is 0, expected a positive whole number"),
@@ -366,6 +365,12 @@ def test_a_configuration_that_is_not_a_dits_is_refused(diffusers_folder, changes
     assert message in str(error.value)
     assert str(error.value).startswith(str(diffusers_folder))
     assert "\n" not in str(error.value)
+
+
+def test_another_class_is_told_how_its_inputs_are_learned(diffusers_folder):
+    edit_config(diffusers_folder, _class_name="PixArtTransformer2DModel")
+    with pytest.raises(UsageError, match=r"a PixArtTransformer2DModel\..*--prompts.*--rows.*tqdit\.record"):
+        load_model(str(diffusers_folder))
 
 
 def change(folder, edit):

@@ -119,4 +119,4 @@ def test_a_new_kind_of_model_is_one_file_and_nothing_else(tmp_path, monkeypatch)
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     assert load_model("toy:1", heads=3).source == "toy:1 3"
-    assert list(find_modules(families)) == ["demo", "diffusers", "published", "toy"]
+    assert list(find_modules(families)) == ["demo", "diffusers", "published", "recorded", "toy"]

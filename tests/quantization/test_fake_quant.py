@@ -221,9 +221,9 @@ def test_a_quantized_model_can_be_copied_and_pickled() -> None:
 @pytest.mark.slow
 def test_the_quantized_network_can_be_traced() -> None:
     model = tiny_model()
-    quantized = apply(model, table_for(model)).network
+    applied = apply(model, table_for(model))
+    quantized, whole = applied.network, PositionalCall(applied)
     batch = torch.export.Dim("batch", min=1, max=64)
-    whole = PositionalCall(quantized, model.signature)
     shapes = (({0: batch},) * 3,)
     program = torch.export.export(whole, tuple(inputs([1, 500, 900]).values()), dynamic_shapes=shapes, strict=False)
     other = inputs([0, 400, 800, 999])

@@ -184,7 +184,7 @@ def _site(index: int, **entries: Any) -> Callable[[Tensors, dict[str, Any]], Non
         (lambda t, h: t.update(boundaries=np.array([np.inf])), r"'boundaries' is \[inf\], expected increasing"),
         (lambda t, h: t.update(boundaries=np.array([5.0, 5.0])), r"'boundaries' is \[5.0, 5.0\], expected increasing"),
         (lambda t, h: t.update(boundaries=np.array([300.0, 600.0])), r"has 2 groups, the table's boundaries make 3"),
-        (_header(format_version=2), r"written in format 2, this tqdit reads format 3"),
+        (_header(format_version=3), r"written in format 3, this tqdit reads format 4"),
         (_header(sites="none"), r"metadata is damaged .*`array`.*\$.sites"),
         (_header(errors={"qkv": -1.0}), r"error of 'qkv' is -1"),
         (_header(errors={"qkv": float("nan")}), r"metadata is damaged"),

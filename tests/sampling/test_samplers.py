@@ -148,7 +148,7 @@ def test_an_impossible_spec_is_refused(values, message):
 
 
 def test_samplers_are_the_files_of_their_folder():
-    assert sampler_names() == ("ddim", "ddpm", "euler")
+    assert sampler_names() == ("ddim", "ddpm", "euler", "recorded")
     assert samplers_of(Diffusion()) == ("ddim", "ddpm")
     assert samplers_of(Flow()) == ("euler",)
 

@@ -26,7 +26,7 @@ from tqdit.models.products import Scores, ValueProduct, watched
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
-GRAPH_BYTES = 100_000_000  # of what autograd keeps for one batch
+GRAPH_BYTES = 30_000_000  # of what autograd keeps for one batch
 MOST_ROWS = 64  # of one batch
 
 Cotangent = Callable[[Tensor, Tensor], Tensor]  # row numbers (N,), output (N, K, ...) -> cotangent like the output
@@ -88,7 +88,7 @@ class Picker:
         return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
-class Recorder:
+class ProductRecorder:
     """Collects the samples of some products during one network call."""
 
     def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
@@ -226,7 +226,7 @@ class Capture:
         return recorded
 
     def _record(self, batch: range) -> dict[str, Tensor]:
-        recorder = Recorder(self.model.network, self.names, self.picker)
+        recorder = ProductRecorder(self.model.network, self.names, self.picker)
         inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
         inputs[self.model.signature.state.name].requires_grad_()  # or a block that is computed again would differ
         blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
@@ -288,7 +288,7 @@ def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     one = {name: fake.from_tensor(tensor[:1].clone()) for name, tensor in inputs.items()}
     with fake, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         one[model.signature.state.name].requires_grad_()
-        functional_call(model.network, parameters, kwargs=one)
+        functional_call(model.network, parameters, kwargs=model.arguments(one))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

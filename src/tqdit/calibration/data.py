@@ -30,6 +30,9 @@ class DataSet:
     labels: NDArray[np.int64]
     sha256: str
 
+    def __len__(self) -> int:
+        return len(self.x0)
+
 
 def check_data(path: Path) -> None:
     """Refuse, before a model is loaded, a file that `read_data` would refuse for any model."""

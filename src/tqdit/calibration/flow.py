@@ -31,10 +31,13 @@ from tqdit.calibration.layers import LayerPlan, plan, with_one_region
 from tqdit.calibration.methods import METHODS
 from tqdit.calibration.operands import array
 from tqdit.calibration.problem import Problem, Solution, make_problem
-from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
+from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
+from tqdit.golden import CALLS, MOST_BYTES
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.recording import Recording
+from tqdit.quantization.fake_quant import golden_calls
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 
@@ -56,12 +59,16 @@ def calibrate(
     config: QuantizationConfig,
     work: Path,
     console: Console | None = None,
-    data: DataSet | None = None,
+    data: DataSet | Recording | None = None,
 ) -> Result:
-    """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it."""
+    """Find the scales of `model` under `config`. `work` is a folder for intermediate results; rows stay in it.
+
+    data: what rows are taken from in place of the model's own chains.
+    """
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
-        table = run.search(run.rows())
+        rows = run.rows()
+        table = run.with_golden_calls(run.search(rows), rows)
     return Result(table, run.meter, run.folder)
 
 
@@ -69,7 +76,12 @@ class Calibration:
     """One run: its plan, its folders, and how far it has come."""
 
     def __init__(
-        self, model: LoadedModel, config: QuantizationConfig, work: Path, console: Console, data: DataSet | None = None
+        self,
+        model: LoadedModel,
+        config: QuantizationConfig,
+        work: Path,
+        console: Console,
+        data: DataSet | Recording | None = None,
     ) -> None:
         self.model, self.config, self.console, self.data = model, config, console, data
         self.plans = plan(model, config)
@@ -88,7 +100,7 @@ class Calibration:
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
-        chains, config = len(self.data.x0) if self.data else None, self.config
+        chains, config = len(self.data) if self.data else None, self.config
         rows, state = config.groups * config.rows_per_group, 4 * math.prod(self.model.signature.state.row_shape)
         check_memory(
             f"{rows} calibration rows from {config.chains} chains", (2 * rows + 6 * config.chains) * state,
@@ -108,7 +120,12 @@ class Calibration:
             rows = CalibrationRows.of(found)
             self.console.say(f"calibration rows: {len(rows)}, kept from an earlier run in {self.root.path}")
             return rows
-        rows = data_rows(self.model, self.spec, self.config, self.data) if self.data else self._sample_rows()
+        if isinstance(self.data, Recording):
+            rows = recorded_rows(self.model, self.config, self.data)
+        elif self.data:
+            rows = data_rows(self.model, self.spec, self.config, self.data)
+        else:
+            rows = self._sample_rows()
         self.root.save(self.rows_name, rows.tensors())
         self.root.remove(f"{self.rows_name}-chains")
         return rows
@@ -199,6 +216,16 @@ class Calibration:
                 bar.update()
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
+        """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
+        row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
+        count = max(1, min(CALLS, len(rows), MOST_BYTES // row_bytes))
+        index = torch.linspace(0, len(rows) - 1, count).round().long()
+        golden = golden_calls(self.model, table, {name: t.cpu()[index].numpy() for name, t in rows.inputs.items()})
+        self.meter.forward("golden calls", 2 * count)
+        interface = self.data.interface if isinstance(self.data, Recording) else None
+        return replace(table, golden=golden, interface=interface)
 
     def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows

@@ -20,12 +20,14 @@ from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.drift import Drift, place_boundaries
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
-from tqdit.ports import Port, Signature
+from tqdit.models.recording import Recording
+from tqdit.ports import NEGATIVE, Port, Signature
 from tqdit.quantization.granularity import group_of
 from tqdit.quantization.table import even_boundaries
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.guidance import rows_per_image
 from tqdit.sampling.noise import normal
+from tqdit.sampling.process import Recorded
 from tqdit.sampling.schedule import SamplingSpec
 
 RENOISING = 2**40  # image numbers from here on draw the noise of re-noised rows, apart from that of chains
@@ -90,7 +92,7 @@ def pick(
             "Pass an even number."
         )
     if boundaries is None:
-        boundaries = even_boundaries(config.groups, spec.process.span)
+        boundaries = _boundaries(spec, config.groups)
     count = config.rows_per_group // each
     of_step = group_of(boundaries, spec.schedule.timesteps)
     groups, picked, steps = [], [], []
@@ -107,6 +109,22 @@ def pick(
         picked.append((rng.permutation(max(count, available))[:count]) % available)
         groups.append(np.full(count, group))
     return Picks(np.concatenate(groups), np.concatenate(picked), np.concatenate(steps), boundaries)
+
+
+def _boundaries(spec: SamplingSpec, groups: int) -> NDArray[np.float64]:
+    """Groups of equal length in time; for a recorded chain, of equally many steps.
+
+    A recorded scheduler puts its steps where it wants; boundaries lie half way between two of them.
+    """
+    if not isinstance(spec.process, Recorded):
+        return even_boundaries(groups, spec.process.span)
+    timesteps = np.unique(spec.schedule.timesteps)
+    if groups > len(timesteps):
+        raise UsageError(
+            f"--groups is {groups}; the chain has {len(timesteps)} timesteps. Pass at most as many groups."
+        )
+    first = -(-len(timesteps) * np.arange(1, groups) // groups)
+    return (timesteps[first - 1] + timesteps[first]) / 2
 
 
 def every_state(spec: SamplingSpec, config: QuantizationConfig) -> Picks:
@@ -184,6 +202,13 @@ class Trajectory:
         return renoise(self.model, self.spec, self.picks, self.chains.x, self.requests, self.config.seed)
 
 
+def recorded_rows(model: LoadedModel, config: QuantizationConfig, recording: Recording) -> CalibrationRows:
+    """Rows from chains that a pipeline ran."""
+    picks = pick(model, config, chains=len(recording))
+    states = recording.states[picks.chain, picks.step]
+    return make_rows(model, recording.interface.sampling, picks, states, recording.requests, np.zeros_like(states))
+
+
 def random_requests(signature: Signature, count: int, seed: int) -> dict[str, NDArray[np.int64]]:
     """What chains are asked for: random but seeded values of every request port, (count, ...).
 
@@ -217,7 +242,7 @@ def renoise(
 
 def make_rows(
     model: LoadedModel, spec: SamplingSpec, picks: Picks, states: NDArray[np.float32],
-    requests: dict[str, NDArray[np.int64]], target: NDArray[np.float32],
+    requests: dict[str, NDArray[Any]], target: NDArray[np.float32],
 ) -> CalibrationRows:  # fmt: skip
     """The rows of each state: one, or with guidance a conditional and an unconditional one."""
     signature, each = model.signature, rows_per_image(model.guidance)
@@ -233,7 +258,9 @@ def make_rows(
             inputs[port.name] = tensor(spec.schedule.timesteps[picks.step].astype(port.dtype))
         else:
             inputs[port.name] = tensor(requests[port.name][picks.chain].astype(port.dtype))
-            if each == 2 and port.null is not None:
+            if each == 2 and port.null == "own":
+                inputs[port.name][1::2] = torch.from_numpy(requests[f"{NEGATIVE}{port.name}"][picks.chain])
+            elif each == 2 and isinstance(port.null, float | int):
                 inputs[port.name][1::2] = port.null
     return CalibrationRows(
         inputs=inputs,

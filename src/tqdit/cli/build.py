@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdit.bounds import check_number
 from tqdit.console import Console
 from tqdit.engines.backends import backend_names
-from tqdit.engines.bundle import check_overwrite
+from tqdit.engines.bundle import CALLS_FILE, check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
 from tqdit.files import check_writable
 
@@ -68,6 +68,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     if manifest.audit is not None:
         console.say(manifest.audit.line)
+    if manifest.verified is not None:
+        console.say(manifest.verified.line)
+    elif CALLS_FILE in manifest.files:
+        console.say(f"golden calls: not run, since {backend} engines do not run here; tqdit-inspect --verify runs them")
     return output
 
 

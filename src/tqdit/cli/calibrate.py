@@ -6,14 +6,17 @@ import argparse
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
-from tqdit.errors import OutputError
+from tqdit.errors import OutputError, UsageError
 from tqdit.extras import need
 from tqdit.files import LOCK, check_writable, lock_folder
+
+if TYPE_CHECKING:
+    from tqdit.models.recording import Recording
 
 SUMMARY = "find the scales that turn a float diffusion transformer into integers"
 EXAMPLES = """\
@@ -39,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rows of the ablation (default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="run the pipeline of the diffusers directory MODEL with each line "
+        "of a text file, and take rows from its chains (any transformer class)")  # fmt: skip
+    add("--height", type=int, metavar="N", help="of the images of --prompts (default: the pipeline's own)")
+    add("--width", type=int, metavar="N")
+    add("--rows", type=Path, metavar="FILE", help="calls that tqdit.record heard, a .safetensors file, in place of the "
+        "model's own chains")  # fmt: skip
     add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
         "diagnosis.json that tqdit-evaluate --layers wrote")  # fmt: skip
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
@@ -84,6 +93,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     check_writable(output)
     if output.exists() and not (output.is_file() and is_scale_table(output)):
         raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
+    if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
+        raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
     work = args.work or output.with_name(f"{output.name}.work")
     check_writable(work / LOCK)
     if args.data is not None:
@@ -91,10 +102,12 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     started = time.monotonic()
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
-    model = load_model(args.model, args.heads).to(device)
+    recording = _recording(args, console)
+    interface = None if recording is None else recording.interface
+    model = load_model(args.model, args.heads, interface=interface).to(device)
     if diagnosed is not None:
         diagnosed.check_model(model.fingerprint, args.model)
-    data = read_data(args.data, model) if args.data else None
+    data = read_data(args.data, model) if args.data else recording
     with lock_folder(work):  # two runs would remove each other's results
         result = calibrate(model, config, work, console, data)
         write_scale_table(output, result.table)
@@ -108,6 +121,43 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         f"{sum(spent.values()):,.0f} forward-equivalents of one row" + (f" ({phases})" if phases else "")
     )
     return output
+
+
+def _recording(args: argparse.Namespace, console: Console) -> Recording | None:
+    """The calls of --rows, or those of a pipeline that runs here with --prompts."""
+    import torch
+
+    from tqdit.models.families.recorded import open_pipeline
+    from tqdit.models.recording import Recorder, Recording
+
+    if args.rows is not None:
+        return Recording.load(args.rows)
+    if args.prompts is None:
+        return None
+    prompts = read_prompts(args.prompts)
+    pipeline = open_pipeline(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    chosen = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
+              "width": args.width}  # fmt: skip
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    with Recorder(pipeline) as recorder, console.bar(len(prompts), "recording the pipeline", "prompts") as bar:
+        for number, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed((args.seed or 0) + number)
+            pipeline(prompt, generator=generator, output_type="latent", **chosen)
+            bar.update()
+    return recorder.recording()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line; empty lines are left out. Raises UsageError if there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as text ({error}). Pass a file with one prompt per line.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{path}: holds no prompt. Write one per line.")
+    return prompts
 
 
 def _memory(peak: int | None, on_device: int) -> str:

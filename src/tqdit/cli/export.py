@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     table = _scale_table(args, console)
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
-    model = load_model(source, args.heads)
+    model = load_model(source, args.heads, interface=None if table is None else table.interface)
     vae_folder = None if args.no_vae else args.vae or model.vae_folder
     decoder = load_decoder(vae_folder, model) if vae_folder else None
     if decoder is not None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from tqdit.card import GraphCard
 from tqdit.console import Console
-from tqdit.engines.bundle import MANIFEST, check_parts, read_manifest
+from tqdit.engines.bundle import MANIFEST, Verified, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
+from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, LintError, MissingLibraryError, UsageError
 from tqdit.extras import need
 from tqdit.files import NPZ, NPZ_ERRORS, check_writable, npz_headers, reading
@@ -31,6 +32,7 @@ EXAMPLES = """\
 examples:
   tqdit-inspect model.onnx
   tqdit-inspect model.engine      also checks every checksum
+  tqdit-inspect --verify model.engine   its golden calls, on this machine
   tqdit-inspect --lint any.onnx   what loses INT8 or does not build, and what to do
   tqdit-inspect scales.safetensors --plot scales.png
   tqdit-inspect DiT-XL-2-256x256.pt"""
@@ -45,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
     parser.add_argument("--lint", action="store_true", help="say what in an ONNX file makes a backend lose INT8, "
         "compute something else or refuse; exit code 1 if there are errors")  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="run the golden calls of an engine on this machine; exit "
+        "code 1 if the engine is wrong")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
@@ -52,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path | None:
     if args.lint:
         _lint(Path(args.file))
+        return None
+    if args.verify:
+        folder = Path(args.file)
+        manifest = read_manifest(folder)
+        check_parts(folder, manifest)
+        verdict = verify_bundle(folder, manifest)
+        verdict.check(str(folder))
+        print(Verified.of(verdict).line)
         return None
     if args.plot is not None:
         _check_plot(Path(args.file), args.plot)
@@ -118,6 +130,7 @@ def _bundle(path: Path) -> Facts:
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
         *([] if manifest.audit is None else [("audit", manifest.audit.line)]),
+        *([] if manifest.verified is None else [("verified", manifest.verified.line)]),
         *_card(manifest.card),
     ]
 
@@ -244,7 +257,8 @@ def _sampled(card: GraphCard) -> Facts:
 
 def _port(port: Port) -> str:
     values = "" if port.values is None else f", 0..{port.values - 1}"
-    null = "" if port.null is None else f", {port.null:g} in an unconditional row"
+    own = "its own value" if port.null == "own" else f"{port.null}"
+    null = "" if port.null is None else f", {own} in an unconditional row"
     return f"{port.kind}, {port.dtype} {_shape(port.shape)}{values}{null}"
 
 

@@ -19,9 +19,11 @@ from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange
 from tqdit.errors import BackendError, FileFormatError, OutputError
 from tqdit.files import JSON, check_only, decode_record, reading, sha256, writing
+from tqdit.golden import Verdict
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+CALLS_FILE = "calls.npz"  # golden calls
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,23 @@ class Audit:
         )
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What the golden calls gave where the engine was built: mean errors against the float model."""
+
+    calls: int
+    error: float
+    expected: float
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> Verified:
+        return cls(len(verdict.found), float(verdict.found.mean()), float(verdict.expected.mean()))
+
+    @property
+    def line(self) -> str:
+        return f"golden calls: {self.calls}, error against float {self.error:.1e} (expected {self.expected:.1e})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
     """What a backend compiled."""
@@ -60,6 +79,7 @@ class Artefact:
     audit: Audit | None = None  # of a quantized graph
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
+    verified: Verified | None = None  # None: no golden calls, or they cannot run where it was built
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from tqdit.exporter.passes.names import name_by_modules
 from tqdit.exporter.passes.quantize import describe, quantize
 from tqdit.exporter.step import SamplingStep, step_inputs
 from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, trace
+from tqdit.golden import CALLS_KEY
 from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
@@ -79,8 +80,7 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        call = PositionalCall(model.network, model.signature)
-        return trace(call, denoiser_inputs(model.signature), "prediction", config.opset)
+        return trace(PositionalCall(model), denoiser_inputs(model.signature), "prediction", config.opset)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)
     return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset)
@@ -93,6 +93,8 @@ def finish_graph(
     if table is not None:
         quantize(graph, model, table, config.attention)
     name_by_modules(graph)
+    if table is not None and table.golden is not None and config.graph == "denoiser":
+        graph.metadata_props[CALLS_KEY] = table.golden.to_text()
     return graph, model.card(
         config.graph,
         sampling=config.sampling(model, table),

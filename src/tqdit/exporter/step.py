@@ -82,7 +82,7 @@ class SamplingStep(nn.Module):
 
 def unconditional(port: Port, values: Tensor) -> Tensor:
     """What a port holds in the unconditional rows."""
-    return values if port.null is None else torch.full_like(values, port.null)
+    return torch.full_like(values, port.null) if isinstance(port.null, float | int) else values
 
 
 def step_inputs(signature: Signature, guidance: Guidance | None) -> dict[str, Tensor]:

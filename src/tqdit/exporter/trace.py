@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
+from tqdit.exporter.program import prepare
 from tqdit.models.scratch import need_compiler, need_temporary_folder
 from tqdit.ports import Signature
 
@@ -29,15 +30,17 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
     need_compiler()
     need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
+    shapes = (tuple({0: batch} for _ in inputs),)
     with _quiet():
+        traced = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        prepare(traced)
         program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
+            traced,
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),
             output_names=[output],
-            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None

@@ -6,7 +6,9 @@ import warnings
 from pathlib import Path
 
 from tqdit.errors import CheckpointError, TqditWarning, UsageError
+from tqdit.interface import Interface
 from tqdit.models import families
+from tqdit.models.families import recorded
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.model_card import ModelCard, card_path, read_model_card
 from tqdit.models.scratch import need_compiler
@@ -15,15 +17,21 @@ from tqdit.registry import find_modules
 KNOWN = "Pass 'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers directory."
 
 
-def load_model(source: Source | Path, heads: int | None = None, card: ModelCard | None = None) -> LoadedModel:
+def load_model(
+    source: Source | Path, heads: int | None = None, card: ModelCard | None = None, interface: Interface | None = None
+) -> LoadedModel:
     """Load `demo`, a DiT checkpoint (`.pt`, `.safetensors`), a diffusers directory, a network or a state dict.
 
+    interface: what was learned of the calls of a network of any other class (`models.recording`).
     heads: attention heads of a checkpoint that does not tell them. card: facts of the model; None: those of the JSON
     file beside it. A network in memory stays as it is, and shares its weights with the model.
     Raises CheckpointError with one line that names the file and what is wrong with it, and OutputError if PyTorch finds
     no folder for temporary files. Warns (`TqditWarning`) of what neither tensors nor card tell.
     """
     source = str(source) if isinstance(source, Path) else source
+    if interface is not None:
+        need_compiler()
+        return recorded.load_recorded(source, interface)
     for family in find_modules(families).values():
         if family.matches(source):
             need_compiler()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
+from tqdit.models.arguments import Constant, digest, nest
 from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -39,6 +40,8 @@ class LoadedModel:
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
     assumed: Mapping[str, str] = field(default_factory=dict, compare=False)  # fact of a model card -> what is taken
+    constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings that diffusers' pipelines read
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +50,11 @@ class LoadedModel:
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One network call: ports by name to the prediction (rows, K, ...)."""
-        return prediction_of(self.network(**inputs))
+        return prediction_of(self.network(**self.arguments(inputs)))
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The network's keyword arguments for ports by name."""
+        return nest({**self.constants, **inputs})
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The same without gradients, in NumPy: a network as `sampling.chains` takes it."""
@@ -73,6 +80,8 @@ class LoadedModel:
             fingerprint=self.fingerprint,
             written_by=__version__,
             quantization=quantization,
+            constants={name: digest(value) for name, value in self.constants.items()},
+            config=dict(self.config) or _dit_settings(self.signature),
         )
 
     def to(self, device: str | torch.device) -> LoadedModel:
@@ -87,15 +96,25 @@ def name_of(source: Source) -> str:
     return f"{'state dict' if isinstance(source, Mapping) else type(source).__name__} in memory"
 
 
+def _dit_settings(signature: Signature) -> dict[str, Any]:
+    """What diffusers' DiT pipeline reads, if it can run such a network."""
+    shape, label = signature.state.row_shape, signature.label
+    if len(shape) != 3 or shape[1] != shape[2] or label is None:
+        return {}
+    return {"sample_size": shape[1], "in_channels": shape[0], "out_channels": signature.output_shape[0],
+            "num_embeds_ada_norm": label.choices}  # fmt: skip
+
+
 class PositionalCall(nn.Module):
     """A network call with the ports as positional arguments and one tensor as the result: what an exporter traces."""
 
-    def __init__(self, network: nn.Module, signature: Signature) -> None:
+    def __init__(self, model: LoadedModel) -> None:
         super().__init__()
-        self.network, self.names = network, signature.names
+        self.network, self.names, self.constants = model.network, model.signature.names, dict(model.constants)
 
     def forward(self, *ports: Tensor) -> Tensor:
-        return prediction_of(self.network(**dict(zip(self.names, ports, strict=True))))
+        inputs = dict(zip(self.names, ports, strict=True))
+        return prediction_of(self.network(**nest(self.constants | inputs)))
 
 
 def fingerprint(network: nn.Module, configuration: object) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
@@ -220,7 +221,7 @@ def is_product(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Scores | ValueProduct)
 
 
-def _observe(network: nn.Module, example: Mapping[str, Tensor]) -> _Observed:
+def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
     """One call with tensors that have shapes and no memory: large networks are loaded as fast as small ones."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     seen = _Observed({module: name for name, module in network.named_modules()})
@@ -229,7 +230,7 @@ def _observe(network: nn.Module, example: Mapping[str, Tensor]) -> _Observed:
     )]  # fmt: skip
     try:
         with torch.enable_grad(), fake, seen:
-            prediction = prediction_of(network(**{name: fake.from_tensor(tensor) for name, tensor in example.items()}))
+            prediction = prediction_of(network(**tree_map_only(Tensor, fake.from_tensor, dict(example))))
             seen.drop_dead(prediction)
     finally:
         for handle in handles:
@@ -249,16 +250,17 @@ def watched(network: nn.Module, names: Iterable[str], watch: Watch) -> Iterator[
 
 
 def find_products(
-    network: nn.Module, example: Mapping[str, Tensor], folds: Mapping[str, tuple[Fold, ...]] | None = None,
-    row_blocks: Mapping[str, int] | None = None,
+    network: nn.Module, example: Mapping[str, Any], folds: Mapping[str, tuple[Fold, ...]] | None = None,
+    row_blocks: Mapping[str, int] | None = None, rows: int | None = None,
 ) -> tuple[Product, ...]:  # fmt: skip
     """Make the network's attention explicit, in place, and describe its products in the order of their calls.
 
     Products that the prediction does not depend on are left out.
 
-    example: ports by name with at least two rows. folds, row_blocks: what a family knows about products by name.
+    example: the network's arguments with `rows` rows, at least two (None: as many as its first argument has).
+    folds, row_blocks: what a family knows about products by name.
     """
-    rows = len(next(iter(example.values())))
+    rows = len(next(iter(example.values()))) if rows is None else rows
     for owner, calls in _observe(network, example).attention.items():
         for call in range(calls):
             owner.add_module(sdpa_name(call), Sdpa())

@@ -12,6 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tqdit.errors import UsageError
+from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Scores, ValueProduct, prediction_of
 from tqdit.quantization.fold import fold
@@ -37,6 +39,16 @@ def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
     table.check_model(model.fingerprint, model.source)
     model, table = fold(model, table)
     return replace(model, network=QuantizedNetwork(model.network, table, model.signature.time.name).eval())
+
+
+def golden_calls(model: LoadedModel, table: ScaleTable, inputs: Mapping[str, NDArray[Any]]) -> GoldenCalls:
+    """The calls `inputs` (ports, (K, ...)) with what the float model gives, and the quantized one's error."""
+    quantized = apply(model, table)
+    count = len(inputs[model.signature.state.name])
+    calls = [{name: array[call : call + 1] for name, array in inputs.items()} for call in range(count)]
+    prediction = np.concatenate([model(call) for call in calls])
+    found = np.concatenate([quantized(call) for call in calls])
+    return GoldenCalls(dict(inputs), prediction, relative_errors(found, prediction))
 
 
 class QuantizedNetwork(nn.Module):
@@ -152,7 +164,6 @@ def multiply(parts: Iterable[Part[Tensor]], product: Callable[[Tensor], Tensor],
 class QuantizedLinear(nn.Module):
     """A linear layer or a convolution without padding, with W^ for its weight. The bias comes last."""
 
-    weight: Tensor
     row_sums: Tensor
     bias: Tensor | None
 
@@ -160,7 +171,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.stride = module.stride if isinstance(module, nn.Conv2d) else None
         shape = (-1,) if self.stride is None else (-1, 1, 1)
-        self.register_buffer("weight", weight, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # networks look at the dtype of their parameters
         self.register_buffer("row_sums", weight.flatten(1).sum(1).reshape(shape), persistent=False)
         bias = None if module.bias is None else module.bias.detach().reshape(shape)
         self.register_buffer("bias", bias, persistent=False)

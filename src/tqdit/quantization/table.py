@@ -21,6 +21,8 @@ from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import SAFETENSORS, reading, whole_file
+from tqdit.golden import GoldenCalls
+from tqdit.interface import CONSTANT, Interface, InterfaceEntry
 from tqdit.quantization.checks import (
     AGAIN,
     BOUNDARIES,
@@ -33,8 +35,9 @@ from tqdit.quantization.granularity import Role, granularity_from_text, granular
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.schemes import find_schemes
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 METADATA_KEY = "tqdit_scales"
+GOLDEN = "golden."  # begins the names of the tensors of golden calls
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -71,6 +74,7 @@ class ScaleTable:
     boundaries float64 (G - 1,), increasing, in the network's unit of time: the group of timestep t is the number of
     boundaries <= t.
     errors: module -> error of its quantized output relative to the output's energy, in the metric of the search.
+    interface: of a recorded network, what an export must know besides its weights.
     """
 
     model: str  # what the user wrote: 'demo' or a path
@@ -82,6 +86,8 @@ class ScaleTable:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
+    golden: GoldenCalls | None = None
+    interface: Interface | None = None
 
     def __post_init__(self) -> None:
         """Raises FileFormatError on the first thing that is wrong."""
@@ -135,6 +141,10 @@ class ScaleTable:
         for site in self.sites:
             # np.asarray keeps 0-d arrays 0-d, which ascontiguousarray does not
             tensors |= {f"{site.name}.{key}": np.asarray(array, order="C") for key, array in site.arrays().items()}
+        if self.golden is not None:
+            tensors |= {f"{GOLDEN}{key}": np.asarray(array, order="C") for key, array in self.golden.arrays().items()}
+        if self.interface is not None:
+            tensors |= self.interface.arrays
         text = msgspec.json.encode(self._header(), order="sorted").decode()
         content: bytes = numpy.save(tensors, metadata={METADATA_KEY: text})
         return content
@@ -149,6 +159,7 @@ class ScaleTable:
         return Header(
             FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
             dict(self.settings), versions, dict(self.errors), entries,
+            None if self.interface is None else self.interface.entry,
         )  # fmt: skip
 
 
@@ -179,6 +190,7 @@ class Header(Version):
     versions: dict[str, str]
     errors: dict[str, float]
     sites: list[SiteEntry]
+    interface: InterfaceEntry | None = None
 
 
 def even_boundaries(groups: int, span: tuple[float, float] = (0, 1000)) -> NDArray[np.float64]:
@@ -233,12 +245,14 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     schemes = find_schemes()
     sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
     known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
-    unknown = sorted(set(tensors) - known)
+    golden = {name.removeprefix(GOLDEN): array for name, array in tensors.items() if name.startswith(GOLDEN)}
+    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT)))
     if unknown:
         raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
+    interface = None if header.interface is None else Interface.of(header.interface, tensors)
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
-        header.settings, header.versions, header.errors,
+        header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
     )  # fmt: skip
 
 
@@ -252,7 +266,7 @@ def _read_header(metadata: Mapping[str, str]) -> Header:
         version = msgspec.json.decode(text, type=Version).format_version
         if version == FORMAT_VERSION:
             return msgspec.json.decode(text, type=Header)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeError, UsageError) as error:
         raise FileFormatError(f"its '{METADATA_KEY}' metadata is damaged ({error}). {AGAIN}") from error
     raise FileFormatError(
         f"written in format {version}, this tqdit reads format {FORMAT_VERSION}. "

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import BackendError, SamplingError
-from tqdit.ports import Signature
+from tqdit.ports import NEGATIVE, Signature
 from tqdit.sampling import noise
 from tqdit.sampling.guidance import Guidance, column, rows_per_image
 from tqdit.sampling.schedule import MOST_LAG, Schedule
@@ -47,7 +47,7 @@ class Chains:
         self._noise, self._prediction, self._product = (self._state_buffer() for _ in range(3))
         self._states: list[Float32] = []  # of the steps before, the latest first; `advance` writes into the oldest
         self._predictions: list[Float32] = []
-        self._requests = {port.name: port.zeros(capacity) for port in signature.requests}
+        self._requests = {name: port.zeros(capacity) for name, port in signature.request_values.items()}
         self._inputs = {port.name: port.zeros(capacity * self._rows_per_image) for port in signature.ports}
         self._views: dict[str, NDArray[Any]] | None = None  # of the inputs; None: the chains in use have changed
         self._current: Float32 | None = None  # coefficients of the steps to compute; None: not gathered yet
@@ -232,7 +232,9 @@ class Chains:
         for port in self.signature.requests:
             view = views[port.name]
             view[:count] = self._requests[port.name][:count]
-            if self.guidance is not None:
+            if self.guidance is not None and port.null == "own":
+                view[count:] = self._requests[f"{NEGATIVE}{port.name}"][:count]
+            elif self.guidance is not None:
                 view[count:] = view[:count] if port.null is None else port.null
         return views
 

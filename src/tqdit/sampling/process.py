@@ -116,4 +116,55 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
         return noise - x0
 
 
-Process = Diffusion | Flow
+class Table(msgspec.Struct, frozen=True):
+    """A chain as recorded: the arrays of `schedule.Schedule`, indexed by the step. timesteps: the scheduler's own."""
+
+    timesteps: tuple[float, ...]
+    input_scale: tuple[float, ...]
+    state_weights: tuple[tuple[float, ...], ...]
+    output_weights: tuple[tuple[float, ...], ...]
+    noise_weight: tuple[float, ...]
+    initial_scale: float
+
+
+class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
+    """A process that only its chains are known of, one table for each number of steps.
+
+    The network is told time_scale t + time_shift for the table's timestep t, and the table's scheduler takes `sign`
+    times its prediction.
+    """
+
+    scheduler: str  # name of the class, for messages
+    tables: tuple[Table, ...]
+    time_scale: float = 1.0
+    time_shift: float = 0.0
+    sign: int = 1
+    training_steps: int = TRAINING_STEPS
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Timesteps lie in span[0] <= t <= span[1]."""
+        ends = (self.time_shift, self.time_scale * self.training_steps + self.time_shift)
+        return min(ends), max(ends)
+
+    def table(self, steps: int) -> Table:
+        """The table of T steps. Raises UsageError if none was recorded."""
+        for table in self.tables:
+            if len(table.timesteps) == steps:
+                return table
+        known = ", ".join(str(len(table.timesteps)) for table in self.tables)
+        raise UsageError(
+            f"--steps is {steps}; chains of {self.scheduler} were recorded with {known} steps. Pass one of these, or "
+            "record a chain of that length."
+        )
+
+    def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:  # noqa: ARG002 (as its siblings)
+        """Raises UsageError: a recording does not tell how data was noised."""
+        raise UsageError(f"how data was noised for {self.scheduler} was not recorded. Calibrate on recorded rows.")
+
+    def target(self, x0: Float64, noise: Float64) -> Float64:  # noqa: ARG002
+        """Raises UsageError, as `mix`."""
+        raise UsageError(f"how data was noised for {self.scheduler} was not recorded. Calibrate on recorded rows.")
+
+
+Process = Diffusion | Flow | Recorded

@@ -24,7 +24,7 @@ import support
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.denoiser import Denoiser
-from tqdit.engines.run.diffusers_transformer import DiffusersTransformer
+from tqdit.engines.run.drop_in import DropIn
 from tqdit.errors import BackendError, UsageError
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
@@ -69,7 +69,7 @@ def engine(theirs, tmp_path_factory):
 
 @pytest.fixture
 def ours(engine):
-    transformer = DiffusersTransformer.open(engine)
+    transformer = DropIn.open(engine)
     yield transformer
     transformer.close()
 
@@ -161,7 +161,7 @@ def test_two_answers_do_not_share_memory(engine):
             pass
 
     with Denoiser.open(engine) as denoiser:
-        transformer = DiffusersTransformer(Denoiser(denoiser.card, Reuses()))
+        transformer = DropIn(Denoiser(denoiser.card, Reuses()))
     x, y = torch.zeros(2, 4, 8, 8), torch.tensor([0, 1])
     first, second = transformer(x, 1, y).sample, transformer(x, 1, y).sample
     assert (float(first.max()), float(second.max())) == (1.0, 2.0)
@@ -176,14 +176,14 @@ def test_two_answers_do_not_share_memory(engine):
         ),
         ({"hidden_states": torch.zeros(3, 4, 8, 8)}, "'hidden_states' has 3, 'timestep' has 2"),
         ({"class_labels": torch.tensor([0, 1001])}, r"'class_labels' 1001 is out of range; this model knows 0\.\.999"),
-        ({"class_labels": torch.zeros(2)}, "expected integers"),
-        ({"class_labels": None}, "needs both"),
+        ({"class_labels": torch.zeros(2)}, "'class_labels' holds float32 numbers, expected whole ones"),
+        ({"class_labels": None}, "'class_labels' is missing"),
         (
             {"timestep": torch.tensor([1, 1000])},
             r"'timestep' 1000 is out of range; this model knows timesteps 0\.\.999",
         ),
         ({"timestep": torch.tensor([19.98, 3.0])}, r"timestep 19\.98 is not a whole number"),
-        ({"cross_attention_kwargs": {"scale": 1}}, "an engine's graph is fixed"),
+        ({"cross_attention_kwargs": {"scale": 1}}, "does not know the argument 'cross_attention_kwargs'"),
     ],
 )
 def test_what_the_graph_cannot_take_is_refused(ours, arguments, message):
@@ -205,7 +205,7 @@ def test_a_fork_of_the_process_is_refused(ours, monkeypatch):
 
 def test_a_step_engine_is_refused(bundle_of):
     with pytest.raises(UsageError, match=r"model\.engine: holds a step graph.*--graph step"):
-        DiffusersTransformer.open(bundle_of(graph="step"))
+        DropIn.open(bundle_of(graph="step"))
     card = read_manifest(bundle_of(graph="step")).card
     with pytest.raises(UsageError, match="holds a step graph"):
         Denoiser(card, lambda inputs: inputs["x"])
@@ -217,28 +217,24 @@ def test_a_published_checkpoint_has_other_names_and_serves_too(bundle_of):
     x, y = rng.standard_normal((2, 3, 8, 8)).astype(np.float32), np.array([0, 5])
     with Denoiser.open(bundle_of()) as denoise:
         expected = denoise(x, np.array([7, 7]), y)
-        out = DiffusersTransformer(denoise)(torch.from_numpy(x), 7, torch.from_numpy(y)).sample
+        out = DropIn(denoise)(torch.from_numpy(x), 7, torch.from_numpy(y)).sample
     np.testing.assert_array_equal(out.numpy(), expected)
 
 
 def test_a_closed_denoiser_says_so(engine):
-    transformer = DiffusersTransformer.open(engine, threads=1)
+    transformer = DropIn.open(engine, threads=1)
     transformer.close()
     transformer.close()
     with pytest.raises(UsageError, match="this denoiser is closed"):
         transformer(torch.zeros(1, 4, 8, 8), 1, torch.tensor([0]))
-    with pytest.raises(UsageError, match=r"DiffusersTransformer\.open"):
-        DiffusersTransformer.from_pretrained("anything")
+    with pytest.raises(UsageError, match=r"DropIn\.open"):
+        DropIn.from_pretrained("anything")
 
 
-@pytest.mark.slow
-def test_images_that_are_not_square_are_refused(bundle_of):
-    card = read_manifest(bundle_of()).card
-    ports = tuple(replace(p, shape=(None, 3, 8, 16)) if p.kind == "state" else p for p in card.signature.ports)
-    signature = replace(card.signature, ports=ports, output=(None, 6, 8, 16))
-    wide = Denoiser(replace(card, signature=signature), lambda inputs: inputs["x"])
-    with pytest.raises(UsageError, match=r"states of shape \(3, 8, 16\).*takes square"):
-        DiffusersTransformer(wide)
+def test_a_network_without_settings_is_refused(bundle_of):
+    card = replace(read_manifest(bundle_of()).card, config={})
+    with pytest.raises(UsageError, match="no settings that a diffusers pipeline reads"):
+        DropIn(Denoiser(card, lambda inputs: inputs["x"]))
 
 
 def test_a_denoiser_is_the_network(bundle_of):
@@ -304,8 +300,8 @@ def test_the_engines_are_imported_without_torch_and_name_what_the_drop_in_lacks(
     program = (
         "import sys\nsys.modules['diffusers'] = None\nimport tqdit.engines.run.denoiser, tqdit.engines.run.sampler\n"
         "assert 'torch' not in sys.modules and 'onnxruntime' not in sys.modules\n"
-        "try:\n    import tqdit.engines.run.diffusers_transformer\nexcept ImportError as error:\n    print(error)\n"
+        "try:\n    import tqdit.engines.run.drop_in\nexcept ImportError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert "DiffusersTransformer needs diffusers" in done.stdout
+    assert "DropIn needs diffusers" in done.stdout
     assert "pip install 'torch>=2.9' 'diffusers>=0.32'" in done.stdout

@@ -11,8 +11,9 @@ from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
-from tqdit.engines.bundle import Manifest, check_overwrite, describe_parts, write_manifest
+from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite, describe_parts, write_manifest
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
@@ -50,12 +51,23 @@ def build_engine(
     decoder = None if card.vae is None else OnnxFile.read(source.parent / card.vae.file)
     with whole_folder(output, check_overwrite) as folder, _prepared(file, card, strip, cast, output) as prepared:
         card = replace(card, quantization=None) if strip else card
+        if file.golden is not None:
+            file.golden.save(folder / CALLS_FILE)
         artefact = compiler.build(prepared, decoder, card, folder, config, progress)
         precision, files = config.precision or "fp32", describe_parts(folder)
         facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
         manifest = Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
+        if CALLS_FILE in files and config.provider in (None, "cpu") and compiler.fitness().score:
+            manifest = replace(manifest, verified=_verified(folder, manifest, output))
         write_manifest(folder, manifest)
     return manifest
+
+
+def _verified(folder: Path, manifest: Manifest, output: Path) -> Verified:
+    """What the golden calls gave. Raises VerificationError if the engine is wrong."""
+    verdict = verify_bundle(folder, manifest)
+    verdict.check(str(output))
+    return Verified.of(verdict)
 
 
 @contextmanager

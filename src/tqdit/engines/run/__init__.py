@@ -1,1 +1,1 @@
-"""What runs an engine. Imports neither the build side nor torch nor onnx (`diffusers_transformer` imports torch)."""
+"""What runs an engine. Imports neither the build side nor torch nor onnx (`drop_in` imports torch)."""

@@ -16,6 +16,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
+from tqdit.engines.run.verify import verify_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -61,16 +62,22 @@ class Sampler:
         self._decoder = decoder
 
     @classmethod
-    def open(cls, path: str | Path, *, batch: int | None = None, threads: int | None = None) -> Sampler:
+    def open(
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, verify: bool = False
+    ) -> Sampler:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend.
-        Raises FileFormatError for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
+        threads per call; None leaves it to the backend. verify: run the bundle's golden calls first, on this machine.
+        Raises VerificationError if they are wrong or if there are none, FileFormatError for a damaged bundle,
+        BackendError if it cannot run here, UsageError for a step graph.
         """
         manifest, load = open_bundle(path, threads)
         batch = choose_batch(Path(path), manifest.batch, batch)
-        return cls(manifest.card, load(manifest.entry), load(manifest.decoder) if manifest.decoder else None, batch)
+        network = load(manifest.entry)
+        if verify:
+            verify_engine(Path(path), manifest, network).check(str(path))
+        return cls(manifest.card, network, load(manifest.decoder) if manifest.decoder else None, batch)
 
     @property
     def makes_images(self) -> bool:

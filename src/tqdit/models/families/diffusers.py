@@ -44,7 +44,22 @@ ABSENT = {"clip_sample": True, "variance_type": "fixed_small"}  # diffusers' def
 def matches(source: Source) -> bool:
     if isinstance(source, nn.Module):
         return type(unwrap(source, ANCHOR)).__name__ in CLASS_NAMES
-    return isinstance(source, str) and Path(source).is_dir()
+    return isinstance(source, str) and Path(source).is_dir() and class_name(source) in (None, *CLASS_NAMES)
+
+
+def transformer_folder(source: str) -> Path:
+    """Of a pipeline directory; a transformer's own directory itself."""
+    root = Path(source)
+    return root / "transformer" if (root / "model_index.json").is_file() else root
+
+
+def class_name(source: str) -> str | None:
+    """Of the transformer in a directory; None if its configuration is missing or not readable."""
+    try:
+        name = read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name")
+    except CheckpointError:
+        return None
+    return None if name is None else str(name)
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
@@ -56,7 +71,7 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
         return describe(_fill(name, _make_network(name, settings), theirs.state_dict()), name)
     assert isinstance(source, str)
     root = Path(source)
-    folder = root / "transformer" if (root / "model_index.json").is_file() else root
+    folder = transformer_folder(source)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(

@@ -1,0 +1,137 @@
+"""Our engine as the transformer of a diffusers pipeline. The one module of the engines that needs torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.engines.run.denoiser import Denoiser
+from tqdit.errors import UsageError
+from tqdit.extras import need
+
+need("torch", "diffusers", "DropIn")
+diffusers: Any = need("diffusers", "diffusers", "DropIn")
+
+import torch  # noqa: E402  (after its absence has been answered)
+from torch import Tensor  # noqa: E402
+
+from tqdit.models.arguments import digest, flatten  # noqa: E402
+from tqdit.ports import Port  # noqa: E402
+
+STATE = "hidden_states"  # what diffusers calls it, whatever the network does
+
+
+class Prediction(NamedTuple):
+    """What diffusers reads from a transformer."""
+
+    sample: Tensor
+
+
+class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]  # it ships no types
+    """An engine where a diffusers pipeline expects its transformer, of any class.
+
+        pipeline.transformer = tqdit.DropIn.open("model.engine")
+        pictures = pipeline("a red square", num_inference_steps=28).images
+
+    It takes the arguments that the network took: those of its ports with any number of rows, all others as they were
+    when the network was exported. It has no parameters; `.to(device, dtype)` changes what it takes and gives, as a
+    pipeline expects, and the engine computes in its own types on its own device.
+    """
+
+    config_name = "config.json"
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        card = denoiser.card
+        if not card.config:
+            raise UsageError(f"{card.signature.family} has no settings that a diffusers pipeline reads. Use Denoiser.")
+        self.register_to_config(**card.config)
+        self._ports = card.signature.ports
+        self._state = card.signature.state.name
+        self._constants = card.constants
+        self._family = card.signature.family
+        self._denoiser = denoiser
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)  # has the dtype and device of .to(...)
+
+    @classmethod
+    def open(cls, path: str | Path, *, threads: int | None = None) -> DropIn:
+        """Open a bundle; arguments and errors as for `Denoiser.open`."""
+        return cls(Denoiser.open(path, threads=threads))
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Prediction | tuple[Tensor]:
+        """The network's own arguments, in its order or by name -> its prediction, in the dtype of its first input.
+
+        Raises UsageError, naming the argument, for one that is missing, that the engine does not know, or that is not
+        what it was when the network was exported; for other shapes, and for fractional timesteps if the network takes
+        whole ones.
+        """
+        names = [port.name for port in self._ports]
+        if len(args) > len(names):
+            raise UsageError(f"{self._family}: {len(args)} arguments without a name, expected at most {len(names)}.")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if STATE in given and STATE not in names:
+            given[self._state] = given.pop(STATE)
+        state = given.get(self._state)
+        if not isinstance(state, Tensor):
+            raise UsageError(f"{self._family}: '{self._state}' is missing. Pass what the network takes.")
+        tensors, others = flatten(given)
+        inputs = {port.name: self._rows(port, tensors.pop(port.name, others.pop(port.name, None)), len(state))
+                  for port in self._ports}  # fmt: skip
+        self._check_constants({**tensors, **others})
+        prediction = self._denoiser(**inputs)
+        # a copy, since an engine may reuse its output
+        sample = torch.from_numpy(prediction).to(state.device, state.dtype, copy=True)
+        return Prediction(sample) if return_dict else (sample,)
+
+    def _rows(self, port: Port, value: Any, rows: int) -> NDArray[Any]:
+        """One input of the engine; a timestep may be one for all rows."""
+        if value is None:
+            raise UsageError(f"{self._family}: '{port.name}' is missing. The engine needs it in every call.")
+        array = torch.as_tensor(value).cpu().numpy()
+        if port.kind == "time":
+            array = np.broadcast_to(array.reshape(-1), rows) if array.size == 1 else array
+        if port.dtype == "int64" and np.issubdtype(array.dtype, np.floating):
+            if port.kind != "time":
+                raise UsageError(f"'{port.name}' holds {array.dtype} numbers, expected whole ones.")
+            if not np.array_equal(array, np.round(array)):
+                raise UsageError(
+                    f"{port.name} {array.ravel()[0]:g} is not a whole number, which the engine's graph takes. Choose a "
+                    "scheduler with whole timesteps (timestep_spacing='leading', no Karras sigmas)."
+                )
+        return array.astype(port.dtype)
+
+    def _check_constants(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if name not in self._constants:
+                raise UsageError(f"{self._family}: the engine does not know the argument '{name}'. Leave it out.")
+            if digest(value) != self._constants[name]:
+                raise UsageError(
+                    f"{self._family}: '{name}' is not what it was when the network was exported; an engine has one "
+                    "resolution and one set of options. Export for this one."
+                )
+        missing = sorted(set(self._constants) - set(given))
+        if missing:
+            raise UsageError(f"{self._family}: '{missing[0]}' is missing. The network was exported with it.")
+
+    @contextlib.contextmanager
+    def cache_context(self, *_: Any, **__: Any) -> Iterator[None]:
+        """Pipelines name their calls for caches around blocks, which an engine has none of."""
+        yield
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._denoiser.close()
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """An engine belongs to one machine and library; pipelines are saved with the model that it was made of."""
+        raise UsageError("an engine is not saved with a pipeline. Keep its bundle and open it again.")
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
+        """Not for engines: see `open`."""
+        raise UsageError("an engine has no diffusers checkpoint. Use DropIn.open('model.engine').")

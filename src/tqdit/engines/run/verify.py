@@ -1,0 +1,48 @@
+"""The golden calls of a bundle, run where the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.engines.bundle import CALLS_FILE, Manifest
+from tqdit.engines.run.backend import Engine, runner
+from tqdit.errors import VerificationError
+from tqdit.files import read_npz
+from tqdit.golden import GoldenCalls, Verdict, verify
+
+
+def verify_bundle(folder: Path, manifest: Manifest) -> Verdict:
+    """Load the engine and run its golden calls. Raises VerificationError if there are none, BackendError if it cannot
+    run here.
+    """
+    engine = runner(manifest.backend).load(folder, manifest, manifest.entry, None)
+    try:
+        return verify_engine(folder, manifest, engine)
+    finally:
+        engine.close()
+
+
+def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:
+    """The same with an engine that is open."""
+    if CALLS_FILE not in manifest.files:
+        raise VerificationError(
+            f"{folder}: holds no golden calls. Export a quantized denoiser graph with a scale table of this version."
+        )
+    calls = GoldenCalls.of(read_npz(folder / CALLS_FILE))
+    images = 1 if manifest.batch is None else manifest.batch.least
+    rows = images * manifest.card.rows_per_image
+
+    def network(inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """One call at a time, so that each is computed alike whatever batches the engine was built for."""
+        found = []
+        for call in range(len(calls)):
+            repeated = {name: np.repeat(array[call : call + 1], rows, axis=0) for name, array in inputs.items()}
+            found.append(engine(repeated)[0].copy())  # an engine may reuse its output
+        return np.stack(found)
+
+    return verify(calls, network, manifest.float_type)

@@ -1,0 +1,59 @@
+"""How a network is called and sampled: what a recording learned of a pipeline and an export needs. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.ports import Signature
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.schedule import SamplingSpec
+
+CONSTANT = "constant."  # begins the names of tensors in a file
+
+
+class InterfaceEntry(msgspec.Struct):
+    """An interface in the metadata of a file; constants that are tensors lie beside."""
+
+    signature: Signature
+    sampling: SamplingSpec
+    guidance: Guidance | None
+    constants: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Interface:
+    """The ports of a network, the chain that it was recorded in, and arguments that are alike in every call.
+
+    constants: by dotted name (`models.arguments`): arrays, or what JSON can hold. config: the network's settings, which
+    pipelines read.
+    """
+
+    signature: Signature
+    sampling: SamplingSpec
+    guidance: Guidance | None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def entry(self) -> InterfaceEntry:
+        values = {name: value for name, value in self.constants.items() if not isinstance(value, np.ndarray)}
+        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, dict(self.config))
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The constants that are tensors, under names for a file."""
+        arrays = {name: value for name, value in self.constants.items() if isinstance(value, np.ndarray)}
+        return {f"{CONSTANT}{name}": np.ascontiguousarray(value) for name, value in arrays.items()}
+
+    @classmethod
+    def of(cls, entry: InterfaceEntry, arrays: Mapping[str, NDArray[Any]]) -> Interface:
+        """From the metadata of a file and all its tensors."""
+        found = {name.removeprefix(CONSTANT): array for name, array in arrays.items() if name.startswith(CONSTANT)}
+        return cls(entry.signature, entry.sampling, entry.guidance, {**entry.constants, **found}, entry.config)

@@ -1,0 +1,69 @@
+"""Adapter for every other transformer of diffusers: a directory, or the network itself, whose calls were recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tqdit.errors import CheckpointError, UsageError
+from tqdit.extras import need
+from tqdit.interface import Interface
+from tqdit.models.families import diffusers as dit
+from tqdit.models.loaded import LoadedModel, Source, name_of
+from tqdit.models.recorded import recorded_model
+
+RECORD = (
+    "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
+    "tqdit.record."
+)
+
+
+def matches(source: Source) -> bool:
+    if isinstance(source, nn.Module):
+        return not dit.matches(source)
+    return isinstance(source, str) and Path(source).is_dir() and not dit.matches(source)
+
+
+def load(source: Source, heads: int | None = None) -> LoadedModel:
+    raise UsageError(f"{name_of(source)}: a {_kind(source)}. {RECORD}")
+
+
+def load_recorded(source: Source, interface: Interface) -> LoadedModel:
+    """The network with what was learned of its calls. Raises UsageError if it is not of the recorded class."""
+    if _kind(source) != interface.signature.family:
+        raise UsageError(
+            f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."
+        )
+    network = source if isinstance(source, nn.Module) else _read_network(str(source))
+    return recorded_model(network, interface, name_of(source))
+
+
+def open_pipeline(folder: str) -> Any:
+    """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
+    diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
+    return _from_pretrained(diffusers.DiffusionPipeline, folder)
+
+
+def _kind(source: Source) -> str | None:
+    return type(source).__name__ if isinstance(source, nn.Module) else dit.class_name(str(source))
+
+
+def _read_network(source: str) -> nn.Module:
+    diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
+    name = dit.class_name(source)
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not issubclass(kind, nn.Module):
+        raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
+    network: nn.Module = _from_pretrained(kind, str(dit.transformer_folder(source)))
+    return network
+
+
+def _from_pretrained(kind: Any, folder: str) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error

@@ -1,0 +1,48 @@
+"""The network of a recorded pipeline as the stages take it: any class of diffusers, or a module of one's own."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from tqdit.interface import Interface
+from tqdit.models.arguments import nest
+from tqdit.models.loaded import LoadedModel, fingerprint
+from tqdit.models.products import find_products
+
+EXAMPLE_ROWS = 2
+
+
+def recorded_model(network: nn.Module, interface: Interface, source: str = "pipeline") -> LoadedModel:
+    """The network that `interface` was learned from, in float32; its float32 parameters are shared, not copied.
+
+    source: what the user names it by. Raises UsageError if the network does not take such calls.
+    """
+    network = _explicit_copy(network)
+    constants = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in interface.constants.items()
+    }
+    rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
+    return LoadedModel(
+        network=network,
+        signature=interface.signature,
+        products=find_products(network, nest({**constants, **rows}), rows=EXAMPLE_ROWS),
+        sampling=interface.sampling,
+        guidance=interface.guidance,
+        latents=None,
+        origin="diffusers",
+        source=source,
+        fingerprint=fingerprint(network, interface.signature.family),
+        constants=constants,
+        config=interface.config,
+    )
+
+
+def _explicit_copy(network: nn.Module) -> nn.Module:
+    """A copy whose attention can be made explicit while the pipeline goes on with its own."""
+    shared = {id(tensor): tensor for tensor in network.parameters()}
+    return copy.deepcopy(network, shared).float().eval().requires_grad_(False)

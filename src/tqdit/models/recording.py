@@ -1,0 +1,421 @@
+"""What a pipeline asks of its network: recorded calls, and the loop around them as facts that are checked.
+
+    with tqdit.record(pipeline) as calls:
+        pipeline("a red square", num_inference_steps=28)
+
+A recording knows the network's ports, the arguments that never change, how the pipeline's scheduler steps, how it
+guides, and the states of the chains that it ran: all that calibration, export and a loop without torch need. Each fact
+is fitted by least squares and refused, with its residual, if it does not hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from tqdit import safetensors_file
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import whole_file
+from tqdit.interface import Interface, InterfaceEntry
+from tqdit.models.arguments import Constant, flatten, settings_of
+from tqdit.models.products import prediction_of
+from tqdit.models.scheduler import tabulate
+from tqdit.ports import NEGATIVE, Port, Signature
+from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.process import Recorded, Table
+from tqdit.sampling.schedule import SamplingSpec
+
+FORMAT_VERSION = 1
+METADATA_KEY = "tqdit_calls"
+STATES, REQUEST = "states", "request."
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
+HALF_PRECISION_TOLERANCE = 2e-2
+TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
+Array = NDArray[Any]
+
+
+class RecordingHeader(msgspec.Struct):
+    """The metadata of a file of recorded calls."""
+
+    format_version: int
+    interface: InterfaceEntry
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Chains that a pipeline ran, all with one schedule.
+
+    states float32 (images, T, ...), indexed by the step (T-1 is the first). requests: as `Signature.request_values`,
+    (images, ...).
+    """
+
+    interface: Interface
+    states: NDArray[np.float32]
+    requests: dict[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file, whole or not at all, for `load`."""
+        requests = {f"{REQUEST}{name}": array for name, array in self.requests.items()}
+        arrays = {STATES: self.states, **requests, **self.interface.arrays}
+        text = msgspec.json.encode(RecordingHeader(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
+        with whole_file(Path(path)) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {METADATA_KEY: text})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Read what `save` wrote. Raises FileFormatError for any other file."""
+        again = "Record the pipeline again."
+        try:
+            metadata, tensors = safetensors_file.read(Path(path))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{path}: not a file of recorded calls ({error}). {again}") from error
+        if METADATA_KEY not in metadata or STATES not in tensors:
+            raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
+        try:
+            header = msgspec.json.decode(metadata[METADATA_KEY], type=RecordingHeader)
+        except (msgspec.MsgspecError, UsageError, RecursionError) as error:
+            raise FileFormatError(f"{path}: damaged, or of another version ({error}). {again}") from error
+        if header.format_version != FORMAT_VERSION:
+            raise FileFormatError(f"{path}: format {header.format_version}, expected {FORMAT_VERSION}. {again}")
+        requests = {name.removeprefix(REQUEST): array for name, array in tensors.items() if name.startswith(REQUEST)}
+        found = cls(Interface.of(header.interface, tensors), tensors[STATES], requests)
+        found.check(str(path))
+        return found
+
+    def check(self, where: str) -> None:
+        """Raises FileFormatError if the arrays do not fit the interface, or hold NaN."""
+        signature = self.interface.signature
+        shapes = {name: port.row_shape for name, port in signature.request_values.items()}
+        found = {name: array.shape[1:] for name, array in self.requests.items()}
+        states = (len(self.interface.sampling.schedule), *signature.state.row_shape)
+        counts = {len(self.states), *(len(array) for array in self.requests.values())}
+        if found != shapes or self.states.shape[1:] != states or len(counts) != 1 or not len(self.states):
+            raise FileFormatError(f"{where}: its requests {found} and states do not fit its ports. Record again.")
+        if not all(np.isfinite(array).all() for array in (self.states, *self.requests.values())):
+            raise FileFormatError(f"{where}: holds NaN or infinite values. Record again.")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over states and requests."""
+        digest = hashlib.sha256()
+        for name, array in sorted({"": self.states, **self.requests}.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass
+class _Call:
+    """One network call: tensors with a row per image, other arguments, and the prediction."""
+
+    rows: dict[str, Tensor]
+    constants: dict[str, Constant]
+    output: Tensor
+
+
+@dataclass
+class _Run:
+    """What one chain of B images showed, step by step."""
+
+    scheduler: str
+    table: Table
+    training_steps: int
+    images: int
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)  # of each step: port -> (roles B, ...)
+    states: list[Tensor] = field(default_factory=list)  # x of each step, (B, ...)
+    constants: dict[str, Constant] = field(default_factory=dict)
+    weights: list[NDArray[np.float64]] = field(default_factory=list)  # of each role in the scheduler's input, (roles,)
+    times: list[tuple[float, float]] = field(default_factory=list)  # the scheduler's and the network's
+    names: dict[str, str] = field(default_factory=dict)  # state and time -> port
+    channels: tuple[int, ...] = ()  # shape of a row of the prediction
+    tolerance: float = TOLERANCES[torch.float32]
+
+
+class Recorder:
+    """Listens to the calls of a pipeline's transformer and to its scheduler while it is entered."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.network: nn.Module = _part(pipeline, "transformer")
+        self.scheduler = _part(pipeline, "scheduler")
+        self._parameters = [name for name in inspect.signature(self.network.forward).parameters if name != "self"]
+        self._runs: list[_Run] = []
+        self._calls: list[_Call] = []
+        self._undo: list[Callable[[], None]] = []
+        self._fresh = True
+
+    def __enter__(self) -> Recorder:
+        handle = self.network.register_forward_hook(self._called, with_kwargs=True)
+        step, set_timesteps = self.scheduler.step, self.scheduler.set_timesteps
+
+        @functools.wraps(step)  # pipelines look at its parameters
+        def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._fresh:
+                self._begin(sample)
+            self._step(model_output, float(timestep), sample)
+            return step(model_output, timestep, sample, *args, **kwargs)
+
+        @functools.wraps(set_timesteps)
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self._fresh, self._calls = True, []
+            return set_timesteps(*args, **kwargs)
+
+        self.scheduler.step, self.scheduler.set_timesteps = stepped, begin
+        self._undo = [
+            handle.remove,
+            lambda: self.scheduler.__dict__.pop("step"),
+            lambda: self.scheduler.__dict__.pop("set_timesteps"),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for undo in self._undo:
+            undo()
+
+    def _called(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        named = dict(zip(self._parameters, args, strict=False)) | kwargs
+        tensors, constants = flatten({name: value for name, value in named.items() if name != "return_dict"})
+        self._calls.append(_Call(tensors, constants, prediction_of(output).detach()))
+
+    def _begin(self, sample: Tensor) -> None:
+        self._fresh = False
+        config = getattr(self.scheduler, "config", {})
+        name, training_steps = type(self.scheduler).__name__, config.get("num_train_timesteps", 1000)
+        self._runs.append(_Run(name, tabulate(self.scheduler), training_steps, len(sample)))
+
+    def _step(self, model_output: Tensor, timestep: float, sample: Tensor) -> None:
+        run, calls, self._calls = self._runs[-1], self._calls, []
+        if not calls:
+            raise UsageError(f"{run.scheduler} made a step without a call of the transformer; nothing is recorded.")
+        run.tolerance = TOLERANCES.get(model_output.dtype, HALF_PRECISION_TOLERANCE)
+        state = run.names.get("state") or _find_state(calls[0], sample, run.tolerance)
+        time = run.names.get("time") or _find_time(calls[0])
+        run.names = {"state": state, "time": time}
+        inputs = _join(calls, state, time)
+        rows = len(inputs[state])
+        if rows % run.images:
+            raise UsageError(f"{rows} rows for {run.images} images in one step, expected as many for each image.")
+        _check_scaled(inputs[state], sample, run.tolerance)
+        output = torch.cat([call.output for call in calls])
+        run.channels = tuple(output.shape[1:])
+        run.weights.append(_fit_weights(model_output, output, rows // run.images, run.tolerance))
+        network_time = inputs[time].double().flatten()
+        if float(network_time.max() - network_time.min()) > 0:
+            raise UsageError("the rows of one step have different timesteps; only the drop-in runs such a pipeline.")
+        run.times.append((timestep, float(network_time[0])))
+        run.states.append(sample.detach().float().cpu())
+        run.inputs.append({name: tensor for name, tensor in inputs.items() if name not in (state, time)})
+        if run.constants and not _equal(run.constants, calls[0].constants):
+            raise UsageError(_changed(run.constants, calls[0].constants))
+        run.constants = calls[0].constants
+        if any(not _equal(run.constants, call.constants) for call in calls):
+            raise UsageError(_changed(run.constants, next(
+                call.constants for call in calls if not _equal(run.constants, call.constants))))  # fmt: skip
+
+    # what was heard -----------------------------------------------------------------------------------------------
+
+    def recording(self) -> Recording:
+        """The runs as one recording. Raises UsageError if there is none, or if they differ in more than requests."""
+        runs = [run for run in self._runs if len(run.states) == len(run.table.timesteps)]
+        if not runs:
+            raise UsageError(
+                "no chain was recorded from its first to its last step. Call the pipeline inside `record`."
+            )
+        first = runs[0]
+        for run in runs[1:]:
+            if run.table != first.table or run.states[0].shape[1:] != first.states[0].shape[1:]:
+                raise UsageError("the recorded chains differ in their steps or shapes. Record one kind at a time.")
+            if not _equal(run.constants, first.constants):
+                raise UsageError(_changed(first.constants, run.constants))
+        scale, shift = _time_map([pair for run in runs for pair in run.times], first.tolerance)
+        guidance, sign, roles = _guidance(np.concatenate([run.weights for run in runs]), first.tolerance)
+        requests = [_requests(run, roles) for run in runs]
+        process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
+        joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
+        states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
+        signature = self._signature(first, joined, guidance is not None)
+        spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
+        constants = {
+            name: value.numpy() if isinstance(value, Tensor) else value for name, value in first.constants.items()
+        }
+        return Recording(Interface(signature, spec, guidance, constants, settings_of(self.network)), states, joined)
+
+    def _signature(self, run: _Run, requests: dict[str, Array], guided: bool) -> Signature:
+        ports = []
+        for name in [run.names["state"], run.names["time"], *run.inputs[0]]:
+            if name == run.names["state"]:
+                ports.append(Port(name, "state", "float32", (None, *run.states[0].shape[1:])))
+            elif name == run.names["time"]:
+                ports.append(Port(name, "time", "float32", (None,)))
+            else:
+                values = requests[name]
+                own = guided and f"{NEGATIVE}{name}" in requests
+                dtype: Any = str(values.dtype)
+                ports.append(Port(name, "request", dtype, (None, *values.shape[1:]), null="own" if own else None))
+        order = {name: index for index, name in enumerate(self._parameters)}
+        ports.sort(key=lambda port: order.get(port.name.partition(".")[0], 0))
+        return Signature(tuple(ports), (None, *run.channels), type(self.network).__name__)
+
+
+def _part(pipeline: Any, name: str) -> Any:
+    part = getattr(pipeline, name, None)
+    if part is None:
+        raise UsageError(f"{type(pipeline).__name__} has no {name}. Pass a diffusers pipeline of a transformer.")
+    return part
+
+
+def _find_state(call: _Call, sample: Tensor, tolerance: float) -> str:
+    """The argument that is the scheduler's sample, scaled."""
+    for name, tensor in call.rows.items():
+        if tensor.shape[1:] == sample.shape[1:] and _scale_of(tensor[: len(sample)], sample)[1] < tolerance:
+            return name
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in call.rows.items())
+    raise UsageError(
+        f"no argument of the transformer is the scheduler's sample {tuple(sample.shape)}; found {shapes}. "
+        "Only the drop-in runs such a pipeline."
+    )
+
+
+def _find_time(call: _Call) -> str:
+    for name in ("timestep", "t", "timesteps"):
+        if name in call.rows:
+            return name
+    raise UsageError(f"the transformer has no timestep among {', '.join(call.rows)}.")
+
+
+def _join(calls: list[_Call], state: str, time: str) -> dict[str, Tensor]:
+    """The rows of all calls of one step; arguments without rows are constants."""
+    parts: dict[str, list[Tensor]] = {}
+    for call in calls:
+        rows = len(call.rows[state])
+        for name in list(call.rows):
+            tensor = call.rows[name]
+            if name == time:
+                tensor = tensor.reshape(-1).expand(rows)
+            if tensor.ndim == 0 or len(tensor) != rows:
+                call.constants[name] = call.rows.pop(name).cpu()
+            else:
+                parts.setdefault(name, []).append(tensor)
+    if any(len(tensors) != len(calls) for tensors in parts.values()):
+        raise UsageError("the calls of one step take different arguments; only the drop-in runs such a pipeline.")
+    try:
+        return {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
+    except RuntimeError as error:
+        raise UsageError(f"the calls of one step have different shapes ({error}). Pad the prompts alike.") from error
+
+
+def _scale_of(x: Tensor, sample: Tensor) -> tuple[float, float]:
+    """s of x = s sample, and the residual."""
+    a, b = x.double().flatten().cpu(), sample.double().flatten().cpu()
+    scale = float(a @ b / (b @ b))
+    return scale, float((a - scale * b).norm() / a.norm())
+
+
+def _check_scaled(states: Tensor, sample: Tensor, tolerance: float) -> None:
+    for start in range(0, len(states), len(sample)):
+        residual = _scale_of(states[start : start + len(sample)], sample)[1]
+        if residual > tolerance:
+            raise UsageError(
+                f"a row's state is not the scheduler's sample times a factor (residual {residual:.1e}); only the "
+                "drop-in runs such a pipeline."
+            )
+
+
+def _fit_weights(model_output: Tensor, output: Tensor, roles: int, tolerance: float) -> NDArray[np.float64]:
+    """Weights (roles,) of the predictions of each role in what the scheduler gets."""
+    target = model_output.double().cpu()
+    parts = [part[:, : target.shape[1]].double().cpu().flatten() for part in output.chunk(roles)]
+    matrix, y = torch.stack(parts, 1), target.flatten()
+    if matrix.shape[0] != len(y):
+        raise UsageError(f"the scheduler gets {tuple(model_output.shape)} of a prediction {tuple(output.shape)}.")
+    weights = torch.linalg.lstsq(matrix, y[:, None], driver="gelsd").solution[:, 0]
+    residual = float((matrix @ weights - y).norm() / y.norm())
+    if residual > tolerance:
+        raise UsageError(
+            f"what the scheduler gets is not a weighted sum of the network's predictions (residual {residual:.1e}, "
+            f"expected less than {tolerance:.0e}); only the drop-in runs such a pipeline."
+        )
+    return weights.numpy()
+
+
+def _time_map(times: list[tuple[float, float]], tolerance: float) -> tuple[float, float]:
+    """(a, b) of the network's timestep a t + b."""
+    t, found = np.array(times).T
+    size = np.abs(found).max() or 1.0
+    for scale, shift in TIME_MAPS:
+        if np.abs(scale * t + shift - found).max() <= tolerance * size:
+            return scale, shift
+    if len(set(t)) > 1:
+        scale, shift = np.polyfit(t, found, 1)
+        if np.abs(scale * t + shift - found).max() <= tolerance * size:
+            return float(scale), float(shift)
+    raise UsageError("the network's timestep is not a linear function of the scheduler's.")
+
+
+def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, int, dict[str, int]]:
+    """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role."""
+    mean = weights.mean(0)
+    spread = float(np.abs(weights - mean).max() / np.abs(mean).max())
+    text = ", ".join(f"{weight:.3g}" for weight in mean)
+    if spread > 10 * tolerance:
+        raise UsageError(
+            f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}); only the drop-in "
+            "runs such a pipeline."
+        )
+    sign = 1 if mean.sum() > 0 else -1
+    if len(mean) > 2 or abs(abs(mean.sum()) - 1) > 10 * tolerance * np.abs(mean).max():
+        raise UsageError(f"the predictions of a step have weights {text}; expected one, or g and 1 - g of guidance.")
+    if len(mean) == 1:
+        return None, sign, {"": 0}
+    conditional = int(np.argmax(sign * mean))
+    scale = float(np.round(sign * mean[conditional], 3 if tolerance > 1e-3 else 5))
+    return Guidance(scale), sign, {"": conditional, NEGATIVE: 1 - conditional}
+
+
+def _requests(run: _Run, roles: Mapping[str, int]) -> dict[str, Array]:
+    """Values of each request port, (B, ...); those of the unconditional role under `negative.`, if they differ."""
+    found: dict[str, Array] = {}
+    for name, tensor in run.inputs[0].items():
+        for inputs in run.inputs[1:]:
+            if not torch.equal(inputs[name], tensor):
+                raise UsageError(f"argument '{name}' changes from step to step; only the drop-in runs such a pipeline.")
+        parts = tensor.chunk(len(roles))
+        values = {prefix: parts[place] for prefix, place in roles.items()}
+        if len(values) == 2 and torch.equal(values[""], values[NEGATIVE]):
+            del values[NEGATIVE]
+        found |= {f"{prefix}{name}": value.numpy() for prefix, value in values.items()}
+    return found
+
+
+def _equal(a: Mapping[str, Constant], b: Mapping[str, Constant]) -> bool:
+    return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+
+
+def _same(a: Constant, b: Constant) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _changed(a: Mapping[str, Constant], b: Mapping[str, Constant]) -> str:
+    name = next(name for name in [*a, *b] if name not in a or name not in b or not _same(a[name], b[name]))
+    return f"argument '{name}' has no rows and changes from call to call; only the drop-in runs such a pipeline."

@@ -1,0 +1,106 @@
+"""A diffusers scheduler as a table: each of its steps, run on random vectors, is fitted by least squares.
+
+Every update that is linear in the states, the network's predictions and the noise of at most three steps before has
+such a table; clipping, thresholding and a learned variance do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tqdit.errors import UsageError
+from tqdit.sampling.process import Table
+from tqdit.sampling.schedule import MOST_LAG
+
+ELEMENTS = 512  # of the vectors that a step is fitted on
+TOLERANCE = 2e-6  # relative: schedulers compute in float32
+Float64 = NDArray[np.float64]
+
+
+def tabulate(scheduler: Any) -> Table:
+    """The table of a scheduler whose timesteps are set, which stays as it is.
+
+    Raises UsageError, naming the residual, for a scheduler whose update is not linear.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.__dict__.pop("step", None)  # a recorder's
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(1, 1, 1, ELEMENTS, generator=generator)
+
+    timesteps = [float(t) for t in scheduler.timesteps]
+    initial = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    x = draw() * initial
+    states: list[Tensor] = []
+    outputs: list[Tensor] = []
+    rows: list[tuple[float, Float64, Float64, float]] = []  # input scale, weights of states and outputs, of noise
+    with _noise_from(scheduler, draw) as drawn:
+        for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+            input_scale = float((scaled * x).sum() / (x * x).sum())
+            output = draw()
+            states, outputs = [x, *states][: MOST_LAG + 1], [output, *outputs][: MOST_LAG + 1]
+            drawn.clear()
+            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+            rows.append((input_scale, *_fit(x, states, outputs, drawn, type(scheduler).__name__)))
+    lag = max(len(row[1]) for row in rows) - 1
+    return Table(
+        timesteps=tuple(timesteps[::-1]),
+        input_scale=tuple(row[0] for row in rows[::-1]),
+        state_weights=tuple(tuple(np.pad(row[1], (0, lag + 1 - len(row[1]))).tolist()) for row in rows[::-1]),
+        output_weights=tuple(tuple(np.pad(row[2], (0, lag + 1 - len(row[2]))).tolist()) for row in rows[::-1]),
+        noise_weight=tuple(row[3] for row in rows[::-1]),
+        initial_scale=initial,
+    )
+
+
+def _fit(
+    x: Tensor, states: list[Tensor], outputs: list[Tensor], noise: list[Tensor], name: str
+) -> tuple[Float64, Float64, float]:
+    """Weights of the states and the outputs, the latest first, and of the noise, that make x: with the least lag."""
+    y = x.flatten().double()
+    residual = np.inf
+    for lag in range(len(states)):
+        features = [*states[: lag + 1], *outputs[: lag + 1], *noise]
+        matrix = torch.stack([feature.flatten().double() for feature in features], 1)
+        weights = torch.linalg.lstsq(matrix, y[:, None], driver="gelsd").solution[:, 0]
+        residual = float((matrix @ weights - y).norm() / y.norm())
+        if residual < TOLERANCE:
+            found = np.where(np.abs(weights.numpy()) < TOLERANCE, 0, weights.numpy())
+            return found[: lag + 1], found[lag + 1 : 2 * lag + 2], float(found[-1]) if noise else 0.0
+    raise UsageError(
+        f"{name}: its update is not linear in the last {MOST_LAG + 1} steps (residual {residual:.1e}, expected less "
+        f"than {TOLERANCE:.0e}). Record with another scheduler, without clip_sample and thresholding."
+    )
+
+
+@contextlib.contextmanager
+def _noise_from(scheduler: Any, draw: Any) -> Iterator[list[Tensor]]:
+    """Inside, the scheduler's noise is drawn by `draw` and listed."""
+    module = sys.modules[type(scheduler).__module__]
+    original = getattr(module, "randn_tensor", None)
+    drawn: list[Tensor] = []
+
+    def randn_tensor(shape: Any, *_: Any, **__: Any) -> Tensor:
+        noise: Tensor = draw()
+        assert tuple(noise.shape) == tuple(shape)
+        drawn.append(noise)
+        return noise
+
+    if original is not None:
+        module.randn_tensor = randn_tensor  # type: ignore[attr-defined]
+    try:
+        yield drawn
+    finally:
+        if original is not None:
+            module.randn_tensor = original  # type: ignore[attr-defined]

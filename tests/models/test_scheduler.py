@@ -1,0 +1,99 @@
+"""Schedulers of diffusers as tables: the loop replays them."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tqdit.errors import UsageError
+from tqdit.models.scheduler import tabulate
+from tqdit.ports import Port, Signature
+from tqdit.sampling.chains import Chains, run
+from tqdit.sampling.process import Recorded
+from tqdit.sampling.schedule import SamplingSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+
+STEPS = 20
+SHAPE = (2, 4, 4)
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+DETERMINISTIC = {
+    "DDIM": lambda: diffusers.DDIMScheduler(clip_sample=False),
+    "DDIM, v": lambda: diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
+    "Euler": lambda: diffusers.EulerDiscreteScheduler(),
+    "Euler, Karras": lambda: diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
+    "Heun": lambda: diffusers.HeunDiscreteScheduler(),
+    "PNDM": lambda: diffusers.PNDMScheduler(skip_prk_steps=True),
+    "IPNDM": lambda: diffusers.IPNDMScheduler(),
+    "DEIS": lambda: diffusers.DEISMultistepScheduler(),
+    "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler(),
+    "DPM++ 3M": lambda: diffusers.DPMSolverMultistepScheduler(solver_order=3),
+    "DPM++ 2M, flow": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW),
+    "DPM++ 2S": lambda: diffusers.DPMSolverSinglestepScheduler(),
+    "UniPC": lambda: diffusers.UniPCMultistepScheduler(),
+    "UniPC, order 3": lambda: diffusers.UniPCMultistepScheduler(solver_order=3),
+    "UniPC, flow": lambda: diffusers.UniPCMultistepScheduler(**FLOW),
+    "flow Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
+    "EDM Euler": lambda: diffusers.EDMEulerScheduler(),
+}
+SIGNATURE = Signature(
+    (Port("x", "state", "float32", (None, *SHAPE)), Port("t", "time", "float32", (None,))), (None, *SHAPE), "nonlinear"
+)
+
+
+def network(x, t):
+    return np.tanh(0.7 * x + np.reshape(t, (-1, 1, 1, 1)) / 1500) + 0.1 * x
+
+
+def theirs(scheduler, x):
+    """The chain of diffusers' own step."""
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        output = torch.from_numpy(network(scaled.numpy(), float(timestep)).astype(np.float32))
+        x = scheduler.step(output, timestep, x, return_dict=False)[0]
+    return x.numpy()
+
+
+def spec_of(scheduler):
+    table = tabulate(scheduler)
+    return SamplingSpec(Recorded("scheduler", (table,)), "recorded", len(table.timesteps))
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_the_loop_replays_the_scheduler(name):
+    """float32 over 20 steps: 1e-5 of the norm."""
+    scheduler = DETERMINISTIC[name]()
+    scheduler.set_timesteps(STEPS)
+    spec = spec_of(scheduler)
+    chains = Chains(SIGNATURE, None, 1)
+    chains.add(spec.schedule, {}, 1.0, seed=3, image=0)
+    start = torch.from_numpy(chains.x.copy())
+    expected = theirs(scheduler, start)
+    found = run(chains, lambda inputs: network(inputs["x"], inputs["t"]).astype(np.float32))
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def test_tabulating_leaves_the_scheduler_as_it_was():
+    scheduler = diffusers.UniPCMultistepScheduler()
+    scheduler.set_timesteps(STEPS)
+    assert tabulate(scheduler) == tabulate(scheduler)
+    assert scheduler.step_index is None
+
+
+def test_noise_has_its_weight():
+    scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    schedule = spec_of(scheduler).schedule
+    assert schedule.is_stochastic
+    assert schedule.noise_weight[0] == 0  # the last step
+
+
+@pytest.mark.parametrize("settings", [{"clip_sample": True}, {"thresholding": True}], ids=lambda s: next(iter(s)))
+def test_a_scheduler_that_is_not_linear_is_refused_with_its_residual(settings):
+    scheduler = diffusers.DDIMScheduler(**{"clip_sample": False, **settings})
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(UsageError, match=r"DDIMScheduler.*residual \d"):
+        tabulate(scheduler)
