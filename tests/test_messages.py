@@ -27,6 +27,7 @@ WORDS = {
     "inspect": "tqdit-inspect",
 }  # fmt: skip
 OTHER_PROGRAMS = r"\b(pip|ray start|gunicorn|uvicorn)\b"
+END = r"\.\s|\n|; "  # of a sentence
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 
 
@@ -58,6 +59,11 @@ def texts(tree):
             yield node.value
 
 
+def commands_in(sentence, word=""):
+    """Commands that a sentence names, with this word before them."""
+    return [verb for verb in re.findall(rf"{word}tqdit[- ](\w+)", sentence) if verb in KNOWN]
+
+
 def spoken_of(sentence):
     """Commands that a sentence speaks of, in their order."""
     found = [
@@ -72,11 +78,11 @@ def named(place, source):
     default = next((verbs for start, verbs in COMMANDS.items() if place.startswith(start)), ())
     for text in texts(ast.parse(source)):
         for match in FLAG.finditer(text):
-            sentence = re.split(r"\.\s|\n|; ", text[: match.start()])[-1]
-            if re.search(OTHER_PROGRAMS, sentence):
+            before, after = (re.split(END, text[: match.start()])[-1], re.split(END, text[match.end() :])[0])
+            if re.search(OTHER_PROGRAMS, before):
                 continue
-            said = [verb for verb in re.findall(r"tqdit[- ](\w+)", sentence) if verb in KNOWN] or spoken_of(sentence)
-            yield text, match[0], (said[-1],) if said else default
+            said = commands_in(before)[-1:] or commands_in(after, "to ")[:1] or spoken_of(before)[-1:]
+            yield text, match[0], tuple(said) or default
 
 
 def wrong_flags(place, source):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
-from tqdit.errors import OutputError, UsageError
+from tqdit.errors import InputError, OutputError, UsageError
 from tqdit.extras import need
-from tqdit.files import LOCK, check_writable, lock_folder
+from tqdit.files import LOCK, check_writable, explain, lock_folder
 
 if TYPE_CHECKING:
     from tqdit.models.recording import Recording
@@ -152,8 +152,10 @@ def read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines are left out. Raises UsageError if there is none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error}). Pass a file with one prompt per line.") from error
+    except OSError as error:
+        raise InputError(explain(error, "read", path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text ({error}). Pass a file with one prompt per line.") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{path}: holds no prompt. Write one per line.")
