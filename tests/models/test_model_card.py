@@ -196,7 +196,7 @@ def test_a_card_of_unknown_fields_or_values_is_one_line_that_names_it(save, card
         ({"process": {"beta_start": "0.1"}}, "Expected `float`, got `str`"),
         ({"process": {"beta_schedule": "cosine"}}, "unknown beta schedule 'cosine'"),
         ({"sampler": "euler"}, "sampler 'euler' is unknown, or not one for this model"),
-        ({"steps": 0}, "from 1 to 1000"),
+        ({"steps": 0}, "a whole number from 1 to 1000"),
         ({"latent_scale": 0.0}, "latents of scale 0.0"),
     ],
 )
