@@ -55,7 +55,8 @@ def drop_joined_splits(program: ExportedProgram) -> None:
         parts, axis = joined.args[0], (*joined.args[1:], 0)[0]
         ndim = joined.meta["val"].ndim
         sizes = [part.meta["val"].shape[axis] for part in parts]
-        if sizes == list(node.args[1]) and axis % ndim == (*node.args[2:], 0)[0] % ndim:
+        wanted: Any = node.args[1]
+        if sizes == list(wanted) and axis % ndim == (*node.args[2:], 0)[0] % ndim:
             for user in list(node.users):
                 user.replace_all_uses_with(parts[user.args[1]])
     _finish(program)

@@ -53,12 +53,11 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torc
     """The traced module. A bound on the batch that a kernel's choice of memory layout suggests is taken for the trace
     alone, as torch's ONNX exporter does: no node of the graph knows it.
     """
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
-        try:
-            return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-        except torch._dynamo.exc.UserError as error:
-            bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
-            return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
+    try:
+        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 
 
 def check_opset(opset: int) -> None:

@@ -209,7 +209,7 @@ class _Observed(TorchFunctionMode):
         elif name == "mul" and any(self.made.get(id(factor)) for factor in args):
             self._keep(output, "gated")
         elif name in ("cat", "concat", "concatenate"):
-            self._join(output, first)
+            self._join(output, first or ())
         elif name == "split" and id(first) in self.joined:
             for piece, (_, origin) in zip(output, self.joined[id(first)], strict=False):
                 self._keep(piece, origin)
@@ -282,7 +282,8 @@ def is_linear(module: nn.Module) -> bool:
 def patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """(N, C, H, W) -> (N, T, C p p) with any number of axes in the place of H and W, T = (H // p)(W // p)."""
     grid = [side // step for side, step in zip(x.shape[2:], size, strict=True)]
-    x = x[(..., *(slice(tiles * step) for tiles, step in zip(grid, size, strict=True)))]
+    for axis, (tiles, step) in enumerate(zip(grid, size, strict=True)):
+        x = x.narrow(2 + axis, 0, tiles * step)
     x = x.reshape(*x.shape[:2], *(length for pair in zip(grid, size, strict=True) for length in pair))
     x = x.permute(0, *range(2, x.ndim, 2), 1, *range(3, x.ndim, 2))  # (N, H / p, W / p, C, p, p)
     return x.reshape(len(x), math.prod(grid), -1)
@@ -335,9 +336,9 @@ def find_products(
     for name, call in seen.products.items():
         if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1:
             _split_columns(network, name, tuple(width for width, _ in call.columns))
-    for owner, calls in seen.attention.items():
-        for call in range(calls):
-            owner.add_module(sdpa_name(call), Sdpa())
+    for owner, count in seen.attention.items():
+        for number in range(count):
+            owner.add_module(sdpa_name(number), Sdpa())
         local = _Local()
         owner.register_forward_pre_hook(local.enter)
         owner.register_forward_hook(local.leave, always_call=True)
