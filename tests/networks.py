@@ -75,6 +75,26 @@ class Parallel(nn.Module):
         return result
 
 
+class Folded(nn.Module):
+    """Frames beside the rows, as Latte's, and a text embedder on all words of all rows, as HunyuanDiT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.words = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(8, WIDTH)
+        self.narrow, self.wide = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        words = F.gelu(self.words(text.flatten(0, 1)), approximate="tanh")  # (N W, D)
+        words = self.narrow(words).unflatten(0, (-1, text.shape[1]))
+        frames = x.unflatten(1, (2, -1)).flatten(0, 1)  # (N F, T, D)
+        q, k, v = self.qkv(frames).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        frames = frames + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        seen = frames.unflatten(0, (-1, 2))  # (N, F, T, D), which attends over frames
+        over = F.scaled_dot_product_attention(*[seen.transpose(1, 2)[:, :, None]] * 3)[:, :, 0].transpose(1, 2)
+        x = self.wide(seen + over).flatten(1, 2)
+        return x + F.scaled_dot_product_attention(x, words, words)
+
+
 def described(network: nn.Module, state: tuple[int, ...], *requests: Port) -> LoadedModel:
     """A network of a state `x` and a float timestep `sigma` in 0..1."""
     network = network.eval().requires_grad_(False)
