@@ -95,6 +95,28 @@ class Folded(nn.Module):
         return x + F.scaled_dot_product_attention(x, words, words)
 
 
+class Shared(nn.Module):
+    """One feed-forward layer for two streams, as CogView4's, for a vector of each row and for a grid of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.vector = (
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        row = self.vector(self.feed(x.mean(1)))  # (N, D)
+        x = x + self.feed(x) + row[:, None]  # (N, T, D)
+        x = x + self.feed(words.mean(1, keepdim=True) + words[:, :3]).mean(1, keepdim=True)
+        return x + self.feed(x.unflatten(1, (2, 3))).flatten(1, 2)  # (N, 2, 3, D)
+
+    def feed(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return result
+
+
 def described(network: nn.Module, state: tuple[int, ...], *requests: Port) -> LoadedModel:
     """A network of a state `x` and a float timestep `sigma` in 0..1."""
     network = network.eval().requires_grad_(False)
