@@ -93,24 +93,20 @@ class ProductRecorder:
         self._network, self._names, self.picker = network, names, picker
         self.found: dict[str, list[dict[str, Tensor]]] = {}  # of each product, call by call
         self._start = self._rows = 0
-        self._recording = False
+        self.is_recording = False
 
     @contextmanager
     def listen(self, start: int, rows: int) -> Iterator[None]:
         """Record a call, whose first row is number `start`, and the backward pass after it."""
         self._start, self._rows, self.found = start, rows, {}
-        self._recording = True
+        self.is_recording = True
         with watched(self._network, self._names, self._record):
             yield
-
-    def forward_is_done(self) -> None:
-        """Blocks that are computed again in the backward pass are not recorded again."""
-        self._recording = False
 
     def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self._recording:
+        if self.is_recording:
             operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
             part = self._operands(module, operands)
             weigh = partial(self._weigh, module, part, _Tokens.of(module, operands))
@@ -265,7 +261,7 @@ class Capture:
         blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
         with torch.enable_grad(), blocks, recorder.listen(batch.start, len(batch)):
             output = self.model.call(inputs)
-            recorder.forward_is_done()
+            recorder.is_recording = False  # blocks that are computed again in the backward pass are recorded once
             rows = torch.arange(batch.start, batch.stop, device=output.device)
             torch.autograd.backward(output, self.cotangent(rows, output.detach()))
         return recorder.samples()

@@ -6,10 +6,12 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from tqdit.errors import UsageError
 from tqdit.exporter.program import prepare
@@ -32,7 +34,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = (tuple({0: batch} for _ in inputs),)
     with _quiet():
-        traced = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        traced = _program(module.eval(), tuple(inputs.values()), shapes)
         prepare(traced)
         program = torch.onnx.export(
             traced,
@@ -45,6 +47,17 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: i
         )
     assert program is not None
     return program.model
+
+
+def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """The traced module. A bound on the batch that a kernel's choice of memory layout suggests is taken for the trace
+    alone, as torch's ONNX exporter does: no node of the graph knows it.
+    """
+    try:
+        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 
 
 def check_opset(opset: int) -> None:

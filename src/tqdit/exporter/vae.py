@@ -16,7 +16,7 @@ from tqdit.exporter.trace import EXAMPLE_BATCH, trace
 from tqdit.extras import need
 from tqdit.models.families.diffusers import find_weights
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.state import check_place, read_json
+from tqdit.models.state import check_places, read_json
 from tqdit.models.vae import read_latents
 
 
@@ -48,8 +48,7 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
     if not config_file.is_file():
         raise CheckpointError(f"{folder}: no config.json in it. Pass the directory of a diffusers AutoencoderKL.")
     root = Path(model.source) if folder == model.vae_folder else folder  # which links must not leave
-    for file in folder.iterdir():
-        check_place(file, root)
+    check_places(folder, root)
     config = read_json(config_file)
     if config.get("_class_name") != "AutoencoderKL":
         raise CheckpointError(

@@ -225,7 +225,7 @@ class _Observed(TorchFunctionMode):
         elif name == "mul" and any(self.made.get(id(factor)) for factor in args):
             self._keep(output, "gated")
         elif name in ("cat", "concat", "concatenate"):
-            self._join(output, first)
+            self._join(output, first or ())
         elif name == "split" and id(first) in self.joined:
             for piece, (_, origin) in zip(output, self.joined[id(first)], strict=False):
                 self._keep(piece, origin)
@@ -354,9 +354,9 @@ def find_products(
     for name, call in seen.products.items():
         if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1:
             _split_columns(network, name, tuple(width for width, _ in call.columns))
-    for owner, calls in seen.attention.items():
-        for index in range(calls):
-            owner.add_module(sdpa_name(index), Sdpa())
+    for owner, count in seen.attention.items():
+        for number in range(count):
+            owner.add_module(sdpa_name(number), Sdpa())
         local = _Local()
         owner.register_forward_pre_hook(local.enter)
         owner.register_forward_hook(local.leave, always_call=True)

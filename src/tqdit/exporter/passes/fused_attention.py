@@ -90,7 +90,8 @@ def _scores_of(emit: Emitter, probabilities: ir.Value, name: str, scores: str) -
     node, factor = _maker_of(softmax, 0), 1.0
     mask = emit.constant("no_mask", np.zeros((1,) * RANK, np.float32))
     if node is not None and node.op_type in ("Add", "Where") and scope_of(node) != scores:
-        (place,) = (index for index in range(len(node.inputs)) if _is_made_in(_maker_of(node, index), scores))
+        makers = [None if value is None else value.producer() for value in node.inputs]
+        (place,) = (index for index, made in enumerate(makers) if made is not None and scope_of(made) == scores)
         mask, node = _mask(emit, node, place), _maker_of(node, place)
     while node is not None and node.op_type == "Mul" and (constant := node.inputs[1]) is not None:
         if constant.const_value is None or constant.const_value.size != 1:
@@ -122,10 +123,6 @@ def _mask(emit: Emitter, node: ir.Node, place: int) -> ir.Value:
     if rank == RANK:
         return mask
     return emit.op("Unsqueeze", mask, emit.constant("mask.axes", np.arange(RANK - rank)))
-
-
-def _is_made_in(node: ir.Node | None, module: str) -> bool:
-    return node is not None and scope_of(node) == module
 
 
 def _maker_of(node: ir.Node | None, index: int) -> ir.Node | None:
