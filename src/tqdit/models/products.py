@@ -60,6 +60,7 @@ class Product:
     made_by: Maker | None = None  # the activation that makes its input, or its left operand
     row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in a fused qkv
     folds: tuple[Fold, ...] = ()  # empty: a divisor of its input has no place to go
+    folded: bool = False  # axis 0 of its operands holds more than the rows of a call: frames, words
 
 
 class Scores(nn.Module):
@@ -89,19 +90,27 @@ class Sdpa(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
         enable_gqa: bool,
     ) -> Tensor:  # fmt: skip
-        """q (N, heads, T, d), k and v (N, heads or fewer, S, d); mask bool or float, broadcast to (N, heads, T, S)."""
+        """q (N, heads, T, d), k and v (N, heads or fewer, S, d); mask bool or float, broadcast to (N, heads, T, S).
+
+        There may be no heads, or several axes of them; the products have one.
+        """
         if enable_gqa and k.shape[-3] != q.shape[-3]:
             repeats = q.shape[-3] // k.shape[-3]
             k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
         if scale is not None and abs(scale * q.shape[-1] ** 0.5 - 1) > 1e-6:
             q = q * (scale * q.shape[-1] ** 0.5)
-        scores = self.scores(q, k)
         if is_causal:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        rows = q.shape[:-1]
+        if q.ndim != 4:
+            if mask is not None:
+                mask = mask.expand(*rows, k.shape[-2]).reshape(len(q), -1, q.shape[-2], k.shape[-2])
+            q, k, v = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
+        scores = self.scores(q, k)
         if mask is not None:
             scores = scores.masked_fill(~mask, MASKED) if mask.dtype == torch.bool else scores + mask
         attended: Tensor = self.value_product(self.softmax(scores), v)
-        return attended
+        return attended if len(rows) == 3 else attended.reshape(*rows, v.shape[-1])
 
 
 class SumOfColumns(nn.Module):
@@ -171,12 +180,19 @@ Columns = tuple[tuple[int, Origin], ...]  # width and origin of what is joined a
 
 @dataclass
 class _Call:
-    """What one product was called with: made_by and columns if they are the same in all calls."""
+    """What one product was called with: made_by and columns if they are the same in all calls.
+
+    rows: the length of axis 0; 0 if calls differ.
+    """
 
     ndim: int
     rows: int
     made_by: Origin
     columns: Columns | None
+
+    @property
+    def maker(self) -> Maker | None:
+        return next((maker for maker in get_args(Maker) if maker == self.made_by), None)
 
 
 @dataclass
@@ -199,7 +215,7 @@ class _Observed(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = function(*args, **(kwargs or {}))
-        name, first = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), None)
+        name, first = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), ())
         if function is F.scaled_dot_product_attention:
             self.attention[self.owners[-1]] = self.attention.get(self.owners[-1], 0) + 1
         elif name in ("gelu", "silu"):
@@ -249,6 +265,8 @@ class _Observed(TorchFunctionMode):
             first = self.products.setdefault(self.names[module], call)
             if (first.made_by, first.columns) != (call.made_by, call.columns):
                 first.made_by = first.columns = None
+            if first.rows != call.rows:
+                first.rows = 0
             if not output.requires_grad:
                 output.requires_grad_()
             self.outputs.append((self.names[module], output))
@@ -282,8 +300,8 @@ def is_linear(module: nn.Module) -> bool:
 def patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """(N, C, H, W) -> (N, T, C p p) with any number of axes in the place of H and W, T = (H // p)(W // p)."""
     grid = [side // step for side, step in zip(x.shape[2:], size, strict=True)]
-    for axis, (tiles, step) in enumerate(zip(grid, size, strict=True)):
-        x = x.narrow(2 + axis, 0, tiles * step)
+    for axis, (tiles, step) in enumerate(zip(grid, size, strict=True), start=2):
+        x = x.narrow(axis, 0, tiles * step)
     x = x.reshape(*x.shape[:2], *(length for pair in zip(grid, size, strict=True) for length in pair))
     x = x.permute(0, *range(2, x.ndim, 2), 1, *range(3, x.ndim, 2))  # (N, H / p, W / p, C, p, p)
     return x.reshape(len(x), math.prod(grid), -1)
@@ -352,10 +370,9 @@ def find_products(
             return "conditioning"
         return "patch" if name == on_tokens[0] else "final" if name == on_tokens[-1] else "block"
 
+    row_blocks, folds = row_blocks or {}, folds or {}
     return tuple(
-        Product(
-            name, place(name, call), _maker(call.made_by), (row_blocks or {}).get(name, 1), (folds or {}).get(name, ())
-        )
+        Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows)
         for name, call in called.items()
     )
 
@@ -364,10 +381,6 @@ def _split_columns(network: nn.Module, name: str, widths: tuple[int, ...]) -> No
     linear = network.get_submodule(name)
     if isinstance(linear, nn.Linear):
         network.set_submodule(name, SumOfColumns(linear, widths))
-
-
-def _maker(origin: Origin) -> Maker | None:
-    return next((maker for maker in get_args(Maker) if maker == origin), None)
 
 
 def _is_conditioning(call: _Call, rows: int) -> bool:

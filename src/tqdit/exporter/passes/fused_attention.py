@@ -118,10 +118,8 @@ def _mask(emit: Emitter, node: ir.Node, place: int) -> ir.Value:
     mask = others[0]
     if node.op_type == "Where":
         zero = emit.constant("unmasked", np.float32(0))
-        condition, *_ = node.inputs
-        assert condition is not None
-        (other,) = (value for value in others if value is not condition)
-        mask = emit.op("Where", condition, *((zero, other) if place == 1 else (other, zero)))
+        others.insert(place, zero)
+        mask = emit.op("Where", *others)
     if rank == RANK:
         return mask
     return emit.op("Unsqueeze", mask, emit.constant("mask.axes", np.arange(RANK - rank)))
