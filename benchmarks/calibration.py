@@ -17,12 +17,16 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from tqdit.calibration.capture import Samples
 from tqdit.calibration.config import PRESETS
 from tqdit.calibration.cost import peak_memory_bytes
 from tqdit.calibration.flow import Calibration
 from tqdit.calibration.layers import LayerPlan
 from tqdit.calibration.methods import search
 from tqdit.calibration.problem import Problem, Solution
+from tqdit.calibration.rows import CalibrationRows
 from tqdit.calibration.work import versions
 from tqdit.console import Console
 from tqdit.models.load import load_model
@@ -45,7 +49,10 @@ class ComparingCalibration(Calibration):
 
     comparisons: list[Comparison]
 
-    def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:
+    def solve_plan(
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> tuple[Problem, Solution]:
+        problem, _ = super().solve_plan(layer_plan, samples, weight, rows)
         start = time.perf_counter()
         ours = search.solve(problem, self.config)
         middle = time.perf_counter()
@@ -57,7 +64,7 @@ class ComparingCalibration(Calibration):
                 layer_plan.name, ratio, middle - start, end - middle, ours.multiply_adds, exhaustive.multiply_adds
             )
         )  # fmt: skip
-        return ours
+        return problem, ours
 
 
 def main() -> None:

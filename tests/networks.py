@@ -75,6 +75,48 @@ class Parallel(nn.Module):
         return result
 
 
+class Folded(nn.Module):
+    """Frames beside the rows, as Latte's, and a text embedder on all words of all rows, as HunyuanDiT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.words = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(8, WIDTH)
+        self.narrow, self.wide = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        words = F.gelu(self.words(text.flatten(0, 1)), approximate="tanh")  # (N W, D)
+        words = self.narrow(words).unflatten(0, (-1, text.shape[1]))
+        frames = x.unflatten(1, (2, -1)).flatten(0, 1)  # (N F, T, D)
+        q, k, v = self.qkv(frames).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        frames = frames + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        seen = frames.unflatten(0, (-1, 2))  # (N, F, T, D), which attends over frames
+        over = F.scaled_dot_product_attention(*[seen.transpose(1, 2)[:, :, None]] * 3)[:, :, 0].transpose(1, 2)
+        x = self.wide(seen + over).flatten(1, 2)
+        return x + F.scaled_dot_product_attention(x, words, words)
+
+
+class Shared(nn.Module):
+    """One feed-forward layer for two streams, as CogView4's, for a vector of each row and for a grid of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.vector = (
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        row = self.vector(self.feed(x.mean(1)))  # (N, D)
+        x = x + self.feed(x) + row[:, None]  # (N, T, D)
+        x = x + self.feed(words.mean(1, keepdim=True) + words[:, :3]).mean(1, keepdim=True)
+        return x + self.feed(x.unflatten(1, (2, 3))).flatten(1, 2)  # (N, 2, 3, D)
+
+    def feed(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return result
+
+
 def described(network: nn.Module, state: tuple[int, ...], *requests: Port) -> LoadedModel:
     """A network of a state `x` and a float timestep `sigma` in 0..1."""
     network = network.eval().requires_grad_(False)

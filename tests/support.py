@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import reference
-from tqdit.sampling.noise import INITIAL, normal_rows
+from tqdit.sampling.noise import INITIAL, Normals
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,6 +131,13 @@ def exported(
     if table is not None and any(site.divisor is not None for site in table.sites):
         return export_graph(model, config, table)
     return finish_graph(trace.clone(), model, config, table)
+
+
+def normal_rows(seed: int, images: Sequence[int] | np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The noise of several images at one step, stacked: (len(images), *shape)."""
+    values = np.empty((len(images), *shape), np.float32)
+    Normals(shape).fill_rows(values, [(seed, int(image), step) for image in images])
+    return values
 
 
 def reference_chain(

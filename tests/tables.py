@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,7 @@ class Kind:
 
 
 def make_table(
-    model: LoadedModel, kind: Kind, seed: int = 0, operands: dict[str, tuple[np.ndarray, ...]] | None = None
+    model: LoadedModel, whole: Kind, seed: int = 0, operands: dict[str, tuple[np.ndarray, ...]] | None = None
 ) -> ScaleTable:
     """A table from the ranges of `operands` (module -> its inputs), recorded on a few rows by default."""
     import torch
@@ -44,7 +44,7 @@ def make_table(
 
     rng = np.random.default_rng(seed)
     divisors: dict[str, np.ndarray] = {}
-    if kind.equalised:
+    if whole.equalised:
         assert operands is None
         divisors = {
             product.name: rng.uniform(0.5, 2, model.network.get_submodule(product.name).in_features).astype(np.float32)
@@ -58,7 +58,7 @@ def make_table(
         name, module = product.name, model.network.get_submodule(product.name)
         if name not in operands or not (product.place == "attention" or is_linear(module)):
             continue
-        values = operands[name]
+        values, kind = operands[name], replace(whole, groups=1) if product.folded else whole
         if product.place == "attention":
             left = symmetric(values[0], kind, rng)
             if product.made_by == "softmax" and not kind.uniform_softmax:
@@ -80,7 +80,7 @@ def make_table(
     if model.signature.time.dtype == "int64":
         span = int(span[0]), int(span[1])
     return ScaleTable(
-        model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(kind.groups, span),
+        model=model.source, fingerprint=model.fingerprint, boundaries=even_boundaries(whole.groups, span),
         sites=tuple(sites), seed=seed, guidance_scale=1.5,
     )  # fmt: skip
 

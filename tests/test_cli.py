@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import os
 import shlex
 import subprocess
 import sys
@@ -136,14 +137,26 @@ def test_a_message_of_a_library_with_several_lines_becomes_one(verb, capsys):
 def test_what_the_system_refuses_is_one_line(verb, capsys):
     verb(raising(FileNotFoundError(2, "No such file or directory", "model.onnx.data")))
     assert cli.run("export", []) == 1
-    assert capsys.readouterr().err == "tqdit-export: [Errno 2] No such file or directory: 'model.onnx.data'\n"
+    assert capsys.readouterr().err == (
+        "tqdit-export: model.onnx.data: cannot be used (No such file or directory). Check the path.\n"
+    )
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 8.00 EiB")])
 def test_a_lack_of_memory_is_one_line(verb, capsys, error):
     verb(raising(error))
     assert cli.run("export", []) == 1
-    assert capsys.readouterr().err == f"tqdit-export: {str(error) or 'out of memory'}\n"
+    detail = f" ({error})" if str(error) else ""
+    assert capsys.readouterr().err.startswith(f"tqdit-export: out of memory{detail}. Ask for less")
+
+
+def test_a_path_that_the_terminal_cannot_show_is_printed_in_another_way():
+    program = "import sys; from tqdit.cli import main, sample; sample.run = lambda args, _: args.output; "
+    command = [sys.executable, "-c", f"{program}sys.exit(main.run('sample', sys.argv[1:]))", "-o", "\u00fcber.npz"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xfcber.npz\n", "")
 
 
 @pytest.mark.parametrize("error", [CheckpointError("x"), UsageError("x"), OSError(5, "x")])

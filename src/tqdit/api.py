@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.extras import need
-from tqdit.files import lock_folder
+from tqdit.files import check_writable, lock_folder
 
 if TYPE_CHECKING:
     from tqdit.card import AttentionForm, GraphName
@@ -97,6 +97,8 @@ def calibrate(
     if unknown:
         raise UsageError(f"'{unknown[0]}' is not a knob; known are {', '.join(PRESETS[preset].to_json())}.")
     config = replace(PRESETS[preset], **knobs)
+    if output is not None:
+        check_writable(Path(output))
     recording = Recording.load(rows) if isinstance(rows, str | Path) else None if rows is None else rows.recording()
     loaded = _loaded(model, None if recording is None else recording.interface)
     images = recording if data is None else read_data(Path(data), loaded)
@@ -129,6 +131,7 @@ def export(
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)
+    check_writable(path)
     check_overwrite(path, force)
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
@@ -157,6 +160,7 @@ def build(
     from tqdit.engines.bundle import check_overwrite
 
     folder = Path(source).with_suffix(".engine") if output is None else Path(output)
+    check_writable(folder)
     check_overwrite(folder, force)
     return build_engine(Path(source), folder, backend, config)
 

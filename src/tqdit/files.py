@@ -147,6 +147,7 @@ NPZ = Format("an .npz of arrays", re.compile(rb"PK\x03\x04|PK\x05\x06"), 4)
 SAFETENSORS = Format("a safetensors file", re.compile(rb".{8}\{", re.DOTALL), 9)
 TORCH = Format("a PyTorch checkpoint", re.compile(rb"PK\x03\x04|\x80"), 4)
 JSON = Format("a JSON object", re.compile(rb"\s*\{"), 2)
+PICTURE = Format("a picture", re.compile(rb"\x89PNG|\xff\xd8|RIFF|BM"), 4)
 ONNX = Format("an ONNX file", re.compile(rb"\x08"), 2)
 
 
@@ -201,8 +202,12 @@ def check_writable(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Raises InputError if the system refuses to read the file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(explain(error, "read", path)) from error
 
 
 class _Version(msgspec.Struct):

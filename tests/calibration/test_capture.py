@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import Convolutions, described
+from networks import Convolutions, Folded, Tokens, described
 from support import tiny_model
 from tqdit.calibration import capture as capture_module
 from tqdit.calibration.capture import Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.fisher import COTANGENTS, FISHERS, plain, step_weighted
 from tqdit.calibration.flow import Calibration
+from tqdit.calibration.layers import plan
 from tqdit.calibration.rows import CalibrationRows, sampling_of
 from tqdit.console import Console
 from tqdit.models.loaded import LoadedModel
@@ -146,6 +147,59 @@ def test_samples_of_a_convolution_are_its_patches(tmp_path: Path) -> None:
         product = product if module.bias is None else product + module.bias
         torch.testing.assert_close(product, output.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
         assert found.g2.shape == product.shape
+
+
+class Padded(nn.Module):
+    """Attention to words, of which a mask leaves some out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.k, self.v = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        text = self.embed(words)
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in (self.q(x), self.k(text), self.v(text)))
+        return F.scaled_dot_product_attention(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2)
+
+
+def test_tokens_without_a_gradient_are_left_out_of_ranges(tmp_path: Path) -> None:
+    words, mask = Port("words", "request", "float32", (None, 4, 8)), Port("mask", "request", "bool", (None, 4))
+    model = described(Tokens(Padded()), (4, 6), words, mask)
+    inputs = {"x": torch.randn(5, 4, 6), "sigma": torch.rand(5), "words": torch.randn(5, 4, 8)}
+    inputs["mask"] = torch.ones(5, 4, dtype=torch.bool)
+    inputs["mask"][1:, 2:] = False
+    none = torch.zeros(5, dtype=torch.int64)
+    loud = inputs["words"].masked_fill(~inputs["mask"][:, :, None], 1e3)
+    found = []
+    for number, padding in enumerate((inputs["words"] * inputs["mask"][:, :, None], loud)):
+        rows = CalibrationRows({**inputs, "words": padding}, none, none, torch.zeros(5, 4, 6), torch.zeros(0).double())
+        config = replace(CONFIG, steps=10, guidance_scale=None)
+        _, samples = capture(model, config, tmp_path / str(number), rows)
+        found.append(samples)
+    quiet, loud_samples = found
+    for name in ("body.embed", "body.k", "body.v", "body.sdpa.scores", "body.sdpa.value_product"):
+        for role, (low, high) in quiet[name].ranges.items():
+            assert float(high.max()) < 20
+            torch.testing.assert_close(loud_samples[name].ranges[role], (low, high))
+    torch.testing.assert_close(loud_samples["body.k"].channels, quiet["body.k"].channels)
+
+
+def test_products_on_folded_rows_are_recorded_by_rows(tmp_path: Path) -> None:
+    model = described(Tokens(Folded()), (4, 6), Port("text", "request", "float32", (None, 5, 8)))
+    inputs = {"x": torch.randn(4, 4, 6), "sigma": torch.rand(4), "text": torch.randn(4, 5, 8)}
+    none = torch.zeros(4, dtype=torch.int64)
+    rows = CalibrationRows(inputs, none, none, torch.zeros(4, 4, 6), torch.zeros(0, dtype=torch.float64))
+    config = replace(CONFIG, steps=10, groups=2, guidance_scale=None, time_groups="all")
+    plans = {each.name: each.operands for each in plan(model, config)}
+    _, samples = capture(model, config, tmp_path, rows)
+    assert samples["body.words"].left.shape == (4, 5, 8)
+    assert samples["body.qkv"].left.shape == (4, 6, 16)  # two frames of three tokens
+    assert samples["body.sdpa.scores"].left.shape == (4, 4, 3, 8)  # two frames with two heads
+    assert samples["body.sdpa.scores"].g2.shape == (4, 4, 3, 3)
+    folded = {product.name for product in model.products if product.folded}
+    for name, operands in plans.items():
+        scales = {role: operand.scales for role, operand in operands.items() if role != "weight"}
+        assert set(scales.values()) == {1 if name in folded else 2}, name
 
 
 def gradients_of(model: LoadedModel, inputs: dict[str, Tensor], cotangent: Tensor) -> dict[str, list[Tensor]]:

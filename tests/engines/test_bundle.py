@@ -149,7 +149,7 @@ def test_a_graph_that_cannot_be_compiled_leaves_no_bundle(tmp_path):
 def test_both_distributions_of_onnxruntime_are_refused(bundle, monkeypatch):
     from tqdit.engines.backends.onnxruntime import library
 
-    monkeypatch.setattr(library, "_installed", lambda _: True)
+    monkeypatch.setattr(library.metadata, "distributions", lambda name: [name])
     with pytest.raises(BackendError, match=r"both installed.*pip uninstall"):
         Sampler.open(bundle)
 

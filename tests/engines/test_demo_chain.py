@@ -13,7 +13,7 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.models.load import load_model
 from tqdit.quantization.fake_quant import apply
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:the scales were found for")]
 
 STEPS, IMAGES, SEED, SCALE = 25, 8, 3, 1.5
 LABELS = np.random.default_rng(2).integers(0, 16, IMAGES)

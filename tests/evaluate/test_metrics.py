@@ -10,15 +10,13 @@ import pytest
 
 from tqdit.errors import UsageError
 from tqdit.evaluate import metrics
-from tqdit.evaluate.metrics import inception_score, manifold_hits
+from tqdit.evaluate.metrics import in_manifold, inception_score
 
 RNG = np.random.default_rng(0)
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
-    """Shares of the two kinds of hits."""
-    precise, recalled = manifold_hits(reference, samples)
-    return float(precise.mean()), float(recalled.mean())
+    return float(in_manifold(samples, reference).mean()), float(in_manifold(reference, samples).mean())
 
 
 def test_certain_and_balanced_predictions_score_the_number_of_classes():
@@ -106,9 +104,9 @@ def test_points_far_from_zero_keep_their_distances():
     assert precision_recall(a + 1e6, b + 1e6) == precision_recall(a, b)
 
 
-@pytest.mark.parametrize(("n", "m", "side"), [(3, 9, "reference has 3"), (9, 2, "samples has 2")])
-def test_too_few_points_are_refused(n, m, side):
-    with pytest.raises(UsageError, match=f"need more than 3 points on each side, the {side}"):
+@pytest.mark.parametrize(("n", "m"), [(3, 9), (9, 3)])
+def test_too_few_points_are_refused(n, m):
+    with pytest.raises(UsageError, match="need more than 3 points on each side, found 3"):
         precision_recall(np.zeros((n, 2)), np.zeros((m, 2)))
 
 

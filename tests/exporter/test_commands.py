@@ -103,7 +103,7 @@ def test_the_demo_model_exports_with_no_arguments(tmp_path, monkeypatch, capsys)
         (["--scales", "absent.safetensors"], 2, "absent.safetensors: no such file. Write it with tqdit-calibrate"),
         (["--model", "absent.pt"], 1, "absent.pt: no such file"),
         (["--model", "model.onnx"], 1, "model.onnx: no such file or directory"),
-        (["--vae", "somewhere"], 1, "works on images and needs no decoder"),
+        (["--vae", "somewhere"], 1, "somewhere: no config.json in it"),
         (["/dev/null/model.onnx"], 1, "cannot be written"),
         (["model.engine"], 2, "model.engine: tqdit-export writes an ONNX file. Give it a name that ends in .onnx."),
     ],

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 import support
+from support import normal_rows
 from tables import random_rows
 from tqdit.errors import UsageError
 from tqdit.exporter.graph import ExportConfig, export_graph
@@ -20,7 +21,7 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.onnx_file import OnnxFile, read_card
 from tqdit.sampling import schedule as schedules
 from tqdit.sampling.chains import Chains, run
-from tqdit.sampling.noise import INITIAL, normal_rows
+from tqdit.sampling.noise import INITIAL
 from tqdit.sampling.process import Flow
 from tqdit.sampling.schedule import SamplingSpec, Schedule
 

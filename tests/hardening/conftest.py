@@ -141,6 +141,7 @@ def inputs(tmp_path_factory):
     torch.save({"ema": network.state_dict()}, folder / "zip.pt")
     torch.save(network.state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(network.state_dict(), folder / "dit.safetensors")
+    (folder / "dit.json").write_text('{"heads": 2, "num_classes": 5}')
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "samples.npz", arr_0=images, arr_1=np.arange(4))
     assert main(["sample", str(folder / "model.engine"), "-n", "5", "--shard-size", "2", "-q", "-o",

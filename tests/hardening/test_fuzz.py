@@ -16,7 +16,7 @@ from tqdit.calibration.config import QuantizationConfig
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest, read_manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.run.shards import INDEX, parse_index
+from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.errors import TqditError
 from tqdit.lint import lint
 from tqdit.models.model_card import read_model_card
@@ -101,11 +101,18 @@ def test_manifests(inputs, data):
             assert Path("x.engine", name).resolve().parent == Path("x.engine").resolve()
 
 
+def folder_with_index(inputs, values):
+    folder = inputs / "changed"
+    folder.mkdir(exist_ok=True)
+    (folder / INDEX).write_text(json.dumps(values))
+    return folder
+
+
 @given(st.data())
 @many
 def test_shard_indexes(inputs, data):
     good = json.loads((inputs / "shards" / INDEX).read_text())
-    folder = value_or_one_line(parse_index, json.dumps(data.draw(changed(good))).encode(), Path("x"))
+    folder = value_or_one_line(read_index, folder_with_index(inputs, data.draw(changed(good))))
     assert folder is None or folder.done <= folder.job.shards
 
 
@@ -267,4 +274,4 @@ def test_no_path_in_an_index_of_shards_leaves_its_folder(inputs, name):
     values = json.loads((inputs / "shards" / INDEX).read_text())
     values["shards"][name] = "0" * 64
     with pytest.raises(TqditError, match="not a shard of this job"):
-        parse_index(json.dumps(values).encode(), Path("x"))
+        read_index(folder_with_index(inputs, values))

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support import normal_rows
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.models.families.diffusers import describe
 from tqdit.models.load import load_model
 from tqdit.models.model_card import ModelCard
 from tqdit.sampling.chains import Chains, run
-from tqdit.sampling.noise import INITIAL, normal_rows
+from tqdit.sampling.noise import INITIAL
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
 

@@ -125,10 +125,15 @@ def test_weights_that_were_merged_into_a_module_are_those_of_the_model(theirs):
     assert torch.equal(model.network.transformer_blocks[0].attn1.to_q.weight, expected)
 
 
-@pytest.mark.parametrize("source", [{}, {"a": torch.ones(2)}, nn.Linear(2, 2)])
-def test_something_else_in_memory_is_refused_as_no_dit(source):
+@pytest.mark.parametrize("source", [{}, {"a": torch.ones(2)}])
+def test_a_state_dict_of_something_else_is_refused_as_no_dit(source):
     with pytest.raises(CheckpointError, match="in memory: not a DiT in the published layout: missing 'x_embedder"):
         load_model(source)
+
+
+def test_another_network_is_refused_with_the_way_to_load_it():
+    with pytest.raises(UsageError, match=r"Linear in memory: a Linear\. .*tqdit\.record"):
+        load_model(nn.Linear(2, 2))
 
 
 def test_what_is_no_model_at_all_is_refused():

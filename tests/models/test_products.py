@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from networks import Folded, Tokens, described
 from support import tiny_model
 from tqdit.models.products import Fold, Scores, ValueProduct, find_products
+from tqdit.ports import Port
 
 Q, KV = torch.Size([3, 4, 6, 8]), torch.Size([3, 4, 10, 8])
 
@@ -35,6 +37,14 @@ ATTENTIONS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], torch.Si
     "float mask": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=float_mask()), KV),
     "causal": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), KV),
     "causal, as many keys": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True), Q),
+    "three dimensions": (
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], float_mask()[:, 0])[:, None], KV
+    ),
+    "five dimensions": (
+        lambda q, k, v: F.scaled_dot_product_attention(
+            *(x.unflatten(1, (2, 2)) for x in (q, k, v)), float_mask()[:, :, None]
+        ).flatten(1, 2), KV,
+    ),
     "grouped heads": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), torch.Size([3, 2, 10, 8])
     ),
@@ -206,6 +216,22 @@ def test_products_of_the_module_of_diffusers() -> None:
     equalised = {"attn1.to_out.0", "ff.net.0.proj"}
     assert {name for name, product in found.items() if product.folds} == {
         "proj_out_2", *(f"{block.format(i)}.{name}" for i in (0, 1) for name in equalised)
+    }  # fmt: skip
+
+
+def test_products_whose_first_axis_holds_more_than_rows_are_folded() -> None:
+    model = described(Tokens(Folded()), (4, 6), Port("text", "request", "float32", (None, 5, 8)))
+    assert {product.name for product in model.products if product.folded} == {
+        "body.words", "body.narrow", "body.qkv", "body.sdpa.scores", "body.sdpa.value_product"
+    }  # fmt: skip
+    shapes = {}
+    for product in model.products:
+        if product.place == "attention":
+            hook = lambda _m, inputs, _o, name=product.name: shapes.update({name: inputs[0].shape})  # noqa: E731
+            model.network.get_submodule(product.name).register_forward_hook(hook)
+    model.call({name: torch.from_numpy(array) for name, array in model.signature.zeros(3).items()})
+    assert {name: (len(shape), shape[0]) for name, shape in shapes.items() if name.endswith("scores")} == {
+        "body.sdpa.scores": (4, 6), "body.sdpa_1.scores": (4, 3), "body.sdpa_2.scores": (4, 3)
     }  # fmt: skip
 
 

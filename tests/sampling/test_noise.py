@@ -49,7 +49,8 @@ def test_seed_image_and_step_each_give_independent_noise(other):
 
 
 def test_rows_equal_lone_calls_in_any_order():
-    rows = noise.normal_rows(5, np.array([3, 0, 7]), 11, SHAPE)
+    rows = np.empty((3, *SHAPE), np.float32)
+    noise.Normals(SHAPE).fill_rows(rows, [(5, image, 11) for image in (3, 0, 7)])
     for row, image in zip(rows, [3, 0, 7], strict=True):
         np.testing.assert_array_equal(row, noise.normal(5, image, 11, SHAPE))
 

@@ -93,53 +93,72 @@ class ProductRecorder:
         self._network, self._names, self.picker = network, names, picker
         self.found: dict[str, list[dict[str, Tensor]]] = {}  # of each product, call by call
         self._start = self._rows = 0
-        self._recording = False
+        self.is_recording = False
 
     @contextmanager
     def listen(self, start: int, rows: int) -> Iterator[None]:
         """Record a call, whose first row is number `start`, and the backward pass after it."""
         self._start, self._rows, self.found = start, rows, {}
-        self._recording = True
+        self.is_recording = True
         with watched(self._network, self._names, self._record):
             yield
-
-    def forward_is_done(self) -> None:
-        """Blocks that are computed again in the backward pass are not recorded again."""
-        self._recording = False
 
     def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self._recording:
-            part = self._operands(module, [tensor.detach() for tensor in inputs])
-            part["g2"] = self._weights(module, part, torch.zeros_like(output))  # if no gradient comes
+        if self.is_recording:
+            operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
+            part = self._operands(module, operands)
+            weigh = partial(self._weigh, module, part, _Tokens.of(module, operands))
+            weigh(torch.zeros_like(output))  # if no gradient comes
             self.found.setdefault(name, []).append(part)
-            output.register_hook(partial(self._put_weights, module, part))  # type: ignore[no-untyped-call]
-
-    def _put_weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> None:
-        part["g2"] = self._weights(module, part, gradient)
+            output.register_hook(weigh)  # type: ignore[no-untyped-call]
 
     def _operands(self, module: nn.Module, operands: list[Tensor]) -> dict[str, Tensor]:
-        part: dict[str, Tensor] = {}
-        for role, tensor in zip(("left", "right"), operands, strict=False):
-            flat = tensor.reshape(self._rows, -1)
-            part[f"{role}.low"], part[f"{role}.high"] = flat.amin(1), flat.amax(1)
-        left = self._matrix(module, operands[0])
+        left, elements = operands[0], _head_elements(operands)
+        part = {"left": self.picker.keep(left, self._start, elements)}
         if isinstance(module, nn.Linear):
             part["channel.low"], part["channel.high"] = left.amin(1), left.amax(1)
-        part["left"] = self.picker.keep(left, self._start, _head_elements(operands))
         if len(operands) > 1:
-            right = self.picker.keep_heads(operands[1], self._start, _head_elements(operands))
+            right = self.picker.keep_heads(operands[1], self._start, elements)
             part["right"] = (right.transpose(-2, -1) if isinstance(module, Scores) else right).contiguous()
         return part
 
     def _matrix(self, module: nn.Module, x: Tensor) -> Tensor:
-        """An operand as rows of tokens: (N, T, K), or (N, H, T, K) of attention."""
+        """An operand as rows of tokens: (N, T, K), or (N, H, T, K) of attention; axis 0 may hold more than rows."""
         if isinstance(module, Convolution):
-            return patches(x, module.kernel_size)
-        if isinstance(module, Scores | ValueProduct):
-            return x
-        return x.reshape(self._rows, -1, x.shape[-1])
+            x = patches(x, module.kernel_size)
+        return self._by_rows(x, isinstance(module, Scores | ValueProduct))
+
+    def _by_rows(self, x: Tensor, is_attention: bool) -> Tensor:
+        return x.reshape(self._rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
+
+    def _weigh(self, module: nn.Module, part: dict[str, Tensor], tokens: _Tokens, gradient: Tensor) -> None:
+        """Put in what the gradient of the product tells: g2, and ranges of the tokens that it says count."""
+        if isinstance(module, Convolution):
+            gradient = gradient.flatten(2).transpose(1, 2)
+        elif isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
+            gradient = gradient * part["left"].shape[-1] ** -0.5
+        gradient = self._by_rows(gradient, "right" in part)
+        elements = part["right"].shape[-1] * part["right"].shape[-2] if "right" in part else 1
+        # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
+        part["g2"] = self.picker.keep(gradient, self._start, elements).square().to(torch.bfloat16)
+        moved = gradient != 0
+        counted = moved.any(-1)
+        part["left.low"], part["left.high"] = _of_rows(*tokens.left, counted)
+        if tokens.right is not None:
+            used = moved.any(-2) if tokens.used is None else tokens.used
+            part["right.low"], part["right.high"] = _of_rows(*tokens.right, used)
+        if "channel.low" in part and not counted.all():
+            self._leave_out(part, counted)
+
+    def _leave_out(self, part: dict[str, Tensor], counted: Tensor) -> None:
+        """Ranges of the channels of rows with tokens (N, T) that do not count: those of the kept ones that do."""
+        kept = self.picker.keep(counted[..., None], self._start, 1)
+        padded = kept.any(1) & ~counted.all(1, keepdim=True)
+        for key, reduce, worst in (("low", Tensor.amin, torch.inf), ("high", Tensor.amax, -torch.inf)):
+            found = reduce(part["left"].masked_fill(~kept, worst), 1)
+            part[f"channel.{key}"] = torch.where(padded, found, part[f"channel.{key}"])
 
     def samples(self) -> dict[str, Tensor]:
         """The recorded tensors as `NAME|KEY`, g2 the squared gradient of the product.
@@ -152,18 +171,34 @@ class ProductRecorder:
             for key in parts[0]
         }
 
-    def _weights(self, module: nn.Module, part: dict[str, Tensor], gradient: Tensor) -> Tensor:
-        if isinstance(module, Scores | ValueProduct):
-            matrix = gradient
-            if isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
-                matrix = matrix * part["left"].shape[-1] ** -0.5
-            elements = part["right"].shape[-1] * part["right"].shape[-2]
-            kept = self.picker.keep(matrix, self._start, elements)
-        else:
-            matrix = gradient.flatten(2).transpose(1, 2) if isinstance(module, Convolution) else gradient
-            kept = self.picker.keep(matrix.reshape(self._rows, -1, matrix.shape[-1]), self._start, 1)
-        # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
-        return kept.square().to(torch.bfloat16)
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Of the operands of a product: smallest and largest value of each token, (N, ..., T).
+
+    used: of v, tokens that have a probability.
+    """
+
+    left: tuple[Tensor, Tensor]
+    right: tuple[Tensor, Tensor] | None
+    used: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Module, operands: list[Tensor]) -> _Tokens:
+        left, *right = ((x.amin(-1), x.amax(-1)) for x in operands)
+        used = operands[0].amax(-2) > 0 if isinstance(module, ValueProduct) else None
+        return cls(left, right[0] if right else None, used)
+
+
+def _of_rows(low: Tensor, high: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The range (N,) of each row over the tokens that count; over all where none does. All (N, ..., T).
+
+    What a mask hides has no gradient, and no value of it may cost codes.
+    """
+    counted = counted.flatten(1)
+    counted = counted | ~counted.any(1, keepdim=True)
+    lowest = low.flatten(1).masked_fill(~counted, torch.inf).amin(1)
+    return lowest, high.flatten(1).masked_fill(~counted, -torch.inf).amax(1)
 
 
 def _join(key: str, tensors: list[Tensor]) -> Tensor:
@@ -226,7 +261,7 @@ class Capture:
         blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
         with torch.enable_grad(), blocks, recorder.listen(batch.start, len(batch)):
             output = self.model.call(inputs)
-            recorder.forward_is_done()
+            recorder.is_recording = False  # blocks that are computed again in the backward pass are recorded once
             rows = torch.arange(batch.start, batch.stop, device=output.device)
             torch.autograd.backward(output, self.cotangent(rows, output.detach()))
         return recorder.samples()

@@ -15,7 +15,7 @@ def choose_device(wanted: str) -> torch.device:
     """`auto`: a GPU that PyTorch can use, else the CPU. Raises UsageError if `cuda` is requested and absent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here. Install a CUDA build of it and a "
+            f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU here. Install a PyTorch for CUDA and a "
             "driver, or pass --device cpu."
         )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

@@ -10,7 +10,6 @@ Each phase leaves its results in the work folder, so a killed run loses at most 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import golden_calls
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
+from tqdit.sampling.guidance import rows_per_image
 
 TWO_REGIONS_PAY = 0.5  # of the error with one region: above it, the second product is not worth it
 SAVES_PER_TRAJECTORY = 25
@@ -142,7 +142,7 @@ class Calibration:
         if state is not None:
             trajectory.load_state_dict(state)
         steps = trajectory.next_step + 1
-        self.meter.forward("rows", trajectory.rows_per_step * steps)
+        self.meter.forward("rows", self.config.chains * rows_per_image(self.model.guidance) * steps)
         save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
         with self.console.bar(self.spec.steps, "1/3 rows from chains", "steps") as bar:
             bar.update(self.spec.steps - steps)
@@ -212,8 +212,8 @@ class Calibration:
                 name = f"table-{entry.name}"
                 if not self.folder.has(name):
                     weight = _weight(model.network, entry.name)
-                    sites, error = self.solve(entry, capture.samples(entry.name), weight, rows)
-                    sites = _with_divisor(sites, divisors)
+                    samples, divisor = capture.samples(entry.name), divisors.get(entry.name)
+                    sites, error = self.solve(entry, samples, weight, rows, divisor)
                     self.folder.save_table(name, self._table(sites, {entry.name: error}, rows))
                 parts.append(self.folder.load_table(name))
                 bar.update()
@@ -231,13 +231,14 @@ class Calibration:
         return replace(table, golden=golden, interface=interface)
 
     def solve(
-        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
-    ) -> tuple[list[Site], float]:
-        """The sites of one product, and its error relative to its energy."""
-        problem, solution = self._solve_plan(layer_plan, samples, weight, rows)
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows,
+        divisor: Tensor | None = None,
+    ) -> tuple[list[Site], float]:  # fmt: skip
+        """The sites of one product, and its error relative to its energy. divisor (K,): of the samples' input."""
+        problem, solution = self.solve_plan(layer_plan, samples, weight, rows)
         one_region = with_one_region(layer_plan, self.config.for_layer(layer_plan.name))
         if one_region is not None:
-            other, uniform = self._solve_plan(one_region, samples, weight, rows)
+            other, uniform = self.solve_plan(one_region, samples, weight, rows)
             if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
                 problem, solution = other, uniform
         error = problem.relative(solution.history[-1])
@@ -247,21 +248,19 @@ class Calibration:
             codes = None
             if role == "weight" and solution.weight_codes is not None and weight is not None:
                 codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).cpu().numpy()
-            sites.append(Site(layer_plan.name, role, quantizer, codes))
+            divided = array(divisor) if role == "input" and divisor is not None else None
+            sites.append(Site(layer_plan.name, role, quantizer, codes, divided))
         return sites, error
 
     @torch.no_grad()
-    def _solve_plan(
+    def solve_plan(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
     ) -> tuple[Problem, Solution]:
+        """One layer under one plan, by the configured method."""
         problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
-        solution = self.solve_problem(layer_plan, problem)
+        solution = METHODS[self.config.method](problem, self.config)
         self.meter.add("search", solution.multiply_adds)
         return problem, solution
-
-    def solve_problem(self, layer_plan: LayerPlan, problem: Problem) -> Solution:  # noqa: ARG002 (for overriding)
-        """One layer by the configured method."""
-        return METHODS[self.config.method](problem, self.config)
 
     def _table(self, sites: list[Site], errors: dict[str, float], rows: CalibrationRows) -> ScaleTable:
         return ScaleTable(
@@ -279,15 +278,6 @@ class Calibration:
             versions=versions(self.model.device),
             errors=errors,
         )
-
-
-def _with_divisor(sites: list[Site], divisors: Mapping[str, Tensor]) -> list[Site]:
-    return [
-        replace(site, divisor=array(divisors[site.module]))
-        if site.role == "input" and site.module in divisors
-        else site
-        for site in sites
-    ]
 
 
 def _weight(network: nn.Module, name: str) -> Tensor | None:

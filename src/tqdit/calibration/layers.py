@@ -59,7 +59,7 @@ def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -
     if layer.place == "attention":
         if not config.attention:
             return LayerPlan(layer, {})
-        right = OperandPlan("symmetric", config.activation_bits, _groups(config, "symmetric"))
+        right = OperandPlan("symmetric", config.activation_bits, _groups(layer, config, "symmetric"))
         return LayerPlan(layer, {"left": _left(layer, config), "right": right})
     parts: dict[Place, str] = {
         "block": "all", "patch": config.patch, "final": config.final, "conditioning": config.conditioning
@@ -76,7 +76,7 @@ def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -
 
 
 def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
-    groups = _groups(config, layer.made_by or "symmetric")
+    groups = _groups(layer, config, layer.made_by or "symmetric")
     if layer.made_by != "softmax" or config.softmax == "uniform":
         return OperandPlan("symmetric", config.activation_bits, groups)
     return OperandPlan("softmax", config.activation_bits, groups, {"top": config.softmax_top})
@@ -84,7 +84,7 @@ def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
 
 def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
     scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else config.inputs
-    return OperandPlan(scheme, bits, _groups(config, scheme))
+    return OperandPlan(scheme, bits, _groups(layer, config, scheme))
 
 
 def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
@@ -102,6 +102,7 @@ def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerP
     return None
 
 
-def _groups(config: QuantizationConfig, scheme: str) -> int:
+def _groups(layer: Product, config: QuantizationConfig, scheme: str) -> int:
+    """A scale for each row's group needs rows on axis 0."""
     grouped = config.time_groups == "all" or (config.time_groups == "softmax" and scheme == "softmax")
-    return config.groups if grouped else 1
+    return config.groups if grouped and not layer.folded else 1

@@ -152,11 +152,6 @@ class Trajectory:
         self.drift = Drift(model, self.spec.steps) if config.boundaries == "drift" else None
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows of one network call."""
-        return self.config.chains * rows_per_image(self.model.guidance)
-
-    @property
     def next_step(self) -> int:
         """The step that comes next; -1 at the end."""
         return self.chains.step_of(0)
@@ -255,9 +250,7 @@ def renoise(
     """Rows x_t = a x_0 + b noise with known noise; picks.chain indexes x0 (B, C, ...) and the requests."""
     shape = x0.shape[1:]
     noise = np.stack([normal(seed, RENOISING + index, 0, shape) for index in range(len(picks.step))])
-    a, b = (
-        factor.reshape(-1, *[1] * len(shape)) for factor in spec.process.mix(spec.schedule.timesteps[picks.step])
-    )  # fmt: skip
+    a, b = (factor.reshape(-1, *[1] * len(shape)) for factor in spec.process.mix(spec.schedule.timesteps[picks.step]))
     clean = x0[picks.chain].astype(np.float64)
     states = (a * clean + b * noise).astype(np.float32)
     target = spec.process.target(clean, noise.astype(np.float64)).astype(np.float32)
@@ -275,9 +268,10 @@ def make_rows(
         return torch.from_numpy(np.repeat(values, each, axis=0)).to(model.device)
 
     inputs: dict[str, Tensor] = {}
+    scale = spec.schedule.input_scale[picks.step].astype(np.float32)
     for port in signature.ports:
         if port.kind == "state":
-            inputs[port.name] = tensor(states * _column(spec.schedule.input_scale[picks.step], states.ndim))
+            inputs[port.name] = tensor(states * scale.reshape(-1, *[1] * (states.ndim - 1)))
         elif port.kind == "time":
             inputs[port.name] = tensor(spec.schedule.timesteps[picks.step].astype(port.dtype))
         else:
@@ -293,7 +287,3 @@ def make_rows(
         target=tensor(target),
         boundaries=torch.from_numpy(np.asarray(picks.boundaries, np.float64)),
     )
-
-
-def _column(values: NDArray[np.float64], ndim: int) -> NDArray[np.float32]:
-    return values.astype(np.float32).reshape(-1, *[1] * (ndim - 1))

@@ -24,7 +24,7 @@ from tqdit.files import whole_file
 from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
 
 DOOMED = "search-removed"
-_SEARCH = re.compile(r"search-[0-9a-f]{12}")
+_SEARCH = re.compile(rf"{DOOMED}|search-[0-9a-f]{{12}}")
 
 
 def digest(facts: Any) -> str:

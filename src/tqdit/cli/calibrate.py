@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
 from tqdit.console import Console
-from tqdit.errors import OutputError, UsageError
+from tqdit.errors import InputError, OutputError, UsageError
 from tqdit.extras import need
-from tqdit.files import LOCK, check_writable, lock_folder
+from tqdit.files import LOCK, check_writable, explain, lock_folder
 
 if TYPE_CHECKING:
     from tqdit.models.recording import Recording
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="N")
     add("--rows", type=Path, metavar="FILE", help="calls that tqdit.record heard, a .safetensors file, in place of the "
         "model's own chains")  # fmt: skip
-    add("--from-diagnosis", type=Path, metavar="FILE", help="take the settings and the advice of a diagnosis.json that "
-        "tqdit-evaluate --layers wrote, in place of --preset")  # fmt: skip
+    add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
+        "diagnosis.json that tqdit-evaluate --layers wrote")  # fmt: skip
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
     add("--work", type=Path, metavar="DIR", help="folder for intermediate results (default: OUTPUT.work)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: a GPU that "
@@ -152,8 +152,10 @@ def read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines are left out. Raises UsageError if there is none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error}). Pass a file with one prompt per line.") from error
+    except OSError as error:
+        raise InputError(explain(error, "read", path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text ({error}). Pass a file with one prompt per line.") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{path}: holds no prompt. Write one per line.")

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         need(library, "export", "tqdit-export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
-    from tqdit.exporter.vae import load_decoder, trace_decoder
+    from tqdit.exporter.vae import check_decoder, load_decoder, trace_decoder
     from tqdit.models.load import load_model
 
     output: Path = args.output
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     check_writable(output)
     check_overwrite(output, args.force)
     config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention, args.opset)
+    if args.vae is not None:
+        check_decoder(args.vae)
     table = _scale_table(args, console)
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")

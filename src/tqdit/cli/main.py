@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, Protocol, cast
 from tqdit.console import Console
 from tqdit.errors import MissingLibraryError, TqditError, TqditWarning, UsageError
 from tqdit.extras import missing
+from tqdit.files import explain
 from tqdit.version import __version__
 
 VERBS = ("calibrate", "export", "build", "sample", "evaluate", "inspect")  # modules of this package
@@ -69,6 +71,8 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding does not have
     try:
         with _warnings_as_lines(prog):
             written = module.run(args, Console(args.quiet))
@@ -91,7 +95,7 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         if args.debug:
             raise
         _drop_output()
-        return _fail(prog, error if str(error) else "out of memory", 1)
+        return _fail(prog, explain(error), 1)
 
 
 @contextmanager

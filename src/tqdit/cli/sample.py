@@ -25,6 +25,7 @@ from tqdit.engines.run.shards import (
     open_shards,
 )
 from tqdit.errors import OutputError, UsageError
+from tqdit.extras import need
 from tqdit.files import check_writable
 from tqdit.sampling.schedule import sampler_names
 
@@ -117,6 +118,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{args.output}' is a .{kind}.")
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers belongs to --ray.")
+    if args.ray is not None:
+        need("ray", "ray", "--ray")
 
 
 def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:

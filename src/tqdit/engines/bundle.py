@@ -167,15 +167,15 @@ def check_machine(folder: Path, manifest: Manifest) -> None:
 def check_not_older(folder: Path, manifest: Manifest, library: str, title: str, installed: str) -> None:
     """Refuse a library (its distribution's name) that is older than the one that built the bundle."""
     built_by = manifest.versions.get(library, "0")
-    if _release(installed) < _release(built_by):
+    if release_numbers(installed)[:2] < release_numbers(built_by)[:2]:
         raise BackendError(
             f"{folder}: built by {title} {built_by}, installed is {installed}. Build the engine again, or run: "
             f"pip install '{library}>={built_by}'"
         )
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+def release_numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 class _Ours(msgspec.Struct):

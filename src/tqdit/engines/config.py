@@ -73,18 +73,13 @@ class BuildConfig:
         common = {"precision", "float_type", "allow_fallback"}
         for field in fields(self):
             if field.name not in common | honoured and getattr(self, field.name) != field.default:
-                flag = FLAGS[field.name]
+                flag = FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
                 raise UsageError(f"{flag} has no meaning for {backend}. Leave it out, or choose another --backend.")
 
 
-FLAGS = {
-    "batch": "--batch",
-    "provider": "--provider",
+FLAGS = {  # of the fields that have another name
     "targets": "--target",
     "workspace_bytes": "--workspace",
-    "timing_cache": "--timing-cache",
-    "optimization_level": "--optimization-level",
-    "version_compatible": "--version-compatible",
     "lean_runtime": "--exclude-lean-runtime",
     "plugins": "--no-plugins",
 }

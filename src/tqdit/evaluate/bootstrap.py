@@ -112,7 +112,8 @@ def jackknife(
     strata = balanced_strata(labels)
     classes = [] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
     by_class = 0 < 2 * len(classes) <= blocks
-    groups = classes if by_class else [_shuffled(labels, count)]
+    by_label = np.arange(count) if labels is None else np.argsort(labels, kind="stable")  # for fair shares of classes
+    groups = classes if by_class else [by_label]
     variance = 0.0
     for members in groups:
         size = len(members)
@@ -128,11 +129,6 @@ def jackknife(
     value, error = statistic(np.ones(count)), math.sqrt(variance)
     how = "1.96 jackknife standard errors" + (" within classes" if by_class else "")
     return Measure(value, max(least, value - Z * error), value + Z * error, count, how, error)
-
-
-def _shuffled(labels: NDArray[np.int64] | None, count: int) -> Indices:
-    """An order in which every n-th sample is a fair share of all classes."""
-    return np.arange(count) if labels is None else np.argsort(labels, kind="stable")
 
 
 def percentile(statistic: Callable[[Indices], float], count: int, resamples: int = 2000, seed: int = 0) -> Measure:

@@ -118,16 +118,12 @@ def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
     from tqdit.models.load import load_model
 
     model = load_model(card.model)
-    check_fingerprint(model.fingerprint, card)
+    if model.fingerprint != card.fingerprint:
+        raise UsageError(
+            f"'{card.model}' (fingerprint {model.fingerprint[:12]}) is not the model of the engine "
+            f"({card.fingerprint[:12]}). Pass a float engine of the same model with --against."
+        )
     config = ExportConfig("denoiser", card.sampling.steps, card.sampling.sampler, card.guidance is not None)
     write(folder / "float.onnx", *export_graph(model, config))
     build_engine(folder / "float.onnx", folder / "float.engine", backend)
     return folder / "float.engine"
-
-
-def check_fingerprint(fingerprint: str, card: GraphCard) -> None:
-    if fingerprint != card.fingerprint:
-        raise UsageError(
-            f"'{card.model}' (fingerprint {fingerprint[:12]}) is not the model of the engine "
-            f"({card.fingerprint[:12]}). Pass a float engine of the same model with --against."
-        )

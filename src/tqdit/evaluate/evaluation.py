@@ -18,7 +18,7 @@ from tqdit.errors import UsageError
 from tqdit.evaluate.bootstrap import Measure, Z, around, balanced_strata, jackknife, number, of_mean, of_share
 from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.extractors import Extractor, identity
-from tqdit.evaluate.metrics import NEIGHBOURS, inception_score, manifold_hits
+from tqdit.evaluate.metrics import NEIGHBOURS, in_manifold, inception_score
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.paired import psnr, relative_errors, ssim
@@ -81,10 +81,9 @@ class Metrics:
     def __init__(self, extractor: Extractor, target: ReferenceFeatures | None, choice: MetricChoice) -> None:
         self.extractor, self.target, self.choice = extractor, target, choice
         self.missing: dict[str, str] = {}
-        self._hits: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None  # of the set that is being measured
-        targets = {} if target is None else {
-            "frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial
-        }  # fmt: skip
+        targets = (
+            {} if target is None else {"frechet_distance": target.pooled, "spatial_frechet_distance": target.spatial}
+        )
         self._distances = {
             name: (frechet_to(gaussian), gaussian.rank)
             for name, gaussian in targets.items()
@@ -103,7 +102,6 @@ class Metrics:
 
     def measure(self, images: Observed) -> dict[str, Measure]:
         """Every metric that was asked for and can be computed."""
-        self._hits = None
         return {name: self._compute(name, images) for name in self.choose(images.outline)}
 
     def excess(self, images: Observed, floats: Observed) -> Measure | None:
@@ -165,11 +163,10 @@ class Metrics:
             case "precision" | "recall":
                 assert self.target is not None
                 assert self.target.features is not None
-                if self._hits is None:
-                    self._hits = manifold_hits(self.target.features, features.pooled)
                 if name == "precision":
-                    return of_share(self._hits[0])
-                return of_share(self._hits[1], "Wilson score over the reference, the samples as they are")
+                    return of_share(in_manifold(features.pooled, self.target.features))
+                how = "Wilson score over the reference, the samples as they are"
+                return of_share(in_manifold(self.target.features, features.pooled), how)
         distance, _ = self._distances[name]
         x = features.pooled if name == "frechet_distance" else features.spatial
         assert x is not None
@@ -258,8 +255,7 @@ def seed_noise(subject: Measure, floats: list[Measure]) -> SeedNoise | None:
         return None
     mean = float(np.mean(values))
     half = Z * float(np.mean(errors)) * math.sqrt(1 + 1 / len(values))
-    return SeedNoise(mean, max(0.0, mean - half), mean + half, len(values), subject.value,
-                     subject.value <= mean + half)  # fmt: skip
+    return SeedNoise(mean, max(0.0, mean - half), mean + half, len(values), subject.value, subject.value <= mean + half)
 
 
 def verdict(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from tqdit.calibration.device import choose_device, exact_arithmetic
 from tqdit.demo.glyphs import CLASSES, IMAGE_SIZE
 from tqdit.demo.judge import load_judge
 from tqdit.errors import CheckpointError, MissingLibraryError, UsageError
+from tqdit.models.products import watched
 from tqdit.models.state import read_tensors
 
 BATCH = 64  # images per call of a network, fixed: a batch decides the last bits of a convolution
@@ -37,6 +38,16 @@ class Features:
     pooled: NDArray[np.float32]
     spatial: NDArray[np.float32] | None
     probabilities: NDArray[np.float32]
+
+    @classmethod
+    def join(cls, parts: Sequence[Features]) -> Features:
+        """The features of all images of the parts."""
+        spatial = [part.spatial for part in parts if part.spatial is not None]
+        return cls(
+            np.concatenate([part.pooled for part in parts]),
+            np.concatenate(spatial) if spatial else None,
+            np.concatenate([part.probabilities for part in parts]),
+        )
 
 
 class Extractor(Protocol):
@@ -74,11 +85,10 @@ class JudgeExtractor:
                 f"the judge knows images of {IMAGE_SIZE}x{IMAGE_SIZE}, these are {images.shape[2]}x{images.shape[1]}. "
                 "Pass --inception-weights FILE for other models."
             )
-        parts = [self._judge(x.float() / 127.5 - 1) for x in batches(images)]
-        return Features(
-            np.concatenate([features.numpy() for _, features in parts]), None,
-            np.concatenate([logits.softmax(dim=1).numpy() for logits, _ in parts]),
-        )  # fmt: skip
+        parts = (self._judge(x.float() / 127.5 - 1) for x in batches(images))
+        return Features.join(
+            [Features(pooled.numpy(), None, logits.softmax(dim=1).numpy()) for logits, pooled in parts]
+        )
 
 
 class InceptionExtractor:
@@ -96,24 +106,21 @@ class InceptionExtractor:
         self.digest = weights_digest(state)
         self._device = choose_device("auto")
         self._network = _build_inception(state, weights).to(self._device)
-        self._spatial: list[NDArray[np.float32]] = []
-        self._network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG002 (a hook)
-        part = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order, NHWC
-        self._spatial.append(part.cpu().numpy())
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8]) -> Features:
-        self._spatial = []
-        pooled, probabilities = [], []
-        with exact_arithmetic(self._device):
+        spatial: list[Tensor] = []
+        parts = []
+
+        def keep(_name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            spatial.append(output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1))  # TensorFlow's order, NHWC
+
+        with exact_arithmetic(self._device), watched(self._network, ["Mixed_6d.branch1x1"], keep):
             for x in batches(images):
-                features, logits = self._network(x.to(self._device))
-                pooled.append(features.cpu().numpy())
-                probabilities.append(logits.softmax(dim=1).cpu().numpy())
-        spatial = np.concatenate(self._spatial)
-        return Features(np.concatenate(pooled), spatial, np.concatenate(probabilities))
+                pooled, logits = self._network(x.to(self._device))
+                found = (pooled, spatial.pop(), logits.softmax(dim=1))
+                parts.append(Features(*(tensor.cpu().numpy() for tensor in found)))
+        return Features.join(parts)
 
 
 def batches(images: NDArray[np.uint8]) -> Iterator[Tensor]:

@@ -226,7 +226,7 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
         found.append({"final": "weights"})  # its input in float
     if product.made_by is not None and left is not None and left.quantizer.scheme != product.made_by:
         found.append({product.made_by: "two-region"})
-    if any(not isinstance(q.granularity, PerTimestepGroup) for q in activations):
+    if not product.folded and any(not isinstance(q.granularity, PerTimestepGroup) for q in activations):
         found.append({"time_groups": "all"})
     if "input" in sites and sites["input"].quantizer.scheme == "symmetric":
         found.append({"inputs": "asymmetric"})

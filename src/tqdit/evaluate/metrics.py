@@ -34,25 +34,25 @@ def _score(p: Float64) -> float:
     return float(np.exp(terms.sum(axis=1).mean()))
 
 
-def manifold_hits(
-    reference: NDArray[np.floating], samples: NDArray[np.floating], neighbours: int = NEIGHBOURS
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features (N, D) and (M, D).
+def in_manifold(
+    points: NDArray[np.floating], others: NDArray[np.floating], neighbours: int = NEIGHBOURS
+) -> NDArray[np.bool_]:
+    """Which points (M, D) lie in the manifold of others (N, D): (M,).
 
-    A set's manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour within
-    the set. Precision is the share of samples (M,) in the manifold of the reference, recall the reverse (N,). Distances
-    are in float64; ADM's evaluator takes float16 if it does not overflow, so its third digit may differ.
+    The manifold is the union of balls around the others, each reaching to the k-th nearest neighbour within them.
+    Improved precision (Kynkaanniemi et al., arXiv 1904.06991) is the share of samples in the manifold of the reference,
+    recall the reverse. Distances are in float64; ADM's evaluator takes float16 if it does not overflow, so its third
+    digit may differ.
     """
-    for name, features in (("reference", reference), ("samples", samples)):
-        if len(features) <= neighbours:
-            raise UsageError(
-                f"precision and recall need more than {neighbours} points on each side, the {name} has "
-                f"{len(features)}. Pass more."
-            )
-    a, b = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
-    centre = a.mean(axis=0)  # distances of close points far from zero would cancel
-    a, b = a - centre, b - centre
-    return _inside(b, a, radii(a, neighbours)), _inside(a, b, radii(b, neighbours))
+    if len(others) <= neighbours:
+        raise UsageError(
+            f"precision and recall need more than {neighbours} points on each side, found {len(others)}. Pass more."
+        )
+    centre = np.asarray(others, np.float64).mean(axis=0)  # distances of close points far from zero would cancel
+    a, b = points - centre, others - centre
+    radius = radii(b, neighbours)
+    blocks = (a[start : start + ROWS] for start in range(0, len(a), ROWS))
+    return np.concatenate([(squared_distances(block, b) <= radius).any(axis=1) for block in blocks])
 
 
 def radii(points: Float64, neighbours: int) -> Float64:
@@ -70,11 +70,3 @@ def squared_distances(a: Float64, b: Float64) -> Float64:
     distances = norms - 2 * (a @ b.T)
     result: Float64 = np.where(distances < 1e-12 * norms, 0.0, distances)
     return result
-
-
-def _inside(points: Float64, centres: Float64, radius: Float64) -> NDArray[np.bool_]:
-    inside = [
-        (squared_distances(points[start : start + ROWS], centres) <= radius).any(axis=1)
-        for start in range(0, len(points), ROWS)
-    ]
-    return np.concatenate(inside)

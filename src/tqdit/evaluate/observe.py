@@ -6,7 +6,6 @@ shard are kept on disk, so that an evaluation that was stopped continues after t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +66,7 @@ def _of_shards(extractor: Extractor, images: ShardImages, console: Console) -> F
     except KeyboardInterrupt:
         kept = sum(map(store.has, parts))
         raise KeyboardInterrupt(f"features of {kept} of {len(images.shards)} shards are kept in {store.path}") from None
-    return _joined([parts[shard] for shard in images.shards])
+    return Features.join([parts[shard] for shard in images.shards])
 
 
 def _kept(store: FeatureStore, images: ShardImages, console: Console) -> dict[int, Features]:
@@ -85,12 +84,3 @@ def _kept(store: FeatureStore, images: ShardImages, console: Console) -> dict[in
             bar.update()
     console.say(f"features of {len(found)} of {len(images.shards)} shards are kept from an earlier run in {store.path}")
     return found
-
-
-def _joined(parts: Sequence[Features]) -> Features:
-    spatial = [part.spatial for part in parts if part.spatial is not None]
-    return Features(
-        np.concatenate([part.pooled for part in parts]),
-        np.concatenate(spatial) if spatial else None,
-        np.concatenate([part.probabilities for part in parts]),
-    )

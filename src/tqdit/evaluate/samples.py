@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from tqdit.bounds import check_memory
 from tqdit.engines.run.images import NOTES, write_npz
 from tqdit.engines.run.shards import INDEX, ShardFolder, read_index, shard_name
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.statistics import Gaussian
-from tqdit.files import read_npz
+from tqdit.files import JSON, PICTURE, read_npz, reading
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHOWN = 16  # images in a report
@@ -179,16 +180,16 @@ def _folder(path: Path) -> Images:
         raise FileFormatError(f"{path}: holds no images ({', '.join(PICTURES)}). Pass another folder.")
     pictures: list[NDArray[np.uint8]] = []
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise FileFormatError(f"{file}: not an image ({error}). Remove it.") from error
-        if pictures[-1].shape != pictures[0].shape:
-            (h, w), (h0, w0) = pictures[-1].shape[:2], pictures[0].shape[:2]
-            raise FileFormatError(
-                f"{file}: {w}x{h} pixels, the images before it have {w0}x{h0}. All must be of one size."
-            )
+        damage = (Image.DecompressionBombError, UnidentifiedImageError, SyntaxError, ValueError)
+        with reading(file, PICTURE, "Remove it.", *damage), Image.open(file) as picture:
+            (w, h), (h0, w0) = picture.size, pictures[0].shape[:2] if pictures else picture.size[::-1]
+            if (w, h) != (w0, h0):
+                raise FileFormatError(
+                    f"{file}: {w}x{h} pixels, the images before it have {w0}x{h0}. All must be of one size."
+                )
+            if not pictures:
+                check_memory(str(path), 3 * w * h * len(files), "Pass fewer images, or shards.")
+            pictures.append(np.asarray(picture.convert("RGB")))
     return Images(np.stack(pictures), _labels(path, len(pictures)), str(path))
 
 
@@ -227,10 +228,11 @@ def _labels(path: Path, count: int) -> NDArray[np.int64] | None:
     notes = path / NOTES
     if not notes.is_file():
         return None
-    try:
-        labels = np.asarray(json.loads(notes.read_text(encoding="utf-8"))["classes"], dtype=np.int64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{notes}: damaged ({error}). Sample again.") from error
+    with reading(notes, JSON, "Sample again.", ValueError, TypeError, RecursionError):
+        classes = json.loads(notes.read_text(encoding="utf-8")).get("classes")
+        if classes is None:  # of an unconditional model
+            return None
+        labels = np.asarray(classes, dtype=np.int64)
     if labels.shape != (count,):
         raise FileFormatError(f"{notes}: names {labels.size} classes for {count} images. Sample again.")
     return labels

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import onnx_ir as ir
 
+from tqdit.bounds import check_count
 from tqdit.card import AttentionForm, GraphCard, GraphName
 from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.exporter.passes.names import name_by_modules
@@ -19,7 +20,7 @@ from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import Guidance
-from tqdit.sampling.process import Process
+from tqdit.sampling.process import TRAINING_STEPS, Process
 from tqdit.sampling.schedule import SamplingSpec
 
 ROW_BY_ROW = (
@@ -40,6 +41,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_opset(self.opset)  # before a model is loaded for it
+        if self.steps is not None:
+            check_count("--steps", self.steps, 1, TRAINING_STEPS)
 
     def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
         """The chain that the file proposes, or that a step graph computes."""

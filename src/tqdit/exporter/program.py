@@ -54,12 +54,13 @@ def drop_joined_splits(program: ExportedProgram) -> None:
     """What is joined and split into the same parts again (Flux's single blocks, as `find_products` makes them)."""
     for node in _calls(program, aten.split_with_sizes.default):
         joined: Any = node.args[0]
+        wanted: Any = node.args[1]
         if joined.target is not aten.cat.default:
             continue
         parts, axis = joined.args[0], (*joined.args[1:], 0)[0]
         ndim = joined.meta["val"].ndim
         sizes = [part.meta["val"].shape[axis] for part in parts]
-        if sizes == list(node.args[1]) and axis % ndim == (*node.args[2:], 0)[0] % ndim:
+        if sizes == list(wanted) and axis % ndim == (*node.args[2:], 0)[0] % ndim:
             for user in list(node.users):
                 user.replace_all_uses_with(parts[user.args[1]])
     _finish(program)

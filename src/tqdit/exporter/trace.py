@@ -6,10 +6,12 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from tqdit.errors import TqditError, UsageError
 from tqdit.exporter.program import prepare
@@ -33,9 +35,8 @@ def trace(
     need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = (tuple({0: batch} for _ in inputs),) if rows is None else None
-    example = tuple(tensor[:rows] for tensor in inputs.values())
     with _quiet(), _without_autocast():
-        traced = torch.export.export(module.eval(), example, dynamic_shapes=shapes, strict=False)
+        traced = _program(module.eval(), tuple(tensor[:rows] for tensor in inputs.values()), shapes)
         program = torch.onnx.export(
             prepare(traced),
             dynamo=True,
@@ -76,6 +77,19 @@ def fixed_rows(graph: ir.Model) -> int | None:
     """How many rows each call of a graph has; None: any."""
     shape = graph.graph.inputs[0].shape
     return shape[0] if shape is not None and isinstance(shape[0], int) else None
+
+
+def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """The traced module. A bound on the batch that a kernel's choice of memory layout suggests is taken for the trace
+    alone, as torch's ONNX exporter does: no node of the graph knows it.
+    """
+    try:
+        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        if shapes is None:
+            raise
+        bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 
 
 def check_opset(opset: int) -> None:

@@ -16,7 +16,7 @@ from tqdit.exporter.trace import EXAMPLE_BATCH, trace
 from tqdit.extras import need
 from tqdit.models.families.diffusers import find_weights
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.state import check_place, read_json
+from tqdit.models.state import check_places, read_json
 from tqdit.models.vae import read_latents
 
 
@@ -33,6 +33,19 @@ class Decoder(nn.Module):
         return self.vae.decode(codes + self.latents.shift if self.latents.shift else codes, return_dict=False)[0]
 
 
+def check_decoder(folder: Path) -> dict[str, object]:
+    """The configuration of a diffusers VAE directory. Refuses any other folder, which needs no model to be loaded."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder}: no config.json in it. Pass the directory of a diffusers AutoencoderKL.")
+    config = read_json(config_file)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise CheckpointError(
+            f"{config_file}: '_class_name' is {config.get('_class_name')!r}, expected 'AutoencoderKL'."
+        )
+    return config
+
+
 def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
     """The decoder in a diffusers VAE directory; refuses one that does not fit the model.
 
@@ -44,20 +57,12 @@ def load_decoder(folder: Path, model: LoadedModel) -> Decoder:
             f'{folder}: {model.source} works on images and needs no decoder. Leave out --vae, or say "space": '
             '"latents" in its model card.'
         )
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder}: no config.json in it. Pass the directory of a diffusers AutoencoderKL.")
     root = Path(model.source) if folder == model.vae_folder else folder  # which links must not leave
-    for file in folder.iterdir():
-        check_place(file, root)
-    config = read_json(config_file)
-    if config.get("_class_name") != "AutoencoderKL":
-        raise CheckpointError(
-            f"{config_file}: '_class_name' is {config.get('_class_name')!r}, expected 'AutoencoderKL'."
-        )
+    check_places(folder, root)
+    config = check_decoder(folder)
     if config.get("latent_channels") != model.signature.channels:
         raise CheckpointError(
-            f"{config_file}: latent_channels is {config.get('latent_channels')}, the model has "
+            f"{folder / 'config.json'}: latent_channels is {config.get('latent_channels')}, the model has "
             f"{model.signature.channels}. Pass the VAE that the model was trained with."
         )
     diffusers = need("diffusers", "vae", "exporting a VAE decoder")

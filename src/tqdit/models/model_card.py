@@ -11,6 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
+from tqdit.files import JSON, reading
 from tqdit.models.state import check_place, read_text
 from tqdit.models.vae import LATENT_SCALE
 from tqdit.ports import Port, Signature
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tqdit.models.loaded import LoadedModel
 
 NAME = "model.json"  # in the directory of a model
+CORRECT = "Correct it (docs/guides/own-checkpoint.md), or rename it if another program wrote it."
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,10 +141,9 @@ def read_model_card(path: Path) -> ModelCard | None:
     if not path.is_file():
         return None
     check_place(path, path.parent)
+    with reading(path, JSON, CORRECT, ValueError, error=CheckpointError):
+        text = read_text(path)
     try:
-        return msgspec.json.decode(read_text(path), type=ModelCard)
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not a model card ({error}). Correct it (docs/guides/own-checkpoint.md), or rename it if another "
-            "program wrote it."
-        ) from error
+        return msgspec.json.decode(text, type=ModelCard)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a model card ({error}). {CORRECT}") from error

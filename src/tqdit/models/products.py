@@ -61,6 +61,7 @@ class Product:
     made_by: Maker | None = None  # the activation that makes its input, or its left operand
     row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in a fused qkv
     folds: tuple[Fold, ...] = ()  # empty: a divisor of its input has no place to go
+    folded: bool = False  # axis 0 of its operands holds more than the rows of a call: frames, words
 
 
 class Scores(nn.Module):
@@ -90,19 +91,27 @@ class Sdpa(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
         enable_gqa: bool,
     ) -> Tensor:  # fmt: skip
-        """q (N, heads, T, d), k and v (N, heads or fewer, S, d); mask bool or float, broadcast to (N, heads, T, S)."""
+        """q (N, heads, T, d), k and v (N, heads or fewer, S, d); mask bool or float, broadcast to (N, heads, T, S).
+
+        There may be no heads, or several axes of them; the products have one.
+        """
         if enable_gqa and k.shape[-3] != q.shape[-3]:
             repeats = q.shape[-3] // k.shape[-3]
             k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
         if scale is not None and abs(scale * q.shape[-1] ** 0.5 - 1) > 1e-6:
             q = q * (scale * q.shape[-1] ** 0.5)
-        scores = self.scores(q, k)
         if is_causal:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        rows = q.shape[:-1]
+        if q.ndim != 4:
+            if mask is not None:
+                mask = mask.expand(*rows, k.shape[-2]).reshape(len(q), -1, q.shape[-2], k.shape[-2])
+            q, k, v = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
+        scores = self.scores(q, k)
         if mask is not None:
             scores = scores.masked_fill(~mask, MASKED) if mask.dtype == torch.bool else scores + mask
         attended: Tensor = self.value_product(self.softmax(scores), v)
-        return attended
+        return attended if len(rows) == 3 else attended.reshape(*rows, v.shape[-1])
 
 
 class SumOfColumns(nn.Module):
@@ -172,12 +181,19 @@ Columns = tuple[tuple[int, Origin], ...]  # width and origin of what is joined a
 
 @dataclass
 class _Call:
-    """What one product was called with: made_by and columns if they are the same in all calls."""
+    """What one product was called with: made_by and columns if they are the same in all calls.
+
+    rows: the length of axis 0; 0 if calls differ.
+    """
 
     ndim: int
     rows: int
     made_by: Origin
     columns: Columns | None
+
+    @property
+    def maker(self) -> Maker | None:
+        return next((maker for maker in get_args(Maker) if maker == self.made_by), None)
 
 
 @dataclass
@@ -200,7 +216,7 @@ class _Observed(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = function(*args, **(kwargs or {}))
-        name, first = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), None)
+        name, first = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), ())
         if function is F.scaled_dot_product_attention:
             owner = self.names[self.owners[-1]]
             self.attention[owner] = self.attention.get(owner, 0) + 1
@@ -211,7 +227,7 @@ class _Observed(TorchFunctionMode):
         elif name == "mul" and any(self.made.get(id(factor)) for factor in args):
             self._keep(output, "gated")
         elif name in ("cat", "concat", "concatenate"):
-            self._join(output, first)
+            self._join(output, first or ())
         elif name == "split" and id(first) in self.joined:
             for piece, (_, origin) in zip(output, self.joined[id(first)], strict=False):
                 self._keep(piece, origin)
@@ -251,6 +267,8 @@ class _Observed(TorchFunctionMode):
             first = self.products.setdefault(self.names[module], call)
             if (first.made_by, first.columns) != (call.made_by, call.columns):
                 first.made_by = first.columns = None
+            if first.rows != call.rows:
+                first.rows = 0
             if not output.requires_grad:
                 output.requires_grad_()
             self.outputs.append((self.names[module], output))
@@ -287,7 +305,8 @@ def is_linear(module: nn.Module) -> bool:
 def patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """(N, C, H, W) -> (N, T, C p p) with any number of axes in the place of H and W, T = (H // p)(W // p)."""
     grid = [side // step for side, step in zip(x.shape[2:], size, strict=True)]
-    x = x[(..., *(slice(tiles * step) for tiles, step in zip(grid, size, strict=True)))]
+    for axis, (tiles, step) in enumerate(zip(grid, size, strict=True), start=2):
+        x = x.narrow(axis, 0, tiles * step)
     x = x.reshape(*x.shape[:2], *(length for pair in zip(grid, size, strict=True) for length in pair))
     x = x.permute(0, *range(2, x.ndim, 2), 1, *range(3, x.ndim, 2))  # (N, H / p, W / p, C, p, p)
     return x.reshape(len(x), math.prod(grid), -1)
@@ -344,10 +363,10 @@ def find_products(
     for name, call in seen.products.items():
         if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1:
             _split_columns(network, name, tuple(width for width, _ in call.columns))
-    for name, calls in seen.attention.items():
+    for name, count in seen.attention.items():
         owner = network.get_submodule(name)
-        for call in range(calls):
-            owner.add_module(sdpa_name(call), Sdpa())
+        for number in range(count):
+            owner.add_module(sdpa_name(number), Sdpa())
         local = _Local()
         owner.register_forward_pre_hook(local.enter)
         owner.register_forward_hook(local.leave, always_call=True)
@@ -361,10 +380,9 @@ def find_products(
             return "conditioning"
         return "patch" if name == on_tokens[0] else "final" if name == on_tokens[-1] else "block"
 
+    row_blocks, folds = row_blocks or {}, folds or {}
     return tuple(
-        Product(
-            name, place(name, call), _maker(call.made_by), (row_blocks or {}).get(name, 1), (folds or {}).get(name, ())
-        )
+        Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows)
         for name, call in called.items()
     )
 
@@ -373,10 +391,6 @@ def _split_columns(network: nn.Module, name: str, widths: tuple[int, ...]) -> No
     linear = network.get_submodule(name)
     if isinstance(linear, nn.Linear):
         network.set_submodule(name, SumOfColumns(linear, widths))
-
-
-def _maker(origin: Origin) -> Maker | None:
-    return next((maker for maker in get_args(Maker) if maker == origin), None)
 
 
 def _is_conditioning(call: _Call, rows: int) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.files import whole_file
+from tqdit.files import SAFETENSORS, reading, whole_file
 from tqdit.interface import Interface, InterfaceEntry
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
@@ -84,10 +84,8 @@ class Recording:
     def load(cls, path: str | Path) -> Recording:
         """Read what `save` wrote. Raises FileFormatError for any other file."""
         again = "Record the pipeline again."
-        try:
+        with reading(Path(path), SAFETENSORS, again, ValueError):
             metadata, tensors = safetensors_file.read(Path(path))
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"{path}: not a file of recorded calls ({error}). {again}") from error
         if METADATA_KEY not in metadata or STATES not in tensors:
             raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
         try:

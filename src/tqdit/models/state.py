@@ -52,6 +52,12 @@ def check_place(path: Path, folder: Path) -> None:
         )
 
 
+def check_places(folder: Path, root: Path) -> None:
+    """The same for every file of a directory that a library reads."""
+    for file in folder.rglob("*"):
+        check_place(file, root)
+
+
 def find_prefix(source: object, names: Iterable[str], anchor: str) -> str:
     """What stands before the names of the network that holds the tensor `anchor`; '' if there is none.
 
@@ -155,8 +161,6 @@ def _read_torch(path: Path) -> StateDict:
         warnings.simplefilter("ignore")  # torch warns about the pickle protocol of damaged files; our line says more
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-        except CheckpointError:
-            raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
     tensors = flatten(content)

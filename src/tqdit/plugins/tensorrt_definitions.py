@@ -114,11 +114,12 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool) -> N
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, head = q.shape_expr
-        masks, *sizes = mask.shape_expr
+        masks, *lengths = mask.shape_expr
+        heads_of_mask, rows_of_mask, columns_of_mask = (_static(length, name) for length in lengths)
         floats, keys, columns = _float_type(q), _static(k.shape_expr[2], name), _static(head, name)
         blocks = attention.candidates(floats, columns, keys)[tactic - 1]
         kernel = attention.kernel(floats, _static(queries, name), keys, columns, bits, high_step, scale, blocks,
-                                  tuple(_static(size, name) for size in sizes))  # fmt: skip
+                                  (heads_of_mask, rows_of_mask, columns_of_mask))  # fmt: skip
         launch = attention.launch(kernel, images, heads, low_step.shape_expr[0], masks)
         return _compiled(kernel, launch, capability)
 

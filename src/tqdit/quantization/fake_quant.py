@@ -231,7 +231,8 @@ def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], row
                          "stays float. Leave it out.")  # fmt: skip
     weight = module.weight.detach()
     if "weight" in sites:
-        weight = dequantized_weight(weight, sites["weight"])
+        integers, scale = weight_codes(weight, sites["weight"])
+        weight = integers * scale
     return QuantizedLinear(module, weight, operands.get("input"))
 
 
@@ -253,9 +254,3 @@ def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         raise UsageError(f"'{site.name}.codes' has shape {site.codes.shape}, the weight {tuple(weight.shape)}. "
                          "Calibrate this model.")  # fmt: skip
     return torch.from_numpy(site.codes.astype(np.float32)).to(weight.device), scale
-
-
-def dequantized_weight(weight: Tensor, site: Site) -> Tensor:
-    """W^ = codes * scale."""
-    integers, scale = weight_codes(weight, site)
-    return integers * scale

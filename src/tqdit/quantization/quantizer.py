@@ -133,13 +133,9 @@ class Quantizer(ABC):
     @classmethod
     @abstractmethod
     def fake_quantize(cls, x: Tensor, bits: int, tensors: Parameters) -> Tensor:
-        """x^ float32, of x's shape; the `tensors` broadcast against x."""
+        """x^ float32, of x's shape: the definition of the scheme. The `tensors` broadcast against x."""
 
     # rounding and the product -----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def reference(self, x: Float32) -> Float32:
-        """x^ in NumPy: the definition of the scheme. The scales broadcast against x."""
 
     def constants(self) -> dict[str, Float32]:
         """The numbers that the forms use, float32, of shape () or (G,)."""

@@ -1,14 +1,13 @@
-"""The integer grid that every scheme builds on, in NumPy and in torch: k bits, q = 2^(k-1), rounding half to even.
+"""The integer grid that every scheme builds on: k bits, q = 2^(k-1), rounding half to even.
 
 torch itself is not imported: methods of the tensors are enough, and reading a scale table needs NumPy alone.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,19 +21,13 @@ def code_range(bits: int) -> tuple[int, int]:
     return -q, q - 1
 
 
-def on_grid(x: NDArray[Any], scale: NDArray[Any], bits: int) -> NDArray[Any]:
-    """s clip(round(x / s), -q, q - 1) in NumPy. `scale` broadcasts against x."""
-    values: NDArray[Any] = scale * np.clip(np.rint(x / scale), *code_range(bits))
-    return values
-
-
 def codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """c = clip(round(x / s), -q, q - 1), as float."""
     return (x / scale).round_().clamp_(*code_range(bits))  # in place: operands of a search are large
 
 
 def rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """s c, the same as `on_grid`."""
+    """s clip(round(x / s), -q, q - 1)."""
     return codes(x, scale, bits).mul_(scale)
 
 

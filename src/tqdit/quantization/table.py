@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
-from tqdit.files import SAFETENSORS, reading, whole_file
+from tqdit.files import SAFETENSORS, decode_record, reading, whole_file
 from tqdit.golden import GoldenCalls
 from tqdit.interface import CONSTANT, Interface, InterfaceEntry
 from tqdit.quantization.checks import (
@@ -163,12 +163,6 @@ class ScaleTable:
         )  # fmt: skip
 
 
-class Version(msgspec.Struct):
-    """What every version of the metadata begins with."""
-
-    format_version: int
-
-
 class SiteEntry(msgspec.Struct):
     """One site in the metadata; its tensors lie beside."""
 
@@ -179,9 +173,10 @@ class SiteEntry(msgspec.Struct):
     granularity: str
 
 
-class Header(Version):
+class Header(msgspec.Struct):
     """The metadata of a file, as JSON holds it."""
 
+    format_version: int
     model: str
     fingerprint: str
     seed: int
@@ -261,17 +256,7 @@ def _read_header(metadata: Mapping[str, str]) -> Header:
         raise FileFormatError(
             f"not a scale table: it has no '{METADATA_KEY}' metadata. Pass a file that tqdit-calibrate wrote."
         )
-    text = metadata[METADATA_KEY]
-    try:
-        version = msgspec.json.decode(text, type=Version).format_version
-        if version == FORMAT_VERSION:
-            return msgspec.json.decode(text, type=Header)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError, UsageError) as error:
-        raise FileFormatError(f"its '{METADATA_KEY}' metadata is damaged ({error}). {AGAIN}") from error
-    raise FileFormatError(
-        f"written in format {version}, this tqdit reads format {FORMAT_VERSION}. "
-        "Calibrate again, or install the tqdit that wrote it."
-    )
+    return decode_record(metadata[METADATA_KEY], Header, FORMAT_VERSION, f"'{METADATA_KEY}' metadata", AGAIN)
 
 
 def _read_site(entry: SiteEntry, schemes: Mapping[str, type[Quantizer]], tensors: Arrays) -> Site:

@@ -86,12 +86,3 @@ class Normals:
         counter_and_key["key"][0], counter_and_key["key"][1] = seed, image
         self._generator.state = self._state
         return self._generator.random_raw(2 * self._pairs)
-
-
-def normal_rows(
-    seed: int, images: Sequence[int] | NDArray[np.int64], step: int, shape: tuple[int, ...]
-) -> NDArray[np.float32]:
-    """`normal` for several images, stacked: (len(images), *shape)."""
-    values = np.empty((len(images), *shape), np.float32)
-    Normals(shape).fill_rows(values, [(seed, int(image), step) for image in images])
-    return values

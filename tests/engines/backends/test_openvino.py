@@ -25,7 +25,7 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.sampler import Sampler, to_pixels
-from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
+from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, TqditWarning, UsageError
 from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph, trace_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.passes.quantize import exported_sites
@@ -483,7 +483,8 @@ def test_the_decoder_is_diffusers_own(tmp_path, precision):
         shift_factor=0.1,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     model = support.tiny_model("diffusers", steps=4)
-    decoder = load_decoder(tmp_path / "vae", model)
+    with pytest.warns(TqditWarning, match="scale 0.5 and shift 0.1"):
+        decoder = load_decoder(tmp_path / "vae", model)
     write(tmp_path / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
     config = BuildConfig(precision)
     manifest = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino", config)

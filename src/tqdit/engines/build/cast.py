@@ -40,7 +40,8 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
     Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
-    _Caster(model.graph, _islands(card), _angles(model.graph), DTYPES[float_type]).run()
+    islands = _islands(card)
+    _Caster(model.graph, islands, _angles(model.graph), DTYPES[float_type]).run()
     RemoveUnusedNodesPass()(model)  # float32 constants that only had users in the other type
 
 
@@ -75,10 +76,10 @@ class _Caster:
         fused = [node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, multi_region_attention.OP_TYPE)]
         chosen = {id(node) for node in small}
         mixed = {id(node) for node in fused}
-        low = {id(value) for node in (*small, *fused) for value in node.outputs if self._is_float(value)}
+        low = {id(value) for node in (*small, *fused) for value in node.outputs if value.dtype == FLOAT32}
         for node in list(self.graph):
             for index, value in enumerate(node.inputs):
-                if value is None or not self._is_float(value):
+                if value is None or value.dtype != FLOAT32:
                     continue
                 is_low = id(node) in chosen or (id(node) in mixed and index < QKV)
                 wanted = self.target if is_low else FLOAT32
@@ -104,16 +105,12 @@ class _Caster:
             return False
         if id(node) in self.angles or any(value.is_graph_output() for value in node.outputs):
             return False
-        return any(self._is_float(value) for value in node.outputs)
+        return any(value.dtype == FLOAT32 for value in node.outputs)
 
     def _is_rounded_softmax(self, node: ir.Node) -> bool:
         """Whether a quantized product takes its probabilities."""
         users = (user for user, _ in node.outputs[0].uses())
         return node.op_type in SOFTMAXES and any(scope_of(user) in self.islands for user in users)
-
-    @staticmethod
-    def _is_float(value: ir.Value) -> bool:
-        return value.dtype == FLOAT32
 
     def _converted(self, value: ir.Value, wanted: ir.DataType, user: ir.Node) -> ir.Value:
         """The value in the other type: a converted constant, or a Cast behind the node that makes it."""

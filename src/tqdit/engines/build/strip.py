@@ -53,7 +53,8 @@ def _replace_softmaxes(graph: ir.Graph) -> None:
         if node.op_type == MULTI_REGION_SOFTMAX:
             name, metadata = f"{scope_of(node)}/Softmax", {SCOPE_KEY: scope_of(node)}
             softmax = ir.node("Softmax", [node.inputs[0]], {"axis": -1}, name=name, metadata_props=metadata)
-            _swap(graph, node, softmax)
+            graph.insert_before(node, softmax)
+            node.outputs[0].replace_all_uses_with(softmax.outputs[0])
 
 
 def _strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
@@ -111,20 +112,10 @@ def _float_weight(graph: ir.Graph, module: str, stored: ir.Value) -> ir.Value:
     assert stored.const_value is not None
     weight = stored.const_value.numpy().astype(np.float32)
     if stored.name == f"{module}.weight.codes":
-        weight = weight * _constant(graph, f"{module}.weight.scale")
+        scale = graph.initializers[f"{module}.weight.scale"].const_value
+        assert scale is not None
+        weight = weight * scale.numpy().astype(np.float32)
     value = ir.Value(name=f"{module}.weight_transposed.float", const_value=ir.tensor(weight))
     value.shape, value.type = ir.Shape(weight.shape), ir.TensorType(ir.DataType.FLOAT)
     graph.register_initializer(value)
     return value
-
-
-def _constant(graph: ir.Graph, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    tensor = graph.initializers[name].const_value
-    assert tensor is not None
-    return tensor.numpy().astype(np.float32)
-
-
-def _swap(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    graph.insert_before(old, new)
-    old.outputs[0].replace_all_uses_with(new.outputs[0])
-    graph.remove(old, safe=True)

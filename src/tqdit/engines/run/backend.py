@@ -15,7 +15,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.process import Process
-from tqdit.errors import UsageError
+from tqdit.errors import BackendError, UsageError
 
 
 class Engine(Protocol):
@@ -72,7 +72,10 @@ class OpenEngine:
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         self._process.check("engine")
-        return self._engine(inputs)
+        try:
+            return self._engine(inputs)
+        except KeyError as error:
+            raise BackendError(f"the engine takes an input {error}, which its manifest does not name.") from error
 
     def close(self) -> None:
         if self._process.is_here:

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +201,7 @@ class ShardFolder:
 
     def read(self, shard: int) -> dict[str, NDArray[Any]]:
         """The arrays of a finished shard. Raises FileFormatError if it is missing, truncated or altered."""
-        file, content = self.path / shard_name(shard), self._content(shard)
+        file, content = self.path / shard_name(shard), self.check(shard)
         names, count = self.job.names, len(self.job.images(shard))
         with reading(file, NPZ, _AGAIN, *NPZ_ERRORS):
             arrays = parse_npz(str(file), io.BytesIO(content))
@@ -210,11 +210,8 @@ class ShardFolder:
             raise FileFormatError(f"{file}: expected {count} of each array. {_AGAIN}")
         return found
 
-    def check(self, shard: int) -> None:
-        """Raise FileFormatError if a finished shard is missing, truncated or altered."""
-        self._content(shard)
-
-    def _content(self, shard: int) -> bytes:
+    def check(self, shard: int) -> bytes:
+        """The content of a finished shard's file. Raises FileFormatError if it is missing, truncated or altered."""
         file = self.path / shard_name(shard)
         with reading(file, NPZ, _AGAIN):
             content = file.read_bytes()
@@ -284,16 +281,11 @@ def _short(value: object) -> str:
 
 def read_index(path: Path) -> ShardFolder:
     """What the index of a folder says; the shards are not read. Raises FileFormatError if it is missing or damaged."""
-    index = path / INDEX
-    if not index.is_file():
-        raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
-    with reading(index, JSON, _ANEW):
-        return parse_index(index.read_bytes(), path)
-
-
-def parse_index(content: bytes, path: Path) -> ShardFolder:
-    """The content of the index of folder `path`."""
     file = path / INDEX
+    if not file.is_file():
+        raise FileFormatError(f"{path}: not a folder of shards (it has no {INDEX}). Write it with tqdit-sample -o.")
+    with reading(file, JSON, _ANEW):
+        content = file.read_bytes()
     index = decode_record(content, _Index, FORMAT_VERSION, str(file), _ANEW)
     for name in index.shards:
         if not _is_shard(name, index.job):
@@ -324,17 +316,17 @@ def read_shards(path: str | Path) -> Iterator[dict[str, NDArray[Any]]]:
 def merge_shards(path: Path, output: Path) -> None:
     """Write all samples to one `.npz`, the same bytes as one run with `-o output`. One shard at a time is in memory."""
     job = read_index(path).job
-    samples, *label_names = job.names
+    samples = job.names[0]
     with whole_file(output) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{samples}.npy", "w", force_zip64=True) as file:
             for number, arrays in enumerate(read_shards(path)):
                 if number == 0:
                     file.write(_header(arrays[samples], job.count))
                 file.write(arrays[samples].tobytes())
-        every = [labels for shard in range(job.shards) if (labels := job.labels(shard)) is not None]
-        for name in label_names:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.concatenate(every), allow_pickle=False)
+        labels = replace(job, shard_size=job.count).labels(0)
+        if labels is not None:
+            with archive.open(f"{job.names[1]}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, labels, allow_pickle=False)
 
 
 def _header(first: NDArray[Any], count: int) -> bytes:

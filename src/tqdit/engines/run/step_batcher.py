@@ -238,7 +238,7 @@ class StepBatcher:
                 self._running.clear()
                 self._waiting.clear()
             for request in left:
-                self._fail(request, SamplingStopped("the batcher was closed before this image was done."))
+                self._resolve(request, SamplingStopped("the batcher was closed before this image was done."))
             if self._owns_sampler:
                 self._sampler.close()
 
@@ -255,7 +255,7 @@ class StepBatcher:
             elif request.expires <= now:
                 step = self._chains.step_of(place)
                 self._remove(place)
-                self._fail(request, _late(f"at step {step}"))
+                self._resolve(request, _late(f"at step {step}"))
         with self._changed:
             while not (self._waiting or self._running or self._closing):
                 self._changed.wait()
@@ -269,7 +269,7 @@ class StepBatcher:
             admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._running += admitted
         for request in late:
-            self._fail(request, _late("before it began"))
+            self._resolve(request, _late("before it began"))
         for request in admitted:
             self._chains.add(request.schedule, request.ports, request.scale, request.seed, request.image)
         return True
@@ -285,7 +285,7 @@ class StepBatcher:
             for place in reversed(range(count)):
                 request = self._running[place]
                 self._remove(place)
-                self._fail(request, _engine_failed(error, count))
+                self._resolve(request, _engine_failed(error, count))
             return
         with self._changed:
             self._calls += 1
@@ -305,9 +305,9 @@ class StepBatcher:
             if self._report(request, place, step):
                 raise SamplingStopped(f"stopped by the callback at step {step} of image {request.image}.")
             if step == 0:
-                self._succeed(request, self._result(place))
+                self._resolve(request, self._result(place))
         except BaseException as error:  # of the callback or the decoder: only this request fails
-            self._fail(request, error)
+            self._resolve(request, error)
             return False
         return step > 0
 
@@ -329,15 +329,10 @@ class StepBatcher:
         if place < len(self._running):
             self._running[place] = last
 
-    def _succeed(self, request: _Request, result: Result) -> None:
+    def _resolve(self, request: _Request, outcome: Result | BaseException) -> None:
         self._forget(request)
         with contextlib.suppress(InvalidStateError):  # cancelled just now
-            request.set_result(result)
-
-    def _fail(self, request: _Request, error: BaseException) -> None:
-        self._forget(request)
-        with contextlib.suppress(InvalidStateError):
-            request.set_exception(error)
+            request.set_exception(outcome) if isinstance(outcome, BaseException) else request.set_result(outcome)
 
     # From any thread.
 

@@ -90,7 +90,8 @@ def _scores_of(emit: Emitter, probabilities: ir.Value, name: str, scores: str) -
     node, factor = _maker_of(softmax, 0), 1.0
     mask = emit.constant("no_mask", np.zeros((1,) * RANK, np.float32))
     if node is not None and node.op_type in ("Add", "Where") and scope_of(node) != scores:
-        (place,) = (i for i, value in enumerate(node.inputs) if (made := value.producer()) and scope_of(made) == scores)
+        makers = [None if value is None else value.producer() for value in node.inputs]
+        (place,) = (index for index, made in enumerate(makers) if made is not None and scope_of(made) == scores)
         mask, node = _mask(emit, node, place), _maker_of(node, place)
     while node is not None and node.op_type == "Mul" and (constant := node.inputs[1]) is not None:
         if constant.const_value is None or constant.const_value.size != 1:
@@ -117,7 +118,8 @@ def _mask(emit: Emitter, node: ir.Node, place: int) -> ir.Value:
     mask = others[0]
     if node.op_type == "Where":
         zero = emit.constant("unmasked", np.float32(0))
-        mask = emit.op("Where", *(zero if index == place else value for index, value in enumerate(node.inputs)))
+        others.insert(place, zero)
+        mask = emit.op("Where", *others)
     if rank == RANK:
         return mask
     return emit.op("Unsqueeze", mask, emit.constant("mask.axes", np.arange(RANK - rank)))

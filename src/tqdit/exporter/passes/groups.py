@@ -18,16 +18,16 @@ class GroupSelector:
     def __init__(self, timestep: ir.Value, boundaries: NDArray[np.float64]) -> None:
         self.timestep = timestep
         self.boundaries = in_type(boundaries, np.dtype(np.int64 if timestep.dtype == ir.DataType.INT64 else np.float32))
-        self._selected: dict[str, ir.Value] = {}
+        self._selected: dict[str, dict[int, ir.Value]] = {}  # by name and rank
 
     def select(self, emit: Emitter, name: str, table: NDArray[np.float32], rank: int) -> ir.Value:
         """The entry of `table` (G,) for each row, shaped (B, 1, ..., 1) with `rank` dimensions."""
-        full_name = f"{emit.scope}.{name}"
-        if full_name not in self._selected:  # what divides an input multiplies the output again
+        selected = self._selected.setdefault(f"{emit.scope}.{name}", {})
+        if rank not in selected:  # what divides an input multiplies the output again
             boundaries = Emitter(emit.graph, emit.before, "").constant("time_group_boundaries", self.boundaries)
-            entries = emit.constant(name, table.reshape(-1, *[1] * (rank - 1)))
-            self._selected[full_name] = emit.custom(OP_TYPE, self.timestep, boundaries, entries)
-        return self._selected[full_name]
+            entries = emit.constant(f"{name}.{rank}" if selected else name, table.reshape(-1, *[1] * (rank - 1)))
+            selected[rank] = emit.custom(OP_TYPE, self.timestep, boundaries, entries)
+        return selected[rank]
 
 
 def in_type(boundaries: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:

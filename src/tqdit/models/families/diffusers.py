@@ -210,7 +210,7 @@ def _check_positive(where: object, settings: Mapping[str, Any], name: str) -> No
 
 def find_weights(folder: Path) -> tuple[Path, str | None]:
     """The weights in a directory, or their index, and their variant: None, if there are weights without one."""
-    found = [match for file in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(file.name))]
+    found = [match for file in folder.glob("*") if (match := WEIGHT_FILE.fullmatch(file.name))]
     variants = sorted({match[1] or match[4] or "" for match in found})
     if not found:
         raise CheckpointError(

@@ -35,7 +35,9 @@ ANCHOR = "x_embedder.proj.weight"  # a tensor that every network of this layout 
 def matches(source: Source) -> bool:
     if isinstance(source, str):
         return source.endswith((*WEIGHT_SUFFIXES, ".index.json")) and not Path(source).is_dir()
-    return isinstance(source, nn.Module | Mapping)
+    if isinstance(source, nn.Module):
+        return any(f".{name}".endswith(f".{ANCHOR}") for name in source.state_dict())
+    return isinstance(source, Mapping)
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:

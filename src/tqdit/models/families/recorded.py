@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tqdit.errors import CheckpointError, UsageError
@@ -14,6 +13,7 @@ from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.recorded import recorded_model
+from tqdit.models.state import check_places
 
 RECORD = (
     "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
@@ -44,7 +44,7 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
-    return _from_pretrained(diffusers.DiffusionPipeline, folder)
+    return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
 
 
 def _kind(source: Source) -> str | None:
@@ -57,13 +57,16 @@ def _read_network(source: str) -> nn.Module:
     kind = getattr(diffusers, str(name), None)
     if kind is None or not issubclass(kind, nn.Module):
         raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
-    network: nn.Module = _from_pretrained(kind, str(dit.transformer_folder(source)))
+    network: nn.Module = _from_pretrained(kind, dit.transformer_folder(source), Path(source))
     return network
 
 
-def _from_pretrained(kind: Any, folder: str) -> Any:
+def _from_pretrained(kind: Any, folder: Path, root: Path) -> Any:
+    """In float32, which is what diffusers makes of every type unless it is told another one."""
+    check_places(folder, root)
+    _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
-        return kind.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32, use_safetensors=True)
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error

@@ -9,13 +9,14 @@ from __future__ import annotations
 import onnx
 
 from tqdit.plugins.function import parse_body
+from tqdit.plugins.multi_region_softmax.schema import ROUNDED
 
 OP_TYPE = "MultiRegionAttention"
 
-BODY = """
+BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
 MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (attended)
-{
+{{
     q_float = Cast <to: int = 1> (q)
     k_float = Cast <to: int = 1> (k)
     v_float = Cast <to: int = 1> (v)
@@ -26,29 +27,10 @@ MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (atte
     least = Constant <value_float: float = -1e30> ()
     finite_mask = Max (mask, least)
     scores = Add (scaled, finite_mask)
-    p = Softmax <axis: int = -1> (scores)
-    shape = Constant <value_ints: ints = [-1, 1, 1, 1]> ()
-    s1 = Reshape (low_step, shape)
-    s2 = Constant <value_float: float = @high_step> ()
-    one = Constant <value_float: float = 1.0> ()
-    two = Constant <value_float: float = 2.0> ()
-    bit_count = Constant <value_int: int = @bits> ()
-    bits_float = Cast <to: int = 1> (bit_count)
-    bits_less = Sub (bits_float, one)
-    half_range = Pow (two, bits_less)
-    top = Sub (half_range, one)
-    low_exact = Div (p, s1)
-    low_code = Round (low_exact)
-    low = Mul (low_code, s1)
-    high_exact = Div (p, s2)
-    high_rounded = Round (high_exact)
-    high_code = Min (high_rounded, top)
-    high = Mul (high_code, s2)
-    is_low = LessOrEqual (low_code, top)
-    probabilities = Where (is_low, low, high)
+{ROUNDED}
     attended_float = MatMul (probabilities, v_float)
     attended = CastLike (attended_float, q)
-}
+}}
 """
 
 

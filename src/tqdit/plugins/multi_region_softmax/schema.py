@@ -8,12 +8,10 @@ from tqdit.plugins.function import parse_body
 
 OP_TYPE = "MultiRegionSoftmax"
 
-# Each element first gets the step of its region, then is rounded once: the same bits as rounding it in both regions
-# and choosing: half the time in ONNX Runtime, whose Where is slow. Low steps are at most the high one.
-BODY = """
-<domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
-{
+# From scores to probabilities. Each element first gets the step of its region, then is rounded once: the same bits as
+# rounding it in both regions and choosing: half the time in ONNX Runtime, whose Where is slow. Low steps are at most
+# the high one.
+ROUNDED = """
     p = Softmax <axis: int = -1> (scores)
     shape = Constant <value_ints: ints = [-1, 1, 1, 1]> ()
     s1 = Reshape (low_step, shape)
@@ -21,12 +19,12 @@ MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
     one = Constant <value_float: float = 1.0> ()
     half = Constant <value_float: float = 0.5> ()
     two = Constant <value_float: float = 2.0> ()
-    k = Constant <value_int: int = @bits> ()
-    k_float = Cast <to: int = 1> (k)
-    k_less = Sub (k_float, one)
-    q = Pow (two, k_less)
-    top = Sub (q, one)
-    bound = Sub (q, half)
+    bit_count = Constant <value_int: int = @bits> ()
+    bits_float = Cast <to: int = 1> (bit_count)
+    bits_less = Sub (bits_float, one)
+    half_range = Pow (two, bits_less)
+    top = Sub (half_range, one)
+    bound = Sub (half_range, half)
     low_exact = Div (p, s1)
     is_high = GreaterOrEqual (low_exact, bound)
     high_mask = Cast <to: int = 1> (is_high)
@@ -36,7 +34,13 @@ MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
     rounded = Round (exact)
     code = Min (rounded, top)
     probabilities = Mul (code, step)
-}
+"""
+BODY = f"""
+<domain: "tqdit", opset_import: ["" : 20]>
+MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
+{{
+{ROUNDED}
+}}
 """
 
 

@@ -41,11 +41,6 @@ class Asymmetric(Quantizer):
             return f"'{site}.zero_point' holds values outside 0..{top}"
         return None
 
-    def reference(self, x: Float32) -> Float32:
-        zero_point = self.zero_point.astype(np.float32)  # which holds it exactly
-        codes = np.clip(np.rint(x / self.scale) + zero_point, 0, 2**self.bits - 1)
-        return np.asarray(self.scale * (codes - zero_point))
-
     @classmethod
     def initial(cls, low: Tensor, high: Tensor, bits: int, fixed: Mapping[str, float]) -> Parameters:
         """The two ends of the range, which are searched one after the other; 0 stays between them, and exact."""

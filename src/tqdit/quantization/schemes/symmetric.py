@@ -24,9 +24,6 @@ class Symmetric(Quantizer):
 
     scale: Float32
 
-    def reference(self, x: Float32) -> Float32:
-        return rounding.on_grid(x, self.scale, self.bits)
-
     @classmethod
     def initial(cls, low: Tensor, high: Tensor, bits: int, fixed: Mapping[str, float]) -> Parameters:
         return {"scale": rounding.range_scale(low.abs().maximum(high.abs()), bits)}

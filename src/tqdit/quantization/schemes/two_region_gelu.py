@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from tqdit.quantization import rounding
 from tqdit.quantization.quantizer import Arithmetic, Float32, Parameters, Part, Quantizer, V
 
@@ -33,10 +31,6 @@ class TwoRegionGelu(Quantizer):
 
     negative_scale: Float32
     positive_scale: Float32
-
-    def reference(self, x: Float32) -> Float32:
-        negative = rounding.on_grid(np.minimum(x, 0), self.negative_scale, self.bits)
-        return np.where(x < 0, negative, rounding.on_grid(x, self.positive_scale, self.bits))
 
     @classmethod
     def initial(cls, low: Tensor, high: Tensor, bits: int, fixed: Mapping[str, float]) -> Parameters:

@@ -36,12 +36,6 @@ class TwoRegionSoftmax(Quantizer):
     def problem(self, site: str) -> str | None:
         return f"'{site}.low_scale' is above its high scale" if np.any(self.low_scale > self.high_scale) else None
 
-    def reference(self, x: Float32) -> Float32:
-        top = 2 ** (self.bits - 1) - 1
-        code = np.rint(x / self.low_scale)
-        high = self.high_scale * np.clip(np.rint(x / self.high_scale), 0, top)
-        return np.asarray(np.where(code <= top, self.low_scale * code, high))
-
     @classmethod
     def fixed(cls, bits: int, top: str = "exact", **options: str) -> dict[str, float]:
         """s2 = 1 / (q - 1), which represents 1 exactly, or with `top` "paper" 1 / q, which clips its top code."""

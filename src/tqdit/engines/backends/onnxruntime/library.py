@@ -16,8 +16,7 @@ DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
 def load_library() -> ModuleType:
     """The `onnxruntime` module; refuses an environment that holds both of its distributions."""
-    both = [name for name in DISTRIBUTIONS if _installed(name)]
-    if len(both) > 1:
+    if all(any(metadata.distributions(name=name)) for name in DISTRIBUTIONS):
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Run: "
             f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install('onnxruntime')} for CPUs or "
@@ -51,11 +50,3 @@ def open_session(ort: ModuleType, file: Path, options: Any, **settings: Any) -> 
 
 def reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -41,14 +41,10 @@ def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange 
         }
         rows = (card.rows,) * 3 if card.rows else (batch or BatchRange()).rows(card.rows_per_image)
         for name, count in zip(("min", "opt", "max"), rows, strict=True):
-            options[f"trt_profile_{name}_shapes"] = ",".join(_shapes(card, count))
+            shapes = (f"{port}:{'x'.join(map(str, (count, *shape)))}" for port, shape in card.inputs.items())
+            options[f"trt_profile_{name}_shapes"] = ",".join(shapes)
         return [(PROVIDERS["tensorrt"], options), PROVIDERS["cuda"], CPU]
     return [CPU] if provider == "cpu" else [PROVIDERS[provider], CPU]
-
-
-def _shapes(card: GraphCard, count: int) -> list[str]:
-    """Shapes of the graph's inputs, as the TensorRT provider spells them."""
-    return [f"{name}:{'x'.join(map(str, (count, *shape)))}" for name, shape in card.inputs.items()]
 
 
 def check_offered(ort: ModuleType, provider: str) -> None:

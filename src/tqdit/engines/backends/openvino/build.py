@@ -103,20 +103,16 @@ def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, ca
     """Write the IR of an ONNX file, in float32; a hint at compilation asks for other types."""
     with temporary_folder(target.with_name(f"{target.stem}.inlined")) as folder:
         try:
-            model = ov.Core().read_model(_without_functions(source, folder))
+            path = source.path
+            if source.model.functions:  # which OpenVINO refuses
+                path = source.save_copy(onnx.inliner.inline_local_functions(source.model), folder)
+            model = ov.Core().read_model(path)
             if float_type == "bf16":
                 tabulate_angles(ov, model, card)
             _name_the_nameless(model)
             ov.save_model(model, target, compress_to_fp16=False)
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong
             raise BackendError(f"{source.path}: OpenVINO {release(ov)} cannot convert it ({reason(error)}).") from error
-
-
-def _without_functions(source: OnnxFile, folder: Path) -> Path:
-    """A file without local functions, which OpenVINO refuses: `source`, or a copy in `folder` with them inlined."""
-    if not source.model.functions:
-        return source.path
-    return source.save_copy(onnx.inliner.inline_local_functions(source.model), folder)
 
 
 def _name_the_nameless(model: Any) -> None:

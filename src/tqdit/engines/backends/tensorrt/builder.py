@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ def build(
     need("polygraphy", library.backend, f"--backend {library.backend}")
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
+    config = replace(config, targets=_checked(config.targets))
     device = None if library.cross_compiles else cuda.find_device()
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
@@ -114,21 +116,8 @@ def _compile(
     library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig,
     plugins_for: str | None, progress: Progress,
 ) -> Compiled:  # fmt: skip
-    job = Job(
-        backend=library.backend,
-        source=str(source),
-        plan=str(plan),
-        batch=rows,
-        targets=_checked(config.targets),
-        workspace_bytes=config.workspace_bytes,
-        timing_cache=None if config.timing_cache is None else str(config.timing_cache),
-        optimization_level=config.optimization_level,
-        version_compatible=config.version_compatible,
-        exclude_lean_runtime=config.lean_runtime == "exclude",
-        plugins_for=plugins_for,
-    )
     try:
-        return run_worker(job, progress)
+        return run_worker(Job(library.backend, str(source), str(plan), rows, config, plugins_for), progress)
     except BackendError as error:
         raise BackendError(f"{source.name}: {error}") from error
 

@@ -29,7 +29,7 @@ def run_worker(job: Job, progress: Progress) -> Compiled:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(msgspec.json.encode(job) + b"\n")
+            process.stdin.write(job.to_json() + b"\n")
             process.stdin.flush()
             last = _follow(process.stdout, progress)
             code = process.wait()
@@ -39,7 +39,8 @@ def run_worker(job: Job, progress: Progress) -> Compiled:
             process.kill()
             process.wait()
             process.stdout.close()
-            _close(process.stdin)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         if last.get("kind") == "done":
             return msgspec.convert(last["compiled"], Compiled)
         if last.get("kind") == "refused":
@@ -65,8 +66,3 @@ def _crash(job: Job, code: int, printed: IO[bytes]) -> str:
     words = f"; its last words: {lines[-1][:300]}" if lines else ""
     memory = " The system may have run out of memory." if code == -9 else ""
     return f"{LIBRARIES[job.backend].title} crashed while it compiled (exit status {code}{words}).{memory}"
-
-
-def _close(pipe: IO[bytes]) -> None:
-    with suppress(BrokenPipeError):
-        pipe.close()

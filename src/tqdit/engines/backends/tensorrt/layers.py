@@ -50,10 +50,9 @@ class Layer:
         """
         if not self.multiplies or self.kind.lower() == "runtime_fusion":
             return False
-        if self.kind.lower() == "kgen":  # attention: all of q, k, v (and none in float)
-            return bool(self.inputs) and set(self.inputs) == {"Int8"}
-        if not self.constants:  # an inspector that does not list them
-            return bool(self.inputs) and set(self.inputs) == {"Int8"}
+        # attention: all of q, k, v (and none in float); without constants: an inspector that does not list them
+        if self.kind.lower() == "kgen" or not self.constants:
+            return set(self.inputs) == {"Int8"}
         return bool(self.inputs) and self.inputs[0] == "Int8" and (*self.inputs, *self.constants).count("Int8") >= 2
 
 

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from tqdit.engines.backends.tensorrt.layers import HEADING, Layer, from_inspector, from_log
+from tqdit.engines.bundle import release_numbers
 from tqdit.errors import BackendError
 from tqdit.extras import need
 
@@ -110,9 +111,9 @@ class Library:
     def runs_engine_of(self, built_by: str, installed: str, version_compatible: bool) -> bool:
         """Whether release `installed` may open an engine of release `built_by`."""
         if version_compatible and not self.is_rtx:
-            built, here = _numbers(built_by), _numbers(installed)
+            built, here = release_numbers(built_by), release_numbers(installed)
             return built[0] == here[0] and built <= here
-        return _numbers(built_by)[:3] == _numbers(installed)[:3]
+        return release_numbers(built_by)[:3] == release_numbers(installed)[:3]
 
     def create_context(self, trt: ModuleType, engine: Any) -> Any:
         """An execution context whose scratch memory we provide. RTX also captures and replays CUDA graphs by itself."""
@@ -145,7 +146,3 @@ TENSORRT = Library(
     | {"version_compatible", "lean_runtime"},
 )
 LIBRARIES = {library.backend: library for library in (TENSORRT_RTX, TENSORRT)}
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -235,13 +236,13 @@ class TensorRTEngine:
         return self._pool.allocate(size_bytes, stream=self._stream)
 
 
-def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> TensorRTEngine:
-    """Open one file of a bundle of the backend `tensorrt`."""
-    return open_engine(TENSORRT, folder, manifest, file)
+def open_engine(
+    library: Library, folder: Path, manifest: Manifest, file: str, threads: int | None = None
+) -> TensorRTEngine:
+    """Open one file of a bundle; refuses another GPU, another release of the library and another kind of machine.
 
-
-def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -> TensorRTEngine:
-    """Open one file of a bundle; refuses another GPU, another release of the library and another kind of machine."""
+    `threads` has no meaning for a GPU.
+    """
     trt = library.load("this engine")
     device = cuda.find_device()
     offered = manifest.target.get("compute_capabilities", "").split(",")
@@ -259,6 +260,9 @@ def open_engine(library: Library, folder: Path, manifest: Manifest, file: str) -
             f"again, or run: pip install {library.module.replace('_', '-')}=={built_by}"
         )
     return TensorRTEngine(library, folder / file, manifest, trt)
+
+
+load = partial(open_engine, TENSORRT)
 
 
 def _open_plan(library: Library, trt: ModuleType, file: Path, manifest: Manifest) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ import msgspec
 
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library, Log
+from tqdit.engines.config import BuildConfig
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.plugins.tensorrt import register_plugins
 
@@ -38,14 +39,15 @@ class Job:
     source: str  # ONNX file
     plan: str  # file to write
     batch: tuple[int, int, int]
-    targets: tuple[str, ...] = ()  # compute capabilities; empty: all that the library knows from `least_target` on
-    least_target: str = "8.0"
-    workspace_bytes: int | None = None
-    timing_cache: str | None = None
-    optimization_level: int | None = None
-    version_compatible: bool = False
-    exclude_lean_runtime: bool = False
+    config: BuildConfig = field(default_factory=BuildConfig)
     plugins_for: str | None = None  # compute capability; None: the custom ops get no plugins
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self, enc_hook=str)  # of the one path in it
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        return msgspec.json.decode(text, type=cls, dec_hook=lambda kind, value: kind(value))
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Compiled:
 
 def compile_job(job: Job, tell: Tell) -> Compiled:
     """Compile, write the plan and describe it."""
-    library = LIBRARIES[job.backend]
+    library, config = LIBRARIES[job.backend], job.config
     trt = library.load(f"--backend {job.backend}")
-    targets = choose_targets(library, library.targets(trt), job)
+    targets = choose_targets(library, library.targets(trt), config.targets)
     library.choose_in_polygraphy()
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
     from polygraphy.backend.trt import util as polygraphy_util
@@ -81,16 +83,17 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
         }
         if targets:
             settings["compute_capabilities"] = [_order(target) for target in targets]
-        if job.workspace_bytes is not None:
-            settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job.workspace_bytes}
-        if job.timing_cache is not None and Path(job.timing_cache).is_file():
-            settings["load_timing_cache"] = job.timing_cache
-        if job.optimization_level is not None:
-            settings["builder_optimization_level"] = job.optimization_level
-        if job.version_compatible:
-            settings |= {"version_compatible": True, "exclude_lean_runtime": job.exclude_lean_runtime}
+        timings = None if config.timing_cache is None else str(config.timing_cache)
+        if config.workspace_bytes is not None:
+            settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: config.workspace_bytes}
+        if timings is not None and Path(timings).is_file():
+            settings["load_timing_cache"] = timings
+        if config.optimization_level is not None:
+            settings["builder_optimization_level"] = config.optimization_level
+        if config.version_compatible:
+            settings |= {"version_compatible": True, "exclude_lean_runtime": config.lean_runtime == "exclude"}
         plan = EngineBytesFromNetwork(
-            (builder, network, parser), library.config_loader(**settings), save_timing_cache=job.timing_cache
+            (builder, network, parser), library.config_loader(**settings), save_timing_cache=timings
         )()
         compiled = library.layers(trt, plan, log)
     except PolygraphyException as error:
@@ -99,15 +102,15 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
     return Compiled(trt.__version__, targets, compiled, _plugin_layers(trt, network))
 
 
-def choose_targets(library: Library, known: tuple[str, ...], job: Job) -> tuple[str, ...]:
-    """The compute capabilities to compile for; refuses one that the library does not know."""
-    unknown = [target for target in job.targets if target not in known]
+def choose_targets(library: Library, known: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The compute capabilities to compile for: by default all from 8.0 on. Refuses one that the library lacks."""
+    unknown = [target for target in asked if target not in known]
     if unknown and library.cross_compiles:
         raise UsageError(
             f"--target {', '.join(unknown)}: {library.title} compiles for {', '.join(known)}. For data-centre GPUs use "
             "--backend tensorrt on a machine that has one."
         )
-    return job.targets or tuple(target for target in known if _order(target) >= _order(job.least_target))
+    return asked or tuple(target for target in known if _order(target) >= (8, 0))
 
 
 def _profile(network: Any, batch: tuple[int, int, int], profile: Any) -> Any:
@@ -179,7 +182,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides; it ends us
     messages = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the libraries print joins their errors
-    job = msgspec.json.decode(sys.stdin.readline(), type=Job)
+    job = Job.from_json(sys.stdin.readline())
     threading.Thread(target=_leave_with_caller, daemon=True).start()
 
     def tell(message: dict[str, Any]) -> None:

@@ -1,0 +1,114 @@
+"""Remedies name flags that exist: of the command that a message speaks of, or of the commands that can raise it."""
+
+import argparse
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import tqdit
+from tqdit.cli import main as cli
+
+SOURCE = Path(tqdit.__file__).parent
+# Folder or file -> commands that its messages come from. A flag must be one of each of them, unless the sentence names
+# another command.
+COMMANDS = {
+    **{f"cli/{verb}": (verb,) for verb in cli.VERBS},
+    "calibration": ("calibrate",), "exporter": ("export",), "models": ("calibrate", "export"),
+    "engines/run": ("sample",), "engines/build": ("build",), "engines/config": ("build",),
+    "engines/bundle": ("build",), "engines/backends": ("build",),
+    "evaluate": ("evaluate",), "sampling": ("calibrate", "export", "sample", "evaluate"),
+    "quantization/summary": ("inspect",), "quantization": ("calibrate",), "lint": ("export",),
+}  # fmt: skip
+# Words that name another command in a sentence before a flag.
+WORDS = {
+    "calibrate": "calibrat", "export": "export", "build": "buil[dt]", "sample": "sampl", "evaluate": "evaluat",
+    "inspect": "tqdit-inspect",
+}  # fmt: skip
+OTHER_PROGRAMS = r"\b(pip|ray start|gunicorn|uvicorn)\b"
+END = r"\.\s|\n|; "  # of a sentence
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+
+
+def flags_of(verb):
+    parser = argparse.ArgumentParser()
+    cli._load(verb).add_arguments(parser)
+    return {option for action in parser._actions for option in action.option_strings} | {
+        "--quiet",
+        "--debug",
+        "--version",
+    }
+
+
+KNOWN = {verb: flags_of(verb) for verb in cli.VERBS}
+
+
+def texts(tree):
+    """The strings of a module but for docstrings; what is filled in is {}."""
+    docstrings = {
+        id(node.body[0].value) for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }  # fmt: skip
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (docstrings | inner):
+            yield node.value
+
+
+def commands_in(sentence, word=""):
+    """Commands that a sentence names, with this word before them."""
+    return [verb for verb in re.findall(rf"{word}tqdit[- ](\w+)", sentence) if verb in KNOWN]
+
+
+def spoken_of(sentence):
+    """Commands that a sentence speaks of, in their order."""
+    found = [
+        (match.start(), verb) for verb, word in WORDS.items()
+        for match in re.finditer(rf"\b{word}", sentence, re.IGNORECASE)
+    ]  # fmt: skip
+    return [verb for _, verb in sorted(found)]
+
+
+def named(place, source):
+    """(text, flag, commands that must know it) of each flag in the strings of a module; no commands: any may."""
+    default = next((verbs for start, verbs in COMMANDS.items() if place.startswith(start)), ())
+    for text in texts(ast.parse(source)):
+        for match in FLAG.finditer(text):
+            before, after = (re.split(END, text[: match.start()])[-1], re.split(END, text[match.end() :])[0])
+            if re.search(OTHER_PROGRAMS, before):
+                continue
+            said = commands_in(before)[-1:] or commands_in(after, "to ")[:1] or spoken_of(before)[-1:]
+            yield text, match[0], tuple(said) or default
+
+
+def wrong_flags(place, source):
+    every = set().union(*KNOWN.values())
+    return [
+        f"{flag} is not of {' and '.join(verbs) or 'any command'}: {text!r}"
+        for text, flag, verbs in named(place, source)
+        if not all(flag in KNOWN[verb] for verb in verbs) or flag not in every
+    ]
+
+
+FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("place", [place for place, source in FILES.items() if list(named(place, source))])
+def test_every_flag_in_a_message_is_one_of_its_command(place):
+    assert not wrong_flags(place, FILES[place])
+
+
+@pytest.mark.parametrize(("place", "message", "wrong"), [
+    ("models/x.py", "{x}: no. Pass --heads 2, or --sampler ddim.", ["--sampler"]),
+    ("calibration/x.py", "no. Pass --sampler.", ["--sampler"]), ("calibration/x.py", "no. Pass --groups {x}.", []),
+    ("engines/run/x.py", "no. Export it again with --vae DIR, or pass --seed.", ["--seed"]),
+    ("engines/run/x.py", "no. Run: tqdit-build --nonsense", ["--nonsense"]),
+    ("engines/run/x.py", "no. Start one: ray start --head", []), ("files.py", "Pass --nonsense.", ["--nonsense"]),
+])  # fmt: skip
+def test_a_flag_that_its_command_does_not_have_is_found(place, message, wrong):
+    source = f'def f(x):\n    """--docstring"""\n    raise ValueError(f"{message}")\n'
+    assert [line.split()[0] for line in wrong_flags(place, source)] == wrong
