@@ -117,7 +117,7 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(bundle, expected, tmp_pa
 
 
 def test_workers_join_and_leave_with_the_machines(bundle, expected, tmp_path, machines):
-    """A worker takes both CPUs of a machine; the first one stands still until the worker of a new machine has joined."""
+    """A worker takes both CPUs of a machine. The first one stands still until that of a new machine has joined."""
     nodes, still, most = [], [], []
     limit = time.monotonic() + 180
     while workers():  # those of an earlier test are ending
