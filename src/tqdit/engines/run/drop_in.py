@@ -55,6 +55,9 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         if not card.config:
             raise UsageError(f"{card.signature.family} has no settings that a diffusers pipeline reads. Use Denoiser.")
         self.register_to_config(**card.config)
+        for name, value in card.config.items():  # pipelines read some from the network itself
+            if not hasattr(type(self), name):
+                vars(self).setdefault(name, value)
         self._ports = card.signature.ports
         self._state = card.signature.state.name
         self._constants, self._alike = card.constants, card.alike
