@@ -86,8 +86,8 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torc
     try:
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
-        bounded = None if shapes is None else refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
-        if bounded is None or isinstance(next(iter(bounded[0]))[0], int):  # a free batch is not possible at all
+        bounded: Any = None if shapes is None else refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        if bounded is None or isinstance(bounded[0][0][0], int):  # no free batch is possible
             raise
         return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 

@@ -56,8 +56,8 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
             raise UsageError(f"{card.signature.family} has no settings that a diffusers pipeline reads. Use Denoiser.")
         self.register_to_config(**card.config)
         for name, value in card.config.items():  # pipelines read some from the network itself
-            if not hasattr(type(self), name):
-                vars(self).setdefault(name, value)
+            if name not in vars(self) and not hasattr(type(self), name):
+                setattr(self, name, value)
         self._ports = card.signature.ports
         self._state = card.signature.state.name
         self._constants, self._alike = card.constants, card.alike
