@@ -57,8 +57,9 @@ def test_arguments_become_ports_and_constants():
 
 def test_one_timestep_stands_for_all_rows_of_a_call():
     text, x, _ = rows(3)
-    recording = record(Toy(), [((text, x, torch.tensor([7.0])), {})]).recording()
+    recording = record(Toy(), [((text, x, torch.tensor([7])), {})]).recording()
     np.testing.assert_array_equal(recording.requests["timestep"], [7, 7, 7])
+    assert recording.requests["timestep"].dtype == np.float32
 
 
 @pytest.mark.parametrize(

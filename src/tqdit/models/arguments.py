@@ -77,9 +77,8 @@ def _sequence(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     entries = {name: _sequence(each) for name, each in value.items()}
-    if entries and all(name == str(index) for index, name in enumerate(entries)):
-        return tuple(entries.values())
-    return entries
+    places = [str(index) for index in range(len(entries))]
+    return tuple(entries[place] for place in places) if entries and entries.keys() == set(places) else entries
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -94,7 +94,8 @@ def join(calls: Sequence[Call], roles: Roles) -> dict[str, Tensor]:
 
 
 def _timesteps(name: str, tensor: Tensor, rows: int) -> Tensor:
-    """(rows, ...): one for each row, or several, such as one for each frame."""
+    """float32 (rows, ...): one for each row, or several, such as one for each frame."""
+    tensor = tensor.float()
     if tensor.numel() in (1, rows):
         return tensor.reshape(-1).expand(rows)
     if tensor.ndim < 2 or len(tensor) != rows:
