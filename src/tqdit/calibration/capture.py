@@ -107,7 +107,7 @@ class ProductRecorder:
     def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self.is_recording:
+        if self.is_recording and inputs[0].numel():  # a part of a network may be called with nothing
             operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
             part = self._operands(module, operands)
             weigh = partial(self._weigh, module, part, _Tokens.of(module, operands))
