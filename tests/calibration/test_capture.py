@@ -18,7 +18,7 @@ from support import tiny_model
 from tqdit.calibration import capture as capture_module
 from tqdit.calibration.capture import Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
-from tqdit.calibration.fisher import COTANGENTS, FISHERS, plain, step_weighted
+from tqdit.calibration.fisher import COTANGENTS, FISHERS, guided, plain, step_weighted
 from tqdit.calibration.flow import Calibration
 from tqdit.calibration.layers import plan
 from tqdit.calibration.rows import CalibrationRows, sampling_of
@@ -26,6 +26,7 @@ from tqdit.console import Console
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import find_products
 from tqdit.ports import Port, Signature
+from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.noise import normal
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
@@ -110,7 +111,7 @@ def test_one_pass_records_what_autograd_gives_on_a_network_written_by_hand(tmp_p
     none = torch.zeros(5, dtype=torch.int64)
     rows = CalibrationRows(inputs, none, none, torch.zeros(5, 3, 6), torch.zeros(0, dtype=torch.float64))
     _, samples = capture(model, config, tmp_path, rows)
-    cotangent = plain(rows, torch.arange(5), torch.zeros(5, 3, 6), sampling_of(model, config), 0)
+    cotangent = plain(rows, torch.arange(5), torch.zeros(5, 3, 6), model, config)
     network = model.network
     assert isinstance(network, Handwritten)
     expected = by_hand(network, rows.inputs["x"], rows.inputs["t"], cotangent)
@@ -228,7 +229,7 @@ def gradients_of(model: LoadedModel, inputs: dict[str, Tensor], cotangent: Tenso
 
 
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
-@pytest.mark.parametrize("fisher", ["plain", "step", "loss"])
+@pytest.mark.parametrize("fisher", ["plain", "step", "guided", "loss"])
 def test_samples_hold_the_gradients_of_the_whole_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fisher: str, origin: str
 ) -> None:
@@ -236,7 +237,7 @@ def test_samples_hold_the_gradients_of_the_whole_network(
     model, config = tiny_model(origin), replace(CONFIG, fisher=fisher)
     rows, samples = capture(model, config, tmp_path)
     output = model.call(rows.inputs)
-    cotangent = FISHERS[fisher](rows, torch.arange(len(rows)), output, sampling_of(model, config), config.seed)
+    cotangent = FISHERS[fisher](rows, torch.arange(len(rows)), output, model, config)
     expected = gradients_of(model, rows.inputs, cotangent)
     assert set(samples) == {product.name for product in model.products}
     for name, found in samples.items():
@@ -341,16 +342,38 @@ def test_ho_weights_converge_to_the_diagonal_of_the_gauss_newton_matrix(tmp_path
 
 def test_cotangents_are_normal_on_the_prediction_and_belong_to_their_row() -> None:
     model = tiny_model()
-    rows, spec = _rows(model), model.sampling.choose(20)
+    rows, config = _rows(model), QuantizationConfig(steps=20, seed=3)
     output = torch.zeros(6, 8, 8, 8)
-    v = plain(rows, torch.arange(6), output, spec, seed=3)
+    v = plain(rows, torch.arange(6), output, model, config)
     assert (v[:, 4:] == 0).all()
     np.testing.assert_array_equal(v[4, :4].numpy(), normal(3, COTANGENTS + 4, 0, (4, 8, 8)))
-    assert torch.equal(plain(rows, torch.tensor([4]), output[:1], spec, 3)[0], v[4])
-    scaled = step_weighted(rows, torch.arange(6), output, spec, 3)
+    assert torch.equal(plain(rows, torch.tensor([4]), output[:1], model, config)[0], v[4])
+    scaled, schedule = step_weighted(rows, torch.arange(6), output, model, config), sampling_of(model, config).schedule
     for row in range(6):
-        factor = abs(float(spec.schedule.output_weights[rows.step[row], 0]))
+        factor = abs(float(schedule.output_weights[rows.step[row], 0]))
         torch.testing.assert_close(scaled[row], v[row] * factor)
+
+
+@pytest.mark.parametrize(("scale", "channels"), [(5.0, None), (1.5, 3), (1.0, None)])
+def test_a_row_counts_as_much_as_its_prediction_moves_the_next_state(scale: float, channels: int | None) -> None:
+    """Against NumPy: step and guidance of a pair, with an error of one of its rows."""
+    guidance = Guidance(2.0, channels)
+    model, index = replace(tiny_model(), guidance=guidance), torch.arange(6)
+    rows, config = _rows(model), QuantizationConfig(steps=20, guidance_scale=scale)
+    output = torch.zeros(6, 8, 8, 8)
+    v = plain(rows, index, output, model, config).numpy()
+    schedule = sampling_of(model, config).schedule
+    expected = np.zeros_like(v)
+    for row in range(6):
+        pair, moved = np.zeros((2, 8, 8, 8), np.float32), np.zeros((1, 4, 8, 8), np.float32)
+        pair[row % 2] = v[row]
+        guidance.combine(pair, np.array([scale], np.float32), moved)
+        expected[row, :4] = moved[0] * schedule.error_weights[int(rows.step[row])] * (-1) ** (row % 2 and scale > 1)
+    for part in (index, index[3:5]):  # whatever the batch
+        found = guided(rows, part, output[: len(part)], model, config)
+        np.testing.assert_allclose(found.numpy(), expected[part], rtol=1e-5, atol=1e-6)
+    unguided = replace(model, guidance=None), replace(config, guidance_scale=None)
+    assert torch.equal(guided(rows, index, output, *unguided), step_weighted(rows, index, output, *unguided))
 
 
 def test_the_error_against_the_float_output_would_give_no_weights_at_all() -> None:
@@ -360,10 +383,10 @@ def test_the_error_against_the_float_output_would_give_no_weights_at_all() -> No
     output = model.call(rows.inputs)
     gradients = gradients_of(model, rows.inputs, 2 * (output - output))
     assert all((g == 0).all() for calls in gradients.values() for g in calls)
-    spec = model.sampling.choose(20)
-    assert set(FISHERS) == {"step", "plain", "loss"}
+    config = QuantizationConfig(steps=20).for_model(model)
+    assert set(FISHERS) == {"guided", "step", "plain", "loss"}
     for fisher in FISHERS.values():
-        assert fisher(rows, torch.arange(6), output, spec, 0)[:, :4].abs().mean() > 1e-3
+        assert fisher(rows, torch.arange(6), output, model, config)[:, :4].abs().mean() > 1e-3
 
 
 def _rows(model: LoadedModel) -> CalibrationRows:

@@ -163,12 +163,10 @@ class Calibration:
         self, model: LoadedModel, rows: CalibrationRows, plans: tuple[LayerPlan, ...], label: str = "samples"
     ) -> Capture:
         """The samples of some products on `rows`, recorded if they are not on disk."""
-        fisher, seed = FISHERS[self.config.fisher], self.config.seed
-
         def cotangent(index: Tensor, output: Tensor) -> Tensor:
-            return fisher(rows, index, output, self.spec, seed)
+            return FISHERS[self.config.fisher](rows, index, output, self.model, self.config)
 
-        picker = Picker(len(rows), self.config.token_share, seed)
+        picker = Picker(len(rows), self.config.token_share, self.config.seed)
         names = tuple(entry.name for entry in plans)
         found = Capture(model, names, rows.inputs, picker, cotangent, self.folder, label)
         with self.console.bar(len(rows), "2/3 inputs and gradients", "rows") as bar:
