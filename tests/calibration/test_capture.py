@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from torch.nn import functional as F
 from networks import Convolutions, Folded, Tokens, described
 from support import tiny_model
 from tqdit.calibration import capture as capture_module
-from tqdit.calibration.capture import Picker, Samples
+from tqdit.calibration.capture import Picker, Samples, choose
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.fisher import COTANGENTS, FISHERS, guided, plain, step_weighted
 from tqdit.calibration.flow import Calibration
-from tqdit.calibration.layers import plan
+from tqdit.calibration.layers import OperandPlan, plan
+from tqdit.calibration.operands import Activation
 from tqdit.calibration.rows import CalibrationRows, sampling_of
 from tqdit.console import Console
+from tqdit.errors import OutputError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import find_products
 from tqdit.ports import Port, Signature
@@ -288,7 +291,7 @@ def test_only_some_tokens_are_kept_but_ranges_are_those_of_all(tmp_path: Path) -
     model = tiny_model()
     _, everything = capture(model, CONFIG, tmp_path / "a")
     _, some = capture(model, replace(CONFIG, token_share=0.25), tmp_path / "b")
-    tokens = Picker(12, 0.25, seed=0).tokens(16)
+    tokens = choose(12, 16, 4, seed=0)
     for name in ("blocks.0.mlp.fc1", "blocks.0.attn.scores"):
         full, part = everything[name], some[name]
         assert part.left.shape[-2] == 4
@@ -406,7 +409,7 @@ def test_only_some_heads_are_kept_the_same_ones_of_every_operand(
     _, everything = capture(model, CONFIG, tmp_path / "a")
     monkeypatch.setattr(capture_module, "MOST_HEADS", 1)
     _, some = capture(model, CONFIG, tmp_path / "b")
-    heads = Picker(12, 1.0, seed=0).heads(2, 1)[:, 0]
+    heads = choose(12, 2, 1, seed=1)[:, 0]
     assert set(heads.tolist()) == {0, 1}
     for name in ("blocks.0.attn.scores", "blocks.1.attn.value_product"):
         full, part = everything[name], some[name]
@@ -422,10 +425,89 @@ def test_only_some_heads_are_kept_the_same_ones_of_every_operand(
 def test_many_rows_of_long_sequences_keep_fewer_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HEAD_ELEMENTS bounds what K and V of all rows take."""
     monkeypatch.setattr(capture_module, "HEAD_ELEMENTS", 12 * 16 * 8)  # rows, tokens, size of a head
+    monkeypatch.setattr(capture_module, "LEAST_PAIRS", 1)
     _, samples = capture(tiny_model(), CONFIG, tmp_path)
     right = samples["blocks.0.attn.scores"].right
     assert right is not None
     assert right.shape == (12, 1, 8, 16)
+
+
+@pytest.mark.parametrize("most_rows", [1, 5, 64])
+def test_sequences_too_long_for_a_head_of_every_row_keep_some_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
+) -> None:
+    monkeypatch.setattr(capture_module, "MOST_ROWS", most_rows)  # batches without a kept row among them
+    model = tiny_model()
+    rows, everything = capture(model, CONFIG, tmp_path / "a")
+    monkeypatch.setattr(capture_module, "HEAD_ELEMENTS", 1)
+    monkeypatch.setattr(capture_module, "LEAST_PAIRS", 4)
+    _, some = capture(model, CONFIG, tmp_path / "b", rows)
+    heads = choose(12, 2, 1, seed=1)[:, 0]
+    for name in ("blocks.0.attn.scores", "blocks.1.attn.value_product"):
+        full, part = everything[name], some[name]
+        assert part.rows is not None
+        assert part.right is not None
+        assert full.right is not None
+        assert len(part.left) == len(part.right) == len(part.g2) == 4
+        assert (part.rows // 3).tolist() == [0, 1, 2, 3]  # spread over the groups
+        for place, row in enumerate(part.rows):
+            for a, b in ((part.left, full.left), (part.right, full.right), (part.g2, full.g2)):
+                assert torch.equal(a[place, 0], b[row, heads[row]])
+        for role in ("left", "right"):  # the ranges are those of all rows
+            assert torch.equal(part.ranges[role][1], full.ranges[role][1])
+    assert some["blocks.0.mlp.fc1"].rows is None
+
+
+def test_rows_that_are_left_out_count_in_ranges_and_not_in_errors() -> None:
+    """A group without a kept row has its range-based scale; entries of other groups get the errors of their rows."""
+    x, group, kept = torch.randn(2, 1, 3, 4), torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3])
+    high = torch.tensor([1.0, 2.0, 5.0, 3.0])
+    plan = OperandPlan("symmetric", 8, 3)
+    operand = Activation(x, plan, torch.ones(1), group, -high, high, kept)
+    assert operand.extremes[1].tolist() == [2.0, 5.0, 3.0]
+    error = torch.tensor([10.0, 1.0])[:, None, None, None].expand(2, 1, 3, 2)
+    assert operand.entries(error).tolist() == [60.0, 0.0, 6.0]
+    assert operand.spread(torch.tensor([7.0, 8.0, 9.0])).flatten().tolist() == [7.0, 9.0]
+
+
+def test_what_is_kept_of_a_product_is_bounded_in_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "TOKEN_ELEMENTS", 5000)
+    monkeypatch.setattr(capture_module, "HEAD_ELEMENTS", 1000)
+    monkeypatch.setattr(capture_module, "LEAST_PAIRS", 4)
+    _, samples = capture(tiny_model(), CONFIG, tmp_path)
+    for found in samples.values():
+        one = len(found.left) * (found.left.shape[-1] + found.g2.shape[-1])  # a token of each kept row
+        assert found.left.numel() + found.g2.numel() <= max(5000, one)
+        if found.right is not None:
+            assert found.right.numel() <= 1000  # 7 rows of 12, 128 elements each
+            assert found.right.shape[:2] == (7, 1)
+    assert samples["blocks.0.mlp.fc1"].left.shape == (12, 5, 16)
+
+
+def test_at_the_size_of_flux_a_product_takes_less_than_half_a_gigabyte() -> None:
+    """Shapes alone: 320 rows of 4,608 tokens, widths 3,072 and 12,288, heads of 128."""
+    picker, one = Picker(320, 0.1, 0), range(320)
+    linear = picker.cut(one, [torch.empty(320, 4608, 3072, device="meta")], 12288)
+    assert linear.tokens.shape == (320, 27)
+    q = torch.empty(320, 24, 4608, 128, device="meta")
+    for operands, outputs in (([q, q], 4608), ([torch.empty(320, 24, 4608, 4608, device="meta"), q], 128)):
+        cut = picker.cut(one, operands, outputs)
+        assert cut.rows is not None
+        assert cut.heads is not None
+        assert (len(cut.rows), cut.heads.shape, cut.tokens.shape) == (64, (64, 1), (64, 442))
+    small = Picker(320, 0.1, 0).cut(one, [torch.empty(320, 256, 1152, device="meta")], 4608)
+    assert small.tokens.shape == (320, 26)  # DiT-XL/2 keeps its tenth
+
+
+def test_samples_that_the_disk_does_not_hold_are_refused_after_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "MOST_ROWS", 3)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"needs 0\.0 GB"):
+        capture(tiny_model(), CONFIG, tmp_path)
+    assert not list(tmp_path.glob("search-*/samples-*"))
 
 
 def test_a_batch_is_as_large_as_what_autograd_keeps_of_it_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ def test_guidance_moves_its_channels_and_leaves_the_others(channels, moved):
 def test_an_error_enters_with_the_derivative_of_the_formula(scale, channels):
     guidance = Guidance(1.5, channels)
     outputs, guided = RNG.standard_normal((2, 4, 2)).astype(np.float32), np.empty((3, 4, 2), np.float32)
-    calls = [outputs, outputs + [[[1]], [[0]]], outputs + [[[0]], [[1]]]]  # an error of one row, then of the other
-    for call, out in zip(calls, guided, strict=True):
-        guidance.combine(call.astype(np.float32), np.array([scale], np.float32), out[None])
+    errors = np.array([[0, 0], [1, 0], [0, 1]], np.float32)  # none, of the conditional row, of the other
+    for error, out in zip(errors, guided, strict=True):
+        guidance.combine(outputs + error[:, None, None], np.array([scale], np.float32), out[None])
     expected = np.abs(guided[1:] - guided[0]).mean(-1)
     np.testing.assert_allclose(guidance.weights(scale, 4), expected, atol=1e-5)
 

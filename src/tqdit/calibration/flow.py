@@ -163,6 +163,7 @@ class Calibration:
         self, model: LoadedModel, rows: CalibrationRows, plans: tuple[LayerPlan, ...], label: str = "samples"
     ) -> Capture:
         """The samples of some products on `rows`, recorded if they are not on disk."""
+
         def cotangent(index: Tensor, output: Tensor) -> Tensor:
             return FISHERS[self.config.fisher](rows, index, output, self.model, self.config)
 
