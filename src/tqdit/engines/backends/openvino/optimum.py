@@ -1,8 +1,8 @@
 """The transformer of a bundle in the layout of optimum-intel's pipelines: DIR/transformer/openvino_model.xml.
 
 Such a pipeline (OVDiffusionPipeline) feeds the transformer by the names that diffusers gives its arguments, and reads
-config.json. Arguments that are constants of our graph are inputs that nothing uses. Source of the layout: optimum-intel,
-optimum/intel/openvino/modeling_diffusion.py.
+config.json. Arguments that are constants of our graph are inputs that nothing uses. Source of the layout:
+optimum-intel, optimum/intel/openvino/modeling_diffusion.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPTIONAL: dict[str, tuple[int | None, ...]] = {
 
 
 def check_optimum(card: GraphCard, folder: Path) -> None:
-    """Raise UsageError for a graph that optimum-intel's pipelines do not feed, OutputError for a place that is taken."""
+    """Raise UsageError for a graph that optimum-intel does not feed, OutputError for a place that is taken."""
     names = card.signature.names
     missing = [name for name in ALWAYS if name not in names]
     foreign = [name for name in names if name not in (*ALWAYS, *OPTIONAL)]
