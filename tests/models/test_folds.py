@@ -121,9 +121,9 @@ def test_rows_that_make_a_channel_each_are_found_and_take_its_divisor(kind):
     layer, expected = FOLDS[kind]
     assert folds == {layer: (expected,)}
     x, network = torch.randn(2, 5, WIDTH, dtype=torch.float64), network.double()
+    model = replace(tiny_model(), network=network, products=products)
     torch.set_default_dtype(torch.float64)
     try:
-        model = replace(tiny_model(), network=network, products=products)
         divisor = torch.rand(INNER) * 5 + 0.2
         folded = fold_divisors(model, {layer: divisor}).network
         torch.testing.assert_close(folded(x), network(x), rtol=1e-12, atol=1e-13)
@@ -168,8 +168,11 @@ class CalledTwice(Base):
 class Tied(Base):
     """Another layer has the weights of `up`."""
 
-    def made(self, x):
+    def __init__(self):
+        super().__init__()
         self.gate.weight = self.up.weight
+
+    def made(self, x):
         return F.silu(self.gate(x)) * self.up(x)
 
 
