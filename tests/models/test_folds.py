@@ -160,6 +160,20 @@ class InPlace(Base):
         return x
 
 
+class SetItem(Base):
+    def made(self, x):
+        x = F.silu(self.gate(x)) * self.up(x)
+        x[:, 0] = 1.0
+        return x
+
+
+class OnConstants(Base):
+    """`up` makes something of what is no argument, too."""
+
+    def made(self, x):
+        return F.silu(self.gate(x)) * self.up(x) * self.up(torch.ones(1, 1, WIDTH))
+
+
 class CalledTwice(Base):
     def between(self, x):
         return x + self.down(F.silu(self.gate(x)) * self.up(x)) + self.down(self.gate(x))
@@ -210,7 +224,12 @@ class Joint(Heads):
         return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("kind", [UsedTwice, Itself, Added, InPlace, CalledTwice, Tied, Tokens, Overlap, Mixed, Joint])
+NO_PLACE = (
+    UsedTwice, Itself, Added, InPlace, SetItem, OnConstants, CalledTwice, Tied, Tokens, Overlap, Mixed, Joint
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_PLACE)
 def test_rows_that_something_else_uses_or_changes_are_no_place(kind):
     assert found(kind())[0] == {}
 

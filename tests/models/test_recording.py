@@ -60,8 +60,9 @@ def test_arguments_become_ports_and_constants():
 
 def test_one_timestep_stands_for_all_rows_of_a_call():
     text, x, _ = rows(3)
-    recording = record(Toy(), [((text, x, torch.tensor([7.0])), {})]).recording()
+    recording = record(Toy(), [((text, x, torch.tensor([7])), {})]).recording()
     np.testing.assert_array_equal(recording.requests["timestep"], [7, 7, 7])
+    assert recording.requests["timestep"].dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -197,3 +198,16 @@ def test_more_than_fits_into_memory_is_refused_when_a_chain_or_a_call_begins(mon
     with raising, tqdit.record(network):
         for _ in range(3):
             network(*rows(2))
+
+
+def test_a_required_argument_that_is_nothing_is_a_constant():
+    class Needs(Toy):
+        def forward(self, text, x, timestep, image, options, ids=None):
+            assert image is None
+            assert options == {}
+            return super().forward(text, x, timestep, ids)
+
+    calls = record(Needs(), [((*rows(), None, {}), {"ids": None})])
+    assert calls.recording().interface.constants == {"image": None, "options": {}}
+    table = tqdit.calibrate(Needs(), rows=calls, **KNOBS)
+    assert len(table.golden) > 0

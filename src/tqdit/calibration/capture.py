@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tqdit.bounds import check_disk
 from tqdit.calibration.work import WorkFolder
+from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Scores, ValueProduct, patches, stand_in, watched
 
@@ -153,7 +154,13 @@ class ProductRecorder:
         return self._by_rows(x, isinstance(module, Scores | ValueProduct))
 
     def _by_rows(self, x: Tensor, is_attention: bool) -> Tensor:
-        return x.reshape(len(self._batch), -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
+        rows = len(self._batch)
+        if len(x) % rows:
+            raise UsageError(
+                f"a layer takes {len(x)} rows in a call with {rows}, expected a multiple: it computes what is alike "
+                "for all rows. Such networks cannot be calibrated yet."
+            )
+        return x.reshape(rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
 
     def _weigh(self, module: nn.Module, part: dict[str, Tensor], cut: Cut, tokens: _Tokens, gradient: Tensor) -> None:
         """Put in what the gradient of the product tells: g2, and ranges of the tokens that it says count."""

@@ -83,12 +83,11 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torc
     try:
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
-        if shapes is None:
+        bounded: Any = None
+        with contextlib.suppress(torch._dynamo.exc.UserError):  # it suggests nothing
+            bounded = None if shapes is None else refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        if bounded is None or isinstance(bounded[0][0][0], int):  # no free batch is possible
             raise
-        try:
-            bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
-        except torch._dynamo.exc.UserError:
-            raise error from None  # it suggests nothing
         return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 
 

@@ -77,6 +77,8 @@ class Follower:
         pieces = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         known = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and self._is_known(x)]
         first = next(iter((*args, *kwargs.values())), None)
+        if name == "__setitem__":
+            self._uses.update(id(x) for x in known)
         if not pieces or not known or name in UNSEEN or (name in RESHAPES and output is first):
             return
         x = known[0]
@@ -121,11 +123,11 @@ class Follower:
         self._slices.setdefault(id(x), []).append(range(start, start + piece.shape[-1]))
         return True
 
-    def module(self, module: nn.Module, args: Sequence[Any], output: Tensor) -> None:
-        """A linear layer was called: what it takes may be folded, what it gives may be where."""
+    def linear(self, module: nn.Module, args: Sequence[Any], output: Tensor) -> None:
+        """A linear layer was called: a divisor of its input may have a place, and its rows may be one."""
         name = self.names[module]
         self._calls[name] += 1
-        rows = self._rows.get(id(args[0]))
+        rows = self._rows.get(id(args[0])) if args else None
         if rows is not None:
             self._inputs[name] = rows, args[0].shape[-1]
         self._keep(output, _Rows(name, 0, (0,) * (output.ndim - 1) + (1,), ()))
