@@ -140,7 +140,7 @@ class Follower:
 
     def folds(self, network: nn.Module) -> dict[str, tuple[Fold, ...]]:
         """Linear layer -> where a divisor of its input can go."""
-        found = {}
+        found: dict[str, tuple[Fold, ...]] = {}
         for name, (rows, width) in self._inputs.items():
             mine = range(rows.start, rows.start + width)
             used_once = all(self._uses[each] + self._taken(each, mine) == 1 for each in rows.way)
