@@ -122,7 +122,8 @@ def export(
 
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers AutoencoderKL
     whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: replace
-    the file of another version of tqdit.
+    the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter can end by a
+    signal if nobody has tried the class; tqdit-export traces such a class in a child process.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph

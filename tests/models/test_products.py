@@ -163,7 +163,7 @@ def test_products_come_in_the_order_of_their_calls_with_what_makes_their_input()
         ("outer", "block", "gelu"),
         ("last", "final", None),
     ]  # `dead` and `never` do not reach the prediction; `constant` takes no argument
-    assert {p.name: p.folds for p in products if p.folds} == {"outer": (fold,)}
+    assert {p.name: p.folds for p in products if p.folds} == {"outer": (fold,), "last": (Fold("outer", 0, 8),)}
     assert {p.name: p.row_blocks for p in products if p.row_blocks > 1} == {"qkv": 3}
     torch.testing.assert_close(network(**example)[0], before, rtol=1e-6, atol=1e-6)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdit.bounds import check_number
 from tqdit.card import ATTENTION_FORMS, GRAPHS
 from tqdit.console import Console
 from tqdit.errors import UsageError
@@ -59,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
     add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
+    add("--trace-minutes", type=float, default=120.0, metavar="M", help="give up the trace of a class that this version"
+        " was not tested with after so long (default: %(default)g)")  # fmt: skip
     add("--force", action="store_true", help="replace the file of another version of tqdit; those of other programs "
         "never are")  # fmt: skip
 
@@ -69,6 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.vae import check_decoder, load_decoder, trace_decoder
+    from tqdit.exporter.watch import PLACE, export_in_child
+    from tqdit.models.families.recorded import PROVEN
     from tqdit.models.load import load_model
 
     output: Path = args.output
@@ -80,6 +86,16 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if args.vae is not None:
         check_decoder(args.vae)
     table = _scale_table(args, console)
+    family = None if table is None or table.interface is None else table.interface.signature.family
+    if family is not None and family not in PROVEN and PLACE not in os.environ:
+        minutes = check_number("--trace-minutes", args.trace_minutes, 1 / 60, 60 * 24 * 30)
+        console.say(f"{family}: not among the classes that this version was tested with; exporting in a child process")
+        code = export_in_child(args.argv, family, minutes)
+        if code:
+            raise SystemExit(code)  # the child has said why
+        return output
+    if table is not None:
+        console.say(f"scales from {args.scales or DEFAULT_SCALES}")
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
     model = load_model(source, args.heads, interface=None if table is None else table.interface)
@@ -101,7 +117,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
 
 
 def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | None:
-    """The scale table to export with, or None for a float export; says which."""
+    """The scale table to export with, or None for a float export, which is said."""
     if args.float:
         return None
     path: Path | None = args.scales or (DEFAULT_SCALES if DEFAULT_SCALES.is_file() else None)
@@ -113,5 +129,4 @@ def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | Non
     table = read_scale_table(path)
     if args.model is None and table.model != "demo" and not Path(table.model).exists():
         raise UsageError(f"{path}: calibrated for '{table.model}', which is not there. Pass --model.")
-    console.say(f"scales from {path}")
     return table

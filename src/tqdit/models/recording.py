@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from tqdit import safetensors_file
+from tqdit.bounds import check_memory
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
 from tqdit.interface import Interface, InterfaceEntry
@@ -131,7 +132,8 @@ class _Run:
     table: Table
     training_steps: int
     images: int
-    inputs: list[dict[str, Tensor]] = field(default_factory=list)  # of each step: port -> (roles B, ...)
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of every step: port -> (roles B, ...)
+    changing: str | None = None  # a port for which that does not hold
     states: list[Tensor] = field(default_factory=list)  # x of each step, (B, ...)
     constants: dict[str, Constant] = field(default_factory=dict)
     weights: list[NDArray[np.float64]] = field(default_factory=list)  # of each role in the scheduler's input, (roles,)
@@ -160,7 +162,7 @@ class Recorder:
         def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._fresh:
                 self._begin(sample)
-            self._step(model_output, float(timestep), sample)
+            self._step(model_output.detach(), float(timestep), sample.detach())
             return step(model_output, timestep, sample, *args, **kwargs)
 
         @functools.wraps(set_timesteps)
@@ -208,11 +210,26 @@ class Recorder:
         if float(network_time.max() - network_time.min()) > 0:
             raise UsageError(f"the rows of one step have different timesteps. {DROP_IN_ONLY}")
         run.times.append((timestep, float(network_time[0])))
-        run.states.append(sample.detach().float().cpu().reshape(run.images, *inputs[state].shape[1:]))
-        run.inputs.append({name: tensor for name, tensor in inputs.items() if name not in (state, time)})
+        if not run.states:
+            self._check_memory(run, inputs)
+        run.states.append(sample.float().cpu().reshape(run.images, *inputs[state].shape[1:]))
+        run.inputs = run.inputs or {name: tensor for name, tensor in inputs.items() if name not in (state, time)}
+        changed = (name for name, tensor in run.inputs.items() if not torch.equal(inputs[name], tensor))
+        run.changing = run.changing or next(changed, None)
         run.constants = run.constants or calls[0].constants
         for call in calls:
             check_alike(run.constants, call.constants)
+
+    def _check_memory(self, run: _Run, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse a chain whose states, and those of all chains once more as one array, do not fit into memory."""
+        assert run.roles is not None
+        requests = sum(tensor.nbytes for tensor in inputs.values())
+        states = 4 * inputs[run.roles.state][: run.images].numel() * len(run.table.timesteps)
+        held = sum(tensor.nbytes for other in self._runs for tensor in (*other.states, *other.inputs.values()))
+        check_memory(
+            f"recording {len(self._runs)} chain(s) of {len(run.table.timesteps)} steps", held + 2 * (states + requests),
+            "Record fewer prompts, steps or frames.",
+        )  # fmt: skip
 
     # what was heard -----------------------------------------------------------------------------------------------
 
@@ -233,7 +250,11 @@ class Recorder:
         requests = [_requests(run, roles) for run in runs]
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
-        states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
+        images = np.cumsum([0, *(run.images for run in runs)])
+        states = np.empty((images[-1], len(first.states), *first.states[0].shape[1:]), np.float32)
+        for run, start in zip(runs, images, strict=False):
+            for step, state in enumerate(reversed(run.states)):
+                states[start : start + run.images, step] = state.numpy()
         assert first.roles is not None
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
         return _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
@@ -248,8 +269,14 @@ class NetworkRecorder:
         self._undo: Callable[[], None] | None = None
 
     def __enter__(self) -> NetworkRecorder:
-        self._undo = listen(self.network, lambda call: self._calls.append(call)).remove
+        self._undo = listen(self.network, self._hear).remove
         return self
+
+    def _hear(self, call: Call) -> None:
+        """Keep a call without the values of its prediction. Raises UsageError if memory does not hold it twice."""
+        self._calls.append(replace(call, output=call.output.to("meta")))
+        held = sum(tensor.nbytes for each in self._calls for tensor in each.tensors.values())
+        check_memory(f"recording {len(self._calls)} call(s)", held, "Record fewer calls.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -418,10 +445,9 @@ def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance 
 def _requests(run: _Run, roles: Mapping[str, int]) -> dict[str, Array]:
     """Values of each request port, (B, ...); those of the unconditional role under `negative.`, if they differ."""
     found: dict[str, Array] = {}
-    for name, tensor in run.inputs[0].items():
-        for inputs in run.inputs[1:]:
-            if not torch.equal(inputs[name], tensor):
-                raise UsageError(f"argument '{name}' changes from step to step. {DROP_IN_ONLY}")
+    if run.changing is not None:
+        raise UsageError(f"argument '{run.changing}' changes from step to step. {DROP_IN_ONLY}")
+    for name, tensor in run.inputs.items():
         parts = tensor.chunk(len(roles))
         values = {prefix: parts[place] for prefix, place in roles.items()}
         if len(values) == 2 and torch.equal(values[""], values[NEGATIVE]):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
+from tqdit.models.folds import Fold, shift_and_scale
 from tqdit.models.loaded import LoadedModel, Source, fingerprint, name_of
-from tqdit.models.products import Fold, find_products, shift_and_scale
+from tqdit.models.products import find_products
 from tqdit.models.state import find_network, load_weights, read_json, read_number, read_tensors, unwrap
 from tqdit.models.vae import LATENT_CHANNELS, LATENT_SCALE, read_latents
 from tqdit.ports import Port, Signature
