@@ -15,6 +15,8 @@ from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 
 CONSTANT = "constant."  # begins the names of tensors in a file
+RECORDING_KEY = "tqdit_calls"  # the metadata of a file of recorded calls
+REQUEST = "request."  # begins the names of its request values
 
 
 class InterfaceEntry(msgspec.Struct):

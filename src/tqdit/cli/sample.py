@@ -14,6 +14,7 @@ from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
+from tqdit.engines.run.requests import Prompts, read_embeddings
 from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
     INDEX,
@@ -36,6 +37,7 @@ EXAMPLES = """\
 examples:
   tqdit-sample                                                16 demo images -> samples.png
   tqdit-sample dit.engine -n 8 --classes 207,360 --guidance-scale 4 -o dogs.png
+  tqdit-sample flux.engine --embeddings prompts.safetensors -n 8 -o flux.npz
   tqdit-sample dit.engine --steps 50 --sampler ddim           another chain than the engine proposes
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
   tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
@@ -46,6 +48,7 @@ examples:
 An image depends on the engine, the seed, its number, its class, the guidance, --steps and --sampler, never on
 --batch, --threads or --ray."""
 
+IMAGES = 16
 MOST_PICTURES = 1000  # in a folder of PNGs, unless --format says otherwise
 
 
@@ -53,9 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("engine", nargs="?", type=Path, default=Path("model.engine"), help="folder that tqdit-build wrote (default: "
         "%(default)s)")  # fmt: skip
-    add("-n", type=int, default=16, metavar="N", help="images in all (default: %(default)s)")
+    add("-n", type=int, metavar="N", help=f"images in all (default: {IMAGES}; with --embeddings one for each prompt)")
     add("--classes", type=_integers, metavar="C,C,...", help="classes, repeated until there are N (default: all "
         "classes in turn); unconditional models take none")  # fmt: skip
+    add("--embeddings", type=Path, metavar="FILE", help="what a model of text takes of each prompt: a .safetensors "
+        "file with one tensor (prompts, ...) for each request value, or recorded calls; image i shows prompt i modulo "
+        "their number")  # fmt: skip
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
@@ -97,18 +103,22 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     _check_numbers(args)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
+    prompts = None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
+    if args.n is None:
+        args.n = IMAGES if prompts is None else prompts.count
     shards = _wants_shards(args, manifest)
-    job = _describe(args, manifest, shards)
+    job = _describe(args, manifest, shards, prompts)
     if not shards:
         _check_output(output, job, manifest.card)
     if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
         console.say(remark)
-    return (_sample_shards if shards else _sample_at_once)(args, manifest, job, console)
+    return (_sample_shards if shards else _sample_at_once)(args, manifest, job, prompts, console)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """What is wrong with the arguments alone."""
-    check_count("-n", args.n, 1)
+    if args.n is not None:
+        check_count("-n", args.n, 1)
     check_threads(args.threads)
     for name in ("shard_size", "workers"):
         if getattr(args, name) is not None:
@@ -129,12 +139,12 @@ def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
         raise OutputError(f"{output}: {no_images(card)}")
 
 
-def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool) -> SamplingJob:
+def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompts: Prompts | None) -> SamplingJob:
     """The job that the arguments describe; without shards it is one of all images."""
     size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
     return describe_job(
         args.engine, manifest, args.classes, args.guidance_scale, args.seed, args.n, size,
-        steps=args.steps, sampler=args.sampler,
+        steps=args.steps, sampler=args.sampler, prompts=prompts,
     )  # fmt: skip
 
 
@@ -149,7 +159,9 @@ def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
     return bool(needs) or not makes_images(manifest) or args.n > MOST_PICTURES or (args.output / INDEX).is_file()
 
 
-def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
+def _sample_at_once(
+    args: argparse.Namespace, manifest: Manifest, job: SamplingJob, prompts: Prompts | None, console: Console
+) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
     with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
@@ -160,7 +172,7 @@ def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJ
             def advance(report: StepReport) -> None:
                 bar.update()
 
-            arrays = job.make(sampler, 0, advance)
+            arrays = job.make(sampler, 0, advance, prompts)
         seconds = time.perf_counter() - started
     console.say(
         f"{job.count} images in {seconds:.2f} s: {seconds / job.count:.3f} s per image, "
@@ -177,12 +189,15 @@ def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJ
     return output
 
 
-def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
+def _sample_shards(
+    args: argparse.Namespace, manifest: Manifest, job: SamplingJob, prompts: Prompts | None, console: Console
+) -> Path:
     """Shard by shard, here or on a cluster."""
     output: Path = args.output
     with ExitStack() as stack:
         folder = stack.enter_context(open_shards(output, job, args.force, bytes_per_image(manifest.card)[1]))
-        work = _work_here(args, stack) if args.ray is None else _work_on_cluster(args, manifest, console)
+        here = args.ray is None
+        work = _work_here(args, prompts, stack) if here else _work_on_cluster(args, manifest, prompts, console)
         pending = folder.pending()
         images = sum(len(job.images(shard)) for shard in pending)
         if folder.done:
@@ -198,7 +213,7 @@ def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJo
     return output
 
 
-def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
+def _work_here(args: argparse.Namespace, prompts: Prompts | None, stack: ExitStack) -> Work:
     sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
 
     def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:
@@ -207,17 +222,17 @@ def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
             bar.update(len(report.images) if report.step == 0 else 0)
 
         for shard in pending:
-            folder.add(shard, folder.job.make(sampler, shard, advance))
+            folder.add(shard, folder.job.make(sampler, shard, advance, prompts))
 
     return work
 
 
-def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, console: Console) -> Work:
+def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, prompts: Prompts | None, console: Console) -> Work:
     from tqdit.engines.run.ray_workers import Cluster, ClusterConfig
 
     check_parts(args.engine, manifest)
     config = ClusterConfig(args.ray or None, args.workers, args.batch, args.threads)
-    return Cluster(args.engine, manifest, config, console).work
+    return Cluster(args.engine, manifest, config, console, prompts).work
 
 
 def _integers(text: str) -> list[int]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdit import safetensors_file
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
-from tqdit.interface import Interface, InterfaceEntry
+from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
 from tqdit.models.known import values_read
@@ -41,8 +41,7 @@ from tqdit.sampling.process import Recorded, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
-METADATA_KEY = "tqdit_calls"
-STATES, REQUEST = "states", "request."
+STATES = "states"
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
@@ -77,7 +76,7 @@ class Recording:
         arrays = {STATES: self.states, **requests, **self.interface.arrays}
         text = msgspec.json.encode(RecordingHeader(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
         with whole_file(Path(path)) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {METADATA_KEY: text})
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {RECORDING_KEY: text})
         return Path(path)
 
     @classmethod
@@ -86,10 +85,10 @@ class Recording:
         again = "Record the pipeline again."
         with reading(Path(path), SAFETENSORS, again, ValueError):
             metadata, tensors = safetensors_file.read(Path(path))
-        if METADATA_KEY not in metadata or STATES not in tensors:
-            raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
+        if RECORDING_KEY not in metadata or STATES not in tensors:
+            raise FileFormatError(f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). {again}")
         try:
-            header = msgspec.json.decode(metadata[METADATA_KEY], type=RecordingHeader)
+            header = msgspec.json.decode(metadata[RECORDING_KEY], type=RecordingHeader)
         except (msgspec.MsgspecError, UsageError, RecursionError) as error:
             raise FileFormatError(f"{path}: damaged, or of another version ({error}). {again}") from error
         if header.format_version != FORMAT_VERSION:

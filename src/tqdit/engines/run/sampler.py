@@ -16,6 +16,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
+from tqdit.engines.run.requests import read_embeddings
 from tqdit.engines.run.verify import verify_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
@@ -138,6 +139,14 @@ class Sampler:
             rows = {name: values[part] for name, values in arrays.items()}
             done[part] = self._chain(rows, images, scale, seed, spec, callback)
         return done
+
+    def read_requests(self, path: str | Path) -> dict[str, NDArray[Any]]:
+        """What a model of text takes of each prompt, from a safetensors file: `requests` for `sample`.
+
+        The file has one tensor (prompts, ...) for each of `card.signature.request_values`, or is what the calls of
+        `tqdit.record` were saved to. Raises FileFormatError for values that the model does not take.
+        """
+        return dict(read_embeddings(Path(path), self.card.signature).values)
 
     def steps_for(self, count: int, steps: int | None = None) -> int:
         """Number of callbacks that sampling `count` images makes."""
