@@ -25,6 +25,8 @@ from tqdit.extras import need
 from tqdit.files import check_writable, lock_folder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tqdit.card import AttentionForm, GraphName
     from tqdit.engines.bundle import Manifest
     from tqdit.engines.config import BuildConfig
@@ -116,18 +118,18 @@ def calibrate(
 def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    vae: str | Path | None = None, force: bool = False,
+    vae: str | Path | nn.Module | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
-    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers AutoencoderKL
-    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: replace
-    the file of another version of tqdit.
+    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its
+    directory or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there
+    is one. force: replace the file of another version of tqdit.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
-    from tqdit.exporter.vae import load_decoder, trace_decoder
+    from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)
@@ -136,8 +138,8 @@ def export(
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
     loaded = _loaded(model, None if table is None else table.interface)
-    folder = loaded.vae_folder if vae is None else Path(vae)
-    decoder = None if folder is None else load_decoder(folder, loaded)
+    chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
+    decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
         loaded = replace(loaded, latents=decoder.latents)
     traced, card = export_graph(loaded, config, table)

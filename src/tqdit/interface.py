@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.card import Latents
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
@@ -28,6 +29,7 @@ class InterfaceEntry(msgspec.Struct):
     constants: dict[str, Any]
     config: dict[str, Any]
     alike: list[str] = []
+    latents: Latents | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Interface:
     """The ports of a network, the chain that it was recorded in, and arguments that are alike in every call.
 
     constants: by dotted name (`models.arguments`): arrays, or what JSON can hold. alike: those that have rows, all the
-    same: one row. config: the network's settings, which pipelines read.
+    same: one row. config: the network's settings, which pipelines read. latents: of states that a VAE decoded.
     """
 
     signature: Signature
@@ -44,11 +46,13 @@ class Interface:
     constants: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     alike: tuple[str, ...] = ()
+    latents: Latents | None = None
 
     @property
     def entry(self) -> InterfaceEntry:
         values = {name: value for name, value in self.constants.items() if not isinstance(value, np.ndarray)}
-        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, dict(self.config), list(self.alike))
+        config, alike = dict(self.config), list(self.alike)
+        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, config, alike, self.latents)
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -61,4 +65,5 @@ class Interface:
         """From the metadata of a file and all its tensors."""
         found = {name.removeprefix(CONSTANT): array for name, array in arrays.items() if name.startswith(CONSTANT)}
         constants = {**entry.constants, **found}
-        return cls(entry.signature, entry.sampling, entry.guidance, constants, entry.config, tuple(entry.alike))
+        alike = tuple(entry.alike)
+        return cls(entry.signature, entry.sampling, entry.guidance, constants, entry.config, alike, entry.latents)

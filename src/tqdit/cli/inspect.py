@@ -270,8 +270,7 @@ def _shape(shape: tuple[int | None, ...]) -> str:
 def _space(card: GraphCard) -> str:
     if card.latents is None:
         return "pixels" if has_pixels(card) else "values as they are"
-    shift = f", shift {card.latents.shift:g}" if card.latents.shift else ""
-    return f"latents of scale {card.latents.scale:g}{shift}"
+    return f"latents of {card.latents}"
 
 
 def _guidance(guidance: Guidance | None) -> str:

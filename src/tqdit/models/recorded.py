@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from tqdit.registry import find_modules
 EXAMPLE_ROWS = 2
 
 
-def recorded_model(network: nn.Module, interface: Interface, source: str = "pipeline") -> LoadedModel:
+def recorded_model(
+    network: nn.Module, interface: Interface, source: str = "pipeline", vae_folder: Path | None = None
+) -> LoadedModel:
     """The network that `interface` was learned from, in float32; its float32 parameters are shared, not copied.
 
     source: what the user names it by. Raises UsageError if the network does not take such calls.
@@ -40,13 +43,14 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
         products=find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS),
         sampling=interface.sampling,
         guidance=interface.guidance,
-        latents=None,
+        latents=interface.latents,
         origin="diffusers",
         source=source,
         fingerprint=fingerprint(network, interface.signature.family),
         constants=constants,
         alike=alike,
         config=interface.config,
+        vae_folder=vae_folder,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,11 +28,13 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from tqdit import safetensors_file
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.card import Latents
+from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
 from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
+from tqdit.models.decoding import learn_latents
 from tqdit.models.known import values_read
 from tqdit.models.loaded import arguments_of
 from tqdit.models.scheduler import tabulate
@@ -138,6 +141,13 @@ class _Run:
     roles: Roles | None = None
     channels: tuple[int, ...] = ()  # shape of a row of the prediction
     tolerance: float = TOLERANCES[torch.float32]
+    end: Tensor | None = None  # x after the last step
+    codes: list[Tensor] = field(default_factory=list)  # what the VAE's `decode` got, if it was called
+    given: set[str] = field(default_factory=set)  # other tensors that it got
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.states) == len(self.table.timesteps)
 
 
 class Recorder:
@@ -146,6 +156,7 @@ class Recorder:
     def __init__(self, pipeline: Any) -> None:
         self.network: nn.Module = _part(pipeline, "transformer")
         self.scheduler = _part(pipeline, "scheduler")
+        self.vae = getattr(pipeline, "vae", None)
         self._runs: list[_Run] = []
         self._calls: list[Call] = []
         self._undo: list[Callable[[], None]] = []
@@ -160,7 +171,9 @@ class Recorder:
             if self._fresh:
                 self._begin(sample)
             self._step(model_output, float(timestep), sample)
-            return step(model_output, timestep, sample, *args, **kwargs)
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            self._runs[-1].end = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
 
         @functools.wraps(set_timesteps)
         def begin(*args: Any, **kwargs: Any) -> Any:
@@ -173,6 +186,19 @@ class Recorder:
             lambda: self.scheduler.__dict__.pop("step"),
             lambda: self.scheduler.__dict__.pop("set_timesteps"),
         ]
+        if self.vae is not None:
+            decode = self.vae.decode
+
+            @functools.wraps(decode)
+            def decoded(codes: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self._runs and self._runs[-1].is_whole:
+                    self._runs[-1].codes.append(codes.detach().clone())
+                    self._runs[-1].given |= {name for name, value in kwargs.items() if isinstance(value, Tensor)}
+                    self._runs[-1].given |= {"an argument" for value in args if isinstance(value, Tensor)}
+                return decode(codes, *args, **kwargs)
+
+            self.vae.decode = decoded
+            self._undo.append(lambda: self.vae.__dict__.pop("decode"))
         return self
 
     def __exit__(
@@ -217,7 +243,7 @@ class Recorder:
 
     def recording(self) -> Recording:
         """The runs as one recording. Raises UsageError if there is none, or if they differ in more than requests."""
-        runs = [run for run in self._runs if len(run.states) == len(run.table.timesteps)]
+        runs = [run for run in self._runs if run.is_whole]
         if not runs:
             raise UsageError(
                 "no chain was recorded from its first to its last step. Call the pipeline inside `record`."
@@ -235,7 +261,8 @@ class Recorder:
         states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
         assert first.roles is not None
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
-        return _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
+        found = _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
+        return replace(found, interface=replace(found.interface, latents=_latents(runs, type(self.vae).__name__)))
 
 
 class NetworkRecorder:
@@ -296,6 +323,26 @@ def _recording(
     ports = tuple(port for port in signature.ports if port.name not in read)
     interface = Interface(replace(signature, ports=ports), *sampled, plain, settings_of(network), tuple(read))
     return Recording(interface, states, {name: array for name, array in requests.items() if name not in read})
+
+
+def _latents(runs: list[_Run], decoder: str) -> Latents | None:
+    """How states become codes of the VAE; None if no run was decoded, or with a warning if it cannot be learned."""
+    decoded = [run for run in runs if run.codes]
+    if not decoded:
+        return None
+    shapes = [run.states[0].shape for run in decoded]  # (images, ...)
+    try:
+        if given := set.union(*(run.given for run in decoded)):
+            raise UsageError(f"{decoder}.decode takes {', '.join(sorted(given))} beside the codes")
+        codes = [torch.cat(run.codes) for run in decoded]
+        if any(len(each) != shape[0] for each, shape in zip(codes, shapes, strict=True)):
+            raise UsageError(f"{decoder} decodes an image or a video in parts")
+        ends = [run.end.reshape(shape) for run, shape in zip(decoded, shapes, strict=True) if run.end is not None]
+        x, y = (torch.cat(parts).detach().float().cpu().numpy() for parts in (ends, codes))
+        return learn_latents(x, y, decoder, decoded[0].tolerance)
+    except (UsageError, RuntimeError) as error:  # PyTorch's, for parts of different shapes
+        warnings.warn(f"engines of this recording make latents: {error}.", TqditWarning, stacklevel=3)
+        return None
 
 
 def _is_alike(port: Port, requests: Mapping[str, Array]) -> bool:

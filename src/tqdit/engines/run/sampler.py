@@ -53,7 +53,8 @@ class Sampler:
     """
 
     def __init__(self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16) -> None:
-        """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W) in -1..1.
+        """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
+        videos (B, C, F, H, W), in -1..1.
         batch: images per call at most. `close` closes both if they have a method of that name.
         """
         check_graph(card)
@@ -101,7 +102,7 @@ class Sampler:
         sampler: str | None = None,
         first_image: int = 0,
     ) -> NDArray[np.uint8]:
-        """One image per request: uint8 (N, H, W, 3).
+        """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
 
         requests: the classes, for a class-conditional model (ints in 0..num_classes; the last one is unconditional);
         the number of images, for an unconditional one; in general a dict with an array (N, ...) for each request port.
@@ -228,7 +229,8 @@ def image_size(card: GraphCard) -> tuple[int, int] | None:
 def bytes_per_image(card: GraphCard) -> tuple[int, int]:
     """What an image takes in memory until it is written, its state and its pixels; and in a file."""
     height, width = image_size(card) or (0, 0)
-    state, pixels = 4 * math.prod(card.state_shape), 3 * height * width
+    frames = (card.vae and card.vae.frames) or 1
+    state, pixels = 4 * math.prod(card.state_shape), 3 * height * width * frames
     return state + pixels, pixels or state
 
 
@@ -248,9 +250,9 @@ def choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> i
 def to_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Images (N, C, H, W) in -1..1 to uint8 (N, H, W, 3), as DiT's sample_ddp.py: clamp(127.5 x + 128), truncated.
 
-    C is 3, or 1 for grey images.
+    C is 3, or 1 for grey images. Videos (N, C, F, H, W) become (N, F, H, W, 3).
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim not in (4, 5) or images.shape[1] not in (1, 3):
         raise FileFormatError(f"the engine makes images of shape {list(images.shape)}, expected (N, 1 or 3, H, W).")
-    pixels = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
+    pixels = np.moveaxis(np.clip(127.5 * images + 128, 0, 255).astype(np.uint8), 1, -1)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:-1], 3)))

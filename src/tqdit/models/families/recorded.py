@@ -38,7 +38,7 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
             f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."
         )
     network = source if isinstance(source, nn.Module) else _read_network(str(source))
-    return recorded_model(network, interface, name_of(source))
+    return recorded_model(network, interface, name_of(source), dit.vae_folder(source))
 
 
 def open_pipeline(folder: str) -> Any:
