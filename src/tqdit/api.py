@@ -118,18 +118,21 @@ def calibrate(
 def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    vae: str | Path | nn.Module | None = None, force: bool = False,
+    vae: str | Path | nn.Module | None = None, text: Any = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its
     directory or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there
-    is one. force: replace the file of another version of tqdit.
+    is one. text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file. force:
+    replace the file of another version of tqdit.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
+    from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
+    from tqdit.models.families.recorded import open_texts
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)
@@ -142,8 +145,10 @@ def export(
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
         loaded = replace(loaded, latents=decoder.latents)
+    pipeline = open_texts(str(text)) if isinstance(text, str | Path) else text
+    texts = None if pipeline is None else trace_text(pipeline, loaded, path.stem)
     traced, card = export_graph(loaded, config, table)
-    write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded))
+    write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded), texts)
     return path
 
 

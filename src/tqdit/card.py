@@ -17,6 +17,7 @@ from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
+from tqdit.text import TextCard
 
 FORMAT_VERSION = 3
 METADATA_KEY = "tqdit"
@@ -122,6 +123,7 @@ class GraphCard:
     fingerprint: str
     written_by: str  # tqdit's version
     vae: VaeCard | None = None
+    text: TextCard | None = None  # encoders of prompts
     quantization: QuantizationCard | None = None  # None: a float graph
     constants: dict[str, str] = field(default_factory=dict)  # arguments that are part of the graph -> digest
     alike: tuple[str, ...] = ()  # those of them that have rows, all the same: the digest is of one row

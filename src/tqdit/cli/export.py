@@ -59,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, metavar="DIR", help="diffusers VAE whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
     add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
+    add("--text", action="store_true", help="the text encoders of the pipeline directory MODEL go beside the model, "
+        "for tqdit-sample --prompt; refused unless they reproduce the embeddings of recorded prompts")  # fmt: skip
     add("--force", action="store_true", help="replace the file of another version of tqdit; those of other programs "
         "never are")  # fmt: skip
 
@@ -68,7 +70,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         need(library, "export", "tqdit-export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
+    from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
+    from tqdit.models.families.recorded import open_texts
     from tqdit.models.load import load_model
 
     output: Path = args.output
@@ -88,6 +92,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if decoder is not None:
         model = replace(model, latents=decoder.latents)
     console.say(f"tracing the {args.graph} graph; {config.sampling(model, table)}")
+    texts = None
+    if args.text:
+        console.say(f"tracing the text encoders of {source}")
+        texts = trace_text(open_texts(source), model, output.stem)
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:
         console.say(f"quantized {card.quantization.summary}")
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         console.say(f"tracing the decoder of {vae_folder}")
         vae = trace_decoder(decoder, model)
     console.say(f"writing {output}")
-    write(output, graph, card, vae)
+    write(output, graph, card, vae, texts)
     return output
 
 

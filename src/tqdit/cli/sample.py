@@ -14,7 +14,7 @@ from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
-from tqdit.engines.run.requests import Prompts, read_embeddings
+from tqdit.engines.run.requests import Prompts, encode, read_embeddings
 from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
     INDEX,
@@ -37,6 +37,7 @@ EXAMPLES = """\
 examples:
   tqdit-sample                                                16 demo images -> samples.png
   tqdit-sample dit.engine -n 8 --classes 207,360 --guidance-scale 4 -o dogs.png
+  tqdit-sample text.engine --prompt 'a bold red A on blue' -n 4
   tqdit-sample flux.engine --embeddings prompts.safetensors -n 8 -o flux.npz
   tqdit-sample dit.engine --steps 50 --sampler ddim           another chain than the engine proposes
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
@@ -56,12 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("engine", nargs="?", type=Path, default=Path("model.engine"), help="folder that tqdit-build wrote (default: "
         "%(default)s)")  # fmt: skip
-    add("-n", type=int, metavar="N", help=f"images in all (default: {IMAGES}; with --embeddings one for each prompt)")
+    add("-n", type=int, metavar="N", help=f"images in all (default: {IMAGES}, or one for each "
+        "prompt)")  # fmt: skip
     add("--classes", type=_integers, metavar="C,C,...", help="classes, repeated until there are N (default: all "
         "classes in turn); unconditional models take none")  # fmt: skip
     add("--embeddings", type=Path, metavar="FILE", help="what a model of text takes of each prompt: a .safetensors "
         "file with one tensor (prompts, ...) for each request value, or recorded calls; image i shows prompt i modulo "
         "their number")  # fmt: skip
+    add("--prompt", action="append", metavar="TEXT", help="what to show, of an engine with text encoders; may be given "
+        "several times")  # fmt: skip
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     _check_numbers(args)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
-    prompts = None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
+    prompts = _prompts(args, manifest)
     if args.n is None:
         args.n = IMAGES if prompts is None else prompts.count
     shards = _wants_shards(args, manifest)
@@ -113,6 +117,15 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
         console.say(remark)
     return (_sample_shards if shards else _sample_at_once)(args, manifest, job, prompts, console)
+
+
+def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
+    """What images of a model of text show; None: of another model."""
+    if args.prompt is None:
+        return None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
+    if args.embeddings is not None:
+        raise UsageError("--prompt and --embeddings each say what the images show. Pass one of them.")
+    return encode(args.engine, manifest.card, args.prompt)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -183,7 +196,7 @@ def _sample_at_once(
     else:
         notes = {
             "engine": manifest.card.fingerprint, "steps": job.steps, "sampler": job.sampler, "seed": job.seed,
-            "guidance_scale": job.guidance_scale,
+            "guidance_scale": job.guidance_scale, **({"prompts": job.texts} if job.texts else {}),
         }  # fmt: skip
         write_images(output, arrays["arr_0"], job.labels(0), notes)
     return output

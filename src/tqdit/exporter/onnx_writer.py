@@ -11,13 +11,16 @@ import onnx_ir as ir
 
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
+from tqdit.exporter.text import TextGraph
 from tqdit.exporter.vae import DecoderGraph
 from tqdit.files import flush, sha256, temporary_folder
 from tqdit.onnx_file import OnnxFile, save
 from tqdit.onnx_header import PRODUCER, OnnxHeader
 
 
-def write(path: Path, model: ir.Model, card: GraphCard, vae: DecoderGraph | None = None) -> None:
+def write(
+    path: Path, model: ir.Model, card: GraphCard, vae: DecoderGraph | None = None, text: TextGraph | None = None
+) -> None:
     """Write a graph with its card to `path`, and what belongs to it beside it.
 
     The side files carry a piece of their own SHA-256 in their names and the ONNX file is renamed last, so a run that
@@ -27,6 +30,8 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: DecoderGraph | None
     with temporary_folder(path) as folder:
         if vae is not None:
             card = replace(card, vae=_write_vae(folder, path, vae))
+        if text is not None:
+            card = replace(card, text=text.write(folder, path.stem))
         model.metadata_props[METADATA_KEY] = json.dumps(card.to_json(), sort_keys=True)
         model.producer_name, model.producer_version = PRODUCER, card.written_by
         save(model, folder / path.name)
@@ -77,4 +82,5 @@ def _side_files(path: Path) -> set[Path]:
     except FileFormatError:
         return set()
     names |= {card.vae.file} if card.vae else set()
+    names |= {*card.text.files} if card.text else set()
     return {path.parent / name for name in names if Path(name).name == name and name.startswith(path.stem)}

@@ -23,8 +23,9 @@ EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the expo
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start, rows: int | None = None
-) -> ir.Model:
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str | list[str], opset: int = OPSETS.start,
+    rows: int | None = None,
+) -> ir.Model:  # fmt: skip
     """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`, or `rows`.
 
     `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
@@ -42,7 +43,7 @@ def trace(
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),
-            output_names=[output],
+            output_names=[output] if isinstance(output, str) else output,
             dynamic_shapes=shapes,
             verbose=False,
         )

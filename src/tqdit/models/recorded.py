@@ -26,7 +26,7 @@ def recorded_model(
 
     source: what the user names it by. Raises UsageError if the network does not take such calls.
     """
-    network = _explicit_copy(network)
+    network = float_copy(network)
     for quirk in find_modules(quirks).values():
         if interface.signature.family in quirk.CLASSES:
             quirk.prepare(network, interface.signature.state.row_shape)
@@ -44,6 +44,7 @@ def recorded_model(
         sampling=interface.sampling,
         guidance=interface.guidance,
         latents=interface.latents,
+        text=interface.text,
         origin="diffusers",
         source=source,
         fingerprint=fingerprint(network, interface.signature.family),
@@ -54,7 +55,7 @@ def recorded_model(
     )
 
 
-def _explicit_copy(network: nn.Module) -> nn.Module:
-    """A copy whose attention can be made explicit while the pipeline goes on with its own."""
+def float_copy(network: nn.Module) -> nn.Module:
+    """A float32 copy that can be changed while the pipeline goes on with its own; float32 parameters are shared."""
     shared = {id(tensor): tensor for tensor in network.parameters()}
     return copy.deepcopy(network, shared).float().eval().requires_grad_(False)

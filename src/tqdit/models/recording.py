@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +33,7 @@ from tqdit import safetensors_file
 from tqdit.card import Latents
 from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
-from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry
+from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry, TextExamples
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
 from tqdit.models.decoding import learn_latents
@@ -45,6 +47,8 @@ from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
 STATES = "states"
+MOST_PROMPTS = 4  # whose request values are kept to prove text encoders
+PLAIN = (str, int, float, list, dict)  # kinds of settings that a file holds
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
@@ -144,6 +148,8 @@ class _Run:
     end: Tensor | None = None  # x after the last step
     codes: list[Tensor] = field(default_factory=list)  # what the VAE's `decode` got, if it was called
     given: set[str] = field(default_factory=set)  # other tensors that it got
+    prompts: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)  # of `encode_prompt`
 
     @property
     def is_whole(self) -> bool:
@@ -156,7 +162,8 @@ class Recorder:
     def __init__(self, pipeline: Any) -> None:
         self.network: nn.Module = _part(pipeline, "transformer")
         self.scheduler = _part(pipeline, "scheduler")
-        self.vae = getattr(pipeline, "vae", None)
+        self.pipeline, self.vae = pipeline, getattr(pipeline, "vae", None)
+        self._heard: tuple[tuple[str, ...], dict[str, Any]] | None = None  # prompts and settings of the next run
         self._runs: list[_Run] = []
         self._calls: list[Call] = []
         self._undo: list[Callable[[], None]] = []
@@ -199,6 +206,16 @@ class Recorder:
 
             self.vae.decode = decoded
             self._undo.append(lambda: self.vae.__dict__.pop("decode"))
+        if hasattr(self.pipeline, "encode_prompt"):
+            encode = self.pipeline.encode_prompt
+
+            @functools.wraps(encode)
+            def encoded(*args: Any, **kwargs: Any) -> Any:
+                self._heard = self._heard or _prompts(inspect.signature(encode).bind(*args, **kwargs).arguments)
+                return encode(*args, **kwargs)
+
+            vars(self.pipeline)["encode_prompt"] = encoded
+            self._undo.append(lambda: vars(self.pipeline).pop("encode_prompt"))
         return self
 
     def __exit__(
@@ -211,7 +228,9 @@ class Recorder:
         self._fresh = False
         config = getattr(self.scheduler, "config", {})
         name, training_steps = type(self.scheduler).__name__, config.get("num_train_timesteps", 1000)
-        self._runs.append(_Run(name, tabulate(self.scheduler), training_steps, len(sample)))
+        (prompts, settings), self._heard = self._heard or ((), {}), None
+        table = tabulate(self.scheduler)
+        self._runs.append(_Run(name, table, training_steps, len(sample), prompts=prompts, settings=settings))
 
     def _step(self, model_output: Tensor, timestep: float, sample: Tensor) -> None:
         run, calls, self._calls = self._runs[-1], self._calls, []
@@ -262,7 +281,8 @@ class Recorder:
         assert first.roles is not None
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
         found = _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
-        return replace(found, interface=replace(found.interface, latents=_latents(runs, type(self.vae).__name__)))
+        latents, text = _latents(runs, type(self.vae).__name__), _examples(runs, found.requests)
+        return replace(found, interface=replace(found.interface, latents=latents, text=text))
 
 
 class NetworkRecorder:
@@ -323,6 +343,36 @@ def _recording(
     ports = tuple(port for port in signature.ports if port.name not in read)
     interface = Interface(replace(signature, ports=ports), *sampled, plain, settings_of(network), tuple(read))
     return Recording(interface, states, {name: array for name, array in requests.items() if name not in read})
+
+
+def _prompts(arguments: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+    """The prompts of a call of `encode_prompt` and its other settings; None if it got embeddings or several texts."""
+    prompt = arguments.pop("prompt", None)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
+        return None
+    others = {name: value for name, value in arguments.items() if value is not None and name != "device"}
+    if any(name.startswith("prompt") and value not in (prompt, prompts) for name, value in others.items()):
+        return None
+    plain = {
+        name: value for name, value in others.items() if isinstance(value, PLAIN) and not name.startswith("prompt")
+    }
+    return tuple(prompts), json.loads(json.dumps(plain))
+
+
+def _examples(runs: list[_Run], requests: Mapping[str, Array]) -> TextExamples | None:
+    """Some of the prompts with their request values; None if a run had none, or if their settings differ."""
+    if any(not run.prompts or run.images % len(run.prompts) or run.settings != runs[0].settings for run in runs):
+        return None
+    rows: dict[str, int] = {}  # a prompt -> its first image
+    start = 0
+    for run in runs:
+        for number, prompt in enumerate(run.prompts):
+            rows.setdefault(prompt, start + number * (run.images // len(run.prompts)))
+        start += run.images
+    chosen = dict(list(rows.items())[:MOST_PROMPTS])
+    values = {name: array[[*chosen.values()]] for name, array in requests.items()}
+    return TextExamples(tuple(chosen), runs[0].settings, values)
 
 
 def _latents(runs: list[_Run], decoder: str) -> Latents | None:

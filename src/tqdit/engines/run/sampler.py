@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
-from tqdit.engines.run.requests import read_embeddings
+from tqdit.engines.run.requests import open_texts, read_embeddings
 from tqdit.engines.run.verify import verify_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
@@ -25,6 +25,7 @@ from tqdit.sampling.chains import Chains, Network
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.sampling.schedule import SamplingSpec
+from tqdit.text import TextEncoder
 
 DEFAULT_BATCH = 16
 
@@ -52,9 +53,12 @@ class Sampler:
     steps, and on nothing else.
     """
 
-    def __init__(self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16) -> None:
+    def __init__(
+        self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16,
+        folder: Path | None = None,
+    ) -> None:  # fmt: skip
         """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
-        videos (B, C, F, H, W), in -1..1.
+        videos (B, C, F, H, W), in -1..1. folder: of the bundle, if it may have text encoders.
         batch: images per call at most. `close` closes both if they have a method of that name.
         """
         check_graph(card)
@@ -62,6 +66,8 @@ class Sampler:
         self.batch = check_count("batch", batch, 1, MOST_BATCH)
         self._network: Network | None = network
         self._decoder = decoder
+        self._folder = folder  # with the text encoders
+        self._texts: TextEncoder | None = None
 
     @classmethod
     def open(
@@ -80,7 +86,8 @@ class Sampler:
         network = load(manifest.entry)
         if verify:
             verify_engine(Path(path), manifest, network).check(str(path))
-        return cls(manifest.card, network, load(manifest.decoder) if manifest.decoder else None, batch)
+        decoder = load(manifest.decoder) if manifest.decoder else None
+        return cls(manifest.card, network, decoder, batch, Path(path))
 
     @property
     def makes_images(self) -> bool:
@@ -149,6 +156,18 @@ class Sampler:
         """
         return dict(read_embeddings(Path(path), self.card.signature).values)
 
+    def encode(self, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """What the model takes of these texts: `requests` for `sample`. The bundle must have text encoders.
+
+        They are opened by the first call and run on the CPU. Raises UsageError if there are none, or for a prompt that
+        is too long.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("expected a list of prompts, found one text. Pass [prompt].")
+        if self._texts is None:
+            self._texts = open_texts(self._folder or Path(), self.card)
+        return self._texts(prompts)
+
     def steps_for(self, count: int, steps: int | None = None) -> int:
         """Number of callbacks that sampling `count` images makes."""
         return math.ceil(count / self.batch) * self.card.sampling.choose(steps).steps
@@ -157,7 +176,7 @@ class Sampler:
         """Free the engine; the sampler cannot be used afterwards."""
         for network in (self._network, self._decoder):
             getattr(network, "close", lambda: None)()
-        self._network = self._decoder = None
+        self._network = self._decoder = self._texts = None
 
     def __enter__(self) -> Sampler:
         return self

@@ -81,6 +81,7 @@ class SamplingJob:
     prompts: int = 0  # image i shows prompt i modulo this number; 0: a model that takes a class, or nothing
     embeddings: str | None = None  # SHA-256 of the file with the prompts' request values
     embeddings_file: str | None = field(default=None, compare=False)
+    texts: tuple[str, ...] = ()  # of the prompts, if the engine encoded them
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
@@ -136,7 +137,7 @@ def describe_job(
     """
     card = manifest.card
     if prompts is not None and classes is not None:
-        raise UsageError("--classes and --embeddings each say what the images show. Pass one of them.")
+        raise UsageError("--classes, --embeddings and --prompt each say what the images show. Pass one of them.")
     scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler)
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
@@ -153,7 +154,9 @@ def describe_job(
     )
     if prompts is None:
         return job
-    return replace(job, prompts=prompts.count, embeddings=prompts.sha256, embeddings_file=prompts.file)
+    return replace(
+        job, prompts=prompts.count, embeddings=prompts.sha256, embeddings_file=prompts.file, texts=prompts.texts
+    )
 
 
 def _classes(signature: Signature, chosen: list[int] | None) -> tuple[int, ...]:
