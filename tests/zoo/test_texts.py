@@ -23,9 +23,10 @@ from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
 from tqdit.onnx_file import read_card
 from tqdit.sampling import noise
+from tqdit.text import TextEncoder
 from zoo.pipelines import FAMILIES
 from zoo.test_pipelines import STEPS, relative
-from zoo.texts import PROMPTS, TEXTS, pixart_with_t5
+from zoo.texts import OTHERS, PROMPTS, TEXTS, pixart_with_t5
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -80,6 +81,20 @@ def test_a_prompt_becomes_what_the_pipeline_makes_of_it(family):
             for name, array in expected.items():
                 assert found[name].dtype == array.dtype
                 assert relative(found[name], array) < 1e-10
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_text_encoders_of_other_families_reproduce_the_pipeline_s_embeddings(name, tmp_path):
+    """Also of a prompt that was not recorded. The constants are of the negative prompt, and Flux's guidance."""
+    pipeline, arguments = OTHERS[name]()
+    recording = record(pipeline, arguments)
+    graph = exporter.trace_text(pipeline, recorded_model(pipeline.transformer, recording.interface), "x")
+    expected = record(pipeline, arguments, [NEW]).requests
+    found = TextEncoder(tmp_path, graph.write(tmp_path, "x"))([NEW, PROMPTS[2]])
+    assert set(found) == set(expected)
+    for key, array in expected.items():
+        assert relative(found[key][:1], array) < 1e-10
+        assert relative(found[key][1:], recording.requests[key][2:]) < 1e-10
 
 
 def test_what_a_pipeline_changes_in_a_prompt_is_changed_here(pixart):

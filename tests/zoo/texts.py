@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)  # fmt: skip
 
-from zoo.pipelines import Family, pixart_sigma, randomized, sd3
+from zoo.pipelines import Family, flux, pixart_sigma, randomized, sana, sd3, wan
 
 WORDS = ("a", "an", "bold", "thin", "red", "blue", "green", "on", "over", "letter", "A", "B", "C", "of")
 PROMPTS = ("a bold red A on blue", "a thin green B over red", "letter C")
@@ -65,4 +76,42 @@ def sd3_with_clip() -> Family:
     return pipeline, {**without_embeddings(arguments), "max_sequence_length": 9}
 
 
+def flux_with_clip() -> Family:
+    """CLIP's pooled state alone, and T5's states."""
+    pipeline, arguments = flux()
+    config = CLIPTextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, eos_token_id=1, bos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    pipeline.register_modules(
+        tokenizer=tokenizer(12, begins=True), tokenizer_2=tokenizer(64, begins=False),
+        text_encoder=randomized(CLIPTextModel(config)), text_encoder_2=t5(32),
+    )  # fmt: skip
+    pipeline.tokenizer_max_length = 12
+    return pipeline, {**without_embeddings(arguments), "max_sequence_length": 9}
+
+
+def sana_with_gemma() -> Family:
+    """An instruction stands before each prompt; of its tokens the states of the first one remain."""
+    pipeline, arguments = sana()
+    config = Gemma2Config(
+        vocab_size=128, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    pipeline.register_modules(tokenizer=tokenizer(64, begins=True), text_encoder=randomized(Gemma2Model(config)))
+    instruction = ["Given a letter", "on blue: "]
+    return pipeline, {
+        **without_embeddings(arguments), "max_sequence_length": 9, "complex_human_instruction": instruction
+    }  # fmt: skip
+
+
+def wan_with_umt5() -> Family:
+    """States of padding are replaced by zeros."""
+    pipeline, arguments = wan()
+    config = UMT5Config(vocab_size=128, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    pipeline.register_modules(tokenizer=tokenizer(64, begins=False), text_encoder=randomized(UMT5EncoderModel(config)))
+    return pipeline, {**without_embeddings(arguments), "max_sequence_length": 9}
+
+
+OTHERS = {"flux": flux_with_clip, "sana": sana_with_gemma, "wan": wan_with_umt5}  # their encoders are tested alone
 TEXTS = {"pixart-sigma": pixart_with_t5, "sd3": sd3_with_clip}

@@ -28,6 +28,7 @@ from tqdit.interface import TextExamples
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.recorded import float_copy
 from tqdit.onnx_file import save
+from tqdit.ports import NEGATIVE
 from tqdit.text import FOLDS, TextCard, TextEncoder, Tokens, tokenize
 
 PROBE = " A Red b1 "  # shows what becomes of capitals and blanks
@@ -115,16 +116,14 @@ class _Call:
     mask: NDArray[np.int64]
 
 
-@dataclass
-class _Given:
+class _Given(dict[str, Tensor]):
     """What a call of a tokenizer returns; pipelines read it by attribute or by name."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    def __init__(self, ids: Tensor, mask: Tensor) -> None:
+        super().__init__(input_ids=ids, attention_mask=mask)
 
-    def __getitem__(self, name: str) -> Tensor:
-        found: Tensor = getattr(self, name)
-        return found
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
 
 
 class _Tokenizer:
@@ -228,14 +227,14 @@ def _name(pipeline: Any) -> str:
 
 def _source(name: str, expected: NDArray[Any], results: Sequence[Sequence[Tensor]]) -> int | Tensor:
     """Which result of `encode_prompt` is a request value, or the value itself if it is alike for all prompts."""
-    least = np.inf
-    for index in range(len(results[0])):
+    least, is_constant = np.inf, bool((expected == expected[0]).all())
+    for index in range(0 if is_constant and name.startswith(NEGATIVE) else len(results[0])):
         if results[0][index].numel() == expected[0].size:
             found = np.stack([result[index].numpy().reshape(expected.shape[1:]) for result in results])
             least = min(least, _error(found, expected))
             if least < TOLERANCE:
                 return index
-    if (expected == expected[0]).all():
+    if is_constant:
         return torch.from_numpy(expected[:1].copy())
     raise UsageError(
         f"'{name}' of the recorded prompts is nothing that encode_prompt returns (least difference {least:.1e}, "

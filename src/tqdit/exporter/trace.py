@@ -120,12 +120,14 @@ def _without_autocast() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter reports on libraries that we do not use and on its own deprecations; neither helps our users."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    names = "torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication"
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
