@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tqdit
-from support import made_once
+from support import made_once, read_picture
 from tqdit.card import Layout
+from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest
 from tqdit.errors import CheckpointError, TqditWarning, UsageError
 from tqdit.exporter.vae import find_decoder, load_decoder
@@ -148,3 +150,19 @@ def test_a_pipeline_directory_brings_its_decoder(tmp_path):
         load_decoder(tmp_path / "vae", replace(model, latents=None))
     with pytest.raises(CheckpointError, match="a VAE of class 'AutoencoderKL', expected 'AutoencoderDC'"):
         load_decoder(FAMILIES["sd3"]()[0].vae, model)
+
+
+def test_a_sampled_video_is_a_gif_or_a_row_of_frames(tmp_path, capsys):
+    folder = made_once("decoder-wan", lambda folder: make("wan", folder))
+    arguments = [str(folder / "model.engine"), "-q", "--embeddings", str(folder / "calls.safetensors"), "--seed", "5"]
+    for name in ("x.gif", "x.png", "x.npz"):
+        assert run("sample", [*arguments, "-o", str(tmp_path / name)]) == 0
+    with Image.open(tmp_path / "x.gif") as file:
+        assert (file.n_frames, file.size) == (5, (64, 64))
+    assert read_picture(tmp_path / "x.png").shape == (64, 5 * 64 + 4 * 2, 3)
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 5, 32, 32, 3)
+    still = made_once("decoder-sana", lambda folder: make("sana", folder))
+    arguments[0], arguments[3] = str(still / "model.engine"), str(still / "calls.safetensors")
+    capsys.readouterr()
+    assert run("sample", [*arguments, "-o", str(tmp_path / "y.gif")]) == 1
+    assert "makes pictures, not videos" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -14,7 +15,10 @@ from safetensors.torch import save_file as save_torch_file
 import tqdit
 from support import made_once
 from tqdit.cli.main import run
-from tqdit.engines.run.shards import INDEX
+from tqdit.engines.bundle import read_manifest
+from tqdit.engines.run.ray_workers import Worker
+from tqdit.engines.run.requests import read_embeddings
+from tqdit.engines.run.shards import INDEX, describe_job
 from tqdit.files import sha256
 from tqdit.models.recording import Recording
 from zoo.test_pipelines import make
@@ -100,6 +104,21 @@ def test_shards_keep_the_file_s_sha256_and_refuse_another_one(flux, embeddings, 
     line = refused(capsys, arguments)
     assert "holds samples of another run: embeddings" in line
     assert "embeddings_file" not in line
+
+
+def test_a_worker_of_a_cluster_makes_the_same_shard(flux, embeddings):
+    """It receives the values: their file need not be on its machine."""
+    engine = flux / "onnxruntime.engine"
+    manifest = read_manifest(engine)
+    prompts = read_embeddings(embeddings, manifest.card.signature)
+    embeddings.unlink()
+    job = describe_job(engine, manifest, None, None, 0, 5, 2, prompts=prompts)
+    worker = Worker(None, 1)
+    assert worker.open(str(engine), job.engine)
+    job, prompts = pickle.loads(pickle.dumps((job, prompts)))
+    with tqdit.Sampler.open(engine) as sampler:
+        expected = sampler.sample_latents(prompts.take(np.array([2, 0])), first_image=2)
+    np.testing.assert_array_equal(worker.make(job, 1, prompts)["latents"], expected)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -13,7 +13,7 @@ from tqdit.card import GraphCard
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.backend import check_threads
-from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
+from tqdit.engines.run.images import FRAMES_PER_S, check_output, kind_of, write_images, write_npz
 from tqdit.engines.run.requests import Prompts, encode, read_embeddings
 from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
@@ -77,8 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip
-    add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder "
-        "(default: %(default)s)")  # fmt: skip
+    add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder; of "
+        "videos also a .gif or .mp4 (default: %(default)s)")  # fmt: skip
+    add("--fps", type=int, default=FRAMES_PER_S, metavar="N", help="frames per second of videos (default: %(default)s)")
     many = parser.add_argument_group("many images (a folder as output)")
     add = many.add_argument
     add("--format", choices=("png", "npz"), help="a PNG per image, or .npz shards that an interrupted run continues "
@@ -133,6 +134,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.n is not None:
         check_count("-n", args.n, 1)
     check_threads(args.threads)
+    check_count("--fps", args.fps, 1, 1000)
     for name in ("shard_size", "workers"):
         if getattr(args, name) is not None:
             check_count(f"--{name.replace('_', '-')}", getattr(args, name), 1)
@@ -147,7 +149,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
     """Refuse an output that samples in memory cannot go to, before they are made."""
-    check_output(output)
+    check_output(output, card.vae is not None and card.vae.frames is not None)
     if job.content == "latents" and kind_of(output) != "npz":
         raise OutputError(f"{output}: {no_images(card)}")
 
@@ -198,7 +200,7 @@ def _sample_at_once(
             "engine": manifest.card.fingerprint, "steps": job.steps, "sampler": job.sampler, "seed": job.seed,
             "guidance_scale": job.guidance_scale, **({"prompts": job.texts} if job.texts else {}),
         }  # fmt: skip
-        write_images(output, arrays["arr_0"], job.labels(0), notes)
+        write_images(output, arrays["arr_0"], job.labels(0), notes, args.fps)
     return output
 
 
