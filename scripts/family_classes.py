@@ -49,6 +49,8 @@ def vary(value: Any, seed: int) -> Any:
         return [vary(each[None].expand(ROWS, *each.shape), seed + index)[0] for index, each in enumerate(value)]
     if not isinstance(value, Tensor) or not value.is_floating_point() or len(value.reshape(-1)) < ROWS:
         return value
+    if not value.any():  # zeros stand for what is not there, such as an image
+        return value
     generator = torch.Generator().manual_seed(seed)
     if value.ndim == 1 or 0 in value.stride():  # timesteps, maybe of each frame
         return value * (0.1 + 0.9 * torch.rand(len(value), *[1] * (value.ndim - 1), generator=generator))
@@ -481,8 +483,8 @@ def kandinsky5() -> Case:
                "model_dim": 32, "ff_dim": 48, "num_text_blocks": 1, "num_visual_blocks": 1,
                "axes_dims": (4, 6, 6)}  # fmt: skip
     return network, {
-        "hidden_states": draw(2, 8, 8, 4), "encoder_hidden_states": draw(6, 24), "timestep": times(),
-        "pooled_projections": draw(16), "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+        "hidden_states": draw(3, 8, 8, 4), "encoder_hidden_states": draw(6, 24), "timestep": times(),
+        "pooled_projections": draw(16), "visual_rope_pos": [torch.arange(3), torch.arange(4), torch.arange(4)],
         "text_rope_pos": torch.arange(6),
     }  # fmt: skip
 

@@ -21,10 +21,15 @@ def scope_of(node: Any) -> str:
 
 
 class Scopes:
-    """The scopes of a graph's nodes, by their names."""
+    """The scopes of the nodes of an onnx graph, by the names of nodes and values.
+
+    Compilers name the last node after the graph's output.
+    """
 
     def __init__(self, nodes: Iterable[Any]) -> None:
-        self._scopes = {node.name: scope for node in nodes if (scope := scope_of(node))}
+        self._scopes = {
+            name: scope for node in nodes if (scope := scope_of(node)) for name in (*node.output, node.name)
+        }
 
     def __bool__(self) -> bool:
         return bool(self._scopes)

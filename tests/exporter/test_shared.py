@@ -1,5 +1,7 @@
 """A layer that is called several times, with inputs of two, three and four dimensions, has one weight and one scale."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,4 +40,13 @@ def test_all_its_calls_are_integer(traced, backend, tmp_path):
     table = make_table(model, Kind(groups=4, everywhere=True, conditioning_inputs=True))
     write(tmp_path / "model.onnx", *finish_graph(trace.clone(), model, ExportConfig(), table))
     audit = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", backend).audit
+    assert audit.fallen_back == ()
+
+
+def test_so_it_may_if_only_its_weights_are_integers(traced, tmp_path):
+    model, trace = traced
+    table = make_table(model, Kind(groups=4, everywhere=True, conditioning_inputs=True))
+    sites = tuple(site for site in table.sites if (site.module, site.role) != ("body.up", "input"))
+    write(tmp_path / "m.onnx", *finish_graph(trace.clone(), model, ExportConfig(), replace(table, sites=sites)))
+    audit = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine", "onnxruntime").audit
     assert audit.fallen_back == ()

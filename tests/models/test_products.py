@@ -126,6 +126,7 @@ class Zoo(nn.Module):
         self.qkv, self.inner, self.outer = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
         self.gelu, self.dropout = nn.GELU(), nn.Dropout(0.1)
         self.dead, self.never, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.constant = nn.Linear(8, 8)
 
     def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor]:
         h = self.patch(x).flatten(2).transpose(1, 2) + self.condition(t)[:, None]
@@ -133,6 +134,9 @@ class Zoo(nn.Module):
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
         h = F.scaled_dot_product_attention(h, k[:, None], v[:, None])[:, 0]
         self.dead(h)
+        table = torch.zeros_like(self.constant.bias)[None].clone()
+        table[:] = self.constant(self.last.weight[:1])
+        h = h + table
         return (self.last(self.outer(self.dropout(self.gelu(self.inner(self.inner(h)))))),)
 
 
@@ -157,7 +161,7 @@ def test_products_come_in_the_order_of_their_calls_with_what_makes_their_input()
         ("inner", "block", None),
         ("outer", "block", "gelu"),
         ("last", "final", None),
-    ]  # `dead` and `never` do not reach the prediction
+    ]  # `dead` and `never` do not reach the prediction; `constant` takes no argument
     assert {p.name: p.folds for p in products if p.folds} == {"outer": (fold,)}
     assert {p.name: p.row_blocks for p in products if p.row_blocks > 1} == {"qkv": 3}
     torch.testing.assert_close(network(**example)[0], before, rtol=1e-6, atol=1e-6)

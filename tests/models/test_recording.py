@@ -57,8 +57,9 @@ def test_arguments_become_ports_and_constants():
 
 def test_one_timestep_stands_for_all_rows_of_a_call():
     text, x, _ = rows(3)
-    recording = record(Toy(), [((text, x, torch.tensor([7.0])), {})]).recording()
+    recording = record(Toy(), [((text, x, torch.tensor([7])), {})]).recording()
     np.testing.assert_array_equal(recording.requests["timestep"], [7, 7, 7])
+    assert recording.requests["timestep"].dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,16 @@ def test_calls_of_a_network_are_read_as_they_were_written(engine):
     path = engine[0].with_name("calls.safetensors")
     again = Recording.load(path).save(path.with_name("again.safetensors"))
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_required_argument_that_is_nothing_is_a_constant():
+    class Needs(Toy):
+        def forward(self, text, x, timestep, image, options, ids=None):
+            assert image is None
+            assert options == {}
+            return super().forward(text, x, timestep, ids)
+
+    calls = record(Needs(), [((*rows(), None, {}), {"ids": None})])
+    assert calls.recording().interface.constants == {"image": None, "options": {}}
+    table = tqdit.calibrate(Needs(), rows=calls, **KNOBS)
+    assert len(table.golden) > 0

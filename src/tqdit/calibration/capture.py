@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from tqdit.calibration.work import WorkFolder
+from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Scores, ValueProduct, patches, stand_in, watched
 
@@ -131,6 +132,11 @@ class ProductRecorder:
         return self._by_rows(x, isinstance(module, Scores | ValueProduct))
 
     def _by_rows(self, x: Tensor, is_attention: bool) -> Tensor:
+        if len(x) % self._rows:
+            raise UsageError(
+                f"a layer takes {len(x)} rows in a call with {self._rows}, expected a multiple: it computes what is "
+                "alike for all rows. Such networks cannot be calibrated yet."
+            )
         return x.reshape(self._rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
 
     def _weigh(self, module: nn.Module, part: dict[str, Tensor], tokens: _Tokens, gradient: Tensor) -> None:

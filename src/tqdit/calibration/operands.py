@@ -152,4 +152,4 @@ class Activation(Operand):
 
 
 def array(tensor: Tensor) -> NDArray[np.float32]:
-    return np.array(tensor.detach().cpu().numpy(), dtype=np.float32)
+    return np.array(tensor.detach().cpu().float().numpy(), dtype=np.float32)

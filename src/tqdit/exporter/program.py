@@ -76,12 +76,15 @@ def keep_epsilons(program: ExportedProgram) -> None:
 
 def cast_bool_where(program: ExportedProgram) -> None:
     """ONNX Runtime has no Where of bool (HunyuanVideo's masked_fill of a mask): choose among integers instead."""
-    for node in _calls(program, aten.where.self):
+    for node in (*_calls(program, aten.where.self), *_calls(program, aten.masked_fill.Scalar)):
         if node.meta["val"].dtype != torch.bool:
             continue
+        places = (1, 2) if node.target is aten.where.self else (0,)
         with program.graph.inserting_before(node):
-            parts = [_cast(program.graph, each, torch.int64) for each in node.args[1:]]
-            chosen = program.graph.call_function(aten.where.self, (node.args[0], *parts))
+            args = list(node.args)
+            for place in places:
+                args[place] = _cast(program.graph, args[place], torch.int64)
+            chosen = program.graph.call_function(node.target, tuple(args))
             chosen.meta["val"] = node.meta["val"].to(torch.int64)
             back = _cast(program.graph, chosen, torch.bool)
         node.replace_all_uses_with(back)

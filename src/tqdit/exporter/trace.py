@@ -87,9 +87,9 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torc
     try:
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
-        if shapes is None:
+        bounded: Any = None if shapes is None else refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        if bounded is None or isinstance(bounded[0][0][0], int):  # no free batch is possible
             raise
-        bounded = refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
         return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
 
 

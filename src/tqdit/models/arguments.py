@@ -60,11 +60,16 @@ def digest(value: Constant) -> str:
 
 
 def settings_of(network: nn.Module) -> dict[str, Any]:
-    """A network's configuration as JSON can hold it; without one, nothing."""
-    config = getattr(network, "config", None)
-    settings = {name: value for name, value in dict(config or {}).items() if not name.startswith("_")}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return plain
+    """A network's configuration and its plain attributes, as JSON can hold them; without a configuration, nothing.
+
+    Pipelines read both: `transformer.config.patch_size` and `transformer.inner_dim`.
+    """
+    config = dict(getattr(network, "config", None) or {})
+    plain = {name: value for name, value in vars(network).items() if isinstance(value, int | float | str)}
+    settings = {name: value for name, value in ((plain | config) if config else {}).items() if name[0] != "_"}
+    settings.pop("training", None)
+    held: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return held
 
 
 def _sequence(value: Any) -> Any:
@@ -72,9 +77,8 @@ def _sequence(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     entries = {name: _sequence(each) for name, each in value.items()}
-    if entries and all(name == str(index) for index, name in enumerate(entries)):
-        return tuple(entries.values())
-    return entries
+    places = [str(index) for index in range(len(entries))]
+    return tuple(entries[place] for place in places) if entries and entries.keys() == set(places) else entries
 
 
 def _holds_tensor(value: Any) -> bool:

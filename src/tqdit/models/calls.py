@@ -44,12 +44,14 @@ def parameters_of(network: nn.Module) -> list[str]:
 
 def listen(network: nn.Module, hear: Callable[[Call], object]) -> RemovableHandle:
     """Call `hear` with every call of the network, until the handle is removed."""
-    parameters = parameters_of(network)
+    parameters = inspect.signature(network.forward).parameters
 
     def called(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         named = dict(zip(parameters, args, strict=False)) | kwargs
         lists = {name: torch.stack(value) for name, value in named.items() if _is_list_of_rows(value, named)}
         tensors, constants = flatten({k: v for k, v in (named | lists).items() if k != "return_dict"})
+        nothing = {name: value for name, value in named.items() if value is None or value in ({}, [], ())}
+        constants |= {n: v for n, v in nothing.items() if n in parameters and parameters[n].default != v}
         hear(Call(tensors, constants, prediction_of(output).detach(), frozenset(lists)))
 
     return network.register_forward_hook(called, with_kwargs=True)
@@ -94,7 +96,8 @@ def join(calls: Sequence[Call], roles: Roles) -> dict[str, Tensor]:
 
 
 def _timesteps(name: str, tensor: Tensor, rows: int) -> Tensor:
-    """(rows, ...): one for each row, or several, such as one for each frame."""
+    """float32 (rows, ...): one for each row, or several, such as one for each frame."""
+    tensor = tensor.float()
     if tensor.numel() in (1, rows):
         return tensor.reshape(-1).expand(rows)
     if tensor.ndim < 2 or len(tensor) != rows:

@@ -35,12 +35,25 @@ class _KnownValues(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is Tensor.__getitem__ and _is_known(args[1]) and args[1].dtype == torch.bool:
-            args = (args[0], _compute(torch.nonzero, (args[1],), {"as_tuple": True}))  # of a known number of places
+        if function is Tensor.__getitem__:
+            args = (args[0], _plain_index(args[1]))
         values = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor | torch.SymInt)]
         if all(map(_is_known, values)) if values else function in MAKERS:
             return _compute(function, args, kwargs)
         return function(*args, **kwargs)
+
+
+def _plain_index(index: Any) -> Any:
+    """An index whose known values are plain: places for a bool mask, numbers for the bounds of a slice."""
+    if isinstance(index, tuple):
+        return tuple(map(_plain_index, index))
+    if isinstance(index, slice):
+        bounds = (index.start, index.stop, index.step)
+        return slice(*(int(_compute(Tensor.item, (each,), {})) if _is_known(each) else each for each in bounds))
+    if _is_known(index) and index.dtype == torch.bool:
+        places = _compute(torch.nonzero, (index,), {"as_tuple": True})
+        return places if len(places) > 1 else places[0]
+    return index
 
 
 def _compute(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
@@ -207,6 +207,7 @@ class _Observed(TorchFunctionMode):
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)  # of the products
     made: dict[int, Origin] = field(default_factory=dict)  # by id of a tensor
     joined: dict[int, Columns] = field(default_factory=dict)
+    varying: set[int] = field(default_factory=set)  # tensors that depend on the network's arguments
     kept: list[Tensor] = field(default_factory=list)  # an id is unique while its tensor lives
 
     def __post_init__(self) -> None:
@@ -216,6 +217,8 @@ class _Observed(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = function(*args, **(kwargs or {}))
+        if self._varies((args, kwargs)):
+            self.vary((output, args[0] if function is Tensor.__setitem__ else ()))
         name, first = getattr(function, "__name__", ""), next(iter((*args, *(kwargs or {}).values())), ())
         if function is F.scaled_dot_product_attention:
             owner = self.names[self.owners[-1]]
@@ -243,6 +246,14 @@ class _Observed(TorchFunctionMode):
         self.products = {name: call for name, call in self.products.items() if name in alive}
         self.outputs = []
 
+    def vary(self, values: Any) -> None:
+        tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+        self.varying.update(map(id, tensors))
+        self.kept += tensors
+
+    def _varies(self, values: Any) -> bool:
+        return any(id(value) in self.varying for value in tree_leaves(values))
+
     def _keep(self, tensor: Tensor, origin: Origin) -> None:
         self.made[id(tensor)] = origin
         self.kept.append(tensor)
@@ -261,7 +272,7 @@ class _Observed(TorchFunctionMode):
         self.owners.pop()
         if isinstance(module, nn.Softmax):
             self._keep(output, "softmax")
-        elif is_product(module):
+        elif is_product(module) and self._varies(args):
             x = args[0]
             call = _Call(x.ndim, len(x), self.made.get(id(x)), self.joined.get(id(x)))
             first = self.products.setdefault(self.names[module], call)
@@ -327,8 +338,10 @@ def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
     for module in network.modules():
         module.register_forward_pre_hook(seen.enter)
         module.register_forward_hook(seen.leave, always_call=True)
+    arguments = tree_map_only(Tensor, fake.from_tensor, dict(example))
+    seen.vary(arguments)
     with torch.enable_grad(), fake, seen:
-        prediction = prediction_of(network(**tree_map_only(Tensor, fake.from_tensor, dict(example))))
+        prediction = prediction_of(network(**arguments))
         seen.drop_dead(prediction)
     return seen
 
@@ -353,7 +366,7 @@ def find_products(
     A linear layer whose input joins columns that are made differently, such as attention and GELU, becomes a
     `SumOfColumns`.
 
-    Products that the prediction does not depend on are left out.
+    Products that the prediction does not depend on are left out, and those that depend on parameters alone.
 
     example: the network's arguments with `rows` rows, at least two (None: as many as its first argument has).
     folds, row_blocks: what a family knows about products by name.

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import threading
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -13,6 +14,7 @@ import openvino
 import psutil
 import pytest
 import torch
+from torch import nn
 
 import support
 from networks import Parallel, Tokens, described
@@ -381,6 +383,17 @@ def test_layers_that_are_added_are_known_by_their_weights(tmp_path):
     write(tmp_path / "model.onnx", *export_graph(model, ExportConfig(), make_table(model, Kind())))
     audit = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino").audit
     assert (audit.integer, audit.fallen_back) == (6, ())
+
+
+def test_a_layer_that_rounds_its_result_for_the_next_one_does_not_make_that_one_float(tmp_path):
+    """OpenVINO fuses SiLU and the rounding of the next layer's input into a layer whose weights alone are integers."""
+    width = 16
+    model = described(Tokens(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))), (4, 6))
+    table = make_table(model, Kind())
+    sites = tuple(site for site in table.sites if (site.module, site.role) != ("body.0", "input"))
+    write(tmp_path / "model.onnx", *export_graph(model, ExportConfig(), replace(table, sites=sites)))
+    audit = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino").audit
+    assert (audit.integer, audit.weight_only, audit.fallen_back) == (3, 2, ())
 
 
 def test_the_manifest_says_what_was_built(engine):

@@ -107,7 +107,9 @@ def card(**products):
 
 def scopes(*names):
     """Nodes MODULE/MatMul of the modules that they are named after."""
-    return Scopes(SimpleNamespace(name=name, metadata_props={SCOPE_KEY: name.partition("/")[0]}) for name in names)
+    return Scopes(
+        SimpleNamespace(name=name, output=[], metadata_props={SCOPE_KEY: name.partition("/")[0]}) for name in names
+    )
 
 
 def test_a_product_counts_by_all_of_its_nodes():

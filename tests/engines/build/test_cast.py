@@ -12,6 +12,7 @@ from tqdit.engines.build.cast import cast_floats
 from tqdit.errors import UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
+from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
 
 KINDS = {"float": None, "W8A8": Kind(groups=10), "asymmetric groups": Kind(asymmetric=True, groups=10, everywhere=True)}
@@ -95,3 +96,28 @@ def test_a_constant_beyond_float16_is_refused(tmp_path):
         UsageError, match=r"'blocks\.0\.mlp\.fc1\.bias' holds 7e\+04, beyond float16's 65504.*bf16 or fp32"
     ):
         cast_floats(model, read_card(path), "fp16")
+
+
+@pytest.mark.parametrize("float_type", ["fp16", "bf16"])
+def test_nodes_that_make_float32_of_other_types_are_cast_too(float_type):
+    """Masks become numbers by a Cast, zeros come from ConstantOfShape: neither follows the type of an input."""
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    nodes = [
+        node("Cast", ["mask"], ["numbers"], to=onnx.TensorProto.FLOAT),
+        node("ConstantOfShape", ["shape"], ["zeros"]),
+        node("Sub", ["numbers", "zeros"], ["bias"]),
+        node("Add", ["x", "bias"], ["sum"]),
+        node("Identity", ["sum"], ["out"]),
+    ]
+    for each in nodes:
+        each.metadata_props.add(key=SCOPE_KEY, value="block")
+    floats, integers = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    inputs = [value("x", floats, [2]), value("mask", integers, [2])]
+    shape = onnx.helper.make_tensor("shape", integers, [1], [2])
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [value("out", floats, [2])], [shape])
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)]))
+    cast_floats(model, support.exported(ExportConfig())[1], float_type)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    to = {each.name or each.output[0]: each.attribute[0].i for each in proto.graph.node if each.op_type == "Cast"}
+    assert to["numbers"] != floats

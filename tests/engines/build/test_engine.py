@@ -68,7 +68,7 @@ def test_the_audit_counts_a_product_with_a_float_twin_as_fallen_back():
         {"a": "integer", "b": "integer", "c": "simulated", "d": "weight-only"},
         SamplingSpec(),
     )
-    nodes = [SimpleNamespace(name=f"node of {name}", metadata_props={SCOPE_KEY: name}) for name in "abcd"]
+    nodes = [SimpleNamespace(name=f"node of {name}", output=[], metadata_props={SCOPE_KEY: name}) for name in "abcd"]
     scopes = Scopes(nodes)
     report = audit(card, scopes, ["node of a", "node of b"], ["node of b/fused", "node of c", "not in the file"])
     assert (report.integer, report.simulated, report.weight_only, report.fallen_back) == (1, 1, 1, ("b",))

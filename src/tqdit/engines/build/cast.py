@@ -89,6 +89,8 @@ class _Caster:
         for value in self.graph.outputs:
             assert id(value) not in low, "outputs are made by the sampling step or by the last product"
         for node in (*small, *fused):
+            if node.op_type == "Cast":
+                node.attributes["to"] = ir.AttrInt64("to", int(self.target))
             for value in node.outputs:
                 if value.dtype == FLOAT32:
                     value.dtype = self.target
@@ -105,6 +107,8 @@ class _Caster:
             return False
         if id(node) in self.angles or any(value.is_graph_output() for value in node.outputs):
             return False
+        if node.op_type != "Cast" and not any(value is not None and value.dtype == FLOAT32 for value in node.inputs):
+            return False  # it makes float32 by itself, such as ConstantOfShape
         return any(value.dtype == FLOAT32 for value in node.outputs)
 
     def _is_rounded_softmax(self, node: ir.Node) -> bool:

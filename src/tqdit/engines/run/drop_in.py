@@ -24,6 +24,7 @@ from tqdit.models.arguments import digest, flatten  # noqa: E402
 from tqdit.ports import Port  # noqa: E402
 
 STATE = "hidden_states"  # what diffusers calls it, whatever the network does
+NOTHING = {digest(value) for value in (None, {}, [])}  # arguments that a call may leave out
 
 
 class Prediction(NamedTuple):
@@ -55,6 +56,9 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         if not card.config:
             raise UsageError(f"{card.signature.family} has no settings that a diffusers pipeline reads. Use Denoiser.")
         self.register_to_config(**card.config)
+        for name, value in card.config.items():  # pipelines read some from the network itself
+            if name not in vars(self) and not hasattr(type(self), name):
+                setattr(self, name, value)
         self._ports = card.signature.ports
         self._state = card.signature.state.name
         self._constants, self._alike = card.constants, card.alike
@@ -120,7 +124,7 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
                     f"{self._family}: '{name}' is not what it was when the network was exported; an engine has one "
                     "resolution and one set of options. Export for this one."
                 )
-        missing = sorted(set(self._constants) - set(given))
+        missing = sorted(name for name in set(self._constants) - set(given) if self._constants[name] not in NOTHING)
         if missing:
             raise UsageError(f"{self._family}: '{missing[0]}' is missing. The network was exported with it.")
 

@@ -103,9 +103,12 @@ def multiply(
 
 
 def replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Use `value` in place of what `node` gives; it takes over its type and shape."""
-    value.type, value.shape = node.outputs[0].type, node.outputs[0].shape
-    node.outputs[0].replace_all_uses_with(value)
+    """Use `value` in place of what `node` gives; it takes over its type, its shape and an output's name."""
+    old = node.outputs[0]
+    value.type, value.shape = old.type, old.shape
+    if old.is_graph_output():
+        old.name, value.name = f"{old.name}_float", old.name
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 

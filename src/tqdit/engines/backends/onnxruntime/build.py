@@ -139,7 +139,7 @@ def _keep_apart(graph: onnx.GraphProto, modules: Collection[str]) -> None:
         node.output[0] = f"{value}.dequantized"
         names = (f"{value}.dequantized", f"{value}.apart", value)
         for op_type, before, after in zip(("Unsqueeze", "Squeeze"), names, names[1:], strict=False):
-            pair = onnx.helper.make_node(op_type, [before, FIRST_AXIS], [after], name=f"{module}/{op_type}.apart")
+            pair = onnx.helper.make_node(op_type, [before, FIRST_AXIS], [after], name=f"{node.name}/{op_type}.apart")
             pair.metadata_props.add(key=SCOPE_KEY, value=module)
             graph.node.insert(position, pair)
             position += 1

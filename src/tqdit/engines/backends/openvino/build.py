@@ -71,8 +71,8 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
 
     A layer's `runtimePrecision` says i8 even if only the weight is. Layers keep the names of the nodes that
     were fused into them; one whose scaling moved behind a sum gets a name of its own, and its weight tells its
-    module. A whole attention may be one kernel: q, k and v are its inputs, and the probabilities must be
-    quantized inside.
+    module. A layer may round its result for the next one, whose QuantizeLinear then is in its names. A whole
+    attention may be one kernel: q, k and v are its inputs, and the probabilities must be quantized inside.
     """
     if card.quantization is None:
         return None
@@ -89,7 +89,8 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
         operands = layer.inputs() if is_attention else layer.inputs()[:2]
         types = {operand.get_element_type().get_type_name() for operand in operands}
         quantized = types <= INTEGERS and (not is_attention or any("/QuantizeLinear" in name for name in names))
-        (integer if quantized else floating).extend(names)
+        own = names if is_attention else [name for name in names if "/QuantizeLinear" not in name]
+        (integer if quantized else floating).extend(own)
     return audit(card.quantization, scopes, integer, floating)
 
 
