@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +15,8 @@ import tqdit
 from support import made_once, read_picture
 from tqdit.card import Layout
 from tqdit.cli.main import run
-from tqdit.engines.bundle import read_manifest
 from tqdit.errors import CheckpointError, TqditWarning, UsageError
-from tqdit.exporter.vae import find_decoder, load_decoder
+from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
 from tqdit.models.decoding import learn_latents, to_codes
 from tqdit.models.load import load_model
 from tqdit.models.recorded import recorded_model
@@ -28,6 +29,7 @@ from zoo.test_pipelines import STEPS
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")]
 
 DECODED = ("flux", "sd3", "pixart-sigma", "sana", "wan")
+ENGINES = ("flux", "sana", "wan")
 SEED = 5
 
 
@@ -39,27 +41,44 @@ def images(pipeline, arguments, **more):
 
 
 def make(name, folder):
-    """A float engine with its decoder, and what its pipeline makes of the same noise."""
+    """A decoder, and what the pipeline makes of the end of a loop; of `ENGINES` a float engine, and of other noise."""
     pipeline, arguments = FAMILIES[name]()
     with tqdit.record(pipeline) as calls:
-        images(pipeline, arguments, generator=torch.Generator().manual_seed(0))
+        np.save(folder / "decoded.npy", images(pipeline, arguments, generator=torch.Generator().manual_seed(0)))
     recording = calls.recording()
     recording.save(folder / "calls.safetensors")
     model = recorded_model(pipeline.transformer, recording.interface)
+    shape = (1, *model.signature.state.row_shape)
+    np.save(folder / "end.npy", calls._runs[0].end.reshape(shape).numpy())
+    if name not in ENGINES:
+        ir.save(trace_decoder(load_decoder(pipeline.vae, model), model).model, folder / "model.vae-alone.onnx")
+        return
     tqdit.export(model, folder / "model.onnx", vae=pipeline.vae)
     tqdit.build(folder / "model.onnx", folder / "model.engine", backend="onnxruntime")
-    start = noise.normal(SEED, 0, noise.INITIAL, (1, *model.signature.state.row_shape))
-    np.save(folder / "images.npy", images(pipeline, arguments, latents=torch.from_numpy(start)))
+    start = torch.from_numpy(noise.normal(SEED, 0, noise.INITIAL, shape))
+    np.save(folder / "images.npy", images(pipeline, arguments, latents=start))
 
 
-@pytest.fixture(params=DECODED)
-def family(request):
-    return request.param, made_once(f"decoder-{request.param}", lambda folder: make(request.param, folder))
+def made(name):
+    return made_once(f"decoder-{name}", lambda folder: make(name, folder))
 
 
-def test_an_engine_s_images_are_the_pipeline_s(family):
+@pytest.mark.parametrize("name", DECODED)
+def test_a_decoder_s_graph_makes_the_pipeline_s_image(name):
+    """2e-5 of images in 0..1: the same float32 convolutions in another library, and a learned scale."""
+    folder = made(name)
+    (file,) = folder.glob("*.vae-*.onnx")
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"latents": np.load(folder / "end.npy")})
+    expected = np.load(folder / "decoded.npy")
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(np.moveaxis(found / 2 + 0.5, 1, -1).clip(0, 1), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_s_images_are_the_pipeline_s(name):
     """At most one of 255 levels, where rounding differs; 99 % of them are equal."""
-    name, folder = family
+    folder = made(name)
     expected = np.load(folder / "images.npy")
     with tqdit.Sampler.open(folder / "model.engine") as sampler:
         found = sampler.sample(sampler.read_requests(folder / "calls.safetensors"), seed=SEED)
@@ -67,14 +86,14 @@ def test_an_engine_s_images_are_the_pipeline_s(family):
     difference = np.abs(found.astype(int) - np.round(255 * expected).astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
-    assert expected.std() > 0.01
     vae = read_card(folder / "model.onnx").vae
     assert (vae.frames, vae.image_height, vae.image_width) == (5 if name == "wan" else None, *expected.shape[-3:-1])
 
 
-def test_facts_are_those_of_the_vae(family):
-    name, folder = family
-    latents, vae = read_manifest(folder / "model.engine").card.latents, FAMILIES[name]()[0].vae
+@pytest.mark.parametrize("name", DECODED)
+def test_facts_are_those_of_the_vae(name):
+    latents = Recording.load(made(name) / "calls.safetensors").interface.latents
+    vae = FAMILIES[name]()[0].vae
     assert latents.decoder == type(vae).__name__
     if name == "wan":
         np.testing.assert_allclose(latents.shift, vae.config.latents_mean, atol=1e-5)
@@ -135,7 +154,7 @@ def test_a_pipeline_whose_codes_cannot_be_learned_is_recorded_with_a_warning():
 
 
 def test_a_pipeline_directory_brings_its_decoder(tmp_path):
-    folder = made_once("decoder-sana", lambda folder: make("sana", folder))
+    folder = made("sana")
     pipeline, _ = FAMILIES["sana"]()
     pipeline.transformer.save_pretrained(tmp_path / "transformer")
     pipeline.vae.save_pretrained(tmp_path / "vae")
@@ -153,7 +172,7 @@ def test_a_pipeline_directory_brings_its_decoder(tmp_path):
 
 
 def test_a_sampled_video_is_a_gif_or_a_row_of_frames(tmp_path, capsys):
-    folder = made_once("decoder-wan", lambda folder: make("wan", folder))
+    folder = made("wan")
     arguments = [str(folder / "model.engine"), "-q", "--embeddings", str(folder / "calls.safetensors"), "--seed", "5"]
     for name in ("x.gif", "x.png", "x.npz"):
         assert run("sample", [*arguments, "-o", str(tmp_path / name)]) == 0
@@ -161,7 +180,7 @@ def test_a_sampled_video_is_a_gif_or_a_row_of_frames(tmp_path, capsys):
         assert (file.n_frames, file.size) == (5, (64, 64))
     assert read_picture(tmp_path / "x.png").shape == (64, 5 * 64 + 4 * 2, 3)
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 5, 32, 32, 3)
-    still = made_once("decoder-sana", lambda folder: make("sana", folder))
+    still = made("sana")
     arguments[0], arguments[3] = str(still / "model.engine"), str(still / "calls.safetensors")
     capsys.readouterr()
     assert run("sample", [*arguments, "-o", str(tmp_path / "y.gif")]) == 1

@@ -191,6 +191,8 @@ def test_encoders_that_do_not_reproduce_recorded_embeddings_are_refused_with_the
     one = {name: array[:1] for name, array in model.text.values.items()}
     with pytest.raises(UsageError, match="fewer than two different prompts"):
         exporter.trace_text(*model_of(pixart, prompts=PROMPTS[:1], values=one), "x")
+    with pytest.raises(FileFormatError, match="recorded prompts are damaged"):
+        exporter.trace_text(*model_of(pixart, values=one), "x")
     monkeypatch.setattr(pipeline, "_text_preprocessing", lambda text, **_: [each[::-1] for each in text])
     with pytest.raises(UsageError, match=r"tokens of the recorded prompts.*got ' 1b deR A ' for ' A Red b1 '"):
         exporter.trace_text(pipeline, model, "x")

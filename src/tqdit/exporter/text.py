@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tqdit.errors import UsageError
+from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter.trace import OPSETS, trace
 from tqdit.extras import need
 from tqdit.files import sha256
@@ -75,6 +75,9 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str) -> TextGraph:
             f"{model.source}: fewer than two different prompts were recorded, so no text encoder can be proved. Record "
             f"the pipeline with prompts, not with embeddings. {EMBEDDINGS}"
         )
+    lengths = {name: len(array) for name, array in examples.values.items()}
+    if lengths != dict.fromkeys(model.signature.request_values, len(examples.prompts)):
+        raise FileFormatError(f"{model.source}: the request values of its recorded prompts are damaged. Record again.")
     with _prepared(pipeline) as tokenizers, torch.no_grad():
         heard: list[list[_Call]] = []
         results: list[list[Tensor]] = []
