@@ -58,11 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unguided", action="store_true", help="sample without guidance: one row per image instead of two")
     add("--opset", type=int, default=20, help="of the ONNX file, 20..23 (default: %(default)s)")
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
-    add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
+    add("--vae", type=Path, metavar="DIR", help="diffusers VAE whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
     add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
     add("--trace-minutes", type=float, default=120.0, metavar="M", help="give up the trace of a class that this version"
         " was not tested with after so long (default: %(default)g)")  # fmt: skip
+    add("--text", action="store_true", help="the text encoders of the pipeline directory MODEL go beside the model, "
+        "for tqdit-sample --prompt; refused unless they reproduce the embeddings of recorded prompts")  # fmt: skip
     add("--force", action="store_true", help="replace the file of another version of tqdit; those of other programs "
         "never are")  # fmt: skip
 
@@ -72,9 +74,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         need(library, "export", "tqdit-export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
-    from tqdit.exporter.vae import check_decoder, load_decoder, trace_decoder
+    from tqdit.exporter.text import trace_text
+    from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
     from tqdit.exporter.watch import PLACE, export_in_child
-    from tqdit.models.families.recorded import PROVEN
+    from tqdit.models.families.recorded import PROVEN, open_texts
     from tqdit.models.load import load_model
 
     output: Path = args.output
@@ -99,11 +102,15 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
     model = load_model(source, args.heads, interface=None if table is None else table.interface)
-    vae_folder = None if args.no_vae else args.vae or model.vae_folder
-    decoder = load_decoder(vae_folder, model) if vae_folder else None
+    vae_folder = None if args.no_vae else find_decoder(model, args.vae)
+    decoder = None if vae_folder is None else load_decoder(vae_folder, model)
     if decoder is not None:
         model = replace(model, latents=decoder.latents)
     console.say(f"tracing the {args.graph} graph; {config.sampling(model, table)}")
+    texts = None
+    if args.text:
+        console.say(f"tracing the text encoders of {source}")
+        texts = trace_text(open_texts(source), model, output.stem)
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:
         console.say(f"quantized {card.quantization.summary}")
@@ -112,7 +119,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         console.say(f"tracing the decoder of {vae_folder}")
         vae = trace_decoder(decoder, model)
     console.say(f"writing {output}")
-    write(output, graph, card, vae)
+    write(output, graph, card, vae, texts)
     return output
 
 

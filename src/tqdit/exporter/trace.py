@@ -24,8 +24,9 @@ EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the expo
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start, rows: int | None = None
-) -> ir.Model:
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str | list[str], opset: int = OPSETS.start,
+    rows: int | None = None,
+) -> ir.Model:  # fmt: skip
     """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`, or `rows`.
 
     `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
@@ -48,7 +49,7 @@ def trace(
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(inputs),
-                output_names=[output],
+                output_names=[output] if isinstance(output, str) else output,
                 dynamic_shapes=shapes,
                 verbose=False,
             )
@@ -118,12 +119,14 @@ def _without_autocast() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter reports on libraries that we do not use and on its own deprecations; neither helps our users."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    names = "torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication"
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,11 +31,13 @@ from torch import Tensor, nn
 
 from tqdit import safetensors_file
 from tqdit.bounds import check_memory
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.card import Latents
+from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
-from tqdit.interface import Interface, InterfaceEntry
+from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry, TextExamples
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
+from tqdit.models.decoding import learn_latents
 from tqdit.models.known import values_read
 from tqdit.models.loaded import arguments_of
 from tqdit.models.scheduler import tabulate
@@ -42,8 +47,9 @@ from tqdit.sampling.process import Recorded, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
-METADATA_KEY = "tqdit_calls"
-STATES, REQUEST = "states", "request."
+STATES = "states"
+MOST_PROMPTS = 4  # whose request values are kept to prove text encoders
+PLAIN = (str, int, float, list, dict)  # kinds of settings that a file holds
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
@@ -78,7 +84,7 @@ class Recording:
         arrays = {STATES: self.states, **requests, **self.interface.arrays}
         text = msgspec.json.encode(RecordingHeader(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
         with whole_file(Path(path)) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {METADATA_KEY: text})
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {RECORDING_KEY: text})
         return Path(path)
 
     @classmethod
@@ -87,10 +93,10 @@ class Recording:
         again = "Record the pipeline again."
         with reading(Path(path), SAFETENSORS, again, ValueError):
             metadata, tensors = safetensors_file.read(Path(path))
-        if METADATA_KEY not in metadata or STATES not in tensors:
-            raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
+        if RECORDING_KEY not in metadata or STATES not in tensors:
+            raise FileFormatError(f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). {again}")
         try:
-            header = msgspec.json.decode(metadata[METADATA_KEY], type=RecordingHeader)
+            header = msgspec.json.decode(metadata[RECORDING_KEY], type=RecordingHeader)
         except (msgspec.MsgspecError, UsageError, RecursionError) as error:
             raise FileFormatError(f"{path}: damaged, or of another version ({error}). {again}") from error
         if header.format_version != FORMAT_VERSION:
@@ -141,6 +147,15 @@ class _Run:
     roles: Roles | None = None
     channels: tuple[int, ...] = ()  # shape of a row of the prediction
     tolerance: float = TOLERANCES[torch.float32]
+    end: Tensor | None = None  # x after the last step
+    codes: list[Tensor] = field(default_factory=list)  # what the VAE's `decode` got, if it was called
+    given: set[str] = field(default_factory=set)  # other tensors that it got
+    prompts: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)  # of `encode_prompt`
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.states) == len(self.table.timesteps)
 
 
 class Recorder:
@@ -149,6 +164,8 @@ class Recorder:
     def __init__(self, pipeline: Any) -> None:
         self.network: nn.Module = _part(pipeline, "transformer")
         self.scheduler = _part(pipeline, "scheduler")
+        self.pipeline, self.vae = pipeline, getattr(pipeline, "vae", None)
+        self._heard: tuple[tuple[str, ...], dict[str, Any]] | None = None  # prompts and settings of the next run
         self._runs: list[_Run] = []
         self._calls: list[Call] = []
         self._undo: list[Callable[[], None]] = []
@@ -163,7 +180,10 @@ class Recorder:
             if self._fresh:
                 self._begin(sample)
             self._step(model_output.detach(), float(timestep), sample.detach())
-            return step(model_output, timestep, sample, *args, **kwargs)
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            end: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+            self._runs[-1].end = end.detach()
+            return result
 
         @functools.wraps(set_timesteps)
         def begin(*args: Any, **kwargs: Any) -> Any:
@@ -176,6 +196,29 @@ class Recorder:
             lambda: self.scheduler.__dict__.pop("step"),
             lambda: self.scheduler.__dict__.pop("set_timesteps"),
         ]
+        if self.vae is not None:
+            decode = self.vae.decode
+
+            @functools.wraps(decode)
+            def decoded(codes: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self._runs and self._runs[-1].is_whole:
+                    self._runs[-1].codes.append(codes.detach().clone())
+                    self._runs[-1].given |= {name for name, value in kwargs.items() if isinstance(value, Tensor)}
+                    self._runs[-1].given |= {"an argument" for value in args if isinstance(value, Tensor)}
+                return decode(codes, *args, **kwargs)
+
+            self.vae.decode = decoded
+            self._undo.append(lambda: self.vae.__dict__.pop("decode"))
+        if hasattr(self.pipeline, "encode_prompt"):
+            encode = self.pipeline.encode_prompt
+
+            @functools.wraps(encode)
+            def encoded(*args: Any, **kwargs: Any) -> Any:
+                self._heard = self._heard or _prompts(inspect.signature(encode).bind(*args, **kwargs).arguments)
+                return encode(*args, **kwargs)
+
+            vars(self.pipeline)["encode_prompt"] = encoded
+            self._undo.append(lambda: vars(self.pipeline).pop("encode_prompt"))
         return self
 
     def __exit__(
@@ -188,7 +231,9 @@ class Recorder:
         self._fresh = False
         config = getattr(self.scheduler, "config", {})
         name, training_steps = type(self.scheduler).__name__, config.get("num_train_timesteps", 1000)
-        self._runs.append(_Run(name, tabulate(self.scheduler), training_steps, len(sample)))
+        (prompts, settings), self._heard = self._heard or ((), {}), None
+        table = tabulate(self.scheduler)
+        self._runs.append(_Run(name, table, training_steps, len(sample), prompts=prompts, settings=settings))
 
     def _step(self, model_output: Tensor, timestep: float, sample: Tensor) -> None:
         run, calls, self._calls = self._runs[-1], self._calls, []
@@ -235,7 +280,7 @@ class Recorder:
 
     def recording(self) -> Recording:
         """The runs as one recording. Raises UsageError if there is none, or if they differ in more than requests."""
-        runs = [run for run in self._runs if len(run.states) == len(run.table.timesteps)]
+        runs = [run for run in self._runs if run.is_whole]
         if not runs:
             raise UsageError(
                 "no chain was recorded from its first to its last step. Call the pipeline inside `record`."
@@ -257,7 +302,9 @@ class Recorder:
                 states[start : start + run.images, step] = state.numpy()
         assert first.roles is not None
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
-        return _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
+        found = _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
+        latents, text = _latents(runs, type(self.vae).__name__), _examples(runs, found.requests)
+        return replace(found, interface=replace(found.interface, latents=latents, text=text))
 
 
 class NetworkRecorder:
@@ -324,6 +371,56 @@ def _recording(
     ports = tuple(port for port in signature.ports if port.name not in read)
     interface = Interface(replace(signature, ports=ports), *sampled, plain, settings_of(network), tuple(read))
     return Recording(interface, states, {name: array for name, array in requests.items() if name not in read})
+
+
+def _prompts(arguments: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+    """The prompts of a call of `encode_prompt` and its other settings; None if it got embeddings or several texts."""
+    prompt = arguments.pop("prompt", None)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
+        return None
+    others = {name: value for name, value in arguments.items() if value is not None and name != "device"}
+    if any(name.startswith("prompt") and value not in (prompt, prompts) for name, value in others.items()):
+        return None
+    plain = {
+        name: value for name, value in others.items() if isinstance(value, PLAIN) and not name.startswith("prompt")
+    }
+    return tuple(prompts), json.loads(json.dumps(plain))
+
+
+def _examples(runs: list[_Run], requests: Mapping[str, Array]) -> TextExamples | None:
+    """Some of the prompts with their request values; None if a run had none, or if their settings differ."""
+    if any(not run.prompts or run.images % len(run.prompts) or run.settings != runs[0].settings for run in runs):
+        return None
+    rows: dict[str, int] = {}  # a prompt -> its first image
+    start = 0
+    for run in runs:
+        for number, prompt in enumerate(run.prompts):
+            rows.setdefault(prompt, start + number * (run.images // len(run.prompts)))
+        start += run.images
+    chosen = dict(list(rows.items())[:MOST_PROMPTS])
+    values = {name: array[[*chosen.values()]] for name, array in requests.items()}
+    return TextExamples(tuple(chosen), runs[0].settings, values)
+
+
+def _latents(runs: list[_Run], decoder: str) -> Latents | None:
+    """How states become codes of the VAE; None if no run was decoded, or with a warning if it cannot be learned."""
+    decoded = [run for run in runs if run.codes]
+    if not decoded:
+        return None
+    shapes = [run.states[0].shape for run in decoded]  # (images, ...)
+    try:
+        if given := set.union(*(run.given for run in decoded)):
+            raise UsageError(f"{decoder}.decode takes {', '.join(sorted(given))} beside the codes")
+        codes = [torch.cat(run.codes) for run in decoded]
+        if any(len(each) != shape[0] for each, shape in zip(codes, shapes, strict=True)):
+            raise UsageError(f"{decoder} decodes an image or a video in parts")
+        ends = [run.end.reshape(shape) for run, shape in zip(decoded, shapes, strict=True) if run.end is not None]
+        x, y = (torch.cat(parts).detach().float().cpu().numpy() for parts in (ends, codes))
+        return learn_latents(x, y, decoder, decoded[0].tolerance)
+    except (UsageError, RuntimeError) as error:  # PyTorch's, for parts of different shapes
+        warnings.warn(f"engines of this recording make latents: {error}.", TqditWarning, stacklevel=3)
+        return None
 
 
 def _is_alike(port: Port, requests: Mapping[str, Array]) -> bool:

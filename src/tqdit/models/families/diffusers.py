@@ -54,6 +54,12 @@ def transformer_folder(source: str) -> Path:
     return root / "transformer" if (root / "model_index.json").is_file() else root
 
 
+def vae_folder(source: Source) -> Path | None:
+    """Of a pipeline directory; None if it has none, or is no directory."""
+    folder = Path(source) / "vae" if isinstance(source, str) else None
+    return folder if folder and (folder / "config.json").is_file() else None
+
+
 def class_name(source: str) -> str | None:
     """Of the transformer in a directory; None if its configuration is missing or not readable."""
     try:
@@ -81,7 +87,7 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
         )
     network = _make_network(config_file, read_json(config_file, root))
     network = _fill(folder, network, read_tensors(find_weights(folder)[0], root))
-    vae = root / "vae" if (root / "vae" / "config.json").is_file() else None
+    vae = vae_folder(source)
     return describe(
         network,
         source,
