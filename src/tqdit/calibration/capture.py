@@ -104,16 +104,17 @@ class ProductRecorder:
         with watched(self._network, self._names, self._record):
             yield
 
-    def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self.is_recording:
+        if self.is_recording and inputs[0].numel():  # a part of a network may be called with nothing
             operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
             part = self._operands(module, operands)
             weigh = partial(self._weigh, module, part, _Tokens.of(module, operands))
             weigh(torch.zeros_like(output))  # if no gradient comes
             self.found.setdefault(name, []).append(part)
             output.register_hook(weigh)  # type: ignore[no-untyped-call]
+        return output.clone() if output.is_leaf else None  # the network may change the clone in place
 
     def _operands(self, module: nn.Module, operands: list[Tensor]) -> dict[str, Tensor]:
         left, elements = operands[0], _head_elements(operands)

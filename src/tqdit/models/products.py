@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
-Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None]
+Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 MASKED = -1e30  # a score that no probability is left of, and whose products are finite
@@ -268,7 +268,8 @@ class _Observed(TorchFunctionMode):
     def enter(self, module: nn.Module, _args: Any) -> None:
         self.owners.append(module)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """What goes on in the network: a product's output as a copy, which may be changed in place."""
         self.owners.pop()
         if isinstance(module, nn.Softmax):
             self._keep(output, "softmax")
@@ -280,9 +281,10 @@ class _Observed(TorchFunctionMode):
                 first.made_by = first.columns = None
             if first.rows != call.rows:
                 first.rows = 0
-            if not output.requires_grad:
-                output.requires_grad_()
-            self.outputs.append((self.names[module], output))
+            result: Tensor = output if output.requires_grad else output.requires_grad_()
+            self.outputs.append((self.names[module], result))
+            return result.clone()
+        return None
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -348,7 +350,10 @@ def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
 
 @contextmanager
 def watched(network: nn.Module, names: Iterable[str], watch: Watch) -> Iterator[None]:
-    """Inside, `watch(name, module, inputs, output)` follows each call of the modules of these names."""
+    """Inside, `watch(name, module, inputs, output)` follows each call of the modules of these names.
+
+    A tensor that it returns goes on in the network in place of the output.
+    """
     handles = [network.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
     try:
         yield
