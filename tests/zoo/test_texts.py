@@ -237,3 +237,45 @@ def test_a_pipeline_directory_goes_from_prompts_to_pictures(tmp_path, monkeypatc
     assert run("sample", ["model.engine", "-q", "--prompt", PROMPTS[0], "-n", "3", "--shard-size", "2", "-o", "s"]) == 0
     assert json.loads((tmp_path / "s" / "shards.json").read_text())["job"]["texts"] == [PROMPTS[0]]
     np.testing.assert_array_equal(next(tqdit.read_shards("s"))["arr_0"][:1], found)
+
+
+def test_recorded_prompts_are_kept_for_further_commands(tmp_path, monkeypatch, capsys):
+    """The pipeline is most of the work: settings that cannot be refuse before it, or after its first prompt."""
+    monkeypatch.chdir(tmp_path)
+    pipeline, _ = TEXTS["sd3"]()
+    pipeline.save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    drawn = []
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *args, **kwargs: drawn.append(prompt))
+    line = "dir --prompts prompts.txt -o t.safetensors --preset min-max --rows-per-group 4 --height 64 --width 64"
+    assert run("calibrate", [*line.split(), "--steps", "6"]) == 2
+    assert drawn == []
+    assert "--groups is 10" in capsys.readouterr().err
+    line += " --steps 6 --groups 3"
+    assert run("calibrate", line.split()) == 0
+    assert drawn == list(PROMPTS)
+    first = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "t.safetensors").unlink()
+    assert run("calibrate", line.split()) == 0
+    assert drawn == list(PROMPTS)
+    assert (tmp_path / "t.safetensors").read_bytes() == first
+    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
+    assert str(kept.name) in capsys.readouterr().err
+    assert len(Recording.load(kept)) == len(PROMPTS)
+    assert run("calibrate", [*line.split(), "--seed", "1"]) == 0
+    assert len(drawn) == 2 * len(PROMPTS)
+
+
+def test_a_loop_that_the_groups_do_not_fit_is_refused_after_one_prompt(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipeline, _ = TEXTS["sd3"]()
+    pipeline.save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    drawn = []
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *args, **kwargs: drawn.append(prompt))
+    line = "dir --prompts prompts.txt -o t.safetensors --groups 29 --height 64 --width 64"
+    assert run("calibrate", line.split()) == 2  # the pipeline's own number of steps is 28
+    assert drawn == [PROMPTS[0]]
+    assert "--groups is 29" in capsys.readouterr().err

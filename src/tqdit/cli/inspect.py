@@ -259,7 +259,7 @@ def _sampled(card: GraphCard) -> Facts:
 
 def _port(port: Port) -> str:
     values = "" if port.values is None else f", 0..{port.values - 1}"
-    own = "its own value" if port.null == "own" else f"{port.null}"
+    own = "its own value" if isinstance(port.null, str) else f"{port.null or 0:g}"
     null = "" if port.null is None else f", {own} in an unconditional row"
     return f"{port.kind}, {port.dtype} {_shape(port.shape)}{values}{null}"
 
