@@ -247,7 +247,7 @@ def test_recorded_prompts_are_kept_for_further_commands(tmp_path, monkeypatch, c
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     drawn = []
     monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
-    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *args, **kwargs: drawn.append(prompt))
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: drawn.append(prompt))
     line = "dir --prompts prompts.txt -o t.safetensors --preset min-max --rows-per-group 4 --height 64 --width 64"
     assert run("calibrate", [*line.split(), "--steps", "6"]) == 2
     assert drawn == []
@@ -274,8 +274,30 @@ def test_a_loop_that_the_groups_do_not_fit_is_refused_after_one_prompt(tmp_path,
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     drawn = []
     monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
-    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *args, **kwargs: drawn.append(prompt))
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: drawn.append(prompt))
     line = "dir --prompts prompts.txt -o t.safetensors --groups 29 --height 64 --width 64"
     assert run("calibrate", line.split()) == 2  # the pipeline's own number of steps is 28
     assert drawn == [PROMPTS[0]]
     assert "--groups is 29" in capsys.readouterr().err
+
+
+def test_recorded_calls_are_described_without_libraries(pixart):
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'safetensors', 'onnx', 'onnx_ir']))"
+    code = (
+        f"{blocked}; from tqdit.cli.main import run; sys.exit(run('inspect', [{str(pixart / 'calls.safetensors')!r}]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    said = dict(line.split("  ", 1) for line in found.stdout.splitlines())
+    assert "PixArtTransformer2DModel" in said["kind"]
+    assert said["requests"].strip() == str(len(PROMPTS))
+    assert "10 x 24" in said["port encoder_hidden_states"]
+    assert f"{STEPS} steps of DPMSolverMultistepScheduler" in said["sampled with"]
+    assert PROMPTS[0] in said["prompts kept"]
+
+
+def test_a_pipeline_directory_is_described(tmp_path, capsys):
+    FAMILIES["sd3"]()[0].save_pretrained(tmp_path)
+    assert run("inspect", [str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "SD3Transformer2DModel" in said
+    assert "--prompts" in said

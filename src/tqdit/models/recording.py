@@ -34,7 +34,7 @@ from tqdit.bounds import check_memory
 from tqdit.card import Latents
 from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
-from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry, TextExamples
+from tqdit.interface import RECORDING_KEY, REQUEST, Interface, RecordingHeader, TextExamples
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
 from tqdit.models.decoding import learn_latents
@@ -54,13 +54,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual,
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
 Array = NDArray[Any]
-
-
-class RecordingHeader(msgspec.Struct):
-    """The metadata of a file of recorded calls."""
-
-    format_version: int
-    interface: InterfaceEntry
 
 
 @dataclass(frozen=True, eq=False)
