@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter import text as exporter
 from tqdit.exporter.onnx_writer import _side_files
+from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
 from tqdit.onnx_file import read_card
@@ -301,3 +303,59 @@ def test_a_pipeline_directory_is_described(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "SD3Transformer2DModel" in said
     assert "--prompts" in said
+
+
+def test_only_the_directory_of_a_whole_pipeline_takes_prompts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    FAMILIES["sd3"]()[0].transformer.save_pretrained("alone")
+    (tmp_path / "prompts.txt").write_text("a letter")
+    for model in ("demo", "alone"):
+        assert run("calibrate", [model, "--prompts", "prompts.txt", "-o", "t.safetensors"]) == 1
+        assert "model_index.json" in capsys.readouterr().err
+    assert run("calibrate", ["alone", "--rows", "calls.safetensors", "--width", "64", "-o", "t.safetensors"]) == 2
+    assert "--prompts" in capsys.readouterr().err
+
+
+def test_an_engine_with_text_encoders_asks_for_a_prompt(pixart, tmp_path, capsys):
+    assert run("sample", [str(pixart / "model.engine"), "-o", str(tmp_path / "x.png")]) == 2
+    assert "--prompt TEXT" in capsys.readouterr().err
+
+
+def test_bars_of_libraries_are_silent_and_on_again(tmp_path, capfd):
+    diffusers.utils.logging.enable_progress_bar()
+    TEXTS["pixart-sigma"]()[0].save_pretrained(tmp_path)
+    capfd.readouterr()
+    open_pipeline(str(tmp_path))
+    assert "%" not in capfd.readouterr().err
+    assert diffusers.utils.logging.is_progress_bar_enabled()
+
+
+def test_the_guidance_scale_of_prompts_is_the_pipeline_s(tmp_path, monkeypatch, capsys):
+    """Flux takes it as an input of its network; to the loop it has no guidance."""
+    monkeypatch.chdir(tmp_path)
+    OTHERS["flux"]()[0].save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
+    verb, *rest = f"{line} --guidance-scale 2.5 --rows-per-group 2 -o t.safetensors".split()
+    assert run(verb, [*rest, "--frames", "5"]) == 2
+    assert "FluxPipeline takes no num_frames" in capsys.readouterr().err
+    assert run(verb, rest) == 0
+    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
+    assert Recording.load(kept).requests["guidance"].tolist() == [2.5]
+
+
+def test_another_guidance_scale_than_the_recorded_one_is_refused(pixart):
+    pipeline, _ = pixart_with_t5()
+    with pytest.raises(UsageError, match=r"--guidance-scale is 9; .* 4\.5"):
+        tqdit.calibrate(pipeline.transformer, rows=pixart / "calls.safetensors", groups=2, guidance_scale=9.0)
+
+
+def test_frames_of_prompts_are_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    OTHERS["wan"]()[0].save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
+    verb, *rest = f"{line} --frames 5 --rows-per-group 2 -o t.safetensors".split()
+    assert run(verb, rest) == 0
+    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
+    assert Recording.load(kept).states.shape[3] == 2  # a frame of latents, and four frames in another

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of a text file, and take rows from its chains (any transformer class)")  # fmt: skip
     for side in ("--height", "--width"):
         add(side, type=int, metavar="N", help="of the images of --prompts, in pixels (default: the pipeline's own)")
+    add("--frames", type=int, metavar="N", help="of the videos of --prompts (default: the pipeline's own)")
     add("--rows", type=Path, metavar="FILE", help="calls that tqdit.record heard, a .safetensors file, in place of the "
         "model's own chains")  # fmt: skip
     add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
@@ -98,6 +100,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
     if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
         raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
+    if args.prompts is None and any(each is not None for each in (args.height, args.width, args.frames)):
+        raise UsageError("--height, --width and --frames belong to --prompts: other models have a size of their own.")
     work = args.work or output.with_name(f"{output.name}.work")
     check_writable(work / LOCK)
     if args.data is not None:
@@ -108,6 +112,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
     recording = _recording(args, config, work, console)
+    if args.prompts is not None:  # the pipeline had it: its loop's, which is learned, or an input of its network
+        config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface
     model = load_model(args.model, args.heads, interface=interface).to(device)
     if diagnosed is not None:
@@ -143,7 +149,7 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
         return None
     prompts = read_prompts(args.prompts)
     chosen = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
-              "width": args.width}  # fmt: skip
+              "width": args.width, "num_frames": args.frames}  # fmt: skip
     chosen = {name: value for name, value in chosen.items() if value is not None}
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in Path(args.model).rglob("*.*"))
     kept = work / f"calls-{digest([files, prompts, config.seed, chosen, versions()])}.safetensors"
@@ -152,6 +158,8 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
         return Recording.load(kept)
     pipeline = open_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
+    if unknown := chosen.keys() - inspect.signature(pipeline.__call__).parameters:
+        raise UsageError(f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}. Leave it out.")
     with Recorder(pipeline) as recorder, console.bar(len(prompts), "recording the pipeline", "prompts") as bar:
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(config.seed + number)

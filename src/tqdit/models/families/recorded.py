@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +54,21 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
+    _check_pipeline(folder)
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
 
 
 def open_texts(folder: str) -> Any:
     """The pipeline of a directory without its transformer and its VAE, in float32."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
-    if not (Path(folder) / "model_index.json").is_file():
-        raise CheckpointError(f"{folder}: no model_index.json in it. Pass the directory of a pipeline for its texts.")
+    _check_pipeline(folder)
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder), transformer=None, vae=None)
+
+
+def _check_pipeline(folder: str) -> None:
+    """Raises CheckpointError for anything but the directory of a pipeline, such as a transformer's alone."""
+    if not (Path(folder) / "model_index.json").is_file():
+        raise CheckpointError(f"{folder}: no model_index.json in it. Pass the directory of a whole pipeline.")
 
 
 def _kind(source: Source) -> str | None:
@@ -76,12 +85,28 @@ def _read_network(source: str) -> nn.Module:
     return network
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Progress bars of the libraries that load are not ours to show, in a quiet command least of all."""
+    names = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name)]
+    logs: list[Any] = [importlib.import_module(f"{name}.utils.logging") for name in names]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
 def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
     """In float32, which is what diffusers makes of every type unless it is told another one."""
     check_places(folder, root)
     _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
+        with _without_bars():
+            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error
