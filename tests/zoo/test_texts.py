@@ -312,6 +312,8 @@ def test_only_the_directory_of_a_whole_pipeline_takes_prompts(tmp_path, monkeypa
     for model in ("demo", "alone"):
         assert run("calibrate", [model, "--prompts", "prompts.txt", "-o", "t.safetensors"]) == 1
         assert "model_index.json" in capsys.readouterr().err
+    assert run("export", ["m.onnx", "--float", "--model", "alone", "--text"]) == 1
+    assert "model_index.json" in capsys.readouterr().err
     assert run("calibrate", ["alone", "--rows", "calls.safetensors", "--width", "64", "-o", "t.safetensors"]) == 2
     assert "--prompts" in capsys.readouterr().err
 
@@ -350,12 +352,14 @@ def test_another_guidance_scale_than_the_recorded_one_is_refused(pixart):
         tqdit.calibrate(pipeline.transformer, rows=pixart / "calls.safetensors", groups=2, guidance_scale=9.0)
 
 
-def test_frames_of_prompts_are_chosen(tmp_path, monkeypatch):
+def test_frames_of_prompts_are_chosen(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     OTHERS["wan"]()[0].save_pretrained("dir")
     (tmp_path / "prompts.txt").write_text(PROMPTS[0])
     line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
     verb, *rest = f"{line} --frames 5 --rows-per-group 2 -o t.safetensors".split()
+    assert run(verb, [*rest, "--height", "33"]) == 2  # the pipeline's own refusal
+    assert "33" in capsys.readouterr().err
     assert run(verb, rest) == 0
     (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
     assert Recording.load(kept).states.shape[3] == 2  # a frame of latents, and four frames in another

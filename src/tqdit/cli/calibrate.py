@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, TQ_DIT, QuantizationConfig, choices_of, flag
 from tqdit.console import Console
-from tqdit.errors import InputError, OutputError, UsageError
+from tqdit.errors import InputError, OutputError, TqditError, UsageError
 from tqdit.extras import need
 from tqdit.files import LOCK, check_writable, explain, lock_folder
 
@@ -164,7 +164,12 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(config.seed + number)
             output = "latent" if number else "np"  # one is decoded, which tells what the VAE takes
-            pipeline(prompt, generator=generator, output_type=output, **chosen)
+            try:
+                pipeline(prompt, generator=generator, output_type=output, **chosen)
+            except ValueError as error:
+                if isinstance(error, TqditError):
+                    raise
+                raise UsageError(f"{type(pipeline).__name__} refuses the call: {error}") from error
             if not number:  # what cannot be learned or grouped is refused before the other prompts
                 boundaries_of(recorder.recording().interface.sampling, config.groups)
             bar.update()

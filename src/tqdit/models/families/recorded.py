@@ -54,18 +54,18 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
-    _check_pipeline(folder)
+    check_pipeline(folder)
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
 
 
 def open_texts(folder: str) -> Any:
     """The pipeline of a directory without its transformer and its VAE, in float32."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
-    _check_pipeline(folder)
+    check_pipeline(folder)
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder), transformer=None, vae=None)
 
 
-def _check_pipeline(folder: str) -> None:
+def check_pipeline(folder: str) -> None:
     """Raises CheckpointError for anything but the directory of a pipeline, such as a transformer's alone."""
     if not (Path(folder) / "model_index.json").is_file():
         raise CheckpointError(f"{folder}: no model_index.json in it. Pass the directory of a whole pipeline.")
