@@ -28,7 +28,8 @@ def missing(module: str, extra: str, why: str) -> MissingLibraryError:
 
 def install(extra: str) -> str:
     """The command that installs the libraries of an extra. It names them, for tqdit is on no package index."""
-    return f"pip install {shlex.join(dict.fromkeys(_libraries(extra)))}"
+    libraries = dict.fromkeys(_libraries(extra)) or [f".[{extra}]"]  # the installed metadata is missing, or older
+    return f"pip install {shlex.join(libraries)}"
 
 
 def _libraries(extra: str) -> Iterator[str]:
@@ -36,7 +37,7 @@ def _libraries(extra: str) -> Iterator[str]:
     try:
         lines = metadata.requires("tqdit") or ()
     except metadata.PackageNotFoundError:  # a clone whose tqdit is not installed
-        lines = [f'.[{extra}]; extra == "{extra}"']
+        lines = ()
     for line in lines:
         requirement, _, condition = (part.strip() for part in line.partition(";"))
         if re.search(rf"""\bextra == ["']{extra}["']""", condition):

@@ -71,6 +71,10 @@ class Recording:
     def __len__(self) -> int:
         return len(self.states)
 
+    def __repr__(self) -> str:
+        facts = self.interface
+        return f"Recording(requests={len(self)}, family={facts.signature.family!r}, sampling={str(facts.sampling)!r})"
+
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, for `load`."""
         requests = {f"{REQUEST}{name}": array for name, array in self.requests.items()}
