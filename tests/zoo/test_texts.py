@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import tqdit
-from support import diffusers_dit, made_once
+from support import diffusers_dit, made_once, tiny_model
 from tqdit.cli.main import run
+from tqdit.engines.run.requests import open_texts
 from tqdit.engines.run.sampler import Sampler
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import FileFormatError, MissingLibraryError, UsageError
 from tqdit.exporter import text as exporter
 from tqdit.exporter.onnx_writer import _side_files
 from tqdit.models.families.recorded import open_pipeline
@@ -371,3 +373,15 @@ def test_a_pipeline_of_classes_takes_no_prompts(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a letter")
     assert run("calibrate", ["dir", "--prompts", "prompts.txt", "-o", "t.safetensors"]) == 2
     assert "takes no prompt" in capsys.readouterr().err
+
+
+def test_an_engine_of_classes_asks_for_classes():
+    with pytest.raises(UsageError, match="--classes"):
+        open_texts(Path("x.engine"), tiny_model().card())
+
+
+def test_a_pipeline_of_text_without_transformers_is_not_called_damaged(tmp_path, monkeypatch):
+    TEXTS["pixart-sigma"]()[0].save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingLibraryError, match="transformers"):
+        open_pipeline(str(tmp_path))
