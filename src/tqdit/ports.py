@@ -150,12 +150,14 @@ def check_requests(signature: Signature, requests: Requests) -> tuple[int, dict[
         return requests, {}
     if not isinstance(requests, dict):
         if len(ports) > 1:
-            raise UsageError(f"{signature.family} takes {_names(ports)}. Pass a dict with an array for each.")
+            raise UsageError(
+                f"{signature.family} takes {_names(ports)}. Pass a dict with an array for each, such as "
+                "read_requests makes of a file, and encode of prompts if the engine has text encoders."
+            )
         requests = dict.fromkeys(ports, requests)
     if set(requests) != set(ports):
-        raise UsageError(
-            f"found requests for {', '.join(map(repr, requests))}; {signature.family} takes {_names(ports)}."
-        )
+        found = ", ".join(map(repr, list(requests)[:8]))
+        raise UsageError(f"found {len(requests)} requests, {found}; {signature.family} takes {_names(ports)}.")
     arrays = {name: _check_values(name, port, requests[name]) for name, port in ports.items()}
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1:

@@ -181,7 +181,7 @@ def _lint(path: Path) -> None:
     from tqdit.onnx_file import OnnxFile
 
     if not path.is_file():
-        raise UsageError(f"{path}: no such file. Pass an ONNX file with --lint.")
+        raise UsageError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}. Pass an ONNX file with --lint.")
     model = OnnxFile.read(path).model
     try:
         findings = lint(model, folder=path.parent)
@@ -216,7 +216,10 @@ def _shards(path: Path) -> Facts:
         ("kind", "samples in shards"),
         ("shards", f"{folder.done} of {job.shards} done, of {job.shard_size} {job.content} each"),
         ("samples", f"{job.count}{classes}, seed {job.seed}"),
-        ("sampled with", f"{job.steps} steps of {job.sampler}, guidance: {guidance}"),
+        (
+            "sampled with",
+            f"{job.steps} steps {'as' if job.sampler == 'recorded' else 'of'} {job.sampler}, guidance: {guidance}",
+        ),
         ("engine", f"manifest {job.engine}"),
     ]
 

@@ -91,7 +91,9 @@ class Recording:
         with reading(Path(path), SAFETENSORS, again, ValueError):
             metadata, tensors = safetensors_file.read(Path(path))
         if RECORDING_KEY not in metadata or STATES not in tensors:
-            raise FileFormatError(f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). {again}")
+            raise FileFormatError(
+                f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). Pass what tqdit.record heard."
+            )
         try:
             header = msgspec.json.decode(metadata[RECORDING_KEY], type=RecordingHeader)
         except (msgspec.MsgspecError, UsageError, RecursionError) as error:

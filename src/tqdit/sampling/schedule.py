@@ -102,8 +102,8 @@ class SamplingSpec:
         """'250 steps of ddpm', or by the scheduler that was recorded."""
         if isinstance(self.process, Unsampled):
             return "no chain"
-        recorded = isinstance(self.process, Recorded)
-        return f"{self.steps} steps of {self.process.scheduler if recorded else self.sampler}"
+        name = self.process.scheduler if isinstance(self.process, Recorded) else self.sampler
+        return f"{self.steps} steps of {name}"
 
 
 @lru_cache(maxsize=256)
