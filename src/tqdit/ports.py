@@ -77,6 +77,8 @@ class Signature:
         kinds = [port.kind for port in self.ports]
         if kinds.count("state") != 1 or kinds.count("time") != 1 or len(set(self.names)) != len(kinds):
             raise ValueError(f"ports {self.names} of kinds {kinds}; expected one state, one time and no name twice")
+        if self.output[:1] != (None,) or not all(size and size > 0 for size in self.output[1:]):
+            raise ValueError(f"output {self.output}; expected rows (null) and sizes of at least 1")
 
     def check_predicts_state(self) -> None:
         """Raises UsageError for a prediction that no chain can use.

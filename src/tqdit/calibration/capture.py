@@ -125,7 +125,7 @@ class ProductRecorder:
     def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self.is_recording and inputs[0].numel():  # a part of a network may be called with nothing
+        if self.is_recording and all(tensor.numel() for tensor in inputs):  # a part may be called with nothing
             operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
             outputs = output.shape[1 if isinstance(module, Convolution) else -1]
             cut = self.picker.cut(self._batch, operands, outputs)
