@@ -12,7 +12,7 @@ from torch import nn
 from tqdit.interface import Interface
 from tqdit.models import quirks
 from tqdit.models.known import fix_arguments
-from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint
+from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint, in_one_line
 from tqdit.models.products import find_products
 from tqdit.registry import find_modules
 
@@ -37,10 +37,12 @@ def recorded_model(
     alike = {name: constants.pop(name) for name in interface.alike}
     fix_arguments(network, alike, interface.signature.state.name)
     rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
+    with in_one_line(interface.signature.family, "the observation of one call"):
+        products = find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS)
     return LoadedModel(
         network=network,
         signature=interface.signature,
-        products=find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS),
+        products=products,
         sampling=interface.sampling,
         guidance=interface.guidance,
         latents=interface.latents,
