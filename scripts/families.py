@@ -144,7 +144,10 @@ def flow(row: Row, folder: Path, stage: Any) -> None:
     from tqdit.onnx_file import read_card
 
     with stage("configuration"):
-        network, arguments = make(row.name)
+        try:
+            network, arguments = make(row.name)
+        except KeyError:
+            raise LookupError("not tried: scripts/family_classes.py has no configuration of it") from None
         with torch.no_grad():
             network(**arguments)
     with stage("record"):

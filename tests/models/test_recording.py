@@ -244,3 +244,16 @@ def test_a_network_that_cannot_be_observed_is_one_line():
     network.works = False
     with pytest.raises(UsageError, match=r"observation of one call failed \(NotImplementedError: no kernel"):
         tqdit.calibrate(network, rows=calls, **KNOBS)
+
+
+class Common(Toy):
+    """It computes what is alike for all rows, once."""
+
+    def forward(self, text, x, timestep):
+        alike = self.fc1(x.new_ones(1, 3, 8) * x.sum() * 0 + 1).mean()
+        return (super().forward(text, x, timestep)[0] + alike,)
+
+
+def test_a_layer_that_takes_other_rows_than_the_network_is_refused():
+    with pytest.raises(UsageError, match=r"takes \[1, 3, 8\] in a call with \d rows, expected values for each row"):
+        tqdit.calibrate(Common(), rows=record(Common(), [(rows(), {}), (rows(), {})]), **KNOBS)
