@@ -158,8 +158,8 @@ class ProductRecorder:
         rows = len(self._batch)
         if not x.numel() or len(x) % rows:
             raise UsageError(
-                f"a layer takes {list(x.shape)} in a call with {rows} rows, expected values for each row. Such networks "
-                "cannot be calibrated yet."
+                f"a layer takes {list(x.shape)} in a call with {rows} rows, expected values for each row. Such "
+                "networks cannot be calibrated yet."
             )
         return x.reshape(rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
 
