@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
-from tqdit.errors import TqditError, UsageError
+from tqdit.errors import TqditError, UsageError, first_line
 from tqdit.interface import TextExamples
 from tqdit.models.arguments import Constant, digest, nest
 from tqdit.models.products import Product, prediction_of
@@ -58,7 +58,7 @@ class LoadedModel:
 
         Raises UsageError if the network refuses it.
         """
-        with in_one_line(self.signature.family, f"a call with {len(inputs[self.signature.state.name])} rows"):
+        with in_one_line(self.source, f"a call with {len(inputs[self.signature.state.name])} rows"):
             return prediction_of(self.network(**self.arguments(inputs)))
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -100,15 +100,14 @@ class LoadedModel:
 
 
 @contextmanager
-def in_one_line(family: str, what: str) -> Iterator[None]:
+def in_one_line(source: str, what: str) -> Iterator[None]:
     """What a network raises, which can be anything, as a UsageError."""
     try:
         yield
     except (TqditError, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise UsageError(f"{family}: {what} failed ({type(error).__name__}: {reason}).") from error
+        raise UsageError(f"{source}: {what} failed ({first_line(error)}).") from error
 
 
 def arguments_of(

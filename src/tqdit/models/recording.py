@@ -106,9 +106,14 @@ class Recording:
         found.check(str(path))
         return found
 
+    @property
+    def _arrays(self) -> dict[str, Array]:
+        return {STATES: self.states, **self.requests}
+
     def check(self, where: str) -> None:
         """Raises FileFormatError if the arrays do not fit the interface, or hold NaN."""
         signature = self.interface.signature
+        self.interface.check(where)
         shapes = {name: port.row_shape for name, port in signature.request_values.items()}
         if isinstance(self.interface.sampling.process, Unsampled):
             shapes[signature.time.name] = signature.time.row_shape
@@ -117,7 +122,14 @@ class Recording:
         counts = {len(self.states), *(len(array) for array in self.requests.values())}
         if found != shapes or self.states.shape[1:] != states or len(counts) != 1 or not len(self.states):
             raise FileFormatError(f"{where}: its requests {found} and states do not fit its ports. Record again.")
-        if not all(np.isfinite(array).all() for array in (self.states, *self.requests.values())):
+        types = {STATES: "float32", **{name: port.dtype for name, port in signature.request_values.items()}}
+        wrong = [(name, array) for name, array in self._arrays.items() if array.dtype != types.get(name, "float32")]
+        if wrong:
+            name, array = wrong[0]
+            raise FileFormatError(
+                f"{where}: '{name}' is {array.dtype}, expected {types.get(name, 'float32')}. Record again."
+            )
+        if not all(np.isfinite(array).all() for array in self._arrays.values()):
             raise FileFormatError(f"{where}: holds NaN or infinite values. Record again.")
 
     @cached_property

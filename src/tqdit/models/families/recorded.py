@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tqdit.errors import CheckpointError, UsageError
+from tqdit.errors import CheckpointError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.recorded import recorded_model
-from tqdit.models.state import check_places
+from tqdit.models.state import check_places, is_finite, read_json
 
 RECORD = (
     "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
     "tqdit.record."
 )
+INDEX = "model_index.json"
+OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
 # Classes that tests/zoo takes through the whole flow; the command traces any other one in a child process.
 PROVEN = (
     "AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "CogVideoXTransformer3DModel", "Flux2Transformer2DModel",
@@ -51,14 +55,16 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
+    if not (Path(folder) / INDEX).is_file():
+        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a pipeline for --prompts.")
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
 
 
 def open_texts(folder: str) -> Any:
     """The pipeline of a directory without its transformer and its VAE, in float32."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
-    if not (Path(folder) / "model_index.json").is_file():
-        raise CheckpointError(f"{folder}: no model_index.json in it. Pass the directory of a pipeline for its texts.")
+    if not (Path(folder) / INDEX).is_file():
+        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a pipeline for its texts.")
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder), transformer=None, vae=None)
 
 
@@ -70,7 +76,7 @@ def _read_network(source: str) -> nn.Module:
     diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
     name = dit.class_name(source)
     kind = getattr(diffusers, str(name), None)
-    if kind is None or not issubclass(kind, nn.Module):
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
     network: nn.Module = _from_pretrained(kind, dit.transformer_folder(source), Path(source))
     return network
@@ -79,9 +85,54 @@ def _read_network(source: str) -> nn.Module:
 def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
     """In float32, which is what diffusers makes of every type unless it is told another one."""
     check_places(folder, root)
+    if (folder / INDEX).is_file():
+        _check_index(folder / INDEX)
     _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error
+        with _without_bars():
+            made = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
+    except Exception as error:  # its parts are of several libraries, which raise errors of all kinds
+        raise CheckpointError(
+            f"{folder}: diffusers cannot load it ({first_line(error)}). Get the directory again."
+        ) from error
+    for part, network in (getattr(made, "components", None) or {"": made}).items():
+        if isinstance(network, nn.Module):
+            _check_weights(folder / part, network)
+    return made
+
+
+def _check_weights(folder: Path, network: nn.Module) -> None:
+    """Refuse a network with weights that no file gave a value, or a value that is no number."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{folder}: its files lack '{name}'. Get the directory again.")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(f"{folder}: '{name}' holds NaN or infinite values. Get the directory again.")
+
+
+def _check_index(path: Path) -> None:
+    """Refuse parts that are not of diffusers or transformers: some versions of diffusers import what an index names."""
+    pipelines: Any = need("diffusers", "diffusers", "loading a diffusers directory").pipelines
+    for name, value in read_json(path).items():
+        if name == "_class_name" and not isinstance(value, str):
+            raise CheckpointError(f"{path}: the pipeline is of '{value}', whose code would run. {OWN_CODE}")
+        library = value[0] if isinstance(value, list) and value else None
+        if library in (None, "diffusers", "transformers"):
+            continue
+        ours = isinstance(library, str) and library.isidentifier() and hasattr(pipelines, library)
+        if not ours or (path.parent / name / f"{library}.py").exists():
+            raise CheckpointError(f"{path}: '{name}' is of '{library}', whose code would run. {OWN_CODE}")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside, the libraries show no bars of their own: they take no notice of --quiet and of logs."""
+    libraries = [need(name, "diffusers", "loading a diffusers directory") for name in ("diffusers", "transformers")]
+    shown = [each.utils.logging for each in libraries if each.utils.logging.is_progress_bar_enabled()]
+    for each in shown:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()

@@ -1,0 +1,201 @@
+"""Files that lie: recorded calls whose header does not fit, and pipeline directories that name foreign code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+import tqdit
+from tqdit.cli.main import run
+from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.interface import RECORDING_KEY
+from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.recorded import recorded_model
+from tqdit.models.recording import Recording
+
+from .test_recording import Loop
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    pipeline = Loop()
+    with tqdit.record(pipeline) as heard:
+        pipeline(0)
+    path = tmp_path_factory.mktemp("calls") / "calls.safetensors"
+    return heard.recording().save(path), pipeline.transformer
+
+
+def altered(path, target, change=lambda _: None, **arrays):
+    """A copy of recorded calls with another interface or other arrays."""
+    with safe_open(path, "np") as file:
+        header = json.loads(file.metadata()[RECORDING_KEY])
+    change(header["interface"])
+    save_file({**load_file(path), **arrays}, target, {RECORDING_KEY: json.dumps(header)})
+    return target
+
+
+def table(interface):
+    return interface["sampling"]["process"]["tables"][0]
+
+
+STATES = np.ones((1, 4, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda i: table(i)["input_scale"].pop(), "4 steps"),
+        (lambda i: table(i)["noise_weight"].append(0.0), "4 steps"),
+        (lambda i: i["sampling"]["process"].update(sign=7), "7"),
+        (lambda i: i["sampling"]["process"].update(time_scale=0), "a factor other than 0"),
+        (lambda i: i["sampling"]["process"].update(training_steps=-7), "-7 training steps"),
+        (lambda i: i.update(alike=["nothing"]), "'nothing'"),
+        (lambda i: i.update(text={"prompts": ["a", "b"], "settings": {}}), "prompts"),
+    ],
+)
+def test_recorded_calls_with_a_header_that_does_not_fit_are_refused(calls, tmp_path, change, found):
+    with pytest.raises(FileFormatError, match=found):
+        Recording.load(altered(calls[0], tmp_path / "x.safetensors", change))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_recorded_states_of_another_type_are_refused(calls, tmp_path, dtype):
+    with pytest.raises(FileFormatError, match=f"'states' is {dtype}, expected float32"):
+        Recording.load(altered(calls[0], tmp_path / "x.safetensors", states=STATES.astype(dtype)))
+
+
+def constant(interface):
+    interface["constants"]["nonsense"] = 1
+
+
+def prediction(interface):
+    interface["signature"]["output"] = [None, 5]
+
+
+@pytest.mark.parametrize(("change", "found"), [(constant, "nonsense"), (prediction, r"predicts \(3, 8\).*\(5,\)")])
+def test_calls_that_the_network_does_not_take_are_refused_in_one_line(calls, tmp_path, change, found):
+    recording = Recording.load(altered(calls[0], tmp_path / "x.safetensors", change))
+    with pytest.raises(UsageError, match=found) as caught:
+        recorded_model(calls[1], recording.interface)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    from zoo.texts import pixart_with_t5
+
+    folder = tmp_path_factory.mktemp("pipeline") / "pixart"
+    pixart_with_t5()[0].save_pretrained(folder)
+    return folder
+
+
+def index(folder, **changes):
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"_class_name": ["own_code", "Pipeline"]}, "own_code"),
+        ({"transformer": ["own_code", "Network"]}, "own_code"),
+        ({"vae": ["subprocess", "Popen"]}, "subprocess"),
+        ({"scheduler": ["schedulers.own", "Scheduler"]}, "schedulers.own"),
+    ],
+)
+def test_a_pipeline_directory_runs_no_code_of_its_own(saved, tmp_path, monkeypatch, changes, found):
+    """Not even if the module lies where Python looks for modules."""
+    folder = copied(saved, tmp_path)
+    index(folder, **changes)
+    for place in (folder, folder / "transformer"):
+        (place / "own_code.py").write_text("raise SystemExit('code of the directory ran')\n")
+    monkeypatch.syspath_prepend(folder)
+    with pytest.raises(CheckpointError, match=f"'.*{found}.*', whose code would run"):
+        open_pipeline(str(folder))
+    assert "own_code" not in sys.modules
+
+
+def test_weights_that_no_file_holds_are_named(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["proj_out.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="transformer: its files lack 'proj_out.bias'"):
+        open_pipeline(str(folder))
+
+
+def test_weights_that_are_not_numbers_are_named(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"decoder.conv_in.bias": tensors["decoder.conv_in.bias"] * np.nan}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="vae: 'decoder.conv_in.bias' holds NaN"):
+        open_pipeline(str(folder))
+
+
+class Raising:
+    """A pipeline that raises what `error` says."""
+
+    def __init__(self, error):
+        self.transformer, self.scheduler, self.error = nn.Linear(1, 1), Loop().scheduler, error
+
+    def set_progress_bar_config(self, **_):
+        pass
+
+    def __call__(self, *_, **__):
+        raise self.error
+
+
+def calibrate(tmp_path, *arguments):
+    prompts = tmp_path / "prompts.txt"
+    if not prompts.exists():
+        prompts.write_text("a red square\n")
+    return run(
+        "calibrate", [str(tmp_path), "--prompts", str(prompts), "-o", str(tmp_path / "x.safetensors"), *arguments]
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("height must be\nodd"), torch.OutOfMemoryError("no"), KeyError("tokens")])
+def test_what_a_pipeline_raises_is_one_line_with_its_prompt(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: Raising(error))
+    assert calibrate(tmp_path, "-q") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Raising refuses 'a red square'" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--height", "0"], "--height is 0"),
+        (["--width", "100000"], "--width is 100000"),
+        (["--steps", "4", "--groups", "5"], "--groups is 5, --steps 4"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_said_before_the_pipeline_is_loaded(tmp_path, monkeypatch, capsys, arguments, found):  # fmt: skip
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pytest.fail("was loaded"))
+    assert calibrate(tmp_path, *arguments) == 2
+    assert found in capsys.readouterr().err
+
+
+def test_a_size_without_prompts_is_refused(tmp_path, capsys):
+    assert run("calibrate", ["demo", "--height", "64", "-o", str(tmp_path / "x.safetensors")]) == 2
+    assert "--height is of the images of --prompts" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_has_a_bound(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tqdit.cli.calibrate.MOST_TEXT_BYTES", 5)
+    assert calibrate(tmp_path) == 2
+    assert "more than 5 bytes" in capsys.readouterr().err
