@@ -54,6 +54,13 @@ class InterfaceEntry(msgspec.Struct):
     text: TextEntry | None = None
 
 
+class RecordingHeader(msgspec.Struct):
+    """The metadata of a file of recorded calls."""
+
+    format_version: int
+    interface: InterfaceEntry
+
+
 @dataclass(frozen=True, eq=False)
 class Interface:
     """The ports of a network, the chain that it was recorded in, and arguments that are alike in every call.

@@ -31,6 +31,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path)[0]
 
 
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Of each tensor, from the header alone. Raises OSError, or ValueError that says what is wrong."""
+    return {name: entry.shape for name, entry in _read_header(path)[1].items()}
+
+
 def read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     """(texts, arrays by name). Raises OSError, or ValueError that says what is wrong."""
     metadata, entries, start = _read_header(path)

@@ -103,6 +103,14 @@ def test_a_shift_of_latents_is_shown():
     assert dict(_card(card))["state"] == "latents of scale 0.5, shift 0.125"
 
 
+def test_a_null_class_is_a_whole_number_in_a_file_too():
+    """Which gives every null value as a float."""
+    card = support.tiny_model().card()
+    ports = [port if port.null is None else replace(port, null=float(port.null)) for port in card.signature.ports]
+    said = dict(_card(replace(card, signature=replace(card.signature, ports=tuple(ports)))))
+    assert said == dict(_card(card))
+
+
 @pytest.fixture
 def samples(tmp_path):
     path = tmp_path / "samples.npz"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter import text as exporter
 from tqdit.exporter.onnx_writer import _side_files
+from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
 from tqdit.onnx_file import read_card
@@ -237,3 +239,127 @@ def test_a_pipeline_directory_goes_from_prompts_to_pictures(tmp_path, monkeypatc
     assert run("sample", ["model.engine", "-q", "--prompt", PROMPTS[0], "-n", "3", "--shard-size", "2", "-o", "s"]) == 0
     assert json.loads((tmp_path / "s" / "shards.json").read_text())["job"]["texts"] == [PROMPTS[0]]
     np.testing.assert_array_equal(next(tqdit.read_shards("s"))["arr_0"][:1], found)
+
+
+def test_recorded_prompts_are_kept_for_further_commands(tmp_path, monkeypatch, capsys):
+    """The pipeline is most of the work: settings that cannot be refuse before it, or after its first prompt."""
+    monkeypatch.chdir(tmp_path)
+    pipeline, _ = TEXTS["sd3"]()
+    pipeline.save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    drawn = []
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: drawn.append(prompt))
+    line = "dir --prompts prompts.txt -o t.safetensors --preset min-max --rows-per-group 4 --height 64 --width 64"
+    assert run("calibrate", [*line.split(), "--steps", "6"]) == 2
+    assert drawn == []
+    assert "--groups is 10" in capsys.readouterr().err
+    line += " --steps 6 --groups 3"
+    assert run("calibrate", line.split()) == 0
+    assert drawn == list(PROMPTS)
+    first = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "t.safetensors").unlink()
+    assert run("calibrate", line.split()) == 0
+    assert drawn == list(PROMPTS)
+    assert (tmp_path / "t.safetensors").read_bytes() == first
+    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
+    assert str(kept.name) in capsys.readouterr().err
+    assert len(Recording.load(kept)) == len(PROMPTS)
+    assert run("calibrate", [*line.split(), "--seed", "1"]) == 0
+    assert len(drawn) == 2 * len(PROMPTS)
+
+
+def test_a_loop_that_the_groups_do_not_fit_is_refused_after_one_prompt(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipeline, _ = TEXTS["sd3"]()
+    pipeline.save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    drawn = []
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: drawn.append(prompt))
+    line = "dir --prompts prompts.txt -o t.safetensors --groups 29 --height 64 --width 64"
+    assert run("calibrate", line.split()) == 2  # the pipeline's own number of steps is 28
+    assert drawn == [PROMPTS[0]]
+    assert "--groups is 29" in capsys.readouterr().err
+
+
+def test_recorded_calls_are_described_without_libraries(pixart):
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'safetensors', 'onnx', 'onnx_ir']))"
+    code = (
+        f"{blocked}; from tqdit.cli.main import run; sys.exit(run('inspect', [{str(pixart / 'calls.safetensors')!r}]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    said = dict(line.split("  ", 1) for line in found.stdout.splitlines())
+    assert "PixArtTransformer2DModel" in said["kind"]
+    assert said["requests"].strip() == str(len(PROMPTS))
+    assert "10 x 24" in said["port encoder_hidden_states"]
+    assert f"{STEPS} steps of DPMSolverMultistepScheduler" in said["sampled with"]
+    assert PROMPTS[0] in said["prompts kept"]
+
+
+def test_a_pipeline_directory_is_described(tmp_path, capsys):
+    FAMILIES["sd3"]()[0].save_pretrained(tmp_path)
+    assert run("inspect", [str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "SD3Transformer2DModel" in said
+    assert "--prompts" in said
+
+
+def test_only_the_directory_of_a_whole_pipeline_takes_prompts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    FAMILIES["sd3"]()[0].transformer.save_pretrained("alone")
+    (tmp_path / "prompts.txt").write_text("a letter")
+    for model in ("demo", "alone"):
+        assert run("calibrate", [model, "--prompts", "prompts.txt", "-o", "t.safetensors"]) == 1
+        assert "model_index.json" in capsys.readouterr().err
+    assert run("export", ["m.onnx", "--float", "--model", "alone", "--text"]) == 1
+    assert "model_index.json" in capsys.readouterr().err
+    assert run("calibrate", ["alone", "--rows", "calls.safetensors", "--width", "64", "-o", "t.safetensors"]) == 2
+    assert "--prompts" in capsys.readouterr().err
+
+
+def test_an_engine_with_text_encoders_asks_for_a_prompt(pixart, tmp_path, capsys):
+    assert run("sample", [str(pixart / "model.engine"), "-o", str(tmp_path / "x.png")]) == 2
+    assert "--prompt TEXT" in capsys.readouterr().err
+
+
+def test_bars_of_libraries_are_silent_and_on_again(tmp_path, capfd):
+    diffusers.utils.logging.enable_progress_bar()
+    TEXTS["pixart-sigma"]()[0].save_pretrained(tmp_path)
+    capfd.readouterr()
+    open_pipeline(str(tmp_path))
+    assert "%" not in capfd.readouterr().err
+    assert diffusers.utils.logging.is_progress_bar_enabled()
+
+
+def test_the_guidance_scale_of_prompts_is_the_pipeline_s(tmp_path, monkeypatch, capsys):
+    """Flux takes it as an input of its network; to the loop it has no guidance."""
+    monkeypatch.chdir(tmp_path)
+    OTHERS["flux"]()[0].save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
+    verb, *rest = f"{line} --guidance-scale 2.5 --rows-per-group 2 -o t.safetensors".split()
+    assert run(verb, [*rest, "--frames", "5"]) == 2
+    assert "FluxPipeline takes no num_frames" in capsys.readouterr().err
+    assert run(verb, rest) == 0
+    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
+    assert Recording.load(kept).requests["guidance"].tolist() == [2.5]
+
+
+def test_another_guidance_scale_than_the_recorded_one_is_refused(pixart):
+    pipeline, _ = pixart_with_t5()
+    with pytest.raises(UsageError, match=r"--guidance-scale is 9; .* 4\.5"):
+        tqdit.calibrate(pipeline.transformer, rows=pixart / "calls.safetensors", groups=2, guidance_scale=9.0)
+
+
+def test_frames_of_prompts_are_chosen(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    OTHERS["wan"]()[0].save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
+    verb, *rest = f"{line} --frames 5 --rows-per-group 2 -o t.safetensors".split()
+    assert run(verb, [*rest, "--height", "33"]) == 2  # the pipeline's own refusal
+    assert "33" in capsys.readouterr().err
+    assert run(verb, rest) == 0
+    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
+    assert Recording.load(kept).states.shape[3] == 2  # a frame of latents, and four frames in another

@@ -34,6 +34,7 @@ from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
+from tqdit.errors import UsageError
 from tqdit.golden import CALLS, MOST_BYTES
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution
@@ -102,6 +103,10 @@ class Calibration:
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
+        scale = self.config.guidance_scale or 0
+        recorded = self.model.guidance.scale if self.model.guidance and isinstance(self.data, Recording) else scale
+        if not math.isclose(scale, recorded, rel_tol=1e-3):
+            raise UsageError(f"--guidance-scale is {scale:g}; calls were recorded with {recorded:g}. Leave it out.")
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
         state = 4 * math.prod(signature.state.row_shape)

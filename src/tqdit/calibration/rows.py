@@ -92,7 +92,7 @@ def pick(
             "Pass an even number."
         )
     if boundaries is None:
-        boundaries = _boundaries(spec, config.groups)
+        boundaries = boundaries_of(spec, config.groups)
     count = config.rows_per_group // each
     of_step = group_of(boundaries, spec.schedule.timesteps)
     groups, picked, steps = [], [], []
@@ -111,7 +111,7 @@ def pick(
     return Picks(np.concatenate(groups), np.concatenate(picked), np.concatenate(steps), boundaries)
 
 
-def _boundaries(spec: SamplingSpec, groups: int) -> NDArray[np.float64]:
+def boundaries_of(spec: SamplingSpec, groups: int) -> NDArray[np.float64]:
     """Groups of equal length in time; for a recorded chain, of equally many steps.
 
     A recorded scheduler puts its steps where it wants; boundaries lie half way between two of them.

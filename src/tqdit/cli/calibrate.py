@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdit.bounds import MOST_SIDE, MOST_TEXT_BYTES, check_count
 from tqdit.calibration.advice import read_advice
-from tqdit.calibration.config import PRESETS, TQ_DIT, choices_of, flag
+from tqdit.calibration.config import PRESETS, TQ_DIT, QuantizationConfig, choices_of, flag
 from tqdit.console import Console
 from tqdit.errors import InputError, OutputError, TqditError, UsageError, first_line
 from tqdit.extras import need
@@ -26,6 +27,8 @@ examples:
   tqdit-calibrate DiT-XL-2-256x256.pt -o xl.safetensors
   tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset ho
   tqdit-calibrate --preset paper --print                      every setting of a preset
+  tqdit-calibrate FLUX/ --prompts prompts.txt --steps 28      a pipeline of text: one prompt per line
+  tqdit-calibrate FLUX/ --rows calls.safetensors              calls that were recorded before
 
 A preset is a set of all knobs; a flag changes one of them. The work folder beside the output (its name with .work)
 keeps what was done: after a kill the same command continues and ends with the same bytes. Then only the calibration
@@ -45,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "known noise, instead of the model's own chains")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="run the pipeline of the diffusers directory MODEL with each line "
         "of a text file, and take rows from its chains (any transformer class)")  # fmt: skip
-    add("--height", type=int, metavar="N", help="of the images of --prompts (default: the pipeline's own)")
-    add("--width", type=int, metavar="N")
+    for side in ("--height", "--width"):
+        add(side, type=int, metavar="N", help="of the images of --prompts, in pixels (default: the pipeline's own)")
+    add("--frames", type=int, metavar="N", help="of the videos of --prompts (default: the pipeline's own)")
     add("--rows", type=Path, metavar="FILE", help="calls that tqdit.record heard, a .safetensors file, in place of the "
         "model's own chains")  # fmt: skip
     add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     from tqdit.calibration.cost import peak_memory_bytes
     from tqdit.calibration.data import check_data, read_data
     from tqdit.calibration.device import choose_device, peak_device_bytes
+    from tqdit.calibration.drift import check_group_count
     from tqdit.calibration.flow import calibrate
     from tqdit.models.load import load_model
     from tqdit.quantization.table import is_scale_table, write_scale_table
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
     if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
         raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
-    for name in ("height", "width"):
+    for name in ("height", "width", "frames"):
         if (size := getattr(args, name)) is not None:
             check_count(f"--{name}", size, 1, MOST_SIDE)
             if args.prompts is None:
@@ -107,10 +112,14 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     check_writable(work / LOCK)
     if args.data is not None:
         check_data(args.data)
+    if args.prompts is not None and config.steps is not None:
+        check_group_count(config.groups, config.steps)
     started = time.monotonic()
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
-    recording = _recording(args, console)
+    recording = _recording(args, config, work, console)
+    if args.prompts is not None:  # the pipeline had it: its loop's, which is learned, or an input of its network
+        config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface
     model = load_model(args.model, args.heads, interface=interface).to(device)
     if diagnosed is not None:
@@ -131,10 +140,12 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     return output
 
 
-def _recording(args: argparse.Namespace, console: Console) -> Recording | None:
-    """The calls of --rows, or those of a pipeline that runs here with --prompts."""
+def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path, console: Console) -> Recording | None:
+    """The calls of --rows, or those of a pipeline that runs here with --prompts and are kept in the work folder."""
     import torch
 
+    from tqdit.calibration.rows import boundaries_of
+    from tqdit.calibration.work import digest, versions
     from tqdit.models.families.recorded import open_pipeline
     from tqdit.models.recording import Recorder, Recording
 
@@ -143,25 +154,38 @@ def _recording(args: argparse.Namespace, console: Console) -> Recording | None:
     if args.prompts is None:
         return None
     prompts = read_prompts(args.prompts)
+    chosen = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
+              "width": args.width, "num_frames": args.frames}  # fmt: skip
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in Path(args.model).rglob("*.*"))
+    kept = work / f"calls-{digest([files, prompts, config.seed, chosen, versions()])}.safetensors"
+    if kept.is_file():
+        console.say(f"recorded calls: kept from an earlier run in {kept}")
+        return Recording.load(kept)
     pipeline = open_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    chosen = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
-              "width": args.width}  # fmt: skip
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if unknown := chosen.keys() - inspect.signature(pipeline.__call__).parameters:
+        raise UsageError(f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}. Leave it out.")
     with Recorder(pipeline) as recorder, console.bar(len(prompts), "recording the pipeline", "prompts") as bar:
         for number, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed((args.seed or 0) + number)
+            generator = torch.Generator().manual_seed(config.seed + number)
             output = "latent" if number else "np"  # one is decoded, which tells what the VAE takes
             try:
                 pipeline(prompt, generator=generator, output_type=output, **chosen)
             except (TqditError, MemoryError):
                 raise
             except Exception as error:  # a pipeline's own code may raise any
+                call = f"{prompt[:60]!r} with {chosen}"
                 raise UsageError(
-                    f"{args.model}: {type(pipeline).__name__} refuses {prompt[:60]!r} with {chosen}: {first_line(error)}"
+                    f"{args.model}: {type(pipeline).__name__} refuses {call}: {first_line(error)}"
                 ) from error
+            if not number:  # what cannot be learned or grouped is refused before the other prompts
+                boundaries_of(recorder.recording().interface.sampling, config.groups)
             bar.update()
-    return recorder.recording()
+    recording = recorder.recording()
+    work.mkdir(parents=True, exist_ok=True)
+    console.say(f"recorded calls: {recording.save(kept)}")
+    return recording
 
 
 def read_prompts(path: Path) -> list[str]:

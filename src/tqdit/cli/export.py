@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
     from tqdit.exporter.watch import PLACE, export_in_child
-    from tqdit.models.families.recorded import PROVEN, open_texts
+    from tqdit.models.families.recorded import PROVEN, check_pipeline, open_texts
     from tqdit.models.load import load_model
 
     output: Path = args.output
@@ -89,6 +89,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if args.vae is not None:
         check_decoder(args.vae)
     table = _scale_table(args, console)
+    source = args.model or ("demo" if table is None else table.model)
+    if args.text:
+        check_pipeline(source)
     family = None if table is None or table.interface is None else table.interface.signature.family
     if family is not None and family not in PROVEN and PLACE not in os.environ:
         minutes = check_number("--trace-minutes", args.trace_minutes, 1 / 60, 60 * 24 * 30)
@@ -99,7 +102,6 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         return output
     if table is not None:
         console.say(f"scales from {args.scales or DEFAULT_SCALES}")
-    source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
     model = load_model(source, args.heads, interface=None if table is None else table.interface)
     vae_folder = None if args.no_vae else find_decoder(model, args.vae)

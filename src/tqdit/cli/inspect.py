@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
+from tqdit import safetensors_file
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, Verified, check_parts, read_manifest
@@ -19,15 +22,16 @@ from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, LintError, MissingLibraryError, UsageError
 from tqdit.extras import need, need_part
-from tqdit.files import NPZ, NPZ_ERRORS, check_writable, npz_headers, reading
+from tqdit.files import NPZ, NPZ_ERRORS, SAFETENSORS, check_writable, npz_headers, reading
+from tqdit.interface import RECORDING_KEY, REQUEST, RecordingHeader
 from tqdit.onnx_header import OnnxHeader
-from tqdit.ports import Port
+from tqdit.ports import Port, Signature
 from tqdit.quantization import summary as scale_table_summary
 from tqdit.quantization.table import is_scale_table, read_scale_table
 from tqdit.sampling.guidance import Guidance
-from tqdit.sampling.schedule import samplers_of
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
 
-SUMMARY = "say what a file is: checkpoint, scale table, ONNX file, engine bundle or samples"
+SUMMARY = "say what a file is: checkpoint, recorded calls, scale table, ONNX file, engine bundle or samples"
 EXAMPLES = """\
 examples:
   tqdit-inspect model.onnx
@@ -109,6 +113,8 @@ def inspect(file: str, heads: int | None = None) -> Facts:
         )
     if path.suffix == ".safetensors" and is_scale_table(path):
         return scale_table_summary.facts(read_scale_table(path))
+    if path.suffix == ".safetensors" and (calls := _calls(path)):
+        return calls
     return _checkpoint(file, heads)
 
 
@@ -216,12 +222,36 @@ def _shards(path: Path) -> Facts:
     ]
 
 
+def _calls(path: Path) -> Facts:
+    """Calls that tqdit.record heard; nothing for another file."""
+    again = "Record the pipeline again."
+    with reading(path, SAFETENSORS, again, ValueError, msgspec.MsgspecError):
+        metadata = safetensors_file.read_metadata(path)
+        if RECORDING_KEY not in metadata:
+            return []
+        shapes = safetensors_file.read_shapes(path)
+        found = msgspec.json.decode(metadata[RECORDING_KEY], type=RecordingHeader).interface
+    prompts = [] if found.text is None else [("prompts kept", "; ".join(found.text.prompts))]
+    counts = sorted({shape[0] for name, shape in shapes.items() if name.startswith(REQUEST)})
+    return [
+        ("kind", f"recorded calls of a {found.signature.family}"),
+        ("requests", " or ".join(str(count) for count in counts)),
+        *_call(found.signature),
+        *_chain(found.sampling, found.guidance),
+        *prompts,
+        ("for", "tqdit-calibrate --rows, tqdit-sample --embeddings"),
+    ]
+
+
 def _checkpoint(file: str, heads: int | None) -> Facts:
     for library in ("torch", "safetensors"):
         need(library, "export", "inspecting a checkpoint")
     need_part("tqdit.models", "the inspection of a model")
+    from tqdit.models.families import diffusers, recorded
     from tqdit.models.load import load_model
 
+    if file != "demo" and recorded.matches(file):
+        return [("kind", f"diffusers directory of a {diffusers.class_name(file)}"), ("next", recorded.RECORD)]
     model = load_model(file, heads)
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     return [
@@ -248,20 +278,23 @@ def _sampled(card: GraphCard) -> Facts:
     signature = card.signature
     label = signature.label
     classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
-    samplers = ", ".join(samplers_of(card.sampling.process))
-    return [
-        *((f"port {port.name}", _port(port)) for port in signature.ports),
-        ("prediction", _shape(signature.output)),
-        ("state", _space(card)),
-        *classes,
-        ("sampled with", f"{card.sampling}; any of {samplers}" if samplers else str(card.sampling)),
-        ("guidance", _guidance(card.guidance)),
-    ]
+    return [*_call(signature), ("state", _space(card)), *classes, *_chain(card.sampling, card.guidance)]
+
+
+def _call(signature: Signature) -> Facts:
+    ports = ((f"port {port.name}", _port(port)) for port in signature.ports)
+    return [*ports, ("prediction", _shape(signature.output))]
+
+
+def _chain(sampling: SamplingSpec, guidance: Guidance | None) -> Facts:
+    samplers = ", ".join(samplers_of(sampling.process))
+    choice = ", as recorded" if samplers == "recorded" else f"; any of {samplers}" * bool(samplers)
+    return [("sampled with", f"{sampling}{choice}"), ("guidance", _guidance(guidance))]
 
 
 def _port(port: Port) -> str:
     values = "" if port.values is None else f", 0..{port.values - 1}"
-    own = "its own value" if port.null == "own" else f"{port.null}"
+    own = "its own value" if isinstance(port.null, str) else f"{port.null or 0:g}"
     null = "" if port.null is None else f", {own} in an unconditional row"
     return f"{port.kind}, {port.dtype} {_shape(port.shape)}{values}{null}"
 

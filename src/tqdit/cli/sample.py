@@ -190,7 +190,7 @@ def _sample_at_once(
             arrays = job.make(sampler, 0, advance, prompts)
         seconds = time.perf_counter() - started
     console.say(
-        f"{job.count} images in {seconds:.2f} s: {seconds / job.count:.3f} s per image, "
+        f"{job.count} image{'s' * (job.count > 1)} in {seconds:.2f} s: {seconds / job.count:.3f} s per image, "
         f"{1000 * seconds / calls:.1f} ms per step of up to {sampler.batch} images"
     )
     if job.content == "latents":

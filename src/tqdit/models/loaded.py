@@ -107,7 +107,7 @@ def in_one_line(source: str, what: str) -> Iterator[None]:
     except (TqditError, MemoryError):
         raise
     except Exception as error:
-        raise UsageError(f"{source}: {what} failed ({first_line(error)}).") from error
+        raise UsageError(f"{source}: {what} failed ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def arguments_of(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ from tqdit.bounds import check_memory
 from tqdit.card import Latents
 from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
-from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry, TextExamples
+from tqdit.interface import RECORDING_KEY, REQUEST, Interface, RecordingHeader, TextExamples
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
 from tqdit.models.decoding import learn_latents
@@ -54,13 +54,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual,
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
 Array = NDArray[Any]
-
-
-class RecordingHeader(msgspec.Struct):
-    """The metadata of a file of recorded calls."""
-
-    format_version: int
-    interface: InterfaceEntry
+Sign = Literal[1, -1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -532,7 +526,7 @@ def _time_map(times: list[tuple[float, float]], tolerance: float) -> tuple[float
     raise UsageError("the network's timestep is not a linear function of the scheduler's.")
 
 
-def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, int, dict[str, int]]:
+def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, Sign, dict[str, int]]:
     """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role."""
     mean = weights.mean(0)
     spread = float(np.abs(weights - mean).max() / np.abs(mean).max())
@@ -541,7 +535,7 @@ def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance 
         raise UsageError(
             f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}). {DROP_IN_ONLY}"
         )
-    sign = 1 if mean.sum() > 0 else -1
+    sign: Sign = 1 if mean.sum() > 0 else -1
     if len(mean) > 2 or abs(abs(mean.sum()) - 1) > 10 * tolerance * np.abs(mean).max():
         raise UsageError(f"the predictions of a step have weights {text}; expected one, or g and 1 - g of guidance.")
     if len(mean) == 1:

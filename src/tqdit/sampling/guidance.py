@@ -59,7 +59,10 @@ def check_scale(guidance: Guidance | None, scale: float | None) -> float:
     """The guidance scale to use; None means the default. Raises UsageError if it has no meaning."""
     if guidance is None:
         if scale is not None:
-            raise UsageError("this model is sampled without guidance and takes no guidance scale. Leave it out.")
+            raise UsageError(
+                "this model is sampled without guidance and takes no guidance scale. Leave it out. (A scale that the "
+                "network itself takes is one of its request values.)"
+            )
         return 1.0
     return check_number("guidance scale", guidance.scale if scale is None else scale, -MOST_GUIDANCE, MOST_GUIDANCE)
 

@@ -10,7 +10,7 @@ import numpy as np
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
 from tqdit.sampling import samplers
-from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Process, Unsampled
+from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Process, Recorded, Unsampled
 
 MOST_LAG = 3
 
@@ -104,10 +104,11 @@ class SamplingSpec:
         return replace(self, steps=self.steps if steps is None else steps, sampler=sampler or self.sampler)
 
     def __str__(self) -> str:
-        """'250 steps of ddpm'."""
+        """'250 steps of ddpm', or by the scheduler that was recorded."""
         if isinstance(self.process, Unsampled):
             return "no chain"
-        return f"{self.steps} steps of {self.sampler}"
+        name = self.process.scheduler if isinstance(self.process, Recorded) else self.sampler
+        return f"{self.steps} steps of {name}"
 
 
 @lru_cache(maxsize=256)

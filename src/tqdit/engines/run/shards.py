@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_SHARDS, check_disk, check_memory
+from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
 from tqdit.engines.run.requests import Prompts
@@ -43,7 +44,7 @@ from tqdit.files import (
     whole_file,
     writing,
 )  # fmt: skip
-from tqdit.ports import Requests, Signature, check_requests
+from tqdit.ports import Requests, check_requests
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.version import __version__
@@ -145,7 +146,7 @@ def describe_job(
         engine=sha256(engine / MANIFEST),
         steps=spec.steps,
         sampler=spec.sampler,
-        classes=() if prompts is not None else _classes(card.signature, classes),
+        classes=() if prompts is not None else _classes(card, classes),
         guidance_scale=None if card.guidance is None else scale,
         seed=seed,
         count=count,
@@ -159,8 +160,9 @@ def describe_job(
     )
 
 
-def _classes(signature: Signature, chosen: list[int] | None) -> tuple[int, ...]:
+def _classes(card: GraphCard, chosen: list[int] | None) -> tuple[int, ...]:
     """The classes to repeat; none for an unconditional model."""
+    signature = card.signature
     label = signature.label
     if label is not None:
         labels = check_requests(signature, chosen or range(label.choices or 0))[1][label.name]
@@ -168,8 +170,9 @@ def _classes(signature: Signature, chosen: list[int] | None) -> tuple[int, ...]:
     if signature.requests:
         ports = ", ".join(f"'{name}' {list(port.row_shape)}" for name, port in signature.request_values.items())
         raise UsageError(
-            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass them to tqdit-sample "
-            "--embeddings FILE, or in Python as a dict of arrays to Sampler.sample."
+            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass "
+            f"{'--prompt TEXT, or ' * (card.text is not None)}them to tqdit-sample --embeddings FILE, or in Python as "
+            "a dict of arrays to Sampler.sample."
         )
     if chosen is not None:
         raise UsageError(f"{signature.family} is unconditional and takes no --classes. Leave it out.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,17 +56,21 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
-    if not (Path(folder) / INDEX).is_file():
-        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a pipeline for --prompts.")
+    check_pipeline(folder)
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
 
 
 def open_texts(folder: str) -> Any:
     """The pipeline of a directory without its transformer and its VAE, in float32."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
-    if not (Path(folder) / INDEX).is_file():
-        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a pipeline for its texts.")
+    check_pipeline(folder)
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder), transformer=None, vae=None)
+
+
+def check_pipeline(folder: str) -> None:
+    """Raises CheckpointError for anything but the directory of a pipeline, such as a transformer's alone."""
+    if not (Path(folder) / INDEX).is_file():
+        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a whole pipeline.")
 
 
 def _kind(source: Source) -> str | None:
@@ -80,6 +85,21 @@ def _read_network(source: str) -> nn.Module:
         raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
     network: nn.Module = _from_pretrained(kind, dit.transformer_folder(source), Path(source))
     return network
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Progress bars of the libraries that load are not ours to show, in a quiet command least of all."""
+    names = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name)]
+    logs: list[Any] = [importlib.import_module(f"{name}.utils.logging") for name in names]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
@@ -122,17 +142,3 @@ def _check_index(path: Path) -> None:
         ours = isinstance(library, str) and library.isidentifier() and hasattr(pipelines, library)
         if not ours or (path.parent / name / f"{library}.py").exists():
             raise CheckpointError(f"{path}: '{name}' is of '{library}', whose code would run. {OWN_CODE}")
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Inside, the libraries show no bars of their own: they take no notice of --quiet and of logs."""
-    libraries = [need(name, "diffusers", "loading a diffusers directory") for name in ("diffusers", "transformers")]
-    shown = [each.utils.logging for each in libraries if each.utils.logging.is_progress_bar_enabled()]
-    for each in shown:
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each in shown:
-            each.enable_progress_bar()
