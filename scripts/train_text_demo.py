@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--caption-dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=int, default=POOL_SIZE, help="drawn shapes, each in any colours (%(default)s)")
-    parser.add_argument("--judge-steps", type=int, default=6000)
+    parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which needs a C++ compiler")
     parser.add_argument("--save-minutes", type=float, default=3)
     parser.add_argument("--look-minutes", type=float, default=15, help="between sampled grids (%(default)s)")
