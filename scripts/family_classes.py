@@ -156,8 +156,8 @@ def wan() -> Case:
 
 
 def wan_vace() -> Case:
-    network = {**WAN, "vace_layers": [0, 1], "vace_in_channels": 6}
-    return network, wan()[1] | {"control_hidden_states": draw(6, 2, 8, 8), "control_hidden_states_scale": torch.ones(2)}
+    network = {**WAN, "vace_layers": [0], "vace_in_channels": 6}
+    return network, wan()[1] | {"control_hidden_states": draw(6, 2, 8, 8), "control_hidden_states_scale": torch.ones(1)}
 
 
 def anyflow() -> Case:

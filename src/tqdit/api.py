@@ -25,6 +25,8 @@ from tqdit.extras import need
 from tqdit.files import check_writable, lock_folder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tqdit.card import AttentionForm, GraphName
     from tqdit.engines.bundle import Manifest
     from tqdit.engines.config import BuildConfig
@@ -116,18 +118,23 @@ def calibrate(
 def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    vae: str | Path | None = None, force: bool = False,
+    vae: str | Path | nn.Module | None = None, text: Any = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
-    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers AutoencoderKL
-    whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one. force: replace
-    the file of another version of tqdit.
+    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its
+    directory or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there
+    is one. text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file. force:
+    replace the file of another version of tqdit. The network is traced in this process,
+    which PyTorch's exporter can end by a signal if nobody has tried the class; tqdit-export traces such a class in a
+    child process.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
-    from tqdit.exporter.vae import load_decoder, trace_decoder
+    from tqdit.exporter.text import trace_text
+    from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
+    from tqdit.models.families.recorded import open_texts
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)
@@ -136,12 +143,14 @@ def export(
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
     loaded = _loaded(model, None if table is None else table.interface)
-    folder = loaded.vae_folder if vae is None else Path(vae)
-    decoder = None if folder is None else load_decoder(folder, loaded)
+    chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
+    decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
         loaded = replace(loaded, latents=decoder.latents)
+    pipeline = open_texts(str(text)) if isinstance(text, str | Path) else text
+    texts = None if pipeline is None else trace_text(pipeline, loaded, path.stem)
     traced, card = export_graph(loaded, config, table)
-    write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded))
+    write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded), texts)
     return path
 
 

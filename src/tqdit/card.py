@@ -17,6 +17,7 @@ from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
+from tqdit.text import TextCard
 
 FORMAT_VERSION = 3
 METADATA_KEY = "tqdit"
@@ -26,27 +27,53 @@ GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
 
 @dataclass(frozen=True)
+class Layout:
+    """From a row of states to the codes of a VAE: reshaped to `split`, its axes in `order`, reshaped to `codes`."""
+
+    axis: int  # of the row: its channels
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    codes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != [*range(len(self.split))] or math.prod(self.split) != math.prod(self.codes):
+            raise ValueError(f"a layout {self.split} in the order {self.order} is not {self.codes}")
+
+
+@dataclass(frozen=True)
 class Latents:
     """How a model's states relate to the codes of its VAE: state = scale (code - shift)."""
 
-    scale: float
-    shift: float = 0.0
+    scale: float | tuple[float, ...]  # or one for each channel
+    shift: float | tuple[float, ...] = 0.0
+    layout: Layout | None = None  # None: codes lie as states do, channels first
+    decoder: str = "AutoencoderKL"  # diffusers' class of the VAE
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and math.isfinite(self.shift) and self.scale):
-            raise ValueError(
-                f"latents of scale {self.scale} and shift {self.shift}; expected finite numbers, scale not 0"
-            )
+        for value in (self.scale, self.shift):
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(map(math.isfinite, values)) or (value is self.scale and not all(values)):
+                raise ValueError(
+                    f"latents of scale {self.scale} and shift {self.shift}; expected finite numbers, scale not 0"
+                )
+
+    def __str__(self) -> str:
+        scale, shift = (
+            f"{value:g}" if isinstance(value, float | int) else f"{min(value):g} to {max(value):g}"
+            for value in (self.scale, self.shift)
+        )
+        return f"scale {scale}" + (f", shift {shift}" if self.shift else "")
 
 
 @dataclass(frozen=True)
 class VaeCard:
-    """The decoder beside a latent model: latents float[B,C,h,w] -> image float[B,3,H,W] in -1..1."""
+    """The decoder beside a latent model: latents (states) -> image float[B,3,H,W] or [B,3,F,H,W] in -1..1."""
 
     file: str  # name beside the ONNX file
     sha256: str
     image_height: int
     image_width: int
+    frames: int | None = None  # of a video
 
 
 AttentionForm = Literal["simulated", "fused", "integer", "float"]
@@ -96,6 +123,7 @@ class GraphCard:
     fingerprint: str
     written_by: str  # tqdit's version
     vae: VaeCard | None = None
+    text: TextCard | None = None  # encoders of prompts
     quantization: QuantizationCard | None = None  # None: a float graph
     constants: dict[str, str] = field(default_factory=dict)  # arguments that are part of the graph -> digest
     alike: tuple[str, ...] = ()  # those of them that have rows, all the same: the digest is of one row

@@ -10,11 +10,34 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.card import Latents
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 
 CONSTANT = "constant."  # begins the names of tensors in a file
+EXAMPLE = "recorded_prompt."  # begins the names of what the network took of recorded prompts
+RECORDING_KEY = "tqdit_calls"  # the metadata of a file of recorded calls
+REQUEST = "request."  # begins the names of its request values
+
+
+class TextEntry(msgspec.Struct):
+    """Examples of text in the metadata of a file; their values lie beside."""
+
+    prompts: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TextExamples:
+    """Some recorded prompts, and what the network took of each: by these, text encoders are proved.
+
+    values: as `Signature.request_values`, (prompts, ...). settings: other arguments of the pipeline's `encode_prompt`.
+    """
+
+    prompts: tuple[str, ...]
+    settings: Mapping[str, Any]
+    values: Mapping[str, NDArray[Any]]
 
 
 class InterfaceEntry(msgspec.Struct):
@@ -26,6 +49,8 @@ class InterfaceEntry(msgspec.Struct):
     constants: dict[str, Any]
     config: dict[str, Any]
     alike: list[str] = []
+    latents: Latents | None = None
+    text: TextEntry | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +58,8 @@ class Interface:
     """The ports of a network, the chain that it was recorded in, and arguments that are alike in every call.
 
     constants: by dotted name (`models.arguments`): arrays, or what JSON can hold. alike: those that have rows, all the
-    same: one row. config: the network's settings, which pipelines read.
+    same: one row. config: the network's settings, which pipelines read. latents: of states that a VAE decoded.
+    text: of a pipeline that was called with prompts.
     """
 
     signature: Signature
@@ -42,21 +68,30 @@ class Interface:
     constants: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     alike: tuple[str, ...] = ()
+    latents: Latents | None = None
+    text: TextExamples | None = None
 
     @property
     def entry(self) -> InterfaceEntry:
         values = {name: value for name, value in self.constants.items() if not isinstance(value, np.ndarray)}
-        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, dict(self.config), list(self.alike))
+        config, alike = dict(self.config), list(self.alike)
+        text = None if self.text is None else TextEntry(list(self.text.prompts), dict(self.text.settings))
+        return InterfaceEntry(self.signature, self.sampling, self.guidance, values, config, alike, self.latents, text)
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The constants that are tensors, under names for a file."""
-        arrays = {name: value for name, value in self.constants.items() if isinstance(value, np.ndarray)}
-        return {f"{CONSTANT}{name}": np.ascontiguousarray(value) for name, value in arrays.items()}
+        """The constants that are tensors, and the values of prompts, under names for a file."""
+        arrays = {f"{CONSTANT}{name}": value for name, value in self.constants.items() if isinstance(value, np.ndarray)}
+        if self.text is not None:
+            arrays |= {f"{EXAMPLE}{name}": value for name, value in self.text.values.items()}
+        return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
     @classmethod
     def of(cls, entry: InterfaceEntry, arrays: Mapping[str, NDArray[Any]]) -> Interface:
         """From the metadata of a file and all its tensors."""
         found = {name.removeprefix(CONSTANT): array for name, array in arrays.items() if name.startswith(CONSTANT)}
         constants = {**entry.constants, **found}
-        return cls(entry.signature, entry.sampling, entry.guidance, constants, entry.config, tuple(entry.alike))
+        alike = tuple(entry.alike)
+        values = {name.removeprefix(EXAMPLE): array for name, array in arrays.items() if name.startswith(EXAMPLE)}
+        text = None if entry.text is None else TextExamples(tuple(entry.text.prompts), entry.text.settings, values)
+        return cls(entry.signature, entry.sampling, entry.guidance, constants, entry.config, alike, entry.latents, text)

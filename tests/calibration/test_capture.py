@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,19 @@ from torch.nn import functional as F
 from networks import Convolutions, Folded, Tokens, described
 from support import tiny_model
 from tqdit.calibration import capture as capture_module
-from tqdit.calibration.capture import Picker, Samples
+from tqdit.calibration.capture import Picker, Samples, choose
 from tqdit.calibration.config import QuantizationConfig
-from tqdit.calibration.fisher import COTANGENTS, FISHERS, plain, step_weighted
+from tqdit.calibration.fisher import COTANGENTS, FISHERS, guided, plain, step_weighted
 from tqdit.calibration.flow import Calibration
-from tqdit.calibration.layers import plan
+from tqdit.calibration.layers import OperandPlan, plan
+from tqdit.calibration.operands import Activation
 from tqdit.calibration.rows import CalibrationRows, sampling_of
 from tqdit.console import Console
+from tqdit.errors import OutputError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import find_products
 from tqdit.ports import Port, Signature
+from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.noise import normal
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
@@ -110,7 +114,7 @@ def test_one_pass_records_what_autograd_gives_on_a_network_written_by_hand(tmp_p
     none = torch.zeros(5, dtype=torch.int64)
     rows = CalibrationRows(inputs, none, none, torch.zeros(5, 3, 6), torch.zeros(0, dtype=torch.float64))
     _, samples = capture(model, config, tmp_path, rows)
-    cotangent = plain(rows, torch.arange(5), torch.zeros(5, 3, 6), sampling_of(model, config), 0)
+    cotangent = plain(rows, torch.arange(5), torch.zeros(5, 3, 6), model, config)
     network = model.network
     assert isinstance(network, Handwritten)
     expected = by_hand(network, rows.inputs["x"], rows.inputs["t"], cotangent)
@@ -228,7 +232,7 @@ def gradients_of(model: LoadedModel, inputs: dict[str, Tensor], cotangent: Tenso
 
 
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
-@pytest.mark.parametrize("fisher", ["plain", "step", "loss"])
+@pytest.mark.parametrize("fisher", ["plain", "step", "guided", "loss"])
 def test_samples_hold_the_gradients_of_the_whole_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fisher: str, origin: str
 ) -> None:
@@ -236,7 +240,7 @@ def test_samples_hold_the_gradients_of_the_whole_network(
     model, config = tiny_model(origin), replace(CONFIG, fisher=fisher)
     rows, samples = capture(model, config, tmp_path)
     output = model.call(rows.inputs)
-    cotangent = FISHERS[fisher](rows, torch.arange(len(rows)), output, sampling_of(model, config), config.seed)
+    cotangent = FISHERS[fisher](rows, torch.arange(len(rows)), output, model, config)
     expected = gradients_of(model, rows.inputs, cotangent)
     assert set(samples) == {product.name for product in model.products}
     for name, found in samples.items():
@@ -287,7 +291,7 @@ def test_only_some_tokens_are_kept_but_ranges_are_those_of_all(tmp_path: Path) -
     model = tiny_model()
     _, everything = capture(model, CONFIG, tmp_path / "a")
     _, some = capture(model, replace(CONFIG, token_share=0.25), tmp_path / "b")
-    tokens = Picker(12, 0.25, seed=0).tokens(16)
+    tokens = choose(12, 16, 4, seed=0)
     for name in ("blocks.0.mlp.fc1", "blocks.0.attn.scores"):
         full, part = everything[name], some[name]
         assert part.left.shape[-2] == 4
@@ -341,16 +345,38 @@ def test_ho_weights_converge_to_the_diagonal_of_the_gauss_newton_matrix(tmp_path
 
 def test_cotangents_are_normal_on_the_prediction_and_belong_to_their_row() -> None:
     model = tiny_model()
-    rows, spec = _rows(model), model.sampling.choose(20)
+    rows, config = _rows(model), QuantizationConfig(steps=20, seed=3)
     output = torch.zeros(6, 8, 8, 8)
-    v = plain(rows, torch.arange(6), output, spec, seed=3)
+    v = plain(rows, torch.arange(6), output, model, config)
     assert (v[:, 4:] == 0).all()
     np.testing.assert_array_equal(v[4, :4].numpy(), normal(3, COTANGENTS + 4, 0, (4, 8, 8)))
-    assert torch.equal(plain(rows, torch.tensor([4]), output[:1], spec, 3)[0], v[4])
-    scaled = step_weighted(rows, torch.arange(6), output, spec, 3)
+    assert torch.equal(plain(rows, torch.tensor([4]), output[:1], model, config)[0], v[4])
+    scaled, schedule = step_weighted(rows, torch.arange(6), output, model, config), sampling_of(model, config).schedule
     for row in range(6):
-        factor = abs(float(spec.schedule.output_weights[rows.step[row], 0]))
+        factor = abs(float(schedule.output_weights[rows.step[row], 0]))
         torch.testing.assert_close(scaled[row], v[row] * factor)
+
+
+@pytest.mark.parametrize(("scale", "channels"), [(5.0, None), (1.5, 3), (1.0, None)])
+def test_a_row_counts_as_much_as_its_prediction_moves_the_next_state(scale: float, channels: int | None) -> None:
+    """Against NumPy: step and guidance of a pair, with an error of one of its rows."""
+    guidance = Guidance(2.0, channels)
+    model, index = replace(tiny_model(), guidance=guidance), torch.arange(6)
+    rows, config = _rows(model), QuantizationConfig(steps=20, guidance_scale=scale)
+    output = torch.zeros(6, 8, 8, 8)
+    v = plain(rows, index, output, model, config).numpy()
+    schedule = sampling_of(model, config).schedule
+    expected = np.zeros_like(v)
+    for row in range(6):
+        pair, moved = np.zeros((2, 8, 8, 8), np.float32), np.zeros((1, 4, 8, 8), np.float32)
+        pair[row % 2] = v[row]
+        guidance.combine(pair, np.array([scale], np.float32), moved)
+        expected[row, :4] = moved[0] * schedule.error_weights[int(rows.step[row])] * (-1) ** (row % 2 and scale > 1)
+    for part in (index, index[3:5]):  # whatever the batch
+        found = guided(rows, part, output[: len(part)], model, config)
+        np.testing.assert_allclose(found.numpy(), expected[part], rtol=1e-5, atol=1e-6)
+    unguided = replace(model, guidance=None), replace(config, guidance_scale=None)
+    assert torch.equal(guided(rows, index, output, *unguided), step_weighted(rows, index, output, *unguided))
 
 
 def test_the_error_against_the_float_output_would_give_no_weights_at_all() -> None:
@@ -360,10 +386,10 @@ def test_the_error_against_the_float_output_would_give_no_weights_at_all() -> No
     output = model.call(rows.inputs)
     gradients = gradients_of(model, rows.inputs, 2 * (output - output))
     assert all((g == 0).all() for calls in gradients.values() for g in calls)
-    spec = model.sampling.choose(20)
-    assert set(FISHERS) == {"step", "plain", "loss"}
+    config = QuantizationConfig(steps=20).for_model(model)
+    assert set(FISHERS) == {"guided", "step", "plain", "loss"}
     for fisher in FISHERS.values():
-        assert fisher(rows, torch.arange(6), output, spec, 0)[:, :4].abs().mean() > 1e-3
+        assert fisher(rows, torch.arange(6), output, model, config)[:, :4].abs().mean() > 1e-3
 
 
 def _rows(model: LoadedModel) -> CalibrationRows:
@@ -383,7 +409,7 @@ def test_only_some_heads_are_kept_the_same_ones_of_every_operand(
     _, everything = capture(model, CONFIG, tmp_path / "a")
     monkeypatch.setattr(capture_module, "MOST_HEADS", 1)
     _, some = capture(model, CONFIG, tmp_path / "b")
-    heads = Picker(12, 1.0, seed=0).heads(2, 1)[:, 0]
+    heads = choose(12, 2, 1, seed=1)[:, 0]
     assert set(heads.tolist()) == {0, 1}
     for name in ("blocks.0.attn.scores", "blocks.1.attn.value_product"):
         full, part = everything[name], some[name]
@@ -399,10 +425,89 @@ def test_only_some_heads_are_kept_the_same_ones_of_every_operand(
 def test_many_rows_of_long_sequences_keep_fewer_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HEAD_ELEMENTS bounds what K and V of all rows take."""
     monkeypatch.setattr(capture_module, "HEAD_ELEMENTS", 12 * 16 * 8)  # rows, tokens, size of a head
+    monkeypatch.setattr(capture_module, "LEAST_PAIRS", 1)
     _, samples = capture(tiny_model(), CONFIG, tmp_path)
     right = samples["blocks.0.attn.scores"].right
     assert right is not None
     assert right.shape == (12, 1, 8, 16)
+
+
+@pytest.mark.parametrize("most_rows", [1, 5, 64])
+def test_sequences_too_long_for_a_head_of_every_row_keep_some_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
+) -> None:
+    monkeypatch.setattr(capture_module, "MOST_ROWS", most_rows)  # batches without a kept row among them
+    model = tiny_model()
+    rows, everything = capture(model, CONFIG, tmp_path / "a")
+    monkeypatch.setattr(capture_module, "HEAD_ELEMENTS", 1)
+    monkeypatch.setattr(capture_module, "LEAST_PAIRS", 4)
+    _, some = capture(model, CONFIG, tmp_path / "b", rows)
+    heads = choose(12, 2, 1, seed=1)[:, 0]
+    for name in ("blocks.0.attn.scores", "blocks.1.attn.value_product"):
+        full, part = everything[name], some[name]
+        assert part.rows is not None
+        assert part.right is not None
+        assert full.right is not None
+        assert len(part.left) == len(part.right) == len(part.g2) == 4
+        assert (part.rows // 3).tolist() == [0, 1, 2, 3]  # spread over the groups
+        for place, row in enumerate(part.rows):
+            for a, b in ((part.left, full.left), (part.right, full.right), (part.g2, full.g2)):
+                assert torch.equal(a[place, 0], b[row, heads[row]])
+        for role in ("left", "right"):  # the ranges are those of all rows
+            assert torch.equal(part.ranges[role][1], full.ranges[role][1])
+    assert some["blocks.0.mlp.fc1"].rows is None
+
+
+def test_rows_that_are_left_out_count_in_ranges_and_not_in_errors() -> None:
+    """A group without a kept row has its range-based scale; entries of other groups get the errors of their rows."""
+    x, group, kept = torch.randn(2, 1, 3, 4), torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3])
+    high = torch.tensor([1.0, 2.0, 5.0, 3.0])
+    plan = OperandPlan("symmetric", 8, 3)
+    operand = Activation(x, plan, torch.ones(1), group, -high, high, kept)
+    assert operand.extremes[1].tolist() == [2.0, 5.0, 3.0]
+    error = torch.tensor([10.0, 1.0])[:, None, None, None].expand(2, 1, 3, 2)
+    assert operand.entries(error).tolist() == [60.0, 0.0, 6.0]
+    assert operand.spread(torch.tensor([7.0, 8.0, 9.0])).flatten().tolist() == [7.0, 9.0]
+
+
+def test_what_is_kept_of_a_product_is_bounded_in_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "TOKEN_ELEMENTS", 5000)
+    monkeypatch.setattr(capture_module, "HEAD_ELEMENTS", 1000)
+    monkeypatch.setattr(capture_module, "LEAST_PAIRS", 4)
+    _, samples = capture(tiny_model(), CONFIG, tmp_path)
+    for found in samples.values():
+        one = len(found.left) * (found.left.shape[-1] + found.g2.shape[-1])  # a token of each kept row
+        assert found.left.numel() + found.g2.numel() <= max(5000, one)
+        if found.right is not None:
+            assert found.right.numel() <= 1000  # 7 rows of 12, 128 elements each
+            assert found.right.shape[:2] == (7, 1)
+    assert samples["blocks.0.mlp.fc1"].left.shape == (12, 5, 16)
+
+
+def test_at_the_size_of_flux_a_product_takes_less_than_half_a_gigabyte() -> None:
+    """Shapes alone: 320 rows of 4,608 tokens, widths 3,072 and 12,288, heads of 128."""
+    picker, one = Picker(320, 0.1, 0), range(320)
+    linear = picker.cut(one, [torch.empty(320, 4608, 3072, device="meta")], 12288)
+    assert linear.tokens.shape == (320, 27)
+    q = torch.empty(320, 24, 4608, 128, device="meta")
+    for operands, outputs in (([q, q], 4608), ([torch.empty(320, 24, 4608, 4608, device="meta"), q], 128)):
+        cut = picker.cut(one, operands, outputs)
+        assert cut.rows is not None
+        assert cut.heads is not None
+        assert (len(cut.rows), cut.heads.shape, cut.tokens.shape) == (64, (64, 1), (64, 442))
+    small = Picker(320, 0.1, 0).cut(one, [torch.empty(320, 256, 1152, device="meta")], 4608)
+    assert small.tokens.shape == (320, 26)  # DiT-XL/2 keeps its tenth
+
+
+def test_samples_that_the_disk_does_not_hold_are_refused_after_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "MOST_ROWS", 3)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"needs 0\.0 GB"):
+        capture(tiny_model(), CONFIG, tmp_path)
+    assert not list(tmp_path.glob("search-*/samples-*"))
 
 
 def test_a_batch_is_as_large_as_what_autograd_keeps_of_it_allows(monkeypatch: pytest.MonkeyPatch) -> None:

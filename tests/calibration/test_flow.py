@@ -26,6 +26,7 @@ from tqdit.calibration.flow import calibrate
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
 from tqdit.calibration.work import WorkFolder
 from tqdit.cli.main import main
+from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.evaluate.paired import relative_errors
 from tqdit.models.dit import randomize
@@ -359,6 +360,16 @@ def test_more_rows_than_fit_into_memory_are_refused_before_the_chains_run(
     config = replace(PRESETS["tq-dit"], **SMALL | {"rows_per_group": 100_000})
     with pytest.raises(UsageError, match="300000 calibration rows from 2 chains"):
         calibrate(tiny_model(), config, tmp_path)
+
+
+def test_states_that_boundaries_are_placed_by_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of all chains are held: 12 * 2 states of 256 float32 numbers."""
+    config = replace(PRESETS["tq-dit"], **SMALL)
+    held = (2 * 12 * 2 + 6 * 2) * 1024 + 2 * 12 * 16  # rows as states and ports; chains; timesteps and classes
+    monkeypatch.setattr("tqdit.bounds.memory_left", lambda: held + 12 * 2 * 1024 - 1)
+    flow.Calibration(tiny_model(), config.for_model(tiny_model()), tmp_path, Console(quiet=True))
+    with pytest.raises(UsageError, match="12 calibration rows from 2 chains"):
+        calibrate(tiny_model(), replace(config, boundaries="drift"), tmp_path)
 
 
 # The command ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from networks import Folded, Tokens, described
+from networks import WIDTH, Folded, Tokens, described
 from support import tiny_model
+from tables import Kind, make_table
 from tqdit.models.products import Fold, Scores, ValueProduct, find_products
 from tqdit.ports import Port
 
@@ -162,7 +163,7 @@ def test_products_come_in_the_order_of_their_calls_with_what_makes_their_input()
         ("outer", "block", "gelu"),
         ("last", "final", None),
     ]  # `dead` and `never` do not reach the prediction; `constant` takes no argument
-    assert {p.name: p.folds for p in products if p.folds} == {"outer": (fold,)}
+    assert {p.name: p.folds for p in products if p.folds} == {"outer": (fold,), "last": (Fold("outer", 0, 8),)}
     assert {p.name: p.row_blocks for p in products if p.row_blocks > 1} == {"qkv": 3}
     torch.testing.assert_close(network(**example)[0], before, rtol=1e-6, atol=1e-6)
 
@@ -273,3 +274,21 @@ def test_a_linear_layer_on_joined_columns_becomes_a_sum_over_its_parts() -> None
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     assert network.joined.columns[1].weight.shape == (8, 16)
     assert [part.bias is None for part in network.joined.columns] == [True, False]
+
+
+def test_outputs_that_the_network_changes_in_place_are_observed_and_captured() -> None:
+    class Edits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y[:, 0] += 1.0
+            y.view(-1)[0] = 2.0
+            return self.second(y)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    model = described(Tokens(Edits()), (4, 6))
+    assert {"body.first", "body.second"} <= {product.name for product in model.products}
+    table = make_table(model, Kind())
+    assert any(site.module == "body.second" for site in table.sites)

@@ -1,5 +1,8 @@
 """Calls of a network alone: what is learned of them, and what an engine made from them does."""
 
+from contextlib import nullcontext
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -120,6 +123,81 @@ def test_calls_of_a_network_are_read_as_they_were_written(engine):
     path = engine[0].with_name("calls.safetensors")
     again = Recording.load(path).save(path.with_name("again.safetensors"))
     assert again.read_bytes() == path.read_bytes()
+
+
+class Loop:
+    """A pipeline of two rows per image: 4 steps of flow matching, guided, with a text of 50 numbers."""
+
+    def __init__(self, change=0.0):
+        self.transformer = Denoise()
+        self.scheduler, self.change = diffusers.FlowMatchEulerDiscreteScheduler(), change
+
+    def __call__(self, seed, images=1):
+        self.scheduler.set_timesteps(4)
+        draw = torch.Generator().manual_seed(seed)
+        x, text = torch.randn(images, 3, 8, generator=draw), torch.randn(2 * images, 50, generator=draw)
+        for t in self.scheduler.timesteps:
+            out = self.transformer(torch.cat([x, x]), t.expand(2 * images), text + self.change * t)
+            c, u = out.chunk(2)
+            x = self.scheduler.step(u + 3 * (c - u), t, x, return_dict=False)[0]
+
+
+class Denoise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.text = nn.Linear(8, 8), nn.Linear(50, 8)
+
+    def forward(self, hidden_states, timestep, text):
+        return self.inner(hidden_states) + self.text(text)[:, None] + 0.001 * timestep[:, None, None]
+
+
+def held_elements(recorder):
+    return sum(x.numel() for run in recorder._runs for x in (*run.states, *run.inputs.values()))
+
+
+def test_a_chain_holds_the_states_of_all_steps_and_its_requests_once():
+    pipeline = Loop()
+    with tqdit.record(pipeline) as calls:
+        pipeline(0)
+        assert held_elements(calls) == 4 * 3 * 8 + 2 * 50
+        pipeline(1, images=2)
+        assert held_elements(calls) == 3 * (4 * 3 * 8 + 2 * 50)
+    recording = calls.recording()
+    assert recording.states.shape == (3, 4, 3, 8)
+    first = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    np.testing.assert_array_equal(recording.states[1:, -1], first)
+    np.testing.assert_array_equal(recording.states[0, 2], calls._runs[0].states[1][0])
+    assert recording.interface.guidance.scale == 3.0
+    assert recording.requests["negative.text"].shape == (3, 50)
+
+
+def test_calls_of_a_network_are_held_without_their_predictions():
+    text, x, time = rows(3)
+    recorder = record(Toy(), [((text, x, time), {})] * 2)
+    assert all(call.output.is_meta and call.output.shape == (3, 5, 6) for call in recorder._calls)
+
+
+def test_a_request_that_changes_from_step_to_step_is_named():
+    pipeline = Loop(change=1e-3)
+    with tqdit.record(pipeline) as calls:
+        pipeline(0)
+    with pytest.raises(UsageError, match="'text' changes from step to step"):
+        calls.recording()
+
+
+@pytest.mark.parametrize(("left", "refused"), [(10**6, False), (1500, True)])
+def test_more_than_fits_into_memory_is_refused_when_a_chain_or_a_call_begins(monkeypatch, left, refused):
+    """One chain takes 2 (4 states of 24 numbers and all ports of a step, 150 numbers) of 4 bytes: 1,968."""
+    monkeypatch.setattr("tqdit.bounds.memory_left", lambda: left)
+    pipeline, network = Loop(), Toy()
+    raising = pytest.raises(UsageError, match="of memory are needed") if refused else nullcontext()
+    with raising, tqdit.record(pipeline) as calls:
+        pipeline(0)
+    assert held_elements(calls) == (0 if refused else 196)
+    with raising, tqdit.record(network):
+        for _ in range(3):
+            network(*rows(2))
 
 
 def test_a_required_argument_that_is_nothing_is_a_constant():

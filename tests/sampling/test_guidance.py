@@ -23,9 +23,16 @@ def test_guidance_moves_its_channels_and_leaves_the_others(channels, moved):
     np.testing.assert_array_equal(out[:, moved:], conditional[:, moved:4])
 
 
-def test_an_error_enters_with_the_derivative_of_the_formula():
-    assert Guidance(1.5).weights(4.0) == (4.0, 3.0)
-    assert Guidance(1.5).weights(0.25) == (0.25, 0.75)
+@pytest.mark.parametrize("scale", [4.0, 0.25, 1.0, -2.0])
+@pytest.mark.parametrize("channels", [None, 3, 8])
+def test_an_error_enters_with_the_derivative_of_the_formula(scale, channels):
+    guidance = Guidance(1.5, channels)
+    outputs, guided = RNG.standard_normal((2, 4, 2)).astype(np.float32), np.empty((3, 4, 2), np.float32)
+    errors = np.array([[0, 0], [1, 0], [0, 1]], np.float32)  # none, of the conditional row, of the other
+    for error, out in zip(errors, guided, strict=True):
+        guidance.combine(outputs + error[:, None, None], np.array([scale], np.float32), out[None])
+    expected = np.abs(guided[1:] - guided[0]).mean(-1)
+    np.testing.assert_allclose(guidance.weights(scale, 4), expected, atol=1e-5)
 
 
 def test_an_image_needs_two_rows_with_guidance():

@@ -45,9 +45,9 @@ def guided(
     return call | masks
 
 
-def vae(latent_channels: int = 4) -> Any:
+def vae(shift: float | None = None) -> Any:
     return diffusers.AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=latent_channels,
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=4, shift_factor=shift,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, scaling_factor=0.13,
     ).eval()  # fmt: skip
 
@@ -58,7 +58,7 @@ def flux() -> Family:
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipeline = diffusers.FluxPipeline(scheduler, vae(), None, None, None, None, randomized(network))
+    pipeline = diffusers.FluxPipeline(scheduler, vae(0.07), None, None, None, None, randomized(network))
     call = {"prompt_embeds": embeddings(1, 6, 32), "pooled_prompt_embeds": embeddings(1, 32, seed=2)}
     return pipeline, {**call, "height": 64, "width": 64, "guidance_scale": 3.5}
 
@@ -71,7 +71,7 @@ def sd3() -> Family:
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipeline = diffusers.StableDiffusion3Pipeline(
-        randomized(network), scheduler, vae(), None, None, None, None, None, None
+        randomized(network), scheduler, vae(0.06), None, None, None, None, None, None
     )
     call = {
         "prompt_embeds": embeddings(1, 6, 32),

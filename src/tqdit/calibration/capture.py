@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from tqdit.bounds import check_disk
 from tqdit.calibration.work import WorkFolder
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
@@ -25,6 +26,8 @@ from tqdit.models.products import Convolution, Scores, ValueProduct, patches, st
 
 MOST_HEADS = 8  # of a row
 HEAD_ELEMENTS = 2**24  # of K or V, in all rows of one product
+LEAST_PAIRS = 64  # of a row and a head, however long the sequence; with more rows than that, some rows have none
+TOKEN_ELEMENTS = 2**27  # of the tokens and their gradients of one product; 8,738 tokens of 3,072 -> 12,288 channels
 GRAPH_BYTES = 30_000_000  # of what autograd keeps for one batch
 MOST_ROWS = 64  # of one batch
 
@@ -37,7 +40,8 @@ class Samples:
 
     Linear and convolution: left (R, S, K), g2 (R, S, O). Attention: left (R, H, S, K), right (R, H, K, O), g2
     (R, H, S, O), bfloat16, of the H heads that are kept. ranges: smallest and largest value (R,) of each operand over
-    all tokens and heads of a row; channels: the same of each input channel of a linear layer, (R, K).
+    all tokens and heads of a row; channels: the same of each input channel of a linear layer, (R, K). rows: the numbers
+    (R',) of those that left, right and g2 hold, if not all.
     """
 
     left: Tensor
@@ -45,46 +49,60 @@ class Samples:
     g2: Tensor
     ranges: dict[str, tuple[Tensor, Tensor]]
     channels: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of the N rows of one product in a batch: rows (N',) if not all, heads (N', H), tokens (N', S)."""
+
+    rows: Tensor | None
+    heads: Tensor | None  # None: all, or none are there
+    tokens: Tensor
+
+    def whole_heads(self, x: Tensor) -> Tensor:
+        """The kept heads of (N, H, T, K), with all tokens."""
+        x = x if self.rows is None else x[self.rows]
+        return x if self.heads is None else x.gather(1, self.heads[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+    def keep(self, x: Tensor) -> Tensor:
+        """The kept tokens of (N, T, K) or (N, H, T, K); a product without tokens keeps its one."""
+        x = self.whole_heads(x) if x.ndim == 4 else x
+        axis = x.ndim - 2
+        if x.shape[axis] == 1:
+            return x.clone()  # several products may share an input, and files hold no tensor twice
+        index = self.tokens.reshape(len(x), *[1] * (axis - 1), self.tokens.shape[1], 1)
+        return x.gather(axis, index.expand(*x.shape[:axis], -1, x.shape[-1]))
 
 
 @dataclass(frozen=True)
 class Picker:
-    """Which tokens and heads of each of R rows are kept, at random but seeded.
+    """Which rows, heads and tokens of a product on R rows are kept, at random but seeded.
 
-    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together.
+    K and V are kept with all their tokens, which for 16 heads is more memory than everything else together. What is
+    kept of one product is bounded, whatever the width, the sequence and the number of rows.
     """
 
     rows: int
     share: float
     seed: int
 
-    def tokens(self, tokens: int) -> Tensor:
-        """int64 (R, S), S = ceil(share T)."""
-        return choose(self.rows, tokens, max(1, -int(-self.share * tokens // 1)), self.seed)
-
-    def heads(self, heads: int, head_elements: int) -> Tensor:
-        """int64 (R, H): all, or as many as fit; head_elements is the size of K or V of one head."""
-        most = max(1, min(MOST_HEADS, HEAD_ELEMENTS // (self.rows * head_elements)))
-        return choose(self.rows, heads, most, self.seed + 1)  # apart from the tokens
-
-    def keep(self, matrix: Tensor, start: int, head_elements: int) -> Tensor:
-        """The kept heads and tokens of (N, T, K) or (N, H, T, K), rows from `start`; a product without tokens keeps
-        its one."""
-        if matrix.ndim == 4:
-            matrix = self.keep_heads(matrix, start, head_elements)
-        axis = matrix.ndim - 2
-        if matrix.shape[axis] == 1:
-            return matrix.clone()  # several products may share an input, and files hold no tensor twice
-        index = self.tokens(matrix.shape[axis])[start : start + len(matrix)].to(matrix.device)
-        index = index.reshape(len(matrix), *[1] * (axis - 1), index.shape[1], 1)
-        return matrix.gather(axis, index.expand(*matrix.shape[:axis], -1, matrix.shape[-1]))
-
-    def keep_heads(self, x: Tensor, start: int, head_elements: int) -> Tensor:
-        """The kept heads of (N, H, T, K)."""
-        index = self.heads(x.shape[1], head_elements)[start : start + len(x)].to(x.device)
-        if index.shape[1] == x.shape[1]:
-            return x
-        return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+    def cut(self, batch: range, operands: Sequence[Tensor], outputs: int) -> Cut:
+        """operands: of the batch, (N, T, K) or (N, H, T, K) twice; outputs: O of the product."""
+        left, kept, width, heads = operands[0], self.rows, 1, None
+        if left.ndim == 4:
+            pairs = max(LEAST_PAIRS, HEAD_ELEMENTS // (operands[1].shape[-1] * operands[1].shape[-2]))
+            kept, width = min(self.rows, pairs), min(left.shape[1], MOST_HEADS, max(1, pairs // self.rows))
+            if width < left.shape[1]:
+                heads = choose(self.rows, left.shape[1], width, self.seed + 1)  # apart from the tokens
+        most = TOKEN_ELEMENTS // (kept * width * (left.shape[-1] + outputs))
+        count = max(1, min(-int(-self.share * left.shape[-2] // 1), most))
+        tokens = choose(self.rows, left.shape[-2], count, self.seed)
+        chosen = spread(self.rows, kept, self.seed + 2)
+        chosen = chosen[(chosen >= batch.start) & (chosen < batch.stop)]
+        index = [None if t is None else t[chosen].to(left.device) for t in (heads, tokens)]
+        assert index[1] is not None
+        return Cut(None if kept == self.rows else (chosen - batch.start).to(left.device), index[0], index[1])
 
 
 class ProductRecorder:
@@ -93,35 +111,40 @@ class ProductRecorder:
     def __init__(self, network: nn.Module, names: Sequence[str], picker: Picker) -> None:
         self._network, self._names, self.picker = network, names, picker
         self.found: dict[str, list[dict[str, Tensor]]] = {}  # of each product, call by call
-        self._start = self._rows = 0
+        self._batch = range(0)
         self.is_recording = False
 
     @contextmanager
-    def listen(self, start: int, rows: int) -> Iterator[None]:
-        """Record a call, whose first row is number `start`, and the backward pass after it."""
-        self._start, self._rows, self.found = start, rows, {}
+    def listen(self, batch: range) -> Iterator[None]:
+        """Record a call with these rows, and the backward pass after it."""
+        self._batch, self.found = batch, {}
         self.is_recording = True
         with watched(self._network, self._names, self._record):
             yield
 
-    def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self.is_recording:
+        if self.is_recording and inputs[0].numel():  # a part of a network may be called with nothing
             operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
-            part = self._operands(module, operands)
-            weigh = partial(self._weigh, module, part, _Tokens.of(module, operands))
+            outputs = output.shape[1 if isinstance(module, Convolution) else -1]
+            cut = self.picker.cut(self._batch, operands, outputs)
+            part = self._operands(module, operands, cut)
+            weigh = partial(self._weigh, module, part, cut, _Tokens.of(module, operands))
             weigh(torch.zeros_like(output))  # if no gradient comes
             self.found.setdefault(name, []).append(part)
             output.register_hook(weigh)  # type: ignore[no-untyped-call]
+        return output.clone() if output.is_leaf else None  # the network may change the clone in place
 
-    def _operands(self, module: nn.Module, operands: list[Tensor]) -> dict[str, Tensor]:
-        left, elements = operands[0], _head_elements(operands)
-        part = {"left": self.picker.keep(left, self._start, elements)}
+    def _operands(self, module: nn.Module, operands: list[Tensor], cut: Cut) -> dict[str, Tensor]:
+        left = operands[0]
+        part = {"left": cut.keep(left)}
+        if cut.rows is not None:
+            part["rows"] = cut.rows + self._batch.start
         if isinstance(module, nn.Linear):
             part["channel.low"], part["channel.high"] = left.amin(1), left.amax(1)
         if len(operands) > 1:
-            right = self.picker.keep_heads(operands[1], self._start, elements)
+            right = cut.whole_heads(operands[1])
             part["right"] = (right.transpose(-2, -1) if isinstance(module, Scores) else right).contiguous()
         return part
 
@@ -132,23 +155,23 @@ class ProductRecorder:
         return self._by_rows(x, isinstance(module, Scores | ValueProduct))
 
     def _by_rows(self, x: Tensor, is_attention: bool) -> Tensor:
-        if len(x) % self._rows:
+        rows = len(self._batch)
+        if len(x) % rows:
             raise UsageError(
-                f"a layer takes {len(x)} rows in a call with {self._rows}, expected a multiple: it computes what is "
-                "alike for all rows. Such networks cannot be calibrated yet."
+                f"a layer takes {len(x)} rows in a call with {rows}, expected a multiple: it computes what is alike "
+                "for all rows. Such networks cannot be calibrated yet."
             )
-        return x.reshape(self._rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
+        return x.reshape(rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
 
-    def _weigh(self, module: nn.Module, part: dict[str, Tensor], tokens: _Tokens, gradient: Tensor) -> None:
+    def _weigh(self, module: nn.Module, part: dict[str, Tensor], cut: Cut, tokens: _Tokens, gradient: Tensor) -> None:
         """Put in what the gradient of the product tells: g2, and ranges of the tokens that it says count."""
         if isinstance(module, Convolution):
             gradient = gradient.flatten(2).transpose(1, 2)
         elif isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
             gradient = gradient * part["left"].shape[-1] ** -0.5
         gradient = self._by_rows(gradient, "right" in part)
-        elements = part["right"].shape[-1] * part["right"].shape[-2] if "right" in part else 1
         # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
-        part["g2"] = self.picker.keep(gradient, self._start, elements).square().to(torch.bfloat16)
+        part["g2"] = cut.keep(gradient).square().to(torch.bfloat16)
         moved = gradient != 0
         counted = moved.any(-1)
         part["left.low"], part["left.high"] = _of_rows(*tokens.left, counted)
@@ -156,15 +179,7 @@ class ProductRecorder:
             used = moved.any(-2) if tokens.used is None else tokens.used
             part["right.low"], part["right.high"] = _of_rows(*tokens.right, used)
         if "channel.low" in part and not counted.all():
-            self._leave_out(part, counted)
-
-    def _leave_out(self, part: dict[str, Tensor], counted: Tensor) -> None:
-        """Ranges of the channels of rows with tokens (N, T) that do not count: those of the kept ones that do."""
-        kept = self.picker.keep(counted[..., None], self._start, 1)
-        padded = kept.any(1) & ~counted.all(1, keepdim=True)
-        for key, reduce, worst in (("low", Tensor.amin, torch.inf), ("high", Tensor.amax, -torch.inf)):
-            found = reduce(part["left"].masked_fill(~kept, worst), 1)
-            part[f"channel.{key}"] = torch.where(padded, found, part[f"channel.{key}"])
+            _leave_out(part, cut, counted)
 
     def samples(self) -> dict[str, Tensor]:
         """The recorded tensors as `NAME|KEY`, g2 the squared gradient of the product.
@@ -207,18 +222,22 @@ def _of_rows(low: Tensor, high: Tensor, counted: Tensor) -> tuple[Tensor, Tensor
     return lowest, high.flatten(1).masked_fill(~counted, -torch.inf).amax(1)
 
 
+def _leave_out(part: dict[str, Tensor], cut: Cut, counted: Tensor) -> None:
+    """Ranges of the channels of rows with tokens (N, T) that do not count: those of the kept ones that do."""
+    kept = cut.keep(counted[..., None])
+    padded = kept.any(1) & ~counted.all(1, keepdim=True)
+    for key, reduce, worst in (("low", Tensor.amin, torch.inf), ("high", Tensor.amax, -torch.inf)):
+        found = reduce(part["left"].masked_fill(~kept, worst), 1)
+        part[f"channel.{key}"] = torch.where(padded, found, part[f"channel.{key}"])
+
+
 def _join(key: str, tensors: list[Tensor]) -> Tensor:
-    if len(tensors) == 1:
+    if len(tensors) == 1 or key == "rows":
         return tensors[0].contiguous()
     if key.endswith((".low", ".high")):
         stacked = torch.stack(tensors)
         return stacked.amin(0) if key.endswith(".low") else stacked.amax(0)
     return torch.cat(tensors, dim=-2)
-
-
-def _head_elements(operands: list[Tensor]) -> int:
-    """Of K or V of one head."""
-    return int(operands[1].shape[-1] * operands[1].shape[-2]) if len(operands) > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -255,7 +274,10 @@ class Capture:
         recorded = 0
         for batch in self.batches:
             if not self.folder.has(self._file(batch)):
-                self.folder.save(self._file(batch), self._record(batch))
+                samples = self._record(batch)
+                rest = sum(t.nbytes for t in samples.values()) * (self.picker.rows - batch.start) // len(batch)
+                check_disk(self.folder.path, rest, "Lower --rows-per-group or --token-share.")
+                self.folder.save(self._file(batch), samples)
                 recorded += len(batch)
             done(len(batch))
         return recorded
@@ -265,7 +287,7 @@ class Capture:
         inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
         inputs[self.model.signature.state.name].requires_grad_()  # or a block that is computed again would differ
         blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
-        with torch.enable_grad(), blocks, recorder.listen(batch.start, len(batch)):
+        with torch.enable_grad(), blocks, recorder.listen(batch):
             output = self.model.call(inputs)
             recorder.is_recording = False  # blocks that are computed again in the backward pass are recorded once
             rows = torch.arange(batch.start, batch.stop, device=output.device)
@@ -281,7 +303,7 @@ class Capture:
         roles = ("left", "right") if "right" in tensors else ("left",)
         ranges = {role: (tensors[f"{role}.low"], tensors[f"{role}.high"]) for role in roles}
         channels = (tensors["channel.low"], tensors["channel.high"]) if "channel.low" in tensors else None
-        return Samples(tensors["left"], tensors.get("right"), tensors["g2"], ranges, channels)
+        return Samples(tensors["left"], tensors.get("right"), tensors["g2"], ranges, channels, tensors.get("rows"))
 
     def delete(self) -> None:
         for batch in self.batches:
@@ -346,6 +368,14 @@ def recomputed(network: nn.Module) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
+
+
+def spread(rows: int, count: int, seed: int) -> Tensor:
+    """`count` of 0..rows - 1 in increasing order, one at random of each of as many equal parts: int64 (count,)."""
+    if count == rows:
+        return torch.arange(rows)
+    generator = torch.Generator().manual_seed(seed)
+    return ((torch.arange(count) + torch.rand(count, generator=generator)) * (rows / count)).long().clamp(max=rows - 1)
 
 
 @lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,10 +103,13 @@ class Calibration:
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
         chains, config = len(self.data) if self.data else None, self.config
-        rows, state = config.groups * config.rows_per_group, 4 * math.prod(self.model.signature.state.row_shape)
+        signature, rows = self.model.signature, config.groups * config.rows_per_group
+        state = 4 * math.prod(signature.state.row_shape)
+        row = state + sum(np.dtype(port.dtype).itemsize * math.prod(port.row_shape) for port in signature.ports)
+        held = 0 if self.data else config.chains * (6 + self.spec.steps * (config.boundaries == "drift"))
         check_memory(
-            f"{rows} calibration rows from {config.chains} chains", (2 * rows + 6 * config.chains) * state,
-            "Lower --rows-per-group or --chains.",
+            f"{rows} calibration rows" + ("" if self.data else f" from {config.chains} chains"),
+            2 * rows * row + held * state, "Lower --rows-per-group or --chains.",
         )  # fmt: skip
         if isinstance(self.data, Recording):
             recorded_rows(self.model, self.config, self.data)
@@ -163,12 +167,11 @@ class Calibration:
         self, model: LoadedModel, rows: CalibrationRows, plans: tuple[LayerPlan, ...], label: str = "samples"
     ) -> Capture:
         """The samples of some products on `rows`, recorded if they are not on disk."""
-        fisher, seed = FISHERS[self.config.fisher], self.config.seed
 
         def cotangent(index: Tensor, output: Tensor) -> Tensor:
-            return fisher(rows, index, output, self.spec, seed)
+            return FISHERS[self.config.fisher](rows, index, output, self.model, self.config)
 
-        picker = Picker(len(rows), self.config.token_share, seed)
+        picker = Picker(len(rows), self.config.token_share, self.config.seed)
         names = tuple(entry.name for entry in plans)
         found = Capture(model, names, rows.inputs, picker, cotangent, self.folder, label)
         with self.console.bar(len(rows), "2/3 inputs and gradients", "rows") as bar:

@@ -116,11 +116,18 @@ class Weight(Operand):
 
 @dataclass(frozen=True, eq=False)
 class Activation(Operand):
-    """x (R, ..., K), one row per calibration row. low, high (R,): the range of each row; group (R,) int64."""
+    """x (R', ..., K), one row per calibration row, or those of `rows` (R',) alone. low, high (R,): the range of each
+    calibration row; group (R,) int64."""
 
     group: Tensor
     low: Tensor
     high: Tensor
+    rows: Tensor | None = None
+
+    @cached_property
+    def own_group(self) -> Tensor:
+        """Of each row of x, (R',)."""
+        return self.group if self.rows is None else self.group[self.rows]
 
     @property
     def grouped(self) -> bool:
@@ -138,14 +145,14 @@ class Activation(Operand):
         return PerTimestepGroup(self.plan.scales) if self.grouped else PerTensor()
 
     def spread(self, values: Tensor) -> Tensor:
-        return values[self.group].reshape(-1, *[1] * (self.x.ndim - 1)) if self.grouped else values[0]
+        return values[self.own_group].reshape(-1, *[1] * (self.x.ndim - 1)) if self.grouped else values[0]
 
     def stored(self, values: Tensor) -> Tensor:
         return values if self.grouped else values[0]
 
     def entries(self, error: Tensor) -> Tensor:
         rows = error.flatten(1).sum(1)
-        return self._zeros().index_add(0, self.group, rows) if self.grouped else rows.sum()[None]
+        return self._zeros().index_add(0, self.own_group, rows) if self.grouped else rows.sum()[None]
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.plan.scales, device=self.x.device)

@@ -104,7 +104,7 @@ def make_problem(
             side = "right" if role == "right" else "left"
             x = samples.right if side == "right" else samples.left
             assert x is not None
-            operands[role] = Activation(x, plan.operands[role], factors, group, *samples.ranges[side])
+            operands[role] = Activation(x, plan.operands[role], factors, group, *samples.ranges[side], samples.rows)
     right = samples.right if matrix is None else matrix
     assert right is not None
     g2 = samples.g2 if config.metric == "ho" else None

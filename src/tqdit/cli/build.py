@@ -12,6 +12,7 @@ from tqdit.console import Console
 from tqdit.engines.backends import backend_names
 from tqdit.engines.bundle import CALLS_FILE, check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
+from tqdit.errors import UsageError
 from tqdit.files import check_writable
 
 SUMMARY = "compile an exported ONNX file into an engine bundle"
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--version-compatible", action="store_true", help="a TensorRT plan that later versions of its major one run")
     add("--exclude-lean-runtime", action="store_true", help="with --version-compatible: leave the lean runtime out")
     add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
+    add(
+        "--optimum", type=Path, metavar="DIR", help="OpenVINO: also write DIR/transformer for optimum-intel's pipelines"
+    )
     add("--force", action="store_true", help="replace the engine of another version of tqdit; other folders are never "
         "replaced")  # fmt: skip
 
@@ -52,6 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     # onnx is an optional library; these modules answer its absence
     from tqdit.engines.build.backend import choose_backend
     from tqdit.engines.build.engine import build_engine
+    from tqdit.onnx_file import OnnxFile
 
     output: Path = args.output or args.model.with_suffix(".engine")
     check_writable(output)
@@ -61,6 +66,13 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if backend == "auto":
         backend, why = choose_backend()
         console.say(f"backend {backend}: {why}")
+    if args.optimum is not None:
+        if backend != "openvino":
+            raise UsageError(f"--optimum has no meaning for {backend}. Leave it out, or pass --backend openvino.")
+        from tqdit.engines.backends.openvino.optimum import check_optimum, write_optimum
+
+        check_writable(args.optimum / "transformer")
+        check_optimum(OnnxFile.read(args.model).own_card, args.optimum)
     console.say(f"compiling {args.model} for {backend}")
     with _progress_bar(console) as progress:
         manifest = build_engine(args.model, output, backend, config, progress)
@@ -72,6 +84,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         console.say(manifest.verified.line)
     elif CALLS_FILE in manifest.files:
         console.say(f"golden calls: not run, since {backend} engines do not run here; tqdit-inspect --verify runs them")
+    if args.optimum is not None:
+        console.say(f"wrote {write_optimum(output, manifest.card, args.optimum)} for optimum-intel")
     return output
 
 

@@ -143,7 +143,8 @@ def _recording(args: argparse.Namespace, console: Console) -> Recording | None:
     with Recorder(pipeline) as recorder, console.bar(len(prompts), "recording the pipeline", "prompts") as bar:
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed((args.seed or 0) + number)
-            pipeline(prompt, generator=generator, output_type="latent", **chosen)
+            output = "latent" if number else "np"  # one is decoded, which tells what the VAE takes
+            pipeline(prompt, generator=generator, output_type=output, **chosen)
             bar.update()
     return recorder.recording()
 

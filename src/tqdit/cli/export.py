@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdit.bounds import check_number
 from tqdit.card import ATTENTION_FORMS, GRAPHS
 from tqdit.console import Console
 from tqdit.errors import UsageError
@@ -56,9 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unguided", action="store_true", help="sample without guidance: one row per image instead of two")
     add("--opset", type=int, default=20, help="of the ONNX file, 20..23 (default: %(default)s)")
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
-    add("--vae", type=Path, metavar="DIR", help="diffusers AutoencoderKL whose decoder goes beside the model (default: "
+    add("--vae", type=Path, metavar="DIR", help="diffusers VAE whose decoder goes beside the model (default: "
         "that of the pipeline directory, if MODEL is one)")  # fmt: skip
     add("--no-vae", action="store_true", help="leave the decoder out even if the pipeline directory has one")
+    add("--trace-minutes", type=float, default=120.0, metavar="M", help="give up the trace of a class that this version"
+        " was not tested with after so long (default: %(default)g)")  # fmt: skip
+    add("--text", action="store_true", help="the text encoders of the pipeline directory MODEL go beside the model, "
+        "for tqdit-sample --prompt; refused unless they reproduce the embeddings of recorded prompts")  # fmt: skip
     add("--force", action="store_true", help="replace the file of another version of tqdit; those of other programs "
         "never are")  # fmt: skip
 
@@ -68,7 +74,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         need(library, "export", "tqdit-export")
     from tqdit.exporter.graph import ExportConfig, export_graph
     from tqdit.exporter.onnx_writer import check_overwrite, write
-    from tqdit.exporter.vae import check_decoder, load_decoder, trace_decoder
+    from tqdit.exporter.text import trace_text
+    from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
+    from tqdit.exporter.watch import PLACE, export_in_child
+    from tqdit.models.families.recorded import PROVEN, open_texts
     from tqdit.models.load import load_model
 
     output: Path = args.output
@@ -80,14 +89,28 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if args.vae is not None:
         check_decoder(args.vae)
     table = _scale_table(args, console)
+    family = None if table is None or table.interface is None else table.interface.signature.family
+    if family is not None and family not in PROVEN and PLACE not in os.environ:
+        minutes = check_number("--trace-minutes", args.trace_minutes, 1 / 60, 60 * 24 * 30)
+        console.say(f"{family}: not among the classes that this version was tested with; exporting in a child process")
+        code = export_in_child(args.argv, family, minutes)
+        if code:
+            raise SystemExit(code)  # the child has said why
+        return output
+    if table is not None:
+        console.say(f"scales from {args.scales or DEFAULT_SCALES}")
     source = args.model or ("demo" if table is None else table.model)
     console.say(f"loading {source}")
     model = load_model(source, args.heads, interface=None if table is None else table.interface)
-    vae_folder = None if args.no_vae else args.vae or model.vae_folder
-    decoder = load_decoder(vae_folder, model) if vae_folder else None
+    vae_folder = None if args.no_vae else find_decoder(model, args.vae)
+    decoder = None if vae_folder is None else load_decoder(vae_folder, model)
     if decoder is not None:
         model = replace(model, latents=decoder.latents)
     console.say(f"tracing the {args.graph} graph; {config.sampling(model, table)}")
+    texts = None
+    if args.text:
+        console.say(f"tracing the text encoders of {source}")
+        texts = trace_text(open_texts(source), model, output.stem)
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:
         console.say(f"quantized {card.quantization.summary}")
@@ -96,12 +119,12 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         console.say(f"tracing the decoder of {vae_folder}")
         vae = trace_decoder(decoder, model)
     console.say(f"writing {output}")
-    write(output, graph, card, vae)
+    write(output, graph, card, vae, texts)
     return output
 
 
 def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | None:
-    """The scale table to export with, or None for a float export; says which."""
+    """The scale table to export with, or None for a float export, which is said."""
     if args.float:
         return None
     path: Path | None = args.scales or (DEFAULT_SCALES if DEFAULT_SCALES.is_file() else None)
@@ -113,5 +136,4 @@ def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | Non
     table = read_scale_table(path)
     if args.model is None and table.model != "demo" and not Path(table.model).exists():
         raise UsageError(f"{path}: calibrated for '{table.model}', which is not there. Pass --model.")
-    console.say(f"scales from {path}")
     return table

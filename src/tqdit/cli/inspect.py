@@ -129,6 +129,7 @@ def _bundle(path: Path) -> Facts:
         ),
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
+        *([] if manifest.card.text is None else [("text encoders", "inside")]),
         *([] if manifest.audit is None else [("audit", manifest.audit.line)]),
         *([] if manifest.verified is None else [("verified", manifest.verified.line)]),
         *_card(manifest.card),
@@ -270,8 +271,7 @@ def _shape(shape: tuple[int | None, ...]) -> str:
 def _space(card: GraphCard) -> str:
     if card.latents is None:
         return "pixels" if has_pixels(card) else "values as they are"
-    shift = f", shift {card.latents.shift:g}" if card.latents.shift else ""
-    return f"latents of scale {card.latents.scale:g}{shift}"
+    return f"latents of {card.latents}"
 
 
 def _guidance(guidance: Guidance | None) -> str:

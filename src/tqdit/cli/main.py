@@ -71,6 +71,7 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding does not have
     try:

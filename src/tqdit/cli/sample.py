@@ -13,7 +13,8 @@ from tqdit.card import GraphCard
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.backend import check_threads
-from tqdit.engines.run.images import check_output, kind_of, write_images, write_npz
+from tqdit.engines.run.images import FRAMES_PER_S, check_output, kind_of, write_images, write_npz
+from tqdit.engines.run.requests import Prompts, encode, read_embeddings
 from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
     INDEX,
@@ -36,6 +37,8 @@ EXAMPLES = """\
 examples:
   tqdit-sample                                                16 demo images -> samples.png
   tqdit-sample dit.engine -n 8 --classes 207,360 --guidance-scale 4 -o dogs.png
+  tqdit-sample text.engine --prompt 'a bold red A on blue' -n 4
+  tqdit-sample flux.engine --embeddings prompts.safetensors -n 8 -o flux.npz
   tqdit-sample dit.engine --steps 50 --sampler ddim           another chain than the engine proposes
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
   tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
@@ -46,6 +49,7 @@ examples:
 An image depends on the engine, the seed, its number, its class, the guidance, --steps and --sampler, never on
 --batch, --threads or --ray."""
 
+IMAGES = 16
 MOST_PICTURES = 1000  # in a folder of PNGs, unless --format says otherwise
 
 
@@ -53,9 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("engine", nargs="?", type=Path, default=Path("model.engine"), help="folder that tqdit-build wrote (default: "
         "%(default)s)")  # fmt: skip
-    add("-n", type=int, default=16, metavar="N", help="images in all (default: %(default)s)")
+    add("-n", type=int, metavar="N", help=f"images in all (default: {IMAGES}, or one for each "
+        "prompt)")  # fmt: skip
     add("--classes", type=_integers, metavar="C,C,...", help="classes, repeated until there are N (default: all "
         "classes in turn); unconditional models take none")  # fmt: skip
+    add("--embeddings", type=Path, metavar="FILE", help="what a model of text takes of each prompt: a .safetensors "
+        "file with one tensor (prompts, ...) for each request value, or recorded calls; image i shows prompt i modulo "
+        "their number")  # fmt: skip
+    add("--prompt", action="append", metavar="TEXT", help="what to show, of an engine with text encoders; may be given "
+        "several times")  # fmt: skip
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
@@ -67,8 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip
-    add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder "
-        "(default: %(default)s)")  # fmt: skip
+    add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder; of "
+        "videos also a .gif or .mp4 (default: %(default)s)")  # fmt: skip
+    add("--fps", type=int, default=FRAMES_PER_S, metavar="N", help="frames per second of videos (default: %(default)s)")
     many = parser.add_argument_group("many images (a folder as output)")
     add = many.add_argument
     add("--format", choices=("png", "npz"), help="a PNG per image, or .npz shards that an interrupted run continues "
@@ -97,19 +108,33 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     _check_numbers(args)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
+    prompts = _prompts(args, manifest)
+    if args.n is None:
+        args.n = IMAGES if prompts is None else prompts.count
     shards = _wants_shards(args, manifest)
-    job = _describe(args, manifest, shards)
+    job = _describe(args, manifest, shards, prompts)
     if not shards:
         _check_output(output, job, manifest.card)
     if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
         console.say(remark)
-    return (_sample_shards if shards else _sample_at_once)(args, manifest, job, console)
+    return (_sample_shards if shards else _sample_at_once)(args, manifest, job, prompts, console)
+
+
+def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
+    """What images of a model of text show; None: of another model."""
+    if args.prompt is None:
+        return None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
+    if args.embeddings is not None:
+        raise UsageError("--prompt and --embeddings each say what the images show. Pass one of them.")
+    return encode(args.engine, manifest.card, args.prompt)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """What is wrong with the arguments alone."""
-    check_count("-n", args.n, 1)
+    if args.n is not None:
+        check_count("-n", args.n, 1)
     check_threads(args.threads)
+    check_count("--fps", args.fps, 1, 1000)
     for name in ("shard_size", "workers"):
         if getattr(args, name) is not None:
             check_count(f"--{name.replace('_', '-')}", getattr(args, name), 1)
@@ -124,17 +149,17 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
     """Refuse an output that samples in memory cannot go to, before they are made."""
-    check_output(output)
+    check_output(output, card.vae is not None and card.vae.frames is not None)
     if job.content == "latents" and kind_of(output) != "npz":
         raise OutputError(f"{output}: {no_images(card)}")
 
 
-def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool) -> SamplingJob:
+def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompts: Prompts | None) -> SamplingJob:
     """The job that the arguments describe; without shards it is one of all images."""
     size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
     return describe_job(
         args.engine, manifest, args.classes, args.guidance_scale, args.seed, args.n, size,
-        steps=args.steps, sampler=args.sampler,
+        steps=args.steps, sampler=args.sampler, prompts=prompts,
     )  # fmt: skip
 
 
@@ -149,7 +174,9 @@ def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
     return bool(needs) or not makes_images(manifest) or args.n > MOST_PICTURES or (args.output / INDEX).is_file()
 
 
-def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
+def _sample_at_once(
+    args: argparse.Namespace, manifest: Manifest, job: SamplingJob, prompts: Prompts | None, console: Console
+) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
     with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
@@ -160,7 +187,7 @@ def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJ
             def advance(report: StepReport) -> None:
                 bar.update()
 
-            arrays = job.make(sampler, 0, advance)
+            arrays = job.make(sampler, 0, advance, prompts)
         seconds = time.perf_counter() - started
     console.say(
         f"{job.count} images in {seconds:.2f} s: {seconds / job.count:.3f} s per image, "
@@ -171,18 +198,21 @@ def _sample_at_once(args: argparse.Namespace, manifest: Manifest, job: SamplingJ
     else:
         notes = {
             "engine": manifest.card.fingerprint, "steps": job.steps, "sampler": job.sampler, "seed": job.seed,
-            "guidance_scale": job.guidance_scale,
+            "guidance_scale": job.guidance_scale, **({"prompts": job.texts} if job.texts else {}),
         }  # fmt: skip
-        write_images(output, arrays["arr_0"], job.labels(0), notes)
+        write_images(output, arrays["arr_0"], job.labels(0), notes, args.fps)
     return output
 
 
-def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJob, console: Console) -> Path:
+def _sample_shards(
+    args: argparse.Namespace, manifest: Manifest, job: SamplingJob, prompts: Prompts | None, console: Console
+) -> Path:
     """Shard by shard, here or on a cluster."""
     output: Path = args.output
     with ExitStack() as stack:
         folder = stack.enter_context(open_shards(output, job, args.force, bytes_per_image(manifest.card)[1]))
-        work = _work_here(args, stack) if args.ray is None else _work_on_cluster(args, manifest, console)
+        here = args.ray is None
+        work = _work_here(args, prompts, stack) if here else _work_on_cluster(args, manifest, prompts, console)
         pending = folder.pending()
         images = sum(len(job.images(shard)) for shard in pending)
         if folder.done:
@@ -198,7 +228,7 @@ def _sample_shards(args: argparse.Namespace, manifest: Manifest, job: SamplingJo
     return output
 
 
-def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
+def _work_here(args: argparse.Namespace, prompts: Prompts | None, stack: ExitStack) -> Work:
     sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
 
     def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:
@@ -207,17 +237,17 @@ def _work_here(args: argparse.Namespace, stack: ExitStack) -> Work:
             bar.update(len(report.images) if report.step == 0 else 0)
 
         for shard in pending:
-            folder.add(shard, folder.job.make(sampler, shard, advance))
+            folder.add(shard, folder.job.make(sampler, shard, advance, prompts))
 
     return work
 
 
-def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, console: Console) -> Work:
+def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, prompts: Prompts | None, console: Console) -> Work:
     from tqdit.engines.run.ray_workers import Cluster, ClusterConfig
 
     check_parts(args.engine, manifest)
     config = ClusterConfig(args.ray or None, args.workers, args.batch, args.threads)
-    return Cluster(args.engine, manifest, config, console).work
+    return Cluster(args.engine, manifest, config, console, prompts).work
 
 
 def _integers(text: str) -> list[int]:

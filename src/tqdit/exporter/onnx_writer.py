@@ -11,12 +11,16 @@ import onnx_ir as ir
 
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
+from tqdit.exporter.text import TextGraph
+from tqdit.exporter.vae import DecoderGraph
 from tqdit.files import flush, sha256, temporary_folder
 from tqdit.onnx_file import OnnxFile, save
 from tqdit.onnx_header import PRODUCER, OnnxHeader
 
 
-def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tuple[int, int]] | None = None) -> None:
+def write(
+    path: Path, model: ir.Model, card: GraphCard, vae: DecoderGraph | None = None, text: TextGraph | None = None
+) -> None:
     """Write a graph with its card to `path`, and what belongs to it beside it.
 
     The side files carry a piece of their own SHA-256 in their names and the ONNX file is renamed last, so a run that
@@ -25,7 +29,9 @@ def write(path: Path, model: ir.Model, card: GraphCard, vae: tuple[ir.Model, tup
     stale = _side_files(path)
     with temporary_folder(path) as folder:
         if vae is not None:
-            card = replace(card, vae=_write_vae(folder, path, *vae))
+            card = replace(card, vae=_write_vae(folder, path, vae))
+        if text is not None:
+            card = replace(card, text=text.write(folder, path.stem))
         model.metadata_props[METADATA_KEY] = json.dumps(card.to_json(), sort_keys=True)
         model.producer_name, model.producer_version = PRODUCER, card.written_by
         save(model, folder / path.name)
@@ -59,13 +65,13 @@ def check_overwrite(path: Path, force: bool) -> None:
             raise OutputError(f"{error} Or choose another name, or pass --force to replace it.") from error
 
 
-def _write_vae(folder: Path, path: Path, model: ir.Model, size: tuple[int, int]) -> VaeCard:
+def _write_vae(folder: Path, path: Path, decoder: DecoderGraph) -> VaeCard:
     draft = folder / "vae.onnx"
-    ir.save(model, draft)
+    ir.save(decoder.model, draft)
     digest = sha256(draft)
     name = f"{path.stem}.vae-{digest[:8]}.onnx"
     draft.rename(folder / name)
-    return VaeCard(name, digest, *size)
+    return VaeCard(name, digest, decoder.height, decoder.width, decoder.frames)
 
 
 def _side_files(path: Path) -> set[Path]:
@@ -76,4 +82,5 @@ def _side_files(path: Path) -> set[Path]:
     except FileFormatError:
         return set()
     names |= {card.vae.file} if card.vae else set()
+    names |= {*card.text.files} if card.text else set()
     return {path.parent / name for name in names if Path(name).name == name and name.startswith(path.stem)}

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
-from tqdit.errors import TqditError, UsageError
+from tqdit.errors import UsageError
 from tqdit.exporter.program import prepare
+from tqdit.exporter.watch import UntraceableError, Watch
 from tqdit.models.scratch import need_compiler, need_temporary_folder
 from tqdit.ports import Signature
 
@@ -23,29 +24,35 @@ EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the expo
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int = OPSETS.start, rows: int | None = None
-) -> ir.Model:
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str | list[str], opset: int = OPSETS.start,
+    rows: int | None = None,
+) -> ir.Model:  # fmt: skip
     """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`, or `rows`.
 
     `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
-    this order. Module scopes are kept in the nodes' metadata.
+    this order. Module scopes are kept in the nodes' metadata. Raises UntraceableError if PyTorch refuses.
     """
     check_opset(opset)
     need_compiler()
     need_temporary_folder()
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes = (tuple({0: batch} for _ in inputs),) if rows is None else None
+    watch = Watch(module)
     with _quiet(), _without_autocast():
-        traced = _program(module.eval(), tuple(tensor[:rows] for tensor in inputs.values()), shapes)
-        program = torch.onnx.export(
-            prepare(traced),
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=[output],
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
+        with watch.check("torch.export"):
+            traced = _program(module.eval(), tuple(tensor[:rows] for tensor in inputs.values()), shapes)
+        with watch.check("a pass before torch.onnx"):
+            prepared = prepare(traced)
+        with watch.check("torch.onnx"):
+            program = torch.onnx.export(
+                prepared,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=[output] if isinstance(output, str) else output,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
     assert program is not None
     return program.model
 
@@ -57,20 +64,11 @@ def trace_any_rows(module: nn.Module, inputs: Mapping[str, Tensor], output: str,
     """
     try:
         return trace(module, inputs, output, opset)
-    except TqditError:
-        raise
-    except Exception:  # the exporters raise errors of all kinds
+    except UntraceableError:
         try:
             return trace(module, inputs, output, opset, rows=1)
-        except Exception as error:
-            raise UsageError(f"PyTorch cannot trace this network ({_root(error)}). No engine can be made.") from error
-
-
-def _root(error: BaseException) -> str:
-    """What the exporters' errors began with, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        except UntraceableError as error:
+            raise UsageError(f"PyTorch cannot trace this network: {error}. No engine can be made.") from error
 
 
 def fixed_rows(graph: ir.Model) -> int | None:
@@ -86,7 +84,9 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> torc
     try:
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
-        bounded: Any = None if shapes is None else refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
+        bounded: Any = None
+        with contextlib.suppress(torch._dynamo.exc.UserError):  # it suggests nothing
+            bounded = None if shapes is None else refine_dynamic_shapes_from_suggested_fixes(error.msg, shapes)
         if bounded is None or isinstance(bounded[0][0][0], int):  # no free batch is possible
             raise
         return torch.export.export(module, inputs, dynamic_shapes=bounded, strict=False)
@@ -119,12 +119,14 @@ def _without_autocast() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter reports on libraries that we do not use and on its own deprecations; neither helps our users."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    names = "torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication"
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tqdit.models.products import Fold, Product, Scores, ValueProduct, find_products, shift_and_scale
+from tqdit.models.folds import Fold, shift_and_scale
+from tqdit.models.products import Product, Scores, ValueProduct, find_products
 from tqdit.ports import Port, Signature
 
 FREQUENCY_EMBEDDING_SIZE = 256

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
+from tqdit.interface import TextExamples
 from tqdit.models.arguments import Constant, digest, nest
 from tqdit.models.products import Product, prediction_of
 from tqdit.ports import Signature
@@ -43,6 +44,7 @@ class LoadedModel:
     constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
     alike: Mapping[str, Tensor] = field(default_factory=dict, compare=False)  # a row of those that the network holds
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings that diffusers' pipelines read
+    text: TextExamples | None = field(default=None, compare=False)  # of a pipeline that was recorded with prompts
 
     @property
     def device(self) -> torch.device:

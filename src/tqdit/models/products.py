@@ -22,31 +22,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tqdit.models.folds import Fold, Follower
+
 Place = Literal["block", "attention", "patch", "final", "conditioning"]
 Maker = Literal["gelu", "softmax"]
-Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None]
+Watch = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 MASKED = -1e30  # a score that no probability is left of, and whose products are finite
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Rows start..stop of a linear layer that make an input channel each, where a divisor of that input can go.
-
-    offset: 1 if the network adds one to what these rows compute (adaLN's 1 + scale).
-    """
-
-    module: str
-    start: int
-    stop: int
-    offset: int = 0
-
-
-def shift_and_scale(modulation: str, chunk: int, width: int) -> tuple[Fold, Fold]:
-    """Where adaLN computes norm (1 + scale) + shift: chunk `chunk` of its output is shift, the next one scale."""
-    start = chunk * width
-    return Fold(modulation, start, start + width), Fold(modulation, start + width, start + 2 * width, offset=1)
 
 
 @dataclass(frozen=True)
@@ -207,11 +190,13 @@ class _Observed(TorchFunctionMode):
     outputs: list[tuple[str, Tensor]] = field(default_factory=list)  # of the products
     made: dict[int, Origin] = field(default_factory=dict)  # by id of a tensor
     joined: dict[int, Columns] = field(default_factory=dict)
+    follower: Follower = field(init=False)
     varying: set[int] = field(default_factory=set)  # tensors that depend on the network's arguments
     kept: list[Tensor] = field(default_factory=list)  # an id is unique while its tensor lives
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.follower = Follower(self.names)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -234,6 +219,7 @@ class _Observed(TorchFunctionMode):
         elif name == "split" and id(first) in self.joined:
             for piece, (_, origin) in zip(output, self.joined[id(first)], strict=False):
                 self._keep(piece, origin)
+        self.follower.function(name, args, kwargs or {}, output)
         return output
 
     def drop_dead(self, prediction: Tensor) -> None:
@@ -268,8 +254,13 @@ class _Observed(TorchFunctionMode):
     def enter(self, module: nn.Module, _args: Any) -> None:
         self.owners.append(module)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """What goes on in the network: a product's output as a copy, which may be changed in place."""
         self.owners.pop()
+        if isinstance(module, nn.Linear):
+            self.follower.linear(module, args, output)
+        elif isinstance(module, ValueProduct):
+            self.follower.value_product(args[1], output)
         if isinstance(module, nn.Softmax):
             self._keep(output, "softmax")
         elif is_product(module) and self._varies(args):
@@ -280,9 +271,10 @@ class _Observed(TorchFunctionMode):
                 first.made_by = first.columns = None
             if first.rows != call.rows:
                 first.rows = 0
-            if not output.requires_grad:
-                output.requires_grad_()
-            self.outputs.append((self.names[module], output))
+            result: Tensor = output if output.requires_grad else output.requires_grad_()
+            self.outputs.append((self.names[module], result))
+            return result.clone()
+        return None
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -348,7 +340,10 @@ def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
 
 @contextmanager
 def watched(network: nn.Module, names: Iterable[str], watch: Watch) -> Iterator[None]:
-    """Inside, `watch(name, module, inputs, output)` follows each call of the modules of these names."""
+    """Inside, `watch(name, module, inputs, output)` follows each call of the modules of these names.
+
+    A tensor that it returns goes on in the network in place of the output.
+    """
     handles = [network.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
     try:
         yield
@@ -369,7 +364,7 @@ def find_products(
     Products that the prediction does not depend on are left out, and those that depend on parameters alone.
 
     example: the network's arguments with `rows` rows, at least two (None: as many as its first argument has).
-    folds, row_blocks: what a family knows about products by name.
+    folds, row_blocks: what a family knows about products by name; other folds are observed.
     """
     rows = len(next(iter(example.values()))) if rows is None else rows
     seen = _observe(network, example)
@@ -383,7 +378,8 @@ def find_products(
         local = _Local()
         owner.register_forward_pre_hook(local.enter)
         owner.register_forward_hook(local.leave, always_call=True)
-    called = _observe(network, example).products
+    seen = _observe(network, example)
+    called = seen.products
     on_tokens = [name for name, call in called.items() if not _is_conditioning(call, rows)]
 
     def place(name: str, call: _Call) -> Place:
@@ -393,7 +389,7 @@ def find_products(
             return "conditioning"
         return "patch" if name == on_tokens[0] else "final" if name == on_tokens[-1] else "block"
 
-    row_blocks, folds = row_blocks or {}, folds or {}
+    row_blocks, folds = row_blocks or {}, {**seen.follower.folds(network), **(folds or {})}
     return tuple(
         Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows)
         for name, call in called.items()

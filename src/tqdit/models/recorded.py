@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from tqdit.registry import find_modules
 EXAMPLE_ROWS = 2
 
 
-def recorded_model(network: nn.Module, interface: Interface, source: str = "pipeline") -> LoadedModel:
+def recorded_model(
+    network: nn.Module, interface: Interface, source: str = "pipeline", vae_folder: Path | None = None
+) -> LoadedModel:
     """The network that `interface` was learned from, in float32; its float32 parameters are shared, not copied.
 
     source: what the user names it by. Raises UsageError if the network does not take such calls.
     """
-    network = _explicit_copy(network)
+    network = float_copy(network)
     for quirk in find_modules(quirks).values():
         if interface.signature.family in quirk.CLASSES:
             quirk.prepare(network, interface.signature.state.row_shape)
@@ -40,17 +43,19 @@ def recorded_model(network: nn.Module, interface: Interface, source: str = "pipe
         products=find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS),
         sampling=interface.sampling,
         guidance=interface.guidance,
-        latents=None,
+        latents=interface.latents,
+        text=interface.text,
         origin="diffusers",
         source=source,
         fingerprint=fingerprint(network, interface.signature.family),
         constants=constants,
         alike=alike,
         config=interface.config,
+        vae_folder=vae_folder,
     )
 
 
-def _explicit_copy(network: nn.Module) -> nn.Module:
-    """A copy whose attention can be made explicit while the pipeline goes on with its own."""
+def float_copy(network: nn.Module) -> nn.Module:
+    """A float32 copy that can be changed while the pipeline goes on with its own; float32 parameters are shared."""
     shared = {id(tensor): tensor for tensor in network.parameters()}
     return copy.deepcopy(network, shared).float().eval().requires_grad_(False)

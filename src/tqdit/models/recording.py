@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,11 +30,14 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from tqdit import safetensors_file
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.bounds import check_memory
+from tqdit.card import Latents
+from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, whole_file
-from tqdit.interface import Interface, InterfaceEntry
+from tqdit.interface import RECORDING_KEY, REQUEST, Interface, InterfaceEntry, TextExamples
 from tqdit.models.arguments import Constant, settings_of
 from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time, join, listen, parameters_of
+from tqdit.models.decoding import learn_latents
 from tqdit.models.known import values_read
 from tqdit.models.loaded import arguments_of
 from tqdit.models.scheduler import tabulate
@@ -41,8 +47,9 @@ from tqdit.sampling.process import Recorded, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
-METADATA_KEY = "tqdit_calls"
-STATES, REQUEST = "states", "request."
+STATES = "states"
+MOST_PROMPTS = 4  # whose request values are kept to prove text encoders
+PLAIN = (str, int, float, list, dict)  # kinds of settings that a file holds
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
@@ -77,7 +84,7 @@ class Recording:
         arrays = {STATES: self.states, **requests, **self.interface.arrays}
         text = msgspec.json.encode(RecordingHeader(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
         with whole_file(Path(path)) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {METADATA_KEY: text})
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {RECORDING_KEY: text})
         return Path(path)
 
     @classmethod
@@ -86,10 +93,10 @@ class Recording:
         again = "Record the pipeline again."
         with reading(Path(path), SAFETENSORS, again, ValueError):
             metadata, tensors = safetensors_file.read(Path(path))
-        if METADATA_KEY not in metadata or STATES not in tensors:
-            raise FileFormatError(f"{path}: not recorded calls (it has no '{METADATA_KEY}' metadata). {again}")
+        if RECORDING_KEY not in metadata or STATES not in tensors:
+            raise FileFormatError(f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). {again}")
         try:
-            header = msgspec.json.decode(metadata[METADATA_KEY], type=RecordingHeader)
+            header = msgspec.json.decode(metadata[RECORDING_KEY], type=RecordingHeader)
         except (msgspec.MsgspecError, UsageError, RecursionError) as error:
             raise FileFormatError(f"{path}: damaged, or of another version ({error}). {again}") from error
         if header.format_version != FORMAT_VERSION:
@@ -131,7 +138,8 @@ class _Run:
     table: Table
     training_steps: int
     images: int
-    inputs: list[dict[str, Tensor]] = field(default_factory=list)  # of each step: port -> (roles B, ...)
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of every step: port -> (roles B, ...)
+    changing: str | None = None  # a port for which that does not hold
     states: list[Tensor] = field(default_factory=list)  # x of each step, (B, ...)
     constants: dict[str, Constant] = field(default_factory=dict)
     weights: list[NDArray[np.float64]] = field(default_factory=list)  # of each role in the scheduler's input, (roles,)
@@ -139,6 +147,15 @@ class _Run:
     roles: Roles | None = None
     channels: tuple[int, ...] = ()  # shape of a row of the prediction
     tolerance: float = TOLERANCES[torch.float32]
+    end: Tensor | None = None  # x after the last step
+    codes: list[Tensor] = field(default_factory=list)  # what the VAE's `decode` got, if it was called
+    given: set[str] = field(default_factory=set)  # other tensors that it got
+    prompts: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)  # of `encode_prompt`
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.states) == len(self.table.timesteps)
 
 
 class Recorder:
@@ -147,6 +164,8 @@ class Recorder:
     def __init__(self, pipeline: Any) -> None:
         self.network: nn.Module = _part(pipeline, "transformer")
         self.scheduler = _part(pipeline, "scheduler")
+        self.pipeline, self.vae = pipeline, getattr(pipeline, "vae", None)
+        self._heard: tuple[tuple[str, ...], dict[str, Any]] | None = None  # prompts and settings of the next run
         self._runs: list[_Run] = []
         self._calls: list[Call] = []
         self._undo: list[Callable[[], None]] = []
@@ -160,8 +179,11 @@ class Recorder:
         def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._fresh:
                 self._begin(sample)
-            self._step(model_output, float(timestep), sample)
-            return step(model_output, timestep, sample, *args, **kwargs)
+            self._step(model_output.detach(), float(timestep), sample.detach())
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            end: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+            self._runs[-1].end = end.detach()
+            return result
 
         @functools.wraps(set_timesteps)
         def begin(*args: Any, **kwargs: Any) -> Any:
@@ -174,6 +196,29 @@ class Recorder:
             lambda: self.scheduler.__dict__.pop("step"),
             lambda: self.scheduler.__dict__.pop("set_timesteps"),
         ]
+        if self.vae is not None:
+            decode = self.vae.decode
+
+            @functools.wraps(decode)
+            def decoded(codes: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self._runs and self._runs[-1].is_whole:
+                    self._runs[-1].codes.append(codes.detach().clone())
+                    self._runs[-1].given |= {name for name, value in kwargs.items() if isinstance(value, Tensor)}
+                    self._runs[-1].given |= {"an argument" for value in args if isinstance(value, Tensor)}
+                return decode(codes, *args, **kwargs)
+
+            self.vae.decode = decoded
+            self._undo.append(lambda: self.vae.__dict__.pop("decode"))
+        if hasattr(self.pipeline, "encode_prompt"):
+            encode = self.pipeline.encode_prompt
+
+            @functools.wraps(encode)
+            def encoded(*args: Any, **kwargs: Any) -> Any:
+                self._heard = self._heard or _prompts(inspect.signature(encode).bind(*args, **kwargs).arguments)
+                return encode(*args, **kwargs)
+
+            vars(self.pipeline)["encode_prompt"] = encoded
+            self._undo.append(lambda: vars(self.pipeline).pop("encode_prompt"))
         return self
 
     def __exit__(
@@ -186,7 +231,9 @@ class Recorder:
         self._fresh = False
         config = getattr(self.scheduler, "config", {})
         name, training_steps = type(self.scheduler).__name__, config.get("num_train_timesteps", 1000)
-        self._runs.append(_Run(name, tabulate(self.scheduler), training_steps, len(sample)))
+        (prompts, settings), self._heard = self._heard or ((), {}), None
+        table = tabulate(self.scheduler)
+        self._runs.append(_Run(name, table, training_steps, len(sample), prompts=prompts, settings=settings))
 
     def _step(self, model_output: Tensor, timestep: float, sample: Tensor) -> None:
         run, calls, self._calls = self._runs[-1], self._calls, []
@@ -208,17 +255,32 @@ class Recorder:
         if float(network_time.max() - network_time.min()) > 0:
             raise UsageError(f"the rows of one step have different timesteps. {DROP_IN_ONLY}")
         run.times.append((timestep, float(network_time[0])))
-        run.states.append(sample.detach().float().cpu().reshape(run.images, *inputs[state].shape[1:]))
-        run.inputs.append({name: tensor for name, tensor in inputs.items() if name not in (state, time)})
+        if not run.states:
+            self._check_memory(run, inputs)
+        run.states.append(sample.float().cpu().reshape(run.images, *inputs[state].shape[1:]))
+        run.inputs = run.inputs or {name: tensor for name, tensor in inputs.items() if name not in (state, time)}
+        changed = (name for name, tensor in run.inputs.items() if not torch.equal(inputs[name], tensor))
+        run.changing = run.changing or next(changed, None)
         run.constants = run.constants or calls[0].constants
         for call in calls:
             check_alike(run.constants, call.constants)
+
+    def _check_memory(self, run: _Run, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse a chain whose states, and those of all chains once more as one array, do not fit into memory."""
+        assert run.roles is not None
+        requests = sum(tensor.nbytes for tensor in inputs.values())
+        states = 4 * inputs[run.roles.state][: run.images].numel() * len(run.table.timesteps)
+        held = sum(tensor.nbytes for other in self._runs for tensor in (*other.states, *other.inputs.values()))
+        check_memory(
+            f"recording {len(self._runs)} chain(s) of {len(run.table.timesteps)} steps", held + 2 * (states + requests),
+            "Record fewer prompts, steps or frames.",
+        )  # fmt: skip
 
     # what was heard -----------------------------------------------------------------------------------------------
 
     def recording(self) -> Recording:
         """The runs as one recording. Raises UsageError if there is none, or if they differ in more than requests."""
-        runs = [run for run in self._runs if len(run.states) == len(run.table.timesteps)]
+        runs = [run for run in self._runs if run.is_whole]
         if not runs:
             raise UsageError(
                 "no chain was recorded from its first to its last step. Call the pipeline inside `record`."
@@ -233,10 +295,16 @@ class Recorder:
         requests = [_requests(run, roles) for run in runs]
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
-        states = np.concatenate([torch.stack(run.states[::-1], 1).numpy() for run in runs])
+        images = np.cumsum([0, *(run.images for run in runs)])
+        states = np.empty((images[-1], len(first.states), *first.states[0].shape[1:]), np.float32)
+        for run, start in zip(runs, images, strict=False):
+            for step, state in enumerate(reversed(run.states)):
+                states[start : start + run.images, step] = state.numpy()
         assert first.roles is not None
         spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
-        return _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
+        found = _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
+        latents, text = _latents(runs, type(self.vae).__name__), _examples(runs, found.requests)
+        return replace(found, interface=replace(found.interface, latents=latents, text=text))
 
 
 class NetworkRecorder:
@@ -248,8 +316,14 @@ class NetworkRecorder:
         self._undo: Callable[[], None] | None = None
 
     def __enter__(self) -> NetworkRecorder:
-        self._undo = listen(self.network, lambda call: self._calls.append(call)).remove
+        self._undo = listen(self.network, self._hear).remove
         return self
+
+    def _hear(self, call: Call) -> None:
+        """Keep a call without the values of its prediction. Raises UsageError if memory does not hold it twice."""
+        self._calls.append(replace(call, output=call.output.to("meta")))
+        held = sum(tensor.nbytes for each in self._calls for tensor in each.tensors.values())
+        check_memory(f"recording {len(self._calls)} call(s)", held, "Record fewer calls.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -297,6 +371,56 @@ def _recording(
     ports = tuple(port for port in signature.ports if port.name not in read)
     interface = Interface(replace(signature, ports=ports), *sampled, plain, settings_of(network), tuple(read))
     return Recording(interface, states, {name: array for name, array in requests.items() if name not in read})
+
+
+def _prompts(arguments: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+    """The prompts of a call of `encode_prompt` and its other settings; None if it got embeddings or several texts."""
+    prompt = arguments.pop("prompt", None)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
+        return None
+    others = {name: value for name, value in arguments.items() if value is not None and name != "device"}
+    if any(name.startswith("prompt") and value not in (prompt, prompts) for name, value in others.items()):
+        return None
+    plain = {
+        name: value for name, value in others.items() if isinstance(value, PLAIN) and not name.startswith("prompt")
+    }
+    return tuple(prompts), json.loads(json.dumps(plain))
+
+
+def _examples(runs: list[_Run], requests: Mapping[str, Array]) -> TextExamples | None:
+    """Some of the prompts with their request values; None if a run had none, or if their settings differ."""
+    if any(not run.prompts or run.images % len(run.prompts) or run.settings != runs[0].settings for run in runs):
+        return None
+    rows: dict[str, int] = {}  # a prompt -> its first image
+    start = 0
+    for run in runs:
+        for number, prompt in enumerate(run.prompts):
+            rows.setdefault(prompt, start + number * (run.images // len(run.prompts)))
+        start += run.images
+    chosen = dict(list(rows.items())[:MOST_PROMPTS])
+    values = {name: array[[*chosen.values()]] for name, array in requests.items()}
+    return TextExamples(tuple(chosen), runs[0].settings, values)
+
+
+def _latents(runs: list[_Run], decoder: str) -> Latents | None:
+    """How states become codes of the VAE; None if no run was decoded, or with a warning if it cannot be learned."""
+    decoded = [run for run in runs if run.codes]
+    if not decoded:
+        return None
+    shapes = [run.states[0].shape for run in decoded]  # (images, ...)
+    try:
+        if given := set.union(*(run.given for run in decoded)):
+            raise UsageError(f"{decoder}.decode takes {', '.join(sorted(given))} beside the codes")
+        codes = [torch.cat(run.codes) for run in decoded]
+        if any(len(each) != shape[0] for each, shape in zip(codes, shapes, strict=True)):
+            raise UsageError(f"{decoder} decodes an image or a video in parts")
+        ends = [run.end.reshape(shape) for run, shape in zip(decoded, shapes, strict=True) if run.end is not None]
+        x, y = (torch.cat(parts).detach().float().cpu().numpy() for parts in (ends, codes))
+        return learn_latents(x, y, decoder, decoded[0].tolerance)
+    except (UsageError, RuntimeError) as error:  # PyTorch's, for parts of different shapes
+        warnings.warn(f"engines of this recording make latents: {error}.", TqditWarning, stacklevel=3)
+        return None
 
 
 def _is_alike(port: Port, requests: Mapping[str, Array]) -> bool:
@@ -418,10 +542,9 @@ def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance 
 def _requests(run: _Run, roles: Mapping[str, int]) -> dict[str, Array]:
     """Values of each request port, (B, ...); those of the unconditional role under `negative.`, if they differ."""
     found: dict[str, Array] = {}
-    for name, tensor in run.inputs[0].items():
-        for inputs in run.inputs[1:]:
-            if not torch.equal(inputs[name], tensor):
-                raise UsageError(f"argument '{name}' changes from step to step. {DROP_IN_ONLY}")
+    if run.changing is not None:
+        raise UsageError(f"argument '{run.changing}' changes from step to step. {DROP_IN_ONLY}")
+    for name, tensor in run.inputs.items():
         parts = tensor.chunk(len(roles))
         values = {prefix: parts[place] for prefix, place in roles.items()}
         if len(values) == 2 and torch.equal(values[""], values[NEGATIVE]):

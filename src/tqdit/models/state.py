@@ -257,9 +257,9 @@ def _some(names: Iterable[str], limit: int = 6) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def read_number(path: Path, settings: Mapping[str, Any], name: str, default: float) -> float:
+def read_number(where: object, settings: Mapping[str, Any], name: str, default: float) -> float:
     """A finite number of a JSON file, or `default` if it is not there."""
     value = settings.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{path}: '{name}' is {value!r}, expected a number. Get the file again.")
+        raise CheckpointError(f"{where}: '{name}' is {value!r}, expected a number. Get the file again.")
     return value

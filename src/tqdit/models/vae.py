@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdit.card import Latents
 from tqdit.models.state import read_json, read_number
@@ -11,8 +13,12 @@ LATENT_SCALE, LATENT_CHANNELS = 0.18215, 4  # of Stable Diffusion's VAE, which D
 
 
 def read_latents(folder: Path, root: Path) -> Latents:
-    """`scaling_factor` and `shift_factor` of a VAE's configuration. root: the folder that links must not leave."""
+    """Those of a VAE directory. root: the folder that links must not leave."""
     path = folder / "config.json"
-    settings = read_json(path, root)
-    shift = 0.0 if settings.get("shift_factor") is None else read_number(path, settings, "shift_factor", 0.0)
-    return Latents(read_number(path, settings, "scaling_factor", LATENT_SCALE), shift)
+    return latents_of(path, read_json(path, root))
+
+
+def latents_of(where: object, settings: Mapping[str, Any]) -> Latents:
+    """`scaling_factor` and `shift_factor` of a VAE's configuration."""
+    shift = 0.0 if settings.get("shift_factor") is None else read_number(where, settings, "shift_factor", 0.0)
+    return Latents(read_number(where, settings, "scaling_factor", LATENT_SCALE), shift)

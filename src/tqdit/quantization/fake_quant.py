@@ -173,6 +173,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, module: nn.Linear | Convolution, weight: Tensor, quantize: QuantizedOperand | None) -> None:
         super().__init__()
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}
+        vars(self).update(plain)  # networks look at out_channels and the like
         self.axes = weight.ndim - 2  # of the patches
         shape = (-1, *[1] * self.axes)
         self.weight = nn.Parameter(weight, requires_grad=False)  # networks look at the dtype of their parameters

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
+from tqdit.models.folds import Fold
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Fold
 from tqdit.quantization.table import ScaleTable
 
 

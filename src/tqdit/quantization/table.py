@@ -22,7 +22,7 @@ from tqdit.errors import FileFormatError, UsageError
 from tqdit.extras import need
 from tqdit.files import SAFETENSORS, decode_record, reading, whole_file
 from tqdit.golden import GoldenCalls
-from tqdit.interface import CONSTANT, Interface, InterfaceEntry
+from tqdit.interface import CONSTANT, EXAMPLE, Interface, InterfaceEntry
 from tqdit.quantization.checks import (
     AGAIN,
     BOUNDARIES,
@@ -241,7 +241,7 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
     known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
     golden = {name.removeprefix(GOLDEN): array for name, array in tensors.items() if name.startswith(GOLDEN)}
-    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT)))
+    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT, EXAMPLE)))
     if unknown:
         raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
     interface = None if header.interface is None else Interface.of(header.interface, tensors)

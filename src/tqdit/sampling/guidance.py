@@ -43,9 +43,11 @@ class Guidance:
         guided += unconditional[:, :moved]
         out[:, moved:] = conditional[:, moved : out.shape[1]]
 
-    def weights(self, scale: float) -> tuple[float, float]:
-        """The factors with which errors of the conditional and the unconditional row enter the guided prediction."""
-        return abs(scale), abs(1 - scale)
+    def weights(self, scale: float, channels: int) -> NDArray[np.float64]:
+        """The factors with which errors of the conditional and the unconditional row enter the guided prediction,
+        (2, C) for its C channels."""
+        moved = np.arange(channels) < (channels if self.channels is None else self.channels)
+        return np.abs(np.where(moved, [[scale], [1 - scale]], [[1.0], [0.0]]))
 
 
 def rows_per_image(guidance: Guidance | None) -> int:

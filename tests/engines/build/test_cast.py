@@ -121,3 +121,18 @@ def test_nodes_that_make_float32_of_other_types_are_cast_too(float_type):
     onnx.checker.check_model(proto, full_check=True)
     to = {each.name or each.output[0]: each.attribute[0].i for each in proto.graph.node if each.op_type == "Cast"}
     assert to["numbers"] != floats
+
+
+def test_the_number_of_a_masked_score_becomes_that_of_float16():
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    add = node("Add", ["x", "mask"], ["sum"])
+    add.metadata_props.add(key=SCOPE_KEY, value="block")
+    floats, lowest = onnx.TensorProto.FLOAT, float(np.finfo(np.float32).min)
+    graph = onnx.helper.make_graph(
+        [add, node("Identity", ["sum"], ["out"])], "g", [value("x", floats, [2])], [value("out", floats, [2])],
+        [onnx.helper.make_tensor("mask", floats, [2], [0.0, lowest])],
+    )  # fmt: skip
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)]))
+    cast_floats(model, support.exported(ExportConfig())[1], "fp16")
+    made = [each.const_value.numpy() for each in model.graph.initializers.values() if each.dtype == ir.DataType.FLOAT16]
+    np.testing.assert_array_equal(made[0], np.float16([0, -65504]))

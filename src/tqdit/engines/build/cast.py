@@ -23,6 +23,7 @@ FloatType = Literal["fp16", "bf16"]
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT32 = ir.DataType.FLOAT
 LARGEST_FLOAT16 = 65504.0
+MASK = 1e30
 NO_BFLOAT16 = {"Conv"}  # in opset 20
 QKV = 3  # inputs of MultiRegionAttention that take the network's type; mask and low step stay float32
 SOFTMAXES = {"Softmax", multi_region_softmax.OP_TYPE}
@@ -128,6 +129,8 @@ class _Caster:
     def _constant(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         assert value.const_value is not None
         array = value.const_value.numpy()
+        if wanted == ir.DataType.FLOAT16:  # float32's lowest number stands for a masked score, as float16's does
+            array = np.where(np.abs(array) >= MASK, np.copysign(LARGEST_FLOAT16, array), array)
         if wanted == ir.DataType.FLOAT16 and np.abs(array).max(initial=0) > LARGEST_FLOAT16:
             raise UsageError(
                 f"'{value.name}' holds {np.abs(array).max():.3g}, beyond float16's {LARGEST_FLOAT16:g}. "

@@ -15,7 +15,7 @@ from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite
 from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, UsageError
-from tqdit.files import sha256, temporary_folder, whole_folder
+from tqdit.files import bring, sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import OnnxFile, save
 from tqdit.version import __version__
@@ -57,6 +57,8 @@ def build_engine(
         card = replace(card, quantization=None) if strip else card
         if file.golden is not None:
             file.golden.save(folder / CALLS_FILE)
+        for name in card.text.files if card.text else ():
+            bring(source.with_name(name), folder / name)
         artefact = compiler.build(prepared, decoder, card, folder, config, progress)
         precision, files = config.precision or "fp32", describe_parts(folder)
         facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
@@ -125,6 +127,8 @@ def _check_file(file: OnnxFile, card: GraphCard) -> None:
             f"{file.path}: no node says to which module it belongs (metadata '{SCOPE_KEY}'). An older tqdit-export "
             "wrote it, or another program removed the metadata. Export again."
         )
+    if card.text is not None:
+        card.text.check(file.path.parent)
     if card.vae is None:
         return
     decoder = file.path.parent / card.vae.file

@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import MANIFEST, Manifest
+from tqdit.engines.run.requests import Prompts
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.shards import SamplingJob, ShardFolder
 from tqdit.errors import BackendError, SamplingError, TqditError, UsageError
@@ -66,15 +67,17 @@ class Worker:
             self._sampler = Sampler.open(folder, **self._settings)
         return True
 
-    def make(self, job: SamplingJob, shard: int) -> dict[str, Any]:
+    def make(self, job: SamplingJob, shard: int, prompts: Prompts | None) -> dict[str, Any]:
         assert self._sampler is not None
-        return job.make(self._sampler, shard)
+        return job.make(self._sampler, shard, prompts=prompts)
 
 
 class Cluster:
     """Runs jobs with one bundle on a Ray cluster."""
 
-    def __init__(self, engine: Path, manifest: Manifest, config: ClusterConfig, console: Console) -> None:
+    def __init__(
+        self, engine: Path, manifest: Manifest, config: ClusterConfig, console: Console, prompts: Prompts | None = None
+    ) -> None:
         self.ray: Any = need("ray", "ray", "--ray")
         if config.address is not None and Path(config.address).exists():
             raise UsageError(f"--ray took '{config.address}' for its address. Name the engine before --ray.")
@@ -85,6 +88,7 @@ class Cluster:
         self.manifest = manifest
         self.config = config
         self.console = console
+        self.prompts = prompts
 
     def work(self, folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         """Make and write these shards. Raises SamplingError if one fails `ATTEMPTS` times."""
@@ -148,6 +152,11 @@ class _Run:
         files = [MANIFEST, *self.cluster.manifest.files]
         return self.ray.put({name: (self.cluster.engine / name).read_bytes() for name in files})
 
+    @cached_property
+    def prompts(self) -> Any:
+        """Reference of the prompts' request values, so that no worker reads their file."""
+        return self.ray.put(self.cluster.prompts)
+
     def finish(self) -> None:
         while self.unassigned or self.running:
             self._start_workers()
@@ -199,7 +208,7 @@ class _Run:
         """Give a worker the next shard, or end it if there is none."""
         if self.unassigned:
             shard = self.unassigned.popleft()
-            self.calls[worker.make.remote(self.folder.job, shard)] = worker, shard
+            self.calls[worker.make.remote(self.folder.job, shard, self.prompts)] = worker, shard
         else:
             self.ray.kill(worker)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
+from tqdit.engines.run.requests import open_texts, read_embeddings
 from tqdit.engines.run.verify import verify_engine
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
@@ -24,6 +25,7 @@ from tqdit.sampling.chains import Chains, Network
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.sampling.schedule import SamplingSpec
+from tqdit.text import TextEncoder
 
 DEFAULT_BATCH = 16
 
@@ -51,8 +53,12 @@ class Sampler:
     steps, and on nothing else.
     """
 
-    def __init__(self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16) -> None:
-        """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W) in -1..1.
+    def __init__(
+        self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16,
+        folder: Path | None = None,
+    ) -> None:  # fmt: skip
+        """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
+        videos (B, C, F, H, W), in -1..1. folder: of the bundle, if it may have text encoders.
         batch: images per call at most. `close` closes both if they have a method of that name.
         """
         check_graph(card)
@@ -60,6 +66,8 @@ class Sampler:
         self.batch = check_count("batch", batch, 1, MOST_BATCH)
         self._network: Network | None = network
         self._decoder = decoder
+        self._folder = folder  # with the text encoders
+        self._texts: TextEncoder | None = None
 
     @classmethod
     def open(
@@ -78,7 +86,8 @@ class Sampler:
         network = load(manifest.entry)
         if verify:
             verify_engine(Path(path), manifest, network).check(str(path))
-        return cls(manifest.card, network, load(manifest.decoder) if manifest.decoder else None, batch)
+        decoder = load(manifest.decoder) if manifest.decoder else None
+        return cls(manifest.card, network, decoder, batch, Path(path))
 
     @property
     def makes_images(self) -> bool:
@@ -100,7 +109,7 @@ class Sampler:
         sampler: str | None = None,
         first_image: int = 0,
     ) -> NDArray[np.uint8]:
-        """One image per request: uint8 (N, H, W, 3).
+        """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
 
         requests: the classes, for a class-conditional model (ints in 0..num_classes; the last one is unconditional);
         the number of images, for an unconditional one; in general a dict with an array (N, ...) for each request port.
@@ -139,6 +148,26 @@ class Sampler:
             done[part] = self._chain(rows, images, scale, seed, spec, callback)
         return done
 
+    def read_requests(self, path: str | Path) -> dict[str, NDArray[Any]]:
+        """What a model of text takes of each prompt, from a safetensors file: `requests` for `sample`.
+
+        The file has one tensor (prompts, ...) for each of `card.signature.request_values`, or is what the calls of
+        `tqdit.record` were saved to. Raises FileFormatError for values that the model does not take.
+        """
+        return dict(read_embeddings(Path(path), self.card.signature).values)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """What the model takes of these texts: `requests` for `sample`. The bundle must have text encoders.
+
+        They are opened by the first call and run on the CPU. Raises UsageError if there are none, or for a prompt that
+        is too long.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("expected a list of prompts, found one text. Pass [prompt].")
+        if self._texts is None:
+            self._texts = open_texts(self._folder or Path(), self.card)
+        return self._texts(prompts)
+
     def steps_for(self, count: int, steps: int | None = None) -> int:
         """Number of callbacks that sampling `count` images makes."""
         return math.ceil(count / self.batch) * self.card.sampling.choose(steps).steps
@@ -147,7 +176,7 @@ class Sampler:
         """Free the engine; the sampler cannot be used afterwards."""
         for network in (self._network, self._decoder):
             getattr(network, "close", lambda: None)()
-        self._network = self._decoder = None
+        self._network = self._decoder = self._texts = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -219,7 +248,8 @@ def image_size(card: GraphCard) -> tuple[int, int] | None:
 def bytes_per_image(card: GraphCard) -> tuple[int, int]:
     """What an image takes in memory until it is written, its state and its pixels; and in a file."""
     height, width = image_size(card) or (0, 0)
-    state, pixels = 4 * math.prod(card.state_shape), 3 * height * width
+    frames = (card.vae and card.vae.frames) or 1
+    state, pixels = 4 * math.prod(card.state_shape), 3 * height * width * frames
     return state + pixels, pixels or state
 
 
@@ -239,9 +269,9 @@ def choose_batch(folder: Path, built: BatchRange | None, asked: int | None) -> i
 def to_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Images (N, C, H, W) in -1..1 to uint8 (N, H, W, 3), as DiT's sample_ddp.py: clamp(127.5 x + 128), truncated.
 
-    C is 3, or 1 for grey images.
+    C is 3, or 1 for grey images. Videos (N, C, F, H, W) become (N, F, H, W, 3).
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim not in (4, 5) or images.shape[1] not in (1, 3):
         raise FileFormatError(f"the engine makes images of shape {list(images.shape)}, expected (N, 1 or 3, H, W).")
-    pixels = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
+    pixels = np.moveaxis(np.clip(127.5 * images + 128, 0, 255).astype(np.uint8), 1, -1)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:-1], 3)))

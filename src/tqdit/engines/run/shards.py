@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tqdit.bounds import MOST_SHARDS, check_disk, check_memory
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
+from tqdit.engines.run.requests import Prompts
 from tqdit.engines.run.sampler import Callback, Sampler, bytes_per_image, makes_images
 from tqdit.errors import FileFormatError, OutputError, UsageError
 from tqdit.files import (
@@ -77,6 +78,10 @@ class SamplingJob:
     count: int  # images in all
     shard_size: int = SHARD_SIZE
     content: Content = "images"
+    prompts: int = 0  # image i shows prompt i modulo this number; 0: a model that takes a class, or nothing
+    embeddings: str | None = None  # SHA-256 of the file with the prompts' request values
+    embeddings_file: str | None = field(default=None, compare=False)
+    texts: tuple[str, ...] = ()  # of the prompts, if the engine encoded them
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
@@ -94,21 +99,26 @@ class SamplingJob:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
     def labels(self, shard: int) -> NDArray[np.int64] | None:
-        """The classes (n,) of the images in one shard; None for an unconditional model."""
-        if not self.classes:
+        """The classes (n,) of the images in one shard, or the numbers of their prompts; None if there are none."""
+        cycle = np.asarray(self.classes or range(self.prompts), np.int64)
+        if not len(cycle):
             return None
-        cycle = np.asarray(self.classes, np.int64)
         return cycle.take(np.asarray(self.images(shard)) % len(cycle))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The arrays of a shard."""
-        return NAMES[self.content] if self.classes else NAMES[self.content][:1]
+        return NAMES[self.content] if self.classes or self.prompts else NAMES[self.content][:1]
 
-    def make(self, sampler: Sampler, shard: int, callback: Callback | None = None) -> dict[str, NDArray[Any]]:
-        """The arrays of one shard, under the names that its file gives them: samples and, if there are any, labels."""
+    def make(
+        self, sampler: Sampler, shard: int, callback: Callback | None = None, prompts: Prompts | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays of one shard, under the names that its file gives them: samples and, if there are any, labels.
+
+        prompts: those that the job was described with.
+        """
         labels, images = self.labels(shard), self.images(shard)
-        requests: Requests = len(images) if labels is None else labels
+        requests: Requests = len(images) if labels is None else labels if prompts is None else prompts.take(labels)
         sample = sampler.sample if self.content == "images" else sampler.sample_latents
         samples = sample(
             requests, self.guidance_scale, self.seed, callback,
@@ -120,24 +130,32 @@ class SamplingJob:
 def describe_job(
     engine: Path, manifest: Manifest, classes: list[int] | None, guidance_scale: float | None, seed: int, count: int,
     shard_size: int = SHARD_SIZE, *, steps: int | None = None, sampler: str | None = None,
+    prompts: Prompts | None = None,
 ) -> SamplingJob:  # fmt: skip
     """A job for a bundle. classes None: all of the model's, in turn; guidance_scale, steps, sampler None: what its card
-    proposes. Raises UsageError for what the model cannot do.
+    proposes; prompts: of a model that takes more than a class. Raises UsageError for what the model cannot do.
     """
     card = manifest.card
+    if prompts is not None and classes is not None:
+        raise UsageError("--classes, --embeddings and --prompt each say what the images show. Pass one of them.")
     scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler)
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
-    return SamplingJob(
+    job = SamplingJob(
         engine=sha256(engine / MANIFEST),
         steps=spec.steps,
         sampler=spec.sampler,
-        classes=_classes(card.signature, classes),
+        classes=() if prompts is not None else _classes(card.signature, classes),
         guidance_scale=None if card.guidance is None else scale,
         seed=seed,
         count=count,
         shard_size=shard_size,
         content="images" if makes_images(manifest) else "latents",
+    )
+    if prompts is None:
+        return job
+    return replace(
+        job, prompts=prompts.count, embeddings=prompts.sha256, embeddings_file=prompts.file, texts=prompts.texts
     )
 
 
@@ -148,10 +166,10 @@ def _classes(signature: Signature, chosen: list[int] | None) -> tuple[int, ...]:
         labels = check_requests(signature, chosen or range(label.choices or 0))[1][label.name]
         return tuple(labels.tolist())
     if signature.requests:
-        ports = ", ".join(f"'{port.name}' {list(port.shape)}" for port in signature.requests)
+        ports = ", ".join(f"'{name}' {list(port.row_shape)}" for name, port in signature.request_values.items())
         raise UsageError(
-            f"{signature.family} takes {ports}, which are not classes. Sample in Python: Sampler.sample takes a dict "
-            "of arrays."
+            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass them to tqdit-sample "
+            "--embeddings FILE, or in Python as a dict of arrays to Sampler.sample."
         )
     if chosen is not None:
         raise UsageError(f"{signature.family} is unconditional and takes no --classes. Leave it out.")
@@ -266,9 +284,9 @@ def _continued(path: Path, job: SamplingJob) -> ShardFolder:
     folder = read_index(path)
     if folder.job != job:
         differences = ", ".join(
-            f"{field.name} {_short(there)} (asked for {_short(asked)})"
-            for field in fields(job)
-            if (there := getattr(folder.job, field.name)) != (asked := getattr(job, field.name))
+            f"{one.name} {_short(there)} (asked for {_short(asked)})"
+            for one in fields(job)
+            if one.compare and (there := getattr(folder.job, one.name)) != (asked := getattr(job, one.name))
         )
         raise OutputError(f"{path}: holds samples of another run: {differences}. {_ANEW}")
     return folder

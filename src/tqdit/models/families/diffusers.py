@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
+from tqdit.models.folds import Fold, shift_and_scale
 from tqdit.models.loaded import LoadedModel, Source, fingerprint, name_of
-from tqdit.models.products import Fold, find_products, shift_and_scale
+from tqdit.models.products import find_products
 from tqdit.models.state import find_network, load_weights, read_json, read_number, read_tensors, unwrap
 from tqdit.models.vae import LATENT_CHANNELS, LATENT_SCALE, read_latents
 from tqdit.ports import Port, Signature
@@ -53,6 +54,12 @@ def transformer_folder(source: str) -> Path:
     return root / "transformer" if (root / "model_index.json").is_file() else root
 
 
+def vae_folder(source: Source) -> Path | None:
+    """Of a pipeline directory; None if it has none, or is no directory."""
+    folder = Path(source) / "vae" if isinstance(source, str) else None
+    return folder if folder and (folder / "config.json").is_file() else None
+
+
 def class_name(source: str) -> str | None:
     """Of the transformer in a directory; None if its configuration is missing or not readable."""
     try:
@@ -80,7 +87,7 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
         )
     network = _make_network(config_file, read_json(config_file, root))
     network = _fill(folder, network, read_tensors(find_weights(folder)[0], root))
-    vae = root / "vae" if (root / "vae" / "config.json").is_file() else None
+    vae = vae_folder(source)
     return describe(
         network,
         source,

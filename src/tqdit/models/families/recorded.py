@@ -19,6 +19,13 @@ RECORD = (
     "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
     "tqdit.record."
 )
+# Classes that tests/zoo takes through the whole flow; the command traces any other one in a child process.
+PROVEN = (
+    "AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "CogVideoXTransformer3DModel", "Flux2Transformer2DModel",
+    "FluxTransformer2DModel", "HunyuanDiT2DModel", "LTXVideoTransformer3DModel", "Lumina2Transformer2DModel",
+    "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
+    "WanTransformer3DModel", "ZImageTransformer2DModel",
+)  # fmt: skip
 
 
 def matches(source: Source) -> bool:
@@ -38,13 +45,21 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
             f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."
         )
     network = source if isinstance(source, nn.Module) else _read_network(str(source))
-    return recorded_model(network, interface, name_of(source))
+    return recorded_model(network, interface, name_of(source), dit.vae_folder(source))
 
 
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
+
+
+def open_texts(folder: str) -> Any:
+    """The pipeline of a directory without its transformer and its VAE, in float32."""
+    diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
+    if not (Path(folder) / "model_index.json").is_file():
+        raise CheckpointError(f"{folder}: no model_index.json in it. Pass the directory of a pipeline for its texts.")
+    return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder), transformer=None, vae=None)
 
 
 def _kind(source: Source) -> str | None:
@@ -61,12 +76,12 @@ def _read_network(source: str) -> nn.Module:
     return network
 
 
-def _from_pretrained(kind: Any, folder: Path, root: Path) -> Any:
+def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
     """In float32, which is what diffusers makes of every type unless it is told another one."""
     check_places(folder, root)
     _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant)
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error

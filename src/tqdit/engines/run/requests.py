@@ -1,0 +1,68 @@
+"""Request values of several prompts in one file, for networks that take more than a class (docs/sampling-many.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit import safetensors_file
+from tqdit.card import GraphCard
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.files import SAFETENSORS, reading, sha256
+from tqdit.interface import RECORDING_KEY, REQUEST
+from tqdit.ports import Signature, check_requests
+from tqdit.text import TextEncoder
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What is asked for of each prompt. values: as `Signature.request_values`, (prompts, ...)."""
+
+    values: Mapping[str, NDArray[Any]]
+    count: int
+    file: str | None = None
+    sha256: str | None = None  # of the file
+    texts: tuple[str, ...] = ()  # prompts that the engine's own text encoders encoded
+
+    def take(self, numbers: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The request values of images that show these prompts."""
+        return {name: array[numbers] for name, array in self.values.items()}
+
+
+def open_texts(folder: Path, card: GraphCard) -> TextEncoder:
+    """The text encoders of a bundle. Raises UsageError if it has none."""
+    if card.text is None:
+        raise UsageError(
+            f"{folder}: this engine has no text encoders. Pass --embeddings FILE, or export again with --text."
+        )
+    return TextEncoder(folder, card.text)
+
+
+def encode(folder: Path, card: GraphCard, texts: Sequence[str]) -> Prompts:
+    """The request values of prompts, by a bundle's own text encoders."""
+    _, values = check_requests(card.signature, open_texts(folder, card)(texts))
+    return Prompts(values, len(texts), texts=tuple(texts))
+
+
+def read_embeddings(path: Path, signature: Signature) -> Prompts:
+    """The request values in a safetensors file: one tensor (prompts, ...) for each, or calls that `tqdit.record` saved.
+
+    Raises FileFormatError, naming the file, for values that the network does not take, and UsageError for a network
+    that takes none.
+    """
+    if not signature.requests:
+        raise UsageError(f"{signature.family} is unconditional and takes no --embeddings. Leave it out.")
+    with reading(path, SAFETENSORS, "Write one tensor for each request value.", ValueError):
+        metadata, arrays = safetensors_file.read(path)
+    if RECORDING_KEY in metadata:
+        arrays = {name.removeprefix(REQUEST): each for name, each in arrays.items() if name.startswith(REQUEST)}
+    try:
+        count, values = check_requests(signature, arrays)
+    except UsageError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    return Prompts(values, count, str(path), sha256(path))

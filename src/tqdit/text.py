@@ -1,0 +1,104 @@
+"""Prompts to request values without PyTorch: tokenizers, and a pipeline's text encoders as one ONNX graph.
+
+`tqdit-export --text` writes them; they are accepted only where they reproduce recorded embeddings (`exporter/text.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.extras import need
+from tqdit.files import sha256
+
+AGAIN = "Export it again."
+Fold = Literal["as it is", "stripped", "lower"]
+FOLDS: dict[Fold, Callable[[str], str]] = {
+    "as it is": str, "stripped": str.strip, "lower": lambda text: text.lower().strip(),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenizer of a pipeline: how a prompt becomes the inputs `ids` and `mask` int64 (1, length) of the graph."""
+
+    file: str  # tokenizer.json of the library tokenizers
+    ids: str
+    mask: str
+    length: int
+    pad: int  # the token that fills up
+    left: bool  # it is filled up in front
+    special: bool  # begin and end are marked by tokens
+    prefix: str  # of the text
+    suffix: str
+    fold: Fold  # what becomes of the prompt before
+
+
+@dataclass(frozen=True)
+class TextCard:
+    """The text encoders beside a graph. values: the graph's outputs, as `Signature.request_values`."""
+
+    file: str
+    tokens: tuple[Tokens, ...]
+    values: tuple[str, ...]
+    files: dict[str, str]  # every file beside the graph -> SHA-256
+
+    def check(self, folder: Path) -> None:
+        """Raises FileFormatError unless each file is there and unaltered."""
+        for name, digest in self.files.items():
+            file = folder / name
+            if Path(name).name != name or not file.is_file():
+                raise FileFormatError(f"{file}: missing; it belongs to the text encoders. {AGAIN}")
+            if sha256(file) != digest:
+                raise FileFormatError(f"{file}: altered since it was exported (its SHA-256 differs). {AGAIN}")
+
+
+class TextEncoder:
+    """Request values of prompts. Runs on the CPU with ONNX Runtime; safe to call from several threads."""
+
+    def __init__(self, folder: Path, card: TextCard) -> None:
+        """Raises FileFormatError for files that are missing or altered, MissingLibraryError without the extra text."""
+        tokenizers: Any = need("tokenizers", "text", "--prompt")
+        runtime: Any = need("onnxruntime", "text", "--prompt")
+        card.check(folder)
+        self.card = card
+        try:
+            self._tokenizers = [tokenizers.Tokenizer.from_file(str(folder / each.file)) for each in card.tokens]
+        except Exception as error:  # the library raises nothing more special
+            raise FileFormatError(f"{folder}: a tokenizer cannot be read ({error}). {AGAIN}") from error
+        for tokenizer in self._tokenizers:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._session = runtime.InferenceSession(str(folder / card.file), providers=["CPUExecutionProvider"])
+        self._inputs = {each.name for each in self._session.get_inputs()}
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Request values (prompts, ...) by name. Raises UsageError for a prompt that is too long."""
+        feeds = [self._tokenize(prompt) for prompt in prompts]  # all of them, before the first is encoded
+        rows = [self._session.run(list(self.card.values), feed) for feed in feeds]
+        return {name: np.concatenate([row[index] for row in rows]) for index, name in enumerate(self.card.values)}
+
+    def _tokenize(self, prompt: str) -> dict[str, NDArray[np.int64]]:
+        feed: dict[str, NDArray[np.int64]] = {}
+        for tokenizer, tokens in zip(self._tokenizers, self.card.tokens, strict=True):
+            ids, mask = tokenize(tokenizer, tokens, prompt)
+            feed |= {tokens.ids: ids, tokens.mask: mask}
+        return {name: array for name, array in feed.items() if name in self._inputs}
+
+
+def tokenize(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long."""
+    text = f"{tokens.prefix}{FOLDS[tokens.fold](prompt)}{tokens.suffix}"
+    found = tokenizer.encode(text, add_special_tokens=tokens.special).ids
+    if len(found) > tokens.length:
+        raise UsageError(f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}.")
+    place = slice(tokens.length - len(found), None) if tokens.left else slice(len(found))
+    ids, mask = np.full((1, tokens.length), tokens.pad, np.int64), np.zeros((1, tokens.length), np.int64)
+    ids[0, place], mask[0, place] = found, 1
+    return ids, mask

@@ -1,0 +1,239 @@
+"""Text encoders of recorded pipelines in the bundle: prompts without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import tqdit
+from support import made_once
+from tqdit.cli.main import run
+from tqdit.engines.run.sampler import Sampler
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.exporter import text as exporter
+from tqdit.exporter.onnx_writer import _side_files
+from tqdit.models.recorded import recorded_model
+from tqdit.models.recording import Recording
+from tqdit.onnx_file import read_card
+from tqdit.sampling import noise
+from tqdit.text import TextEncoder
+from zoo.pipelines import FAMILIES
+from zoo.test_pipelines import STEPS, relative
+from zoo.texts import OTHERS, PROMPTS, TEXTS, pixart_with_t5
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+NEW = "an A of B"  # was not recorded
+
+
+def latents(pipeline, arguments, prompt, **more):
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        return pipeline(
+            prompt, num_inference_steps=STEPS, output_type="latent", return_dict=False, **arguments, **more
+        )[0]  # fmt: skip
+
+
+def record(pipeline, arguments, prompts=PROMPTS):
+    with tqdit.record(pipeline) as calls:
+        for prompt in prompts:
+            latents(pipeline, arguments, prompt, generator=torch.Generator().manual_seed(0))
+    return calls.recording()
+
+
+def make(name, folder):
+    pipeline, arguments = TEXTS[name]()
+    recording = record(pipeline, arguments)
+    recording.save(folder / "calls.safetensors")
+    with tqdit.record(pipeline) as calls:
+        latents(pipeline, arguments, NEW)
+    calls.recording().save(folder / "new.safetensors")
+    model = recorded_model(pipeline.transformer, recording.interface)
+    tqdit.export(model, folder / "model.onnx", text=pipeline)
+    tqdit.build(folder / "model.onnx", folder / "model.engine", backend="onnxruntime")
+
+
+@pytest.fixture(params=TEXTS)
+def family(request):
+    return request.param, made_once(f"texts-{request.param}", lambda folder: make(request.param, folder))
+
+
+@pytest.fixture
+def pixart():
+    return made_once("texts-pixart-sigma", lambda folder: make("pixart-sigma", folder))
+
+
+def test_a_prompt_becomes_what_the_pipeline_makes_of_it(family):
+    """Of recorded prompts and of a new one, also with the unconditional row's values."""
+    _, folder = family
+    with tqdit.Sampler.open(folder / "model.engine") as sampler:
+        for file, prompts in (("calls", PROMPTS), ("new", (NEW,))):
+            expected = Recording.load(folder / f"{file}.safetensors").requests
+            found = sampler.encode(prompts)
+            assert set(found) == set(expected)
+            for name, array in expected.items():
+                assert found[name].dtype == array.dtype
+                assert relative(found[name], array) < 1e-10
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_text_encoders_of_other_families_reproduce_the_pipeline_s_embeddings(name, tmp_path):
+    """Also of a prompt that was not recorded. The constants are of the negative prompt, and Flux's guidance."""
+    pipeline, arguments = OTHERS[name]()
+    recording = record(pipeline, arguments)
+    graph = exporter.trace_text(pipeline, recorded_model(pipeline.transformer, recording.interface), "x")
+    expected = record(pipeline, arguments, [NEW]).requests
+    found = TextEncoder(tmp_path, graph.write(tmp_path, "x"))([NEW, PROMPTS[2]])
+    assert set(found) == set(expected)
+    for key, array in expected.items():
+        assert relative(found[key][:1], array) < 1e-10
+        assert relative(found[key][1:], recording.requests[key][2:]) < 1e-10
+
+
+def test_what_a_pipeline_changes_in_a_prompt_is_changed_here(pixart):
+    """PixArt takes lower case; characters that no recorded prompt had are tokens as for the pipeline's tokenizer."""
+    with tqdit.Sampler.open(pixart / "model.engine") as sampler:
+        first, second, third = sampler.encode(["  a Bold RED a on blue ", PROMPTS[0], "x%?"])["encoder_hidden_states"]
+        np.testing.assert_array_equal(first, second)
+        pipeline, _ = pixart_with_t5()
+        with torch.no_grad():
+            expected = pipeline.encode_prompt("x%?", False, max_sequence_length=10)[0][0]
+        assert relative(third, expected) < 1e-10
+
+
+def test_a_sampled_prompt_needs_no_torch(pixart, tmp_path):
+    """And ends where the pipeline does, from the same noise; n and the order of prompts change nothing."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'onnx', 'onnx_ir']))"
+    arguments = ["-q", str(pixart / "model.engine"), "-o", str(tmp_path / "x.npz"), "-n", "3", "--batch", "2"]
+    arguments += ["--prompt", NEW, "--prompt", PROMPTS[0]]
+    code = f"{blocked}; from tqdit.cli.main import run; sys.exit(run('sample', {arguments!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    found = np.load(tmp_path / "x.npz")
+    assert found["labels"].tolist() == [0, 1, 0]
+    pipeline, call = pixart_with_t5()
+    for image, prompt in enumerate((NEW, PROMPTS[0], NEW)):
+        start = noise.normal(0, image, noise.INITIAL, (1, *found["latents"].shape[1:]))
+        expected = latents(pipeline, call, prompt, latents=torch.from_numpy(start))
+        assert relative(found["latents"][image], expected) < 1e-8
+
+
+def refused(capsys, *arguments, code=2):
+    assert run("sample", [*map(str, arguments), "-q"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_prompts_that_cannot_be_shown_are_one_line_before_the_engine_is_opened(pixart, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tqdit.cli.sample.Sampler.open", None)
+    engine, output = pixart / "model.engine", ("-o", tmp_path / "x.npz")
+    line = refused(capsys, engine, *output, "--prompt", "a red A " * 5)
+    assert "16 tokens" in line
+    assert "takes 10" in line
+    assert "--prompt and --embeddings" in refused(
+        capsys, engine, *output, "--prompt", "a", "--embeddings", pixart / "calls.safetensors"
+    )
+    assert "--classes, --embeddings and --prompt" in refused(capsys, engine, *output, "--prompt", "a", "--classes", 1)
+    plain = tmp_path / "plain.engine"
+    shutil.copytree(engine, plain)
+    manifest = json.loads((plain / "manifest.json").read_text())
+    manifest["card"]["text"] = None
+    (plain / "manifest.json").write_text(json.dumps(manifest))
+    assert "no text encoders" in refused(capsys, plain, *output, "--prompt", "a")
+    with pytest.raises(UsageError, match="list of prompts"):
+        Sampler(read_card(pixart / "model.onnx"), None).encode("a")
+
+
+def test_altered_text_encoders_are_refused(pixart, tmp_path, capsys):
+    card = read_card(pixart / "model.onnx").text
+    for folder in (pixart, pixart / "model.engine"):
+        assert all((folder / name).is_file() for name in card.files)
+    assert {pixart / name for name in card.files} <= _side_files(pixart / "model.onnx")  # a new export removes them
+    engine = shutil.copytree(pixart / "model.engine", tmp_path / "model.engine")
+    with (engine / card.tokens[0].file).open("a") as file:
+        file.write(" ")
+    line = refused(capsys, engine, "-o", tmp_path / "x.npz", "--prompt", "a", code=1)
+    assert card.tokens[0].file in line
+    for name in ("model.onnx", *card.files):
+        shutil.copy(pixart / name, tmp_path)
+    (tmp_path / card.file).unlink()
+    with pytest.raises(FileFormatError, match=rf"{card.file}: missing"):
+        tqdit.build(tmp_path / "model.onnx", tmp_path / "again.engine", backend="onnxruntime")
+
+
+def model_of(pixart, **changes):
+    pipeline, _ = pixart_with_t5()
+    model = recorded_model(pipeline.transformer, Recording.load(pixart / "calls.safetensors").interface)
+    return pipeline, replace(model, text=replace(model.text, **changes))
+
+
+def moved(text, name, factor):
+    return {"values": {**text.values, name: text.values[name] * np.float32(factor)}}
+
+
+def test_encoders_that_do_not_reproduce_recorded_embeddings_are_refused_with_the_figure(pixart, tmp_path, monkeypatch):
+    _, model = model_of(pixart)
+    pipeline, other = model_of(pixart, **moved(model.text, "encoder_hidden_states", 1.01))
+    with pytest.raises(UsageError, match=r"'encoder_hidden_states'.*difference [19]\.\de-03, expected less than 1e-04"):
+        exporter.trace_text(pipeline, other, "x")
+    graph = exporter.trace_text(pipeline, model, "x")
+    wrong = replace(graph, examples=other.text)
+    with pytest.raises(UsageError, match=r"ONNX Runtime.*'encoder_hidden_states'.*difference 9\.9e-03"):
+        wrong.write(tmp_path, "x")
+    with pytest.raises(UsageError, match="fewer than two different prompts"):
+        exporter.trace_text(pipeline, replace(model, text=None), "x")
+    one = {name: array[:1] for name, array in model.text.values.items()}
+    with pytest.raises(UsageError, match="fewer than two different prompts"):
+        exporter.trace_text(*model_of(pixart, prompts=PROMPTS[:1], values=one), "x")
+    with pytest.raises(FileFormatError, match="recorded prompts are damaged"):
+        exporter.trace_text(*model_of(pixart, values=one), "x")
+    monkeypatch.setattr(pipeline, "_text_preprocessing", lambda text, **_: [each[::-1] for each in text])
+    with pytest.raises(UsageError, match=r"tokens of the recorded prompts.*got ' 1b deR A ' for ' A Red b1 '"):
+        exporter.trace_text(pipeline, model, "x")
+    assert type(pipeline.tokenizer).__name__ == "TokenizersBackend"  # not our listener
+
+
+def test_embeddings_leave_nothing_to_prove_text_encoders_with():
+    pipeline, arguments = FAMILIES["pixart-sigma"]()
+    with tqdit.record(pipeline) as calls:
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline(num_inference_steps=STEPS, output_type="latent", **arguments)
+    assert calls.recording().interface.text is None
+
+
+def test_several_prompts_and_images_of_a_call_are_told_apart():
+    pipeline, arguments = pixart_with_t5()
+    recording = record(pipeline, {**arguments, "num_images_per_prompt": 2}, [list(PROMPTS[:2]), PROMPTS[2]])
+    assert len(recording) == 6
+    assert recording.interface.text.prompts == PROMPTS
+    for number, row in enumerate((0, 2, 4)):
+        for name, array in recording.interface.text.values.items():
+            np.testing.assert_array_equal(array[number], recording.requests[name][row])
+
+
+def test_a_pipeline_directory_goes_from_prompts_to_pictures(tmp_path, monkeypatch):
+    """As commands. What the last one draws is what the float pipeline draws, up to quantization."""
+    monkeypatch.chdir(tmp_path)
+    TEXTS["sd3"]()[0].save_pretrained("dir")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    knobs = "--groups 3 --rows-per-group 4 --candidates 10 --rounds 1 --token-share 0.5 --steps 6"
+    size = "--height 64 --width 64"
+    for line in (
+        f"calibrate dir --prompts prompts.txt -o t.safetensors {knobs} {size}",
+        "export model.onnx --model dir --scales t.safetensors --text",
+        "build model.onnx --backend onnxruntime",
+    ):
+        verb, *rest = line.split()
+        assert run(verb, [*rest, "-q"]) == 0
+    assert run("sample", ["model.engine", "-q", "--prompt", PROMPTS[0], "-o", "a.npz"]) == 0
+    found = np.load("a.npz")["arr_0"]
+    assert found.shape == (1, 64, 64, 3)
+    assert run("sample", ["model.engine", "-q", "--prompt", PROMPTS[0], "-n", "3", "--shard-size", "2", "-o", "s"]) == 0
+    assert json.loads((tmp_path / "s" / "shards.json").read_text())["job"]["texts"] == [PROMPTS[0]]
+    np.testing.assert_array_equal(next(tqdit.read_shards("s"))["arr_0"][:1], found)
