@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,18 +27,20 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import diffusers
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train_demo import learning_rate_factor, save, to_float, update_ema
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tqdit.demo import captions
 from tqdit.demo.captions import IMAGE_SIZE, MAX_TOKENS, Scene
 from tqdit.demo.text_judge import TextJudge, recognised, truth
-from train_demo import learning_rate_factor, save, to_float, update_ema
+from tqdit.files import sha256
 
-WIDTH = 128
+HEAD_WIDTH = 32
 POOL_SIZE = 32_768
-STEPS, GUIDANCE = 28, 3.0  # of looks
+STEPS, GUIDANCE, FLOW_SHIFT = 28, 3.0, 1.0
 OPEN_WEIGHT = 0.25  # share of captions that do not name the weight
 PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
@@ -46,7 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["judge", "model", "look", "package"])
     parser.add_argument("--folder", type=Path, default=Path("build/text-demo"), help="checkpoints, log (%(default)s)")
-    parser.add_argument("--samples", type=int, default=2_000_000, help="images seen in all (%(default)s)")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=7, help="of the transformer (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1_200_000, help="images seen in all (%(default)s)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--ema-decay", type=float, default=0.9995)
@@ -57,6 +62,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which needs a C++ compiler")
     parser.add_argument("--save-minutes", type=float, default=3)
     parser.add_argument("--look-minutes", type=float, default=15, help="between sampled grids (%(default)s)")
+    parser.add_argument("--look-images", type=int, default=160, help="of each kind (%(default)s)")
+    parser.add_argument("--output", type=Path, default=PACKAGE_DATA, help="of `package` (%(default)s)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -82,16 +89,16 @@ class Networks(nn.Module):
         return velocity
 
 
-def make_networks(seed: int = 0, width: int = WIDTH, layers: int = 7) -> Networks:
+def make_networks(seed: int, width: int, layers: int) -> Networks:
     """Random weights for training from scratch: the transformer computes zero."""
     torch.manual_seed(seed)
     encoder = T5EncoderModel(T5Config(
-        vocab_size=len(captions.MARKS + captions.WORDS), d_model=width, d_kv=32, d_ff=2 * width, num_layers=3,
-        num_heads=width // 32, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        vocab_size=len(captions.MARKS + captions.WORDS), d_model=width, d_kv=HEAD_WIDTH, d_ff=2 * width, num_layers=3,
+        num_heads=width // HEAD_WIDTH, feed_forward_proj="gated-gelu", dropout_rate=0.0,
     ))  # fmt: skip
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=IMAGE_SIZE, patch_size=3, in_channels=3, out_channels=3, num_layers=layers,
-        num_attention_heads=width // 32, attention_head_dim=32, cross_attention_dim=width, caption_channels=width,
+        num_attention_heads=width // HEAD_WIDTH, attention_head_dim=HEAD_WIDTH, cross_attention_dim=width, caption_channels=width,
         use_additional_conditions=False,
     )  # fmt: skip
     for module in transformer.modules():
@@ -177,7 +184,7 @@ def draw_times(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def train_model(args: argparse.Namespace) -> None:
-    networks = make_networks(args.seed)
+    networks = make_networks(args.seed, args.width, args.layers)
     ema = copy.deepcopy(networks).requires_grad_(False)
     parameters = [p for p in networks.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -217,7 +224,9 @@ def train_model(args: argparse.Namespace) -> None:
         if step % 200 == 0:
             rate = (step + 1) * args.batch / state["seconds"]
             minutes = state["seconds"] / 60
-            print(f"step {step} of {steps}  loss {state['loss']:.4f}  {minutes:.1f} min  {rate:.0f} images/s", flush=True)
+            print(
+                f"step {step} of {steps}  loss {state['loss']:.4f}  {minutes:.1f} min  {rate:.0f} images/s", flush=True
+            )
         if time.time() - last_save > 60 * args.save_minutes or state["step"] == steps:
             save(checkpoint, {"model": networks.state_dict(), "ema": ema.state_dict(),
                               "optimizer": optimizer.state_dict(), "state": state})  # fmt: skip
@@ -246,16 +255,37 @@ def loss_of(
 
 
 def make_pipeline(networks: Networks) -> diffusers.PixArtSigmaPipeline:
-    """diffusers' own pipeline; its VAE computes the identity."""
+    """diffusers' own pipeline. Pass use_resolution_binning=False; captions need max_sequence_length=16."""
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
     )
-    pipeline = diffusers.PixArtSigmaPipeline(
-        make_tokenizer(), networks.encoder.eval(), None, networks.transformer.eval(), scheduler
-    )
-    pipeline.vae_scale_factor = 1
+    encoder, transformer = networks.encoder.eval(), networks.transformer.eval()
+    pipeline = diffusers.PixArtSigmaPipeline(make_tokenizer(), encoder, identity_vae(), transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@torch.no_grad()
+def identity_vae() -> diffusers.AutoencoderKL:
+    """A VAE whose codes are the images (to 2e-5): the network works on pixels, but the pipeline decodes.
+
+    Both halves end with a group normalization and SiLU. Beside x and -x the group has channels of 256 and -256, so the
+    mean is 0 and the deviation 128, which the norm's weight takes back. silu(x) - silu(-x) = x.
+    """
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=1, latent_channels=3, scaling_factor=1.0, sample_size=IMAGE_SIZE,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+    )  # fmt: skip
+    for parameter in vae.parameters():  # residual blocks add nothing
+        parameter.zero_()
+    for half in (vae.encoder, vae.decoder):
+        half.conv_norm_out.weight.fill_(128)
+        half.conv_in.bias[6:] = torch.tensor([256.0, -256.0])
+        for channel in range(3):
+            half.conv_in.weight[[channel, channel + 3], channel, 1, 1] = torch.tensor([1.0, -1.0])
+            half.conv_out.weight[channel, [channel, channel + 3], 1, 1] = torch.tensor([1.0, -1.0])
+    vae.encoder.conv_out.bias[3:] = -30  # log of the variance
+    return vae.eval()
 
 
 def sample(networks: Networks, prompts: list[str], seed: int) -> Tensor:
@@ -277,7 +307,7 @@ def look(networks: Networks, args: argparse.Namespace, state: dict[str, Any]) ->
         judge.load_state_dict(torch.load(judge_file, weights_only=True)["model"])
     for kind in ("trained", "held out"):
         rng = np.random.default_rng([args.seed, 13])
-        scenes = captions.draw_scenes(160, rng, held_out=kind == "held out")
+        scenes = captions.draw_scenes(args.look_images, rng, held_out=kind == "held out")
         prompts = [captions.caption(scene, int(rng.integers(captions.PHRASINGS))) for scene in scenes]
         images = sample(networks, prompts, args.seed)
         save_grid(args.folder / f"step{state['step']:06d}-{kind.replace(' ', '-')}.png", images)
@@ -291,7 +321,7 @@ def look(networks: Networks, args: argparse.Namespace, state: dict[str, Any]) ->
 
 def look_once(args: argparse.Namespace) -> None:
     saved = torch.load(args.folder / "model.pt", weights_only=True)
-    networks = make_networks(args.seed)
+    networks = make_networks(args.seed, args.width, args.layers)
     networks.load_state_dict(saved["ema"])
     look(networks, args, saved["state"])
 
@@ -345,8 +375,42 @@ def train_judge(args: argparse.Namespace) -> None:
     print(f"judge: accuracy on 5,000 new drawings {shares}")
 
 
+# --- package data ----------------------------------------------------------------------------------------------------
+
+
 def package(args: argparse.Namespace) -> None:
-    raise SystemExit("not yet")
+    """Write the pipeline (folder `text`) and the judge, both float16, into the package tqdit_demo."""
+    saved = torch.load(args.folder / "model.pt", weights_only=True)
+    judge = torch.load(args.folder / "judge.pt", weights_only=True)["model"]
+    networks = make_networks(args.seed, args.width, args.layers)
+    networks.load_state_dict(saved["ema"])
+    folder = args.output / "text"
+    write_pipeline(networks, folder)
+    (folder / "training.json").write_text(json.dumps(saved["state"]) + "\n")
+    save_file({key: value.half().contiguous() for key, value in judge.items()}, folder / "judge.safetensors")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        print(f'"{path.relative_to(args.output)}": "{sha256(path)}",')
+    print(
+        f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB; the lines above are for src/tqdit/demo/weights.py"
+    )
+
+
+def write_pipeline(networks: Networks, folder: Path) -> None:
+    """The pipeline's directory in float16, new from the start, which `from_pretrained` reads as float32.
+
+    Without the entry `dtype` transformers would keep the text encoder in float16, beside a float32 transformer. The
+    tokenizer has the name that its class has in transformers 4, too.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    make_pipeline(networks).to(torch.float16).save_pretrained(folder)
+    for name, old, new in (
+        ("text_encoder/config.json", '"dtype": "float16"', '"dtype": "float32"'),
+        ("model_index.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
+        ("tokenizer/tokenizer_config.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
+    ):
+        file = folder / name
+        file.write_text(file.read_text().replace(old, new))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The text demo's data set: drawn glyphs with captions over a closed vocabulary.
 
+python -m tqdit.demo.captions -n 320 --held-out     captions of random scenes, one a line
+
 A scene says what is drawn: a letter, its weight, two colours, how many and where. `caption` words it, `draw_masks` and
 `colour` draw it. One scene in ten (by a hash of letter, weight and colours) is held out: it is never trained on.
 Drawing needs matplotlib (extra `demo`) for its font files.
@@ -7,6 +9,7 @@ Drawing needs matplotlib (extra `demo`) for its font files.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
@@ -170,3 +173,18 @@ def _draw_glyph(
 @cache
 def _font(name: str, points: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(font_folder() / f"{name}.ttf"), points)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--held-out", action="store_true", help="combinations that were never trained on")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = np.random.default_rng([args.seed, 17])
+    for scene in draw_scenes(args.n, rng, args.held_out):
+        print(caption(scene, int(rng.integers(PHRASINGS))))
+
+
+if __name__ == "__main__":
+    main()
