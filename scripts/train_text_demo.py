@@ -24,19 +24,22 @@ from typing import Any
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import diffusers
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_demo import learning_rate_factor, save, to_float, update_ema
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tqdit.demo import captions
 from tqdit.demo.captions import IMAGE_SIZE, MAX_TOKENS, Scene
+from tqdit.demo.glyphs import CLASSES
 from tqdit.demo.text_judge import TextJudge, recognised, truth
+from tqdit.extras import need
 from tqdit.files import sha256
+
+diffusers: Any = need("diffusers", "diffusers", "training the text demo")
+transformers: Any = need("transformers", "diffusers", "training the text demo")
 
 HEAD_WIDTH = 32
 POOL_SIZE = 32_768
@@ -76,7 +79,7 @@ def main() -> None:
 class Networks(nn.Module):
     """Text encoder and transformer, trained as one."""
 
-    def __init__(self, encoder: T5EncoderModel, transformer: diffusers.PixArtTransformer2DModel) -> None:
+    def __init__(self, encoder: nn.Module, transformer: nn.Module) -> None:
         super().__init__()
         self.encoder, self.transformer = encoder, transformer
 
@@ -92,14 +95,14 @@ class Networks(nn.Module):
 def make_networks(seed: int, width: int, layers: int) -> Networks:
     """Random weights for training from scratch: the transformer computes zero."""
     torch.manual_seed(seed)
-    encoder = T5EncoderModel(T5Config(
+    encoder = transformers.T5EncoderModel(transformers.T5Config(
         vocab_size=len(captions.MARKS + captions.WORDS), d_model=width, d_kv=HEAD_WIDTH, d_ff=2 * width, num_layers=3,
         num_heads=width // HEAD_WIDTH, feed_forward_proj="gated-gelu", dropout_rate=0.0,
     ))  # fmt: skip
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=IMAGE_SIZE, patch_size=3, in_channels=3, out_channels=3, num_layers=layers,
-        num_attention_heads=width // HEAD_WIDTH, attention_head_dim=HEAD_WIDTH, cross_attention_dim=width, caption_channels=width,
-        use_additional_conditions=False,
+        num_attention_heads=width // HEAD_WIDTH, attention_head_dim=HEAD_WIDTH, cross_attention_dim=width,
+        caption_channels=width, use_additional_conditions=False,
     )  # fmt: skip
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
@@ -116,23 +119,23 @@ def make_networks(seed: int, width: int, layers: int) -> Networks:
     return Networks(encoder, transformer)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Any:
     """Words of the vocabulary in small letters, an `s` after a letter apart; anything else is <unk>."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     vocabulary = {token: number for number, token in enumerate(captions.MARKS + captions.WORDS)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
-    letters = captions.CLASSES.lower()
+    letters = CLASSES.lower()
     plural = pre_tokenizers.Split(Regex(rf"(?<=\b[{letters}])s\b"), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([plural, pre_tokenizers.Whitespace()])
     made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=MAX_TOKENS
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
     """ids and mask (N, MAX_TOKENS)."""
     found = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
     return found.input_ids, found.attention_mask
@@ -160,8 +163,9 @@ def batch_of(
     """Images float32 (N, 3, 24, 24) in -1..1 and their scenes."""
     masks, layouts = pool
     chosen = rng.integers(0, len(masks), count)
+    coverage = masks[chosen].astype(np.float32) / np.float32(255)
     scenes = [captions.colour_scene(layouts[index], rng, held_out) for index in chosen]
-    return to_float(captions.colour(masks[chosen] / np.float32(255), scenes, rng)), scenes
+    return to_float(captions.colour(coverage, scenes, rng)), scenes
 
 
 def word(scene: Scene, rng: np.random.Generator, dropout: float = 0.0) -> str:
@@ -201,8 +205,9 @@ def train_model(args: argparse.Namespace) -> None:
     print(f"transformer {size:.2f} M parameters, text encoder "
           f"{sum(p.numel() for p in networks.encoder.parameters()) / 1e6:.2f} M", flush=True)  # fmt: skip
     # PyTorch's fused attention on a CPU takes twice the time of these products, which compute the same.
-    networks.transformer.set_default_attn_processor()
-    forward = torch.compile(networks) if args.compile else networks
+    transformer: Any = networks.transformer
+    transformer.set_default_attn_processor()
+    forward: Any = torch.compile(networks) if args.compile else networks
     pool, tokenizer = draw_pool(args, args.seed), make_tokenizer()
     steps = args.samples // args.batch
     started = time.time() - state["seconds"]
@@ -237,7 +242,7 @@ def train_model(args: argparse.Namespace) -> None:
 
 
 def loss_of(
-    networks: nn.Module, pool: tuple[np.ndarray, list[Scene]], tokenizer: PreTrainedTokenizerFast,
+    networks: Any, pool: tuple[np.ndarray, list[Scene]], tokenizer: Any,
     rng: np.random.Generator, args: argparse.Namespace,
 ) -> Tensor:  # fmt: skip
     """Rectified flow: squared error of the velocity noise - x0 at x_t = (1 - t) x0 + t noise."""
@@ -247,14 +252,14 @@ def loss_of(
     x0, noise = torch.from_numpy(images), torch.from_numpy(rng.standard_normal(images.shape, np.float32))
     mixed = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        velocity = networks(mixed, t, ids, mask)
+        velocity: Tensor = networks(mixed, t, ids, mask)
     return (velocity.float() - (noise - x0)).square().mean()
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
-def make_pipeline(networks: Networks) -> diffusers.PixArtSigmaPipeline:
+def make_pipeline(networks: Networks) -> Any:
     """diffusers' own pipeline. Pass use_resolution_binning=False; captions need max_sequence_length=16."""
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
@@ -266,7 +271,7 @@ def make_pipeline(networks: Networks) -> diffusers.PixArtSigmaPipeline:
 
 
 @torch.no_grad()
-def identity_vae() -> diffusers.AutoencoderKL:
+def identity_vae() -> Any:
     """A VAE whose codes are the images (to 2e-5): the network works on pixels, but the pipeline decodes.
 
     Both halves end with a group normalization and SiLU. Beside x and -x the group has channels of 256 and -256, so the
@@ -291,12 +296,13 @@ def identity_vae() -> diffusers.AutoencoderKL:
 def sample(networks: Networks, prompts: list[str], seed: int) -> Tensor:
     """Images (N, 3, 24, 24) in -1..1."""
     pipeline = make_pipeline(networks)
-    images: Tensor = pipeline(
+    images = pipeline(
         prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(seed),
         use_resolution_binning=False, clean_caption=False, max_sequence_length=MAX_TOKENS, output_type="latent",
         height=IMAGE_SIZE, width=IMAGE_SIZE,
     ).images  # fmt: skip
-    return images.clamp(-1, 1)
+    clamped: Tensor = images.clamp(-1, 1)
+    return clamped
 
 
 def look(networks: Networks, args: argparse.Namespace, state: dict[str, Any]) -> None:

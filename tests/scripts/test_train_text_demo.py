@@ -102,17 +102,11 @@ def test_the_vae_computes_the_identity(script):
         torch.testing.assert_close(vae.encode(x).latent_dist.sample(), x, rtol=0, atol=5e-5)
 
 
-def test_looks_give_the_judge_what_the_captions_say(script, tmp_path, monkeypatch, capsys):
-    """A judge of random weights; its shares are of the fields that captions name."""
-    folder = str(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["", "judge", "--folder", folder, "--judge-steps", "1", "--pool", "16"])
-    monkeypatch.setattr(
-        script.captions, "draw_scenes", lambda count, *args, **more: draw(min(count, 32), *args, **more)
-    )
+def test_the_judge_says_its_accuracy_for_each_field(script, tmp_path, monkeypatch, capsys):
+    draw = captions.draw_scenes
+    monkeypatch.setattr(captions, "draw_scenes", lambda count, *rest, **more: draw(min(count, 32), *rest, **more))
+    monkeypatch.setattr(sys, "argv", ["", "judge", "--folder", str(tmp_path), "--judge-steps", "1", "--pool", "16"])
     script.main()
     assert (tmp_path / "judge.pt").is_file()
     out = capsys.readouterr().out
     assert all(f"'{name}': " in out for name in ("letter", "weight", "ink", "ground", "count", "place"))
-
-
-draw = captions.draw_scenes

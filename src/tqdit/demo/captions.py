@@ -137,7 +137,8 @@ def _draw_mask(scene: Scene, rng: np.random.Generator) -> NDArray[np.float32]:
     name = fonts[rng.integers(len(fonts))]
     size, half = IMAGE_SIZE, IMAGE_SIZE / 2
     boxes = {  # left, top, right, bottom, where the ink may lie
-        "": (0.5, 0.5, size - 0.5, size - 0.5), "left": (0.5, 5, half, size - 5), "right": (half, 5, size - 0.5, size - 5),
+        "": (0.5, 0.5, size - 0.5, size - 0.5),
+        "left": (0.5, 5, half, size - 5), "right": (half, 5, size - 0.5, size - 5),
         "top": (5, 0.5, size - 5, half), "bottom": (5, half, size - 5, size - 0.5),
     }  # fmt: skip
     if scene.count == "two":
