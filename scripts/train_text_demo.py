@@ -43,7 +43,7 @@ transformers: Any = need("transformers", "diffusers", "training the text demo")
 
 HEAD_WIDTH = 32
 POOL_SIZE = 32_768
-STEPS, GUIDANCE, FLOW_SHIFT = 28, 3.0, 1.0
+FLOW_SHIFT = 1.0  # of the scheduler that is shipped
 OPEN_WEIGHT = 0.25  # share of captions that do not name the weight
 PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which needs a C++ compiler")
     parser.add_argument("--save-minutes", type=float, default=3)
     parser.add_argument("--look-minutes", type=float, default=15, help="between sampled grids (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of looks (%(default)s)")
+    parser.add_argument("--steps", type=int, default=28, help="of looks (%(default)s)")
     parser.add_argument("--look-images", type=int, default=160, help="of each kind (%(default)s)")
     parser.add_argument("--output", type=Path, default=PACKAGE_DATA, help="of `package` (%(default)s)")
     args = parser.parse_args()
@@ -293,13 +295,13 @@ def identity_vae() -> Any:
     return vae.eval()
 
 
-def sample(networks: Networks, prompts: list[str], seed: int) -> Tensor:
+def sample(networks: Networks, prompts: list[str], args: argparse.Namespace) -> Tensor:
     """Images (N, 3, 24, 24) in -1..1."""
     pipeline = make_pipeline(networks)
     images = pipeline(
-        prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(seed),
-        use_resolution_binning=False, clean_caption=False, max_sequence_length=MAX_TOKENS, output_type="latent",
-        height=IMAGE_SIZE, width=IMAGE_SIZE,
+        prompts, num_inference_steps=args.steps, guidance_scale=args.guidance, max_sequence_length=MAX_TOKENS,
+        generator=torch.Generator().manual_seed(args.seed), use_resolution_binning=False, clean_caption=False,
+        output_type="latent",
     ).images  # fmt: skip
     clamped: Tensor = images.clamp(-1, 1)
     return clamped
@@ -307,22 +309,21 @@ def sample(networks: Networks, prompts: list[str], seed: int) -> Tensor:
 
 def look(networks: Networks, args: argparse.Namespace, state: dict[str, Any]) -> None:
     """Sample trained and held-out scenes, save their grids and print how many the judge recognises."""
-    judge_file = args.folder / "judge.pt"
-    judge = TextJudge()
+    judge_file, judge = args.folder / "judge.pt", None
     if judge_file.exists():
+        judge = TextJudge()
         judge.load_state_dict(torch.load(judge_file, weights_only=True)["model"])
     for kind in ("trained", "held out"):
         rng = np.random.default_rng([args.seed, 13])
         scenes = captions.draw_scenes(args.look_images, rng, held_out=kind == "held out")
         prompts = [captions.caption(scene, int(rng.integers(captions.PHRASINGS))) for scene in scenes]
-        images = sample(networks, prompts, args.seed)
+        images = sample(networks, prompts, args)
         save_grid(args.folder / f"step{state['step']:06d}-{kind.replace(' ', '-')}.png", images)
-        shares = {name: round(float(right.mean()), 3) for name, right in recognised(images, scenes, judge).items()}
-        if not judge_file.exists():
-            shares = {}
-        print(f"look: step {state['step']}  {kind}: {shares}", flush=True)
+        found = recognised(images, scenes, judge) if judge else {}
+        shares = {name: round(float(right.mean()), 3) for name, right in found.items()}
+        print(f"look: step {state['step']}  {kind}, guidance {args.guidance:g}: {shares}", flush=True)
         with (args.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps({**state, "scenes": kind, "recognised": shares}) + "\n")
+            log.write(json.dumps({**state, "scenes": kind, "guidance": args.guidance, "recognised": shares}) + "\n")
 
 
 def look_once(args: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def test_the_tokenizer_knows_each_caption_and_no_other_word(script):
 
 def test_an_interrupted_training_ends_with_the_same_weights(script, tmp_path, monkeypatch):
     def train(folder: str) -> dict[str, torch.Tensor]:
-        flags = ["--width", "32", "--layers", "1", "--samples", "32", "--batch", "8", "--pool", "16"]
+        flags = ["--width", "32", "--layers", "1", "--samples", "32", "--batch", "8", "--steps", "2", "--pool", "16"]
         looks = ["--look-images", "16", "--save-minutes", "0"]
         monkeypatch.setattr(sys, "argv", ["", "model", "--folder", str(tmp_path / folder), *flags, *looks])
         script.main()
