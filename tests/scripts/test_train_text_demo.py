@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from tqdit.demo import captions
+from tqdit.demo.text_judge import TextJudge
+from tqdit.files import sha256
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -55,13 +58,25 @@ def test_the_tokenizer_knows_each_caption_and_no_other_word(script):
     assert {number for ids in found for number in ids} == set(range(len(captions.MARKS + captions.WORDS))) - {0, 2}
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(script, tmp_path, monkeypatch):
-    def train(folder: str) -> dict[str, torch.Tensor]:
-        flags = ["--width", "32", "--layers", "1", "--samples", "32", "--batch", "8", "--steps", "2", "--pool", "16"]
-        looks = ["--look-images", "16", "--save-minutes", "0"]
-        monkeypatch.setattr(sys, "argv", ["", "model", "--folder", str(tmp_path / folder), *flags, *looks])
+@pytest.fixture
+def run(script, tmp_path, monkeypatch):
+    """Runs the script with tiny networks and few drawings; returns its folder."""
+    draw = captions.draw_scenes
+    monkeypatch.setattr(captions, "draw_scenes", lambda count, *rest, **more: draw(min(count, 32), *rest, **more))
+
+    def call(what: str, folder: str = "run", *more: str) -> Path:
+        sizes = ["--width", "32", "--layers", "1", "--batch", "8", "--pool", "16", "--judge-steps", "1"]
+        looks = ["--look-images", "16", "--steps", "2", "--save-minutes", "0"]
+        monkeypatch.setattr(sys, "argv", ["", what, "--folder", str(tmp_path / folder), *sizes, *looks, *more])
         script.main()
-        return torch.load(tmp_path / folder / "model.pt", weights_only=True)["ema"]
+        return tmp_path / folder
+
+    return call
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(script, run, monkeypatch):
+    def train(folder: str) -> dict[str, torch.Tensor]:
+        return torch.load(run("model", folder, "--samples", "32") / "model.pt", weights_only=True)["ema"]
 
     whole = train("whole")
     loss_of, calls = script.loss_of, iter([False, False, True])
@@ -81,13 +96,28 @@ def test_an_interrupted_training_ends_with_the_same_weights(script, tmp_path, mo
     assert any(value.any() for name, value in whole.items() if name.endswith("proj_out.weight"))
 
 
-def test_the_written_folder_is_a_pipeline_that_diffusers_runs(script, tmp_path):
+def test_the_package_is_a_pipeline_that_diffusers_runs_and_a_judge(run, tmp_path, capsys):
     import diffusers
+    from safetensors.torch import load_file
 
-    networks = script.make_networks(0, width=32, layers=1)
-    torch.nn.init.normal_(networks.transformer.proj_out.weight, std=0.1)
-    script.write_pipeline(networks, tmp_path / "text")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "text")
+    run("judge")
+    out = capsys.readouterr().out
+    assert all(f"'{name}': " in out for name in ("letter", "weight", "ink", "ground", "count", "place"))
+    trained = torch.load(run("model", "run", "--samples", "16") / "model.pt", weights_only=True)["ema"]
+    look = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[0]
+    assert json.loads(look)["recognised"].keys() == {"letter", "weight", "ink", "ground", "count", "place"}
+    capsys.readouterr()
+    run("package", "run", "--output", str(tmp_path))
+    folder = tmp_path / "text"
+    judge = load_file(folder / "judge.safetensors")
+    assert judge.keys() == TextJudge().state_dict().keys()
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    torch.testing.assert_close(weights["proj_out.bias"], trained["transformer.proj_out.bias"].half())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('"text/')]
+    assert len(lines) == sum(path.is_file() for path in folder.rglob("*"))
+    assert f'"text/judge.safetensors": "{sha256(folder / "judge.safetensors")}",' in lines
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     assert type(pipeline) is diffusers.PixArtSigmaPipeline
     assert {pipeline.text_encoder.dtype, pipeline.transformer.dtype} == {torch.float32}
     images = pipeline(["a red A on blue", "two 7s"], output_type="np", clean_caption=False, **CALL).images
@@ -100,13 +130,3 @@ def test_the_vae_computes_the_identity(script):
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(x).sample, x, rtol=0, atol=5e-5)
         torch.testing.assert_close(vae.encode(x).latent_dist.sample(), x, rtol=0, atol=5e-5)
-
-
-def test_the_judge_says_its_accuracy_for_each_field(script, tmp_path, monkeypatch, capsys):
-    draw = captions.draw_scenes
-    monkeypatch.setattr(captions, "draw_scenes", lambda count, *rest, **more: draw(min(count, 32), *rest, **more))
-    monkeypatch.setattr(sys, "argv", ["", "judge", "--folder", str(tmp_path), "--judge-steps", "1", "--pool", "16"])
-    script.main()
-    assert (tmp_path / "judge.pt").is_file()
-    out = capsys.readouterr().out
-    assert all(f"'{name}': " in out for name in ("letter", "weight", "ink", "ground", "count", "place"))
