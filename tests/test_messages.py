@@ -26,7 +26,7 @@ WORDS = {
     "calibrate": "calibrat", "export": "export", "build": "buil[dt]", "sample": "sampl", "evaluate": "evaluat",
     "inspect": "tqdit-inspect",
 }  # fmt: skip
-OTHER_PROGRAMS = r"\b(pip|ray start|gunicorn|uvicorn)\b"
+OTHER_PROGRAMS = r"\b(pip|ray start|gunicorn|uvicorn)\b|python -m tqdit.demo"
 END = r"\.\s|\n|; "  # of a sentence
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 

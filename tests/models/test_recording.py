@@ -224,7 +224,7 @@ class Refuses(Toy):
 
 def test_what_a_network_raises_is_one_line_with_its_class():
     calls = record(Refuses(), [(rows(2), {})])
-    with pytest.raises(UsageError, match=r"Refuses: a call with \d+ rows? failed \(IndexError: an odd number"):
+    with pytest.raises(UsageError, match=r"Refuses in memory: a call with \d+ rows? failed \(IndexError: an odd number"):
         tqdit.calibrate(Refuses(), rows=calls, **KNOBS | {"rows_per_group": 5, "groups": 1})
 
 
@@ -242,7 +242,7 @@ def test_a_network_that_cannot_be_observed_is_one_line():
     calls.recording()
     network = Broken()
     network.works = False
-    with pytest.raises(UsageError, match=r"observation of one call failed \(NotImplementedError: no kernel"):
+    with pytest.raises(UsageError, match=r"observation of one recorded call failed \(NotImplementedError: no kernel"):
         tqdit.calibrate(network, rows=calls, **KNOBS)
 
 

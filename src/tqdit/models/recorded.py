@@ -40,7 +40,7 @@ def recorded_model(
     rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
     shapes: list[torch.Size] = []
     listener = network.register_forward_hook(lambda _module, _input, out: shapes.append(prediction_of(out).shape))
-    with in_one_line(source, "the observation of one call, as it was recorded,"):
+    with in_one_line(source, "the observation of one recorded call"):
         products = find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS)
     listener.remove()
     if (found := tuple(shapes[-1][1:])) != interface.signature.output_shape:
