@@ -224,7 +224,9 @@ class Refuses(Toy):
 
 def test_what_a_network_raises_is_one_line_with_its_class():
     calls = record(Refuses(), [(rows(2), {})])
-    with pytest.raises(UsageError, match=r"Refuses in memory: a call with \d+ rows? failed \(IndexError: an odd number"):
+    with pytest.raises(
+        UsageError, match=r"Refuses in memory: a call with \d+ rows? failed \(IndexError: an odd number"
+    ):
         tqdit.calibrate(Refuses(), rows=calls, **KNOBS | {"rows_per_group": 5, "groups": 1})
 
 
