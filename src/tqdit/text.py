@@ -102,7 +102,9 @@ class TextEncoder:
         try:
             rows = [self._session.run(list(self.card.values), feed) for feed in feeds]
         except Exception as error:
-            raise FileFormatError(f"{self._file}: does not run with its tokenizers ({first_line(error)}). {AGAIN}") from error
+            raise FileFormatError(
+                f"{self._file}: does not run with its tokenizers ({first_line(error)}). {AGAIN}"
+            ) from error
         return {name: np.concatenate([row[index] for row in rows]) for index, name in enumerate(self.card.values)}
 
     def _tokenize(self, prompt: str) -> dict[str, NDArray[np.int64]]:

@@ -190,7 +190,9 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if hasattr(self.scheduler.step, RECORDED):
-            raise UsageError(f"{type(self.pipeline).__name__} is being recorded already. Leave the other `record` first.")
+            raise UsageError(
+                f"{type(self.pipeline).__name__} is being recorded already. Leave the other `record` first."
+            )
         handle = listen(self.network, lambda call: self._calls.append(call))
         step, set_timesteps = self.scheduler.step, self.scheduler.set_timesteps
 
