@@ -133,7 +133,7 @@ def test_weights_that_no_file_holds_are_named(saved, tmp_path):
     tensors = load_file(file)
     del tensors["proj_out.bias"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="transformer: its files lack 'proj_out.bias'"):
+    with pytest.raises(CheckpointError, match=r"transformer: its files lack 'proj_out\.bias'"):
         open_pipeline(str(folder))
 
 
@@ -142,7 +142,7 @@ def test_weights_that_are_not_numbers_are_named(saved, tmp_path):
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"decoder.conv_in.bias": tensors["decoder.conv_in.bias"] * np.nan}, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="vae: 'decoder.conv_in.bias' holds NaN"):
+    with pytest.raises(CheckpointError, match=r"vae: 'decoder\.conv_in\.bias' holds NaN"):
         open_pipeline(str(folder))
 
 
@@ -184,7 +184,7 @@ def test_what_a_pipeline_raises_is_one_line_with_its_prompt(tmp_path, monkeypatc
         (["--steps", "4", "--groups", "5"], "--groups is 5, --steps 4"),
     ],
 )
-def test_what_is_wrong_with_an_argument_is_said_before_the_pipeline_is_loaded(tmp_path, monkeypatch, capsys, arguments, found):  # fmt: skip
+def test_arguments_are_looked_at_before_the_pipeline_is_loaded(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pytest.fail("was loaded"))
     assert calibrate(tmp_path, *arguments) == 2
     assert found in capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_states_that_change_between_steps_are_refused():
 def test_states_that_are_not_numbers_are_refused():
     pipeline = Bent()
     pipeline.shift = float("nan")
-    with pytest.raises(UsageError, match="step 2 .* NaN"), tqdit.record(pipeline):
+    with pytest.raises(UsageError, match=r"step 2 .* NaN"), tqdit.record(pipeline):
         pipeline(0)
 
 

@@ -157,8 +157,9 @@ def _recording(args: argparse.Namespace, console: Console) -> Recording | None:
             except (TqditError, MemoryError):
                 raise
             except Exception as error:  # a pipeline's own code may raise any
+                kind = type(pipeline).__name__
                 raise UsageError(
-                    f"{args.model}: {type(pipeline).__name__} refuses {prompt[:60]!r} with {chosen}: {first_line(error)}"
+                    f"{args.model}: {kind} refuses {prompt[:60]!r} with {chosen}: {first_line(error)}"
                 ) from error
             bar.update()
     return recorder.recording()

@@ -44,7 +44,7 @@ from tqdit.models.loaded import arguments_of
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import NEGATIVE, Port, Signature
 from tqdit.sampling.guidance import Guidance
-from tqdit.sampling.process import Recorded, Table, Unsampled
+from tqdit.sampling.process import Recorded, Sign, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
@@ -570,7 +570,7 @@ def _time_map(times: list[tuple[float, float]], tolerance: float) -> tuple[float
     raise UsageError("the network's timestep is not a linear function of the scheduler's.")
 
 
-def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, int, dict[str, int]]:
+def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, Sign, dict[str, int]]:
     """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role."""
     mean = weights.mean(0)
     spread = float(np.abs(weights - mean).max() / np.abs(mean).max())
@@ -579,7 +579,7 @@ def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance 
         raise UsageError(
             f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}). {DROP_IN_ONLY}"
         )
-    sign = 1 if mean.sum() > 0 else -1
+    sign: Sign = 1 if mean.sum() > 0 else -1
     if len(mean) > 2 or abs(abs(mean.sum()) - 1) > 10 * tolerance * np.abs(mean).max():
         raise UsageError(f"the predictions of a step have weights {text}; expected one, or g and 1 - g of guidance.")
     if len(mean) == 1:

@@ -42,8 +42,8 @@ def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:
         raise FileFormatError(f"{folder / CALLS_FILE}: {error} Build the engine again.") from error
     if calls.prediction.shape[1:] != signature.output_shape:
         raise FileFormatError(
-            f"{folder / CALLS_FILE}: predictions {calls.prediction.shape[1:]}, expected {signature.output_shape}. Build "
-            "the engine again."
+            f"{folder / CALLS_FILE}: predictions {calls.prediction.shape[1:]}, expected {signature.output_shape}. "
+            "Build the engine again."
         )
     images = 1 if manifest.batch is None else manifest.batch.least
     rows = images * manifest.card.rows_per_image

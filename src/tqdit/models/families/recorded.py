@@ -56,7 +56,7 @@ def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
     if not (Path(folder) / INDEX).is_file():
-        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a pipeline for --prompts.")
+        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a pipeline.")
     return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
 
 
