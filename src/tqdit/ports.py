@@ -215,6 +215,8 @@ def _check_values(name: str, port: Port, values: Any) -> NDArray[Any]:
     if port.values is not None and (bad := array[(array < 0) | (array >= port.values)]).size:
         known = f"0..{port.values - 1}" if port.null is None else f"0..{port.values - 2} (and {port.values - 1}: none)"
         raise UsageError(f"'{name}' {bad.flat[0]} is out of range; this model knows {known}.")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        array = np.ascontiguousarray(array, port.dtype)
     if not np.isfinite(array).all():
-        raise UsageError(f"'{name}' holds NaN or infinite values, expected finite numbers.")
-    return np.ascontiguousarray(array, port.dtype)
+        raise UsageError(f"'{name}' holds NaN or infinite values in {port.dtype}, expected finite numbers.")
+    return array

@@ -15,7 +15,7 @@ from torch import nn
 
 import tqdit
 from tqdit.cli.main import run
-from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.errors import CheckpointError, FileFormatError, OutputError, UsageError
 from tqdit.interface import RECORDING_KEY
 from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.recorded import recorded_model
@@ -184,7 +184,7 @@ def test_what_a_pipeline_raises_is_one_line_with_its_prompt(tmp_path, monkeypatc
         (["--steps", "4", "--groups", "5"], "--groups is 5, --steps 4"),
     ],
 )
-def test_a_wrong_argument_is_refused_before_the_pipeline_is_loaded(tmp_path, monkeypatch, capsys, arguments, found):
+def test_arguments_are_looked_at_before_the_pipeline_is_loaded(tmp_path, monkeypatch, capsys, arguments, found):
     monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pytest.fail("was loaded"))
     assert calibrate(tmp_path, *arguments) == 2
     assert found in capsys.readouterr().err
@@ -199,3 +199,91 @@ def test_a_file_of_prompts_has_a_bound(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tqdit.cli.calibrate.MOST_TEXT_BYTES", 5)
     assert calibrate(tmp_path) == 2
     assert "more than 5 bytes" in capsys.readouterr().err
+
+
+class Bent(Loop):
+    """A loop that changes the states between two steps, as a mask of an image to keep does."""
+
+    def __init__(self):
+        super().__init__()
+        inner = self.scheduler.step
+
+        def step(out, t, x, **options):
+            return inner(out, t, x, **options)
+
+        self.scheduler.step = step
+        self.shift = 0.0
+
+    def __call__(self, seed):
+        self.scheduler.set_timesteps(4)
+        x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))
+        for t in self.scheduler.timesteps:
+            out = self.transformer(x, t.expand(1), torch.ones(1, 50))
+            x = self.scheduler.step(out, t, x, return_dict=False)[0] + self.shift
+
+
+def test_states_that_change_between_steps_are_refused():
+    pipeline = Bent()
+    pipeline.shift = 0.1
+    with pytest.raises(UsageError, match="between steps 1 and 2"), tqdit.record(pipeline):
+        pipeline(0)
+
+
+def test_states_that_are_not_numbers_are_refused():
+    pipeline = Bent()
+    pipeline.shift = float("nan")
+    with pytest.raises(UsageError, match=r"step 2 .* NaN"), tqdit.record(pipeline):
+        pipeline(0)
+
+
+def test_a_recorder_leaves_the_methods_that_an_object_had_of_its_own():
+    pipeline = Bent()
+    own = pipeline.scheduler.step
+    with tqdit.record(pipeline):
+        assert pipeline.scheduler.step is not own
+    assert pipeline.scheduler.step is own
+    assert "set_timesteps" not in vars(pipeline.scheduler)
+
+
+def test_a_pipeline_is_recorded_once_at_a_time():
+    pipeline = Loop()
+    with tqdit.record(pipeline) as calls:
+        with pytest.raises(UsageError, match="Loop is being recorded already"), tqdit.record(pipeline):
+            pass
+        pipeline(0)
+    assert len(calls.recording()) == 1
+    assert "step" not in vars(pipeline.scheduler)
+
+
+def test_guided_and_unguided_chains_are_not_mixed():
+    pipeline = Bent()
+    guided = Loop()
+    guided.transformer, guided.scheduler = pipeline.transformer, pipeline.scheduler
+    with tqdit.record(pipeline) as calls:
+        pipeline(0)
+        guided(0)
+    with pytest.raises(UsageError, match="some are guided"):
+        calls.recording()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_of_another_precision_is_recorded(dtype):
+    """Bent's text is alike in all rows, so the network is asked whether it reads the values."""
+    pipeline = Bent()
+    network = pipeline.transformer.to(dtype)
+    network.register_forward_pre_hook(lambda _, args: tuple(each.to(dtype) for each in args))
+    with tqdit.record(pipeline) as calls:
+        pipeline(0)
+    assert calls.recording().states.dtype == np.float32
+
+
+def test_a_recording_that_cannot_be_written_is_one_line(calls, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("tqdit.models.recording.save_file", full)
+    with pytest.raises(OutputError, match=r"x\.safetensors: cannot be written .*space"):
+        Recording.load(calls[0]).save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from tqdit.bounds import check_count
 from tqdit.errors import UsageError
 
 Float64 = NDArray[np.float64]
+Sign = Literal[1, -1]
 TRAINING_STEPS = 1000
 SPACINGS = ("linspace", "leading")
 NO_CHAIN = (
@@ -142,7 +143,7 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
     tables: tuple[Table, ...]
     time_scale: float = 1.0
     time_shift: float = 0.0
-    sign: Literal[1, -1] = 1
+    sign: Sign = 1
     training_steps: int = TRAINING_STEPS
 
     def __post_init__(self) -> None:
