@@ -91,7 +91,7 @@ def test_help_lists_every_verb_with_what_it_does(capsys):
     assert exit_code(cli.main, ["--help"]) == 0
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens too
     for name in cli.VERBS:
-        assert "".join(f"{name}: {cli._load(name).SUMMARY}".split()) in text
+        assert "".join(f"{name} {cli._load(name).SUMMARY}".split()) in text
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["export", "--version"]])
@@ -237,7 +237,7 @@ HEAVY = ["torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "safetensors"]
 def test_the_help_needs_only_the_libraries_of_the_runtime():
     done = without(HEAVY, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "sample: " in done.stdout
+    assert "  sample     sample images" in done.stdout
 
 
 def test_sampling_needs_only_the_libraries_of_the_runtime():

@@ -44,3 +44,8 @@ def test_a_library_that_itself_lacks_one_is_not_called_missing(tmp_path, monkeyp
     importlib.invalidate_caches()
     with pytest.raises(ModuleNotFoundError, match="not_there"):
         need("half_there", "build", "this")
+
+
+def test_metadata_older_than_the_extra_names_the_clone(monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda _: ['onnx>=1; extra == "build"'])
+    assert install("video") == "pip install '.[video]'"

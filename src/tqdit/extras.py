@@ -37,12 +37,13 @@ def missing(module: str, extra: str, why: str) -> MissingLibraryError:
 
 def install(extra: str) -> str:
     """The command that installs the libraries of an extra. It names them, for tqdit is on no package index."""
-    return f"pip install {shlex.join(dict.fromkeys(_libraries(extra)))}"
+    libraries = dict.fromkeys(_libraries(extra)) or [f".[{extra}]"]  # the installed metadata is missing, or older
+    return f"pip install {shlex.join(libraries)}"
 
 
 def _libraries(extra: str) -> Iterator[str]:
     """The requirements of an extra, as pyproject.toml lists them, without their conditions on the platform."""
-    for line in _requirements(extra):
+    for line in _requirements():
         requirement, _, condition = (part.strip() for part in line.partition(";"))
         if re.search(rf"""\bextra == ["']{extra}["']""", condition):
             inner = re.fullmatch(r"tqdit(?:-runtime)?\[(.+)\]", requirement)
@@ -52,8 +53,8 @@ def _libraries(extra: str) -> Iterator[str]:
                 yield requirement
 
 
-def _requirements(extra: str) -> list[str]:
+def _requirements() -> list[str]:
     for distribution in ("tqdit", "tqdit-runtime"):
         with suppress(metadata.PackageNotFoundError):
             return metadata.requires(distribution) or []
-    return [f'.[{extra}]; extra == "{extra}"']  # a clone whose tqdit is not installed
+    return []  # a clone whose tqdit is not installed

@@ -79,6 +79,7 @@ def test_a_file_of_ours_needs_no_heads(own_file):
 def test_a_diffusers_directory_is_described(diffusers_folder):
     said = facts(diffusers_folder)
     assert said["kind"] == "diffusion transformer, origin 'diffusers'"
+    assert "num_layers=2, " in said["configuration"]
     assert said["sampled with"].startswith("50 steps of ddim; ")
     assert said["guidance"].endswith("scale 4 unless chosen")
 

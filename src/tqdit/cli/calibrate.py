@@ -164,7 +164,7 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
         return Recording.load(kept)
     pipeline = open_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    if unknown := chosen.keys() - inspect.signature(pipeline.__call__).parameters:
+    if unknown := {"prompt", *chosen} - inspect.signature(pipeline.__call__).parameters.keys():
         raise UsageError(f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}. Leave it out.")
     with Recorder(pipeline) as recorder, console.bar(len(prompts), "recording the pipeline", "prompts") as bar:
         for number, prompt in enumerate(prompts):

@@ -256,11 +256,16 @@ def _checkpoint(file: str, heads: int | None) -> Facts:
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     return [
         ("kind", f"diffusion transformer, origin '{model.origin}'"),
-        ("configuration", getattr(model.network, "config", "not known")),
+        ("configuration", _settings(getattr(model.network, "config", "not known"))),
         ("parameters", f"{parameters / 1e6:.2f} million"),
         *_sampled(model.card()),
         ("fingerprint", model.fingerprint),
     ]
+
+
+def _settings(config: object) -> str:
+    """Of our dataclass as it is; diffusers has a dict of another name."""
+    return ", ".join(f"{name}={value}" for name, value in config.items()) if isinstance(config, dict) else str(config)
 
 
 def _card(card: GraphCard) -> Facts:

@@ -44,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tqdit",
         description="Deploy a quantized diffusion transformer: checkpoint -> ONNX -> engine -> images.",
-        epilog="tqdit VERB --help explains each; with no arguments every verb works on the demo model and on what "
-        "the verb before it wrote.",
+        epilog="\n".join(["verbs:", *(f"  {verb:<10} {_summary(verb)}" for verb in VERBS)])
+        + "\n\ntqdit VERB --help explains each. With no arguments every verb works on the demo model and on what the\n"
+        "verb before it wrote.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
-    parser.add_argument("verb", choices=list(VERBS), help="; ".join(f"{verb}: {_summary(verb)}" for verb in VERBS))
+    parser.add_argument("verb", choices=list(VERBS), help="one of those below")
     parser.parse_args(arguments)
     return 2
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -56,7 +56,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual,
 HALF_PRECISION_TOLERANCE = 2e-2
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
 Array = NDArray[Any]
-Sign = Literal[1, -1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +72,10 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.states)
+
+    def __repr__(self) -> str:
+        facts = self.interface
+        return f"Recording(requests={len(self)}, family={facts.signature.family!r}, sampling={str(facts.sampling)!r})"
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, whole or not at all, for `load`."""

@@ -69,8 +69,11 @@ def open_texts(folder: str) -> Any:
 
 def check_pipeline(folder: str) -> None:
     """Raises CheckpointError for anything but the directory of a pipeline, such as a transformer's alone."""
-    if not (Path(folder) / INDEX).is_file():
+    index = Path(folder) / INDEX
+    if not index.is_file():
         raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a whole pipeline.")
+    if b'"transformers"' in index.read_bytes():
+        need("transformers", "diffusers", "a pipeline of text")
 
 
 def _kind(source: Source) -> str | None:
