@@ -83,7 +83,7 @@ def caption(scene: Scene, phrasing: int) -> str:
 
 
 def parse(text: str) -> Scene:
-    """The scene of a caption that `caption` wrote. Raises ValueError if it has not two colours."""
+    """The scene of a caption that `caption` wrote. Raises ValueError or IndexError if it is another text."""
     words = text.lower().replace(",", " ").split()
     ink, ground = (word for word in words if word in COLOURS)
     if "background" in words[:-1]:
