@@ -89,9 +89,9 @@ def parse(text: str) -> Scene:
     if "background" in words[:-1]:
         ink, ground = ground, ink
     adjectives = [index for index, word in enumerate(words) if word in (ink, *WEIGHTS)]
-    letter = words[adjectives[-1] + 1][0]
+    letter = CLASSES[CLASSES.lower().index(words[adjectives[-1] + 1].removesuffix("s"))]
     return Scene(
-        letter.upper(), next((word for word in words if word in WEIGHTS), ""), ink, ground,
+        letter, next((word for word in words if word in WEIGHTS), ""), ink, ground,
         "two" if "two" in words else "one", next((word for word in words if word in PLACES), ""),
     )  # fmt: skip
 
