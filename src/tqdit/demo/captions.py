@@ -83,15 +83,15 @@ def caption(scene: Scene, phrasing: int) -> str:
 
 
 def parse(text: str) -> Scene:
-    """The scene of a caption that `caption` wrote. Raises ValueError if it has not two colours."""
+    """The scene of a caption that `caption` wrote. Raises ValueError or IndexError if it is another text."""
     words = text.lower().replace(",", " ").split()
     ink, ground = (word for word in words if word in COLOURS)
     if "background" in words[:-1]:
         ink, ground = ground, ink
     adjectives = [index for index, word in enumerate(words) if word in (ink, *WEIGHTS)]
-    letter = words[adjectives[-1] + 1][0]
+    letter = CLASSES[CLASSES.lower().index(words[adjectives[-1] + 1].removesuffix("s"))]
     return Scene(
-        letter.upper(), next((word for word in words if word in WEIGHTS), ""), ink, ground,
+        letter, next((word for word in words if word in WEIGHTS), ""), ink, ground,
         "two" if "two" in words else "one", next((word for word in words if word in PLACES), ""),
     )  # fmt: skip
 

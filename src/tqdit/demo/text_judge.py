@@ -68,10 +68,17 @@ def load_text_judge() -> TextJudge:
     return judge.eval().requires_grad_(False)
 
 
+def _scene(path: Path, lines: list[str], number: int) -> Scene:
+    try:
+        return parse(lines[number])
+    except (ValueError, IndexError):
+        raise SystemExit(f"{path}: line {number + 1} is missing or no caption such as 'a bold red A on blue'") from None
+
+
 def main(samples: Path, texts: Path) -> None:
     content = read_npz(samples)
     lines = texts.read_text(encoding="utf-8").splitlines()
-    scenes = [parse(lines[number]) for number in content["arr_1"]]
+    scenes = [_scene(texts, lines, number) for number in content["arr_1"]]
     images = torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2).float() / 127.5 - 1
     for name, right in recognised(images, scenes, load_text_judge()).items():
         if len(right):
