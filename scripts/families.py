@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -143,7 +144,10 @@ def flow(row: Row, folder: Path, stage: Any) -> None:
     from tqdit.onnx_file import read_card
 
     with stage("configuration"):
-        network, arguments = make(row.name)
+        try:
+            network, arguments = make(row.name)
+        except KeyError:
+            raise LookupError("not tried: scripts/family_classes.py has no configuration of it") from None
         with torch.no_grad():
             network(**arguments)
     with stage("record"):
@@ -176,8 +180,16 @@ def flow(row: Row, folder: Path, stage: Any) -> None:
 
 
 def describe(error: BaseException) -> str:
+    """One line, without places of this machine."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+    text = re.sub(r"(/[\w.-]+)+/", "", lines[0]) if lines else ""
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+def shortened(text: str) -> str:
+    """For a cell."""
+    text = re.sub(r"(/[\w.-]+)+/", "", text).replace("|", "\\|")
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def save(row: Row, path: Path) -> None:
@@ -197,7 +209,7 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         cells = [_cell(row.built.get(backend)) for backend in BACKENDS]
-        stopped = f"{row.stage}: {row.problem}" if row.stage or row.problem else ""
+        stopped = shortened(f"{row.stage}: {row.problem}") if row.stage or row.problem else ""
         batch = "any" if row.rows is None else str(row.rows)
         lines.append(f"| {row.name} | {row.products} | {batch} | {' | '.join(cells)} | {stopped} |")
     done = sum(row.runs for row in rows)
@@ -208,7 +220,7 @@ def _cell(built: Built | None) -> str:
     if built is None:
         return ""
     if built.problem:
-        return built.problem[:120]
+        return shortened(built.problem)
     error = "" if built.error is None else f", {built.error:.0e}"
     return f"{built.integer} / {len(built.fallen_back)}{error}"
 

@@ -1,12 +1,18 @@
-"""What the two wheels of this repository hold: `tqdit`, lean, and `tqdit-demo`, the demo model's weights."""
+"""The wheels of this repository: `tqdit`, `tqdit-runtime` for edge machines, and `tqdit-demo`, the demo's weights."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from evaluate.conftest import make_flow
+from support import made_once
+from tqdit.version import __version__
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
@@ -31,18 +37,67 @@ def wheel(tmp_path_factory):
     return built(ROOT, ["pyproject.toml", "README.md", "LICENSE", "src"], tmp_path_factory.mktemp("tqdit"))
 
 
-def test_the_runtime_s_wheel_is_lean_and_whole(wheel):
-    assert wheel.stat().st_size < 400_000
+def files(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_holds_every_module(wheel):
     sources = (ROOT / "src" / "tqdit").rglob("*")
-    wanted = {str(path.relative_to(ROOT / "src")) for path in sources if path.suffix in (".py", ".typed", ".jinja")}
-    assert {name for name in names if ".dist-info/" not in name} == wanted
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert files(wheel) == {
+        str(path.relative_to(ROOT / "src")) for path in sources if path.suffix in (".py", ".typed", ".jinja")
+    }
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+    return built(ROOT / "runtime", ["pyproject.toml", "LICENSE", "src"], tmp_path_factory.mktemp("runtime"))
+
+
+def test_the_runtime_s_wheel_is_lean(runtime):
+    assert runtime.stat().st_size < 250_000
+    assert not {name for name in files(runtime) if name.startswith(("tqdit/models/", "tqdit/engines/build/"))}
+
+
+@pytest.mark.slow
+def test_the_runtime_samples_inspects_and_names_what_it_lacks(runtime, tmp_path):
+    with zipfile.ZipFile(runtime) as archive:
+        archive.extractall(tmp_path)
+    bundle = made_once("flow", make_flow) / "model.engine"
+    lines = f"""
+import sys
+sys.modules |= dict.fromkeys(("torch", "onnx", "onnx_ir", "diffusers", "safetensors"))
+import tqdit
+from tqdit.cli.main import run
+assert tqdit.__file__.startswith({str(tmp_path)!r})
+assert run("sample", [{str(bundle)!r}, "-n", "2", "--steps", "4", "-q", "-o", "samples.npz"]) == 0
+assert run("inspect", [{str(bundle)!r}, "--verify"]) == 0
+try:
+    tqdit.calibrate("demo")
+except tqdit.errors.MissingLibraryError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", lines]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples.npz").exists()
+    assert "tqdit-runtime" in done.stdout.splitlines()[-1]
+
+
+def test_the_projects_have_one_version_and_one_set_of_requirements():
+    whole, part, demo = (
+        tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))["project"]
+        for folder in ("", "runtime", "demo-weights")
+    )
+    assert whole["version"] == part["version"] == demo["version"] == __version__
+    assert part["dependencies"] == whole["dependencies"]
+    for extra, requirements in part["optional-dependencies"].items():
+        expected = [each.replace("tqdit[", "tqdit-runtime[") for each in whole["optional-dependencies"][extra]]
+        assert requirements == expected
 
 
 def test_the_demo_s_wheel_holds_the_weights(tmp_path):
     wheel = built(ROOT / "demo-weights", ["pyproject.toml", "LICENSE", "tqdit_demo"], tmp_path)
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == {f"tqdit_demo/{name}" for name in ("__init__.py", "model.safetensors", "judge.safetensors")}
+    assert files(wheel) == {f"tqdit_demo/{name}" for name in ("__init__.py", "model.safetensors", "judge.safetensors")}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.extras import need
+from tqdit.extras import need, need_part
 from tqdit.files import check_writable, lock_folder
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def build(
 
 def _need_stage(extra: str, what: str) -> None:
     """Name the extra before an import fails somewhere inside."""
+    need_part("tqdit.models", what)
     libraries = {"calibrate": ("torch", "safetensors"), "export": ("torch", "onnx", "onnx_ir", "onnxscript")}
     for library in libraries[extra]:
         need(library, extra, what)

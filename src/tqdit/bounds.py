@@ -22,6 +22,8 @@ MOST_BATCH = 2**16  # images per engine call
 MOST_SHARDS = 100_000  # the index of a folder lists each of them, and is written again after each
 MOST_RESAMPLES = 100_000
 MOST_SEEDS = 1000
+MOST_SIDE = 16384  # pixels
+MOST_TEXT_BYTES = 2**24  # of a file of prompts, or of all prompts of a command
 MOST_GUIDANCE = 1000.0  # beyond it, float32 states overflow
 DEFLATE_RATIO = 1032  # bytes that one compressed byte can unpack to at most, by the format
 

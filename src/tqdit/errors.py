@@ -80,3 +80,8 @@ class DeadlineError(SamplingError, TimeoutError):
 
 class TqditWarning(UserWarning):
     """Something was assumed, or is not as a user may expect; the result may differ from what was meant."""
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error of another library says, in one line of at most so many characters; else the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -6,7 +6,8 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterator
-from importlib import metadata
+from contextlib import suppress
+from importlib import metadata, util
 from types import ModuleType
 
 from tqdit.errors import MissingLibraryError
@@ -22,6 +23,14 @@ def need(module: str, extra: str, why: str) -> ModuleType:
         raise missing(module, extra, why) from error
 
 
+def need_part(part: str, why: str) -> None:
+    """Raise MissingLibraryError if a package of tqdit is not there: the distribution `tqdit-runtime` has the run side
+    alone.
+    """
+    if util.find_spec(part) is None:
+        raise MissingLibraryError(f"{why} needs {part}, which tqdit-runtime leaves out. Install tqdit in its place.")
+
+
 def missing(module: str, extra: str, why: str) -> MissingLibraryError:
     return MissingLibraryError(f"{why} needs {module.split('.')[0]}, which is not installed. Run: {install(extra)}")
 
@@ -34,15 +43,18 @@ def install(extra: str) -> str:
 
 def _libraries(extra: str) -> Iterator[str]:
     """The requirements of an extra, as pyproject.toml lists them, without their conditions on the platform."""
-    try:
-        lines = metadata.requires("tqdit") or ()
-    except metadata.PackageNotFoundError:  # a clone whose tqdit is not installed
-        lines = ()
-    for line in lines:
+    for line in _requirements():
         requirement, _, condition = (part.strip() for part in line.partition(";"))
         if re.search(rf"""\bextra == ["']{extra}["']""", condition):
-            inner = re.fullmatch(r"tqdit\[(.+)\]", requirement)
+            inner = re.fullmatch(r"tqdit(?:-runtime)?\[(.+)\]", requirement)
             for name in inner[1].split(",") if inner else ():
                 yield from _libraries(name)
             if not inner:
                 yield requirement
+
+
+def _requirements() -> list[str]:
+    for distribution in ("tqdit", "tqdit-runtime"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.requires(distribution) or []
+    return []  # a clone whose tqdit is not installed

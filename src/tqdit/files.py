@@ -135,6 +135,8 @@ class Format:
 
     def check(self, path: Path, again: str, error: type[TqditError]) -> None:
         """Raise `error` if a file is too short for the format, or is of another one."""
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe may wait for ever
+            raise error(f"{path}: a pipe or a device, expected a file. {again}")
         with path.open("rb") as file:
             head = file.read(16)
         if len(head) < self.least:

@@ -44,7 +44,8 @@ class GoldenCalls:
 
     def __post_init__(self) -> None:
         counts = {len(array) for array in (*self.inputs.values(), self.prediction, self.errors)}
-        sound = all(np.isfinite(array).all() for array in (*self.inputs.values(), self.prediction, self.errors))
+        arrays = (*self.inputs.values(), self.prediction, self.errors)
+        sound = all(array.dtype.kind in "biuf" and np.isfinite(array).all() for array in arrays)
         if len(counts) != 1 or not sound or self.errors.ndim != 1 or not len(self.errors) or self.errors.min() < 0:
             raise FileFormatError(f"golden calls of {sorted(counts)} rows; expected finite values, as many of each.")
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import Latents
-from tqdit.ports import Signature
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.ports import Signature, check_requests
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 
@@ -77,6 +78,20 @@ class Interface:
     alike: tuple[str, ...] = ()
     latents: Latents | None = None
     text: TextExamples | None = None
+
+    def check(self, where: str) -> None:
+        """Raises FileFormatError for parts of a file that do not belong together."""
+        unknown = [name for name in self.alike if not isinstance(self.constants.get(name), np.ndarray)]
+        if unknown:
+            raise FileFormatError(f"{where}: has no values of the argument '{unknown[0]}'. Record again.")
+        if self.text is None:
+            return
+        try:
+            count = check_requests(self.signature, dict(self.text.values))[0]
+        except UsageError as error:
+            raise FileFormatError(f"{where}: of its recorded prompts, {error} Record again.") from error
+        if count != len(self.text.prompts):
+            raise FileFormatError(f"{where}: {len(self.text.prompts)} prompts with values of {count}. Record again.")
 
     @property
     def entry(self) -> InterfaceEntry:

@@ -77,6 +77,8 @@ class Signature:
         kinds = [port.kind for port in self.ports]
         if kinds.count("state") != 1 or kinds.count("time") != 1 or len(set(self.names)) != len(kinds):
             raise ValueError(f"ports {self.names} of kinds {kinds}; expected one state, one time and no name twice")
+        if self.output[:1] != (None,) or not all(size and size > 0 for size in self.output[1:]):
+            raise ValueError(f"output {self.output}; expected rows (null) and sizes of at least 1")
 
     def check_predicts_state(self) -> None:
         """Raises UsageError for a prediction that no chain can use.
@@ -215,6 +217,8 @@ def _check_values(name: str, port: Port, values: Any) -> NDArray[Any]:
     if port.values is not None and (bad := array[(array < 0) | (array >= port.values)]).size:
         known = f"0..{port.values - 1}" if port.null is None else f"0..{port.values - 2} (and {port.values - 1}: none)"
         raise UsageError(f"'{name}' {bad.flat[0]} is out of range; this model knows {known}.")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        array = np.ascontiguousarray(array, port.dtype)
     if not np.isfinite(array).all():
-        raise UsageError(f"'{name}' holds NaN or infinite values, expected finite numbers.")
-    return np.ascontiguousarray(array, port.dtype)
+        raise UsageError(f"'{name}' holds NaN or infinite values in {port.dtype}, expected finite numbers.")
+    return array

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import FileFormatError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import sha256
 
 AGAIN = "Export it again."
+MOST_TOKENS = 2**16  # of a prompt
 Fold = Literal["as it is", "stripped", "lower"]
 FOLDS: dict[Fold, Callable[[str], str]] = {
     "as it is": str, "stripped": str.strip, "lower": lambda text: text.lower().strip(),
@@ -39,6 +40,12 @@ class Tokens:
     suffix: str
     fold: Fold  # what becomes of the prompt before
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.length <= MOST_TOKENS or not 0 <= self.pad < 2**31:
+            raise ValueError(
+                f"{self.length} tokens, filled up with token {self.pad}; expected 1 to {MOST_TOKENS}, and a token"
+            )
+
 
 @dataclass(frozen=True)
 class TextCard:
@@ -48,6 +55,11 @@ class TextCard:
     tokens: tuple[Tokens, ...]
     values: tuple[str, ...]
     files: dict[str, str]  # every file beside the graph -> SHA-256
+
+    def __post_init__(self) -> None:
+        unknown = {self.file, *(each.file for each in self.tokens)} - set(self.files)
+        if unknown:
+            raise ValueError(f"the text encoders' file '{min(unknown)}' is not among {sorted(self.files)}")
 
     def check(self, folder: Path) -> None:
         """Raises FileFormatError unless each file is there and unaltered."""
@@ -75,13 +87,24 @@ class TextEncoder:
         for tokenizer in self._tokenizers:
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        self._session = runtime.InferenceSession(str(folder / card.file), providers=["CPUExecutionProvider"])
+        try:
+            self._session = runtime.InferenceSession(str(folder / card.file), providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise FileFormatError(f"{folder / card.file}: cannot be read ({first_line(error)}). {AGAIN}") from error
+        self._file = folder / card.file
         self._inputs = {each.name for each in self._session.get_inputs()}
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Request values (prompts, ...) by name. Raises UsageError for a prompt that is too long."""
+        """Request values (prompts, ...) by name. Raises UsageError for what is no prompt, or is too long."""
+        if isinstance(prompts, str) or not prompts:
+            raise UsageError(f"the prompts are {prompts!r:.60}; expected a list of at least one text.")
         feeds = [self._tokenize(prompt) for prompt in prompts]  # all of them, before the first is encoded
-        rows = [self._session.run(list(self.card.values), feed) for feed in feeds]
+        try:
+            rows = [self._session.run(list(self.card.values), feed) for feed in feeds]
+        except Exception as error:
+            raise FileFormatError(
+                f"{self._file}: does not run with its tokenizers ({first_line(error)}). {AGAIN}"
+            ) from error
         return {name: np.concatenate([row[index] for row in rows]) for index, name in enumerate(self.card.values)}
 
     def _tokenize(self, prompt: str) -> dict[str, NDArray[np.int64]]:
@@ -94,8 +117,15 @@ class TextEncoder:
 
 def tokenize(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long."""
+    if not isinstance(prompt, str) or any("\ud800" <= each <= "\udfff" for each in prompt):  # bytes of no encoding
+        raise UsageError(f"a prompt is {prompt!r:.60}; expected a text of whole Unicode characters.")
     text = f"{tokens.prefix}{FOLDS[tokens.fold](prompt)}{tokens.suffix}"
-    found = tokenizer.encode(text, add_special_tokens=tokens.special).ids
+    try:
+        found = tokenizer.encode(text, add_special_tokens=tokens.special).ids
+    except BaseException as error:  # the library's panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise FileFormatError(f"{tokens.file}: its tokenizer fails ({first_line(error)}). {AGAIN}") from error
     if len(found) > tokens.length:
         raise UsageError(f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}.")
     place = slice(tokens.length - len(found), None) if tokens.left else slice(len(found))

@@ -298,7 +298,9 @@ def test_another_family_calibrates(two_streams: LoadedModel, tmp_path: Path) -> 
     assert table.by_module["blocks.0.down"]["input"].quantizer.granularity == PerTimestepGroup(3)
     assert np.diff(table.boundaries) == pytest.approx(1 / 3)  # of timesteps 0..1
     assert table.settings["sampler"] == "euler"
-    assert all(site.divisor is None for site in table.sites)  # no place for one
+    places = {product.name: product.folds[0].module for product in two_streams.products if product.folds}
+    assert places == {f"blocks.{n}.down": f"blocks.{n}.up" for n in (0, 1)}  # v has two makers
+    assert {site.module for site in table.sites if site.divisor is not None} <= set(places)
     rows = CalibrationRows.of(WorkFolder(tmp_path).load(next(tmp_path.glob("rows-*")).stem))
     assert len(rows) == 9
     assert eps_error_of(two_streams, table, rows) < 0.02

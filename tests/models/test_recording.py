@@ -211,3 +211,51 @@ def test_a_required_argument_that_is_nothing_is_a_constant():
     assert calls.recording().interface.constants == {"image": None, "options": {}}
     table = tqdit.calibrate(Needs(), rows=calls, **KNOBS)
     assert len(table.golden) > 0
+
+
+class Refuses(Toy):
+    """It takes rows only in pairs."""
+
+    def forward(self, text, x, timestep, ids=None):
+        if len(x) % 2:
+            raise IndexError("an odd number of rows")
+        return super().forward(text, x, timestep, ids)
+
+
+def test_what_a_network_raises_is_one_line_with_its_class():
+    calls = record(Refuses(), [(rows(2), {})])
+    with pytest.raises(
+        UsageError, match=r"Refuses in memory: a call with \d+ rows? failed \(IndexError: an odd number"
+    ):
+        tqdit.calibrate(Refuses(), rows=calls, **KNOBS | {"rows_per_group": 5, "groups": 1})
+
+
+class Broken(Toy):
+    works = True
+
+    def forward(self, text, x, timestep):
+        if not self.works:
+            raise NotImplementedError("no kernel")
+        return super().forward(text, x, timestep)
+
+
+def test_a_network_that_cannot_be_observed_is_one_line():
+    calls = record(Broken(), [(rows(), {})])
+    calls.recording()
+    network = Broken()
+    network.works = False
+    with pytest.raises(UsageError, match=r"observation of one recorded call failed \(NotImplementedError: no kernel"):
+        tqdit.calibrate(network, rows=calls, **KNOBS)
+
+
+class Common(Toy):
+    """It computes what is alike for all rows, once."""
+
+    def forward(self, text, x, timestep):
+        alike = self.fc1(x.new_ones(1, 3, 8) * x.sum() * 0 + 1).mean()
+        return (super().forward(text, x, timestep)[0] + alike,)
+
+
+def test_a_layer_that_takes_other_rows_than_the_network_is_refused():
+    with pytest.raises(UsageError, match=r"takes \[1, 3, 8\] in a call with \d rows, expected values for each row"):
+        tqdit.calibrate(Common(), rows=record(Common(), [(rows(), {}), (rows(), {})]), **KNOBS)

@@ -125,7 +125,7 @@ class ProductRecorder:
     def _record(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not output.requires_grad:
             output.requires_grad_()  # its gradient starts here
-        if self.is_recording and inputs[0].numel():  # a part of a network may be called with nothing
+        if self.is_recording:
             operands = [self._matrix(module, tensor.detach()) for tensor in inputs]
             outputs = output.shape[1 if isinstance(module, Convolution) else -1]
             cut = self.picker.cut(self._batch, operands, outputs)
@@ -156,10 +156,10 @@ class ProductRecorder:
 
     def _by_rows(self, x: Tensor, is_attention: bool) -> Tensor:
         rows = len(self._batch)
-        if len(x) % rows:
+        if not x.numel() or len(x) % rows:
             raise UsageError(
-                f"a layer takes {len(x)} rows in a call with {rows}, expected a multiple: it computes what is alike "
-                "for all rows. Such networks cannot be calibrated yet."
+                f"a layer takes {list(x.shape)} in a call with {rows} rows, expected values for each row. Such "
+                "networks cannot be calibrated yet."
             )
         return x.reshape(rows, -1, *(x.shape[-2:] if is_attention else x.shape[-1:]))
 

@@ -9,10 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdit.bounds import MOST_SIDE, MOST_TEXT_BYTES, check_count
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, TQ_DIT, QuantizationConfig, choices_of, flag
 from tqdit.console import Console
-from tqdit.errors import InputError, OutputError, TqditError, UsageError
+from tqdit.errors import InputError, OutputError, TqditError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import LOCK, check_writable, explain, lock_folder
 
@@ -100,8 +101,13 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
     if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
         raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
-    if args.prompts is None and any(each is not None for each in (args.height, args.width, args.frames)):
-        raise UsageError("--height, --width and --frames belong to --prompts: other models have a size of their own.")
+    for name in ("height", "width", "frames"):
+        if (size := getattr(args, name)) is not None:
+            check_count(f"--{name}", size, 1, MOST_SIDE)
+            if args.prompts is None:
+                raise UsageError(f"--{name} is of the images of --prompts. Leave it out.")
+    if args.prompts is not None and config.steps is not None and config.groups > config.steps:
+        raise UsageError(f"--groups is {config.groups}, --steps {config.steps}. Pass at most as many groups as steps.")
     work = args.work or output.with_name(f"{output.name}.work")
     check_writable(work / LOCK)
     if args.data is not None:
@@ -166,10 +172,13 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
             output = "latent" if number else "np"  # one is decoded, which tells what the VAE takes
             try:
                 pipeline(prompt, generator=generator, output_type=output, **chosen)
-            except ValueError as error:
-                if isinstance(error, TqditError):
-                    raise
-                raise UsageError(f"{type(pipeline).__name__} refuses the call: {error}") from error
+            except (TqditError, MemoryError):
+                raise
+            except Exception as error:  # a pipeline's own code may raise any
+                call = f"{prompt[:60]!r} with {chosen}"
+                raise UsageError(
+                    f"{args.model}: {type(pipeline).__name__} refuses {call}: {first_line(error)}"
+                ) from error
             if not number:  # what cannot be learned or grouped is refused before the other prompts
                 boundaries_of(recorder.recording().interface.sampling, config.groups)
             bar.update()
@@ -182,7 +191,11 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines are left out. Raises UsageError if there is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:
+            text = file.read(MOST_TEXT_BYTES + 1)
+        if len(text) > MOST_TEXT_BYTES:
+            raise UsageError(f"{path}: more than {MOST_TEXT_BYTES} bytes. Pass a file with one prompt per line.")
+        lines = text.decode("utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(explain(error, "read", path)) from error
     except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import FileFormatError, LintError, MissingLibraryError, UsageError
-from tqdit.extras import need
+from tqdit.extras import need, need_part
 from tqdit.files import NPZ, NPZ_ERRORS, SAFETENSORS, check_writable, npz_headers, reading
 from tqdit.interface import RECORDING_KEY, REQUEST, RecordingHeader
 from tqdit.onnx_header import OnnxHeader
@@ -176,6 +176,7 @@ def _graph(path: Path) -> Facts:
 
 def _lint(path: Path) -> None:
     """Print findings and a count; raises LintError if one of them is an error."""
+    need_part("tqdit.lint", "the lint")
     need("onnx_ir", "build", "the lint")
     from tqdit.lint import lint
     from tqdit.onnx_file import OnnxFile
@@ -248,6 +249,7 @@ def _calls(path: Path) -> Facts:
 def _checkpoint(file: str, heads: int | None) -> Facts:
     for library in ("torch", "safetensors"):
         need(library, "export", "inspecting a checkpoint")
+    need_part("tqdit.models", "the inspection of a model")
     from tqdit.models.families import diffusers, recorded
     from tqdit.models.load import load_model
 

@@ -25,9 +25,9 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage1 = _stage(3, 32)  # 16 -> 8
-        self.stage2 = _stage(32, 64)  # 8 -> 4
-        self.stage3 = _stage(64, 64)  # 4 -> 2
+        self.stage1 = stage(3, 32)  # 16 -> 8
+        self.stage2 = stage(32, 64)  # 8 -> 4
+        self.stage3 = stage(64, 64)  # 4 -> 2
         self.features = nn.Linear(64 * 2 * 2, 128)
         self.head = nn.Linear(128, len(CLASSES))
 
@@ -60,7 +60,7 @@ def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float,
     return (p + spread / 2 - half) / (1 + spread), (p + spread / 2 + half) / (1 + spread)
 
 
-def _stage(inputs: int, outputs: int) -> nn.Sequential:
+def stage(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(),
         nn.Conv2d(outputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2),

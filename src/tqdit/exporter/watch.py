@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from tqdit.errors import TqditError, UsageError
+from tqdit.errors import TqditError, UsageError, first_line
 
 PLACE = "TQDIT_TRACE_PLACE"  # environment of a child: the file that says where its trace is
 _NODE = re.compile(r"translating node (%\S+) .*?target=([\w.]+)")  # in errors of torch.onnx
@@ -76,7 +76,7 @@ def _root(error: BaseException) -> str:
     """What the exporters' errors began with, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def export_in_child(arguments: Sequence[str], family: str, minutes: float) -> int:

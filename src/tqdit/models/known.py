@@ -118,9 +118,14 @@ def _read(network: nn.Module, arguments: Mapping[str, Any], fixed: Mapping[str, 
     network, fake = stand_in(network), FakeTensorMode(allow_non_fake_inputs=True)
     fix_arguments(network, fixed, state)
     free = {name: value for name, value in arguments.items() if name not in fixed}
+    dtype = next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), torch.float32)
+
+    def take(tensor: Tensor) -> FakeTensor:
+        return fake.from_tensor(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
     try:
         with torch.no_grad(), fake:
-            network(**tree_map_only(Tensor, fake.from_tensor, free))
+            network(**tree_map_only(Tensor, take, free))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         return str(error)
     return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
+from tqdit.errors import TqditError, UsageError, first_line
 from tqdit.interface import TextExamples
 from tqdit.models.arguments import Constant, digest, nest
 from tqdit.models.products import Product, prediction_of
@@ -52,8 +54,12 @@ class LoadedModel:
         return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
 
     def call(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """One network call: ports by name to the prediction (rows, K, ...)."""
-        return prediction_of(self.network(**self.arguments(inputs)))
+        """One network call: ports by name to the prediction (rows, K, ...).
+
+        Raises UsageError if the network refuses it.
+        """
+        with in_one_line(self.source, f"a call with {len(inputs[self.signature.state.name])} rows"):
+            return prediction_of(self.network(**self.arguments(inputs)))
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """The network's keyword arguments for ports by name."""
@@ -91,6 +97,17 @@ class LoadedModel:
     def to(self, device: str | torch.device) -> LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""
         return replace(self, network=self.network.to(device))
+
+
+@contextmanager
+def in_one_line(source: str, what: str) -> Iterator[None]:
+    """What a network raises, which can be anything, as a UsageError."""
+    try:
+        yield
+    except (TqditError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{source}: {what} failed ({type(error).__name__}: {first_line(error)}).") from error
 
 
 def arguments_of(

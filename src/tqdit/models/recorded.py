@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from tqdit.errors import UsageError
 from tqdit.interface import Interface
 from tqdit.models import quirks
 from tqdit.models.known import fix_arguments
-from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint
-from tqdit.models.products import find_products
+from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint, in_one_line
+from tqdit.models.products import find_products, prediction_of
 from tqdit.registry import find_modules
 
 EXAMPLE_ROWS = 2
@@ -37,10 +38,20 @@ def recorded_model(
     alike = {name: constants.pop(name) for name in interface.alike}
     fix_arguments(network, alike, interface.signature.state.name)
     rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
+    shapes: list[torch.Size] = []
+    listener = network.register_forward_hook(lambda _module, _input, out: shapes.append(prediction_of(out).shape))
+    with in_one_line(source, "the observation of one recorded call"):
+        products = find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS)
+    listener.remove()
+    if (found := tuple(shapes[-1][1:])) != interface.signature.output_shape:
+        raise UsageError(
+            f"{source}: the network predicts {found}, in the recorded calls {interface.signature.output_shape}. "
+            "Record it again."
+        )
     return LoadedModel(
         network=network,
         signature=interface.signature,
-        products=find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS),
+        products=products,
         sampling=interface.sampling,
         guidance=interface.guidance,
         latents=interface.latents,

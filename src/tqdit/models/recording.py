@@ -26,13 +26,14 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from tqdit import safetensors_file
 from tqdit.bounds import check_memory
 from tqdit.card import Latents
-from tqdit.errors import FileFormatError, TqditWarning, UsageError
+from tqdit.errors import FileFormatError, OutputError, TqditWarning, UsageError, first_line
 from tqdit.files import SAFETENSORS, reading, whole_file
 from tqdit.interface import RECORDING_KEY, REQUEST, Interface, RecordingHeader, TextExamples
 from tqdit.models.arguments import Constant, settings_of
@@ -43,11 +44,12 @@ from tqdit.models.loaded import arguments_of
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import NEGATIVE, Port, Signature
 from tqdit.sampling.guidance import Guidance
-from tqdit.sampling.process import Recorded, Table, Unsampled
+from tqdit.sampling.process import Recorded, Sign, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
 FORMAT_VERSION = 1
 STATES = "states"
+RECORDED = "_tqdit_recorded"  # marks methods that listen
 MOST_PROMPTS = 4  # whose request values are kept to prove text encoders
 PLAIN = (str, int, float, list, dict)  # kinds of settings that a file holds
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
@@ -81,7 +83,10 @@ class Recording:
         arrays = {STATES: self.states, **requests, **self.interface.arrays}
         text = msgspec.json.encode(RecordingHeader(FORMAT_VERSION, self.interface.entry), order="sorted").decode()
         with whole_file(Path(path)) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {RECORDING_KEY: text})
+            try:
+                save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {RECORDING_KEY: text})
+            except SafetensorError as error:  # a full disk, told in its own way
+                raise OutputError(f"{path}: cannot be written ({first_line(error)}). Choose another place.") from error
         return Path(path)
 
     @classmethod
@@ -105,9 +110,14 @@ class Recording:
         found.check(str(path))
         return found
 
+    @property
+    def _arrays(self) -> dict[str, Array]:
+        return {STATES: self.states, **self.requests}
+
     def check(self, where: str) -> None:
         """Raises FileFormatError if the arrays do not fit the interface, or hold NaN."""
         signature = self.interface.signature
+        self.interface.check(where)
         shapes = {name: port.row_shape for name, port in signature.request_values.items()}
         if isinstance(self.interface.sampling.process, Unsampled):
             shapes[signature.time.name] = signature.time.row_shape
@@ -116,7 +126,14 @@ class Recording:
         counts = {len(self.states), *(len(array) for array in self.requests.values())}
         if found != shapes or self.states.shape[1:] != states or len(counts) != 1 or not len(self.states):
             raise FileFormatError(f"{where}: its requests {found} and states do not fit its ports. Record again.")
-        if not all(np.isfinite(array).all() for array in (self.states, *self.requests.values())):
+        types = {STATES: "float32", **{name: port.dtype for name, port in signature.request_values.items()}}
+        wrong = [(name, array) for name, array in self._arrays.items() if array.dtype != types.get(name, "float32")]
+        if wrong:
+            name, array = wrong[0]
+            raise FileFormatError(
+                f"{where}: '{name}' is {array.dtype}, expected {types.get(name, 'float32')}. Record again."
+            )
+        if not all(np.isfinite(array).all() for array in self._arrays.values()):
             raise FileFormatError(f"{where}: holds NaN or infinite values. Record again.")
 
     @cached_property
@@ -171,6 +188,10 @@ class Recorder:
         self._fresh = True
 
     def __enter__(self) -> Recorder:
+        if hasattr(self.scheduler.step, RECORDED):
+            raise UsageError(
+                f"{type(self.pipeline).__name__} is being recorded already. Leave the other `record` first."
+            )
         handle = listen(self.network, lambda call: self._calls.append(call))
         step, set_timesteps = self.scheduler.step, self.scheduler.set_timesteps
 
@@ -189,12 +210,8 @@ class Recorder:
             self._fresh, self._calls = True, []
             return set_timesteps(*args, **kwargs)
 
-        self.scheduler.step, self.scheduler.set_timesteps = stepped, begin
-        self._undo = [
-            handle.remove,
-            lambda: self.scheduler.__dict__.pop("step"),
-            lambda: self.scheduler.__dict__.pop("set_timesteps"),
-        ]
+        self._undo = [handle.remove, _replace(self.scheduler, "step", stepped)]
+        self._undo.append(_replace(self.scheduler, "set_timesteps", begin))
         if self.vae is not None:
             decode = self.vae.decode
 
@@ -206,8 +223,7 @@ class Recorder:
                     self._runs[-1].given |= {"an argument" for value in args if isinstance(value, Tensor)}
                 return decode(codes, *args, **kwargs)
 
-            self.vae.decode = decoded
-            self._undo.append(lambda: self.vae.__dict__.pop("decode"))
+            self._undo.append(_replace(self.vae, "decode", decoded))
         if hasattr(self.pipeline, "encode_prompt"):
             encode = self.pipeline.encode_prompt
 
@@ -216,8 +232,7 @@ class Recorder:
                 self._heard = self._heard or _prompts(inspect.signature(encode).bind(*args, **kwargs).arguments)
                 return encode(*args, **kwargs)
 
-            vars(self.pipeline)["encode_prompt"] = encoded
-            self._undo.append(lambda: vars(self.pipeline).pop("encode_prompt"))
+            self._undo.append(_replace(self.pipeline, "encode_prompt", encoded))
         return self
 
     def __exit__(
@@ -238,7 +253,15 @@ class Recorder:
         run, calls, self._calls = self._runs[-1], self._calls, []
         if not calls:
             raise UsageError(f"{run.scheduler} made a step without a call of the transformer; nothing is recorded.")
-        run.tolerance = TOLERANCES.get(model_output.dtype, HALF_PRECISION_TOLERANCE)
+        types = (model_output.dtype, sample.dtype, *(call.output.dtype for call in calls))
+        run.tolerance = max(TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE) for dtype in types)
+        if not torch.isfinite(model_output).all() or not torch.isfinite(sample).all():
+            raise UsageError(f"step {len(run.states) + 1} of the pipeline holds NaN or infinite values.")
+        if run.end is not None and not _is_close(sample, run.end, run.tolerance):
+            raise UsageError(
+                f"the pipeline changes the states between steps {len(run.states)} and {len(run.states) + 1}, which an "
+                f"engine's loop does not. {DROP_IN_ONLY}"
+            )
         if run.roles is None:
             run.roles = Roles(_find_state(calls[0], sample, run.tolerance), find_time(calls[0].tensors), calls[0].lists)
         state, time = run.roles.state, run.roles.time
@@ -286,8 +309,12 @@ class Recorder:
             )
         first = runs[0]
         for run in runs[1:]:
-            if run.table != first.table or run.states[0].shape[1:] != first.states[0].shape[1:]:
-                raise UsageError("the recorded chains differ in their steps or shapes. Record one kind at a time.")
+            kinds = [(each.table, each.states[0].shape[1:], each.weights[0].shape) for each in (first, run)]
+            if kinds[0] != kinds[1]:
+                raise UsageError(
+                    "the recorded chains differ in their steps or shapes, or some are guided and others not. Record "
+                    "one kind at a time."
+                )
             check_alike(first.constants, run.constants)
         scale, shift = _time_map([pair for run in runs for pair in run.times], first.tolerance)
         guidance, sign, roles = _guidance(np.concatenate([run.weights for run in runs]), first.tolerance)
@@ -304,6 +331,22 @@ class Recorder:
         found = _recording(self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined)
         latents, text = _latents(runs, type(self.vae).__name__), _examples(runs, found.requests)
         return replace(found, interface=replace(found.interface, latents=latents, text=text))
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Give an object another method; what is returned gives it back what it had."""
+    setattr(function, RECORDED, True)
+    attributes, own = vars(owner), name in vars(owner)
+    before = attributes.get(name)
+    attributes[name] = function
+
+    def undo() -> None:
+        if own:
+            attributes[name] = before
+        else:
+            attributes.pop(name, None)
+
+    return undo
 
 
 class NetworkRecorder:
@@ -479,6 +522,13 @@ def _scale_of(x: Tensor, sample: Tensor) -> tuple[float, float]:
     return scale, float((a - scale * b).norm() / a.norm())
 
 
+def _is_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.numel() != b.numel():
+        return False
+    a, b = a.double().flatten(), b.double().flatten()
+    return float((a - b).norm()) <= tolerance * float(b.norm())
+
+
 def _check_scaled(states: Tensor, sample: Tensor, tolerance: float) -> None:
     for start in range(0, len(states), len(sample)):
         residual = _scale_of(states[start : start + len(sample)], sample)[1]
@@ -519,7 +569,7 @@ def _time_map(times: list[tuple[float, float]], tolerance: float) -> tuple[float
     raise UsageError("the network's timestep is not a linear function of the scheduler's.")
 
 
-def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, int, dict[str, int]]:
+def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, Sign, dict[str, int]]:
     """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role."""
     mean = weights.mean(0)
     spread = float(np.abs(weights - mean).max() / np.abs(mean).max())
@@ -528,7 +578,7 @@ def _guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance 
         raise UsageError(
             f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}). {DROP_IN_ONLY}"
         )
-    sign = 1 if mean.sum() > 0 else -1
+    sign: Sign = 1 if mean.sum() > 0 else -1
     if len(mean) > 2 or abs(abs(mean.sum()) - 1) > 10 * tolerance * np.abs(mean).max():
         raise UsageError(f"the predictions of a step have weights {text}; expected one, or g and 1 - g of guidance.")
     if len(mean) == 1:

@@ -242,11 +242,11 @@ def check_layout(source: object, found: Mapping[str, Tensor], expected: Mapping[
                 f"{source}: '{name}' holds {tensor.dtype}, expected float16, bfloat16, float32 or float64. "
                 "Pass the checkpoint from before it was quantized."
             )
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values. Use another checkpoint.")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     # A finite sum proves it in one fast pass; a sum may also overflow, and then every value is looked at.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 

@@ -245,6 +245,8 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     if unknown:
         raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
     interface = None if header.interface is None else Interface.of(header.interface, tensors)
+    if interface is not None:
+        interface.check("recorded calls")
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,

@@ -16,6 +16,7 @@ from tqdit.bounds import check_count
 from tqdit.errors import UsageError
 
 Float64 = NDArray[np.float64]
+Sign = Literal[1, -1]
 TRAINING_STEPS = 1000
 SPACINGS = ("linspace", "leading")
 NO_CHAIN = (
@@ -142,8 +143,15 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
     tables: tuple[Table, ...]
     time_scale: float = 1.0
     time_shift: float = 0.0
-    sign: int = 1
+    sign: Sign = 1
     training_steps: int = TRAINING_STEPS
+
+    def __post_init__(self) -> None:
+        if not self.time_scale or self.training_steps < 1:
+            raise UsageError(
+                f"timesteps {self.time_scale} t + {self.time_shift} of {self.training_steps} training steps; expected "
+                "a factor other than 0, and at least 1 step."
+            )
 
     @property
     def span(self) -> tuple[float, float]:

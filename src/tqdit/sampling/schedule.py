@@ -41,6 +41,11 @@ class Schedule:
         ages = np.arange(lag + 1)[None] > np.arange(steps)[::-1][:, None]  # of predictions that are not there yet
         if lag > MOST_LAG or any(array.shape != (steps, lag + 1) or np.any(array[ages]) for array in arrays):
             raise ValueError(f"weights of shapes {[array.shape for array in arrays]} for {steps} steps")
+        numbers = (self.timesteps, *arrays, self.noise_weight, self.input_scale, np.float64(self.initial_scale))
+        if not len(self.noise_weight) == len(self.input_scale) == steps or not all(
+            np.isfinite(array).all() for array in numbers
+        ):
+            raise ValueError(f"a table of {steps} steps; expected as many finite numbers of each kind")
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.run.denoiser import Denoiser
-from tqdit.errors import UsageError
+from tqdit.errors import UsageError, first_line
 from tqdit.extras import need
 
 need("torch", "diffusers", "DropIn")
@@ -101,7 +101,12 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         """One input of the engine; a timestep may be one for all rows."""
         if value is None:
             raise UsageError(f"{self._family}: '{port.name}' is missing. The engine needs it in every call.")
-        array = torch.as_tensor(value).cpu().numpy()
+        try:
+            array = torch.as_tensor(value).detach().cpu().numpy()
+        except (TypeError, ValueError, RuntimeError) as error:  # no array, or a tensor without values
+            raise UsageError(f"{self._family}: '{port.name}' is no dense tensor ({first_line(error)}).") from error
+        if np.iscomplexobj(array):
+            raise UsageError(f"{self._family}: '{port.name}' holds complex numbers, expected {port.dtype}.")
         if port.kind == "time":
             array = np.broadcast_to(array.reshape(-1), rows) if array.size == 1 else array
         if port.dtype == "int64" and np.issubdtype(array.dtype, np.floating):

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from tqdit.engines.bundle import CALLS_FILE, Manifest
 from tqdit.engines.run.backend import Engine, open_engine
-from tqdit.errors import VerificationError
+from tqdit.errors import FileFormatError, UsageError, VerificationError
 from tqdit.files import read_npz
 from tqdit.golden import GoldenCalls, Verdict, verify
+from tqdit.ports import check_call
 
 
 def verify_bundle(folder: Path, manifest: Manifest) -> Verdict:
@@ -34,6 +35,16 @@ def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:
             f"{folder}: holds no golden calls. Export a quantized denoiser graph with a scale table of this version."
         )
     calls = GoldenCalls.of(read_npz(folder / CALLS_FILE))
+    signature = manifest.card.signature
+    try:
+        check_call(signature, calls.inputs)
+    except UsageError as error:
+        raise FileFormatError(f"{folder / CALLS_FILE}: {error} Build the engine again.") from error
+    if calls.prediction.shape[1:] != signature.output_shape:
+        raise FileFormatError(
+            f"{folder / CALLS_FILE}: predictions {calls.prediction.shape[1:]}, expected {signature.output_shape}. "
+            "Build the engine again."
+        )
     images = 1 if manifest.batch is None else manifest.batch.least
     rows = images * manifest.card.rows_per_image
 

@@ -10,18 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from tqdit.errors import CheckpointError, UsageError
+from tqdit.errors import CheckpointError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.recorded import recorded_model
-from tqdit.models.state import check_places
+from tqdit.models.state import check_places, is_finite, read_json
 
 RECORD = (
     "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
     "tqdit.record."
 )
+INDEX = "model_index.json"
+OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
 # Classes that tests/zoo takes through the whole flow; the command traces any other one in a child process.
 PROVEN = (
     "AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "CogVideoXTransformer3DModel", "Flux2Transformer2DModel",
@@ -67,9 +69,9 @@ def open_texts(folder: str) -> Any:
 
 def check_pipeline(folder: str) -> None:
     """Raises CheckpointError for anything but the directory of a pipeline, such as a transformer's alone."""
-    index = Path(folder) / "model_index.json"
+    index = Path(folder) / INDEX
     if not index.is_file():
-        raise CheckpointError(f"{folder}: no model_index.json in it. Pass the directory of a whole pipeline.")
+        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a whole pipeline.")
     if b'"transformers"' in index.read_bytes():
         need("transformers", "diffusers", "a pipeline of text")
 
@@ -82,7 +84,7 @@ def _read_network(source: str) -> nn.Module:
     diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
     name = dit.class_name(source)
     kind = getattr(diffusers, str(name), None)
-    if kind is None or not issubclass(kind, nn.Module):
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
     network: nn.Module = _from_pretrained(kind, dit.transformer_folder(source), Path(source))
     return network
@@ -106,10 +108,40 @@ def _without_bars() -> Iterator[None]:
 def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
     """In float32, which is what diffusers makes of every type unless it is told another one."""
     check_places(folder, root)
+    if (folder / INDEX).is_file():
+        _check_index(folder / INDEX)
     _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
         with _without_bars():
-            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: diffusers cannot load it ({reason}). Get the directory again.") from error
+            made = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
+    except Exception as error:  # its parts are of several libraries, which raise errors of all kinds
+        raise CheckpointError(
+            f"{folder}: diffusers cannot load it ({first_line(error)}). Get the directory again."
+        ) from error
+    for part, network in (getattr(made, "components", None) or {"": made}).items():
+        if isinstance(network, nn.Module):
+            _check_weights(folder / part, network)
+    return made
+
+
+def _check_weights(folder: Path, network: nn.Module) -> None:
+    """Refuse a network with weights that no file gave a value, or a value that is no number."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{folder}: its files lack '{name}'. Get the directory again.")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(f"{folder}: '{name}' holds NaN or infinite values. Get the directory again.")
+
+
+def _check_index(path: Path) -> None:
+    """Refuse parts that are not of diffusers or transformers: some versions of diffusers import what an index names."""
+    pipelines: Any = need("diffusers", "diffusers", "loading a diffusers directory").pipelines
+    for name, value in read_json(path).items():
+        if name == "_class_name" and not isinstance(value, str):
+            raise CheckpointError(f"{path}: the pipeline is of '{value}', whose code would run. {OWN_CODE}")
+        library = value[0] if isinstance(value, list) and value else None
+        if library in (None, "diffusers", "transformers"):
+            continue
+        ours = isinstance(library, str) and library.isidentifier() and hasattr(pipelines, library)
+        if not ours or (path.parent / name / f"{library}.py").exists():
+            raise CheckpointError(f"{path}: '{name}' is of '{library}', whose code would run. {OWN_CODE}")
