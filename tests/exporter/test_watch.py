@@ -2,7 +2,9 @@
 process at most."""
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,37 @@ def test_the_end_of_a_child_is_one_line(unknown, tmp_path, monkeypatch, capfd, a
 def test_a_child_that_fails_before_the_trace_says_so_itself(tmp_path, capfd):
     assert export_in_child(["model.txt"], "Toy", 1.0) == 2
     assert "ends in .onnx" in capfd.readouterr().err
+
+
+def test_a_child_that_a_library_ends_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UsageError, match="the trace of Toy ended with code 7 in loading the network"):
+        export_in_child(["model.onnx"], "Toy", 1.0)
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    """Also if the parent is killed, and cannot end it."""
+    sleeping = "import os, time; open('pid', 'w').write(str(os.getpid())); "
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif 'TQDIT_TRACE_PLACE' in os.environ:\n"
+        f"    from tqdit.exporter.watch import end_with_parent\n    end_with_parent()\n    {sleeping}time.sleep(600)\n"
+    )
+    code = "from tqdit.exporter.watch import export_in_child; export_in_child(['x.onnx'], 'Toy', 5.0)"
+    paths = os.pathsep.join([str(tmp_path), str(Path(tqdit.__file__).parents[1])])
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path)
+    file = tmp_path / "pid"
+    wait_for(lambda: file.is_file() and file.read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not Path("/proc", file.read_text(), "exe").exists())
+
+
+def wait_for(is_so, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_the_python_api_traces_in_its_own_process(unknown, tmp_path):

@@ -155,7 +155,7 @@ class Raising:
     def set_progress_bar_config(self, **_):
         pass
 
-    def __call__(self, *_, **__):
+    def __call__(self, prompt, generator, output_type, num_inference_steps=50):
         raise self.error
 
 

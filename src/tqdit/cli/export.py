@@ -76,10 +76,12 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
-    from tqdit.exporter.watch import PLACE, export_in_child
+    from tqdit.exporter.watch import PLACE, end_with_parent, export_in_child
     from tqdit.models.families.recorded import PROVEN, check_pipeline, open_texts
     from tqdit.models.load import load_model
 
+    if PLACE in os.environ:
+        end_with_parent()
     output: Path = args.output
     if output.suffix != ".onnx":
         raise UsageError(f"{output}: tqdit-export writes an ONNX file. Give it a name that ends in .onnx.")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,22 +84,34 @@ def export_in_child(arguments: Sequence[str], family: str, minutes: float) -> in
     """Run `tqdit export` with these arguments in a child process; its exit code.
 
     Raises UsageError, naming the check that the trace was in and the module that it entered last, if a signal ends the
-    child or if it takes longer than `minutes`.
+    child, if it takes longer than `minutes`, or if a library ends it. The child ends with this process.
     """
-    with tempfile.TemporaryDirectory(prefix="tqdit-") as folder:
+    stdin, held = os.pipe()  # nothing is ever written: the child reads its end when this process ends, however it does
+    with os.fdopen(stdin, "rb") as alive, os.fdopen(held, "wb"), tempfile.TemporaryDirectory(prefix="tqdit-") as folder:
         place = Path(folder, "place")
         command = [sys.executable, "-m", "tqdit.cli", "export", *arguments]
         try:
             code = subprocess.run(
-                command, env=os.environ | {PLACE: str(place)}, stdout=subprocess.DEVNULL, timeout=60 * minutes
-            ).returncode
-            problem = f"was ended by signal {-code} ({_name_of(-code)})"
+                command, env=os.environ | {PLACE: str(place)}, stdin=alive, stdout=subprocess.DEVNULL,
+                timeout=60 * minutes,
+            ).returncode  # fmt: skip
+            problem = f"was ended by signal {-code} ({_name_of(-code)})" if code < 0 else f"ended with code {code}"
         except subprocess.TimeoutExpired:
             code, problem = -1, f"took longer than {minutes:g} minutes (--trace-minutes)"
-        if code >= 0:
+        if code in (0, 1, 2):  # it has said why
             return code
         where = place.read_text(encoding="utf-8").rstrip(",") if place.is_file() else "loading the network"
     raise UsageError(f"the trace of {family} {problem} in {where}. PyTorch's exporter does not take this network.")
+
+
+def end_with_parent() -> None:
+    """In a child process of `export_in_child`: end it when the parent is gone, which may have been killed."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _name_of(number: int) -> str:
