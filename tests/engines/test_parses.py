@@ -12,6 +12,7 @@ from tqdit.cli.main import main
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.config import BuildConfig
 from tqdit.exporter.onnx_writer import write
+from tqdit.exporter.vae import DecoderGraph
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_inspect_and_lint_parse_their_file_once(source, parses, arguments):
 
 def test_a_decoder_is_parsed_once_too(tmp_path, parses):
     decoder = support.exported()[0]  # any graph will do
-    write(tmp_path / "model.onnx", *support.exported(), vae=(decoder, (8, 8)))
+    write(tmp_path / "model.onnx", *support.exported(), vae=DecoderGraph(decoder, 8, 8, None))
     parses.clear()
     build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino")
     assert set(parses.values()) == {1}

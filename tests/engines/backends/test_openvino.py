@@ -496,7 +496,7 @@ def test_the_decoder_is_diffusers_own(tmp_path, precision):
         shift_factor=0.1,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     model = support.tiny_model("diffusers", steps=4)
-    with pytest.warns(TqditWarning, match="scale 0.5 and shift 0.1"):
+    with pytest.warns(TqditWarning, match=r"scale 0\.5, shift 0\.1"):
         decoder = load_decoder(tmp_path / "vae", model)
     write(tmp_path / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
     config = BuildConfig(precision)

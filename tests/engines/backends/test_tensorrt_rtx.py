@@ -29,6 +29,7 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, UsageError
 from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
 from tqdit.exporter.onnx_writer import write
+from tqdit.exporter.vae import DecoderGraph
 from tqdit.models import families
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families import published
@@ -346,7 +347,9 @@ def test_a_decoder_becomes_an_engine_of_its_own(tmp_path):
     proto = onnx.parser.parse_model(DECODER)
     weight = numpy_helper.from_array(np.ones((3, 4, 3, 3), np.float32), "weight")
     proto.graph.initializer.append(weight)
-    write(tmp_path / "model.onnx", *support.exported(ExportConfig()), vae=(ir.from_proto(proto), (16, 16)))
+    write(
+        tmp_path / "model.onnx", *support.exported(ExportConfig()), vae=DecoderGraph(ir.from_proto(proto), 16, 16, None)
+    )
     manifest = build_engine(tmp_path / "model.onnx", tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.6",)))
     assert (manifest.entry, manifest.decoder) == ("engine.plan", "decoder.plan")
     assert sorted(manifest.files) == ["decoder.plan", "engine.plan"]
