@@ -77,6 +77,7 @@ class VaeCard:
     rows: int | None = None  # of each call, if the graph takes no other number
 
 
+SHIPPED = ("demo", "text")  # models that a user may name in place of a path
 AttentionForm = Literal["simulated", "fused", "integer", "float"]
 ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 ProductForm = Literal["integer", "simulated", "weight-only", "float"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdit.extras import need
 from tqdit.files import LOCK, check_writable, explain, lock_folder
 
 if TYPE_CHECKING:
+    from tqdit.models.model_card import PipelineCard
     from tqdit.models.recording import Recording
 
 SUMMARY = "find the scales that turn a float diffusion transformer into integers"
@@ -27,6 +29,7 @@ examples:
   tqdit-calibrate DiT-XL-2-256x256.pt -o xl.safetensors
   tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset ho
   tqdit-calibrate --preset paper --print                      every setting of a preset
+  tqdit-calibrate text                                        the text demo, W8A8
   tqdit-calibrate FLUX/ --prompts prompts.txt --steps 28      a pipeline of text: one prompt per line
   tqdit-calibrate FLUX/ --rows calls.safetensors              calls that were recorded before
 
@@ -37,8 +40,8 @@ rows stay there, for further searches; you may delete the folder. docs/calibrati
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", nargs="?", default="demo", metavar="MODEL", help="'demo', a DiT checkpoint (.pt, .safetensors) or a "
-        "diffusers directory (default: %(default)s)")  # fmt: skip
+    add("model", nargs="?", default="demo", metavar="MODEL", help="'demo', 'text', a DiT checkpoint (.pt, "
+        ".safetensors) or a diffusers directory (default: %(default)s)")  # fmt: skip
     add("-o", "--output", type=Path, default=Path("scales.safetensors"), help="scale table to write (default: "
         "%(default)s)")  # fmt: skip
     add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
@@ -101,24 +104,25 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         raise OutputError(f"{output}: exists and is not a scale table. Choose another name, or remove it.")
     if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
         raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
+    asked = _pipeline_card(args)
     for name in ("height", "width", "frames"):
         if (size := getattr(args, name)) is not None:
             check_count(f"--{name}", size, 1, MOST_SIDE)
-            if args.prompts is None:
+            if not asked.prompts:
                 raise UsageError(f"--{name} is of the images of --prompts. Leave it out.")
-    if args.prompts is not None and config.steps is not None and config.groups > config.steps:
+    if asked.prompts and config.steps is not None and config.groups > config.steps:
         raise UsageError(f"--groups is {config.groups}, --steps {config.steps}. Pass at most as many groups as steps.")
     work = args.work or output.with_name(f"{output.name}.work")
     check_writable(work / LOCK)
     if args.data is not None:
         check_data(args.data)
-    if args.prompts is not None and config.steps is not None:
+    if asked.prompts and config.steps is not None:
         check_group_count(config.groups, config.steps)
     started = time.monotonic()
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
-    recording = _recording(args, config, work, console)
-    if args.prompts is not None:  # the pipeline had it: its loop's, which is learned, or an input of its network
+    recording = _recording(args, asked, config, work, console)
+    if asked.prompts:  # the pipeline had it: its loop's, which is learned, or an input of its network
         config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface
     model = load_model(args.model, args.heads, interface=interface).to(device)
@@ -140,31 +144,49 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     return output
 
 
-def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path, console: Console) -> Recording | None:
-    """The calls of --rows, or those of a pipeline that runs here with --prompts and are kept in the work folder."""
+def _pipeline_card(args: argparse.Namespace) -> PipelineCard:
+    """The prompts that a pipeline is to run with, none for any other model, and the arguments of its calls."""
+    from tqdit.models.families import recorded
+    from tqdit.models.model_card import PipelineCard, read_pipeline_card
+
+    prompts = None if args.prompts is None else tuple(read_prompts(args.prompts))
+    if args.rows is not None or args.data is not None:
+        return PipelineCard()
+    known = recorded.matches(args.model)
+    card = read_pipeline_card(Path(recorded.folder_of(args.model))) if known else PipelineCard()
+    flags = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
+             "width": args.width, "num_frames": args.frames}  # fmt: skip
+    told = {name: value for name, value in flags.items() if value is not None}
+    return PipelineCard(call=card.call | told, prompts=card.prompts if prompts is None else prompts)
+
+
+def _recording(
+    args: argparse.Namespace, asked: PipelineCard, config: QuantizationConfig, work: Path, console: Console
+) -> Recording | None:
+    """The calls of --rows, or those of a pipeline that runs here with prompts and are kept in the work folder."""
     import torch
 
     from tqdit.calibration.rows import boundaries_of
     from tqdit.calibration.work import digest, versions
-    from tqdit.models.families.recorded import open_pipeline
+    from tqdit.models.families.recorded import folder_of, open_pipeline
     from tqdit.models.recorder import Recorder
     from tqdit.models.recording import Recording
 
     if args.rows is not None:
         return Recording.load(args.rows)
-    if args.prompts is None:
+    if not asked.prompts:
         return None
-    prompts = read_prompts(args.prompts)
-    chosen = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
-              "width": args.width, "num_frames": args.frames}  # fmt: skip
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in Path(args.model).rglob("*.*"))
+    prompts, chosen, folder = asked.prompts, asked.call, Path(folder_of(args.model))
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*.*"))
     kept = work / f"calls-{digest([files, prompts, config.seed, chosen, versions()])}.safetensors"
     if kept.is_file():
         console.say(f"recorded calls: kept from an earlier run in {kept}")
         return Recording.load(kept)
     pipeline = open_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
+    if console.quiet:
+        for library in ("diffusers", "transformers"):
+            logging.getLogger(library).setLevel(logging.ERROR)
     if unknown := {"prompt", *chosen} - inspect.signature(pipeline.__call__).parameters.keys():
         raise UsageError(f"{type(pipeline).__name__} takes no {', '.join(sorted(unknown))}. Leave it out.")
     with Recorder(pipeline) as recorder, console.bar(len(prompts), "recording the pipeline", "prompts") as bar:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdit.bounds import check_number
-from tqdit.card import ATTENTION_FORMS, GRAPHS
+from tqdit.card import ATTENTION_FORMS, GRAPHS, SHIPPED
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.extras import need
@@ -38,7 +38,7 @@ DEFAULT_SCALES = Path("scales.safetensors")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("output", nargs="?", type=Path, default=Path("model.onnx"), help="ONNX file to write (default: %(default)s)")
-    add("--model", help="'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers directory (default: "
+    add("--model", help="'demo', 'text', a DiT checkpoint (.pt, .safetensors) or a diffusers directory (default: "
         "the model that the scale table names, else demo)")  # fmt: skip
     scales = parser.add_mutually_exclusive_group()
     scales.add_argument("--scales", type=Path, help="scale table that tqdit-calibrate wrote (default: "
@@ -138,6 +138,6 @@ def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | Non
     from tqdit.quantization.table import read_scale_table
 
     table = read_scale_table(path)
-    if args.model is None and table.model != "demo" and not Path(table.model).exists():
+    if args.model is None and table.model not in SHIPPED and not Path(table.model).exists():
         raise UsageError(f"{path}: calibrated for '{table.model}', which is not there. Pass --model.")
     return table

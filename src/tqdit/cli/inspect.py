@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from tqdit import safetensors_file
-from tqdit.card import GraphCard
+from tqdit.card import SHIPPED, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, Verified, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
@@ -47,7 +47,7 @@ Facts = list[tuple[str, object]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo'")
+    parser.add_argument("file", metavar="FILE", help="a file or folder, or 'demo' or 'text'")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads of a checkpoint of unusual width")
     parser.add_argument("--lint", action="store_true", help="say what in an ONNX file makes a backend lose INT8, "
         "compute something else or refuse; exit code 1 if there are errors")  # fmt: skip
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
 
 
 def _check_plot(file: Path, plot: Path) -> None:
-    if (str(file) == "demo" or file.exists()) and not is_scale_table(file):
+    if (str(file) in SHIPPED or file.exists()) and not is_scale_table(file):
         raise UsageError(f"{file}: is not a scale table. --plot draws what tqdit-calibrate wrote.")
     if plot.suffix not in PICTURES:
         raise UsageError(f"--plot {plot}: unknown kind of picture. Name a file with {', '.join(PICTURES)}.")
@@ -92,8 +92,8 @@ def _check_plot(file: Path, plot: Path) -> None:
 def inspect(file: str, heads: int | None = None) -> Facts:
     """The facts about one file as (name, value) pairs. Raises TqditError if it is damaged or unknown."""
     path = Path(file)
-    if file != "demo" and not path.exists():
-        raise UsageError(f"{file}: no such file or folder. Pass a file, a folder or 'demo'.")
+    if file not in SHIPPED and not path.exists():
+        raise UsageError(f"{file}: no such file or folder. Pass a file, a folder, 'demo' or 'text'.")
     if (path / MANIFEST).is_file():
         return _bundle(path)
     if (path / INDEX).is_file():
@@ -253,8 +253,9 @@ def _checkpoint(file: str, heads: int | None) -> Facts:
     from tqdit.models.families import diffusers, recorded
     from tqdit.models.load import load_model
 
-    if file != "demo" and recorded.matches(file):
-        return [("kind", f"diffusers directory of a {diffusers.class_name(file)}"), ("next", recorded.RECORD)]
+    if recorded.matches(file):
+        family = diffusers.class_name(recorded.folder_of(file))
+        return [("kind", f"diffusers directory of a {family}"), ("next", recorded.RECORD)]
     model = load_model(file, heads)
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     return [

@@ -84,7 +84,7 @@ def load_decoder(source: Path | nn.Module, model: LoadedModel) -> Decoder:
     wanted = model.latents.decoder
     config: Mapping[str, Any]
     if isinstance(source, Path):
-        check_places(source, _root(source, model))  # which links must not leave
+        check_places(source, source.parent if source == model.vae_folder else source)  # which links must not leave
         config = check_decoder(source)
         name = config.get("_class_name")
     else:
@@ -115,10 +115,6 @@ def trace_decoder(decoder: Decoder, model: LoadedModel) -> DecoderGraph:
         _, _, *frames, height, width = decoder(latents[:1]).shape
     graph = trace_any_rows(decoder, {"latents": latents}, "image", OPSETS.start)
     return DecoderGraph(graph, int(height), int(width), int(frames[0]) if frames else None)
-
-
-def _root(folder: Path, model: LoadedModel) -> Path:
-    return Path(model.source) if folder == model.vae_folder else folder
 
 
 def _no_latents(model: LoadedModel) -> str:

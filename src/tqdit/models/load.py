@@ -14,7 +14,7 @@ from tqdit.models.model_card import ModelCard, card_path, read_model_card
 from tqdit.models.scratch import need_compiler
 from tqdit.registry import find_modules
 
-KNOWN = "Pass 'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers directory."
+KNOWN = "Pass 'demo', 'text', a DiT checkpoint (.pt, .safetensors) or a diffusers directory."
 
 
 def load_model(

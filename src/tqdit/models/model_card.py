@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tqdit.models.loaded import LoadedModel
 
 NAME = "model.json"  # in the directory of a model
-CORRECT = "Correct it (docs/guides/own-checkpoint.md), or rename it if another program wrote it."
+Card = TypeVar("Card", "ModelCard", "PipelineCard")
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +32,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_classes tells whether the last row of the class table is the null class of guidance (one row more than classes)
     or a class like the others (as many rows); 0: the model is unconditional. process: fields of `Diffusion` or `Flow`.
     """
+
+    GUIDE: ClassVar[str] = "own-checkpoint.md"
 
     space: Literal["latents", "pixels"] | None = None  # pixels: the state is an image in -1..1
     latent_scale: float | None = None  # state = scale (code - shift)
@@ -110,6 +112,15 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return SamplingSpec(process, sampler, own.steps if self.steps is None else self.steps)
 
 
+class PipelineCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tqdit-calibrate runs the pipeline of a directory (docs/guides/any-pipeline.md)."""
+
+    GUIDE: ClassVar[str] = "any-pipeline.md"
+
+    call: dict[str, str | int | float | bool | None] = {}  # arguments of each call, unless a flag says otherwise
+    prompts: tuple[str, ...] = ()  # if --prompts names no others
+
+
 def _with_classes(signature: Signature, classes: int | None) -> Signature:
     """With the last row of the class table as the null class, or as one of the classes."""
     label = signature.label
@@ -136,14 +147,24 @@ def card_path(source: Path) -> Path:
     return source.with_name(f"{Path(source.name.removesuffix('.index.json')).stem}.json")
 
 
+def read_pipeline_card(folder: Path) -> PipelineCard:
+    """The card of a pipeline's directory; an empty one if there is none. Raises CheckpointError if it is not one."""
+    return _read(folder / NAME, PipelineCard) or PipelineCard()
+
+
 def read_model_card(path: Path) -> ModelCard | None:
     """The card at `path`; None if there is none. Raises CheckpointError if it is not one."""
+    return _read(path, ModelCard)
+
+
+def _read(path: Path, kind: type[Card]) -> Card | None:
     if not path.is_file():
         return None
     check_place(path, path.parent)
-    with reading(path, JSON, CORRECT, ValueError, error=CheckpointError):
+    correct = f"Correct it (docs/guides/{kind.GUIDE}), or rename it if another program wrote it."
+    with reading(path, JSON, correct, ValueError, error=CheckpointError):
         text = read_text(path)
     try:
-        return msgspec.json.decode(text, type=ModelCard)
+        return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a model card ({error}). {CORRECT}") from error
+        raise CheckpointError(f"{path}: not a model card ({error}). {correct}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tqdit.demo.weights import TEXT, shipped_pipeline
 from tqdit.errors import CheckpointError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.interface import Interface
@@ -36,7 +37,12 @@ PROVEN = (
 def matches(source: Source) -> bool:
     if isinstance(source, nn.Module):
         return not dit.matches(source)
-    return isinstance(source, str) and Path(source).is_dir() and not dit.matches(source)
+    return source == TEXT or (isinstance(source, str) and Path(source).is_dir() and not dit.matches(source))
+
+
+def folder_of(source: str) -> str:
+    """The directory that MODEL names: that of the text demo, or itself."""
+    return str(shipped_pipeline()) if source == TEXT else source
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
@@ -49,35 +55,39 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
         raise UsageError(
             f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."
         )
-    network = source if isinstance(source, nn.Module) else _read_network(str(source))
-    return recorded_model(network, interface, name_of(source), dit.vae_folder(source))
+    if isinstance(source, nn.Module):
+        return recorded_model(source, interface, name_of(source))
+    folder = folder_of(str(source))
+    return recorded_model(_read_network(folder), interface, str(source), dit.vae_folder(folder))
 
 
 def open_pipeline(folder: str) -> Any:
     """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
-    check_pipeline(folder)
-    return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder))
+    root = check_pipeline(folder)
+    return _from_pretrained(diffusers.DiffusionPipeline, root, root)
 
 
 def open_texts(folder: str) -> Any:
     """The pipeline of a directory without its transformer and its VAE, in float32."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
-    check_pipeline(folder)
-    return _from_pretrained(diffusers.DiffusionPipeline, Path(folder), Path(folder), transformer=None, vae=None)
+    root = check_pipeline(folder)
+    return _from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=None, vae=None)
 
 
-def check_pipeline(folder: str) -> None:
-    """Raises CheckpointError for anything but the directory of a pipeline, such as a transformer's alone."""
-    index = Path(folder) / INDEX
+def check_pipeline(source: str) -> Path:
+    """The directory of a pipeline. Raises CheckpointError for any other, such as a transformer's alone."""
+    folder = Path(folder_of(source))
+    index = folder / INDEX
     if not index.is_file():
         raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a whole pipeline.")
     if b'"transformers"' in index.read_bytes():
         need("transformers", "diffusers", "a pipeline of text")
+    return folder
 
 
 def _kind(source: Source) -> str | None:
-    return type(source).__name__ if isinstance(source, nn.Module) else dit.class_name(str(source))
+    return type(source).__name__ if isinstance(source, nn.Module) else dit.class_name(folder_of(str(source)))
 
 
 def _read_network(source: str) -> nn.Module:
