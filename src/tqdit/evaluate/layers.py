@@ -297,7 +297,9 @@ def _bits(site: Site | None) -> int:
 def _touches(site: Site) -> bool:
     """Whether its integer form works on each element outside the product: x / r, x - b, and back."""
     scheme = site.quantizer.scheme
-    return scheme in ("asymmetric", "softmax_numerator") or (scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup))
+    return scheme in ("asymmetric", "softmax_numerator") or (
+        scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup)
+    )
 
 
 def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, Any]:

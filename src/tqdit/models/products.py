@@ -394,9 +394,9 @@ def find_products(
     row_blocks, folds = row_blocks or {}, {**seen.follower.folds(network), **(folds or {})}
     return tuple(
         Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows,
-                call.width)  # fmt: skip
+                call.width)
         for name, call in called.items()
-    )
+    )  # fmt: skip
 
 
 def _split_columns(network: nn.Module, name: str, widths: tuple[int, ...]) -> None:

@@ -40,7 +40,7 @@ class Launch:
 
 
 def run(kernel: Kernel, launch: Launch, inputs: tuple[Any, ...], output: Any) -> Any:
-    """Launch on tensors (PyTorch's, contiguous) of this device or of the interpreter; returns `output` (a tuple: several)."""
+    """Launch on contiguous tensors of this device or of the interpreter; returns `output`, a tensor or a tuple."""
     outputs = output if isinstance(output, tuple) else (output,)
     kernel.load()[(launch.programs,)](
         *inputs, *launch.scalars, *outputs, **dict(kernel.constants),

@@ -26,7 +26,7 @@ def quantize_attention(
 
     Ensures: operands are quantized as the table says, in the order of operations of docs/scale-table.md.
     form 'simulated': the rounding is float arithmetic and the products stay float.
-    form 'fused': the same values, with one node such as MultiRegionAttention for both products if a softmax has two regions.
+    form 'fused': the same values, with one node for both products if a softmax has two regions.
     form 'integer': operands pass Q/DQ; probabilities or numerators in two regions are split at their boundary into two
     products with one integer v, whose sum equals the simulated product up to rounding.
     """
