@@ -94,7 +94,7 @@ def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> N
     ) -> Tuple[trtp.TensorDesc, trtp.TensorDesc]:  # noqa: UP006
         reciprocals = scores.like()
         reciprocals.dtype = trt.DataType.FLOAT
-        reciprocals.shape_expr[3] = trtp.SymInt32(1)
+        reciprocals.shape_expr[3] = 1
         return scores.like(), reciprocals
 
     @trtp.autotune(name)
