@@ -146,12 +146,8 @@ def attention_inputs(rows: int, tokens: int) -> tuple[Tensor, ...]:
 SCALE = 3 / (40 * 40 * math.sqrt(HEAD))
 
 
-def fused_attention(
-    tokens: int, blocks: attention_plan.Blocks | None = None, numerators: bool = False
-) -> Call:  # fmt: skip
-    kernel = attention_plan.kernel(
-        "fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, SCALE, blocks, numerators=numerators
-    )  # fmt: skip
+def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None, numerators: bool = False) -> Call:
+    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, SCALE, blocks, numerators=numerators)
     no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
 
     def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
