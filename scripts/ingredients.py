@@ -190,7 +190,8 @@ def _rounded(p: Tensor, bits: int) -> Iterator[tuple[str, Iterator[Tensor]]]:
 
 
 def show_attention(tokens: list[int], bits: int, seeds: list[int]) -> list[dict[str, Any]]:
-    rows, deviation = [], np.zeros(4)
+    rows: list[dict[str, Any]] = []
+    deviation = np.zeros(4)
     for count, spread, mean in itertools.product(tokens, (1.0, 3.0), (0.0, 1.0)):
         found = [attention_errors(count, spread, mean, bits, seed) for seed in seeds]
         if not rows:
