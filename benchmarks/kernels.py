@@ -112,9 +112,16 @@ def compiled(call: Call) -> Call:
     return call if DRY_RUN else torch.compile(call, dynamic=False)
 
 
-def quantize(scores: Tensor, low_step: Tensor) -> Tensor:
+def quantize(scores: Tensor, low_step: Tensor, numerators: bool = False) -> Tensor:
     """What the op computes, as PyTorch operations; also the float64 reference."""
     p = torch.softmax(scores.float() if scores.dtype != torch.float64 else scores, -1)
+    if numerators:
+        largest = p.amax(-1, keepdim=True)
+        return round_in_regions(p / largest, low_step) * largest
+    return round_in_regions(p, low_step)
+
+
+def round_in_regions(p: Tensor, low_step: Tensor) -> Tensor:
     s1 = low_step.to(p.dtype).view(-1, 1, 1, 1)
     low = torch.round(p / s1)
     return torch.where(low <= TOP, low * s1, torch.clamp(torch.round(p / HIGH_STEP), max=TOP) * HIGH_STEP)
@@ -139,8 +146,8 @@ def attention_inputs(rows: int, tokens: int) -> tuple[Tensor, ...]:
 SCALE = 3 / (40 * 40 * math.sqrt(HEAD))
 
 
-def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None) -> Call:
-    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, SCALE, blocks)
+def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None, numerators: bool = False) -> Call:
+    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, SCALE, blocks, numerators=numerators)
     no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
 
     def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
@@ -150,10 +157,10 @@ def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None) ->
     return call
 
 
-def check_attention(call: Call, tokens: int) -> float:
+def check_attention(call: Call, tokens: int, numerators: bool = False) -> float:
     """Relative L2 error against float64; the rounding of the output to float16 alone is about 2e-4."""
     q, k, v, low_step = attention_inputs(2, tokens)
-    expected = quantize(q.double() @ k.double().mT * SCALE, low_step) @ v.double()
+    expected = quantize(q.double() @ k.double().mT * SCALE, low_step, numerators) @ v.double()
     out = call(q, k, v, low_step).double()
     error = float((out - expected).norm() / expected.norm())
     if not error < 3e-3:
@@ -176,6 +183,7 @@ def attention_timings(batch: int, tokens: int) -> list[Timing]:
 
     variants: dict[str, Call] = {
         "fused": fused_attention(tokens),
+        "fused, numerators": fused_attention(tokens, numerators=True),
         "eager": eager,
         "torch.compile": compiled(eager),
         "flash, not rounded": flash_attention,
@@ -317,6 +325,8 @@ def main() -> None:
         facts["sweep"] = sweep(args.tokens, args.batches)
     else:
         errors = {tokens: check_attention(fused_attention(tokens), tokens) for tokens in args.tokens}
+        for tokens in args.tokens:
+            check_attention(fused_attention(tokens, numerators=True), tokens, numerators=True)
         print("relative error of the fused attention against float64:", errors)
         copy_rate, product_rate = ceilings()
         timings = [t for batch in args.batches for t in select_timings(batch)]

@@ -2,20 +2,26 @@
 
     python scripts/ingredients.py                           W8A8, then the rows of Table III at W6A6
     python scripts/ingredients.py --bits 6 6 --presets ho tq-dit --seeds 0 1 2 --json rows.json
+    python scripts/ingredients.py --tokens 64 1024 4608     attention on random logits: schemes of the softmax
 
 Columns, all relative squared errors against the float model, averaged over seeds of the calibration:
     eps    predicted noise, on rows of chains that no calibration saw
     step   the same, each row weighted by what its eps error does to the sampler's next state
     x0     final samples of whole chains; the mean over images with its standard error over images and seeds
     median of x0 over images: the mean belongs to the few images whose content flips
+
+With --tokens no model runs. The table has the error of P V, relative and squared, with the best scale of each scheme
+at A of --bits: logits N(0, s^2), V N(m, 1) in 64 columns, 64 queries a seed, mean over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +39,12 @@ from tqdit.evaluate.paired import relative_errors
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
+from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
 
 TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
+QUERIES, SLICE = 64, 16  # of --tokens: in all, and at a time, which keeps memory small
 HELD_OUT_SEED = 10_000  # of chains that judge, away from every calibration
 
 
@@ -121,7 +131,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep calibration rows there (default: a temporary folder)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", nargs="+", type=int, help="of attention on random logits, without a model")
     args = parser.parse_args()
+    if args.tokens:
+        found = show_attention(args.tokens, (args.bits or (8, 8))[1], args.seeds)
+        if args.json:
+            facts = {"versions": versions(torch.device("cpu")), "rows": found}
+            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        return
     jobs = [(name, tuple(args.bits or (6, 6))) for name in args.presets or TABLE_III]
     if args.bits is None and args.presets is None:
         jobs.insert(0, ("tq-dit", (8, 8)))
@@ -141,6 +158,52 @@ def main() -> None:
     if args.json:
         facts = {"versions": versions(judge.model.device), "steps": args.steps, "rows": [asdict(row) for row in done]}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def attention_errors(tokens: int, spread: float, mean: float, bits: int, seed: int) -> dict[str, float]:
+    """Name of a scheme -> squared error of P V with its best scale, relative to P V."""
+    generator = torch.Generator().manual_seed(seed)
+    errors: dict[str, Tensor] = {}
+    energy = 0.0
+    v = mean + torch.randn(tokens, 64, generator=generator)
+    for _ in range(QUERIES // SLICE):
+        p = torch.softmax(spread * torch.randn(SLICE, tokens, generator=generator), -1)
+        energy += float((p @ v).square().sum())
+        for name, found in _rounded(p, bits):
+            error = torch.stack([((each - p) @ v).square().sum() for each in found])
+            errors[name] = errors.get(name, 0) + error
+    return {name: float(error.min()) / energy for name, error in errors.items()}
+
+
+def _rounded(p: Tensor, bits: int) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """P^ with each scale that a search tries, for each scheme."""
+    one, fixed = torch.ones(1), TwoRegionSoftmax.fixed(bits)
+    low = TwoRegionSoftmax.candidates("low_scale", one, one, bits, fixed)
+    regions = [{"low_scale": each, "high_scale": torch.tensor(fixed["high_scale"])} for each in low]
+    steps = torch.linspace(0.01, 1.2, 25) * p.max() / ((1 << (bits - 1)) - 1)
+    largest = p.amax(-1, keepdim=True)
+    yield "one scale", (Symmetric.fake_quantize(p, bits, {"scale": step}) for step in steps)
+    yield "probabilities", (TwoRegionSoftmax.fake_quantize(p, bits, each) for each in regions)
+    yield "numerators", (SoftmaxNumerator.fake_quantize(p, bits, each) for each in regions)
+    numerators = (TwoRegionSoftmax.fake_quantize(p / largest, bits, each) for each in regions)
+    yield "numerators over their rounded sum", (each / each.sum(-1, keepdim=True) for each in numerators)
+
+
+def show_attention(tokens: list[int], bits: int, seeds: list[int]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    deviation = np.zeros(4)
+    for count, spread, mean in itertools.product(tokens, (1.0, 3.0), (0.0, 1.0)):
+        found = [attention_errors(count, spread, mean, bits, seed) for seed in seeds]
+        if not rows:
+            print(f"A{bits}\n| tokens | s | m | " + " | ".join(found[0]) + " |\n" + "|---" * (3 + len(found[0])) + "|")
+        rows.append({"tokens": count, "spread": spread, "mean": mean, "bits": bits, "seeds": seeds, "errors": found})
+        errors = np.array([list(each.values()) for each in found])  # (seeds, schemes)
+        average = errors.mean(0)
+        deviation = np.maximum(deviation, np.abs(errors / average - 1).max(0))
+        cells = " | ".join(f"{error:.1e}" for error in average)
+        print(f"| {count} | {spread:g} | {mean:g} | {cells} |", flush=True)
+    print("| a seed's largest deviation | | | " + " | ".join(f"{share:.0%}" for share in deviation) + " |")
+    return rows
 
 
 def _typed(changes: dict[str, str]) -> dict[str, Any]:

@@ -29,11 +29,16 @@ def tensor(array: np.ndarray, floats: str | None = None) -> torch.Tensor:
 
 def launched(kernel, launch, inputs, shape, floats) -> np.ndarray:
     """The result as float32; what the kernel does not write stays 12345."""
-    out = torch.full(shape, 12345.0, dtype=TYPES[floats], device=DEVICE)
+    return launched_with(kernel, launch, inputs, [(shape, floats)])[0]
+
+
+def launched_with(kernel, launch, inputs, outputs) -> list[np.ndarray]:
+    """As above, several results of these shapes and types."""
+    out = tuple(torch.full(shape, 12345.0, dtype=TYPES[floats], device=DEVICE) for shape, floats in outputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter computes -inf - -inf in NumPy
         kernels.run(kernel, launch, inputs, out)
-    return out.float().cpu().numpy()
+    return [each.float().cpu().numpy() for each in out]
 
 
 def run_softmax(scores, low_step, bits, high_step, floats="fp32"):
@@ -43,6 +48,15 @@ def run_softmax(scores, low_step, bits, high_step, floats="fp32"):
     return launched(kernel, launch, (tensor(scores, floats), tensor(low_step)), scores.shape, floats)
 
 
+def run_numerator(scores, low_step, bits, high_step, floats="fp32"):
+    """(numerators, reciprocals of their sums)."""
+    images, heads, queries, columns = scores.shape
+    kernel = softmax.kernel(floats, columns, bits, high_step, numerators=True)
+    launch = softmax.launch(kernel, images, heads, queries, len(low_step))
+    outputs = [(scores.shape, floats), ((*scores.shape[:3], 1), "fp32")]
+    return launched_with(kernel, launch, (tensor(scores, floats), tensor(low_step)), outputs)
+
+
 def run_select(timestep, boundaries, table, floats="fp32"):
     kernel = select.kernel(floats, len(boundaries))
     shape = (len(timestep), *table.shape[1:])
@@ -50,23 +64,30 @@ def run_select(timestep, boundaries, table, floats="fp32"):
     return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)
 
 
-def run_attention(q, k, v, mask, low_step, bits, high_step, scale, floats="fp32", blocks=None):
+def run_attention(q, k, v, mask, low_step, bits, high_step, scale, floats="fp32", blocks=None,
+                  numerators=False):  # fmt: skip
     images, heads, queries, head = q.shape
-    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, scale, blocks, mask.shape[1:])
+    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, scale, blocks, mask.shape[1:],
+                              numerators)  # fmt: skip
     launch = attention.launch(kernel, images, heads, len(low_step), len(mask))
     inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(mask), tensor(low_step))
     return launched(kernel, launch, inputs, q.shape, floats)
 
 
-def regions(scores: np.ndarray, low_step: np.ndarray, bits: int, high_step: float) -> tuple[np.ndarray, np.ndarray]:
+def regions(
+    scores: np.ndarray, low_step: np.ndarray, bits: int, high_step: float, numerators: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """(quantized probabilities, how far each may be off because its quotient lies at a rounding tie), in float64.
+
+    numerators: those of the quantized numerators.
 
     At a tie the last bit of a float32 operation decides, and the two neighbouring codes are both right.
     """
     top = 2 ** (bits - 1) - 1
     s1 = low_step.astype(np.float64).reshape(-1, 1, 1, 1)
     exponent = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True).astype(np.float64))
-    p = exponent / exponent.sum(-1, keepdims=True)
+    total = exponent.sum(-1, keepdims=True)
+    p = exponent if numerators else exponent / total
 
     def rounded(step):
         exact = p / step
@@ -78,4 +99,4 @@ def regions(scores: np.ndarray, low_step: np.ndarray, bits: int, high_step: floa
     between = np.abs(np.minimum(high, top) * high_step - top * s1)  # from one region to the other
     off = np.where(low_tie & (np.abs(low - top) <= 1), np.maximum(between + high_step, s1),
                    np.where(is_low, low_tie * s1, high_tie * high_step))  # fmt: skip
-    return quantized, off
+    return (quantized / total, off / total) if numerators else (quantized, off)

@@ -9,6 +9,7 @@ import numpy as np
 
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
 from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
@@ -30,6 +31,7 @@ class Kind:
     everywhere: bool = False  # time groups on every activation, not on the softmax alone
     conditioning_inputs: bool = False
     uniform_softmax: bool = False  # one scale for probabilities
+    numerators: bool = False  # two regions of numerators
     equalised: bool = False  # inputs of linear layers have divisors
 
 
@@ -155,4 +157,5 @@ def softmax(kind: Kind, rng: np.random.Generator) -> TwoRegionSoftmax:
     shape = () if kind.groups == 1 else (kind.groups,)
     low = (high * 2.0 ** -rng.integers(1, bits, shape)).astype(np.float32).reshape(shape)
     granularity = PerTensor() if kind.groups == 1 else PerTimestepGroup(kind.groups)
-    return TwoRegionSoftmax(bits, granularity, low, high.reshape(()))
+    scheme = SoftmaxNumerator if kind.numerators else TwoRegionSoftmax
+    return scheme(bits, granularity, low, high.reshape(()))

@@ -20,7 +20,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from support import tiny_model
-from tqdit.calibration import capture, flow
+from tqdit.calibration import capture, flow, layers
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
@@ -121,6 +121,41 @@ def test_equalised_channels_leave_less_error_where_channels_differ(tmp_path: Pat
     assert equalised.errors["blocks.0.mlp.fc1"] < plain.errors["blocks.0.mlp.fc1"] / 2
     assert eps_error(model, equalised) < eps_error(model, plain)
     assert all(site.divisor is None for site in equalised.sites if site.module.endswith("fc2"))  # nothing could divide
+
+
+@pytest.mark.parametrize(
+    ("softmax", "threshold", "expected"),
+    [
+        ("two-region", 17, "softmax"),
+        ("two-region", 16, "softmax_numerator"),
+        ("auto", 16, "softmax_numerator"),
+        ("probability", 16, "softmax"),
+        ("numerator", 17, "softmax_numerator"),
+        ("uniform", 16, "symmetric"),
+    ],
+)
+def test_numerators_are_taken_from_a_number_of_keys_on(
+    monkeypatch: pytest.MonkeyPatch, softmax: str, threshold: int, expected: str
+) -> None:
+    """The tiny model has 16 tokens."""
+    monkeypatch.setattr(layers, "NUMERATOR_KEYS", threshold)
+    plans = {each.name: each for each in layers.plan(tiny_model(), QuantizationConfig(softmax=softmax, groups=3))}
+    probabilities = plans["blocks.1.attn.value_product"].operands["left"]
+    assert (probabilities.scheme, probabilities.scales) == (expected, 3)
+    assert plans["blocks.1.attn.scores"].operands["left"].scheme == "symmetric"
+
+
+def test_numerators_are_calibrated_and_leave_less_error_than_probabilities(tmp_path: Path) -> None:
+    """Of value products at 4 bits, each in the search's own metric."""
+    model, errors = tiny_model(), {}
+    for softmax in ("probability", "numerator"):
+        config = replace(PRESETS["tq-dit"], softmax=softmax, activation_bits=4, **SMALL)
+        table = calibrate(model, config, tmp_path).table
+        quantizer = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
+        assert quantizer.scheme == {"probability": "softmax", "numerator": "softmax_numerator"}[softmax]
+        assert quantizer.granularity == PerTimestepGroup(3)
+        errors[softmax] = [error for name, error in table.errors.items() if name.endswith("value_product")]
+    assert sum(errors["numerator"]) < sum(errors["probability"])
 
 
 def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

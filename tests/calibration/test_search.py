@@ -20,6 +20,7 @@ from tqdit.calibration.problem import Problem, make_problem
 from tqdit.models.products import Product
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
 from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
 
@@ -53,7 +54,7 @@ def linear_problem(
 
 def attention_problem(scheme: Any, bits: int, scales: int, config: QuantizationConfig = CONFIG) -> Problem:
     scores = random(ROWS, 2, TOKENS, TOKENS) * 2 ** (GROUP + 1)[:, None, None, None]
-    left = torch.softmax(scores, -1) if scheme == "softmax" else scores
+    left = torch.softmax(scores, -1) if scheme.startswith("softmax") else scores
     right, g2 = random(ROWS, 2, TOKENS, 8, seed=2), torch.exp(random(ROWS, 2, TOKENS, 8, seed=3))
     plan = LayerPlan(
         Product("m", "attention"),
@@ -69,7 +70,7 @@ PROBLEMS = [
     ("weight per tensor", linear_problem("symmetric", 6, 1, 1)),
     ("weight in two blocks", linear_problem("symmetric", 6, 1, 2)),
     *((f"attention {scheme} {bits} bits, {scales} scales", attention_problem(scheme, bits, scales))
-      for scheme in ("symmetric", "softmax") for bits in (4, 8) for scales in (1, GROUPS)),
+      for scheme in ("symmetric", "softmax", "softmax_numerator") for bits in (4, 8) for scales in (1, GROUPS)),
 ]  # fmt: skip
 problems = pytest.mark.parametrize("problem", [p for _, p in PROBLEMS], ids=[name for name, _ in PROBLEMS])
 
@@ -164,6 +165,10 @@ def test_solutions_become_entries_of_the_table() -> None:
     softmax = entry(attention_problem("softmax", 6, GROUPS), "left")
     assert isinstance(softmax, TwoRegionSoftmax)
     assert np.isin(softmax.high_scale / softmax.low_scale, 2.0 ** np.arange(6)).all()
+    numerator = entry(attention_problem("softmax_numerator", 6, GROUPS), "left")
+    assert type(numerator) is SoftmaxNumerator
+    assert numerator.granularity == PerTimestepGroup(GROUPS)
+    assert np.isin(numerator.high_scale / numerator.low_scale, 2.0 ** np.arange(6)).all()
 
 
 def test_a_layer_that_nothing_weighs_keeps_its_range_based_scales() -> None:

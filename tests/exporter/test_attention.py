@@ -95,7 +95,15 @@ def some_rows(model):
     return inputs
 
 
-@pytest.mark.parametrize("kind", [Kind(), Kind(groups=4, everywhere=True)], ids=["W8A8", "4 groups everywhere"])
+KINDS = {
+    "W8A8": Kind(),
+    "4 groups everywhere": Kind(groups=4, everywhere=True),
+    "numerators": Kind(numerators=True),
+    "numerators, 4 groups everywhere": Kind(groups=4, everywhere=True, numerators=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("form", ["simulated", "fused", "integer"])
 def test_each_form_equals_the_fake_quantized_network(traced, form, kind):
     model, trace = traced
@@ -105,16 +113,19 @@ def test_each_form_equals_the_fake_quantized_network(traced, form, kind):
     expected = apply(model, table)(inputs)
     assert_agrees(run_graph(graph, inputs), expected)
     assert np.linalg.norm(expected - model(inputs)) > 1e-3 * np.linalg.norm(expected)  # it is quantized at all
-    fused = [node for node in graph.graph if node.op_type == "MultiRegionAttention"]
+    op_type = "MultiRegionNumeratorAttention" if kind.numerators else "MultiRegionAttention"
+    fused = [node for node in graph.graph if node.op_type == op_type]
     assert len(fused) == (len(ATTENTIONS) + 2 if form == "fused" else 0)
 
 
+@pytest.mark.parametrize("numerators", [False, True])
 @pytest.mark.parametrize("form", ["simulated", "fused"])
-def test_masks_stay_float32_in_a_float16_graph(traced, form):
+def test_masks_stay_float32_in_a_float16_graph(traced, form, numerators):
     """-1e30 is beyond float16. 5 % of the output (relative L2) leaves room for flipped codes of nine attentions."""
     model, trace = traced
     inputs = some_rows(model)
-    graph, card = finish_graph(trace.clone(), model, ExportConfig(attention=form), make_table(model, Kind()))
+    table = make_table(model, Kind(numerators=numerators))
+    graph, card = finish_graph(trace.clone(), model, ExportConfig(attention=form), table)
     expected = run_graph(graph, inputs)
     graph = ir.from_proto(ir.to_proto(graph))  # as a builder reads it
     cast_floats(graph, card, "fp16")

@@ -33,6 +33,7 @@ KINDS = {
     "W8A8": Kind(),
     "W8A8 asymmetric": Kind(asymmetric=True),
     "W8A8 10 softmax groups": Kind(groups=10),
+    "W8A8 numerators, 10 groups": Kind(groups=10, numerators=True),
     "W8A8 10 groups everywhere, asymmetric": Kind(groups=10, everywhere=True, asymmetric=True),
     "W6A6 10 groups everywhere": Kind(6, 6, groups=10, everywhere=True),
     "W6A6 asymmetric": Kind(6, 6, asymmetric=True),

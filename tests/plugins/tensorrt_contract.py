@@ -70,7 +70,7 @@ trt.DimsExprs = lambda length: [None] * length
 _tensor.SymExprImpl = lambda expr: expr._expr.value
 
 
-def drive(name, kinds, out_kind, shapes, attributes, dynamic):
+def drive(name, kinds, out_kinds, shapes, attributes, dynamic):
     """All calls of one plugin in TensorRT's order; the inputs `dynamic` have a batch for their first dimension."""
     definition = _lib.QDP_REGISTRY[f"tqdit::{name}"]
     plugin = _plugin_class._TemplateAOTPlugin(name, "tqdit", definition.num_outputs)
@@ -81,25 +81,27 @@ def drive(name, kinds, out_kind, shapes, attributes, dynamic):
         [Size.of(size, constant=i > 0 or j not in dynamic) for i, size in enumerate(shape)]
         for j, shape in enumerate(shapes)
     ]
-    (out_shape,) = plugin.get_output_shapes(sizes, [], Builder())
+    out_shapes = plugin.get_output_shapes(sizes, [], Builder())
     in_out = [described(kind, shape) for kind, shape in zip(kinds, shapes, strict=True)]
-    in_out.append(described(out_kind, [size.value for size in out_shape]))
+    for kind, shape in zip(out_kinds, out_shapes, strict=True):
+        in_out.append(described(kind, [size.value for size in shape]))
+    inputs, outputs = in_out[: len(kinds)], in_out[len(kinds) :]
     combinations = plugin.get_supported_format_combinations(in_out, len(kinds))
-    plugin.configure_plugin(in_out[:-1], in_out[-1:])
+    plugin.configure_plugin(inputs, outputs)
     tactics = plugin.get_valid_tactics()
     kernels = []
     for tactic in tactics or [0]:
         plugin.set_tactic(tactic)
         launch, scalars = SimpleNamespace(), Setter()
         plugin.get_launch_params(sizes, in_out, len(kinds), launch, scalars, Builder())
-        entry, ptx = plugin.get_kernel([each.desc for each in in_out[:-1]], [in_out[-1].desc])
+        entry, ptx = plugin.get_kernel([each.desc for each in inputs], [each.desc for each in outputs])
         kernels.append(
             {"entry": entry, "launch": vars(launch), "scalars": [scalars[i] for i in range(scalars.nbSymExprs)],
              "parameters": ptx.decode().split(".visible .entry")[1].split(")")[0].count(".param ")}
         )  # fmt: skip
     return {
         "out_types": [str(kind) for kind in types],
-        "out_shape": [size.value for size in out_shape],
+        "out_shapes": [[size.value for size in shape] for shape in out_shapes],
         "combinations": len(combinations) // len(in_out),
         "attributes": definition.aot_impl_attr_names,
         "kernels": kernels,
@@ -113,25 +115,15 @@ def main():
     attention = {"bits": 8, "high_step": 1 / 127, "scale": 0.01}
     results = {
         "TimeGroupSelect": drive(
-            "TimeGroupSelect", (integer, integer, single), single, [(70,), (9,), (10, 1, 1, 3)], {}, {0}
-        ),
-        "MultiRegionSoftmax": drive(
-            "MultiRegionSoftmax",
-            (half, single),
-            half,
-            [(3, 2, 50, 50), (3,)],
-            {"bits": 8, "high_step": 1 / 127},
-            {0, 1},
-        ),
-        "MultiRegionAttention": drive(
-            "MultiRegionAttention",
-            (half, half, half, single, single),
-            half,
-            [(3, 2, 200, 72)] * 3 + [(3, 1, 1, 200), (3,)],
-            attention,
-            {0, 1, 2, 3, 4},
+            "TimeGroupSelect", (integer, integer, single), (single,), [(70,), (9,), (10, 1, 1, 3)], {}, {0}
         ),
     }
+    for name, outputs in (("MultiRegionSoftmax", (half,)), ("MultiRegionNumerator", (half, single))):
+        shapes, attributes = [(3, 2, 50, 50), (3,)], {"bits": 8, "high_step": 1 / 127}
+        results[name] = drive(name, (half, single), outputs, shapes, attributes, {0, 1})
+    for name in ("MultiRegionAttention", "MultiRegionNumeratorAttention"):
+        kinds, shapes = (half, half, half, single, single), [(3, 2, 200, 72)] * 3 + [(3, 1, 1, 200), (3,)]
+        results[name] = drive(name, kinds, (half,), shapes, attention, {0, 1, 2, 3, 4})
     sys.stdout.write(json.dumps(results) + "\n")
 
 

@@ -29,6 +29,8 @@ def kernels_of(floats):
         softmax.kernel(floats, 256, 8, 1 / 127),
         attention.kernel(floats, 256, 256, 72, 8, 1 / 127, SCALE),
         attention.kernel(floats, 1024, 1024, 72, 8, 1 / 127, SCALE),
+        attention.kernel(floats, 32_760, 32_760, 128, 8, 1 / 127, SCALE, numerators=True),
+        softmax.kernel(floats, 32_760, 8, 1 / 127, numerators=True),
         attention.kernel(floats, 256, 256, 72, 8, 1 / 127, SCALE, mask=(1, 1, 256)),
     ]
 
@@ -48,7 +50,7 @@ def entry_parameters(ptx, name):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(6))
 def test_kernels_compile_for_every_capability(index, capability):
     kernel = kernels_of("fp16")[index]
     compiled = aot.compile_kernel(kernel, capability)

@@ -22,7 +22,7 @@ def test_every_kernel_is_checked_and_every_variant_timed(tmp_path):
     variants = {(each["kernel"], each["variant"]) for each in facts["timings"]}
     assert {kernel for kernel, _ in variants} == {"TimeGroupSelect", "MultiRegionSoftmax", "MultiRegionAttention"}
     assert {name for kernel, name in variants if kernel == "MultiRegionAttention"} == {
-        "fused", "fused, again", "eager", "torch.compile", "flash, not rounded",
+        "fused", "fused, again", "fused, numerators", "eager", "torch.compile", "flash, not rounded",
     }  # fmt: skip
 
 

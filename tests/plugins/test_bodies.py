@@ -9,23 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from kernel_device import regions, run_attention, run_softmax
+from kernel_device import regions, run_attention, run_numerator, run_softmax
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
 from tqdit.plugins.multi_region_attention import schema as attention_schema
+from tqdit.plugins.multi_region_attention.reference import multi_region_attention
+from tqdit.plugins.multi_region_numerator import schema as numerator_schema
+from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
+from tqdit.plugins.multi_region_numerator_attention import schema as numerator_attention_schema
+from tqdit.plugins.multi_region_numerator_attention.reference import multi_region_numerator_attention
 from tqdit.plugins.multi_region_softmax import schema as softmax_schema
 from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
 from tqdit.plugins.time_group_select import schema as select_schema
 from tqdit.plugins.time_group_select.reference import time_group_select
 
 
-def run(schema, inputs, attributes, rank=4, inline=False, out_kind=TensorProto.FLOAT):
+def run(schema, inputs, attributes, rank=4, inline=False, out_kind=TensorProto.FLOAT, outputs=1):
     """One node of a custom op, with its body, in ONNX Runtime without optimisations."""
-    node = helper.make_node(schema.OP_TYPE, list(inputs), ["out"], domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
+    names = ["out", "out_2"][:outputs]
+    node = helper.make_node(schema.OP_TYPE, list(inputs), names, domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
     kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64,
              np.dtype(np.float16): TensorProto.FLOAT16}  # fmt: skip
     values = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in inputs.items()]
-    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("out", out_kind, [None] * rank)])
+    made = [helper.make_tensor_value_info(name, out_kind, [None] * rank) for name in names]
+    graph = helper.make_graph([node], "g", values, made)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[schema.body()], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
@@ -35,7 +42,8 @@ def run(schema, inputs, attributes, rank=4, inline=False, out_kind=TensorProto.F
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)[0]
+    found = session.run(None, inputs)
+    return found[0] if outputs == 1 else found
 
 
 @settings(max_examples=25, deadline=None)
@@ -72,6 +80,25 @@ def test_multi_region_softmax_equals_its_reference(bits, rows, inline):
     assert (np.abs(out - expected) > 1e-6).mean() <= 1e-4
 
 
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_multi_region_numerator_equals_its_reference(bits, rows, inline):
+    """The body divides probabilities by the largest, the reference takes exponentials: the last bits differ."""
+    rng = np.random.default_rng(bits)
+    high = 1 / (2 ** (bits - 1) - 1)
+    scores = rng.normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
+    scores[..., :3] = -1e30  # masked
+    low_step = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
+    inputs, attributes = {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high}
+    out, reciprocals = run(numerator_schema, inputs, attributes, inline=inline, outputs=2)
+    expected, sums = multi_region_numerator(scores, low_step, bits, high)
+    assert (np.abs(out - expected) > 1e-6).mean() <= 5e-4
+    np.testing.assert_allclose(reciprocals, sums, rtol=1e-6)
+    assert (out[..., :3] == 0).all()
+    assert (out.max(-1) == np.float32(high) * np.float32(2 ** (bits - 1) - 1)).all()  # the largest numerator is 1
+
+
 def test_extreme_scores():
     """All equal, one-hot, masked; a row of -inf gives NaN as Softmax does."""
     scores = np.zeros((1, 1, 4, 4), np.float32)
@@ -97,11 +124,19 @@ def attention_case(bits, rows=3, head=24, tokens=17):
     return inputs, {"bits": bits, "high_step": high, "scale": 2e-4}
 
 
-def assert_attends(out, inputs, attributes, precision=2e-6):
+ATTENTIONS = {
+    "probabilities": (attention_schema, multi_region_attention),
+    "numerators": (numerator_attention_schema, multi_region_numerator_attention),
+}
+attentions = pytest.mark.parametrize("values", ATTENTIONS)
+
+
+def assert_attends(out, inputs, attributes, values="probabilities", precision=2e-6):
     """A code may differ where its quotient lies at a rounding tie."""
     q, k, v = (inputs[name].astype(np.float64) for name in "qkv")
     scores = q @ k.swapaxes(-1, -2) * np.float32(attributes["scale"]) + np.maximum(inputs["mask"], -1e30)
-    p, off = regions(scores, inputs["low_step"], attributes["bits"], np.float32(attributes["high_step"]))
+    steps = inputs["low_step"], attributes["bits"], np.float32(attributes["high_step"])
+    p, off = regions(scores, *steps, numerators=values == "numerators")
     assert (np.abs(out - p @ v) <= precision * (p @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6).all()
     assert (off > 0).mean() < 0.02
 
@@ -109,29 +144,41 @@ def assert_attends(out, inputs, attributes, precision=2e-6):
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("rows", [1, 3])
-def test_multi_region_attention_equals_its_reference(bits, rows, inline):
+@attentions
+def test_the_attention_bodies_equal_their_references(values, bits, rows, inline):
+    schema, reference = ATTENTIONS[values]
     inputs, attributes = attention_case(bits, rows)
-    assert_attends(run(attention_schema, inputs, attributes, inline=inline), inputs, attributes)
+    assert_attends(reference(**inputs, **attributes), inputs, attributes, values)
+    assert_attends(run(schema, inputs, attributes, inline=inline), inputs, attributes, values)
 
 
-def test_the_attention_body_takes_float16_and_computes_in_float32():
+@attentions
+def test_the_attention_bodies_take_float16_and_compute_in_float32(values):
     inputs, attributes = attention_case(8)
     small = {name: value.astype(np.float16) if name in "qkv" else value for name, value in inputs.items()}
-    out = run(attention_schema, small, attributes, out_kind=TensorProto.FLOAT16)
+    out = run(ATTENTIONS[values][0], small, attributes, out_kind=TensorProto.FLOAT16)
     assert out.dtype == np.float16
-    assert_attends(out.astype(np.float32), inputs, attributes, precision=2**-10)
+    assert_attends(out.astype(np.float32), inputs, attributes, values, precision=2**-10)
 
 
+@attentions
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_kernels_equal_the_bodies(bits):
+def test_kernels_equal_the_bodies(bits, values):
     """Both have the reference's tolerance; together they may differ in the codes at ties alone."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
     inputs, attributes = attention_case(bits)
-    body = run(attention_schema, inputs, attributes)
-    kernel = run_attention(*inputs.values(), bits, attributes["high_step"], attributes["scale"])
+    body = run(ATTENTIONS[values][0], inputs, attributes)
+    numerators = values == "numerators"
+    kernel = run_attention(*inputs.values(), bits, attributes["high_step"], attributes["scale"], numerators=numerators)
     moved = (np.abs(body - kernel) > 1e-5 * np.abs(body).max()).any(axis=-1)
     assert moved.mean() <= 0.02  # rows of queries with a flipped code
     scores = np.random.default_rng(0).normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
     low_step, high = inputs["low_step"], attributes["high_step"]
-    body = run(softmax_schema, {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high})
+    attributes = {"bits": bits, "high_step": high}
+    if numerators:
+        body = run(numerator_schema, {"scores": scores, "low_step": low_step}, attributes, outputs=2)
+        for of_body, of_kernel in zip(body, run_numerator(scores, low_step, bits, high), strict=True):
+            assert (np.abs(of_body - of_kernel) > 1e-6).mean() <= 1e-3
+        return
+    body = run(softmax_schema, {"scores": scores, "low_step": low_step}, attributes)
     assert (np.abs(body - run_softmax(scores, low_step, bits, high)) > 1e-6).mean() <= 1e-3

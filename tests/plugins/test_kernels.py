@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_device import DEVICE, NO_MASK, regions, run_attention, run_select, run_softmax
+from kernel_device import DEVICE, NO_MASK, regions, run_attention, run_numerator, run_select, run_softmax
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS
 from tqdit.plugins.multi_region_attention.plan import Blocks
 from tqdit.plugins.multi_region_attention.plan import kernel as attention_kernel
 from tqdit.plugins.multi_region_attention.reference import multi_region_attention
+from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
 from tqdit.plugins.multi_region_softmax.plan import kernel as softmax_kernel
 from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
 from tqdit.plugins.time_group_select.reference import time_group_select
@@ -40,14 +41,14 @@ def low_steps(rng, rows, bits, any_step=False):
     return (high_step(bits) * 2.0**-exponent).astype(np.float32)
 
 
-def assert_quantized(out, scores, low_step, bits, high, floats="fp32"):
-    expected, off = regions(scores, low_step, bits, high)
+def assert_quantized(out, scores, low_step, bits, high, floats="fp32", numerators=False):
+    expected, off = regions(scores, low_step, bits, high, numerators)
     assert (np.abs(out - expected) <= PRECISION[floats] * expected + 1.001 * off).all()
 
 
-def assert_attended(out, q, k, v, low_step, bits, high, scale, floats="fp32", mask=NO_MASK):
+def assert_attended(out, q, k, v, low_step, bits, high, scale, floats="fp32", mask=NO_MASK, numerators=False):
     q, k, v = (each.astype(np.float64) for each in (q, k, v))
-    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale + mask, low_step, bits, high)
+    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale + mask, low_step, bits, high, numerators)
     bound = PRECISION[floats] * (quantized @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6
     assert (np.abs(out - quantized @ v) <= bound).all()
     assert (off > 0).mean() < 0.02  # nearly everything is compared
@@ -87,6 +88,8 @@ def test_multi_region_softmax(data):
     high = high_step(bits, data.draw(st.booleans()))
     out = run_softmax(scores, low, bits, high, floats)
     assert_quantized(out, scores, low, bits, np.float32(high), floats)
+    numerators, reciprocals = run_numerator(scores, low, bits, high, floats)
+    assert_quantized(numerators * reciprocals, scores, low, bits, np.float32(high), floats, numerators=True)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -96,6 +99,10 @@ def test_multi_region_softmax_equals_its_float32_reference(bits):
     scores, low = rng.normal(0, 3, (4, 2, 30, 64)).astype(np.float32), low_steps(rng, 4, bits)
     out = run_softmax(scores, low, bits, high_step(bits))
     assert (out != multi_region_softmax(scores, low, bits, high_step(bits))).mean() <= 1e-4
+    numerators, reciprocals = run_numerator(scores, low, bits, high_step(bits))
+    expected, sums = multi_region_numerator(scores, low, bits, high_step(bits))
+    assert (numerators != expected).mean() <= 1e-4
+    np.testing.assert_allclose(reciprocals, sums, rtol=1e-6)
 
 
 def tied_scores(count, columns=8):
@@ -149,13 +156,23 @@ def test_extreme_scores(columns):
         expected = multi_region_softmax(scores, low, 8, 1 / 127)
     assert np.isnan(out[0, 0, 3]).all()
     np.testing.assert_array_equal(out, expected)
+    numerators, reciprocals = run_numerator(scores, low, 8, 1 / 127)
+    with np.errstate(invalid="ignore"):
+        expected, sums = multi_region_numerator(scores, low, 8, 1 / 127)
+    np.testing.assert_array_equal(numerators, expected)
+    np.testing.assert_allclose(reciprocals, sums, rtol=1e-6)
 
 
-@pytest.mark.parametrize("columns", [256, 1000, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("columns", [256, 1000, 4096, 4097, 10_000])
 def test_many_tokens(columns):
+    """More than 4,096 pass through the registers in tiles; a row's maximum may lie in any of them, a mask hide one."""
     rng = np.random.default_rng(0)
-    scores, low = rng.normal(0, 4, (2, 1, 9, columns)).astype(np.float32), low_steps(rng, 2, 8)
+    scores, low = rng.normal(0, 4, (2, 1, 3, columns)).astype(np.float32), low_steps(rng, 2, 8)
+    scores[0, 0, 0, :4096:2], scores[0, 0, 1, : columns // 2], scores[0, 0, 2, -1] = -np.inf, -np.inf, 20
     assert_quantized(run_softmax(scores, low, 8, 1 / 127), scores, low, 8, np.float32(1 / 127))
+    numerators, reciprocals = run_numerator(scores, low, 8, 1 / 127)
+    assert_quantized(numerators * reciprocals, scores, low, 8, np.float32(1 / 127), numerators=True)
+    assert (numerators[scores == -np.inf] == 0).all()
 
 
 def codes(rng, shape, bits=8):
@@ -182,30 +199,34 @@ def test_multi_region_attention(data):
     scale = data.draw(st.floats(0.5, 5)) / (43 * 43 * head**0.5)
     low = low_steps(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
     high = high_step(bits, data.draw(st.booleans()))
-    blocks = data.draw(st.sampled_from([None, *TILES.values()]))
-    out = run_attention(q, k, v, NO_MASK, low, bits, high, scale, floats, blocks)
-    assert_attended(out, q, k, v, low, bits, np.float32(high), np.float32(scale), floats)
+    blocks, numerators = data.draw(st.sampled_from([None, *TILES.values()])), data.draw(st.booleans())
+    out = run_attention(q, k, v, NO_MASK, low, bits, high, scale, floats, blocks, numerators)
+    assert_attended(out, q, k, v, low, bits, np.float32(high), np.float32(scale), floats, numerators=numerators)
 
 
 @pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("numerators", [False, True])
 @pytest.mark.parametrize("shape", [(2, 2, 40, 50), (1, 2, 1, 50), (2, 1, 1, 50), (1, 1, 40, 50), (2, 1, 40, 1)])
-def test_a_mask_with_any_axis_of_length_one(shape, blocks):
+def test_a_mask_with_any_axis_of_length_one(shape, numerators, blocks):
     """Some keys are masked, others have a bias; a mask with one value for all keys changes nothing."""
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (2, 2, n, 72)) for n in (40, 50, 50))
     mask = np.where(rng.random(shape) < 0.5, -np.inf, rng.normal(0, 1, shape)).astype(np.float32)
     mask[..., 0] = 0.5
     low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
-    out = run_attention(q, k, v, mask, low, 8, 1 / 127, scale, "fp16", blocks)
-    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16", np.maximum(mask, -1e30))
+    out = run_attention(q, k, v, mask, low, 8, 1 / 127, scale, "fp16", blocks, numerators)
+    mask = np.maximum(mask, -1e30)
+    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16", mask, numerators)
 
 
+@pytest.mark.parametrize("numerators", [False, True])
 @pytest.mark.parametrize("blocks", TILES.values(), ids=TILES)
-def test_a_query_that_sees_no_key_has_equal_probabilities(blocks):
+def test_a_query_that_sees_no_key_has_equal_probabilities(blocks, numerators):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (1, 1, n, 16)) for n in (5, 80, 80))
     mask = np.full((1, 1, 1, 80), -np.inf, np.float32)
-    out = run_attention(q, k, v, mask, np.array([1 / 80], np.float32), 8, 1 / 127, 1.0, "fp32", blocks)
+    low = np.array([1 / 127 if numerators else 1 / 80], np.float32)
+    out = run_attention(q, k, v, mask, low, 8, 1 / 127, 1.0, "fp32", blocks, numerators)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(2, keepdims=True), out.shape), rtol=1e-5, atol=1e-4)
 
 
@@ -230,13 +251,15 @@ def test_attention_over_many_tokens(tokens):
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
 
-@pytest.mark.parametrize("keys", [1000, pytest.param(4096, marks=pytest.mark.slow)])
-def test_few_queries_over_many_keys(keys):
+@pytest.mark.parametrize("numerators", [False, True])
+@pytest.mark.parametrize("keys", [1000, pytest.param(4096, marks=pytest.mark.slow), 32_760])
+def test_few_queries_over_many_keys(keys, numerators):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (1, 1, n, 72)) for n in (5, keys, keys))
     low, scale = low_steps(rng, 1, 8), 5 / (43 * 43 * 72**0.5)
-    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16")
-    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
+    blocks = Blocks(16, 4096, 4, 1) if keys > 4096 else None  # fewer tiles than on a GPU: the interpreter is slow
+    out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16", blocks, numerators)
+    assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16", numerators=numerators)
 
 
 @pytest.mark.parametrize("floats", PRODUCT_TYPES)
@@ -278,8 +301,12 @@ def test_the_float32_attention_equals_its_reference():
 
 
 def test_sizes_beyond_the_kernels_are_refused():
-    with pytest.raises(UsageError, match=r"over 4097 tokens: its kernel takes 1\.\.4096\. Build with --no-plugins"):
+    with pytest.raises(UsageError, match=r"Softmax over 1048577 tokens: .* 1\.\.1048576\. Build with --no-plugins"):
         softmax_kernel("fp32", MAX_TOKENS + 1, 8, 1 / 127)
+    with pytest.raises(UsageError, match="MultiRegionNumerator over 1048577 tokens"):
+        softmax_kernel("fp32", MAX_TOKENS + 1, 8, 1 / 127, numerators=True)
+    with pytest.raises(UsageError, match="MultiRegionNumeratorAttention with heads of 64 over 10 x 1048577 tokens"):
+        attention_kernel("fp16", 10, MAX_TOKENS + 1, 64, 8, 1 / 127, 1.0, numerators=True)
     with pytest.raises(UsageError, match="heads of 129 over 10 x 10 tokens"):
         attention_kernel("fp16", 10, 10, 129, 8, 1 / 127, 1.0)
     with pytest.raises(UsageError, match="scale 0: its kernel takes a positive one"):

@@ -20,6 +20,8 @@ from tqdit.plugins.multi_region_attention import plan as attention
 
 pytestmark = pytest.mark.slow
 
+ATTENTIONS = ("MultiRegionAttention", "MultiRegionNumeratorAttention")
+
 # What the bindings need of TensorRT's libraries to be loaded; none of it is called.
 SYMBOLS = (
     "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
@@ -55,39 +57,47 @@ def test_the_plugins_register_under_their_names(contract):
 
 def test_every_attribute_is_passed_in_order(contract):
     assert contract["TimeGroupSelect"]["attributes"] == []
-    assert contract["MultiRegionSoftmax"]["attributes"] == ["bits", "high_step"]
-    assert contract["MultiRegionAttention"]["attributes"] == ["bits", "high_step", "scale"]
+    for name in ("MultiRegionSoftmax", "MultiRegionNumerator"):
+        assert contract[name]["attributes"] == ["bits", "high_step"]
+    for name in ATTENTIONS:
+        assert contract[name]["attributes"] == ["bits", "high_step", "scale"]
 
 
 def test_shapes_and_types(contract):
     """Of timestep (70,), boundaries (9,), table (10, 1, 1, 3); scores (3, 2, 50, 50); q, k, v (3, 2, 200, 72)."""
-    assert contract["TimeGroupSelect"]["out_shape"] == [70, 1, 1, 3]
-    assert contract["MultiRegionSoftmax"]["out_shape"] == [3, 2, 50, 50]
-    assert contract["MultiRegionAttention"]["out_shape"] == [3, 2, 200, 72]
+    assert contract["TimeGroupSelect"]["out_shapes"] == [[70, 1, 1, 3]]
+    assert contract["MultiRegionSoftmax"]["out_shapes"] == [[3, 2, 50, 50]]
+    assert contract["MultiRegionNumerator"]["out_shapes"] == [[3, 2, 50, 50], [3, 2, 50, 1]]
+    for name in ATTENTIONS:
+        assert contract[name]["out_shapes"] == [[3, 2, 200, 72]]
     kinds = {name: result["out_types"] for name, result in contract.items()}
     assert kinds["TimeGroupSelect"] == ["DataType.FLOAT"]
-    assert kinds["MultiRegionSoftmax"] == kinds["MultiRegionAttention"] == ["DataType.HALF"]
+    for name in ("MultiRegionSoftmax", *ATTENTIONS):
+        assert kinds[name] == ["DataType.HALF"]
+    assert kinds["MultiRegionNumerator"] == ["DataType.HALF", "DataType.FLOAT"]
     assert {result["combinations"] for result in contract.values()} == {3}  # float, float16, bfloat16
 
 
 def test_launches_take_the_symbolic_batch(contract):
     (select,) = contract["TimeGroupSelect"]["kernels"]
     assert (select["launch"]["grid_x"], select["scalars"]) == (2, [210, 3])  # 210 elements, 128 a program
-    (softmax,) = contract["MultiRegionSoftmax"]["kernels"]
-    assert (softmax["launch"]["grid_x"], softmax["scalars"]) == (19, [300, 100, 3])  # 300 rows, 16 a program
-    kernels = contract["MultiRegionAttention"]["kernels"]
+    for name in ("MultiRegionSoftmax", "MultiRegionNumerator"):
+        (softmax,) = contract[name]["kernels"]
+        assert (softmax["launch"]["grid_x"], softmax["scalars"]) == (19, [300, 100, 3])  # 300 rows, 16 a program
     candidates = attention.candidates("fp16", 72, 200)
-    assert [kernel["launch"]["grid_x"] for kernel in kernels] == [6 * -(-200 // each.queries) for each in candidates]
-    assert [kernel["launch"]["block_x"] for kernel in kernels] == [32 * each.warps for each in candidates]
-    assert {tuple(kernel["scalars"]) for kernel in kernels} == {(2, 3, 3)}
+    for name in ATTENTIONS:
+        launches = [kernel["launch"] for kernel in contract[name]["kernels"]]
+        assert [launch["grid_x"] for launch in launches] == [6 * -(-200 // each.queries) for each in candidates]
+        assert [launch["block_x"] for launch in launches] == [32 * each.warps for each in candidates]
+        assert {tuple(kernel["scalars"]) for kernel in contract[name]["kernels"]} == {(2, 3, 3)}
 
 
 def test_entries_take_what_tensorrt_passes(contract):
-    """Inputs, integers, output, and nothing else."""
-    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionAttention": 5}
+    """Inputs, integers, outputs, and nothing else."""
+    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionNumerator": 2, **dict.fromkeys(ATTENTIONS, 5)}
     for name, result in contract.items():
         for kernel in result["kernels"]:
-            assert kernel["parameters"] == inputs[name] + len(kernel["scalars"]) + 1
+            assert kernel["parameters"] == inputs[name] + len(kernel["scalars"]) + len(result["out_types"])
             assert kernel["launch"]["grid_y"] == kernel["launch"]["block_z"] == 1
 
 

@@ -17,9 +17,11 @@ from support import tiny_model
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.models.products import Scores, ValueProduct
+from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
 from tqdit.quantization.fake_quant import QuantizedNetwork, RowGroups, apply, quantize_module
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
 from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
@@ -111,6 +113,16 @@ def test_value_product_takes_the_low_scale_of_each_row() -> None:
         is_low = np.rint(x / low[group]) <= 31
         x = np.where(is_low, low[group] * np.rint(x / low[group]), high * np.clip(np.rint(x / high), 0, 31))
         np.testing.assert_allclose(y[row], x @ q_dq(v[row].numpy(), f32(0.1), 6), rtol=1e-5, atol=1e-5)
+
+
+def test_numerators_are_divided_behind_the_product_and_take_the_low_scale_of_each_row() -> None:
+    scores, v = 3 * random(4, 2, 6, 6), random(4, 2, 6, 3, seed=1)
+    low, high = f32(1 / 31 / 8, 1 / 31 / 4, 1 / 31), f32(1 / 31)
+    sites = {"left": Site("m", "left", SoftmaxNumerator(6, PER_GROUP, low, high)),
+             "right": Site("m", "right", Symmetric(8, PerTensor(), f32(0.05)))}  # fmt: skip
+    y = run(ValueProduct(), sites, torch.softmax(scores, -1), v)
+    numerators, reciprocals = multi_region_numerator(scores.numpy(), low[GROUPS.numpy()], 6, float(high))
+    np.testing.assert_allclose(y, (numerators @ q_dq(v.numpy(), f32(0.05), 8)) * reciprocals, rtol=1e-5, atol=1e-5)
 
 
 def test_a_patch_convolution_is_quantized_like_a_linear_layer() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models.loaded import LoadedModel
 
 
+NUMERATOR_KEYS = 2048  # docs/calibration.md has the measurement
 MOST_FACTOR = 100  # between a candidate scale and the range-based one
 Choices = tuple[str, ...] | range
 
@@ -72,9 +73,10 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
-    softmax: str = knob("two-region", "probabilities; auto takes two regions if they at least halve the layer's "
-                        "error, and else one scale, with which engines make one kernel of an attention",
-                        ("uniform", "two-region", "auto"))  # fmt: skip
+    softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
+                        f"numerators from {NUMERATOR_KEYS:,} keys on; auto takes two regions if they at least halve "
+                        "the layer's error, and else one scale, with which engines make one kernel of an attention",
+                        ("uniform", "probability", "numerator", "two-region", "auto"))  # fmt: skip
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
@@ -189,8 +191,8 @@ MSE = replace(HO, metric="mse")
 MIN_MAX = replace(MSE, method="min-max")
 # The paper's settings to the letter (section IV, Algorithm 1, eq. 11; granularity and sites of its released code).
 PAPER = replace(
-    TQ_DIT, fisher="loss", weight_granularity="tensor", softmax_top="paper", outer_bits=2, patch="all", final="all",
-    conditioning="none",
+    TQ_DIT, fisher="loss", weight_granularity="tensor", softmax="probability", softmax_top="paper", outer_bits=2,
+    patch="all", final="all", conditioning="none",
 )  # fmt: skip
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
@@ -79,7 +79,9 @@ def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
     groups = _groups(layer, config, layer.made_by or "symmetric")
     if layer.made_by != "softmax" or config.softmax == "uniform":
         return OperandPlan("symmetric", config.activation_bits, groups)
-    return OperandPlan("softmax", config.activation_bits, groups, {"top": config.softmax_top})
+    numerators = config.softmax == "numerator" or (config.softmax != "probability" and layer.columns >= NUMERATOR_KEYS)
+    scheme = "softmax_numerator" if numerators else "softmax"
+    return OperandPlan(scheme, config.activation_bits, groups, {"top": config.softmax_top})
 
 
 def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
@@ -96,7 +98,7 @@ def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerP
     if config.gelu == "auto" and "input" in operands and operands["input"].scheme == "gelu":
         uniform = _input(layer_plan.layer, replace(config, gelu="uniform"), operands["input"].bits)
         return replace(layer_plan, operands={**operands, "input": uniform})
-    if config.softmax == "auto" and "left" in operands and operands["left"].scheme == "softmax":
+    if config.softmax == "auto" and "left" in operands and operands["left"].scheme in ("softmax", "softmax_numerator"):
         uniform = OperandPlan("symmetric", operands["left"].bits, 1)
         return replace(layer_plan, operands={**operands, "left": uniform})
     return None

@@ -278,7 +278,7 @@ class BitOperations:
         left, right = sites.get("input", sites.get("left")), sites.get("weight", sites.get("right"))
         cost = self.costs[layer]
         count = float(cost.multiply_adds * _bits(left) * _bits(right))
-        if left is not None and left.quantizer.scheme in ("gelu", "softmax"):
+        if left is not None and left.quantizer.scheme in ("gelu", "softmax", "softmax_numerator"):
             count *= 2  # the second region is a second product
         for site, elements in zip((left, right), cost.elements, strict=False):  # a weight has none
             if site is not None and _touches(site):
@@ -297,7 +297,9 @@ def _bits(site: Site | None) -> int:
 def _touches(site: Site) -> bool:
     """Whether its integer form works on each element outside the product: x / r, x - b, and back."""
     scheme = site.quantizer.scheme
-    return scheme == "asymmetric" or (scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup))
+    return scheme in ("asymmetric", "softmax_numerator") or (
+        scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup)
+    )
 
 
 def diagnose(diagnosis: Diagnosis, layers: int, console: Console) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Product:
     row_blocks: int = 1  # matrices that are stacked in its weight: q, k and v in a fused qkv
     folds: tuple[Fold, ...] = ()  # empty: a divisor of its input has no place to go
     folded: bool = False  # axis 0 of its operands holds more than the rows of a call: frames, words
+    columns: int = 0  # the last axis of its input, or of its left operand: of a product with V the number of keys
 
 
 class Scores(nn.Module):
@@ -173,6 +174,7 @@ class _Call:
     rows: int
     made_by: Origin
     columns: Columns | None
+    width: int  # of the last axis, in the first call
 
     @property
     def maker(self) -> Maker | None:
@@ -265,7 +267,7 @@ class _Observed(TorchFunctionMode):
             self._keep(output, "softmax")
         elif is_product(module) and self._varies(args):
             x = args[0]
-            call = _Call(x.ndim, len(x), self.made.get(id(x)), self.joined.get(id(x)))
+            call = _Call(x.ndim, len(x), self.made.get(id(x)), self.joined.get(id(x)), x.shape[-1])
             first = self.products.setdefault(self.names[module], call)
             if (first.made_by, first.columns) != (call.made_by, call.columns):
                 first.made_by = first.columns = None
@@ -391,9 +393,10 @@ def find_products(
 
     row_blocks, folds = row_blocks or {}, {**seen.follower.folds(network), **(folds or {})}
     return tuple(
-        Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows)
+        Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows,
+                call.width)
         for name, call in called.items()
-    )
+    )  # fmt: skip
 
 
 def _split_columns(network: nn.Module, name: str, widths: tuple[int, ...]) -> None:

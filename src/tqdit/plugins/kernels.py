@@ -12,7 +12,7 @@ from typing import Any
 
 Size = Any  # an int, or an integer expression of a builder
 FLOATS = ("fp32", "fp16", "bf16")
-MAX_TOKENS = 4096
+MAX_TOKENS = 1 << 20  # of queries and of keys; their offsets in a head are 32-bit integers
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Launch:
 
 
 def run(kernel: Kernel, launch: Launch, inputs: tuple[Any, ...], output: Any) -> Any:
-    """Launch on tensors (PyTorch's, contiguous) of this device or of the interpreter; returns `output`."""
+    """Launch on contiguous tensors of this device or of the interpreter; returns `output`, a tensor or a tuple."""
+    outputs = output if isinstance(output, tuple) else (output,)
     kernel.load()[(launch.programs,)](
-        *inputs, *launch.scalars, output, **dict(kernel.constants),
+        *inputs, *launch.scalars, *outputs, **dict(kernel.constants),
         num_warps=kernel.num_warps, num_stages=kernel.num_stages,
     )  # fmt: skip
     return output

@@ -12,7 +12,10 @@ import importlib.util
 from tqdit.extras import missing
 from tqdit.plugins import aot
 
-NAMES = ("MultiRegionAttention", "MultiRegionSoftmax", "TimeGroupSelect")
+NAMES = (
+    "MultiRegionAttention", "MultiRegionNumerator", "MultiRegionNumeratorAttention", "MultiRegionSoftmax",
+    "TimeGroupSelect",
+)  # fmt: skip
 
 
 def register_plugins(capability: tuple[int, int] | None = None) -> tuple[str, ...]:

@@ -23,12 +23,14 @@ Compiled = Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, 
 
 
 def define(capability: tuple[int, int], lazy: bool = False) -> None:
-    """Register the three plugins; later calls in the same process change nothing."""
+    """Register the plugins; later calls in the same process change nothing."""
     if hasattr(trtp.op, DOMAIN):
         return
     _define_time_group_select(capability, lazy)
     _define_multi_region_softmax(capability, lazy)
-    _define_multi_region_attention(capability, lazy)
+    _define_multi_region_numerator(capability, lazy)
+    for numerators in (False, True):
+        _define_multi_region_attention(capability, lazy, numerators)
 
 
 def _define_time_group_select(capability: tuple[int, int], lazy: bool) -> None:
@@ -83,8 +85,37 @@ def _define_multi_region_softmax(capability: tuple[int, int], lazy: bool) -> Non
         return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
 
 
-def _define_multi_region_attention(capability: tuple[int, int], lazy: bool) -> None:
-    name = f"{DOMAIN}::MultiRegionAttention"
+def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> None:
+    name = f"{DOMAIN}::MultiRegionNumerator"
+
+    @trtp.register(name, lazy_register=lazy)
+    def describe(
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float
+    ) -> Tuple[trtp.TensorDesc, trtp.TensorDesc]:  # noqa: UP006
+        reciprocals = scores.like()
+        reciprocals.dtype = trt.DataType.FLOAT
+        reciprocals.shape_expr[3] = 1
+        return scores.like(), reciprocals
+
+    @trtp.autotune(name)
+    def combinations(
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        outputs: Tuple[trtp.TensorDesc, trtp.TensorDesc],  # noqa: UP006
+    ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
+        return [trtp.AutoTuneCombination(f"{FLOATS}, FP32, {FLOATS}, FP32", "LINEAR")]
+
+    @trtp.aot_impl(name)
+    def implementation(
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        outputs: Tuple[trtp.TensorDesc, trtp.TensorDesc], tactic: int,  # noqa: UP006
+    ) -> Compiled:  # fmt: skip
+        images, heads, queries, columns = scores.shape_expr
+        kernel = softmax.kernel(_float_type(scores), _static(columns, name), bits, high_step, numerators=True)
+        return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
+
+
+def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, numerators: bool) -> None:
+    name = f"{DOMAIN}::MultiRegion{'Numerator' if numerators else ''}Attention"
 
     @trtp.register(name, lazy_register=lazy)
     def describe(
@@ -119,7 +150,7 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool) -> N
         floats, keys, columns = _float_type(q), _static(k.shape_expr[2], name), _static(head, name)
         blocks = attention.candidates(floats, columns, keys)[tactic - 1]
         kernel = attention.kernel(floats, _static(queries, name), keys, columns, bits, high_step, scale, blocks,
-                                  (heads_of_mask, rows_of_mask, columns_of_mask))  # fmt: skip
+                                  (heads_of_mask, rows_of_mask, columns_of_mask), numerators)  # fmt: skip
         launch = attention.launch(kernel, images, heads, low_step.shape_expr[0], masks)
         return _compiled(kernel, launch, capability)
 

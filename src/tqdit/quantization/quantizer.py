@@ -11,7 +11,7 @@ Symbols: k bits, q = 2^(k-1), s a scale, o a zero point, G groups of timesteps, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -44,6 +44,17 @@ class Part(Generic[V]):
     unit: float = 1.0
 
 
+@dataclass(frozen=True)
+class RegionOps:
+    """The custom ops that round a softmax by two scales: their types, and the names of the two scales."""
+
+    softmax: str
+    attention: str  # with both products of attention in one node
+    low: str = "low_scale"
+    high: str = "high_scale"
+    outputs: int = 1  # of the first op
+
+
 class Arithmetic(Protocol[V]):
     """The operations of a form, for one quantizer. Names are those of `Quantizer.constants`."""
 
@@ -72,8 +83,8 @@ class GraphArithmetic(Arithmetic[V], Protocol[V]):
     def op(self, op_type: str, *inputs: V) -> V:
         """Add a node of the standard operators; returns its output."""
 
-    def softmax_in_regions(self, probabilities: V, low: str, high: str) -> V:
-        """Replace the Softmax that makes `probabilities` by MultiRegionSoftmax with these two scales."""
+    def softmax_in_regions(self, probabilities: V, ops: RegionOps) -> Sequence[V]:
+        """Replace the Softmax that makes `probabilities` by the op that rounds; returns the op's outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +98,7 @@ class Quantizer(ABC):
     roles: ClassVar[tuple[Role, ...]]  # of the tensors that it can quantize
     tensors: ClassVar[Mapping[str, str]]  # what the scale table stores: name -> dtype
     plotted: ClassVar[str] = "scale"  # the tensor that a plot over groups shows
+    softmax: ClassVar[RegionOps | None] = None  # if custom ops round a softmax in two regions
 
     bits: int
     granularity: Granularity
@@ -148,10 +160,6 @@ class Quantizer(ABC):
     @abstractmethod
     def graph_parts(self, ops: GraphArithmetic[V], x: V) -> Iterator[Part[V]]:
         """The form that an ONNX graph holds: the parts of x^."""
-
-    def softmax_regions(self) -> tuple[str, str] | None:
-        """Names of the low and the high scale, if the fused attention op can round its probabilities by them."""
-        return None
 
 
 def factor_scales(scales: Float32) -> tuple[Float32, Float32]:

@@ -42,6 +42,7 @@ KINDS = {
     "one group": Kind(),  # with the patch embedding as a convolution every row was 0.2 to 26 % off
     "asymmetric": Kind(asymmetric=True),
     "10 groups": Kind(groups=10),
+    "W8A8 numerators, 10 groups": Kind(groups=10, numerators=True),
     "W4A8 everything": Kind(4, 8, asymmetric=True, groups=10, everywhere=True, conditioning_inputs=True),
     "W6A6 equalised": Kind(6, 6, asymmetric=True, groups=10, everywhere=True, equalised=True),
 }

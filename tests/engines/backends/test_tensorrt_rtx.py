@@ -133,6 +133,16 @@ def test_integer_attention_and_float_islands_elsewhere(demo, tmp_path, layers):
     assert {"blocks.0.attn.qkv/MatMul", "blocks.0.attn.scores/MatMul", "blocks.0.attn.value_product/MatMul_2"} <= names
 
 
+def test_products_with_numerators_stay_integer(tmp_path, layers):
+    """Both products with V, one for each region, as with probabilities."""
+    path, table = tmp_path / "model.onnx", make_table(support.tiny_model(), Kind(groups=10, numerators=True))
+    write(path, *support.exported(ExportConfig(attention="integer"), table=table))
+    manifest = build_engine(path, tmp_path / "a.engine", BACKEND, BuildConfig())
+    assert (manifest.audit.integer, manifest.audit.simulated, manifest.audit.fallen_back) == (14, 0, ())
+    names = {node for layer in layers[0] if layer.is_integer for node in layer.nodes}
+    assert {"blocks.0.attn.value_product/MatMul", "blocks.0.attn.value_product/MatMul_2"} <= names
+
+
 def test_float_attention_is_one_fused_kernel_in_bfloat16(demo, tmp_path, layers):
     manifest = build_engine(
         demo["float"], tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.6",), float_type="bf16")

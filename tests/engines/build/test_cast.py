@@ -15,7 +15,12 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
 
-KINDS = {"float": None, "W8A8": Kind(groups=10), "asymmetric groups": Kind(asymmetric=True, groups=10, everywhere=True)}
+KINDS = {
+    "float": None,
+    "W8A8": Kind(groups=10),
+    "numerators": Kind(groups=10, numerators=True),
+    "asymmetric groups": Kind(asymmetric=True, groups=10, everywhere=True),
+}
 
 
 def cast_file(tmp_path, kind, float_type, graph="step", origin="published"):

@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 import support
+from tables import Kind, make_table
 from tqdit.card import QuantizationCard
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import builder, choose_backend
@@ -15,6 +16,7 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, UsageError
+from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY, Scopes
 from tqdit.sampling.schedule import SamplingSpec
@@ -44,6 +46,17 @@ def test_a_build_proves_its_products_integer(quantized, tmp_path):
     promised = [form for form in manifest.card.quantization.products.values() if form == "integer"]
     assert manifest.audit.integer == len(promised) == 10
     assert manifest.audit.line.endswith("0 fallen back")
+
+
+def test_products_with_numerators_are_integer(tmp_path):
+    """Both products of attention; fused and simulated attention simulate them."""
+    table = make_table(support.tiny_model(), Kind(groups=10, numerators=True))
+    for form, integer in (("integer", 14), ("simulated", 10), ("fused", 10)):
+        path = tmp_path / f"{form}.onnx"
+        write(path, *support.exported(ExportConfig(attention=form), table=table))
+        manifest = build_engine(path, tmp_path / f"{form}.engine")
+        found = manifest.audit
+        assert (found.integer, found.simulated, found.fallen_back) == (integer, 14 - integer, ())
 
 
 def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantized, tmp_path):

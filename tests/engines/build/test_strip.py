@@ -21,6 +21,7 @@ from tqdit.quantization.fold import fold
 
 KINDS = {
     "W8A8": Kind(groups=10),
+    "numerators, 10 groups": Kind(groups=10, numerators=True),
     "groups everywhere": Kind(groups=5, everywhere=True),
     "asymmetric": Kind(asymmetric=True, groups=3, everywhere=True),
     "asymmetric, one group": Kind(asymmetric=True),

@@ -17,6 +17,8 @@ from tqdit.errors import UsageError
 from tqdit.graph_names import scope_of
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
+from tqdit.plugins.multi_region_numerator import schema as multi_region_numerator
+from tqdit.plugins.multi_region_numerator_attention import schema as multi_region_numerator_attention
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 
 FloatType = Literal["fp16", "bf16"]
@@ -25,8 +27,9 @@ FLOAT32 = ir.DataType.FLOAT
 LARGEST_FLOAT16 = 65504.0
 MASK = 1e30
 NO_BFLOAT16 = {"Conv"}  # in opset 20
-QKV = 3  # inputs of MultiRegionAttention that take the network's type; mask and low step stay float32
-SOFTMAXES = {"Softmax", multi_region_softmax.OP_TYPE}
+ATTENTIONS = {multi_region_attention.OP_TYPE, multi_region_numerator_attention.OP_TYPE}
+QKV = 3  # of their inputs take the network's type; mask and low step stay float32
+SOFTMAXES = {"Softmax", multi_region_softmax.OP_TYPE, multi_region_numerator.OP_TYPE}
 MASKING = {"Add", "Where"}  # of scores, with values such as -1e30
 
 
@@ -36,7 +39,7 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
     Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes and the masks
     of their scores, the angles of the timestep, and the sampling step. Inputs and outputs keep their types; functions
-    and Q/DQ see float32 only, but for MultiRegionAttention, whose q, k, v and result have `float_type` (integer codes
+    and Q/DQ see float32 only, but for the attention ops, whose q, k, v and result have `float_type` (integer codes
     are exact in it).
     Raises UsageError if a constant does not fit into float16.
     """
@@ -74,7 +77,7 @@ class _Caster:
 
     def run(self) -> None:
         small = [node for node in self.graph if self._is_cast_down(node)]
-        fused = [node for node in self.graph if (node.domain, node.op_type) == (DOMAIN, multi_region_attention.OP_TYPE)]
+        fused = [node for node in self.graph if node.domain == DOMAIN and node.op_type in ATTENTIONS]
         chosen = {id(node) for node in small}
         mixed = {id(node) for node in fused}
         low = {id(value) for node in (*small, *fused) for value in node.outputs if value.dtype == FLOAT32}

@@ -14,6 +14,7 @@ from tqdit.card import GraphCard
 from tqdit.errors import UsageError
 from tqdit.graph_names import SCOPE_KEY, scope_of
 from tqdit.plugins import DOMAIN
+from tqdit.plugins.multi_region_numerator.schema import OP_TYPE as MULTI_REGION_NUMERATOR
 from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as MULTI_REGION_SOFTMAX
 from tqdit.plugins.time_group_select.schema import OP_TYPE as TIME_GROUP_SELECT
 
@@ -50,7 +51,7 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
 
 def _replace_softmaxes(graph: ir.Graph) -> None:
     for node in list(graph):
-        if node.op_type == MULTI_REGION_SOFTMAX:
+        if node.op_type in (MULTI_REGION_SOFTMAX, MULTI_REGION_NUMERATOR):
             name, metadata = f"{scope_of(node)}/Softmax", {SCOPE_KEY: scope_of(node)}
             softmax = ir.node("Softmax", [node.inputs[0]], {"axis": -1}, name=name, metadata_props=metadata)
             graph.insert_before(node, softmax)
@@ -102,7 +103,7 @@ def _is_ours(value: ir.Value, module: str) -> bool:
     node = value.producer()
     if node is None:
         return value.name == f"{module}.input.shift"
-    if node.op_type == TIME_GROUP_SELECT:
+    if node.op_type in (TIME_GROUP_SELECT, MULTI_REGION_NUMERATOR):
         return True
     return scope_of(node) == module and node.op_type in {*AFTER, "MatMul"}
 

@@ -26,9 +26,9 @@ def quantize_attention(
 
     Ensures: operands are quantized as the table says, in the order of operations of docs/scale-table.md.
     form 'simulated': the rounding is float arithmetic and the products stay float.
-    form 'fused': the same values, with one MultiRegionAttention for both products if the softmax has two regions.
-    form 'integer': operands pass Q/DQ; two-region probabilities are split at their boundary into two products with one
-    integer v, whose sum equals the simulated product up to rounding.
+    form 'fused': the same values, with one node for both products if a softmax has two regions.
+    form 'integer': operands pass Q/DQ; probabilities or numerators in two regions are split at their boundary into two
+    products with one integer v, whose sum equals the simulated product up to rounding.
     """
     rounding: Rounding = "integer" if form == "integer" else "simulated"
     modules = Modules(model)
@@ -46,7 +46,7 @@ def _fuse(model: ir.Model, modules: Modules, table: ScaleTable, groups: GroupSel
     """Fuse every attention whose softmax has two regions; returns the modules that are done with."""
     done = set()
     for name, sites in table.by_module.items():
-        if "left" in sites and sites["left"].quantizer.softmax_regions() is not None:
+        if "left" in sites and sites["left"].quantizer.softmax is not None:
             nodes = modules.all(name, "MatMul")
             done |= {name} | {fuse_attention(model.graph, node, name, table, groups) for node in nodes}
     return done

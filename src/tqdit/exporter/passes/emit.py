@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,21 @@ class Emitter:
     def __init__(self, graph: ir.Graph, before: ir.Node, scope: str) -> None:
         self.graph, self.before, self.scope = graph, before, scope
 
-    def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Add a node with one output and return that."""
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, metadata_props={SCOPE_KEY: self.scope})
-        self.graph.insert_before(self.before, node)
-        return node.outputs[0]
+        return self._add(op_type, inputs, attributes)[0]
 
-    def custom(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """Add a node of our own domain, with the attributes by which TensorRT finds a plugin."""
-        return self.op(op_type, *inputs, domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
+    def custom(self, op_type: str, *inputs: ir.Value, outputs: int = 1, **attributes: Any) -> Sequence[ir.Value]:
+        """Add a node of our own domain, with the attributes by which TensorRT finds a plugin; returns its outputs."""
+        return self._add(op_type, inputs, {**attributes, **PLUGIN_ATTRIBUTES}, DOMAIN, outputs)
+
+    def _add(
+        self, op_type: str, inputs: Sequence[ir.Value], attributes: dict[str, Any], domain: str = "", outputs: int = 1
+    ) -> Sequence[ir.Value]:
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs,
+                       metadata_props={SCOPE_KEY: self.scope})  # fmt: skip
+        self.graph.insert_before(self.before, node)
+        return node.outputs
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """An initializer `SCOPE.name`; asking twice for the same name gives the same value."""

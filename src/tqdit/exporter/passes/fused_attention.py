@@ -1,4 +1,4 @@
-"""Attention as one op: scores, rounded softmax and value product become a MultiRegionAttention node."""
+"""Attention as one op: scores, rounded softmax and value product become a node such as MultiRegionAttention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tqdit.exporter.passes.emit import Emitter
 from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.operands import GraphOperand, low_scales, rank_of, replace
 from tqdit.exporter.passes.scopes import scope_of
-from tqdit.plugins.multi_region_attention.schema import OP_TYPE
 from tqdit.quantization.quantizer import Float32, Part
 from tqdit.quantization.table import ScaleTable, Site
 
@@ -23,18 +22,19 @@ LARGEST_FLOAT16 = 65504
 
 def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTable, groups: GroupSelector) -> str:
     """Requires: `product` multiplies a Softmax of scaled scores with v, and stands in the module `name`; its left
-    quantizer has `softmax_regions`. Scores may be masked by an Add or a Where.
+    quantizer has custom ops for a `softmax`. Scores may be masked by an Add or a Where.
 
-    Ensures: in its place stands one MultiRegionAttention. Quantized q, k and v enter as their integer codes, which are
-    exact in float16 and bfloat16 too: constant scales of q and k are part of its scale, those of v multiply its result,
-    and scales that follow the timestep multiply the codes of q. Returns the name of the scores' module, whose sites are
-    used here.
+    Ensures: in its place stands one node of its attention op. Quantized q, k and v enter as their integer codes, which
+    are exact in float16 and bfloat16 too: constant scales of q and k are part of its scale, those of v multiply its
+    result, and scales that follow the timestep multiply the codes of q. Returns the name of the scores' module, whose
+    sites are used here.
     """
     probabilities, v = product.inputs
     assert probabilities is not None
     assert v is not None
     softmax = table.by_module[name]["left"].quantizer
-    low, high = (softmax.constants()[scale] for scale in softmax.softmax_regions() or ())
+    assert softmax.softmax is not None
+    low, high = (softmax.constants()[scale] for scale in (softmax.softmax.low, softmax.softmax.high))
     _check_range(low, high, softmax.bits, name)
     emit = Emitter(graph, product, name)
     scores = f"{name.rpartition('.')[0]}.scores"
@@ -45,8 +45,10 @@ def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTab
     for ratio in (left.ratio, right.ratio):
         q = q if ratio is None else emit.op("Mul", q, ratio)
     value = _codes(emit, v, table.by_module[name]["right"], "value", groups)
-    y = emit.custom(OP_TYPE, q, right.values, value.values, made.mask, low_scales(emit, low, groups), bits=softmax.bits,
-                    high_step=float(high), scale=left.unit * right.unit * made.factor)  # fmt: skip
+    (y,) = emit.custom(
+        softmax.softmax.attention, q, right.values, value.values, made.mask, low_scales(emit, low, groups),
+        bits=softmax.bits, high_step=float(high), scale=left.unit * right.unit * made.factor,
+    )  # fmt: skip
     y = emit.op("Mul", y, emit.constant("value.scale", np.float32(value.unit)))
     if value.ratio is not None:
         y = emit.op("Mul", y, value.ratio)

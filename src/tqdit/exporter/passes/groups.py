@@ -26,7 +26,7 @@ class GroupSelector:
         if rank not in selected:  # what divides an input multiplies the output again
             boundaries = Emitter(emit.graph, emit.before, "").constant("time_group_boundaries", self.boundaries)
             entries = emit.constant(f"{name}.{rank}" if selected else name, table.reshape(-1, *[1] * (rank - 1)))
-            selected[rank] = emit.custom(OP_TYPE, self.timestep, boundaries, entries)
+            (selected[rank],) = emit.custom(OP_TYPE, self.timestep, boundaries, entries)
         return selected[rank]
 
 

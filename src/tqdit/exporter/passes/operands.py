@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from tqdit.exporter.passes.emit import Emitter, codes, quantize_dequantize, simulate
 from tqdit.exporter.passes.groups import GroupSelector
-from tqdit.plugins.multi_region_softmax.schema import OP_TYPE
-from tqdit.quantization.quantizer import Float32, Part, Quantizer, Rounding, factor_scales
+from tqdit.quantization.quantizer import Float32, Part, Quantizer, RegionOps, Rounding, factor_scales
 
 ROUNDINGS = {"integer": quantize_dequantize, "simulated": simulate, "codes": codes}
 
@@ -63,18 +62,18 @@ class GraphOperand:
         values = ROUNDINGS[self.rounding](self.emit, divided, name, np.float32(reference), self.quantizer.bits)
         return Part(values, ratio, unit=float(reference) if self.rounding == "codes" else 1.0)
 
-    def softmax_in_regions(self, probabilities: ir.Value, low: str, high: str) -> ir.Value:
+    def softmax_in_regions(self, probabilities: ir.Value, ops: RegionOps) -> Sequence[ir.Value]:
         softmax = probabilities.producer()
         assert softmax is not None
         assert softmax.op_type == "Softmax"
         scores = softmax.inputs[0]
         assert scores is not None
         emit = Emitter(self.emit.graph, softmax, f"{self.emit.scope.rpartition('.')[0]}.softmax")
-        low_scale = low_scales(emit, self.constants[low], self.groups)
-        bits, high_scale = self.quantizer.bits, float(self.constants[high])
-        quantized = emit.custom(OP_TYPE, scores, low_scale, bits=bits, high_step=high_scale)
-        replace(emit.graph, softmax, quantized)
-        return quantized
+        low_scale = low_scales(emit, self.constants[ops.low], self.groups)
+        bits, high_scale = self.quantizer.bits, float(self.constants[ops.high])
+        outputs = emit.custom(ops.softmax, scores, low_scale, bits=bits, high_step=high_scale, outputs=ops.outputs)
+        replace(emit.graph, softmax, outputs[0])
+        return outputs
 
 
 def low_scales(emit: Emitter, scales: Float32, groups: GroupSelector) -> ir.Value:

@@ -1,8 +1,9 @@
-"""MultiRegionAttention in Triton: scores, softmax, rounding on two regions and the value product in one kernel.
+"""MultiRegionAttention and MultiRegionNumeratorAttention in Triton: scores, softmax, rounding on two regions and the
+value product in one kernel.
 
-Rounding needs the final maximum and sum of a row. Where all keys fit two tiles the scores stay in registers; else they
-are computed twice, first for maximum and sum, then for the rounded probabilities. Nothing of size N x N leaves the
-chip.
+Rounding needs the final maximum of a row, and its sum if probabilities are rounded. Where all keys fit two tiles the
+scores stay in registers; else they are computed twice, first for maximum and sum, then for the rounded values.
+Numerators need the maximum alone, so that their first pass has no exponentials. Nothing of size N x N leaves the chip.
 """
 
 import triton
@@ -47,10 +48,17 @@ def _scores(
 
 
 @triton.jit
+def _rates(total, low_inverse, HIGH_STEP: tl.constexpr, NUMERATORS: tl.constexpr):
+    """What exponentials are multiplied with to get codes: 1 / (sum s1) and 1 / (sum s2), of numerators without sum."""
+    rate = tl.full(total.shape, 1.0, tl.float32) if NUMERATORS else tl.math.div_rn(1.0, total)
+    return (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+
+
+@triton.jit
 def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.constexpr):
     """Quantized probabilities in units of the low step: the low code, or the high code times s2 / s1.
 
-    exponent = exp(score - maximum), low_rate = 1 / (sum s1), high_rate = 1 / (sum s2), ratio = s2 / s1.
+    exponent = exp(score - maximum), ratio = s2 / s1; rates of `_rates`.
     """
     low = (exponent * low_rate + MAGIC) - MAGIC
     high = (exponent * high_rate + MAGIC) - MAGIC
@@ -63,7 +71,8 @@ def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.con
 def multi_region_attention_kernel(
     q, k, v, mask, low_step, heads, low_steps, masks, out,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    MASKED: tl.constexpr, IMAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
+    NUMERATORS: tl.constexpr, MASKED: tl.constexpr,
+    IMAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
     TOP: tl.constexpr, HIGH_STEP: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,6 +80,7 @@ def multi_region_attention_kernel(
 
     mask float32: of its `masks` images, image i has number i % masks; a stride of 0 stands for an axis of length 1.
     A head is MAIN columns, a power of two, and REST more, a power of two or 0: 72 is 64 + 16, not 128.
+    NUMERATORS: what is rounded is not divided by the sum of its row; the result is.
     """
     blocks: tl.constexpr = (QUERIES + BLOCK_QUERIES - 1) // BLOCK_QUERIES
     MASK_QUERIES: tl.constexpr = QUERIES % BLOCK_QUERIES != 0
@@ -82,9 +92,9 @@ def multi_region_attention_kernel(
     start = head.to(tl.int64) * QUERIES * HEAD
     q_base, out_base = q + start, out + start
     k_base, v_base = k + head.to(tl.int64) * KEYS * HEAD, v + head.to(tl.int64) * KEYS * HEAD
-    mask_row = mask + ((head // heads) % masks).to(tl.int64) * IMAGE_STRIDE + (head % heads) * HEAD_STRIDE
+    mask_row = mask + ((head // heads) % masks).to(tl.int64) * IMAGE_STRIDE + (head % heads).to(tl.int64) * HEAD_STRIDE
     if QUERY_STRIDE > 0:
-        mask_row += tl.minimum(query, QUERIES - 1)[:, None] * QUERY_STRIDE
+        mask_row += tl.minimum(query, QUERIES - 1)[:, None].to(tl.int64) * QUERY_STRIDE
     else:
         mask_row += tl.zeros([1, 1], tl.int32)
     s1 = tl.load(low_step + (head // heads) % low_steps)
@@ -119,8 +129,7 @@ def multi_region_attention_kernel(
         if KEYS > BLOCK_KEYS:
             second = tl.exp2(second * FACTOR - offset)
             total += tl.sum(second, 1)
-        rate = tl.math.div_rn(1.0, total)
-        low_rate, high_rate = (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+        low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         codes = _codes(s, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
         v_main = _head_tile(v_base, key, main, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN > HEAD)
         sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
@@ -143,11 +152,11 @@ def multi_region_attention_kernel(
                 q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
             )
             grown = tl.maximum(largest, tl.max(s, 1))
-            exponent = tl.exp2(s * FACTOR - (grown * FACTOR)[:, None])
-            total = total * tl.exp2((largest - grown) * FACTOR) + tl.sum(exponent, 1)
+            if not NUMERATORS:
+                exponent = tl.exp2(s * FACTOR - (grown * FACTOR)[:, None])
+                total = total * tl.exp2((largest - grown) * FACTOR) + tl.sum(exponent, 1)
             largest = grown
-        rate = tl.math.div_rn(1.0, total)
-        low_rate, high_rate = (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
+        low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
             s = _scores(
@@ -155,16 +164,21 @@ def multi_region_attention_kernel(
             )
             v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
             exponent = tl.exp2(s * FACTOR - (largest * FACTOR)[:, None])
+            if NUMERATORS:
+                total += tl.sum(exponent, 1)
             codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)
             sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
             if REST > 0:
                 v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
                 rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
 
+    unit = s1
+    if NUMERATORS:
+        unit = tl.math.div_rn(s1, total)[:, None]
     inside = (query < QUERIES)[:, None]
     row = query[:, None] * HEAD
-    tl.store(out_base + row + main[None, :], (sums * s1).to(out.dtype.element_ty),
+    tl.store(out_base + row + main[None, :], (sums * unit).to(out.dtype.element_ty),
              mask=inside & (main < HEAD)[None, :])  # fmt: skip
     if REST > 0:
-        tl.store(out_base + row + rest[None, :], (rest_sums * s1).to(out.dtype.element_ty),
+        tl.store(out_base + row + rest[None, :], (rest_sums * unit).to(out.dtype.element_ty),
                  mask=inside & (rest < HEAD)[None, :])  # fmt: skip

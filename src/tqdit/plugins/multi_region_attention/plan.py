@@ -1,4 +1,4 @@
-"""Block shapes and launch arithmetic of the MultiRegionAttention kernel."""
+"""Block shapes and launch arithmetic of the kernel of MultiRegionAttention and MultiRegionNumeratorAttention."""
 
 from __future__ import annotations
 
@@ -48,19 +48,21 @@ def candidates(floats: str, head: int, keys: int) -> tuple[Blocks, ...]:
 
 def kernel(
     floats: str, queries: int, keys: int, head: int, bits: int, high_step: float, scale: float,
-    blocks: Blocks | None = None, mask: tuple[int, int, int] = (1, 1, 1),
+    blocks: Blocks | None = None, mask: tuple[int, int, int] = (1, 1, 1), numerators: bool = False,
 ) -> Kernel:  # fmt: skip
     """For q, k, v and result of the type `floats` ('fp32', 'fp16', 'bf16') with heads of `head` columns.
 
     mask: its numbers of heads, queries and keys. With one key for all it changes no probability and is not read.
+    numerators: round the numerators of the softmax and divide the result by their sum.
 
     Raises UsageError for sizes that the kernel does not take.
     """
+    name = "MultiRegionNumeratorAttention" if numerators else "MultiRegionAttention"
     if not (1 <= head <= MAX_HEAD and 1 <= keys <= MAX_TOKENS and 1 <= queries <= MAX_TOKENS):
-        raise UsageError(f"MultiRegionAttention with heads of {head} over {queries} x {keys} tokens: its kernel takes "
+        raise UsageError(f"{name} with heads of {head} over {queries} x {keys} tokens: its kernel takes "
                          f"1..{MAX_HEAD} and 1..{MAX_TOKENS}. Build with --no-plugins.")  # fmt: skip
     if scale <= 0:
-        raise UsageError(f"MultiRegionAttention with scale {scale}: its kernel takes a positive one.")
+        raise UsageError(f"{name} with scale {scale}: its kernel takes a positive one.")
     blocks = blocks or candidates(floats, head, keys)[0]
     main, rest = split_head(head)
     types = f"*{floats}"
@@ -84,6 +86,7 @@ def kernel(
             ("HEAD", head),
             ("MAIN", main),
             ("REST", rest),
+            ("NUMERATORS", numerators),
             ("MASKED", mask[2] > 1),
             ("IMAGE_STRIDE", math.prod(mask)),
             ("HEAD_STRIDE", mask[1] * mask[2] if mask[0] > 1 else 0),

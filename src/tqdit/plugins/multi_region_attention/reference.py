@@ -20,6 +20,10 @@ def multi_region_attention(
     MultiRegionSoftmax(scale q kᵀ + max(mask, -1e30), low_step) v. Nothing else is rounded: q, k and v come as the
     caller quantized them.
     """
-    scores = (q @ k.swapaxes(-1, -2)) * np.float32(scale) + np.maximum(mask, LEAST_MASK)
-    attended: Float32 = multi_region_softmax(scores, low_step, bits, high_step) @ v
+    attended: Float32 = multi_region_softmax(masked_scores(q, k, mask, scale), low_step, bits, high_step) @ v
     return attended
+
+
+def masked_scores(q: Float32, k: Float32, mask: Float32, scale: float) -> Float32:
+    scores: Float32 = (q @ k.swapaxes(-1, -2)) * np.float32(scale) + np.maximum(mask, LEAST_MASK)
+    return scores

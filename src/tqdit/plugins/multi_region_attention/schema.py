@@ -9,14 +9,11 @@ from __future__ import annotations
 import onnx
 
 from tqdit.plugins.function import parse_body
-from tqdit.plugins.multi_region_softmax.schema import ROUNDED
+from tqdit.plugins.multi_region_softmax.schema import PROBABILITIES
 
 OP_TYPE = "MultiRegionAttention"
 
-BODY = f"""
-<domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (attended)
-{{
+MASKED_SCORES = """
     q_float = Cast <to: int = 1> (q)
     k_float = Cast <to: int = 1> (k)
     v_float = Cast <to: int = 1> (v)
@@ -27,8 +24,14 @@ MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (atte
     least = Constant <value_float: float = -1e30> ()
     finite_mask = Max (mask, least)
     scores = Add (scaled, finite_mask)
-{ROUNDED}
-    attended_float = MatMul (probabilities, v_float)
+"""
+BODY = f"""
+<domain: "tqdit", opset_import: ["" : 20]>
+MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (attended)
+{{
+{MASKED_SCORES}
+{PROBABILITIES}
+    attended_float = MatMul (quantized, v_float)
     attended = CastLike (attended_float, q)
 }}
 """

@@ -1,25 +1,28 @@
-"""Block shapes and launch arithmetic of the MultiRegionSoftmax kernel."""
+"""Block shapes and launch arithmetic of the kernels of MultiRegionSoftmax and MultiRegionNumerator."""
 
 from __future__ import annotations
 
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two, top_code
 
-TILE = 4096  # elements that one program holds in registers; rows of up to MAX_TOKENS fit one each
+TILE = 4096  # elements that one program holds in registers; a longer row passes through them in tiles
 
 
-def kernel(scores: str, columns: int, bits: int, high_step: float) -> Kernel:
+def kernel(scores: str, columns: int, bits: int, high_step: float, numerators: bool = False) -> Kernel:
     """For scores and result of the type `scores` ('fp32', 'fp16', 'bf16') with `columns` keys.
 
-    Raises UsageError beyond 4,096 keys.
+    numerators: MultiRegionNumerator, which has the reciprocals of the sums as a second result.
+
+    Raises UsageError beyond `MAX_TOKENS` keys.
     """
     if not 1 <= columns <= MAX_TOKENS:
-        raise UsageError(f"MultiRegionSoftmax over {columns} tokens: its kernel takes 1..{MAX_TOKENS}. "
+        name = "MultiRegionNumerator" if numerators else "MultiRegionSoftmax"
+        raise UsageError(f"{name} over {columns} tokens: its kernel takes 1..{MAX_TOKENS}. "
                          "Build with --no-plugins.")  # fmt: skip
-    width = next_power_of_two(columns)
+    width = min(TILE, next_power_of_two(columns))
     return Kernel(
         module="tqdit.plugins.multi_region_softmax.kernel",
-        function="multi_region_softmax_kernel",
+        function=f"multi_region_{'numerator' if numerators else 'softmax'}_kernel",
         parameters=(
             ("scores", f"*{scores}"),
             ("low_step", "*fp32"),
@@ -27,6 +30,7 @@ def kernel(scores: str, columns: int, bits: int, high_step: float) -> Kernel:
             ("rows_per_image", "i32"),
             ("low_steps", "i32"),
             ("out", f"*{scores}"),
+            *((("reciprocals", "*fp32"),) if numerators else ()),
         ),
         constants=(
             ("COLUMNS", columns),

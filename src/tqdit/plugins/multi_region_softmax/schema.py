@@ -8,11 +8,10 @@ from tqdit.plugins.function import parse_body
 
 OP_TYPE = "MultiRegionSoftmax"
 
-# From scores to probabilities. Each element first gets the step of its region, then is rounded once: the same bits as
-# rounding it in both regions and choosing: half the time in ONNX Runtime, whose Where is slow. Low steps are at most
+# Values `p` in 0..1 to two regions. Each element first gets the step of its region, then is rounded once: the same bits
+# as rounding it in both regions and choosing: half the time in ONNX Runtime, whose Where is slow. Low steps are at most
 # the high one.
-ROUNDED = """
-    p = Softmax <axis: int = -1> (scores)
+IN_TWO_REGIONS = """
     shape = Constant <value_ints: ints = [-1, 1, 1, 1]> ()
     s1 = Reshape (low_step, shape)
     s2 = Constant <value_float: float = @high_step> ()
@@ -33,13 +32,17 @@ ROUNDED = """
     exact = Div (p, step)
     rounded = Round (exact)
     code = Min (rounded, top)
-    probabilities = Mul (code, step)
+    quantized = Mul (code, step)
+"""
+PROBABILITIES = f"""
+    p = Softmax <axis: int = -1> (scores)
+{IN_TWO_REGIONS}
 """
 BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionSoftmax <bits, high_step> (scores, low_step) => (probabilities)
+MultiRegionSoftmax <bits, high_step> (scores, low_step) => (quantized)
 {{
-{ROUNDED}
+{PROBABILITIES}
 }}
 """
 

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from tqdit.quantization.quantizer import Arithmetic, Float32, GraphArithmetic, Parameters, Part, Quantizer, Shape, V
+from tqdit.quantization.quantizer import (
+    Arithmetic,
+    Float32,
+    GraphArithmetic,
+    Parameters,
+    Part,
+    Quantizer,
+    RegionOps,
+    Shape,
+    V,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +36,7 @@ class TwoRegionSoftmax(Quantizer):
     roles = ("left",)
     tensors: ClassVar = {"low_scale": "float32", "high_scale": "float32"}
     plotted = "low_scale"
+    softmax = RegionOps("MultiRegionSoftmax", "MultiRegionAttention")
 
     low_scale: Float32
     high_scale: Float32
@@ -78,7 +89,11 @@ class TwoRegionSoftmax(Quantizer):
 
     def graph_parts(self, ops: GraphArithmetic[V], x: V) -> Iterator[Part[V]]:
         """MultiRegionSoftmax rounds; for integer products its regions are split again, with one product each."""
-        p = ops.softmax_in_regions(x, "low_scale", "high_scale")
+        (p,) = ops.softmax_in_regions(x, self.softmax)
+        yield from self.split(ops, p)
+
+    def split(self, ops: GraphArithmetic[V], p: V) -> Iterator[Part[V]]:
+        """The parts of values `p` that are rounded already."""
         if ops.rounding != "integer":
             yield Part(p)
             return
@@ -88,6 +103,3 @@ class TwoRegionSoftmax(Quantizer):
         high = ops.rounded(ops.op("Where", is_low, zero, p), "high_scale")
         yield low
         yield high
-
-    def softmax_regions(self) -> tuple[str, str] | None:
-        return "low_scale", "high_scale"

@@ -1,0 +1,1 @@
+"""MultiRegionNumerator: exponentials of a softmax, rounded on two regions, and the reciprocals of their sums."""

@@ -1,0 +1,1 @@
+"""MultiRegionNumeratorAttention: attention whose numerators are rounded on two regions, divided at the end."""
