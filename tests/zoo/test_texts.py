@@ -26,6 +26,7 @@ from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
 from tqdit.onnx_file import read_card
+from tqdit.quantization.table import read_scale_table
 from tqdit.sampling import noise
 from tqdit.text import TextEncoder
 from zoo.pipelines import FAMILIES, vae
@@ -275,6 +276,46 @@ def test_recorded_prompts_are_kept_for_further_commands(drawn, tmp_path, capsys)
     assert repr(Recording.load(kept)).startswith("Recording(requests=3, ")
     assert run("calibrate", [*line.split(), "--seed", "1"]) == 0
     assert len(drawn) == 2 * len(PROMPTS)
+
+
+CARD = {"call": {"height": 64, "width": 64, "num_inference_steps": 6}, "prompts": list(PROMPTS)}
+
+
+def test_a_pipeline_s_card_tells_prompts_and_arguments_of_its_calls(drawn, tmp_path):
+    """A flag goes before what the card says."""
+    (tmp_path / "dir" / "model.json").write_text(json.dumps(CARD))
+    line = "dir -o t.safetensors --preset min-max --rows-per-group 4 --groups 2 -q"
+    assert run("calibrate", line.split()) == 0
+    assert drawn == list(PROMPTS)
+    assert read_scale_table(tmp_path / "t.safetensors").interface.sampling.steps == 6
+    (tmp_path / "one.txt").write_text("a word")
+    assert run("calibrate", [*line.split(), "--prompts", "one.txt", "--steps", "5"]) == 0
+    assert drawn == [*PROMPTS, "a word"]
+    assert read_scale_table(tmp_path / "t.safetensors").interface.sampling.steps == 5
+
+
+@pytest.mark.parametrize(("card", "says"), [
+    ('{"call": {"height": [64]}}', "call"), ('{"prompts": "red"}', "prompts"), ('{"space": "pixels"}', "space"),
+    ("{", "card"),
+])  # fmt: skip
+def test_a_damaged_card_of_a_pipeline_is_one_line_before_it_is_loaded(tmp_path, monkeypatch, capsys, card, says):
+    monkeypatch.chdir(tmp_path)
+    TEXTS["sd3"]()[0].save_pretrained("dir")
+    (tmp_path / "dir" / "model.json").write_text(card)
+    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", None)
+    capsys.readouterr()
+    assert run("calibrate", ["dir", "-q"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.json" in line
+    assert says in line
+    assert "any-pipeline.md" in line
+
+
+def test_an_argument_that_the_pipeline_does_not_take_is_named(drawn, tmp_path, capsys):
+    (tmp_path / "dir" / "model.json").write_text(json.dumps({**CARD, "call": {"hight": 64}}))
+    assert run("calibrate", ["dir", "-q"]) == 2
+    assert "takes no hight" in capsys.readouterr().err
+    assert drawn == []
 
 
 def test_a_loop_that_the_groups_do_not_fit_is_refused_after_one_prompt(drawn, capsys):
