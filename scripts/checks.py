@@ -82,6 +82,7 @@ CHECKS = {
         check("engine", "home", "not an engine bundle", 1),
         check("batch", "--batch 1000000000", "batch is 1000000000"),
         check("one thing to show", "--prompt red --classes 1", "each say what the images show"),
+        check("prompts", "--prompts nothing.txt", "nothing.txt", 1),
         check("prompt", "--prompt red", "--classes"),
         check("embeddings", "--embeddings photo.png", "photo.png", 1),
         check("guidance scale", "--guidance-scale 1e38", "guidance scale is 1e+38"),

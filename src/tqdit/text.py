@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.errors import FileFormatError, UsageError, first_line
+from tqdit.bounds import MOST_TEXT_BYTES
+from tqdit.errors import FileFormatError, InputError, UsageError, first_line
 from tqdit.extras import need
-from tqdit.files import sha256
+from tqdit.files import explain, sha256
 
 AGAIN = "Export it again."
 MOST_TOKENS = 2**16  # of a prompt
@@ -23,6 +24,24 @@ Fold = Literal["as it is", "stripped", "lower"]
 FOLDS: dict[Fold, Callable[[str], str]] = {
     "as it is": str, "stripped": str.strip, "lower": lambda text: text.lower().strip(),
 }  # fmt: skip
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line; empty lines are left out. Raises UsageError if there is none."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_TEXT_BYTES + 1)
+        if len(text) > MOST_TEXT_BYTES:
+            raise UsageError(f"{path}: more than {MOST_TEXT_BYTES} bytes. Pass a file with one prompt per line.")
+        lines = text.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(explain(error, "read", path)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text ({error}). Pass a file with one prompt per line.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{path}: holds no prompt. Write one per line.")
+    return prompts
 
 
 @dataclass(frozen=True)

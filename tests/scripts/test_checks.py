@@ -34,7 +34,7 @@ def names_a_file(one: Check) -> bool:
 
 
 # Flags of which a command takes one: two of them are a mistake of their own.
-ALTERNATIVES = ({"--prompts", "--rows", "--data"}, {"--prompt", "--embeddings", "--classes"})
+ALTERNATIVES = ({"--prompts", "--rows", "--data"}, {"--prompt", "--prompts", "--embeddings", "--classes"})
 
 
 def belong_together(first: Check, second: Check) -> bool:

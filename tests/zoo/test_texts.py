@@ -141,10 +141,10 @@ def test_prompts_that_cannot_be_shown_are_one_line_before_the_engine_is_opened(p
     line = refused(capsys, engine, *output, "--prompt", "a red A " * 5)
     assert "16 tokens" in line
     assert "takes 10" in line
-    assert "--embeddings and --prompt" in refused(
+    assert "--embeddings, --prompt" in refused(
         capsys, engine, *output, "--prompt", "a", "--embeddings", pixart / "calls.safetensors"
     )
-    assert "--classes, --embeddings and --prompt" in refused(capsys, engine, *output, "--prompt", "a", "--classes", 1)
+    assert "--classes, --embeddings, --prompt" in refused(capsys, engine, *output, "--prompt", "a", "--classes", 1)
     plain = tmp_path / "plain.engine"
     shutil.copytree(engine, plain)
     manifest = json.loads((plain / "manifest.json").read_text())
@@ -240,6 +240,9 @@ def test_a_pipeline_directory_goes_from_prompts_to_pictures(tmp_path, monkeypatc
     found = np.load("a.npz")["arr_0"]
     assert found.shape == (1, 64, 64, 3)
     assert run("sample", ["model.engine", "-q", "--prompt", PROMPTS[0], "-n", "3", "--shard-size", "2", "-o", "s"]) == 0
+    assert run("sample", ["model.engine", "-q", "--prompts", "prompts.txt", "-o", "three.npz"]) == 0
+    np.testing.assert_array_equal(np.load("three.npz")["arr_0"][:1], found)
+    assert len(np.load("three.npz")["arr_0"]) == len(PROMPTS)
     assert json.loads((tmp_path / "s" / "shards.json").read_text())["job"]["prompts"]["texts"] == [PROMPTS[0]]
     np.testing.assert_array_equal(next(tqdit.read_shards("s"))["arr_0"][:1], found)
 
@@ -296,7 +299,7 @@ def test_a_pipeline_s_card_tells_prompts_and_arguments_of_its_calls(drawn, tmp_p
 
 @pytest.mark.parametrize(("card", "says"), [
     ('{"call": {"height": [64]}}', "call"), ('{"prompts": "red"}', "prompts"), ('{"space": "pixels"}', "space"),
-    ("{", "card"),
+    ("{", "truncated"),
 ])  # fmt: skip
 def test_a_damaged_card_of_a_pipeline_is_one_line_before_it_is_loaded(tmp_path, monkeypatch, capsys, card, says):
     monkeypatch.chdir(tmp_path)

@@ -10,13 +10,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdit.bounds import MOST_SIDE, MOST_TEXT_BYTES, check_count
+from tqdit.bounds import MOST_SIDE, check_count
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, TQ_DIT, QuantizationConfig, choices_of, flag
 from tqdit.console import Console
-from tqdit.errors import InputError, OutputError, TqditError, UsageError, first_line
+from tqdit.errors import OutputError, TqditError, UsageError, first_line
 from tqdit.extras import need
-from tqdit.files import LOCK, check_writable, explain, lock_folder
+from tqdit.files import LOCK, check_writable, lock_folder
+from tqdit.text import read_prompts
 
 if TYPE_CHECKING:
     from tqdit.models.model_card import PipelineCard
@@ -209,24 +210,6 @@ def _recording(
     work.mkdir(parents=True, exist_ok=True)
     console.say(f"recorded calls: {recording.save(kept)}")
     return recording
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines are left out. Raises UsageError if there is none."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MOST_TEXT_BYTES + 1)
-        if len(text) > MOST_TEXT_BYTES:
-            raise UsageError(f"{path}: more than {MOST_TEXT_BYTES} bytes. Pass a file with one prompt per line.")
-        lines = text.decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(explain(error, "read", path)) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a text ({error}). Pass a file with one prompt per line.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"{path}: holds no prompt. Write one per line.")
-    return prompts
 
 
 def _memory(peak: int | None, on_device: int) -> str:

@@ -29,6 +29,7 @@ from tqdit.errors import OutputError, UsageError
 from tqdit.extras import need
 from tqdit.files import check_writable
 from tqdit.sampling.schedule import sampler_names
+from tqdit.text import read_prompts
 
 Work = Callable[[ShardFolder, list[int], Bar], None]  # makes these shards
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their number")  # fmt: skip
     add("--prompt", action="append", metavar="TEXT", help="what to show, of an engine with text encoders; may be given "
         "several times")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="the same, one in each line of a text file")
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
@@ -121,10 +123,12 @@ def run(args: argparse.Namespace, console: Console) -> Path:
 
 def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
     """What images of a model of text show; None: of another model."""
-    if sum(each is not None for each in (args.classes, args.embeddings, args.prompt)) > 1:
-        raise UsageError("--classes, --embeddings and --prompt each say what the images show. Pass one of them.")
-    if args.prompt is not None:
-        return encode(args.engine, manifest.card, args.prompt)
+    if sum(each is not None for each in (args.classes, args.embeddings, args.prompt, args.prompts)) > 1:
+        raise UsageError(
+            "--classes, --embeddings, --prompt and --prompts each say what the images show. Pass one of them."
+        )
+    if args.prompt is not None or args.prompts is not None:
+        return encode(args.engine, manifest.card, args.prompt or read_prompts(args.prompts))
     return None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
 
 

@@ -14,6 +14,19 @@ TEXT = "text"  # the pipeline of the text demo: what a user writes, and its fold
 DIGESTS = {
     "model.safetensors": "9db237a5476412b5386557b9bca9a0fd5b46a61ffa79ce9bf26270e048a5399a",
     "judge.safetensors": "9f5ed1b5550e7d1c35ee1337a9c51cabde1d106cfe269a823895acb55a955f19",
+    "text/judge.safetensors": "e02a1f64b3534a989e834b4670bc1e814098e50d4f13ee9439a30d0a04df3145",
+    "text/model.json": "b83b70ab1ae2229284161d697ce9eeed67d1dfdd55a126390f5459408edb55eb",
+    "text/model_index.json": "bbeb5b77cc1150ea9031bf86baf0a1bce8213d862b73a24af1113cb074ea2310",
+    "text/scheduler/scheduler_config.json": "e70f26bafa70892cccf999835680254ad93d3d6f5ac2867449907ecda4902251",
+    "text/text_encoder/config.json": "2f87034cb049aac86e951be3878d6f9756497c78a266706a93e1e65db8073a07",
+    "text/text_encoder/model.safetensors": "f82b3c5c3df1d833ed13795ec367d2682f9c43c668e2400786ddab6481a6d6b9",
+    "text/tokenizer/tokenizer.json": "76c9912abdb71f18e7bbad69417bb2d7c14e587260d55b5f9458a2a819024f6d",
+    "text/tokenizer/tokenizer_config.json": "e740cefeb50240e7df11c7ed4121f277ab369414b96b3204ca15c113cddad78d",
+    "text/training.json": "2f604afe12a626c6e6aaa930e73eb365e25a4d06d8dfdf8be9ebe8d0e35e669a",
+    "text/transformer/config.json": "eacd32740dc5c80c844acaf20e9d2244c2ba7eda6a509f556d55dafea2974ae1",
+    "text/transformer/diffusion_pytorch_model.safetensors": "e3d235b967893fcc4c442bfbc2a242907fd9b59b61f68aa337aa8301bc32fd62",
+    "text/vae/config.json": "88fdf88da95149627ceeb0c604b32098be603d479bcead4024eb849eaa6b1593",
+    "text/vae/diffusion_pytorch_model.safetensors": "8eb33dbadf03f787943036eff9586556b63e330d18231e88e3436183fb2f285d",
 }
 
 
