@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from tqdit.errors import UsageError
+from tqdit.exporter.optimize import optimize
 from tqdit.exporter.program import prepare
 from tqdit.exporter.watch import UntraceableError, Watch
 from tqdit.models.scratch import need_compiler, need_temporary_folder
@@ -48,12 +49,16 @@ def trace(
                 prepared,
                 dynamo=True,
                 opset_version=opset,
-                input_names=list(inputs),
-                output_names=[output] if isinstance(output, str) else output,
                 dynamic_shapes=shapes,
                 verbose=False,
+                optimize=False,
             )
-    assert program is not None
+            assert program is not None
+            optimize(program.model)
+    graph = program.model.graph
+    names = [*inputs, *([output] if isinstance(output, str) else output)]
+    for value, name in zip((*graph.inputs, *graph.outputs), names, strict=True):
+        value.name = name
     return program.model
 
 
