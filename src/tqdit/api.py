@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tqdit.interface import Interface
     from tqdit.models.loaded import LoadedModel, Source
     from tqdit.models.model_card import ModelCard
-    from tqdit.models.recording import NetworkRecorder, Recorder
+    from tqdit.models.recorder import NetworkRecorder, Recorder
     from tqdit.quantization.table import ScaleTable
 
     Model = Source | Path | LoadedModel
@@ -69,7 +69,7 @@ def record(pipeline: Any) -> Recorder | NetworkRecorder:
     _need_stage("calibrate", "tqdit.record")
     from torch import nn
 
-    from tqdit.models.recording import NetworkRecorder, Recorder
+    from tqdit.models.recorder import NetworkRecorder, Recorder
 
     return NetworkRecorder(pipeline) if isinstance(pipeline, nn.Module) else Recorder(pipeline)
 

@@ -74,6 +74,7 @@ class VaeCard:
     image_height: int
     image_width: int
     frames: int | None = None  # of a video
+    rows: int | None = None  # of each call, if the graph takes no other number
 
 
 AttentionForm = Literal["simulated", "fused", "integer", "float"]

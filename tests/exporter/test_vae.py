@@ -97,6 +97,26 @@ def test_states_are_scaled_and_shifted_to_codes(exported):
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_a_decoder_that_looks_at_each_row_makes_one_image_a_call(exported, tmp_path):
+    """`row_by_row` is what no graph with a free number of rows can hold."""
+    folder, vae = exported
+
+    def row_by_row(codes, **settings):
+        return (torch.cat([type(vae).decode(vae, row[None], **settings)[0] for row in list(codes)]),)
+
+    by_rows = save_vae(tmp_path / "vae")
+    by_rows.decode = row_by_row
+    with pytest.warns(TqditWarning, match="scale 0.5"):
+        path = tqdit.export(support.tiny_model("diffusers"), tmp_path / "model.onnx", vae=by_rows, steps=4)
+    assert read_card(path).vae.rows == 1
+    assert read_card(folder / "model.onnx").vae.rows is None
+    build_engine(path, tmp_path / "model.engine")
+    with Sampler.open(tmp_path / "model.engine") as one, Sampler.open(folder / "model.engine") as many:
+        images = one.sample([0, 1, 2], seed=1)
+        expected = many.sample([0, 1, 2], seed=1)
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
+
+
 def test_the_card_names_the_decoder_and_its_image_size(exported):
     folder, _ = exported
     card = read_card(folder / "model.onnx")

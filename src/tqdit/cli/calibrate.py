@@ -147,7 +147,8 @@ def _recording(args: argparse.Namespace, config: QuantizationConfig, work: Path,
     from tqdit.calibration.rows import boundaries_of
     from tqdit.calibration.work import digest, versions
     from tqdit.models.families.recorded import open_pipeline
-    from tqdit.models.recording import Recorder, Recording
+    from tqdit.models.recorder import Recorder
+    from tqdit.models.recording import Recording
 
     if args.rows is not None:
         return Recording.load(args.rows)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from tqdit.card import METADATA_KEY, GraphCard, VaeCard
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.exporter.text import TextGraph
+from tqdit.exporter.trace import fixed_rows
 from tqdit.exporter.vae import DecoderGraph
 from tqdit.files import flush, sha256, temporary_folder
 from tqdit.onnx_file import OnnxFile, save
@@ -71,7 +72,7 @@ def _write_vae(folder: Path, path: Path, decoder: DecoderGraph) -> VaeCard:
     digest = sha256(draft)
     name = f"{path.stem}.vae-{digest[:8]}.onnx"
     draft.rename(folder / name)
-    return VaeCard(name, digest, decoder.height, decoder.width, decoder.frames)
+    return VaeCard(name, digest, decoder.height, decoder.width, decoder.frames, fixed_rows(decoder.model))
 
 
 def _side_files(path: Path) -> set[Path]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter.trace import OPSETS, trace
+from tqdit.exporter.watch import UntraceableError
 from tqdit.extras import need
 from tqdit.files import sha256
 from tqdit.interface import TextExamples
@@ -97,11 +98,8 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str) -> TextGraph:
         }  # fmt: skip
         try:
             graph = trace(module, inputs, [*sources], OPSETS.start, rows=1)
-        except UsageError:
-            raise
-        except Exception as error:  # the exporters raise errors of all kinds
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UsageError(f"{_name(pipeline)}.encode_prompt cannot be traced ({reason[0]}). {EMBEDDINGS}") from error
+        except UntraceableError as error:
+            raise UsageError(f"{_name(pipeline)}.encode_prompt cannot be traced: {error}. {EMBEDDINGS}") from error
     known = [(each, content) for each, content in zip(tokens, contents, strict=True) if each is not None]
     return TextGraph(
         graph, tuple(each for each, _ in known), tuple(content for _, content in known), tuple(sources), examples

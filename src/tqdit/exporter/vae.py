@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.card import Latents
-from tqdit.errors import CheckpointError, TqditWarning
+from tqdit.errors import CheckpointError, TqditWarning, first_line
 from tqdit.exporter.trace import EXAMPLE_BATCH, OPSETS, trace_any_rows
 from tqdit.extras import need
 from tqdit.models.decoding import to_codes
@@ -137,5 +137,6 @@ def _read(folder: Path, name: str) -> Any:
             folder, local_files_only=True, torch_dtype=torch.float32, variant=find_weights(folder)[1]
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: its weights cannot be loaded ({reason}). Get the directory again.") from error
+        raise CheckpointError(
+            f"{folder}: its weights cannot be loaded ({first_line(error)}). Get the directory again."
+        ) from error

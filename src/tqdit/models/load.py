@@ -22,7 +22,7 @@ def load_model(
 ) -> LoadedModel:
     """Load `demo`, a DiT checkpoint (`.pt`, `.safetensors`), a diffusers directory, a network or a state dict.
 
-    interface: what was learned of the calls of a network of any other class (`models.recording`).
+    interface: what was learned of the calls of a network of any other class (`models.recorder`).
     heads: attention heads of a checkpoint that does not tell them. card: facts of the model; None: those of the JSON
     file beside it. A network in memory stays as it is, and shares its weights with the model.
     Raises CheckpointError with one line that names the file and what is wrong with it, and OutputError if PyTorch finds

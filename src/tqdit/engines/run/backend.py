@@ -52,8 +52,10 @@ class InParts:
 
 def open_engine(folder: Path, manifest: Manifest, file: str, threads: int | None = None) -> Engine:
     """One compiled file of a bundle, for any number of rows that it was built for."""
-    engine, rows = runner(manifest.backend).load(folder, manifest, file, threads), manifest.card.rows
-    return engine if rows is None or file != manifest.entry else InParts(engine, rows)
+    engine, card = runner(manifest.backend).load(folder, manifest, file, threads), manifest.card
+    part = card if file == manifest.entry else card.vae
+    rows = part.rows if part else None
+    return engine if rows is None else InParts(engine, rows)
 
 
 def runner(backend: str) -> Runner:

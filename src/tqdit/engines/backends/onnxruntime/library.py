@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdit.errors import BackendError
+from tqdit.errors import BackendError, first_line
 from tqdit.extras import install, need
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
@@ -45,8 +45,4 @@ def open_session(ort: ModuleType, file: Path, options: Any, **settings: Any) -> 
     try:
         return ort.InferenceSession(file, options, **settings)
     except Exception as error:  # it raises a class of its own for each status code
-        raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot open it ({reason(error)}).") from error
-
-
-def reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+        raise BackendError(f"{file}: ONNX Runtime {ort.__version__} cannot open it ({first_line(error)}).") from error

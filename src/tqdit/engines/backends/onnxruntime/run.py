@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.backends.onnxruntime.library import load_library, open_session, reason, session_options
+from tqdit.engines.backends.onnxruntime.library import load_library, open_session, session_options
 from tqdit.engines.backends.onnxruntime.providers import CPU, NAMES, check_got, check_offered, settings_of
 from tqdit.engines.bundle import Manifest, check_machine, check_not_older
-from tqdit.errors import BackendError, UsageError
+from tqdit.errors import BackendError, UsageError, first_line
 
 
 class OrtEngine:
@@ -53,7 +53,7 @@ class OrtEngine:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # a class of its own for each status code
-            raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({reason(error)}).") from error
+            raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({first_line(error)}).") from error
         return out
 
     def close(self) -> None:
