@@ -142,7 +142,7 @@ def export(
     check_overwrite(path, force)
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
-    loaded = _loaded(model, None if table is None else table.interface)
+    loaded = _loaded(model, None if table is None else table.interface, table is not None and table.is_equalised)
     chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
@@ -182,8 +182,8 @@ def _need_stage(extra: str, what: str) -> None:
         need(library, extra, what)
 
 
-def _loaded(model: Model, interface: Interface | None) -> LoadedModel:
+def _loaded(model: Model, interface: Interface | None, in_memory: bool = True) -> LoadedModel:
     from tqdit.models.load import load_model as load
     from tqdit.models.loaded import LoadedModel
 
-    return model if isinstance(model, LoadedModel) else load(model, interface=interface)
+    return model if isinstance(model, LoadedModel) else load(model, interface=interface, in_memory=in_memory)

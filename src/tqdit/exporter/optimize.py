@@ -8,6 +8,8 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass, RewriteRule, onnx_fusions
 from onnxscript.rewriter.rules import common as rules
 
+from tqdit.exporter.lazy import transpose_weights
+
 ROUNDS = 2  # of folding and rewriting; one round makes work for the next
 RULES: tuple[RewriteRule, ...] = (
     *rules.mul_by_1_rule.commute(),
@@ -64,6 +66,7 @@ def optimize(model: ir.Model) -> None:
     One rule is left out: SlicesSplit compares each node with every Slice of the graph, which is half of the time at 57
     blocks.
     """
+    transpose_weights(model.graph)
     steps = [
         _FoldConstants(),
         RewritePass(RULES),
