@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from tqdit.models import weights as stored
 from tqdit.models.weights import Weights
 
 
@@ -29,13 +30,16 @@ def read_from(weights: Weights, graph: ir.Graph) -> None:
 
 
 def transpose_weights(graph: ir.Graph) -> None:
-    """Ensures: a transposed initializer that nothing else uses is an initializer, made when it is read."""
+    """Ensures: a large transposed initializer that nothing else uses is an initializer, made when it is read.
+
+    torch's optimizer would do the same for those of any size, in memory.
+    """
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is None or weight.name not in graph.initializers or len(weight.uses()) != 1:
             continue
         tensor, output = weight.const_value, node.outputs[0]
-        if tensor is None or output.is_graph_output():
+        if tensor is None or tensor.size < stored.LARGE or output.is_graph_output():
             continue
         order = node.attributes["perm"].as_ints()
         value = ir.Value(name=output.name, type=weight.type, const_value=_transposed(tensor, order, output.name))
