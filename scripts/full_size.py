@@ -36,6 +36,7 @@ class Row:
 
     stage: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     size_bytes: int  # of what it wrote
 
@@ -114,7 +115,7 @@ def run_stage(name: str, arguments: Sequence[str], output: Path, again: bool) ->
     if status:
         sys.exit(f"{name} failed with status {os.waitstatus_to_exitcode(status)}.")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Row(name, time.perf_counter() - started, peak, size_of(output))
+    return Row(name, time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, size_of(output))
 
 
 def size_of(output: Path) -> int:

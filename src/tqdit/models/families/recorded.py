@@ -20,8 +20,8 @@ from tqdit.models.state import check_places, is_finite, read_json
 from tqdit.models.weights import IN_MEMORY, Weights, open_network
 
 RECORD = (
-    "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
-    "tqdit.record."
+    "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, --rows to tqdit-export, or record "
+    "a pipeline with tqdit.record."
 )
 INDEX = "model_index.json"
 OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
