@@ -35,23 +35,22 @@ def main() -> None:
     add("--heads", type=int, default=24, help=f"of width {HEAD}")
     add("--size", type=int, default=1024, help="of the images")
     add("--text", type=int, default=512, help="tokens of the prompt")
-    add("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    add("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="none: make the weights and the scales alone")
     add("--again", action="store_true", help="export what exists")
     add("--json", type=Path)
     args = parser.parse_args()
     folder: Path = args.folder
     if not folder.exists():
         apart(prepare, folder, tuple(args.blocks), args.heads, args.size, args.text)
+    if not (folder / "scales.safetensors").exists():
+        apart(write_scales, folder)
     weights = size_of(folder / "transformer")
     rows = []
     for form in args.forms:
         output = folder / f"{form}.onnx"
         given = ["--float", "--rows", str(folder / "calls.safetensors")]
         if form == "int8":
-            scales = folder / "scales.safetensors"
-            if not scales.exists():
-                apart(write_scales, folder)
-            given = ["--scales", str(scales)]
+            given = ["--scales", str(folder / "scales.safetensors")]
         command = ["export", str(output), "--model", str(folder / "transformer"), *given]
         row = run_stage(f"export {form}", command, output, args.again)
         rows += [] if row is None else [row]
