@@ -120,7 +120,8 @@ def run_stage(name: str, arguments: Sequence[str], output: Path, again: bool) ->
 
 def size_of(output: Path) -> int:
     """Bytes of a file with its external data, or of all files in a folder."""
-    files = output.rglob("*") if output.is_dir() else output.parent.glob(f"{output.name}*")
+    beside = output.parent.glob(f"{output.stem}-*{output.suffix}.data")
+    files = output.rglob("*") if output.is_dir() else (output, *beside)
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

@@ -13,8 +13,10 @@ import torch
 
 import tqdit
 from support import made_once
+from tqdit.cli.main import run as main
 from tqdit.models import weights
 from tqdit.models.load import load_model
+from tqdit.onnx_file import read_card
 from tqdit.quantization.table import read_scale_table
 from zoo.pipelines import FAMILIES
 
@@ -58,6 +60,16 @@ def test_the_file_is_that_of_an_export_from_memory(flux, streamed, tmp_path):
         tqdit.export(model, tmp_path / f"{name}-streamed.onnx", scales=table)
         tqdit.export(load_model(flux / "transformer", interface=interface), tmp_path / f"{name}.onnx", scales=table)
         assert (tmp_path / f"{name}.onnx").read_bytes() == (tmp_path / f"{name}-streamed.onnx").read_bytes()
+
+
+def test_an_export_without_scales_learns_the_inputs_from_recorded_calls(flux, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-q", "m.onnx", "--model", str(flux / "transformer"), "--float"]
+    assert main("export", arguments) == 2
+    assert main("export", [*arguments, "--rows", str(flux / "calls.safetensors")]) == 0
+    card = read_card(tmp_path / "m.onnx")
+    assert card.quantization is None
+    assert card.signature == read_scale_table(flux / "scales.safetensors").interface.signature
 
 
 def run(script, *arguments):
