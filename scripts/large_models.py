@@ -2,7 +2,7 @@
 
     python scripts/large_models.py                              4 + 8 blocks of real width, 1024x1024: float and int8
     python scripts/large_models.py --blocks 19 38               all of Flux.1 (12 B); int8 alone with --forms int8
-    python scripts/large_models.py --blocks 19 38 --heads 1 --size 64     full depth at tiny width: the time of a trace
+    python scripts/large_models.py --blocks 19 38 --heads 1 --size 64 --text 6 --forms trace      full depth, tiny width
 
 Weights are bfloat16 in shards, as save_pretrained writes them. Each export is the command that a user types, in a
 process of its own. The scale table has the ranges of the weights and made-up ranges of inputs: as large and as slow as
@@ -16,6 +16,9 @@ import json
 import resource
 import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from full_size import apart, machine, run_stage, size_of
 
 HEAD = 128  # width of one; Flux.1 has 24
 SHARD_BYTES = 2_000_000_000
-FORMS = ("float", "int8")
+FORMS = ("float", "int8", "trace")
 
 
 def main() -> None:
@@ -35,7 +38,8 @@ def main() -> None:
     add("--heads", type=int, default=24, help=f"of width {HEAD}")
     add("--size", type=int, default=1024, help="of the images")
     add("--text", type=int, default=512, help="tokens of the prompt")
-    add("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="none: make the weights and the scales alone")
+    add("--forms", nargs="*", choices=FORMS, default=list(FORMS[:2]), help="trace: only trace, and tell "
+        "the CPU seconds of each step; none: make the weights and the scales alone")  # fmt: skip
     add("--again", action="store_true", help="export what exists")
     add("--json", type=Path)
     args = parser.parse_args()
@@ -46,7 +50,9 @@ def main() -> None:
         apart(write_scales, folder)
     weights = size_of(folder / "transformer")
     rows = []
-    for form in args.forms:
+    if "trace" in args.forms:
+        apart(trace, folder)
+    for form in sorted({*args.forms} - {"trace"}):
         output = folder / f"{form}.onnx"
         given = ["--float", "--rows", str(folder / "calls.safetensors")]
         if form == "int8":
@@ -149,6 +155,29 @@ def write_scales(folder: Path) -> None:
     table = replace(make_table(model, Kind(groups=10), operands=ranges), interface=interface)
     write_scale_table(folder / "scales.safetensors", table)
     print(f"scales: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB", file=sys.stderr)
+
+
+def trace(folder: Path) -> None:
+    """Print the CPU seconds of each step of a trace."""
+    from tqdit.exporter.graph import ExportConfig, trace_graph
+    from tqdit.exporter.watch import Watch
+    from tqdit.models.load import load_model
+    from tqdit.models.recording import Recording
+
+    check = Watch.check
+
+    @contextmanager
+    def timed(watch: Watch, name: str) -> Iterator[None]:
+        started = time.process_time()
+        with check(watch, name):
+            yield
+        print(f"{name:<26} {time.process_time() - started:6.1f} CPU s")
+
+    interface = Recording.load(folder / "calls.safetensors").interface
+    model = load_model(folder / "transformer", interface=interface, in_memory=False)
+    Watch.check = timed  # type: ignore[method-assign]
+    graph = trace_graph(model, ExportConfig())
+    print(f"{len(list(graph.graph))} nodes")
 
 
 if __name__ == "__main__":

@@ -36,14 +36,13 @@ def transpose_weights(graph: ir.Graph) -> None:
     """
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.name not in graph.initializers or len(weight.uses()) != 1:
+        if weight is None or not weight.name or weight.name not in graph.initializers or len(weight.uses()) != 1:
             continue
         tensor, output = weight.const_value, node.outputs[0]
         if tensor is None or tensor.size < stored.LARGE or output.is_graph_output():
             continue
-        order = node.attributes["perm"].as_ints()
-        value = ir.Value(name=output.name, type=weight.type, const_value=_transposed(tensor, order, output.name))
-        value.shape = ir.Shape([tensor.shape[axis] for axis in order])
+        transposed = _transposed(tensor, node.attributes["perm"].as_ints(), output.name or "")
+        value = ir.Value(name=output.name, type=weight.type, shape=ir.Shape(transposed.shape), const_value=transposed)
         output.replace_all_uses_with(value)
         graph.remove(node, safe=True)
         graph.initializers.pop(weight.name)
@@ -54,6 +53,6 @@ def _reader(weights: Weights, raw: Tensor, name: str) -> ir.LazyTensor:
     return lazy(name, raw.shape, np.float32, lambda: weights.read(raw).numpy())
 
 
-def _transposed(tensor: ir.TensorProtocol, order: Sequence[int], name: str | None) -> ir.LazyTensor:
+def _transposed(tensor: ir.TensorProtocol, order: Sequence[int], name: str) -> ir.LazyTensor:
     shape = [int(str(tensor.shape[axis])) for axis in order]
-    return lazy(name or "", shape, tensor.dtype.numpy(), lambda: tensor.numpy().transpose(order))
+    return lazy(name, shape, tensor.dtype.numpy(), lambda: tensor.numpy().transpose(order))

@@ -34,19 +34,19 @@ class Emitter:
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """An initializer `SCOPE.name`; asking twice for the same name gives the same value."""
-        return self._initializer(name, lambda full: ir.tensor(np.asarray(array), name=full))
+        return self._initializer(name, array.shape, lambda full: ir.tensor(np.asarray(array), name=full))
 
     def lazy(self, name: str, shape: Sequence[int], dtype: DTypeLike, make: Callable[[], NDArray[Any]]) -> ir.Value:
         """The same of an array that `make` returns when the graph is written, or each time that its values are read."""
-        return self._initializer(name, lambda full: lazy(full, shape, dtype, make))
+        return self._initializer(name, shape, lambda full: lazy(full, shape, dtype, make))
 
-    def _initializer(self, name: str, tensor_of: Callable[[str], ir.TensorProtocol]) -> ir.Value:
+    def _initializer(self, name: str, shape: Sequence[int], tensor_of: Callable[[str], ir.TensorProtocol]) -> ir.Value:
         full = f"{self.scope}.{name}" if self.scope else name
         known = self.graph.initializers.get(full)
         if known is not None:
             return known
         tensor = tensor_of(full)
-        value = ir.Value(name=full, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=full, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
