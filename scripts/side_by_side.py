@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("side_by_side.png"))
     args = parser.parse_args()
-    job = describe_job(args.reference, read_manifest(args.reference), None, None, args.seed, args.n, args.n)
+    job = describe_job(args.reference, read_manifest(args.reference), None, args.seed, args.n, args.n)
     results = [sample(engine, job) for engine in (args.reference, args.other)]
     sheets = [np.asarray(grid(to_pixels(x[: args.shown]))) for x, _ in results]
     gap = np.full((len(sheets[0]), 12, 3), 255, np.uint8)

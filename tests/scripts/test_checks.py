@@ -33,10 +33,20 @@ def names_a_file(one: Check) -> bool:
     return not one.argv[0].startswith("-")
 
 
-# One command line cannot hold both of two mistakes in the same argument.
+# Flags of which a command takes one: two of them are a mistake of their own.
+ALTERNATIVES = ({"--prompts", "--rows", "--data"}, {"--prompt", "--embeddings", "--classes"})
+
+
+def belong_together(first: Check, second: Check) -> bool:
+    """Whether one command line can hold both of two mistakes: in different arguments, and in no alternatives."""
+    ours, theirs = flags(first.argv), flags(second.argv)
+    alike = ours & theirs or any(ours & each and theirs & each for each in ALTERNATIVES)
+    return not alike and not (names_a_file(first) and names_a_file(second))
+
+
 PAIRS = [
     (verb, first, second) for verb, checks in CHECKS.items() for first, second in itertools.combinations(checks, 2)
-    if not flags(first.argv) & flags(second.argv) and not (names_a_file(first) and names_a_file(second))
+    if belong_together(first, second)
 ]  # fmt: skip
 
 

@@ -90,7 +90,9 @@ def test_shards_keep_the_file_s_sha256_and_refuse_another_one(flux, embeddings, 
     ]  # fmt: skip
     assert run("sample", [*map(str, arguments), "-q"]) == 0
     job = json.loads((tmp_path / "shards" / INDEX).read_text())["job"]
-    assert (job["prompts"], job["embeddings"], job["embeddings_file"]) == (PROMPTS, sha256(embeddings), str(embeddings))
+    assert job["prompts"] == {
+        "count": PROMPTS, "texts": [], "sha256": sha256(embeddings), "file": str(embeddings)
+    }  # fmt: skip
     whole = sampled(flux, tmp_path / "whole.npz", "--embeddings", embeddings, "-n", 5)
     shards = list(tqdit.read_shards(tmp_path / "shards"))
     for name, array in whole.items():
@@ -102,8 +104,8 @@ def test_shards_keep_the_file_s_sha256_and_refuse_another_one(flux, embeddings, 
     capsys.readouterr()
     save_file(values(seed=1), moved)
     line = refused(capsys, arguments)
-    assert "holds samples of another run: embeddings" in line
-    assert "embeddings_file" not in line
+    assert f"holds samples of another run: prompts {PROMPTS} of {job['prompts']['sha256'][:8]} (asked for" in line
+    assert sha256(moved)[:8] in line
 
 
 def test_a_worker_of_a_cluster_makes_the_same_shard(flux, embeddings):
@@ -112,7 +114,7 @@ def test_a_worker_of_a_cluster_makes_the_same_shard(flux, embeddings):
     manifest = read_manifest(engine)
     prompts = read_embeddings(embeddings, manifest.card.signature)
     embeddings.unlink()
-    job = describe_job(engine, manifest, None, None, 0, 5, 2, prompts=prompts)
+    job = describe_job(engine, manifest, prompts, 0, 5, 2)
     worker = Worker(None, 1)
     assert worker.open(str(engine), job.engine)
     job, prompts = pickle.loads(pickle.dumps((job, prompts)))

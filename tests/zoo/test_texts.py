@@ -140,7 +140,7 @@ def test_prompts_that_cannot_be_shown_are_one_line_before_the_engine_is_opened(p
     line = refused(capsys, engine, *output, "--prompt", "a red A " * 5)
     assert "16 tokens" in line
     assert "takes 10" in line
-    assert "--prompt and --embeddings" in refused(
+    assert "--embeddings and --prompt" in refused(
         capsys, engine, *output, "--prompt", "a", "--embeddings", pixart / "calls.safetensors"
     )
     assert "--classes, --embeddings and --prompt" in refused(capsys, engine, *output, "--prompt", "a", "--classes", 1)
@@ -239,19 +239,25 @@ def test_a_pipeline_directory_goes_from_prompts_to_pictures(tmp_path, monkeypatc
     found = np.load("a.npz")["arr_0"]
     assert found.shape == (1, 64, 64, 3)
     assert run("sample", ["model.engine", "-q", "--prompt", PROMPTS[0], "-n", "3", "--shard-size", "2", "-o", "s"]) == 0
-    assert json.loads((tmp_path / "s" / "shards.json").read_text())["job"]["texts"] == [PROMPTS[0]]
+    assert json.loads((tmp_path / "s" / "shards.json").read_text())["job"]["prompts"]["texts"] == [PROMPTS[0]]
     np.testing.assert_array_equal(next(tqdit.read_shards("s"))["arr_0"][:1], found)
 
 
-def test_recorded_prompts_are_kept_for_further_commands(tmp_path, monkeypatch, capsys):
-    """The pipeline is most of the work: settings that cannot be refuse before it, or after its first prompt."""
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """The prompts that the pipeline `dir` has drawn so far; `prompts.txt` holds PROMPTS."""
     monkeypatch.chdir(tmp_path)
     pipeline, _ = TEXTS["sd3"]()
     pipeline.save_pretrained("dir")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    drawn = []
+    found = []
     monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
-    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: drawn.append(prompt))
+    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: found.append(prompt))
+    return found
+
+
+def test_recorded_prompts_are_kept_for_further_commands(drawn, tmp_path, capsys):
+    """The pipeline is most of the work: settings that cannot be refuse before it, or after its first prompt."""
     line = "dir --prompts prompts.txt -o t.safetensors --preset min-max --rows-per-group 4 --height 64 --width 64"
     assert run("calibrate", [*line.split(), "--steps", "6"]) == 2
     assert drawn == []
@@ -271,14 +277,7 @@ def test_recorded_prompts_are_kept_for_further_commands(tmp_path, monkeypatch, c
     assert len(drawn) == 2 * len(PROMPTS)
 
 
-def test_a_loop_that_the_groups_do_not_fit_is_refused_after_one_prompt(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    pipeline, _ = TEXTS["sd3"]()
-    pipeline.save_pretrained("dir")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    drawn = []
-    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
-    monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: drawn.append(prompt))
+def test_a_loop_that_the_groups_do_not_fit_is_refused_after_one_prompt(drawn, capsys):
     line = "dir --prompts prompts.txt -o t.safetensors --groups 29 --height 64 --width 64"
     assert run("calibrate", line.split()) == 2  # the pipeline's own number of steps is 28
     assert drawn == [PROMPTS[0]]

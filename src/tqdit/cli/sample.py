@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("engine", nargs="?", type=Path, default=Path("model.engine"), help="folder that tqdit-build wrote (default: "
         "%(default)s)")  # fmt: skip
-    add("-n", type=int, metavar="N", help=f"images in all (default: {IMAGES}, or one for each "
-        "prompt)")  # fmt: skip
+    add("-n", type=int, metavar="N", help=f"images in all (default: {IMAGES}, or one for each prompt)")
     add("--classes", type=_integers, metavar="C,C,...", help="classes, repeated until there are N (default: all "
         "classes in turn); unconditional models take none")  # fmt: skip
     add("--embeddings", type=Path, metavar="FILE", help="what a model of text takes of each prompt: a .safetensors "
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     choose_batch(args.engine, manifest.batch, args.batch)
     prompts = _prompts(args, manifest)
     if args.n is None:
-        args.n = IMAGES if prompts is None else prompts.count
+        args.n = IMAGES if prompts is None else prompts.source.count
     shards = _wants_shards(args, manifest)
     job = _describe(args, manifest, shards, prompts)
     if not shards:
@@ -122,11 +121,11 @@ def run(args: argparse.Namespace, console: Console) -> Path:
 
 def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
     """What images of a model of text show; None: of another model."""
-    if args.prompt is None:
-        return None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
-    if args.embeddings is not None:
-        raise UsageError("--prompt and --embeddings each say what the images show. Pass one of them.")
-    return encode(args.engine, manifest.card, args.prompt)
+    if sum(each is not None for each in (args.classes, args.embeddings, args.prompt)) > 1:
+        raise UsageError("--classes, --embeddings and --prompt each say what the images show. Pass one of them.")
+    if args.prompt is not None:
+        return encode(args.engine, manifest.card, args.prompt)
+    return None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -158,8 +157,8 @@ def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompt
     """The job that the arguments describe; without shards it is one of all images."""
     size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
     return describe_job(
-        args.engine, manifest, args.classes, args.guidance_scale, args.seed, args.n, size,
-        steps=args.steps, sampler=args.sampler, prompts=prompts,
+        args.engine, manifest, args.classes if prompts is None else prompts, args.seed, args.n, size,
+        guidance_scale=args.guidance_scale, steps=args.steps, sampler=args.sampler,
     )  # fmt: skip
 
 
@@ -196,9 +195,10 @@ def _sample_at_once(
     if job.content == "latents":
         write_npz(output, **arrays)
     else:
+        prompts_told = {"prompts": job.prompts.texts} if job.prompts and job.prompts.texts else {}
         notes = {
             "engine": manifest.card.fingerprint, "steps": job.steps, "sampler": job.sampler, "seed": job.seed,
-            "guidance_scale": job.guidance_scale, **({"prompts": job.texts} if job.texts else {}),
+            "guidance_scale": job.guidance_scale, **prompts_told,
         }  # fmt: skip
         write_images(output, arrays["arr_0"], job.labels(0), notes, args.fps)
     return output

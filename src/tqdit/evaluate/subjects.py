@@ -109,8 +109,8 @@ def evaluate_engine(
     manifest = read_manifest(path)
     card, size = manifest.card, image_size(manifest.card)
     job = describe_job(
-        path, manifest, None, options.guidance_scale, options.seed, options.count, options.batch,
-        steps=options.steps, sampler=options.sampler,
+        path, manifest, None, options.seed, options.count, options.batch,
+        guidance_scale=options.guidance_scale, steps=options.steps, sampler=options.sampler,
     )  # fmt: skip
     _check_memory(card, job, options)
     if remark := card.remark(card.sampling.choose(job.steps, job.sampler)):

@@ -72,7 +72,7 @@ class Bar:
 def work(bundle, output, machines, bar, engine=None, **config):
     """Sample on the cluster; workers open the path `engine`, this process reads `bundle`."""
     manifest = read_manifest(bundle)
-    job = describe_job(bundle, manifest, None, None, 0, COUNT, SIZE)
+    job = describe_job(bundle, manifest, None, 0, COUNT, SIZE)
     cluster = Cluster(bundle, manifest, ClusterConfig(machines.address, **config), Console(quiet=True))
     cluster.engine = engine or cluster.engine
     with open_shards(output, job) as folder:
@@ -160,7 +160,7 @@ def test_a_bundle_that_a_worker_cannot_see_travels_through_the_object_store(
 
 def test_a_shard_that_fails_everywhere_ends_the_job_in_one_line_and_keeps_the_others(bundle, tmp_path, machines):
     manifest = read_manifest(bundle)
-    job = replace(describe_job(bundle, manifest, None, None, 0, COUNT, SIZE), sampler="euler")  # not for this model
+    job = replace(describe_job(bundle, manifest, None, 0, COUNT, SIZE), sampler="euler")  # not for this model
     cluster = Cluster(bundle, manifest, ClusterConfig(machines.address), Console(quiet=True))
     with open_shards(tmp_path / "s", job) as folder, pytest.raises(TqditError, match="sampler 'euler'"):
         cluster.work(folder, folder.pending(), Bar())

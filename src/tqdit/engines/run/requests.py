@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,25 @@ from tqdit.ports import Signature, check_requests
 from tqdit.text import TextEncoder
 
 
+@dataclass(frozen=True)
+class PromptSource:
+    """Which prompts images show, in turn: texts that the engine encodes, or a file of their request values."""
+
+    count: int
+    texts: tuple[str, ...] = ()
+    sha256: str | None = None  # of the file
+    file: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return "; ".join(self.texts) or f"{self.count} of {str(self.sha256)[:8]}"  # the file's name may stay
+
+
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """What is asked for of each prompt. values: as `Signature.request_values`, (prompts, ...)."""
 
+    source: PromptSource
     values: Mapping[str, NDArray[Any]]
-    count: int
-    file: str | None = None
-    sha256: str | None = None  # of the file
-    texts: tuple[str, ...] = ()  # prompts that the engine's own text encoders encoded
 
     def take(self, numbers: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The request values of images that show these prompts."""
@@ -48,7 +58,7 @@ def open_texts(folder: Path, card: GraphCard) -> TextEncoder:
 def encode(folder: Path, card: GraphCard, texts: Sequence[str]) -> Prompts:
     """The request values of prompts, by a bundle's own text encoders."""
     _, values = check_requests(card.signature, open_texts(folder, card)(texts))
-    return Prompts(values, len(texts), texts=tuple(texts))
+    return Prompts(PromptSource(len(texts), tuple(texts)), values)
 
 
 def read_embeddings(path: Path, signature: Signature) -> Prompts:
@@ -67,4 +77,4 @@ def read_embeddings(path: Path, signature: Signature) -> Prompts:
         count, values = check_requests(signature, arrays)
     except UsageError as error:
         raise FileFormatError(f"{path}: {error}") from error
-    return Prompts(values, count, str(path), sha256(path))
+    return Prompts(PromptSource(count, sha256=sha256(path), file=str(path)), values)

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from tqdit.bounds import MOST_SHARDS, check_disk, check_memory
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.images import write_npz
-from tqdit.engines.run.requests import Prompts
+from tqdit.engines.run.requests import Prompts, PromptSource
 from tqdit.engines.run.sampler import Callback, Sampler, bytes_per_image, makes_images
 from tqdit.errors import FileFormatError, OutputError, UsageError
 from tqdit.files import (
@@ -49,7 +49,7 @@ from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "shards.json"
 SHARD_SIZE = 128  # 25 MB of 256x256 images; a multiple of the default batch
 _SHARD = re.compile(r"shard-(\d{5,19})\.npz", re.ASCII)
@@ -79,10 +79,7 @@ class SamplingJob:
     count: int  # images in all
     shard_size: int = SHARD_SIZE
     content: Content = "images"
-    prompts: int = 0  # image i shows prompt i modulo this number; 0: a model that takes a class, or nothing
-    embeddings: str | None = None  # SHA-256 of the file with the prompts' request values
-    embeddings_file: str | None = field(default=None, compare=False)
-    texts: tuple[str, ...] = ()  # of the prompts, if the engine encoded them
+    prompts: PromptSource | None = None  # of the images in turn; None: a model that takes a class, or nothing
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
@@ -101,7 +98,7 @@ class SamplingJob:
 
     def labels(self, shard: int) -> NDArray[np.int64] | None:
         """The classes (n,) of the images in one shard, or the numbers of their prompts; None if there are none."""
-        cycle = np.asarray(self.classes or range(self.prompts), np.int64)
+        cycle = np.asarray(self.classes or range(self.prompts.count if self.prompts else 0), np.int64)
         if not len(cycle):
             return None
         return cycle.take(np.asarray(self.images(shard)) % len(cycle))
@@ -129,34 +126,29 @@ class SamplingJob:
 
 
 def describe_job(
-    engine: Path, manifest: Manifest, classes: list[int] | None, guidance_scale: float | None, seed: int, count: int,
-    shard_size: int = SHARD_SIZE, *, steps: int | None = None, sampler: str | None = None,
-    prompts: Prompts | None = None,
+    engine: Path, manifest: Manifest, shown: list[int] | Prompts | None, seed: int, count: int,
+    shard_size: int = SHARD_SIZE, *, guidance_scale: float | None = None, steps: int | None = None,
+    sampler: str | None = None,
 ) -> SamplingJob:  # fmt: skip
-    """A job for a bundle. classes None: all of the model's, in turn; guidance_scale, steps, sampler None: what its card
-    proposes; prompts: of a model that takes more than a class. Raises UsageError for what the model cannot do.
+    """A job for a bundle. shown: classes or prompts, in turn; None: all classes of the model. guidance_scale, steps,
+    sampler None: what its card proposes. Raises UsageError for what the model cannot do.
     """
     card = manifest.card
-    if prompts is not None and classes is not None:
-        raise UsageError("--classes, --embeddings and --prompt each say what the images show. Pass one of them.")
     scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler)
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
-    job = SamplingJob(
+    prompts = shown if isinstance(shown, Prompts) else None
+    return SamplingJob(
         engine=sha256(engine / MANIFEST),
         steps=spec.steps,
         sampler=spec.sampler,
-        classes=() if prompts is not None else _classes(card, classes),
+        classes=() if isinstance(shown, Prompts) else _classes(card, shown),
         guidance_scale=None if card.guidance is None else scale,
         seed=seed,
         count=count,
         shard_size=shard_size,
         content="images" if makes_images(manifest) else "latents",
-    )
-    if prompts is None:
-        return job
-    return replace(
-        job, prompts=prompts.count, embeddings=prompts.sha256, embeddings_file=prompts.file, texts=prompts.texts
+        prompts=None if prompts is None else prompts.source,
     )
 
 
