@@ -36,6 +36,7 @@ class Row:
 
     stage: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     size_bytes: int  # of what it wrote
 
@@ -114,12 +115,13 @@ def run_stage(name: str, arguments: Sequence[str], output: Path, again: bool) ->
     if status:
         sys.exit(f"{name} failed with status {os.waitstatus_to_exitcode(status)}.")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Row(name, time.perf_counter() - started, peak, size_of(output))
+    return Row(name, time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, size_of(output))
 
 
 def size_of(output: Path) -> int:
     """Bytes of a file with its external data, or of all files in a folder."""
-    files = output.rglob("*") if output.is_dir() else output.parent.glob(f"{output.name}*")
+    beside = output.parent.glob(f"{output.stem}-*{output.suffix}.data")
+    files = output.rglob("*") if output.is_dir() else (output, *beside)
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

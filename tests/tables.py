@@ -67,7 +67,7 @@ def make_table(
                 left = softmax(kind, rng)
             sites += [Site(name, "left", left), Site(name, "right", symmetric(values[1], kind, rng))]
             continue
-        weight = module.weight.detach().numpy()
+        weight = model.weights.read(module.weight).numpy()
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         scale = (largest / (2 ** (kind.weight_bits - 1) - 0.5)).astype(np.float32)
         sites.append(Site(name, "weight", Symmetric(kind.weight_bits, PerChannel(0), scale)))

@@ -118,16 +118,17 @@ def calibrate(
 def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    vae: str | Path | nn.Module | None = None, text: Any = None, force: bool = False,
+    vae: str | Path | nn.Module | None = None, text: Any = None, rows: str | Path | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its
     directory or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there
-    is one. text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file. force:
-    replace the file of another version of tqdit. The network is traced in this process,
-    which PyTorch's exporter can end by a signal if nobody has tried the class; tqdit-export traces such a class in a
-    child process.
+    is one. text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file. rows: a
+    file of recorded calls, which tell how a pipeline's network is called if there are no scales. force: replace the
+    file of another version of tqdit. The network is traced in this process, which PyTorch's exporter can end by a
+    signal if nobody has tried the class; tqdit-export traces such a class in a child process. Large weights of a
+    transformer's directory stay in their file and are read one at a time.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph
@@ -135,6 +136,7 @@ def export(
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
     from tqdit.models.families.recorded import open_texts
+    from tqdit.models.recording import Recording
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)
@@ -142,7 +144,10 @@ def export(
     check_overwrite(path, force)
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
-    loaded = _loaded(model, None if table is None else table.interface)
+    interface = None if table is None else table.interface
+    if table is None and rows is not None:
+        interface = Recording.load(rows).interface
+    loaded = _loaded(model, interface, in_memory=table is not None and table.is_equalised)
     chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
@@ -182,8 +187,8 @@ def _need_stage(extra: str, what: str) -> None:
         need(library, extra, what)
 
 
-def _loaded(model: Model, interface: Interface | None) -> LoadedModel:
+def _loaded(model: Model, interface: Interface | None, in_memory: bool = True) -> LoadedModel:
     from tqdit.models.load import load_model as load
     from tqdit.models.loaded import LoadedModel
 
-    return model if isinstance(model, LoadedModel) else load(model, interface=interface)
+    return model if isinstance(model, LoadedModel) else load(model, interface=interface, in_memory=in_memory)

@@ -17,6 +17,7 @@ from tqdit.files import check_writable
 from tqdit.sampling.schedule import sampler_names
 
 if TYPE_CHECKING:
+    from tqdit.interface import Interface
     from tqdit.quantization.table import ScaleTable
 
 SUMMARY = "write a diffusion transformer as one self-describing ONNX file"
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scales.add_argument("--scales", type=Path, help="scale table that tqdit-calibrate wrote (default: "
                         f"./{DEFAULT_SCALES}, if there)")  # fmt: skip
     scales.add_argument("--float", action="store_true", help="export without quantization")
+    add("--rows", type=Path, metavar="FILE", help="recorded calls, which tell how a pipeline's network is called: for "
+        "an export without scales")  # fmt: skip
     add("--attention", choices=ATTENTION_FORMS, default="simulated", help="how the products of attention are "
         "quantized: rounded in float, the same as one op (for TensorRT's plugins), as integer products, or not at all "
         "(default: %(default)s)")  # fmt: skip
@@ -94,7 +97,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     source = args.model or ("demo" if table is None else table.model)
     if args.text:
         check_pipeline(source)
-    family = None if table is None or table.interface is None else table.interface.signature.family
+    interface = _interface(args.rows, table)
+    family = None if interface is None else interface.signature.family
     if family is not None and family not in PROVEN and PLACE not in os.environ:
         minutes = check_number("--trace-minutes", args.trace_minutes, 1 / 60, 60 * 24 * 30)
         console.say(f"{family}: not among the classes that this version was tested with; exporting in a child process")
@@ -105,7 +109,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if table is not None:
         console.say(f"scales from {args.scales or DEFAULT_SCALES}")
     console.say(f"loading {source}")
-    model = load_model(source, args.heads, interface=None if table is None else table.interface)
+    model = load_model(
+        source, args.heads, interface=interface, in_memory=table is not None and table.is_equalised,
+    )  # fmt: skip
     vae_folder = None if args.no_vae else find_decoder(model, args.vae)
     decoder = None if vae_folder is None else load_decoder(vae_folder, model)
     if decoder is not None:
@@ -125,6 +131,15 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     console.say(f"writing {output}")
     write(output, graph, card, vae, texts)
     return output
+
+
+def _interface(rows: Path | None, table: ScaleTable | None) -> Interface | None:
+    """How the network is called: what the scales were found with, or recorded calls tell."""
+    if table is not None or rows is None:
+        return None if table is None else table.interface
+    from tqdit.models.recording import Recording
+
+    return Recording.load(rows).interface
 
 
 def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | None:

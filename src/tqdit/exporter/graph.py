@@ -89,10 +89,11 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        return trace_any_rows(PositionalCall(model), denoiser_inputs(model.signature), "prediction", config.opset)
+        inputs = denoiser_inputs(model.signature)
+        return trace_any_rows(PositionalCall(model), inputs, "prediction", config.opset, model.weights)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)
-    return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset)
+    return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset, weights=model.weights)
 
 
 def finish_graph(

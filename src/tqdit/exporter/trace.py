@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
 from tqdit.errors import UsageError
+from tqdit.exporter.lazy import read_from
+from tqdit.exporter.optimize import optimize
 from tqdit.exporter.program import prepare
 from tqdit.exporter.watch import UntraceableError, Watch
 from tqdit.models.scratch import need_compiler, need_temporary_folder
+from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.ports import Signature
 
 OPSETS = range(20, 24)  # 20 is the first with Gelu; 23 the last that torch's exporter writes
@@ -25,12 +28,13 @@ EXAMPLE_BATCH = 3  # a size that no other dimension is derived from, so the expo
 
 def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], output: str | list[str], opset: int = OPSETS.start,
-    rows: int | None = None,
+    rows: int | None = None, weights: Weights = IN_MEMORY,
 ) -> ir.Model:  # fmt: skip
     """Trace a module into an ONNX graph whose first dimension of every input is the free `batch`, or `rows`.
 
     `inputs` names the graph's inputs, each with an example of batch 3; the module's `forward(*inputs)` takes them in
-    this order. Module scopes are kept in the nodes' metadata. Raises UntraceableError if PyTorch refuses.
+    this order. weights: where the values of its parameters lie. Module scopes are kept in the nodes' metadata. Raises
+    UntraceableError if PyTorch refuses.
     """
     check_opset(opset)
     need_compiler()
@@ -48,25 +52,32 @@ def trace(
                 prepared,
                 dynamo=True,
                 opset_version=opset,
-                input_names=list(inputs),
-                output_names=[output] if isinstance(output, str) else output,
                 dynamic_shapes=shapes,
                 verbose=False,
+                optimize=False,
             )
-    assert program is not None
+            assert program is not None
+            read_from(weights, program.model.graph)
+            optimize(program.model)
+    graph = program.model.graph
+    names = [*inputs, *([output] if isinstance(output, str) else output)]
+    for value, name in zip((*graph.inputs, *graph.outputs), names, strict=True):
+        value.name = name
     return program.model
 
 
-def trace_any_rows(module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int) -> ir.Model:
+def trace_any_rows(
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int, weights: Weights = IN_MEMORY
+) -> ir.Model:
     """As `trace`: with a free batch if the network can, else with one row (`fixed_rows` of the graph).
 
     Networks that make lists of their rows, or look at each in Python, cannot. Raises UsageError if neither works.
     """
     try:
-        return trace(module, inputs, output, opset)
+        return trace(module, inputs, output, opset, weights=weights)
     except UntraceableError:
         try:
-            return trace(module, inputs, output, opset, rows=1)
+            return trace(module, inputs, output, opset, 1, weights)
         except UntraceableError as error:
             raise UsageError(f"PyTorch cannot trace this network: {error}. No engine can be made.") from error
 

@@ -18,20 +18,22 @@ KNOWN = "Pass 'demo', 'text', a DiT checkpoint (.pt, .safetensors) or a diffuser
 
 
 def load_model(
-    source: Source | Path, heads: int | None = None, card: ModelCard | None = None, interface: Interface | None = None
-) -> LoadedModel:
+    source: Source | Path, heads: int | None = None, card: ModelCard | None = None, interface: Interface | None = None,
+    in_memory: bool = True,
+) -> LoadedModel:  # fmt: skip
     """Load `demo`, a DiT checkpoint (`.pt`, `.safetensors`), a diffusers directory, a network or a state dict.
 
     interface: what was learned of the calls of a network of any other class (`models.recorder`).
     heads: attention heads of a checkpoint that does not tell them. card: facts of the model; None: those of the JSON
     file beside it. A network in memory stays as it is, and shares its weights with the model.
+    in_memory: False leaves large weights of a recorded network in their file if possible: it can be traced, not run.
     Raises CheckpointError with one line that names the file and what is wrong with it, and OutputError if PyTorch finds
     no folder for temporary files. Warns (`TqditWarning`) of what neither tensors nor card tell.
     """
     source = str(source) if isinstance(source, Path) else source
     if interface is not None:
         need_compiler()
-        return recorded.load_recorded(source, interface)
+        return recorded.load_recorded(source, interface, in_memory)
     for family in find_modules(families).values():
         if family.matches(source):
             need_compiler()

@@ -19,6 +19,7 @@ from tqdit.errors import TqditError, UsageError, first_line
 from tqdit.interface import TextExamples
 from tqdit.models.arguments import Constant, digest, nest
 from tqdit.models.products import Product, prediction_of
+from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
@@ -47,6 +48,7 @@ class LoadedModel:
     alike: Mapping[str, Tensor] = field(default_factory=dict, compare=False)  # a row of those that the network holds
     config: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings that diffusers' pipelines read
     text: TextExamples | None = field(default=None, compare=False)  # of a pipeline that was recorded with prompts
+    weights: Weights = field(default=IN_MEMORY, compare=False)  # where the values of the network's parameters lie
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +60,7 @@ class LoadedModel:
 
         Raises UsageError if the network refuses it.
         """
+        assert not self.weights.files, "a network whose weights stay in their file cannot be run"
         with in_one_line(self.source, f"a call with {len(inputs[self.signature.state.name])} rows"):
             return prediction_of(self.network(**self.arguments(inputs)))
 
@@ -146,10 +149,10 @@ class PositionalCall(nn.Module):
         return prediction_of(self.network(**arguments_of(self.signature, self.constants, inputs)))
 
 
-def fingerprint(network: nn.Module, configuration: object) -> str:
+def fingerprint(network: nn.Module, configuration: object, weights: Weights = IN_MEMORY) -> str:
     """SHA-256 over the configuration and every parameter's name, shape and float32 bytes, in the order of names."""
     digest = hashlib.sha256(repr(configuration).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to(torch.float32).contiguous().numpy().data)
+        digest.update(weights.read(tensor).to(torch.float32).contiguous().numpy().data)
     return digest.hexdigest()

@@ -15,17 +15,20 @@ from tqdit.models import quirks
 from tqdit.models.known import fix_arguments
 from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint, in_one_line
 from tqdit.models.products import find_products, prediction_of
+from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.registry import find_modules
 
 EXAMPLE_ROWS = 2
 
 
 def recorded_model(
-    network: nn.Module, interface: Interface, source: str = "pipeline", vae_folder: Path | None = None
-) -> LoadedModel:
+    network: nn.Module, interface: Interface, source: str = "pipeline", vae_folder: Path | None = None,
+    weights: Weights = IN_MEMORY,
+) -> LoadedModel:  # fmt: skip
     """The network that `interface` was learned from, in float32; its float32 parameters are shared, not copied.
 
-    source: what the user names it by. Raises UsageError if the network does not take such calls.
+    source: what the user names it by. weights: where the values of its parameters lie. Raises UsageError if the network
+    does not take such calls.
     """
     network = float_copy(network)
     for quirk in find_modules(quirks).values():
@@ -58,11 +61,12 @@ def recorded_model(
         text=interface.text,
         origin="diffusers",
         source=source,
-        fingerprint=fingerprint(network, interface.signature.family),
+        fingerprint=fingerprint(network, interface.signature.family, weights),
         constants=constants,
         alike=alike,
         config=interface.config,
         vae_folder=vae_folder,
+        weights=weights,
     )
 
 

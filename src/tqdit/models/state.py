@@ -9,7 +9,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,20 @@ def load_weights(source: object, network: nn.Module, tensors: StateDict) -> nn.M
 
 def _read_sharded(index_file: Path) -> StateDict:
     """All tensors of a sharded checkpoint, `*.index.json` beside its shards."""
+    shards = _shards(index_file)
+    tensors: StateDict = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= read_tensors(shard, index_file.parent)
+    _check_complete(index_file, shards, tensors)
+    return tensors
+
+
+def _shards(index_file: Path) -> dict[str, Path]:
+    """The file of each tensor that an index names."""
     index = read_json(index_file)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index_file}: no 'weight_map' of tensor names to shards. Download it again.")
-    tensors: StateDict = {}
     for shard in sorted(set(weight_map.values())):
         if not shard or Path(shard).name != shard or not shard.endswith(WEIGHT_SUFFIXES):
             raise CheckpointError(
@@ -125,11 +135,36 @@ def _read_sharded(index_file: Path) -> StateDict:
             raise CheckpointError(
                 f"{index_file.parent / shard}: missing, '{index_file.name}' names it. Download it too."
             )
-        tensors |= read_tensors(index_file.parent / shard, index_file.parent)
-    lost = sorted(set(weight_map) - set(tensors))
+    return {str(name): index_file.parent / shard for name, shard in weight_map.items()}
+
+
+def _check_complete(index_file: Path, expected: Iterable[str], found: Iterable[str]) -> None:
+    lost = sorted(set(expected) - set(found))
     if lost:
         raise CheckpointError(f"{index_file}: its shards lack {_some(lost)}. Download them again.")
-    return tensors
+
+
+def find_shards(path: Path) -> dict[str, Path] | None:
+    """The file of each tensor in a safetensors checkpoint: one file, or an index of some. None for other files."""
+    shards = _shards(path) if path.suffix == ".json" else None
+    files = [path] if shards is None else sorted(set(shards.values()))
+    if not all(file.suffix == ".safetensors" for file in files):
+        return None
+    found: dict[str, Path] = {}
+    for file in files:
+        check_place(file, path.parent)
+        with _opened(file) as content:
+            found |= dict.fromkeys(content.keys(), file)
+    if shards is not None:
+        _check_complete(path, shards, found)
+    return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file; its values are read when they are used."""
+    with _opened(path) as content:
+        tensor: Tensor = content.get_tensor(name)
+    return tensor
 
 
 def read_text(path: Path) -> str:
@@ -149,8 +184,14 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, object]:
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    with reading(path, SAFETENSORS, AGAIN, SafetensorError, error=CheckpointError), safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    with _opened(path) as content:
+        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with reading(path, SAFETENSORS, AGAIN, SafetensorError, error=CheckpointError), safe_open(path, "pt") as content:
+        yield content
 
 
 def _read_torch(path: Path) -> StateDict:

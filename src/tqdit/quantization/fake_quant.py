@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -240,19 +240,24 @@ def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], row
 
 def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """(codes, scale) of a weight, float32: its stored codes, or those of rounding to nearest. scale broadcasts."""
-    quantizer = site.quantizer
-    scale = torch.from_numpy(np.array(quantizer.arrays()["scale"])).to(weight.device)
-    if isinstance(quantizer.granularity, PerChannel):
-        axis = quantizer.granularity.axis
-        if axis >= weight.ndim or weight.shape[axis] != len(scale):
+    scale = weight_scale(weight.shape, site).to(weight.device)
+    if site.codes is None:
+        return codes(weight, scale, site.quantizer.bits), scale
+    return torch.from_numpy(site.codes.astype(np.float32)).to(weight.device), scale
+
+
+def weight_scale(shape: Sequence[int], site: Site) -> Tensor:
+    """The scale of a weight of this shape, float32; it broadcasts. Raises UsageError if the site does not fit."""
+    scale = torch.from_numpy(np.array(site.quantizer.arrays()["scale"]))
+    if isinstance(site.quantizer.granularity, PerChannel):
+        axis = site.quantizer.granularity.axis
+        if axis >= len(shape) or shape[axis] != len(scale):
             raise UsageError(
-                f"'{site.name}' has {len(scale)} scales, the weight of shape {tuple(weight.shape)} needs one per index "
+                f"'{site.name}' has {len(scale)} scales, the weight of shape {tuple(shape)} needs one per index "
                 f"of axis {axis}. Calibrate this model."
             )
-        scale = scale.reshape([-1 if dim == axis else 1 for dim in range(weight.ndim)])
-    if site.codes is None:
-        return codes(weight, scale, quantizer.bits), scale
-    if site.codes.shape != tuple(weight.shape):
-        raise UsageError(f"'{site.name}.codes' has shape {site.codes.shape}, the weight {tuple(weight.shape)}. "
+        scale = scale.reshape([-1 if dim == axis else 1 for dim in range(len(shape))])
+    if site.codes is not None and site.codes.shape != tuple(shape):
+        raise UsageError(f"'{site.name}.codes' has shape {site.codes.shape}, the weight {tuple(shape)}. "
                          "Calibrate this model.")  # fmt: skip
-    return torch.from_numpy(site.codes.astype(np.float32)).to(weight.device), scale
+    return scale

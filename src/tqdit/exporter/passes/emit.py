@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from tqdit.exporter.lazy import lazy
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.function import PLUGIN_ATTRIBUTES
@@ -39,19 +40,25 @@ class Emitter:
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """An initializer `SCOPE.name`; asking twice for the same name gives the same value."""
+        return self._initializer(name, array.shape, lambda full: ir.tensor(np.asarray(array), name=full))
+
+    def lazy(self, name: str, shape: Sequence[int], dtype: DTypeLike, make: Callable[[], NDArray[Any]]) -> ir.Value:
+        """The same of an array that `make` returns when the graph is written, or each time that its values are read."""
+        return self._initializer(name, shape, lambda full: lazy(full, shape, dtype, make))
+
+    def _initializer(self, name: str, shape: Sequence[int], tensor_of: Callable[[str], ir.TensorProtocol]) -> ir.Value:
         full = f"{self.scope}.{name}" if self.scope else name
         known = self.graph.initializers.get(full)
         if known is not None:
             return known
-        tensor = ir.tensor(np.asarray(array), name=full)
-        value = ir.Value(name=full, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        tensor = tensor_of(full)
+        value = ir.Value(name=full, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
 
-def dequantize(emit: Emitter, name: str, codes: NDArray[np.int8], scale: NDArray[np.float32], axis: int) -> ir.Value:
-    """Integer weights and their scales as constants, and the node that multiplies them."""
-    stored = emit.constant(f"{name}.codes", codes)
+def dequantize(emit: Emitter, name: str, stored: ir.Value, scale: NDArray[np.float32], axis: int) -> ir.Value:
+    """The node that multiplies integer weights with their scales, which are a constant."""
     scales = emit.constant(f"{name}.scale", scale)
     if scale.ndim == 0:
         return emit.op("DequantizeLinear", stored, scales)

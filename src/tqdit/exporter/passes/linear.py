@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -16,7 +18,8 @@ from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.exporter.passes.operands import GraphOperand, multiply, rank_of, replace
 from tqdit.exporter.passes.scopes import Modules
 from tqdit.models.products import Convolution
-from tqdit.quantization.fake_quant import weight_codes
+from tqdit.models.weights import IN_MEMORY, Weights
+from tqdit.quantization.fake_quant import weight_codes, weight_scale
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.table import ScaleTable, Site
@@ -25,7 +28,9 @@ Product = Callable[[ir.Value], ir.Value]
 PATCHES_RANK = 3  # (N, T, C p p)
 
 
-def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, groups: GroupSelector) -> None:
+def quantize_linears(
+    model: ir.Model, network: nn.Module, table: ScaleTable, groups: GroupSelector, weights: Weights = IN_MEMORY
+) -> None:
     """Requires: a float trace of `network` whose linear layers are MatMul + Add or Gemm, convolutions one Conv.
 
     Ensures: for every site of the table on a linear layer or a convolution, weights are int8 initializers behind a
@@ -37,10 +42,10 @@ def quantize_linears(model: ir.Model, network: nn.Module, table: ScaleTable, gro
         module = network.get_submodule(name)
         if isinstance(module, nn.Linear):
             for node in modules.all(name, "MatMul", "Gemm"):
-                _Linear(model.graph, node, name, module, sites, groups).rewrite()
+                _Linear(model.graph, node, name, module, sites, groups, weights).rewrite()
         elif isinstance(module, Convolution):
             for node in modules.all(name, "Conv"):
-                _PatchEmbedding(model.graph, node, name, module, sites, groups).rewrite()
+                _PatchEmbedding(model.graph, node, name, module, sites, groups, weights).rewrite()
 
 
 class _Linear:
@@ -51,12 +56,12 @@ class _Linear:
 
     def __init__(
         self, graph: ir.Graph, node: ir.Node, name: str, module: nn.Linear | Convolution, sites: Mapping[str, Site],
-        groups: GroupSelector,
+        groups: GroupSelector, weights: Weights,
     ) -> None:  # fmt: skip
         self.node, self.name, self.module, self.sites, self.groups = node, name, module, sites, groups
+        self.weights = weights
         self.emit = Emitter(graph, node, name)
         self.rank = PATCHES_RANK if isinstance(module, Convolution) else rank_of(node.outputs[0])  # of the input
-        self.float_weight = module.weight.detach()
 
     def rewrite(self) -> None:
         assert self.node.inputs[0] is not None
@@ -80,22 +85,29 @@ class _Linear:
         """The product's output in the shape that the trace expects next."""
         return y
 
-    def quantized(self, x: ir.Value, quantizer: Quantizer, product: Product, sums: NDArray[np.float32]) -> ir.Value:
+    def quantized(
+        self, x: ir.Value, quantizer: Quantizer, product: Product, sums: Callable[[], NDArray[np.float32]]
+    ) -> ir.Value:
         """x^ W^T, an offset b of x^ adding b rowsum(W^)."""
 
         def shift(offset: ir.Value) -> ir.Value:
             if offset.const_value is not None:
-                return self.emit.constant("input.shift", offset.const_value.numpy() * sums)
-            return self.emit.op("Mul", offset, self.emit.constant("weight.sums", sums))
+                return self.emit.constant("input.shift", offset.const_value.numpy() * sums())
+            return self.emit.op("Mul", offset, self.emit.constant("weight.sums", sums()))
 
         operand = GraphOperand(self.emit, quantizer, "input", self.rank, self.groups, "integer")
         return multiply(self.emit, operand.parts(x), product, shift)
 
-    def weight(self) -> tuple[ir.Value, NDArray[np.float32]]:
-        """W^ transposed (K, D), int8 behind a DequantizeLinear if it is quantized, and its row sums (D,)."""
+    def weight(self) -> tuple[ir.Value, Callable[[], NDArray[np.float32]]]:
+        """W^ transposed (K, D), int8 behind a DequantizeLinear if it is quantized, and its row sums (D,).
+
+        Its values are made when the graph is written: the graph holds no copy of the weights.
+        """
+        rows = self.module.weight.shape[0]
+        shape = (self.module.weight[0].numel(), rows)
         if "weight" not in self.sites:
-            weight = self.float_weight.flatten(1).numpy()
-            return self.emit.constant("weight_transposed", weight.T), weight.sum(axis=1)
+            value = self.emit.lazy("weight_transposed", shape, np.float32, lambda: self.float_weight().T)
+            return value, lambda: self.float_weight().sum(axis=1)
         site = self.sites["weight"]
         granularity = site.quantizer.granularity
         if isinstance(granularity, PerChannel) and granularity.axis != 0:
@@ -103,11 +115,23 @@ class _Linear:
                 f"'{site.name}' has one scale per index of axis {granularity.axis}; engines need one per output "
                 "channel (axis 0). Calibrate again."
             )
-        values, scales = weight_codes(self.float_weight, site)
-        codes = values.flatten(1).numpy().astype(np.int8)
+        scales = weight_scale(self.module.weight.shape, site)
         scale = scales.numpy().reshape(-1 if scales.ndim else ()).astype(np.float32)
-        sums = codes.sum(axis=1, dtype=np.int64).astype(np.float32) * scale
-        return dequantize(self.emit, "weight", np.ascontiguousarray(codes.T), scale, axis=1), sums
+
+        def codes() -> NDArray[np.int8]:
+            values, _ = weight_codes(self.weights.read(self.module.weight), site)
+            return values.flatten(1).to(torch.int8).numpy()
+
+        def sums() -> NDArray[np.float32]:
+            total: NDArray[np.int64] = codes().sum(axis=1, dtype=np.int64)
+            return total.astype(np.float32) * scale
+
+        stored = self.emit.lazy("weight.codes", shape, np.int8, lambda: codes().T)
+        return dequantize(self.emit, "weight", stored, scale, axis=1), cache(sums)
+
+    def float_weight(self) -> NDArray[np.float32]:
+        """(D, K)."""
+        return self.weights.read(self.module.weight).flatten(1).numpy()
 
 
 class _PatchEmbedding(_Linear):
@@ -143,7 +167,7 @@ class _PatchEmbedding(_Linear):
     def leave(self, y: ir.Value) -> ir.Value:
         """(N, T, D) -> (N, D, H // p, W // p)."""
         y = self.emit.op("Transpose", y, perm=[0, 2, 1])
-        return self.reshape(y, "patches.grid", [len(self.float_weight), *self.grid])
+        return self.reshape(y, "patches.grid", [len(self.module.weight), *self.grid])
 
     def reshape(self, x: ir.Value, name: str, trailing: list[int]) -> ir.Value:
         return self.emit.op("Reshape", x, self.emit.constant(name, np.array([0, *trailing], np.int64)))

@@ -74,7 +74,7 @@ def quantize(graph: ir.Model, model: LoadedModel, table: ScaleTable, form: Atten
     table = exported_sites(table, form)
     check_sites(model.network, table)
     groups = GroupSelector(network_timestep(graph, model.signature.time), table.boundaries)
-    quantize_linears(graph, model.network, table, groups)
+    quantize_linears(graph, model.network, table, groups, model.weights)
     quantize_attention(graph, model.network, table, groups, form)
     RemoveUnusedNodesPass()(graph)
     add_bodies(graph)

@@ -18,10 +18,11 @@ from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.recorded import recorded_model
 from tqdit.models.state import check_places, is_finite, read_json
+from tqdit.models.weights import IN_MEMORY, Weights, open_network
 
 RECORD = (
-    "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, or record a pipeline with "
-    "tqdit.record."
+    "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, --rows to tqdit-export, or record "
+    "a pipeline with tqdit.record."
 )
 INDEX = "model_index.json"
 OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
@@ -49,8 +50,11 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
     raise UsageError(f"{name_of(source)}: a {_kind(source)}. {RECORD}")
 
 
-def load_recorded(source: Source, interface: Interface) -> LoadedModel:
-    """The network with what was learned of its calls. Raises UsageError if it is not of the recorded class."""
+def load_recorded(source: Source, interface: Interface, in_memory: bool = True) -> LoadedModel:
+    """The network with what was learned of its calls; in_memory: as in `load_model`.
+
+    Raises UsageError if it is not of the recorded class.
+    """
     if _kind(source) != interface.signature.family:
         raise UsageError(
             f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."
@@ -58,7 +62,8 @@ def load_recorded(source: Source, interface: Interface) -> LoadedModel:
     if isinstance(source, nn.Module):
         return recorded_model(source, interface, name_of(source))
     folder = folder_of(str(source))
-    return recorded_model(_read_network(folder), interface, str(source), dit.vae_folder(folder))
+    network, weights = _read_network(folder, in_memory or bool(interface.alike))  # known values are computed
+    return recorded_model(network, interface, str(source), dit.vae_folder(folder), weights)
 
 
 def open_pipeline(folder: str) -> Any:
@@ -90,14 +95,19 @@ def _kind(source: Source) -> str | None:
     return type(source).__name__ if isinstance(source, nn.Module) else dit.class_name(folder_of(str(source)))
 
 
-def _read_network(source: str) -> nn.Module:
+def _read_network(source: str, in_memory: bool) -> tuple[nn.Module, Weights]:
     diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
     name = dit.class_name(source)
     kind = getattr(diffusers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
-    network: nn.Module = _from_pretrained(kind, dit.transformer_folder(source), Path(source))
-    return network
+    folder = dit.transformer_folder(source)
+    if not in_memory:
+        check_places(folder, Path(source))
+        found = open_network(kind, dit.find_weights(folder)[0], read_json(folder / "config.json", Path(source)))
+        if found is not None:
+            return found
+    return _from_pretrained(kind, folder, Path(source)), IN_MEMORY
 
 
 @contextmanager
