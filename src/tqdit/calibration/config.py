@@ -57,8 +57,9 @@ class QuantizationConfig:
                        ("search", "min-max", "gptq"))  # fmt: skip
     metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
     fisher: str = knob(
-        "step", "weights of HO: random cotangents scaled by the row's weights in its step and in guidance, by that of "
-        "the step alone, unscaled, or the gradient of the paper's loss (eq. 11)", ("guided", "step", "plain", "loss"),
+        "step", "gradients that HO takes its weights from. guided: of random sums of the prediction, times the row's "
+        "weight in its step and in guidance; step: times that in its step; plain: as they are; loss: of the paper's "
+        "loss (eq. 11)", ("guided", "step", "plain", "loss"),
     )  # fmt: skip
     rounds: int = knob(3, "alternating rounds R of the search", range(1, 101))
     candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one",
