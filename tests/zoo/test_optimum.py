@@ -78,6 +78,8 @@ def test_it_computes_what_the_engine_computes(written, change):
     (found,) = compiled(fed, share_inputs=True).to_dict().values()
     with tqdit.Denoiser.open(place / "model.engine") as denoise:
         np.testing.assert_array_equal(found, denoise(**inputs))
+    if change is free:  # OpenVINO notices another resolution only with several threads
+        return
     half = fed["hidden_states"][..., : fed["hidden_states"].shape[-2] // 2, :]
     with pytest.raises(RuntimeError):  # another resolution
         compiled(fed | {"hidden_states": half}, share_inputs=True)
