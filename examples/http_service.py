@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images per engine call (default: the engine's choice)")
     args = parser.parse_args()
     try:
-        Sampler.open(args.engine).close()  # the server would wrap its error into a traceback
+        with Sampler.open(args.engine) as sampler:  # the server would wrap its error into a traceback
+            if sampler.card.signature.label is None:
+                parser.error(f"{args.engine}: shows no classes, and this service asks for classes alone.")
     except TqditError as error:
         parser.error(str(error))
     uvicorn.run(make_app(args.engine, args.batch), host=args.host, port=args.port, **SERVER)

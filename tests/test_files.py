@@ -435,6 +435,13 @@ def claim(path, shape, held=b"", compression=zipfile.ZIP_STORED):
         archive.writestr("x.npy", header.getvalue() + held)
 
 
+@pytest.mark.parametrize("shape", [(True, 16), (-8, 16), (2, -3, -4)])
+def test_a_shape_that_is_none_is_refused(tmp_path, shape):
+    claim(tmp_path / "a.npz", shape, bytes(64))
+    with pytest.raises(FileFormatError, match=r"a\.npz"):
+        read_npz(tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_memory_is_taken(tmp_path, compression):
     claim(tmp_path / "a.npz", (8 * 10**9, 16, 16, 3), bytes(3000), compression)

@@ -261,6 +261,8 @@ def npz_headers(where: str, file: BinaryIO) -> dict[str, tuple[np.dtype[Any], tu
                 version = np.lib.format.read_magic(member)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(member)
+                if not all(type(length) is int and length >= 0 for length in shape):
+                    raise ValueError(f"'{name}' has the shape {shape}")
                 claimed = dtype.itemsize * math.prod(shape)
                 check_claim(where, f"'{name}', {dtype} {shape},", claimed, entry.file_size - member.tell())
             headers[name] = dtype, shape

@@ -17,6 +17,8 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import CheckpointError, FileFormatError, TqditWarning
 from tqdit.exporter.vae import load_decoder
+from tqdit.models.model_card import ModelCard
+from tqdit.models.vae import read_latents
 from tqdit.onnx_file import read_card
 
 pytestmark = pytest.mark.slow
@@ -150,3 +152,17 @@ def test_a_vae_that_does_not_fit_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(CheckpointError, match="'UNet2DModel', expected a VAE such as 'AutoencoderKL'"):
         load_decoder(tmp_path, support.tiny_model())
+
+
+def test_a_scale_for_each_channel_is_refused_as_the_pipeline_does_not_apply_it(tmp_path):
+    vae = save_vae(tmp_path / "vae")
+    vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 3.0, 4.0])
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(CheckpointError, match=r"config\.json.*latents_mean and latents_std"):
+        read_latents(tmp_path / "vae", tmp_path)
+
+
+def test_what_a_card_tells_of_the_latents_goes_before_the_decoder(tmp_path):
+    save_vae(tmp_path / "vae")  # scale 0.5, shift 0.1
+    card = ModelCard(latent_scale=0.25)
+    assert load_decoder(tmp_path / "vae", card.apply(support.tiny_model("diffusers"))).latents == Latents(0.25, 0.0)

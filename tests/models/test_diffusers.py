@@ -357,6 +357,8 @@ def test_a_schedule_that_makes_no_sense_is_refused(pipeline, changes, message):
         ({"num_embeds_ada_norm": 7}, "class_embedder.embedding_table.weight' has shape (6, 16), expected (8, 16)"),
         ({"num_layers": 3}, "missing 'transformer_blocks.2."),
         ({"num_layers": 1}, "unexpected 'transformer_blocks.1."),
+        ({"num_layers": 1_000_000}, "num_layers is 1000000, its weights are "),  # which would take minutes to make
+        ({"attention_head_dim": 100_000_000}, "attention_head_dim is 100000000, its largest tensor has "),
     ],
 )
 def test_a_configuration_that_is_not_a_dits_is_refused(diffusers_folder, changes, message):

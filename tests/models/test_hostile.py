@@ -127,6 +127,14 @@ def test_a_pipeline_directory_runs_no_code_of_its_own(saved, tmp_path, monkeypat
     assert "own_code" not in sys.modules
 
 
+def test_more_layers_than_tensors_are_refused_before_a_network_is_made(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 10**9}))  # which would never end
+    with pytest.raises(CheckpointError, match=r"transformer: num_layers is 1000000000, its weights are \d+ tensors"):
+        open_pipeline(str(folder))
+
+
 def test_weights_that_no_file_holds_are_named(saved, tmp_path):
     folder = copied(saved, tmp_path)
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -196,7 +204,7 @@ def test_a_size_without_prompts_is_refused(tmp_path, capsys):
 
 
 def test_a_file_of_prompts_has_a_bound(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tqdit.cli.calibrate.MOST_TEXT_BYTES", 5)
+    monkeypatch.setattr("tqdit.text.MOST_TEXT_BYTES", 5)
     assert calibrate(tmp_path) == 2
     assert "more than 5 bytes" in capsys.readouterr().err
 

@@ -147,6 +147,11 @@ def test_a_card_of_rectified_flow_gives_float_times_and_its_own_sampler(save):
                                       "class_labels": torch.tensor([0, 5])})).all()  # fmt: skip
 
 
+def test_more_guided_channels_than_there_are_is_one_line(save):
+    with pytest.raises(CheckpointError, match=r"'guidance_channels' is 9, the model has 4\. Correct the card\."):
+        load_model(save({"num_classes": 5, "guidance_channels": 9}))
+
+
 def test_guidance_of_chosen_channels_or_none(save):
     assert load_model(save({"num_classes": 5, "guidance_channels": 4})).guidance == Guidance(1.5, 4)
     model = load_model(save({"num_classes": 5, "guidance_scale": None}))

@@ -322,3 +322,10 @@ def test_json_that_is_no_object_is_refused(tmp_path):
 def test_devices_and_directories_are_not_checkpoints(tmp_path):
     assert refusal(tmp_path).startswith("no such file")
     assert refusal(Path("/dev/zero")).startswith("no such file")
+
+
+def test_averaged_weights_without_names_are_refused_since_the_others_would_be_taken(tmp_path):
+    ema = {"shadow_params": [torch.ones(2)], "decay": 0.9}
+    torch.save({"model": {"x": torch.zeros(2)}, "ema": ema}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: .*'ema\.shadow_params'.*without names"):
+        read_tensors(tmp_path / "a.pt")

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     started = time.monotonic()
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
-    recording = _recording(args, asked, config, work, console)
+    with lock_folder(work) if asked.prompts else nullcontext():  # the pipeline is most of the work
+        recording = _recording(args, asked, config, work, console)
     if asked.prompts:  # the pipeline had it: its loop's, which is learned, or an input of its network
         config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface

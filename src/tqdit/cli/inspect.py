@@ -247,9 +247,9 @@ def _calls(path: Path) -> Facts:
 
 
 def _checkpoint(file: str, heads: int | None) -> Facts:
+    need_part("tqdit.models", "the inspection of a model")
     for library in ("torch", "safetensors"):
         need(library, "export", "inspecting a checkpoint")
-    need_part("tqdit.models", "the inspection of a model")
     from tqdit.models.families import diffusers, recorded
     from tqdit.models.load import load_model
 

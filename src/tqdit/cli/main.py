@@ -69,7 +69,7 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only the last line")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, only the last line, and warnings")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("--version", action="version", version=f"tqdit {__version__}")
     args = parser.parse_args(argv)

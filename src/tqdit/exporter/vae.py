@@ -97,7 +97,7 @@ def load_decoder(source: Path | nn.Module, model: LoadedModel) -> Decoder:
             "Pass the VAE that the model was trained with."
         )
     vae = _read(source, wanted) if isinstance(source, Path) else copy.deepcopy(source).float()
-    latents = model.latents if model.latents.layout else latents_of(where, config)
+    latents = model.latents if model.latents.layout or model.told_latents else latents_of(where, config)
     if latents != model.latents:
         warnings.warn(
             f"{where}: its latents have {latents}, those of {model.source} {model.latents}. The decoder's are taken; "

@@ -43,6 +43,7 @@ class LoadedModel:
     fingerprint: str  # SHA-256 over configuration and weights
     class_names: tuple[str, ...] = ()
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
+    told_latents: bool = field(default=False, compare=False)  # by a model card, which goes before a VAE's configuration
     assumed: Mapping[str, str] = field(default_factory=dict, compare=False)  # fact of a model card -> what is taken
     constants: Mapping[str, Constant] = field(default_factory=dict, compare=False)  # arguments of every call, by name
     alike: Mapping[str, Tensor] = field(default_factory=dict, compare=False)  # a row of those that the network holds

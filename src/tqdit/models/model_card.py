@@ -77,10 +77,14 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 sampling=sampling,
                 guidance=self._guidance(model.guidance, signature),
                 latents=self._latents(model.latents),
+                told_latents=(self.latent_scale, self.latent_shift) != (None, None),
                 class_names=self.class_names or model.class_names,
             )
         except (msgspec.MsgspecError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{model.source}: its model card does not fit: {error}. Correct the card.") from error
+            reason = str(error).rstrip(".")
+            raise CheckpointError(
+                f"{model.source}: its model card does not fit: {reason}. Correct the card."
+            ) from error
 
     def _latents(self, own: Latents | None) -> Latents | None:
         if self.space == "pixels" or (self.space is None and own is None):
@@ -96,6 +100,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             return None
         base = own or Guidance(1.5)
         channels = None if self.space == "pixels" else base.channels
+        if self.guidance_channels is not None and self.guidance_channels > signature.channels:
+            raise UsageError(f"'guidance_channels' is {self.guidance_channels}, the model has {signature.channels}")
         return Guidance(
             base.scale if self.guidance_scale is UNSET else self.guidance_scale,
             channels if self.guidance_channels is None else self.guidance_channels,

@@ -204,7 +204,10 @@ def _read_torch(path: Path) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
-    tensors = flatten(content)
+    try:
+        tensors = flatten(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if not tensors:
         raise CheckpointError(
             f"{path}: expected a state dict of tensors, flat or in sections, found {_describe(content)}. "
@@ -225,6 +228,11 @@ def flatten(content: object) -> StateDict:
             if isinstance(name, str) and isinstance(value, Tensor):
                 tensors[prefix + name] = value
             elif isinstance(name, str):
+                if name == "shadow_params" and isinstance(value, list | tuple):
+                    raise CheckpointError(
+                        f"its averaged weights '{prefix}{name}' are a list without names. Put them into the model "
+                        "(`copy_to` of the library that averaged them) and save that, or save the other weights alone."
+                    )
                 sections.append((f"{prefix}{name}.", value))
     return tensors
 

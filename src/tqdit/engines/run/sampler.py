@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,12 @@ class Sampler:
         first_image: int = 0,
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
+        if isinstance(requests, Sized) and not isinstance(requests, Mapping):
+            self._check_memory(len(requests))  # before they become an array
         count, arrays = check_requests(self.card.signature, requests)
         scale, spec = check_scale(self.card.guidance, guidance_scale), self.card.sampling.choose(steps, sampler)
         check_key(seed, first_image)
-        check_memory(f"{count} images at once", count * bytes_per_image(self.card)[0], "Sample fewer at a time.")
+        self._check_memory(count)
         done = np.empty((count, *self.card.state_shape), np.float32)
         for start in range(0, count, self.batch):
             part = slice(start, min(start + self.batch, count))
@@ -147,6 +149,9 @@ class Sampler:
             rows = {name: values[part] for name, values in arrays.items()}
             done[part] = self._chain(rows, images, scale, seed, spec, callback)
         return done
+
+    def _check_memory(self, count: int) -> None:
+        check_memory(f"{count} images at once", count * bytes_per_image(self.card)[0], "Sample fewer at a time.")
 
     def read_requests(self, path: str | Path) -> dict[str, NDArray[Any]]:
         """What a model of text takes of each prompt, from a safetensors file: `requests` for `sample`.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tqdit.bounds import MOST_SIDE
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
@@ -85,8 +86,10 @@ def load(source: Source, heads: int | None = None) -> LoadedModel:
             f"{root}: neither 'model_index.json' nor 'config.json' is in it. Pass the directory that diffusers' "
             "save_pretrained wrote."
         )
-    network = _make_network(config_file, read_json(config_file, root))
-    network = _fill(folder, network, read_tensors(find_weights(folder)[0], root))
+    settings = read_json(config_file, root)
+    tensors = read_tensors(find_weights(folder)[0], root)
+    _check_size(config_file, settings, tensors)
+    network = _fill(folder, _make_network(config_file, settings), tensors)
     vae = vae_folder(source)
     return describe(
         network,
@@ -146,6 +149,18 @@ def _folds(config: Any) -> dict[str, tuple[Fold, ...]]:
         folds[f"{block}.attn1.to_out.0"] = (Fold(f"{block}.attn1.to_v", 0, width),)
         folds[f"{block}.ff.net.0.proj"] = shift_and_scale(f"{block}.norm1.linear", 3, width)
     return folds
+
+
+def _check_size(where: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration whose network could not have these tensors, before that network is made."""
+    layers, most = settings.get("num_layers"), len(tensors)
+    if isinstance(layers, int) and layers > most:
+        raise CheckpointError(f"{where}: num_layers is {layers}, its weights are {most} tensors. Get it again.")
+    largest = max((tensor.numel() for tensor in tensors.values()), default=0)
+    for name in ("num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "num_embeds_ada_norm"):
+        size = settings.get(name)
+        if isinstance(size, int) and size > max(largest, MOST_SIDE):
+            raise CheckpointError(f"{where}: {name} is {size}, its largest tensor has {largest} values. Get it again.")
 
 
 def _make_network(where: object, settings: Mapping[str, Any]) -> nn.Module:
