@@ -31,17 +31,37 @@ END = r"\.\s|\n|; "  # of a sentence
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 
 
-def flags_of(verb):
+SAMPLES = {int: "1", float: "1", None: "x", Path: "x"}  # values of a type; any other type reads a list of numbers
+
+
+def parser_of(verb):
     parser = argparse.ArgumentParser()
     cli._load(verb).add_arguments(parser)
-    return {option for action in parser._actions for option in action.option_strings} | {
-        "--quiet",
-        "--debug",
-        "--version",
-    }
+    for common in ("--quiet", "--debug", "--version"):
+        parser.add_argument(common, action="store_true")
+    return parser
 
 
-KNOWN = {verb: flags_of(verb) for verb in cli.VERBS}
+PARSERS = {verb: parser_of(verb) for verb in cli.VERBS}
+KNOWN = {
+    verb: {option: action for action in parser._actions for option in action.option_strings}
+    for verb, parser in PARSERS.items()
+}
+
+
+def parses(verb, flag, said):
+    """Whether the command takes the flag with the number or the choice that a message gives it, or with a sample."""
+    action = KNOWN[verb][flag]
+    literal = re.match(r"[ =]([\w.-]+\w|\w)", said)
+    value = literal[1] if literal and (literal[1][0].isdigit() or literal[1] in (action.choices or ())) else None
+    sample = value or next(iter(action.choices or ()), None) or SAMPLES.get(action.type, "1,2")
+    count = 0 if action.nargs == 0 else action.nargs if isinstance(action.nargs, int) else 1
+    needed = ["x"] * sum(not each.option_strings and each.nargs is None for each in PARSERS[verb]._actions)
+    try:
+        PARSERS[verb].parse_args([*needed, flag, *[sample] * count])
+    except SystemExit as ended:
+        return ended.code == 0  # --help
+    return True
 
 
 def texts(tree):
@@ -74,7 +94,7 @@ def spoken_of(sentence):
 
 
 def named(place, source):
-    """(text, flag, commands that must know it) of each flag in the strings of a module; no commands: any may."""
+    """(text, flag, commands that must know it, what follows) of each flag in a module; no commands: any may."""
     default = next((verbs for start, verbs in COMMANDS.items() if place.startswith(start)), ())
     for text in texts(ast.parse(source)):
         for match in FLAG.finditer(text):
@@ -82,15 +102,15 @@ def named(place, source):
             if re.search(OTHER_PROGRAMS, before):
                 continue
             said = commands_in(before)[-1:] or commands_in(after, "to ")[:1] or spoken_of(before)[-1:]
-            yield text, match[0], tuple(said) or default
+            yield text, match[0], tuple(said) or default, text[match.end() :]
 
 
 def wrong_flags(place, source):
-    every = set().union(*KNOWN.values())
     return [
         f"{flag} is not of {' and '.join(verbs) or 'any command'}: {text!r}"
-        for text, flag, verbs in named(place, source)
-        if not all(flag in KNOWN[verb] for verb in verbs) or flag not in every
+        for text, flag, verbs, said in named(place, source)
+        if not (verbs and all(flag in KNOWN[verb] and parses(verb, flag, said) for verb in verbs))
+        and not (not verbs and any(flag in KNOWN[verb] and parses(verb, flag, said) for verb in KNOWN))
     ]
 
 
@@ -110,6 +130,7 @@ def test_every_flag_in_a_message_is_one_of_its_command(place):
     ("calibration/x.py", "no. Pass --sampler.", ["--sampler"]), ("calibration/x.py", "no. Pass --groups {x}.", []),
     ("engines/run/x.py", "no. Export it again with --vae DIR, or pass --seed.", ["--seed"]),
     ("engines/run/x.py", "no. Run: tqdit-build --nonsense", ["--nonsense"]),
+    ("engines/run/x.py", "no. Pass --sampler euler.", []), ("engines/run/x.py", "no. Pass --steps 2.5.", ["--steps"]),
     ("engines/run/x.py", "no. Start one: ray start --head", []), ("files.py", "Pass --nonsense.", ["--nonsense"]),
 ])  # fmt: skip
 def test_a_flag_that_its_command_does_not_have_is_found(place, message, wrong):
