@@ -122,7 +122,7 @@ def make_networks(seed: int, width: int, layers: int) -> Networks:
     distances = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     nn.init.zeros_(distances)
     for bucket, head in NEIGHBOURS.items():
-        distances.data[bucket, head] = NEIGHBOUR_BIAS
+        distances.data[bucket, head % distances.shape[1]] = NEIGHBOUR_BIAS
     patches = transformer.pos_embed.proj
     nn.init.xavier_uniform_(patches.weight.data.view(width, -1))
     nn.init.zeros_(patches.bias)
@@ -265,7 +265,8 @@ def make_optimizers(networks: Networks, rate: float) -> list[torch.optim.Optimiz
 
     `peak` of a group is its highest learning rate.
     """
-    matrices = [p for p in networks.transformer.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
+    blocks = networks.transformer.get_submodule("transformer_blocks")
+    matrices = [p for p in blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
     text, held = [*networks.encoder.parameters()], {id(p) for p in (*matrices, *networks.encoder.parameters())}
     others = [p for p in networks.parameters() if p.requires_grad and id(p) not in held]
     groups = [{"params": others, "peak": rate}, {"params": text, "peak": ENCODER_RATE * rate}]
