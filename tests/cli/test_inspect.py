@@ -303,7 +303,9 @@ def test_a_file_of_unknown_kind_is_refused(tmp_path, name):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    assert refusal(tmp_path / "x.onnx", UsageError) == "no such file or folder. Pass a file, a folder or 'demo'."
+    assert (
+        refusal(tmp_path / "x.onnx", UsageError) == "no such file or folder. Pass a file, a folder, 'demo' or 'text'."
+    )
 
 
 def test_the_command_prints_one_fact_a_line_in_two_columns(samples, capsys):

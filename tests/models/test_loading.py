@@ -65,7 +65,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, name):
 def test_a_missing_directory_is_named(tmp_path):
     path = tmp_path / "missing"
     assert refusal(path) == (
-        f"{path}: no such file or directory. Pass 'demo', a DiT checkpoint (.pt, .safetensors) or a diffusers "
+        f"{path}: no such file or directory. Pass 'demo', 'text', a DiT checkpoint (.pt, .safetensors) or a diffusers "
         "directory."
     )
 
@@ -76,7 +76,7 @@ def test_a_missing_directory_is_named(tmp_path):
 def test_another_kind_of_file_where_a_model_is_expected_is_refused(tmp_path, name, suffix):
     (tmp_path / name).write_bytes(b"\x08\x08")
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name}: unsupported file type '{suffix}'. Pass 'demo', a DiT checkpoint (.pt, "
+        f"{tmp_path / name}: unsupported file type '{suffix}'. Pass 'demo', 'text', a DiT checkpoint (.pt, "
         ".safetensors) or a diffusers directory."
     )
 
