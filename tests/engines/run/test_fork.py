@@ -23,6 +23,7 @@ child = os.fork()
 if not child:
     for use in (
         lambda: sampler.sample([0]), lambda: batcher.submit(0), batcher.stats, lambda: denoise(**ports),
+        running[2].result,
     ):
         try:
             use()
@@ -52,7 +53,7 @@ def test_a_fork_is_refused_and_ends_and_its_parent_continues(quantized, tmp_path
     )  # fmt: skip
     assert done.stderr == ""
     *refusals, own, child, parent = done.stdout.splitlines()
-    assert len(refusals) == 4
+    assert len(refusals) == 5
     assert all(line.startswith("BackendError ") and "process PARENT" in line for line in refusals), refusals
     assert all("after the fork" in line for line in refusals)
     assert (own, child, parent) == ("own True", "child 0", "parent True True")

@@ -73,6 +73,14 @@ class _Request(Future[Result]):
         self._batcher = batcher
         self._notifying = threading.Lock()  # taken once, by the thread that notifies the waiters of a cancellation
 
+    def result(self, timeout: float | None = None) -> Result:
+        self._batcher._process.check("image")  # which no thread of a fork makes
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._batcher._process.check("image")
+        return super().exception(timeout)
+
     def cancel(self) -> bool:
         if not self.done():
             self._batcher._forget(self)
@@ -165,9 +173,9 @@ class StepBatcher:
         its place before the next step. `future.running()` is always False for this reason.
 
         Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`, BackendError
-        in a fork of the batcher's process. The future fails with DeadlineError, SamplingError (NaN, or the engine's
-        error as its cause), SamplingStopped (by the callback or by `close(drain=False)`) or whatever the callback
-        raised.
+        in a fork of the batcher's process, as `future.result` does there. The future fails with DeadlineError,
+        SamplingError (NaN, or the engine's error as its cause), SamplingStopped (by the callback or by
+        `close(drain=False)`) or whatever the callback raised.
         """
         self._process.check("batcher")
         ports = check_request(self.card.signature, request)
