@@ -1,5 +1,6 @@
 """The VAE decoder beside a latent model: exported from diffusers' AutoencoderKL, carried by the bundle."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -166,3 +167,11 @@ def test_what_a_card_tells_of_the_latents_goes_before_the_decoder(tmp_path):
     save_vae(tmp_path / "vae")  # scale 0.5, shift 0.1
     card = ModelCard(latent_scale=0.25)
     assert load_decoder(tmp_path / "vae", card.apply(support.tiny_model("diffusers"))).latents == Latents(0.25, 0.0)
+
+
+def test_more_layers_than_tensors_are_refused_before_a_decoder_is_made(tmp_path):
+    save_vae(tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layers_per_block": 10**9}))  # which would never end
+    with pytest.raises(CheckpointError, match="layers_per_block is 1000000000, its weights are"):
+        load_decoder(tmp_path / "vae", support.tiny_model("diffusers"))

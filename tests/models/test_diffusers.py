@@ -370,6 +370,12 @@ def test_a_configuration_that_is_not_a_dits_is_refused(diffusers_folder, changes
     assert "\n" not in str(error.value)
 
 
+def test_a_table_of_positions_beyond_memory_is_refused_before_it_is_made(diffusers_folder):
+    edit_config(diffusers_folder, sample_size=16384, patch_size=1, num_attention_heads=16384)
+    with pytest.raises(UsageError, match=r"config\.json: a table of positions: .* of memory are needed"):
+        load_model(str(diffusers_folder))
+
+
 def test_another_class_is_told_how_its_inputs_are_learned(diffusers_folder):
     edit_config(diffusers_folder, _class_name="PixArtTransformer2DModel")
     with pytest.raises(UsageError, match=r"a PixArtTransformer2DModel\..*--prompts.*--rows.*tqdit\.record"):

@@ -324,8 +324,20 @@ def test_devices_and_directories_are_not_checkpoints(tmp_path):
     assert refusal(Path("/dev/zero")).startswith("no such file")
 
 
-def test_averaged_weights_without_names_are_refused_since_the_others_would_be_taken(tmp_path):
-    ema = {"shadow_params": [torch.ones(2)], "decay": 0.9}
-    torch.save({"model": {"x": torch.zeros(2)}, "ema": ema}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt: .*'ema\.shadow_params'.*without names"):
+@pytest.mark.parametrize(("section", "name"), [
+    ({"ema": {"shadow_params": [torch.ones(2)], "decay": 0.9}}, "ema.shadow_params"), ({"ema": [torch.ones(2)]}, "ema"),
+    ({"model_ema": (torch.ones(2),)}, "model_ema"), ({"ema": {"params": [torch.ones(2)]}}, "ema.params"),
+    ({"ema": [{"params": [torch.ones(2)]}]}, "ema"), ({"shadow_params": {0: torch.ones(2)}}, "shadow_params"),
+])  # fmt: skip
+def test_averaged_weights_without_names_are_refused_since_the_others_would_be_taken(tmp_path, section, name):
+    torch.save({"model": {"x": torch.zeros(2)}, **section}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a\.pt: .*'{name}'.*without names"):
         read_tensors(tmp_path / "a.pt")
+
+
+def test_the_state_of_an_optimizer_is_no_averaged_weights(tmp_path):
+    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1.0}]}
+    torch.save(
+        {"model": {"x": torch.zeros(2)}, "ema": {"x": torch.ones(2), "decay": 0.9}, "opt": optimizer}, tmp_path / "a.pt"
+    )
+    assert {"model.x", "ema.x"} <= read_tensors(tmp_path / "a.pt").keys()

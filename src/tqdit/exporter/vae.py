@@ -18,7 +18,7 @@ from tqdit.errors import CheckpointError, TqditWarning, first_line
 from tqdit.exporter.trace import EXAMPLE_BATCH, OPSETS, trace_any_rows
 from tqdit.extras import need
 from tqdit.models.decoding import to_codes
-from tqdit.models.families.diffusers import find_weights
+from tqdit.models.families.diffusers import check_layers, find_weights
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.state import check_places, read_json
 from tqdit.models.vae import latents_of
@@ -97,7 +97,8 @@ def load_decoder(source: Path | nn.Module, model: LoadedModel) -> Decoder:
             "Pass the VAE that the model was trained with."
         )
     vae = _read(source, wanted) if isinstance(source, Path) else copy.deepcopy(source).float()
-    latents = model.latents if model.latents.layout or model.told_latents else latents_of(where, config)
+    own = model.latents if model.latents.layout else latents_of(where, config)
+    latents = model.latents if model.told_latents else own
     if latents != model.latents:
         warnings.warn(
             f"{where}: its latents have {latents}, those of {model.source} {model.latents}. The decoder's are taken; "
@@ -128,9 +129,11 @@ def _no_latents(model: LoadedModel) -> str:
 
 def _read(folder: Path, name: str) -> Any:
     diffusers = need("diffusers", "vae", "exporting a VAE decoder")
+    weights, variant = find_weights(folder)
+    check_layers(folder, weights, folder)
     try:
         return getattr(diffusers, name).from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32, variant=find_weights(folder)[1]
+            folder, local_files_only=True, torch_dtype=torch.float32, variant=variant
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -23,6 +23,7 @@ from tqdit.files import JSON, SAFETENSORS, TORCH, reading, stays_inside
 
 StateDict = dict[str, Tensor]
 AGAIN = "Get it again."
+AVERAGED = re.compile(r"(^|[._])(ema|shadow|averag)", re.IGNORECASE)  # in names of sections
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 MOST_JSON_BYTES = 64_000_000  # an index of shards needs 100 bytes a tensor
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -228,13 +229,22 @@ def flatten(content: object) -> StateDict:
             if isinstance(name, str) and isinstance(value, Tensor):
                 tensors[prefix + name] = value
             elif isinstance(name, str):
-                if name == "shadow_params" and isinstance(value, list | tuple):
+                if _is_unnamed(value) and AVERAGED.search(f"{prefix}{name}"):
                     raise CheckpointError(
-                        f"its averaged weights '{prefix}{name}' are a list without names. Put them into the model "
+                        f"its averaged weights '{prefix}{name}' are without names. Put them into the model "
                         "(`copy_to` of the library that averaged them) and save that, or save the other weights alone."
                     )
                 sections.append((f"{prefix}{name}.", value))
     return tensors
+
+
+def _is_unnamed(value: object) -> bool:
+    """Whether it holds tensors, at any depth, and no names for what it holds."""
+    parts = [*value.values()] if isinstance(value, Mapping) else value
+    named = isinstance(value, Mapping) and any(isinstance(name, str) for name in value)
+    if named or not isinstance(parts, list | tuple):
+        return False
+    return any(isinstance(part, Tensor | Mapping | list | tuple) for part in parts)
 
 
 def _is_zip(path: Path) -> bool:

@@ -60,8 +60,11 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
     if shards is None or find_spec("accelerate") is None:
         return None
     accelerate: Any = import_module("accelerate")
-    with accelerate.init_empty_weights(include_buffers=False):
-        network: nn.Module = kind.from_config(settings)
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            network: nn.Module = kind.from_config(settings)
+    except Exception:  # of any kind: diffusers itself says what is wrong
+        return None
     expected = network.state_dict()
     if expected.keys() != shards.keys():
         return None

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tqdit.bounds import MOST_SIDE
+from tqdit.bounds import MOST_SIDE, check_memory
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
 from tqdit.models.folds import Fold, shift_and_scale
 from tqdit.models.loaded import LoadedModel, Source, fingerprint, name_of
 from tqdit.models.products import find_products
-from tqdit.models.state import find_network, load_weights, read_json, read_number, read_tensors, unwrap
+from tqdit.models.state import find_network, find_shards, load_weights, read_json, read_number, read_tensors, unwrap
 from tqdit.models.vae import LATENT_CHANNELS, LATENT_SCALE, read_latents
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
@@ -151,6 +151,16 @@ def _folds(config: Any) -> dict[str, tuple[Fold, ...]]:
     return folds
 
 
+def check_layers(folder: Path, weights: Path, root: Path) -> None:
+    """Refuse a configuration of more layers than there are tensors, which diffusers would make before it compares."""
+    names = find_shards(weights)
+    for name, value in read_json(folder / "config.json", root).items():
+        if names is not None and "layers" in name and isinstance(value, int) and value > len(names):
+            raise CheckpointError(
+                f"{folder}: {name} is {value}, its weights are {len(names)} tensors. Get the directory again."
+            )
+
+
 def _check_size(where: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Refuse a configuration whose network could not have these tensors, before that network is made."""
     layers, most = settings.get("num_layers"), len(tensors)
@@ -161,6 +171,12 @@ def _check_size(where: Path, settings: Mapping[str, Any], tensors: Mapping[str, 
         size = settings.get(name)
         if isinstance(size, int) and size > max(largest, MOST_SIDE):
             raise CheckpointError(f"{where}: {name} is {size}, its largest tensor has {largest} values. Get it again.")
+    heads, width, size, patch = (
+        settings.get(name) for name in ("num_attention_heads", "attention_head_dim", "sample_size", "patch_size")
+    )
+    if all(isinstance(each, int) and each > 0 for each in (heads, width, size, patch)):
+        positions = 8 * heads * width * (size // patch) ** 2  # type: ignore[operator]
+        check_memory(f"{where}: a table of positions", positions, "Get it again.")
 
 
 def _make_network(where: object, settings: Mapping[str, Any]) -> nn.Module:

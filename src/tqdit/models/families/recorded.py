@@ -17,7 +17,7 @@ from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.recorded import recorded_model
-from tqdit.models.state import check_places, find_shards, is_finite, read_json
+from tqdit.models.state import check_places, is_finite, read_json
 from tqdit.models.weights import IN_MEMORY, Weights, open_network
 
 RECORD = (
@@ -105,7 +105,7 @@ def _read_network(source: str, in_memory: bool) -> tuple[nn.Module, Weights]:
     if not in_memory:
         check_places(folder, Path(source))
         weights = dit.find_weights(folder)[0]
-        _check_layers(folder, weights, Path(source))
+        dit.check_layers(folder, weights, Path(source))
         found = open_network(kind, weights, read_json(folder / "config.json", Path(source)))
         if found is not None:
             return found
@@ -134,7 +134,9 @@ def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
         _check_index(folder / INDEX)
     transformer = dit.transformer_folder(str(root))
     weights, variant = dit.find_weights(transformer)
-    _check_layers(transformer, weights, root)
+    dit.check_layers(transformer, weights, root)
+    if (root / "vae" / "config.json").is_file() and folder == root:
+        dit.check_layers(root / "vae", dit.find_weights(root / "vae")[0], root)
     try:
         with _without_bars():
             made = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
@@ -146,16 +148,6 @@ def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
         if isinstance(network, nn.Module):
             _check_weights(folder / part, network)
     return made
-
-
-def _check_layers(folder: Path, weights: Path, root: Path) -> None:
-    """Refuse a configuration of more layers than there are tensors, which diffusers would make before it compares."""
-    names = find_shards(weights)
-    for name, value in read_json(folder / "config.json", root).items():
-        if names is not None and "layers" in name and isinstance(value, int) and value > len(names):
-            raise CheckpointError(
-                f"{folder}: {name} is {value}, its weights are {len(names)} tensors. Get the directory again."
-            )
 
 
 def _check_weights(folder: Path, network: nn.Module) -> None:
