@@ -209,7 +209,7 @@ def test_a_real_process_fails_with_one_line(tmp_path):
     done = run("inspect", tmp_path / "missing.npz")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"tqdit inspect: {tmp_path / 'missing.npz'}: no such file or folder. Pass a file, a folder or 'demo'.\n"
+        f"tqdit inspect: {tmp_path / 'missing.npz'}: no such file or folder. Pass a file, a folder, 'demo' or 'text'.\n"
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from evaluate.conftest import make_flow
 from support import made_once
+from tqdit.demo.weights import DIGESTS
 from tqdit.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -100,4 +101,4 @@ def test_the_projects_have_one_version_and_one_set_of_requirements():
 
 def test_the_demo_s_wheel_holds_the_weights(tmp_path):
     wheel = built(ROOT / "demo-weights", ["pyproject.toml", "LICENSE", "tqdit_demo"], tmp_path)
-    assert files(wheel) == {f"tqdit_demo/{name}" for name in ("__init__.py", "model.safetensors", "judge.safetensors")}
+    assert files(wheel) == {f"tqdit_demo/{name}" for name in ("__init__.py", *DIGESTS)}
