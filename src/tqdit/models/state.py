@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, TqditError
 from tqdit.files import JSON, SAFETENSORS, TORCH, reading, stays_inside
 
 StateDict = dict[str, Tensor]
@@ -171,6 +171,18 @@ def find_shards(path: Path) -> dict[str, Path] | None:
     if shards is not None:
         _check_complete(path, shards, found)
     return found
+
+
+def count_tensors(folder: Path) -> int:
+    """Of all weights in a folder and its subfolders: at most so many in files other than safetensors."""
+    count = 0
+    for file in folder.rglob("*"):
+        if file.suffix == ".safetensors":
+            with suppress(TqditError), _opened(file) as content:  # a damaged one is refused if it is read
+                count += len(content.keys())
+        elif file.suffix in WEIGHT_SUFFIXES and file.is_file():
+            count += file.stat().st_size // 100
+    return count
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
