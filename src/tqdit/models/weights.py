@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, TqditError
 from tqdit.models.state import FLOAT_TYPES, find_shards, is_finite, read_tensor
 
 LARGE = 1 << 16  # elements; smaller parameters are loaded
@@ -63,6 +63,8 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             network: nn.Module = kind.from_config(settings)
+    except TqditError:
+        raise
     except Exception:  # of any kind: diffusers itself says what is wrong
         return None
     expected = network.state_dict()
