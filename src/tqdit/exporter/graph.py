@@ -66,7 +66,7 @@ def interface_of(table: ScaleTable | None, rows: str | Path | None) -> Interface
     if table is not None:
         raise UsageError(
             f"{rows}: recorded calls are for an export without scales, and there are scales, which tell how "
-            "the network is called. Drop --rows, or pass --float."
+            "the network is called. Drop --rows, or pass --float in place of --scales."
         )
     return Recording.load(rows).interface
 
