@@ -131,7 +131,7 @@ def _is_loopback(host: str) -> bool:
 
 def _tell(service: Service, listener: socket.socket, console: Console) -> None:
     for engine in service.engines.values():
-        entry = engine.describe()
+        entry = engine.describe(service.settings)
         console.say(
             f"{entry.id}: {entry.precision} on {entry.backend}, {entry.size}, {entry.steps} steps of {entry.sampler}, "
             f"up to {entry.batch} images per engine call"

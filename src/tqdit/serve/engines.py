@@ -102,14 +102,15 @@ class ServedEngine:
         self._classes = _class_numbers(self.batcher.card.class_names)
         self._encoding = asyncio.Semaphore(MOST_ENCODERS)
 
-    def describe(self) -> ModelEntry:
+    def describe(self, settings: Settings) -> ModelEntry:
         card, label = self.batcher.card, self.batcher.card.signature.label
         return ModelEntry(
             id=self.name, created=self.created, kind=self.kind, classes=label.choices if label else None,
             class_names=list(card.class_names), size=self.size, steps=card.sampling.steps,
             sampler=card.sampling.sampler, samplers=list(samplers_of(card.sampling.process)),
             guidance_scale=card.guidance.scale if card.guidance else None, precision=self.manifest.precision,
-            backend=self.manifest.backend, batch=self.batcher.batch,
+            backend=self.manifest.backend, batch=self.batcher.batch, most_images=settings.most_images,
+            most_previews=settings.most_previews, decodes=self.manifest.decoder is not None,
         )  # fmt: skip
 
     async def order(self, asked: ImageRequest, settings: Settings) -> Order:

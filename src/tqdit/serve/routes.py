@@ -138,11 +138,11 @@ def stream(events: AsyncIterator[Event | None]) -> Response:
 
 
 async def list_models(service: Service, request: Request) -> Response:
-    return json_response(ModelList([engine.describe() for engine in service.engines.values()]))
+    return json_response(ModelList([engine.describe(service.settings) for engine in service.engines.values()]))
 
 
 async def show_model(service: Service, request: Request) -> Response:
-    return json_response(service.engine(request.path_params["model"]).describe())
+    return json_response(service.engine(request.path_params["model"]).describe(service.settings))
 
 
 async def start_job(service: Service, request: Request) -> Response:

@@ -100,6 +100,9 @@ class ModelEntry(Struct, kw_only=True):
     precision: str
     backend: str
     batch: int  # images per engine call
+    most_images: int  # of one request
+    most_previews: int  # of one image
+    decodes: bool  # a preview costs a decoding
     object: Literal["model"] = "model"
     owned_by: str = "tqdit"
 
