@@ -27,7 +27,12 @@ def make_app(engines: Mapping[str, str | Path], settings: Settings = NO_SETTINGS
     Any ASGI server can run it, in one process: jobs are in its memory. `server.Server` also holds slow clients off and
     finishes images when it ends. Raises TqditError for what cannot be served.
     """
-    service = Service.open(engines, settings)
+    return application(Service.open(engines, settings))
+
+
+def application(service: Service) -> Starlette:
+    """The application of a service, which it closes when it ends."""
+    settings = service.settings
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

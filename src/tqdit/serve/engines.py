@@ -116,10 +116,9 @@ class ServedEngine:
     async def order(self, asked: ImageRequest, settings: Settings) -> Order:
         """Check a request. Raises Refusal, or UsageError for values that the engine does not take."""
         card, count = self.batcher.card, asked.n or 1
-        if count > settings.most_images:
-            raise _bad("n", f"n is {count}; expected 1 to {settings.most_images}.")
-        if count > self.batcher.batch + self.batcher.queue:
-            raise _bad("n", f"n is {count}, more than the queue takes.")
+        samplers = samplers_of(card.sampling.process)
+        if asked.sampler is not None and asked.sampler not in samplers:
+            raise _bad("sampler", f"sampler is '{asked.sampler:.60}'; this model has {', '.join(samplers)}.")
         if asked.size not in (None, "auto", self.size):
             raise _bad("size", f"size is '{asked.size}'; this model makes images of {self.size}.")
         if asked.previews is not None and asked.partial_images is not None:
@@ -189,10 +188,12 @@ class ServedEngine:
         except QueueFullError as error:
             raise self.full(order.count) from error
 
-    def check_room(self, count: int) -> None:
-        """Raises Refusal if so many images do not find a place in the queue."""
-        stats = self.batcher.stats()
-        if stats.waiting + stats.running + count > self.batcher.batch + self.batcher.queue:
+    def check_room(self, count: int, most: int) -> None:
+        """Raises Refusal for more images than a request may ask for, or if they find no place in the queue."""
+        stats, places = self.batcher.stats(), self.batcher.batch + self.batcher.queue
+        if count > min(most, places):
+            raise _bad("n", f"n is {count}; expected 1 to {min(most, places)}.")
+        if stats.waiting + stats.running + count > places:
             raise self.full(count)
 
     def full(self, count: int) -> Refusal:

@@ -66,7 +66,7 @@ class Service:
         """Check a request and queue its images. Raises Refusal or UsageError."""
         engine = self.engine(asked.model)
         self._check_open()
-        engine.check_room(asked.n or 1)  # before a prompt is encoded
+        engine.check_room(asked.n or 1, self.settings.most_images)  # before a prompt is encoded
         order: Order = await engine.order(asked, self.settings)
         self._check_open()
         return Job(order, self.settings.deadline_s, self.metrics.ended)
