@@ -25,6 +25,7 @@ from tqdit.serve.server import Server
 from tqdit.serve.service import Service
 
 GENERATIONS = "/v1/images/generations"
+HEAD = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
 
 
 class Running:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -35,6 +36,7 @@ from tqdit.serve.shapes import (
 )
 
 EVENTS = "text/event-stream"
+LINGER_S, LINGER_BYTES = 0.3, 2**20  # that are still taken of a request that is too large
 Handler = Callable[[Service, Request], Awaitable[Response]]
 
 
@@ -73,20 +75,36 @@ async def read_request(service: Service, request: Request) -> ImageRequest:
         message = f"the content type is '{kind:.60}'; expected application/json. Send the header 'Content-Type'."
         raise Refusal(415, "unsupported_media_type", message)
     most, length = service.settings.body_bytes, request.headers.get("content-length", "0")
-    too_large = Refusal(413, "too_large", f"the body is larger than {most} bytes.", headers={"Connection": "close"})
     if not re.fullmatch("[0-9]{1,9}", length) or int(length) > most:
-        raise too_large
+        await _discard(request)
+        raise _too_large(most)
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise too_large
+            await _discard(request)
+            raise _too_large(most)
     try:
         return decode_request(bytes(body))
     except msgspec.DecodeError as error:
         raise bad_json(error) from None
     except (RecursionError, UnicodeDecodeError):
         raise Refusal(400, "invalid_json", "the body is no JSON object of UTF-8.") from None
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, "too_large", f"the body is larger than {most} bytes.")
+
+
+async def _discard(request: Request) -> None:
+    """Take what the client sends for a moment: a socket that is closed with unread bytes may lose our answer."""
+    read = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while read < LINGER_BYTES and (message := await request.receive())["type"] == "http.request":
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def generate(service: Service, request: Request) -> Response:

@@ -65,15 +65,15 @@ class Service:
     async def start(self, asked: ImageRequest) -> Job:
         """Check a request and queue its images. Raises Refusal or UsageError."""
         engine = self.engine(asked.model)
-        self._check_open()
+        self._check_open(engine)
         engine.check_room(asked.n or 1, self.settings.most_images)  # before a prompt is encoded
         order: Order = await engine.order(asked, self.settings)
-        self._check_open()
+        self._check_open(engine)
         return Job(order, self.settings.deadline_s, self.metrics.ended)
 
-    def _check_open(self) -> None:
-        if self.is_draining:
-            raise Refusal(503, "shutting_down", "the server shuts down.", headers={"Connection": "close"})
+    def _check_open(self, engine: ServedEngine) -> None:
+        if self.is_draining or not engine.batcher.is_open:
+            raise Refusal(503, "shutting_down", "the server takes no more requests.", headers={"Connection": "close"})
 
     def health(self) -> Health:
         """Whether it takes requests."""
