@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ from PIL import Image
 
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.ports import Port
 from tqdit.serve.app import application
 from tqdit.serve.engines import ServedEngine
 from tqdit.serve.server import Server
 from tqdit.serve.service import Service
+from tqdit.serve.settings import Settings
 
 GENERATIONS = "/v1/images/generations"
 HEAD = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
@@ -137,3 +141,31 @@ def toy_service(card: Any, network: Any, settings: Any, kind: str = "class", nam
     batcher = StepBatcher(Sampler(card, network, batch=batch), queue=settings.queue)
     manifest = type("Manifest", (), {"precision": "fp32", "backend": "toy", "decoder": None})()
     return application(Service({name: ServedEngine(name, batcher, kind, manifest)}, settings))  # type: ignore[arg-type]
+
+
+def echo(card: Any, port: str) -> Any:
+    """A network whose prediction shows the request's value."""
+
+    def predict(inputs: Any) -> np.ndarray:
+        rows = np.asarray(inputs[port], np.float32).reshape(len(inputs[port]), -1)[:, :1]
+        return np.zeros((len(rows), *card.signature.output_shape), np.float32) + rows[..., None, None] / 8
+
+    return predict
+
+
+def text_app(manifest: Any) -> Any:
+    """An engine of text whose encoder counts letters."""
+    ports = [port for port in manifest.card.signature.ports if port.kind != "request"]
+    ports.append(Port("text", "request", "float32", (None, 2), null=0.0))
+    card = replace(manifest.card, signature=replace(manifest.card.signature, ports=tuple(ports)))
+    app = toy_service(card, echo(card, "text"), Settings(), "text")
+
+    def encode(prompts: Any) -> Any:
+        if any(len(prompt) > 20 for prompt in prompts):
+            raise UsageError(f"a prompt has {len(prompts[0])} tokens, the engine takes 20.")
+        if "broken" in prompts:
+            raise FileFormatError("/tmp/x/text.onnx: does not run.")
+        return {"text": np.array([[len(prompt), 0] for prompt in prompts], np.float32)}
+
+    app.state.service.engines["toy"].batcher.sampler.encode = encode
+    return app

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from serve.client import GENERATIONS, pixels, toy_service
+from serve.client import GENERATIONS, echo, pixels, text_app, toy_service
+from tqdit.card import Latents, VaeCard
 from tqdit.engines.bundle import read_manifest
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.ports import Port
@@ -22,16 +23,6 @@ NAMES = ("tench, Tinca tinca", "Golden Retriever", "crane", "crane", "7")
 @pytest.fixture(scope="module")
 def manifest(bundle):
     return read_manifest(bundle)
-
-
-def echo(card, port):
-    """A network whose prediction shows the request's value."""
-
-    def predict(inputs):
-        rows = np.asarray(inputs[port], np.float32).reshape(len(inputs[port]), -1)[:, :1]
-        return np.zeros((len(rows), *card.signature.output_shape), np.float32) + rows[..., None, None] / 8
-
-    return predict
 
 
 def drawn(answer):
@@ -60,24 +51,7 @@ def test_a_class_is_asked_for_by_name_by_a_part_of_it_or_by_number(serve, manife
 
 @pytest.fixture(scope="module")
 def texts(serve, manifest):
-    """An engine of text whose encoder counts letters."""
-    ports = [port for port in manifest.card.signature.ports if port.kind != "request"]
-    signature = replace(
-        manifest.card.signature, ports=(*ports, Port("text", "request", "float32", (None, 2), null=0.0))
-    )
-    card = replace(manifest.card, signature=signature)
-    app = toy_service(card, echo(card, "text"), Settings(), "text")
-    sampler = app.state.service.engines["toy"].batcher.sampler
-
-    def encode(prompts):
-        if any(len(prompt) > 20 for prompt in prompts):
-            raise UsageError(f"a prompt has {len(prompts[0])} tokens, the engine takes 20.")
-        if "broken" in prompts:
-            raise FileFormatError("/tmp/x/text.onnx: does not run.")
-        return {"text": np.array([[len(prompt), 0] for prompt in prompts], np.float32)}
-
-    sampler.encode = encode
-    return serve(app)
+    return serve(text_app(manifest))
 
 
 def test_a_prompt_is_encoded_once_and_drawn(texts):
@@ -125,11 +99,17 @@ def test_two_engines_are_two_models_and_the_first_is_the_default(serve, bundle, 
     assert found == ["one", "two"]
 
 
-def test_engines_that_no_request_could_speak_of_are_refused(tmp_path, bundle, bundle_of, manifest):
-    with pytest.raises(UsageError, match=r"latents.*no decoder"):
-        make_app({"latents": bundle_of(pixels=False)})
-    with pytest.raises(UsageError, match="step graph"):
-        make_app({"step": bundle_of(graph="step")})
+def test_engines_that_no_request_could_speak_of_are_refused(tmp_path, bundle, manifest):
+    card = manifest.card
+    ports = (*card.signature.ports, Port("text", "request", "float32", (None, 2)))
+    vae = VaeCard("vae.onnx", "0" * 64, 8, 8, frames=5)
+    for changed, message in (
+        (replace(card, latents=Latents(1.0)), "no decoder"), (replace(card, graph="step"), "step graph"),
+        (replace(card, signature=replace(card.signature, ports=ports)), "no text encoders"),
+        (replace(card, vae=vae), "videos"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            kind_of_engine(bundle, replace(manifest, card=changed))
     with pytest.raises(FileFormatError, match="no such engine"):
         make_app({"tiny": bundle, "other": tmp_path / "nothing.engine"})
     with pytest.raises(UsageError, match="no engine is named"):
@@ -137,11 +117,6 @@ def test_engines_that_no_request_could_speak_of_are_refused(tmp_path, bundle, bu
     for name in ("", "a/b", "a b", "x" * 101):
         with pytest.raises(UsageError, match="no name for an engine"):
             make_app({name: bundle})
-    text = replace(
-        manifest.card.signature, ports=(*manifest.card.signature.ports, Port("text", "request", "float32", (None, 2)))
-    )
-    with pytest.raises(UsageError, match="no text encoders"):
-        kind_of_engine(bundle, replace(manifest, card=replace(manifest.card, signature=text)))
 
 
 def test_a_server_that_cannot_open_one_engine_closes_the_others(bundle, tmp_path):
