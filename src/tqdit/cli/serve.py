@@ -73,13 +73,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
     engines = _by_name(args.engines)
     with _listen(args.host, args.port) as listener:  # before the engines are opened, which takes longer
         app = make_app(engines, settings)
-        _tell(app.state.service, listener, console)
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        server = Server(app, args.host, args.port)
+        for number in (signal.SIGINT, signal.SIGTERM):  # also before it runs, and when uvicorn raises them again
+            signal.signal(number, server.handle_exit)
         if settings.api_key is None and not _is_loopback(args.host):
             console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again when it has ended
-            signal.signal(number, lambda *_: None)
-        Server(app, args.host, args.port).run(sockets=[listener])
+        _tell(app.state.service, listener, console)
+        server.run(sockets=[listener])
     console.say("ended")
 
 
