@@ -130,28 +130,36 @@ def test_what_is_no_http_is_answered_with_400_in_the_shape_of_every_error(quick,
     with quick.connect() as client:
         with contextlib.suppress(OSError):
             client.sendall(sent)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while part := client.recv(5000):
-                answer += part
+        answer = everything(client)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+def everything(client):
+    """What a server sends until it closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := client.recv(5000):
+            found += part
+    return found
+
+
 @pytest.mark.parametrize(
-    "sent", [b"", b"POST /v1", HEAD + b"Content-Length: 99\r\n\r\n{",
-             b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\nGET /"],
+    ("sent", "answers"),
+    [(b"", 0), (b"POST /v1", 1), (HEAD + b"Content-Length: 99\r\n\r\n{", 1),
+     (b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\nGET /", 1)],
     ids=["nothing", "half a head", "half a body", "half a second request"],
 )  # fmt: skip
-def test_a_client_that_stalls_is_disconnected(serve, bundle, sent, guarded):
+def test_a_client_that_stalls_is_told_and_disconnected(guarded, sent, answers):
     started = time.monotonic()
     with guarded.connect() as client:
-        client.sendall(sent)
-        with contextlib.suppress(ConnectionResetError):
-            while client.recv(1000):
-                pass
+        client.sendall(sent.replace(b"application/json", f"application/json\r\nAuthorization: Bearer {KEY}".encode()))
+        answer = everything(client)
     assert time.monotonic() - started < 10
+    assert answer.count(b"HTTP/1.1 408 ") == answers
+    if answers:
+        assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "too_slow"
     assert guarded.ask("/health/live").status == 200
 
 

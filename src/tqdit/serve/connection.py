@@ -53,21 +53,36 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Of what is no HTTP, in the shape of every other error."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()  # an answer has begun
-            return
-        error = Refusal(400, "invalid_value", msg)
-        body = msgspec.json.encode(ErrorAnswer(error.body))
-        headers = [
-            (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")
-        ]  # fmt: skip
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        self._refuse(Refusal(400, "invalid_value", msg))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer without the application, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no answer has begun
+            body = msgspec.json.encode(ErrorAnswer(refusal.body))
+            length = b"%d" % len(body)
+            headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=refusal.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+            ):  # fmt: skip
+                self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _expect_request(self) -> None:
         self._stop("reading")
-        self.reading = self.loop.call_later(self.settings.client_s, self.transport.abort)
+        self.reading = self.loop.call_later(self.settings.client_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        """The request is not there in time: answer what has begun, and close what has not."""
+        works = self.cycle is not None and not self.cycle.response_complete
+        if self.transport.is_closing() or not (works or self.conn.trailing_data[0]):
+            self.transport.abort()
+            return
+        if works:  # the application waits for the rest of a body; it is told that the client has left
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        seconds = f"{self.settings.client_s:g}"
+        self._refuse(Refusal(408, "too_slow", f"the request was not complete after {seconds} s."))
+        self.reading = self.loop.call_later(self.settings.client_s, self.transport.abort)  # if it is not taken
 
     def _expect_reader(self, left: int) -> None:
         """Look again later whether the client has taken something of the `left` bytes."""

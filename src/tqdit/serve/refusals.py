@@ -17,7 +17,7 @@ from tqdit.serve.shapes import ErrorAnswer, ErrorBody, ErrorType
 log = logging.getLogger("tqdit.serve")
 
 ErrorCode = Literal[
-    "invalid_value", "invalid_json", "unknown_model", "not_found", "method_not_allowed", "too_large",
+    "invalid_value", "invalid_json", "unknown_model", "not_found", "method_not_allowed", "too_large", "too_slow",
     "unsupported_media_type", "invalid_api_key", "queue_full", "deadline", "shutting_down", "client_closed",
     "sampling_failed", "internal",
 ]  # fmt: skip

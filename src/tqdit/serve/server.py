@@ -22,8 +22,9 @@ class Server(uvicorn.Server):
         settings = self.service.settings
         super().__init__(
             uvicorn.Config(
-                app, host=host, port=port, http=connection_type(settings), ws="none", log_config=None, access_log=False,
-                server_header=False, timeout_graceful_shutdown=int(settings.shutdown_s + GRACE_S),
+                app, host=host, port=port, http=connection_type(settings), ws="none", log_config=None,
+                log_level="error", access_log=False, server_header=False,
+                timeout_graceful_shutdown=int(settings.shutdown_s + GRACE_S),
             )
         )  # fmt: skip
 
