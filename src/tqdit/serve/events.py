@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from tqdit.serve.jobs import Job, encode, image_data, job_answer, to_png
+from tqdit.serve.jobs import ImageJob, encode, image_data, job_answer, to_png
 from tqdit.serve.shapes import CompletedImage, ErrorAnswer, JobEvent, PartialImage
 
 KEEP_ALIVE_S = 15.0  # a comment after so long, or proxies close the connection
@@ -16,7 +16,7 @@ PAUSE_S = 0.04  # between two looks at a job
 Event = PartialImage | CompletedImage | JobEvent | ErrorAnswer
 
 
-async def watch(job: Job, base_url: str, with_states: bool) -> AsyncIterator[Event | None]:
+async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncIterator[Event | None]:
     """What happens from now on, and what is there already; None: nothing did for a time.
 
     with_states: with the job's own state after each change, and its end as the last event. Without it, only its images
@@ -67,11 +67,11 @@ def _tag(event: PartialImage | CompletedImage) -> str:
     return str(event.__struct_config__.tag)
 
 
-def _state(job: Job, base_url: str) -> JobEvent:
+def _state(job: ImageJob, base_url: str) -> JobEvent:
     return JobEvent(type=f"job.{job.status}", job=job_answer(job, base_url, with_images=False))
 
 
-async def _preview(job: Job, index: int, previews: dict[int, tuple[int, int]]) -> PartialImage | None:
+async def _preview(job: ImageJob, index: int, previews: dict[int, tuple[int, int]]) -> PartialImage | None:
     """The newest state of an image as a picture; None if it was finished in the meantime."""
     row, order = job.rows[index], job.order
     if row.preview is None:
@@ -86,7 +86,7 @@ async def _preview(job: Job, index: int, previews: dict[int, tuple[int, int]]) -
     )  # fmt: skip
 
 
-def _completed(job: Job, index: int, base_url: str) -> CompletedImage:
+def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:
     order, data = job.order, image_data(job, index, base_url)
     return CompletedImage(
         image_index=index, steps=order.steps, created_at=int(job.created), model=order.engine.name, seed=order.seed,

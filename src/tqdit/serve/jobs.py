@@ -34,10 +34,10 @@ class Row:
         self.png: bytes | None = None
 
 
-class Job:
+class ImageJob:
     """The images of one order. It works from its creation until `task` ends, which never raises."""
 
-    def __init__(self, order: Order, deadline_s: float, report: Callable[[Job, Row], None]) -> None:
+    def __init__(self, order: Order, deadline_s: float, report: Callable[[ImageJob, Row], None]) -> None:
         """Submit all images or none; raises Refusal if they find no place. report: called for each image that ends."""
         self.id = secrets.token_urlsafe(16)  # who knows it may see the images
         self.order = order
@@ -120,7 +120,7 @@ class Job:
             if row.future is not None:
                 row.future.cancel()
 
-    async def _work(self, report: Callable[[Job, Row], None]) -> None:
+    async def _work(self, report: Callable[[ImageJob, Row], None]) -> None:
         ends = [asyncio.create_task(self._finish(row, report)) for row in self.rows]
         try:
             await asyncio.gather(*ends)
@@ -135,7 +135,7 @@ class Job:
                 row.future = row.preview = None
             self._loop.call_soon(self._notify)  # when the task is done
 
-    async def _finish(self, row: Row, report: Callable[[Job, Row], None]) -> None:
+    async def _finish(self, row: Row, report: Callable[[ImageJob, Row], None]) -> None:
         assert row.future is not None
         try:
             pixels = await asyncio.wrap_future(row.future)
@@ -157,14 +157,14 @@ def encode(png: bytes) -> str:
     return base64.b64encode(png).decode("ascii")
 
 
-def image_data(job: Job, index: int, base_url: str) -> ImageData:
+def image_data(job: ImageJob, index: int, base_url: str) -> ImageData:
     """An image in the form that was asked for."""
     if job.order.as_url:
         return ImageData(url=f"{base_url}v1/images/{job.id}/{index}.png")
     return ImageData(b64_json=encode(job.rows[index].png or b""))
 
 
-def image_answer(job: Job, base_url: str) -> ImageAnswer:
+def image_answer(job: ImageJob, base_url: str) -> ImageAnswer:
     """The answer of a completed job."""
     order = job.order
     return ImageAnswer(
@@ -174,7 +174,7 @@ def image_answer(job: Job, base_url: str) -> ImageAnswer:
     )  # fmt: skip
 
 
-def job_answer(job: Job, base_url: str, with_images: bool = True) -> JobAnswer:
+def job_answer(job: ImageJob, base_url: str, with_images: bool = True) -> JobAnswer:
     """The state of a job; its images if they are wanted."""
     error: ErrorBody | None = job.refusal.body if job.refusal else None
     status = job.status
@@ -190,13 +190,13 @@ class KeptJobs:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, ImageJob] = {}
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ImageJob) -> None:
         self._prune()
         self._jobs[job.id] = job
 
-    def get(self, name: str) -> Job:
+    def get(self, name: str) -> ImageJob:
         """Raises Refusal if there is none of that name."""
         self._prune()
         job = self._jobs.get(name)
@@ -204,11 +204,11 @@ class KeptJobs:
             raise Refusal(404, "not_found", "no such job or image, or it is kept no longer.")
         return job
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: ImageJob) -> None:
         self._jobs.pop(job.id, None)
         job.cancel()
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[ImageJob]:
         return iter([*self._jobs.values()])
 
     def _prune(self) -> None:

@@ -10,12 +10,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tqdit.serve.engines import ServedEngine
-from tqdit.serve.jobs import Job, Row
+from tqdit.serve.jobs import ImageJob, Row
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)  # upper ends of the histograms' buckets
 
 
-class Metrics:
+class ServerMetrics:
     """Counters and histograms of one service, in a registry of their own."""
 
     def __init__(self, engines: Iterable[ServedEngine]) -> None:
@@ -39,7 +39,7 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         self._answers.labels(route, str(status)).inc()
 
-    def ended(self, job: Job, row: Row) -> None:
+    def ended(self, job: ImageJob, row: Row) -> None:
         """One image is done, failed or cancelled."""
         engine, now = job.order.engine, time.monotonic()
         if row.began is not None:

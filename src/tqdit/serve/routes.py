@@ -22,7 +22,7 @@ from starlette.routing import Route
 from tqdit.errors import TqditError
 from tqdit.serve import openapi
 from tqdit.serve.events import Event, as_text, watch
-from tqdit.serve.jobs import Job, image_answer, job_answer
+from tqdit.serve.jobs import ImageJob, image_answer, job_answer
 from tqdit.serve.refusals import Refusal, bad_json, json_response, refusal_of
 from tqdit.serve.service import Service
 from tqdit.serve.shapes import (
@@ -120,7 +120,7 @@ async def generate(service: Service, request: Request) -> Response:
     return json_response(image_answer(job, str(request.base_url)))
 
 
-async def _finish_or_cancel(job: Job, request: Request) -> None:
+async def _finish_or_cancel(job: ImageJob, request: Request) -> None:
     left = asyncio.create_task(_left(request))
     try:
         await asyncio.wait({job.task, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -136,7 +136,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _until_left(job: Job, base_url: str) -> AsyncIterator[Event | None]:
+async def _until_left(job: ImageJob, base_url: str) -> AsyncIterator[Event | None]:
     try:
         async for event in watch(job, base_url, with_states=False):
             yield event

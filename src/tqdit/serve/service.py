@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdit.errors import UsageError
 from tqdit.serve.engines import Order, ServedEngine
-from tqdit.serve.jobs import Job, KeptJobs
-from tqdit.serve.metrics import Metrics
+from tqdit.serve.jobs import ImageJob, KeptJobs
+from tqdit.serve.metrics import ServerMetrics
 from tqdit.serve.refusals import Refusal
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import Health, ImageRequest
@@ -24,7 +24,7 @@ class Service:
 
     def __init__(self, engines: Mapping[str, ServedEngine], settings: Settings) -> None:
         self.engines, self.settings = dict(engines), settings
-        self.jobs, self.metrics = KeptJobs(settings), Metrics(self.engines.values())
+        self.jobs, self.metrics = KeptJobs(settings), ServerMetrics(self.engines.values())
         self.is_draining = False
         self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
 
@@ -62,14 +62,14 @@ class Service:
             raise Refusal(404, "unknown_model", f"no model '{name:.60}'; known are {', '.join(self.engines)}.", "model")
         return self.engines[name]
 
-    async def start(self, asked: ImageRequest) -> Job:
+    async def start(self, asked: ImageRequest) -> ImageJob:
         """Check a request and queue its images. Raises Refusal or UsageError."""
         engine = self.engine(asked.model)
         self._check_open(engine)
         engine.check_room(asked.n or 1, self.settings.most_images)  # before a prompt is encoded
         order: Order = await engine.order(asked, self.settings)
         self._check_open(engine)
-        return Job(order, self.settings.deadline_s, self.metrics.ended)
+        return ImageJob(order, self.settings.deadline_s, self.metrics.ended)
 
     def _check_open(self, engine: ServedEngine) -> None:
         if self.is_draining or not engine.batcher.is_open:
