@@ -71,14 +71,15 @@ class _Request(Future[Result]):
         self.callback: ProgressCallback | None = None
         self.preview_every = 0
         self._batcher = batcher
+        self._process = Process()
         self._notifying = threading.Lock()  # taken once, by the thread that notifies the waiters of a cancellation
 
     def result(self, timeout: float | None = None) -> Result:
-        self._batcher._process.check("image")  # which no thread of a fork makes
+        self._process.check("image")  # which no thread of a fork makes
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._batcher._process.check("image")
+        self._process.check("image")
         return super().exception(timeout)
 
     def cancel(self) -> bool:
