@@ -99,8 +99,8 @@ CHECKS = {
         check("origins", "--cors-origin example.org", "origin 'example.org'"),
         check("names of engines", "model.engine other/model.engine", "two engines are named 'model'"),
         check("address", "--port 0 --host 192.0.2.1", "192.0.2.1", 1),
-        check("engine", "--port 0 home", "not an engine bundle", 1),
-        check("parts of the engine", "--port 0 damaged.engine", "truncated or altered", 1),
+        check("engine", "home --port 0", "not an engine bundle", 1),
+        check("parts of the engine", "damaged.engine --port 0", "truncated or altered", 1),
     ),
     "evaluate": (
         check("numbers", "--bootstrap 1000000000000", "--bootstrap is 1000000000000"),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tqdit.console import Console
 from tqdit.errors import OutputError, UsageError
-from tqdit.files import explain
 from tqdit.serve.app import make_app
 from tqdit.serve.server import Server
 from tqdit.serve.service import Service
@@ -119,7 +118,7 @@ def _listen(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise OutputError(f"{host}:{port}: {explain(error)}. Choose another --host or --port.") from error
+        raise OutputError(f"{host}:{port}: {error.strerror}. Choose another --host or --port.") from error
     return listener
 
 
