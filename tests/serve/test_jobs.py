@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import socket
 
 import numpy as np
 import pytest
 
-from serve.client import GENERATIONS, pixels, wait_until
+from serve.client import GENERATIONS, HEAD, pixels, wait_until
 from tqdit.engines.run.sampler import Sampler
 from tqdit.serve.settings import Settings
 
@@ -113,15 +114,29 @@ def test_a_stream_ends_with_its_images_and_its_client_s_leaving_frees_the_places
     assert gate.calls < calls + 20
 
 
+def test_a_client_that_stops_reading_its_stream_frees_the_places(gated):
+    """It does not close the connection; what is sent to it fills every buffer until it is disconnected."""
+    running, gate = gated(Settings(client_s=0.3, most_previews=900))
+    body = b'{"class": 1, "n": 16, "steps": 1000, "stream": true, "previews": 900}'
+    with running.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: running.running() > 1)
+        connection = next(iter(running.server.server_state.connections))
+        connection.transport.set_write_buffer_limits(2000)
+        noise = np.random.default_rng(0).integers(0, 256, (1, 300, 300, 3), np.uint8)
+        running.service.engines["toy"].batcher.sampler.to_images = lambda _: noise
+        wait_until(lambda: not running.server.server_state.connections, 60)
+        wait_until(lambda: running.running() == 0)
+    assert gate.calls < 16_000
+
+
 def test_a_client_that_leaves_while_it_waits_frees_its_places(gated):
     running, gate = gated()
     gate.open.clear()
     with running.connect() as client:
         body = b'{"class": 1, "n": 2}'
-        head = (
-            f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: running.running() == 2)
     wait_until(lambda: running.running() <= 1)  # the one in the engine's call waits for the call
     gate.open.set()

@@ -200,11 +200,11 @@ def test_the_number_of_connections_is_bounded(serve, bundle):
     wait_until(answers)
 
 
-def end_while_working(gated, settings):
+def end_while_working(gated, settings, form="url"):
     """(Running, Gate, what a client that waits gets, the thread that ends the server)."""
     running, gate = gated(settings)
     gate.open.clear()
-    waiting = in_background(running.ask, GENERATIONS, {"class": 1})
+    waiting = in_background(running.ask, GENERATIONS, {"class": 1, "response_format": form})
     wait_until(lambda: running.running() == 1)
     unseen = running.ask("/v1/jobs", {"class": 2}).json["id"]
     ending = in_background(Running.stop, running)[0]
@@ -212,8 +212,9 @@ def end_while_working(gated, settings):
     return running, gate, waiting, ending, unseen
 
 
-def test_an_end_finishes_what_a_client_waits_for_and_drops_what_nobody_can_fetch(gated):
-    running, gate, (thread, found), ending, _ = end_while_working(gated, Settings(shutdown_s=20))
+@pytest.mark.parametrize("form", ["b64_json", "url"])
+def test_an_end_finishes_what_a_client_waits_for_and_drops_what_nobody_can_fetch(gated, form):
+    running, gate, (thread, found), ending, _ = end_while_working(gated, Settings(shutdown_s=20), form)
     with contextlib.suppress(OSError):
         assert running.ask("/health/ready").status == 503  # the socket is closed soon
     assert running.service.health().status == "shutting_down"

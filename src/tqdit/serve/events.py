@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -16,7 +16,7 @@ PAUSE_S = 0.04  # between two looks at a job
 Event = PartialImage | CompletedImage | JobEvent | ErrorAnswer
 
 
-async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncIterator[Event | None]:
+async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncGenerator[Event | None, None]:
     """What happens from now on, and what is there already; None: nothing did for a time.
 
     with_states: with the job's own state after each change, and its end as the last event. Without it, only its images

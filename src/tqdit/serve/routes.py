@@ -6,8 +6,8 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -18,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tqdit.errors import TqditError
 from tqdit.serve import openapi
@@ -114,7 +115,7 @@ async def generate(service: Service, request: Request) -> Response:
     if job.order.as_url:
         service.jobs.add(job)
     if asked.stream:
-        return stream(_until_left(job, str(request.base_url)))
+        return EventStream(_until_left(job, str(request.base_url)))
     await _finish_or_cancel(job, request)
     job.check()
     return json_response(image_answer(job, str(request.base_url)))
@@ -123,7 +124,8 @@ async def generate(service: Service, request: Request) -> Response:
 async def _finish_or_cancel(job: ImageJob, request: Request) -> None:
     left = asyncio.create_task(_left(request))
     try:
-        await asyncio.wait({job.task, left}, return_when=asyncio.FIRST_COMPLETED)
+        with job.listening():
+            await asyncio.wait({job.task, left}, return_when=asyncio.FIRST_COMPLETED)
         if not job.task.done():
             raise ClientDisconnect
     finally:
@@ -136,23 +138,31 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _until_left(job: ImageJob, base_url: str) -> AsyncIterator[Event | None]:
+Events = AsyncGenerator[Event | None, None]
+
+
+async def _until_left(job: ImageJob, base_url: str) -> Events:
     try:
-        async for event in watch(job, base_url, with_states=False):
-            yield event
+        async with aclosing(watch(job, base_url, with_states=False)) as events:
+            async for event in events:
+                yield event
     finally:
         job.cancel()
 
 
-def stream(events: AsyncIterator[Event | None]) -> Response:
-    """Server-sent events."""
+class EventStream(StreamingResponse):
+    """Server-sent events, whose generator is closed as soon as the client leaves."""
 
-    async def lines() -> AsyncIterator[bytes]:
-        async for event in events:
-            yield as_text(event)
+    def __init__(self, events: Events) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
+        super().__init__((as_text(event) async for event in events), headers=headers, media_type=EVENTS)
+        self._events = events
 
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Content-Type-Options": "nosniff"}
-    return StreamingResponse(lines(), headers=headers, media_type=EVENTS)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
 
 
 async def list_models(service: Service, request: Request) -> Response:
@@ -181,7 +191,7 @@ async def show_job(service: Service, request: Request) -> Response:
 
 async def watch_job(service: Service, request: Request) -> Response:
     job = service.jobs.get(request.path_params["job"])
-    return stream(watch(job, str(request.base_url), with_states=True))
+    return EventStream(watch(job, str(request.base_url), with_states=True))
 
 
 async def remove_job(service: Service, request: Request) -> Response:
