@@ -136,9 +136,12 @@ def pixels(png: bytes) -> np.ndarray:
         return np.asarray(image)
 
 
-def toy_service(card: Any, network: Any, settings: Any, kind: str = "class", name: str = "toy", batch: int = 4) -> Any:
-    """The application of one engine whose network is a function."""
-    batcher = StepBatcher(Sampler(card, network, batch=batch), queue=settings.queue)
+def toy_service(
+    card: Any, network: Any, settings: Any, kind: str = "class", batch: int = 4, decoder: Any = None
+) -> Any:
+    """The application of one engine, named toy, whose network is a function."""
+    name = "toy"
+    batcher = StepBatcher(Sampler(card, network, decoder, batch=batch), queue=settings.queue)
     manifest = type("Manifest", (), {"precision": "fp32", "backend": "toy", "decoder": None})()
     return application(Service({name: ServedEngine(name, batcher, kind, manifest)}, settings))  # type: ignore[arg-type]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 from serve.client import GENERATIONS, echo, pixels, text_app, toy_service
 from tqdit.card import Latents, VaeCard
@@ -90,6 +92,24 @@ def test_an_unconditional_engine_takes_no_prompt(serve, manifest):
     assert running.ask(GENERATIONS, {"guidance_scale": 2.0}).error["param"] == "guidance_scale"
 
 
+def test_a_video_is_an_animated_png_and_its_previews_are_pictures(serve, manifest):
+    """Of a toy whose decoder makes five frames of each state, one brighter than the other."""
+    card = replace(manifest.card, latents=Latents(1.0), vae=VaeCard("vae.onnx", "0" * 64, 8, 8, frames=5))
+
+    def decode(inputs):
+        return inputs["latents"][:, :, None] * 0 + np.linspace(-1, 1, 5, dtype=np.float32)[:, None, None]
+
+    running = serve(toy_service(card, echo(card, "class_labels"), Settings(), decoder=decode))
+    answer = running.ask(GENERATIONS, {"class": 1})
+    assert answer.json["size"] == "8x8"
+    with Image.open(io.BytesIO(base64.b64decode(answer.json["data"][0]["b64_json"]))) as video:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(video)]
+    assert [int(frame.mean()) for frame in frames] == [0, 64, 128, 191, 255]
+    with running.streaming(GENERATIONS, {"class": 1, "steps": 1000, "stream": True, "previews": 3}) as events:
+        (preview, *_) = (data for name, data in events if name.endswith("partial_image"))
+    assert pixels(base64.b64decode(preview["b64_json"])).mean() == 128
+
+
 def test_two_engines_are_two_models_and_the_first_is_the_default(serve, bundle, bundle_of):
     running = serve(one=bundle, two=bundle_of(steps=1000))
     assert [each["id"] for each in running.ask("/v1/models").json["data"]] == ["one", "two"]
@@ -102,11 +122,9 @@ def test_two_engines_are_two_models_and_the_first_is_the_default(serve, bundle, 
 def test_engines_that_no_request_could_speak_of_are_refused(tmp_path, bundle, manifest):
     card = manifest.card
     ports = (*card.signature.ports, Port("text", "request", "float32", (None, 2)))
-    vae = VaeCard("vae.onnx", "0" * 64, 8, 8, frames=5)
     for changed, message in (
         (replace(card, latents=Latents(1.0)), "no decoder"), (replace(card, graph="step"), "step graph"),
         (replace(card, signature=replace(card.signature, ports=ports)), "no text encoders"),
-        (replace(card, vae=vae), "videos"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message):
             kind_of_engine(bundle, replace(manifest, card=changed))

@@ -57,8 +57,6 @@ def kind_of_engine(path: Path, manifest: Manifest) -> Kind:
     _ = card.sampling.schedule  # raises if no chain is known
     if not makes_images(manifest):
         raise UsageError(f"{path}: {no_images(card)}")
-    if card.vae is not None and card.vae.frames is not None:
-        raise UsageError(f"{path}: makes videos, which this server does not answer. Use tqdit-sample.")
     if card.signature.label is not None:
         return "class"
     if not card.signature.requests:

@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from tqdit.engines.run.sampler import Sampler
 from tqdit.serve.jobs import ImageJob, encode, image_data, job_answer, to_png
 from tqdit.serve.shapes import CompletedImage, ErrorAnswer, JobEvent, PartialImage
 
@@ -79,11 +82,17 @@ async def _preview(job: ImageJob, index: int, previews: dict[int, tuple[int, int
     step, state = row.preview
     number = previews[index][0] + 1 if index in previews else 0
     previews[index] = number, step
-    png = await asyncio.to_thread(lambda: to_png(order.engine.batcher.sampler.to_images(state[None])[0]))
+    png = await asyncio.to_thread(_picture, order.engine.batcher.sampler, state)
     return PartialImage(
         b64_json=encode(png), partial_image_index=number, image_index=index, step=step, steps=order.steps,
         created_at=int(job.created), size=order.engine.size,
     )  # fmt: skip
+
+
+def _picture(sampler: Sampler, state: NDArray[np.float32]) -> bytes:
+    """A state as a PNG; of a video its middle frame."""
+    picture = sampler.to_images(state[None])[0]
+    return to_png(picture if picture.ndim == 3 else picture[len(picture) // 2])
 
 
 def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:

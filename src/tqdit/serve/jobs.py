@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tqdit.engines.run.images import FRAMES_PER_S
 from tqdit.engines.run.step_batcher import Progress
 from tqdit.serve.engines import Order
 from tqdit.serve.refusals import Refusal, refusal_of
@@ -147,9 +148,11 @@ class ImageJob:
 
 
 def to_png(pixels: NDArray[np.uint8]) -> bytes:
-    """uint8 (H, W, 3) as a file."""
+    """uint8 (H, W, 3) as a file; a video (F, H, W, 3) as an animated one, which browsers show."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    first, *others = map(Image.fromarray, pixels.reshape(-1, *pixels.shape[-3:]))
+    video = {"save_all": True, "append_images": others, "duration": 1000 / FRAMES_PER_S, "loop": 0} if others else {}
+    first.save(file, "PNG", **video)
     return file.getvalue()
 
 
