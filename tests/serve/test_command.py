@@ -97,3 +97,13 @@ def test_listening_for_others_without_a_key_is_warned_of(bundle):
             finally:
                 process.kill()
         wait_until(lambda process=process: process.poll() == 0)
+
+
+def test_a_missing_library_comes_with_the_pip_command():
+    without = "import sys; sys.modules['prometheus_client'] = None; "
+    program = f"{without}from tqdit.cli.main import run; sys.exit(run('serve', []))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "prometheus_client, which is not installed" in done.stderr
+    assert "Run: pip install" in done.stderr
