@@ -218,6 +218,11 @@ class StepBatcher:
         """The sampler whose engine runs."""
         return self._sampler
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: it was not closed, and its thread lives."""
+        return not self._closing
+
     def stats(self) -> BatcherStats:
         self._process.check("batcher")
         with self._changed:
