@@ -79,6 +79,7 @@ CHECKS = {
         check("numbers", "-n 0", "-n is 0"),
         check("frames per second", "--fps 0", "--fps is 0"),
         check("kind of output", "--shard-size 5 -o s.png", "belongs to a folder"),
+        check("file of noise", "--save-noise theirs.onnx", "ends in .safetensors"),
         check("engine", "home", "not an engine bundle", 1),
         check("batch", "--batch 1000000000", "batch is 1000000000"),
         check("one thing to show", "--prompt red --classes 1", "each say what the images show"),
@@ -90,6 +91,7 @@ CHECKS = {
         check("output", "-n 2 -o home", "tqdit removes only what it wrote", 1),
         check("number of shards", "-n 1000000000000 -o s", "shards, a folder holds at most"),
         check("disk", "-n 100000000000 --shard-size 1000000 -o s", "the disk has", 1),
+        check("size of the noise", "--save-noise n.safetensors -n 10000", "expected at most 1 GB"),
         check("parts of the engine", "damaged.engine", "truncated or altered", 1),
     ),
     "serve": (

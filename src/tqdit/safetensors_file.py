@@ -1,4 +1,4 @@
-"""Reading safetensors files with NumPy alone, so that a machine without the library can inspect a scale table.
+"""safetensors files with NumPy alone, so that a machine without the library can inspect a scale table.
 
 The format: 8 bytes n (little-endian), n bytes of JSON, then the bytes of the tensors without gaps. The JSON maps each
 name to a type, a shape and a place; `__metadata__` maps names to texts.
@@ -6,7 +6,9 @@ name to a type, a shape and a place; `__metadata__` maps names to texts.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ MAX_HEADER = 100_000_000  # bytes, as in the format's own library
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
          "BOOL": "?"}  # fmt: skip
 Size = Annotated[int, msgspec.Meta(ge=0)]
+Shapes = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]  # type and shape of each tensor, in their order
 
 
 class _Entry(msgspec.Struct):
@@ -54,6 +57,20 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     if at != len(data):
         raise ValueError(f"{len(data)} bytes of tensors, expected {at}")
     return metadata, arrays
+
+
+def header(metadata: Mapping[str, str], shapes: Shapes) -> bytes:
+    """What a file begins with; the bytes of the tensors follow in their order, little-endian and without gaps."""
+    codes = {np.dtype(code): name for name, code in TYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (dtype, shape) in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, _Entry], int]:

@@ -14,6 +14,7 @@ from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import FRAMES_PER_S, check_output, kind_of, write_images, write_npz
+from tqdit.engines.run.noise_file import check_noise_file, check_size, write_noise
 from tqdit.engines.run.requests import Prompts, encode, read_embeddings
 from tqdit.engines.run.sampler import Sampler, StepReport, bytes_per_image, choose_batch, makes_images, no_images
 from tqdit.engines.run.shards import (
@@ -45,6 +46,7 @@ examples:
   tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
   tqdit-sample dit.engine -n 50000 -o samples/                .npz shards; the same command continues after a stop
   tqdit-sample dit.engine -n 50000 -o samples/ --ray          the same bytes from as many workers as there are CPUs
+  tqdit-sample dit.engine -n 4 --save-noise noise.safetensors for a program that runs the engine without Python
   tqdit-sample --merge samples/ -o samples.npz                one file of all shards
 
 An image depends on the engine, the seed, its number, its class, the guidance, --steps and --sampler, never on
@@ -81,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder; of "
         "videos also a .gif or .mp4 (default: %(default)s)")  # fmt: skip
     add("--fps", type=int, default=FRAMES_PER_S, metavar="N", help="frames per second of videos (default: %(default)s)")
+    add("--save-noise", type=Path, metavar="FILE", help="also write the schedule and the noise of these images, as "
+        ".safetensors, for programs that run the engine without Python")  # fmt: skip
     many = parser.add_argument_group("many images (a folder as output)")
     add = many.add_argument
     add("--format", choices=("png", "npz"), help="a PNG per image, or .npz shards that an interrupted run continues "
@@ -107,6 +111,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         merge_shards(args.merge, output)
         return output
     _check_numbers(args)
+    if args.save_noise is not None:
+        check_noise_file(args.save_noise)
+        check_writable(args.save_noise)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
     prompts = _prompts(args, manifest)
@@ -116,8 +123,13 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     job = _describe(args, manifest, shards, prompts)
     if not shards:
         _check_output(output, job, manifest.card)
-    if remark := manifest.card.remark(manifest.card.sampling.choose(job.steps, job.sampler)):
+    spec = manifest.card.sampling.choose(job.steps, job.sampler)
+    if args.save_noise is not None:
+        check_size(args.save_noise, manifest.card, spec, job.count)
+    if remark := manifest.card.remark(spec):
         console.say(remark)
+    if args.save_noise is not None:
+        write_noise(args.save_noise, manifest.card, spec, job.seed, job.count)
     return (_sample_shards if shards else _sample_at_once)(args, manifest, job, prompts, console)
 
 
