@@ -119,8 +119,7 @@ class Json {
             if (kind_ == Kind::object) {
                 skip(at);
                 names_.push_back(string(at));
-                item.place_ += (place_.find(": '") == std::string::npos ? ": '" : "'.'") + names_.back();
-                item.place_ += "'";
+                item.place_ += ": '" + names_.back() + "'";
                 skip(at);
                 if (!take(at, ":")) fail("JSON");
             }

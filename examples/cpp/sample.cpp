@@ -6,9 +6,9 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <limits>
 #include <map>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -114,7 +114,7 @@ Options read_options(int count, char** words) {
 void check_version(const Json& record, const std::string& where, int expected, const std::string& remedy) {
     const double found = record["format_version"].number();
     if (found != expected) {
-        std::ostringstream text;
+        std::ostringstream text;  // std::to_string(3.0) is 3.000000
         text << where << " has format " << found << ", this program reads format " << expected << ". " << remedy;
         throw Failure(text.str());
     }
@@ -193,15 +193,12 @@ Chain read_chain(const fs::path& path, const Bundle& bundle) {
     chain.noise = file.read<float>("noise");
     chain.initial_scale = file.read<float>("initial_scale").at(0);
     auto shape = file.shape("noise");
-    if (shape.size() != bundle.shape.size() + 2 || !std::equal(bundle.shape.begin(), bundle.shape.end(), shape.begin() + 2)) {
-        std::ostringstream text;
-        text << where << ": noise of another shape than the engine's states. Write it with this engine.";
-        throw Failure(text.str());
-    }
+    if (shape.size() != bundle.shape.size() + 2 || !std::equal(bundle.shape.begin(), bundle.shape.end(), shape.begin() + 2))
+        throw Failure(where + ": noise of another shape than the engine's states. Write it with this engine.");
     if (facts["fingerprint"].text() != bundle.fingerprint)
         throw Failure(where + ": written for another model. Write it with this engine.");
     chain.images = shape[1];
-    if (chain.images == 0 || chain.steps() == 0 || chain.coefficients.size() != chain.steps() * columns)
+    if (chain.noise.empty() || chain.steps() == 0 || chain.coefficients.size() != chain.steps() * columns)
         throw Failure(where + ": its arrays do not belong together. Write it again.");
     bool learned = false;
     for (size_t step = 0; step < chain.steps(); ++step) {
