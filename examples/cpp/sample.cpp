@@ -165,6 +165,9 @@ Bundle open_bundle(const fs::path& folder) {
     }
     if (bundle.label.empty() || bundle.shape.empty() || bundle.elements() == 0)
         throw Failure(folder.string() + ": expected a class-conditional model.");
+    const bool grey_or_rgb = bundle.shape.size() == 3 && (bundle.shape[0] == 1 || bundle.shape[0] == 3);
+    if (bundle.decoder.empty() && !(card["latents"].is_null() && grey_or_rgb))
+        throw Failure(folder.string() + ": its states are not pictures, and it has no decoder. Export it with --vae DIR.");
     bundle.predicted_channels = card["signature"]["output"].shape().at(0);
     if (bundle.predicted_channels < bundle.channels()) throw Failure(folder.string() + ": predicts too few channels.");
     const Json& guidance = card["guidance"];

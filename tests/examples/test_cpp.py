@@ -148,6 +148,10 @@ def change_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def change_card(file, **changes):
+    change_json(file, card=json.loads(file.read_text())["card"] | changes)
+
+
 def change_noise(file, array=None, **changes):
     """Facts of a noise file, or its noise."""
     metadata, arrays = safetensors_file.read(file)
@@ -194,6 +198,8 @@ MISTAKES = {
     "guidance": (lambda _: (*PLACES, "--guidance-scale", "nan"), "--guidance-scale is 'nan'"),
     "batch": (lambda _: (*PLACES, "--batch", "0"), "--batch is 0"),
     "option": (lambda _: (*PLACES, "--colour", "red"), "--colour"),
+    "no decoder": (lambda f: change_card(f / "e" / MANIFEST, latents={"scale": 1.0, "shift": 0.0}), "no decoder"),
+    "step graph": (lambda f: change_card(f / "e" / MANIFEST, graph="step"), "step graph"),
     "arguments": (lambda _: ("e",), "Usage: tqdit_sample ENGINE NOISE"),
     "place of the output": (lambda _: (*PLACES[:2], "nothing/ours.ppm"), "nothing/ours.ppm: cannot be written"),
 }  # fmt: skip
