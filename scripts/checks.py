@@ -91,7 +91,7 @@ CHECKS = {
         check("output", "-n 2 -o home", "tqdit removes only what it wrote", 1),
         check("number of shards", "-n 1000000000000 -o s", "shards, a folder holds at most"),
         check("disk", "-n 100000000000 --shard-size 1000000 -o s", "the disk has", 1),
-        check("size of the noise", "--save-noise n.safetensors -n 10000", "expected at most 1 GB"),
+        check("size of the noise", "--save-noise n.safetensors -n 10000 --steps 1000", "expected at most 1 GB"),
         check("parts of the engine", "damaged.engine", "truncated or altered", 1),
     ),
     "serve": (

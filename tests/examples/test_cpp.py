@@ -70,10 +70,11 @@ def run(program, *words):
 
 
 def save_noise(engine, folder, *flags, count=3):
-    cli.sample([
+    code = cli.sample([
         str(engine), "-n", str(count), "--seed", str(SEED), "-o", str(folder / "theirs.npz"), "-q",
         "--save-noise", str(folder / "noise.safetensors"), *flags,
     ])  # fmt: skip
+    assert code == 0
     return folder / "noise.safetensors"
 
 

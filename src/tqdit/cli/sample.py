@@ -128,9 +128,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         check_size(args.save_noise, manifest.card, spec, job.count)
     if remark := manifest.card.remark(spec):
         console.say(remark)
+    (_sample_shards if shards else _sample_at_once)(args, manifest, job, prompts, console)
     if args.save_noise is not None:
         write_noise(args.save_noise, manifest.card, spec, job.seed, job.count)
-    return (_sample_shards if shards else _sample_at_once)(args, manifest, job, prompts, console)
+    return output
 
 
 def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:

@@ -1,6 +1,7 @@
 """tqdit-sample --save-noise: what a program without Python needs beside the engine."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tqdit.sampling.noise import INITIAL
 
 def save(engine, folder, *flags):
     file = folder / "noise.safetensors"
-    cli.sample([str(engine), "-q", "-o", str(folder / "x.npz"), "--save-noise", str(file), *flags])
+    assert cli.sample([str(engine), "-q", "-o", str(folder / "x.npz"), "--save-noise", str(file), *flags]) == 0
     metadata, arrays = safetensors_file.read(file)
     return json.loads(metadata[noise_file.METADATA_KEY]), arrays
 
@@ -43,7 +44,7 @@ def test_of_a_chain_without_noise_it_holds_the_initial_one(bundle, tmp_path):
 
 def test_the_samples_are_the_same_with_and_without_it(bundle, tmp_path):
     save(bundle, tmp_path, "-n", "2", "--steps", "3")
-    cli.sample([str(bundle), "-q", "-o", str(tmp_path / "y.npz"), "-n", "2", "--steps", "3"])
+    assert cli.sample([str(bundle), "-q", "-o", str(tmp_path / "y.npz"), "-n", "2", "--steps", "3"]) == 0
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()
 
 
@@ -66,6 +67,14 @@ def test_only_a_noise_file_is_replaced(bundle, tmp_path):
         noise_file.check_noise_file(tmp_path / "scales.safetensors")
     with pytest.raises(UsageError, match=r"noise\.npz"):
         noise_file.check_noise_file(tmp_path / "noise.npz")
+
+
+def test_a_damaged_engine_leaves_no_noise_behind(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "e")
+    (tmp_path / "e" / "graph.onnx").write_bytes(b"")
+    noise = str(tmp_path / "n.safetensors")
+    assert cli.sample([str(tmp_path / "e"), "-q", "-o", str(tmp_path / "x.npz"), "--save-noise", noise]) == 1
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_its_size_is_bounded(bundle, tmp_path):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tqdit import safetensors_file
 from tqdit.bounds import check_disk
@@ -49,7 +51,7 @@ def check_size(path: Path, card: GraphCard, spec: SamplingSpec, count: int) -> N
 def write_noise(path: Path, card: GraphCard, spec: SamplingSpec, seed: int, count: int) -> None:
     """The schedule's table, and the noise of images 0 to count - 1."""
     schedule, rows = spec.schedule, _rows(spec)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "coefficients": chains.coefficients(schedule),
         "initial_scale": np.array(schedule.initial_scale, np.float32),
         "timesteps": schedule.timesteps.astype(np.float64),
