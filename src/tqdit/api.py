@@ -147,7 +147,7 @@ def export(
     interface = None if table is None else table.interface
     if table is None and rows is not None:
         interface = Recording.load(rows).interface
-    loaded = _loaded(model, interface, in_memory=table is not None and table.is_equalised)
+    loaded = _loaded(model, interface)
     chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
@@ -187,8 +187,8 @@ def _need_stage(extra: str, what: str) -> None:
         need(library, extra, what)
 
 
-def _loaded(model: Model, interface: Interface | None, in_memory: bool = True) -> LoadedModel:
+def _loaded(model: Model, interface: Interface | None) -> LoadedModel:
     from tqdit.models.load import load_model as load
     from tqdit.models.loaded import LoadedModel
 
-    return model if isinstance(model, LoadedModel) else load(model, interface=interface, in_memory=in_memory)
+    return model if isinstance(model, LoadedModel) else load(model, interface=interface, in_memory=False)

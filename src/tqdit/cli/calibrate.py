@@ -128,7 +128,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     if asked.prompts:  # the pipeline had it: its loop's, which is learned, or an input of its network
         config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface
-    model = load_model(args.model, args.heads, interface=interface).to(device)
+    in_memory = device.type != "cpu"
+    model = load_model(args.model, args.heads, interface=interface, in_memory=in_memory).to(device)
     if diagnosed is not None:
         diagnosed.check_model(model.fingerprint, args.model)
     data = read_data(args.data, model) if args.data else recording

@@ -109,9 +109,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if table is not None:
         console.say(f"scales from {args.scales or DEFAULT_SCALES}")
     console.say(f"loading {source}")
-    model = load_model(
-        source, args.heads, interface=interface, in_memory=table is not None and table.is_equalised,
-    )  # fmt: skip
+    model = load_model(source, args.heads, interface=interface, in_memory=False)
     vae_folder = None if args.no_vae else find_decoder(model, args.vae)
     decoder = None if vae_folder is None else load_decoder(vae_folder, model)
     if decoder is not None:
