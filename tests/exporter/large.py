@@ -1,4 +1,4 @@
-"""Export a transformer's directory; prints the memory that the export added to the process at its peak, as JSON.
+"""Export or calibrate a transformer's directory; prints the memory that it added to the process at its peak, as JSON.
 
 Run by test_large.py in a process of its own, so that its memory can be measured.
 """
@@ -21,8 +21,11 @@ def main(folder: Path, form: str) -> None:
     warm(folder)
     before = peak()
     scales = folder / "scales.safetensors"
-    given = {"scales": scales} if form == "int8" else {"rows": folder / "calls.safetensors"}
-    tqdit.export(str(folder / "transformer"), folder / "model.onnx", **given)
+    transformer, rows = str(folder / "transformer"), {"rows": folder / "calls.safetensors"}
+    if form == "calibrate":
+        tqdit.calibrate(transformer, preset="min-max", groups=1, rows_per_group=2, token_share=0.1, **rows)
+    else:
+        tqdit.export(transformer, folder / "model.onnx", **({"scales": scales} if form == "int8" else rows))
     print(json.dumps({"added_bytes": peak() - before}))
 
 

@@ -7,7 +7,6 @@ same table gets the same codes. Each row of a batch takes the scales of its own 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from tqdit.errors import UsageError
 from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, prediction_of
+from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, prediction_of, stand_in
 from tqdit.models.weights import IN_MEMORY, Changes
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerChannel
@@ -71,8 +70,7 @@ class QuantizedNetwork(nn.Module):
         assert all(site.divisor is None for site in table.sites)
         self.rows = RowGroups()
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-        shared = {id(tensor): tensor for tensor in network.parameters()}
-        self.network = copy.deepcopy(network, shared)
+        self.network = stand_in(network)
         self.register_buffer("boundaries", torch.from_numpy(table.boundaries.copy()), persistent=False)
         for name, sites in table.by_module.items():
             quantized = quantize_module(name, find_module(self.network, name), sites, self.rows, changes)

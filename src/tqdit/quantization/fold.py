@@ -7,7 +7,6 @@ what it did, up to rounding. Everything that quantizes works on the folded netwo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tqdit.errors import UsageError
 from tqdit.models.folds import Fold
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import stand_in
 from tqdit.models.weights import Changes
 from tqdit.quantization.table import ScaleTable
 
@@ -40,9 +40,8 @@ def fold_divisors(model: LoadedModel, divisors: Mapping[str, Tensor]) -> LoadedM
     """A model that computes the same with inputs of products divided by (K,) each; it shares the other weights."""
     if not divisors:
         return model
-    shared = {id(tensor): tensor for tensor in model.network.parameters()}
     changes = Changes(model.weights)
-    network = copy.deepcopy(model.network, shared)
+    network = stand_in(model.network)
     products = {product.name: product for product in model.products}
     for name, divisor in sorted(divisors.items()):  # in one order, so that the last bits are always the same
         folds = products[name].folds if name in products else ()
