@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +101,9 @@ class _Lending(TorchDispatchMode):
 
 def _hold(made: dict[int, tuple[Tensor, Callable[[], Tensor]]], shape: Any, make: Callable[[], Tensor]) -> Tensor:
     """A tensor without content for values that `make` returns; it is held, so nothing else gets its address."""
-    tensor = torch.empty(shape)  # memory that is never touched takes no place
+    # fresh pages that are never touched take no place; torch.empty may return used ones
+    pages = mmap.mmap(-1, 4 * math.prod(shape))
+    tensor = torch.frombuffer(pages, dtype=torch.float32).reshape(shape)
     made[tensor.untyped_storage().data_ptr()] = tensor, make
     return tensor
 
