@@ -12,8 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from tqdit.exporter.passes.emit import Emitter, dequantize
-from tqdit.models import weights as stored
 
+LEAST = 1 << 12  # elements; smaller weights stay float
 STEPS = 127  # of the largest value of a channel
 
 
@@ -24,7 +24,7 @@ def round_weights(model: ir.Model) -> int:
     rounded = 0
     for weight in list(model.graph.initializers.values()):
         tensor, uses = weight.const_value, list(weight.uses())
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2 or tensor.size < stored.LARGE:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2 or tensor.size < LEAST:
             continue
         if not uses or not all(use.node.op_type in ("MatMul", "Gemm") and use.idx == 1 for use in uses):
             continue
