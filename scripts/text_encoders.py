@@ -1,7 +1,8 @@
 """Text encoders in an export, float and int8: sizes, and by how much the embeddings of recorded prompts differ.
 
     python scripts/text_encoders.py                     the text demo's encoder, which is trained
-    python scripts/text_encoders.py clip-l t5-xxl       random weights: CLIP ViT-L/14 whole, T5-XXL with --layers
+    python scripts/text_encoders.py clip-l t5-xxl       weights as transformers initialises them: CLIP ViT-L/14 whole, T5-XXL
+                                                        with --layers
 
 Each export runs in a process of its own. A file that exists is not made again; results lie in rows.json in the folder.
 """
@@ -92,7 +93,7 @@ def pipeline_of(name: str, layers: int) -> tuple[Any, dict[str, Any]]:
             feed_forward_proj="gated-gelu",
         )  # fmt: skip
         settings = {**pipeline.transformer.config, "caption_channels": 4096}
-        parts: dict[str, Any] = {"text_encoder": randomized(T5EncoderModel(config))}
+        parts: dict[str, Any] = {"text_encoder": T5EncoderModel(config).eval()}
     else:
         pipeline, arguments = texts.flux_with_clip()
         clip = CLIPTextConfig(
@@ -100,7 +101,7 @@ def pipeline_of(name: str, layers: int) -> tuple[Any, dict[str, Any]]:
             max_position_embeddings=77, eos_token_id=1, bos_token_id=3, pad_token_id=0,
         )  # fmt: skip
         settings = {**pipeline.transformer.config, "pooled_projection_dim": 768}
-        parts = {"text_encoder": randomized(CLIPTextModel(clip))}
+        parts = {"text_encoder": CLIPTextModel(clip).eval()}
     kind: Any = getattr(diffusers, type(pipeline.transformer).__name__)
     pipeline.register_modules(transformer=randomized(kind.from_config(settings)), **parts)
     return pipeline, arguments

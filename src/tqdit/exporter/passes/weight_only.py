@@ -37,7 +37,7 @@ def round_weights(model: ir.Model) -> int:
 
 def _rounded(graph: ir.Graph, node: ir.Node, weight: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     """The dequantized weight, in front of a node that takes it."""
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+    transposed = "transB" in node.attributes and node.attributes["transB"].as_int()
     axis, shape = 0 if transposed else 1, [int(str(side)) for side in tensor.shape]
     largest = np.abs(tensor.numpy()).max(1 - axis, keepdims=True)
     scale = np.where(largest > 0, largest / STEPS, 1).astype(np.float32)
