@@ -1,9 +1,9 @@
 """Text encoders in an export, float and int8: sizes, and by how much the embeddings of recorded prompts differ.
 
     python scripts/text_encoders.py                     the text demo's encoder, which is trained
-    python scripts/text_encoders.py clip-l t5-xxl       weights as transformers initialises them: CLIP ViT-L/14 whole, T5-XXL
-                                                        with --layers
+    python scripts/text_encoders.py clip-l t5-xxl       CLIP ViT-L/14 whole, T5-XXL with --layers
 
+Weights of the last two are as transformers initialises them.
 Each export runs in a process of its own. A file that exists is not made again; results lie in rows.json in the folder.
 """
 
