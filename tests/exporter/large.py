@@ -14,10 +14,12 @@ from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families import published
+from tqdit.models.weights import return_freed_memory
 
 
 def main(folder: Path, form: str) -> None:
     onnx_file.EXTERNAL_DATA_BYTES = 0  # weights beside the file, as those of a network of a gigabyte
+    return_freed_memory()  # as the commands do
     warm(folder)
     before = peak()
     scales = folder / "scales.safetensors"

@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers about diffusers
 ]
 ROOT = Path(__file__).parents[2]
-# Weights of less than 32 MB would lie between what stays; those of a large network have pages of their own.
-PAGES = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 KNOBS = {"groups": 2, "rows_per_group": 2, "candidates": 4, "rounds": 1, "token_share": 0.5,
          "equalize": True, "preset": "fast"}  # fmt: skip
 
@@ -77,9 +75,7 @@ def test_an_export_without_scales_learns_the_inputs_from_recorded_calls(flux, tm
 
 
 def run(script, *arguments):
-    environment = (
-        os.environ | PAGES | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("src", "demo-weights"))}
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("src", "demo-weights"))}
     command = [sys.executable, "-W", "ignore", str(ROOT / script), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -84,6 +84,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.exporter.watch import PLACE, end_with_parent, export_in_child
     from tqdit.models.families.recorded import PROVEN, check_pipeline, open_texts
     from tqdit.models.load import load_model
+    from tqdit.models.weights import return_freed_memory
 
     if PLACE in os.environ:
         end_with_parent()
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         return output
     if table is not None:
         console.say(f"scales from {args.scales or DEFAULT_SCALES}")
+    return_freed_memory()
     console.say(f"loading {source}")
     model = load_model(source, args.heads, interface=interface, in_memory=False)
     vae_folder = None if args.no_vae else find_decoder(model, args.vae)

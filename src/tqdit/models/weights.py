@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -22,6 +23,7 @@ from tqdit.errors import CheckpointError
 from tqdit.models.state import FLOAT_TYPES, find_shards, is_finite, read_tensor
 
 LARGE = 1 << 16  # elements; smaller parameters are loaded
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +118,15 @@ def _of_file(path: Path, name: str) -> Tensor:
 
 
 IN_MEMORY = Weights()
+
+
+def return_freed_memory() -> None:
+    """Memory of a tensor goes back to the system at once, for the whole process, if the C library is glibc.
+
+    Else weights of up to 32 MB that come and go leave gaps in the heap, which are as large as the network in the end.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple[nn.Module, Weights] | None:
