@@ -1,6 +1,7 @@
-"""The paper's Table III and a sweep over bits and groups of timesteps, on the demo model.
+"""The paper's Table III and a sweep over bits and groups of timesteps, on the demo models.
 
     scripts/ablation                         every row that is not there yet, then tables and plots into docs/results
+    scripts/ablation --model text            the text demo, on captions that it was never trained on
     scripts/ablation --only III --images 64  a part of it, smaller
     scripts/ablation --list                  what there is to do
 
@@ -25,28 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablation_subjects import STEPS, SUBJECTS, Subject
 from numpy.typing import NDArray
 
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
-from tqdit.calibration.rows import CalibrationRows, Trajectory, pick
+from tqdit.calibration.rows import CalibrationRows
 from tqdit.calibration.work import digest, versions
 from tqdit.console import Console
-from tqdit.demo.glyphs import draw
-from tqdit.engines.run.sampler import Sampler
-from tqdit.engines.run.shards import SamplingJob
+from tqdit.engines.run.sampler import Sampler, to_pixels
 from tqdit.errors import TqditError, UsageError
 from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
 from tqdit.evaluate.chains import SampledChains, run
 from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
-from tqdit.evaluate.extractors import JudgeExtractor
 from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.samples import Images, Reference
-from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED, processor
+from tqdit.evaluate.tools import processor
 from tqdit.extras import need
 from tqdit.files import whole_file
-from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
 
@@ -55,6 +53,7 @@ HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise
 TOTAL_ROWS = 320  # of a calibration, whatever its groups
 METRICS = ("frechet_distance", "accuracy", "inception_score")
 PAPER = {"float": 4.62, "mse": 28.86, "ho": 22.47, "ho+mrq": 9.31, "tq-dit": 8.58}  # FID, Table III, ImageNet 256
+WORDS = {"demo": "demo model", "text": "text demo, captions of combinations that were never trained on"}
 LABELS = {
     "float": "float",
     "mse": "uniform, MSE search",
@@ -146,35 +145,24 @@ class Store:
 
 
 class Bench:
-    """The float model, the data, and how a row is measured."""
+    """How a row is measured on one subject."""
 
-    def __init__(self, model: LoadedModel, size: Size, work: Path, console: Console) -> None:
-        self.model, self.size, self.work, self.console = model, size, work, console
-        label = model.signature.label
-        assert label is not None
-        self.job = SamplingJob(
-            engine=model.fingerprint, steps=size.steps, sampler=model.sampling.sampler,
-            classes=tuple(range(label.choices or 0)), guidance_scale=None, seed=NOISE, count=size.images,
-            shard_size=size.batch,
-        )  # fmt: skip
-        need("matplotlib", "evaluate", "drawing the demo model's data")
-        source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
-        self._extractor = JudgeExtractor()
-        self.target: ReferenceFeatures = describe_reference(
-            Reference(source, Images(*draw(DATA_COUNT, DATA_SEED), source)), self._extractor, console
-        )
-        self._metrics = Metrics(self._extractor, self.target, MetricChoice(METRICS, required=True))
+    def __init__(self, subject: Subject, size: Size, work: Path, console: Console) -> None:
+        self.subject, self.size, self.work, self.console = subject, size, work, console
+        extractor, data = subject.extractor, subject.data
+        self.target: ReferenceFeatures = describe_reference(Reference(data.source, data), extractor, console)
+        self._metrics = Metrics(extractor, self.target, MetricChoice(METRICS, required=True))
         self._float: dict[int, SampledChains] = {}
 
     def chains(self, model: LoadedModel, seed: int, what: str) -> SampledChains:
-        sampler = Sampler(model.card(), model, None, self.size.batch)
-        with self.console.bar(self.job.shards * self.job.steps, what, "steps") as bar:
-            return run(sampler, replace(self.job, seed=NOISE + seed), bar.update)
+        sampler, job = Sampler(model.card(), model, None, self.size.batch), self.subject.job
+        with self.console.bar(job.shards * job.steps, what, "steps") as bar:
+            return run(sampler, replace(job, seed=NOISE + seed), bar.update, self.subject.prompts)
 
     def float_chains(self, seed: int) -> SampledChains:
         """Those of the float model, kept in memory for the rows that follow."""
         if seed not in self._float:
-            self._float[seed] = self.chains(self.model, seed, f"float, seed {seed}")
+            self._float[seed] = self.chains(self.subject.model, seed, f"float, seed {seed}")
         return self._float[seed]
 
     def measure(self, job: Job, seed: int) -> Row:
@@ -185,7 +173,8 @@ class Bench:
         found = reference
         if job.preset != "float":
             config = job.config(self.size.steps, seed)
-            quantized = apply(self.model, calibrate(self.model, config, self.work, self.console).table)
+            model = self.subject.model
+            quantized = apply(model, calibrate(model, config, self.work, self.console, self.subject.calls).table)
             measures["eps_error"] = self._eps_error(quantized)
             found = self.chains(quantized, seed, f"{job.name}, seed {seed}")
             errors = relative_errors(reference.latents, found.latents)
@@ -200,14 +189,13 @@ class Bench:
         return Row(job, seed, measures, time.process_time() - cpu, time.monotonic() - started)
 
     def _observe(self, chains: SampledChains, name: str) -> Observed:
-        assert chains.pixels is not None
-        labels = replace(self.job, shard_size=self.job.count).labels(0)
-        return observe(self._extractor, Images(chains.pixels, labels, name), self.console)
+        pixels = to_pixels(chains.latents)  # the state of both demo models is an image
+        return observe(self.subject.extractor, Images(pixels, self.subject.labels, name), self.console)
 
     def _eps_error(self, quantized: LoadedModel) -> Measure:
         """Step-weighted error of the predicted noise on states that no calibration saw, by pairs of rows."""
         rows, weights = self._held_out
-        eps = [_predict(model, rows) for model in (self.model, quantized)]
+        eps = [_predict(model, rows) for model in (self.subject.model, quantized)]
         energy, wrong = (
             (weights * np.square(x).reshape(len(weights), -1).sum(axis=1)).reshape(-1, 2).sum(axis=1)
             for x in (eps[0], eps[1] - eps[0])
@@ -217,12 +205,10 @@ class Bench:
     @cached_property
     def _held_out(self) -> tuple[CalibrationRows, NDArray[np.float64]]:
         """Rows (R,) that no calibration saw, and the weights of their squared errors."""
+        model = self.subject.model
         config = QuantizationConfig(steps=self.size.steps, groups=1, rows_per_group=160, chains=4, seed=HELD_OUT)
-        config = config.for_model(self.model)
-        trajectory = Trajectory(self.model, config, pick(self.model, config))
-        trajectory.run()
-        rows = trajectory.rows()
-        return rows, np.square(trajectory.spec.schedule.error_weights[rows.step.cpu().numpy()])
+        rows = self.subject.held_out(config.for_model(model))
+        return rows, np.square(model.sampling.choose(self.size.steps).schedule.error_weights[rows.step.cpu().numpy()])
 
 
 def _predict(model: LoadedModel, rows: CalibrationRows) -> NDArray[np.float64]:
@@ -299,12 +285,14 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def markdown(rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: str) -> str:
-    """All tables as one document."""
+def markdown(
+    rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: str, model: str = "demo", chain: str = "DDPM"
+) -> str:
+    """All tables as one document. chain: the steps and the sampler, in words."""
     seeds = sorted({row.seed for row in rows})
     parts = [
-        "# Ablation and sweep on the demo model\n",
-        f"Made by `scripts/ablation`. {size.images} images of {size.steps} steps of DDPM per row and seed, seeds "
+        f"# Ablation and sweep, {WORDS[model]}\n",
+        f"Made by `scripts/ablation --model {model}`. {size.images} images of {chain} per row and seed, seeds "
         f"{', '.join(map(str, seeds))}, fake-quantized PyTorch model; {processor}; "
         + ", ".join(f"{name} {version}" for name, version in kinds.items())
         + ". Errors are squared, relative to the float model from the same noise. Means over seeds, 95 % intervals; a "
@@ -321,16 +309,17 @@ def markdown(rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: 
     for name, jobs in TABLES.items():
         lines = lines_of(jobs, rows)
         if lines:
-            parts += [f"## {titles[name]}\n", _markdown_table(name, lines), ""]
+            parts += [f"## {titles[name]}\n", _markdown_table(name, lines, model), ""]
     return "\n".join(parts)
 
 
-def _markdown_table(name: str, lines: Sequence[Line]) -> str:
-    paper = name == "III"
+def _markdown_table(name: str, lines: Sequence[Line], model: str) -> str:
+    third = name == "III"
+    paper = third and model == "demo"  # which has classes, as the paper's model has
     head = ["", "bits", "groups", *COLUMNS.values(), *(["paper's FID, ImageNet 256"] if paper else [])]
     body = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
-        label = LABELS.get(line.job.preset, line.job.preset) if paper else line.job.preset
+        label = LABELS.get(line.job.preset, line.job.preset) if third else line.job.preset
         groups = str(line.job.groups) if line.job.preset == "tq-dit" else ""
         cells = [str(line.measures[column]) if column in line.measures else "" for column in COLUMNS]
         last = [number(PAPER[line.job.preset])] if paper else []
@@ -392,7 +381,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1])
-    add("--steps", type=int, default=Size.steps, help="of chains and calibrations (default: %(default)s)")
+    add("--model", choices=list(SUBJECTS), default="demo", help="default: %(default)s")
+    add("--steps", type=int, help="of chains and calibrations (default: 50, and 28 of the text demo)")
     add("--images", type=int, default=Size.images, help="per row and seed (default: %(default)s)")
     add("--batch", type=int, default=Size.batch, help="images per forward pass (default: %(default)s)")
     add("--rows", type=Path, default=Path("build/ablation"), help="folder of the rows (default: %(default)s)")
@@ -413,10 +403,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    console, size = Console(args.quiet), Size(args.steps, args.images, args.batch)
-    model = load_model("demo").to(args.device)
-    kinds = versions(model.device)
-    store = Store(args.rows, size, model.fingerprint, kinds)
+    need("matplotlib", "evaluate", "drawing the demo models' data")
+    console, size = Console(args.quiet), Size(args.steps or STEPS[args.model], args.images, args.batch)
+    subject = SUBJECTS[args.model](size.steps, size.images, size.batch)
+    subject = replace(subject, model=subject.model.to(args.device))
+    kinds = versions(subject.model.device)
+    store = Store(args.rows, size, subject.model.fingerprint, kinds)
     jobs = [job for name in args.only for job in TABLES[name]]
     missing = [(job, seed) for job in dict.fromkeys(jobs) for seed in args.seeds if store.load(job, seed) is None]
     console.say(f"{len(missing)} of {len(set(jobs)) * len(args.seeds)} rows are to do")
@@ -424,13 +416,15 @@ def _run(args: argparse.Namespace) -> int:
         for job, seed in missing:
             sys.stdout.write(f"{job.name} seed {seed}\n")
         return 0
-    bench = Bench(model, size, args.rows / "work", Console(quiet=True))
+    bench = Bench(subject, size, args.rows / "work", Console(quiet=True))
     rows = sweep(jobs, args.seeds, store, bench.measure, console, args.limit)
-    for name, text in (("ablation.md", markdown(rows, size, kinds, processor())), ("ablation.csv", table_csv(rows))):
-        with whole_file(args.output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    plot(rows, args.output / "ablation.png")
-    sys.stdout.write(f"{args.output / 'ablation.md'}\n")
+    name = "ablation" if args.model == "demo" else f"ablation-{args.model}"
+    text = markdown(rows, size, kinds, processor(), args.model, str(subject.model.sampling.choose(size.steps)))
+    for suffix, content in ((".md", text), (".csv", table_csv(rows))):
+        with whole_file(args.output / f"{name}{suffix}") as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    plot(rows, args.output / f"{name}.png")
+    sys.stdout.write(f"{args.output / name}.md\n")
     return 0
 
 

@@ -92,6 +92,16 @@ CHECKS = {
         check("disk", "-n 100000000000 --shard-size 1000000 -o s", "the disk has", 1),
         check("parts of the engine", "damaged.engine", "truncated or altered", 1),
     ),
+    "serve": (
+        check("processes", "--workers 2", "--workers is 2"),
+        check("port", "--port 70000", "--port is 70000"),
+        check("numbers", "--queue -1", "queue is -1"),
+        check("origins", "--cors-origin example.org", "origin 'example.org'"),
+        check("names of engines", "model.engine other/model.engine", "two engines are named 'model'"),
+        check("address", "--port 0 --host 192.0.2.1", "192.0.2.1", 1),
+        check("engine", "home --port 0", "not an engine bundle", 1),
+        check("parts of the engine", "damaged.engine --port 0", "truncated or altered", 1),
+    ),
     "evaluate": (
         check("numbers", "--bootstrap 1000000000000", "--bootstrap is 1000000000000"),
         check("place of the output", f"-o {LONG}.json", "File name too long", 1),

@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ CONFIG = DiTConfig(
 )  # fmt: skip
 NULL_CLASS = len(CLASSES)
 POOL_SIZE = 131_072
+JUDGE_BATCH = 128
 PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
 
 
@@ -252,14 +254,13 @@ def sample(network: DiT, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(run(chains, model).copy()).clamp(-1, 1), torch.from_numpy(labels)
 
 
-def save_grid(path: Path, images: Tensor) -> None:
+def save_grid(path: Path, images: Tensor, columns: int = 16) -> None:
     from PIL import Image
 
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    columns = 16
-    rows = len(pixels) // columns
-    grid = pixels.reshape(rows, columns, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
-    image = Image.fromarray(grid.reshape(rows * IMAGE_SIZE, columns * IMAGE_SIZE, 3))
+    rows, size = len(pixels) // columns, pixels.shape[1]
+    grid = pixels.reshape(rows, columns, size, size, 3).transpose(0, 2, 1, 3, 4)
+    image = Image.fromarray(grid.reshape(rows * size, columns * size, 3))
     image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(path)
 
 
@@ -268,7 +269,25 @@ def save_grid(path: Path, images: Tensor) -> None:
 
 def train_judge(args: argparse.Namespace) -> None:
     judge = Judge()
-    steps, batch = 6000, 128
+    masks, labels = draw_masks(POOL_SIZE, args.seed + 1)
+
+    def loss_of(rng: np.random.Generator, _: int) -> Tensor:
+        x0, y = batch_of(masks, labels, rng, JUDGE_BATCH)
+        logits, _ = judge(with_noise(x0, rng, 0.3))
+        return F.cross_entropy(logits, torch.from_numpy(y), label_smoothing=0.05)
+
+    fit_judge(judge, loss_of, 6000, 500, args)
+    images, truth = draw(10_000, args.seed + 2)
+    with torch.no_grad():
+        guesses = torch.cat([judge(torch.from_numpy(to_float(part)))[0].argmax(1) for part in np.split(images, 10)])
+    print(f"judge: accuracy on 10,000 fresh drawings {float((guesses.numpy() == truth).mean()):.4f}")
+
+
+def fit_judge(
+    judge: nn.Module, loss_of: Callable[[np.random.Generator, int], Tensor], steps: int, every: int,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Train judge on `loss_of(generator of the step, step)`; a checkpoint after every `every` steps, and resumed."""
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     checkpoint = args.folder / "judge.pt"
     start = 0
@@ -277,25 +296,22 @@ def train_judge(args: argparse.Namespace) -> None:
         judge.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    masks, labels = draw_masks(POOL_SIZE, args.seed + 1)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        rng = np.random.default_rng([args.seed, 11, step])
-        x0, y = batch_of(masks, labels, rng, batch)
-        x0 = x0 + rng.uniform(0, 0.3, (batch, 1, 1, 1)).astype(np.float32) * rng.standard_normal(x0.shape, np.float32)
-        logits, _ = judge(torch.from_numpy(x0))
-        loss = F.cross_entropy(logits, torch.from_numpy(y), label_smoothing=0.05)
+        loss = loss_of(np.random.default_rng([args.seed, 11, step]), step)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 500 == 499:
+        if step % every == every - 1 or step == steps - 1:
             save(checkpoint, {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
             print(f"judge: step {step + 1} of {steps}  loss {float(loss.detach()):.3f}", flush=True)
-    images, truth = draw(10_000, args.seed + 2)
-    with torch.no_grad():
-        guesses = torch.cat([judge(torch.from_numpy(to_float(part)))[0].argmax(1) for part in np.split(images, 10)])
-    print(f"judge: accuracy on 10,000 fresh drawings {float((guesses.numpy() == truth).mean()):.4f}")
+
+
+def with_noise(x0: np.ndarray, rng: np.random.Generator, most: float) -> Tensor:
+    """Images with normal noise of a random strength each, at most `most`."""
+    strength = rng.uniform(0, most, (len(x0), 1, 1, 1)).astype(np.float32)
+    return torch.from_numpy(x0 + strength * rng.standard_normal(x0.shape, np.float32))
 
 
 # --- package data ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_demo import learning_rate_factor, save, to_float, update_ema
+from train_demo import (
+    JUDGE_BATCH,
+    fit_judge,
+    learning_rate_factor,
+    save,
+    save_grid,
+    to_float,
+    update_ema,
+    with_noise,
+)
 
 from tqdit.demo import captions
 from tqdit.demo.captions import IMAGE_SIZE, MAX_TOKENS, Scene
@@ -367,48 +376,22 @@ def look_once(args: argparse.Namespace) -> None:
     look(networks, args, saved["state"])
 
 
-def save_grid(path: Path, images: Tensor, columns: int = 16) -> None:
-    from PIL import Image
-
-    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    rows = len(pixels) // columns
-    grid = pixels.reshape(rows, columns, IMAGE_SIZE, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
-    image = Image.fromarray(grid.reshape(rows * IMAGE_SIZE, columns * IMAGE_SIZE, 3))
-    image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(path)
-
-
 # --- the judge -------------------------------------------------------------------------------------------------------
 
 
 def train_judge(args: argparse.Namespace) -> None:
     judge = TextJudge()
-    steps, batch = args.judge_steps, 128
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
-    checkpoint = args.folder / "judge.pt"
-    start = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        judge.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
     pool = draw_pool(args, args.seed + 1)
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        rng = np.random.default_rng([args.seed, 11, step])
-        x0, scenes = batch_of(pool, rng, batch, held_out=bool(step % 4 == 0))
-        x0 = x0 + rng.uniform(0, 0.2, (batch, 1, 1, 1)).astype(np.float32) * rng.standard_normal(x0.shape, np.float32)
-        logits = judge(torch.from_numpy(x0))
-        loss = torch.stack([
+
+    def loss_of(rng: np.random.Generator, step: int) -> Tensor:
+        x0, scenes = batch_of(pool, rng, JUDGE_BATCH, held_out=step % 4 == 0)
+        logits = judge(with_noise(x0, rng, 0.2))
+        return torch.stack([
             F.cross_entropy(logits[name], torch.from_numpy(wanted), label_smoothing=0.05)
             for name, wanted in truth(scenes).items()
         ]).sum()  # fmt: skip
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 250 == 249 or step == steps - 1:
-            save(checkpoint, {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
-            print(f"judge: step {step + 1} of {steps}  loss {float(loss.detach()):.3f}", flush=True)
+
+    fit_judge(judge, loss_of, args.judge_steps, 250, args)
     rng = np.random.default_rng([args.seed + 2])
     scenes = captions.draw_scenes(4_000, rng) + captions.draw_scenes(1_000, rng, held_out=True)
     images = torch.from_numpy(to_float(captions.colour(captions.draw_masks(scenes, rng), scenes, rng)))

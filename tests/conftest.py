@@ -12,6 +12,7 @@ import tempfile
 import pytest
 
 import support
+from tables import make_table
 
 
 def has_cuda() -> bool:
@@ -90,3 +91,31 @@ def diffusers_folder(tmp_path, theirs):
     """What diffusers' save_pretrained writes for it."""
     theirs.save_pretrained(tmp_path / "dit")
     return tmp_path / "dit"
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory):
+    """bundle_of(origin, pixels=..., sampler=..., ...) -> folder of an ONNX Runtime bundle."""
+    from tqdit.engines.build.engine import build_engine
+    from tqdit.exporter.graph import ExportConfig
+    from tqdit.exporter.onnx_writer import write
+
+    made = {}
+
+    def build(origin="published", pixels=True, kind=None, **config):
+        key = (origin, pixels, kind, *sorted(config.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("bundle")
+            table = None if kind is None else make_table(support.tiny_model(origin, pixels=pixels), kind)
+            write(folder / "model.onnx", *support.exported(ExportConfig(**config), origin, pixels=pixels, table=table))
+            build_engine(folder / "model.onnx", folder / "model.engine")
+            made[key] = folder / "model.engine"
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of):
+    """A pixel model of the published kind: DDPM, 20 steps, guided."""
+    return bundle_of()

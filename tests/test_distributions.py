@@ -47,7 +47,7 @@ def files(wheel):
 def test_the_wheel_holds_every_module(wheel):
     sources = (ROOT / "src" / "tqdit").rglob("*")
     assert files(wheel) == {
-        str(path.relative_to(ROOT / "src")) for path in sources if path.suffix in (".py", ".typed", ".jinja")
+        str(path.relative_to(ROOT / "src")) for path in sources if path.suffix in (".py", ".typed", ".jinja", ".html")
     }
 
 
@@ -74,6 +74,10 @@ from tqdit.cli.main import run
 assert tqdit.__file__.startswith({str(tmp_path)!r})
 assert run("sample", [{str(bundle)!r}, "-n", "2", "--steps", "4", "-q", "-o", "samples.npz"]) == 0
 assert run("inspect", [{str(bundle)!r}, "--verify"]) == 0
+from tqdit.serve.app import make_app
+from tqdit.serve.routes import page
+assert make_app({{"tiny": {str(bundle)!r}}}).state.service.health().status == "ok"
+assert page()[0]
 try:
     tqdit.calibrate("demo")
 except tqdit.errors.MissingLibraryError as error:

@@ -19,11 +19,12 @@ COMMANDS = {
     "engines/run": ("sample",), "engines/build": ("build",), "engines/config": ("build",),
     "engines/bundle": ("build",), "engines/backends": ("build",),
     "evaluate": ("evaluate",), "sampling": ("calibrate", "export", "sample", "evaluate"),
-    "quantization/summary": ("inspect",), "quantization": ("calibrate",), "lint": ("export",),
+    "serve": ("serve",), "quantization/summary": ("inspect",), "quantization": ("calibrate",), "lint": ("export",),
 }  # fmt: skip
 # Words that name another command in a sentence before a flag.
 WORDS = {
-    "calibrate": "calibrat", "export": "export", "build": "buil[dt]", "sample": "sampl", "evaluate": "evaluat",
+    "calibrate": "calibrat", "export": "export", "build": "buil[dt]", "sample": "sampl", "serve": "serv",
+    "evaluate": "evaluat",
     "inspect": "tqdit-inspect",
 }  # fmt: skip
 OTHER_PROGRAMS = r"\b(pip|ray start|gunicorn|uvicorn)\b|python -m tqdit.demo"

@@ -132,12 +132,11 @@ def export(
     weights of a transformer's directory stay in their file and are read one at a time.
     """
     _need_stage("export", "tqdit.export")
-    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.graph import ExportConfig, export_graph, interface_of
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
     from tqdit.models.families.recorded import open_texts
-    from tqdit.models.recording import Recording
     from tqdit.quantization.table import read_scale_table
 
     path = Path(output)
@@ -145,9 +144,7 @@ def export(
     check_overwrite(path, force)
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
-    interface = None if table is None else table.interface
-    if table is None and rows is not None:
-        interface = Recording.load(rows).interface
+    interface = interface_of(table, rows)
     loaded = _loaded(model, interface)
     chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
     decoder = None if chosen is None else load_decoder(chosen, loaded)

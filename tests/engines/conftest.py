@@ -11,28 +11,6 @@ from tqdit.engines import backends
 TOYS = Path(__file__).parents[1] / "toys" / "backends"
 
 
-@pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory):
-    """bundle_of(origin, pixels=..., sampler=..., ...) -> folder of an ONNX Runtime bundle."""
-    from tqdit.engines.build.engine import build_engine
-    from tqdit.exporter.graph import ExportConfig
-    from tqdit.exporter.onnx_writer import write
-
-    made = {}
-
-    def build(origin="published", pixels=True, kind=None, **config):
-        key = (origin, pixels, kind, *sorted(config.items()))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("bundle")
-            table = None if kind is None else make_table(support.tiny_model(origin, pixels=pixels), kind)
-            write(folder / "model.onnx", *support.exported(ExportConfig(**config), origin, pixels=pixels, table=table))
-            build_engine(folder / "model.onnx", folder / "model.engine")
-            made[key] = folder / "model.engine"
-        return made[key]
-
-    return build
-
-
 @pytest.fixture
 def quantized(tmp_path):
     """A W8A8 file of a pixel model, ten groups of timesteps, free to be changed."""
@@ -74,9 +52,3 @@ def tiny_pipeline(tmp_path_factory):
     write(folder / "dit.onnx", *export_graph(model, ExportConfig()))
     build_engine(folder / "dit.onnx", folder / "dit.engine")
     return folder
-
-
-@pytest.fixture(scope="session")
-def bundle(bundle_of):
-    """A pixel model of the published kind: DDPM, 20 steps, guided."""
-    return bundle_of()

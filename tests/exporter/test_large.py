@@ -14,6 +14,7 @@ import torch
 import tqdit
 from support import made_once
 from tqdit.cli.main import run as main
+from tqdit.errors import UsageError
 from tqdit.models import weights
 from tqdit.models.load import load_model
 from tqdit.onnx_file import read_card
@@ -72,6 +73,15 @@ def test_an_export_without_scales_learns_the_inputs_from_recorded_calls(flux, tm
     card = read_card(tmp_path / "m.onnx")
     assert card.quantization is None
     assert card.signature == read_scale_table(flux / "scales.safetensors").interface.signature
+
+
+def test_recorded_calls_and_scales_together_are_refused(flux, tmp_path, capsys):
+    calls, scales = flux / "calls.safetensors", flux / "scales.safetensors"
+    model, output = str(flux / "transformer"), str(tmp_path / "m.onnx")
+    assert main("export", ["-q", output, "--model", model, "--scales", str(scales), "--rows", str(calls)]) == 2
+    assert "--float" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="without scales"):
+        tqdit.export(model, output, scales=scales, rows=calls)
 
 
 def run(script, *arguments):

@@ -173,5 +173,5 @@ def test_more_layers_than_tensors_are_refused_before_a_decoder_is_made(tmp_path)
     save_vae(tmp_path / "vae")
     file = tmp_path / "vae" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "layers_per_block": 10**9}))  # which would never end
-    with pytest.raises(CheckpointError, match="layers_per_block is 1000000000, its weights are"):
+    with pytest.raises(CheckpointError, match=r"vae: .* more than \d+ parameters, its files hold \d+ tensors"):
         load_decoder(tmp_path / "vae", support.tiny_model("diffusers"))

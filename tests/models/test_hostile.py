@@ -18,6 +18,7 @@ from tqdit.cli.main import run
 from tqdit.errors import CheckpointError, FileFormatError, OutputError, UsageError
 from tqdit.interface import RECORDING_KEY
 from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.making import bounded
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
 
@@ -127,12 +128,39 @@ def test_a_pipeline_directory_runs_no_code_of_its_own(saved, tmp_path, monkeypat
     assert "own_code" not in sys.modules
 
 
-def test_more_layers_than_tensors_are_refused_before_a_network_is_made(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "name", "value", "error", "found"),
+    [
+        ("transformer/config.json", "num_layers", 10**9, CheckpointError, "parameters, its files hold"),
+        ("vae/config.json", "layers_per_block", 10**9, CheckpointError, "parameters, its files hold"),
+        ("text_encoder/config.json", "num_layers", 10**9, CheckpointError, "parameters, its files hold"),
+        ("transformer/config.json", "sample_size", 10**6, UsageError, r"transformer.config\.json: tables .* of memory"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, CheckpointError, "is 1000000000, expected"),
+        ("scheduler/scheduler_config.json", "solver_order", 10**9, CheckpointError, "is 1000000000, expected"),
+    ],
+)
+def test_a_configuration_that_claims_more_than_files_hold_is_refused(saved, tmp_path, file, name, value, error, found):
+    """Each would take hours or all memory."""
     folder = copied(saved, tmp_path)
-    file = folder / "transformer" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_layers": 10**9}))  # which would never end
-    with pytest.raises(CheckpointError, match=r"transformer: num_layers is 1000000000, its weights are \d+ tensors"):
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(error, match=found):
         open_pipeline(str(folder))
+
+
+def test_layers_of_any_name_are_bounded(tmp_path):
+    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "diffusion_pytorch_model.safetensors")
+
+    def made():
+        for _ in range(10**9):
+            nn.Linear(1, 1, device="meta")
+
+    refused = pytest.raises(CheckpointError, match="more than 1004 parameters, its files hold 1 tensors")
+    with refused, bounded(tmp_path, tmp_path):
+        made()
+    with bounded(tmp_path, tmp_path):
+        nn.ModuleList(nn.Linear(1, 1) for _ in range(500))
+    nn.ModuleList(nn.Linear(1, 1) for _ in range(600))  # not afterwards
 
 
 def test_weights_that_no_file_holds_are_named(saved, tmp_path):

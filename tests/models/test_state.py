@@ -324,20 +324,47 @@ def test_devices_and_directories_are_not_checkpoints(tmp_path):
     assert refusal(Path("/dev/zero")).startswith("no such file")
 
 
+TWO = torch.ones(2)
+
+
 @pytest.mark.parametrize(("section", "name"), [
-    ({"ema": {"shadow_params": [torch.ones(2)], "decay": 0.9}}, "ema.shadow_params"), ({"ema": [torch.ones(2)]}, "ema"),
-    ({"model_ema": (torch.ones(2),)}, "model_ema"), ({"ema": {"params": [torch.ones(2)]}}, "ema.params"),
-    ({"ema": [{"params": [torch.ones(2)]}]}, "ema"), ({"shadow_params": {0: torch.ones(2)}}, "shadow_params"),
+    ({"ema": {"shadow_params": [TWO], "decay": 0.9}}, "ema.shadow_params.0"), ({"ema": [TWO]}, "ema.0"),
+    ({"model_ema": (TWO,)}, "model_ema.0"), ({"ema": {"params": [TWO]}}, "ema.params.0"),
+    ({"ema": [{"params": [TWO]}]}, "ema.0.params.0"), ({"shadow_params": {0: TWO}}, "shadow_params.0"),
+    ({"ema": {0: TWO, "decay": 0.9}}, "ema.0"),  # numbers beside names
+    ({"ema": {"decay": 0.9, "params": TWO}}, "ema.params"),  # one vector of all
+    ({"model_ema": {"xy": TWO, "decay": torch.tensor(0.9)}}, "model_ema.xy"),  # the dots left out
+    ({"optimizer_states": [{"ema": (TWO,)}]}, "optimizer_states.0.ema.0"),
+    ({"swa": [TWO]}, "swa.0"), ({"model_avg": [TWO]}, "model_avg.0"),
 ])  # fmt: skip
-def test_averaged_weights_without_names_are_refused_since_the_others_would_be_taken(tmp_path, section, name):
-    torch.save({"model": {"x": torch.zeros(2)}, **section}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=rf"a\.pt: .*'{name}'.*without names"):
-        read_tensors(tmp_path / "a.pt")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_averaged_weights_without_names_are_refused_since_the_others_would_be_taken(tmp_path, section, name, suffix):
+    content, file = {"model": {"x.y": torch.zeros(2)}, **section}, tmp_path / f"a{suffix}"
+    if suffix == ".pt":
+        torch.save(content, file)
+    else:
+        save_file({key: tensor.clone() for key, tensor in flatten(content).items()}, file)
+    with pytest.raises(CheckpointError, match=rf"a\{suffix}: .*'{name}'.*without the names"):
+        find_network(file, read_tensors(file), "x.y")
+
+
+def test_averaged_weights_in_memory_are_taken_from_modules_and_arrays():
+    module, weights = torch.nn.Linear(2, 1), {"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}
+    arrays = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    for section in (module, arrays):
+        found = find_network("here", flatten({"model": weights, "ema": section}), "weight")
+        assert torch.equal(found["weight"], module.weight)
+
+
+def test_schedules_of_averages_are_no_weights():
+    content = {"model": {"x": TWO}, "ema_schedule": [[0, 0.9], [9, 0.99]], "ema": [{}], "n_averaged": torch.tensor(3)}
+    assert find_network("here", flatten(content), "x").keys() == {"x"}
 
 
 def test_the_state_of_an_optimizer_is_no_averaged_weights(tmp_path):
-    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1.0}]}
-    torch.save(
-        {"model": {"x": torch.zeros(2)}, "ema": {"x": torch.ones(2), "decay": 0.9}, "opt": optimizer}, tmp_path / "a.pt"
-    )
-    assert {"model.x", "ema.x"} <= read_tensors(tmp_path / "a.pt").keys()
+    state = {"step": torch.ones(1), "exp_avg": TWO, "exp_avg_sq": TWO, "square_avg": TWO}
+    optimizer = {"state": {0: state}, "param_groups": [{"lr": 1.0}]}
+    torch.save({"model": {"x": torch.zeros(2)}, "opt": optimizer}, tmp_path / "a.pt")
+    assert find_network("a.pt", read_tensors(tmp_path / "a.pt"), "x").keys() == {"x"}
+    torch.save({"model": {"x": torch.zeros(2)}, "ema": {"x": TWO, "decay": 0.9}, "opt": optimizer}, tmp_path / "a.pt")
+    assert torch.equal(find_network("a.pt", read_tensors(tmp_path / "a.pt"), "x")["x"], TWO)

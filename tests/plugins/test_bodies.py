@@ -64,15 +64,20 @@ def test_a_timestep_on_a_boundary_takes_the_later_group():
     assert selected.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def random_scores(bits, rows):
+    """Scores (3, 2, 16, 16), low steps (rows,) and the high step."""
+    rng = np.random.default_rng(bits)
+    high = 1 / (2 ** (bits - 1) - 1)
+    scores = rng.normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
+    return scores, (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32), high
+
+
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("rows", [1, 3])
 def test_multi_region_softmax_equals_its_reference(bits, rows, inline):
     """The two softmaxes may differ in the last bit and so flip a code at a tie: one in ten thousand is allowed."""
-    rng = np.random.default_rng(bits)
-    high = 1 / (2 ** (bits - 1) - 1)
-    scores = rng.normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
-    low_step = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
+    scores, low_step, high = random_scores(bits, rows)
     out = run(
         softmax_schema, {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high}, inline=inline
     )
@@ -85,11 +90,8 @@ def test_multi_region_softmax_equals_its_reference(bits, rows, inline):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_multi_region_numerator_equals_its_reference(bits, rows, inline):
     """The body divides probabilities by the largest, the reference takes exponentials: the last bits differ."""
-    rng = np.random.default_rng(bits)
-    high = 1 / (2 ** (bits - 1) - 1)
-    scores = rng.normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
+    scores, low_step, high = random_scores(bits, rows)
     scores[..., :3] = -1e30  # masked
-    low_step = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
     inputs, attributes = {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high}
     out, reciprocals = run(numerator_schema, inputs, attributes, inline=inline, outputs=2)
     expected, sums = multi_region_numerator(scores, low_step, bits, high)

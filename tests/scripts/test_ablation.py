@@ -16,14 +16,15 @@ import pytest
 from tqdit.calibration.config import PRESETS
 from tqdit.console import Console
 from tqdit.evaluate.bootstrap import Measure
-from tqdit.models.load import load_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablation.py"
+sys.path.insert(0, str(SCRIPT.parent))
 SPEC = importlib.util.spec_from_file_location("ablation", SCRIPT)
 assert SPEC is not None
 assert SPEC.loader is not None
 module = sys.modules["ablation"] = importlib.util.module_from_spec(SPEC)  # dataclasses look their module up there
 SPEC.loader.exec_module(module)
+subjects = sys.modules["ablation_subjects"]
 TABLES, Bench, Job, Row, Size, Store = module.TABLES, module.Bench, module.Job, module.Row, module.Size, module.Store
 lines_of, markdown, sweep, table_csv = module.lines_of, module.markdown, module.sweep, module.table_csv
 
@@ -130,6 +131,9 @@ def test_tables_say_what_the_rows_say():
     text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor")
     assert "| + HO + MRQ + TGQ | W6A6 | 10 | 17.1 (17 to 17.2) |" in text
     assert "| 8.58 |" in text  # the paper's number beside
+    text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor", "text", "28 steps of euler")
+    assert "28 steps of euler" in text
+    assert "8.58" not in text  # the paper has classes
     read = list(csv.DictReader(io.StringIO(table_csv(rows))))
     assert len(read) == sum(len(row.measures) for row in rows)
     assert {"preset": "tq-dit", "groups": "20", "seed": "1"}.items() <= next(
@@ -138,11 +142,13 @@ def test_tables_say_what_the_rows_say():
 
 
 @pytest.mark.slow
-def test_a_real_row_and_its_float_row(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["demo", "text"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of diffusers and its schedulers
+def test_a_real_row_and_its_float_row(model, tmp_path, monkeypatch):
     """Few steps, few rows, W8A8: near float, and again the same."""
     monkeypatch.setattr(module, "TOTAL_ROWS", 8)
-    monkeypatch.setattr(module, "DATA_COUNT", 256)
-    bench = Bench(load_model("demo"), SIZE, tmp_path / "work", QUIET)
+    monkeypatch.setattr(subjects, "DATA_COUNT", 256)
+    bench = Bench(subjects.SUBJECTS[model](SIZE.steps, SIZE.images, SIZE.batch), SIZE, tmp_path / "work", QUIET)
     job = Job("ho", 8, 8, groups=2)
     row, floating = bench.measure(job, 0), bench.measure(Job("float"), 0)
     assert set(row.measures) >= {"frechet_distance", "accuracy", "final_error", "eps_error"}

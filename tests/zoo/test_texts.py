@@ -401,18 +401,27 @@ def test_bars_of_libraries_are_silent_and_on_again(tmp_path, capfd):
     assert diffusers.utils.logging.is_progress_bar_enabled()
 
 
+def one_prompt(family, *more):
+    """Arguments of tqdit-calibrate for one prompt and a pipeline that is written to the current directory."""
+    OTHERS[family]()[0].save_pretrained("dir")
+    Path("prompts.txt").write_text(PROMPTS[0])
+    line = "dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max --rows-per-group 2"
+    return [*line.split(), *more, "-o", "t.safetensors"]
+
+
+def kept_calls():
+    (kept,) = Path("t.safetensors.work").glob("calls-*.safetensors")
+    return Recording.load(kept)
+
+
 def test_the_guidance_scale_of_prompts_is_the_pipeline_s(tmp_path, monkeypatch, capsys):
     """Flux takes it as an input of its network; to the loop it has no guidance."""
     monkeypatch.chdir(tmp_path)
-    OTHERS["flux"]()[0].save_pretrained("dir")
-    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
-    line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
-    verb, *rest = f"{line} --guidance-scale 2.5 --rows-per-group 2 -o t.safetensors".split()
-    assert run(verb, [*rest, "--frames", "5"]) == 2
+    arguments = one_prompt("flux", "--guidance-scale", "2.5")
+    assert run("calibrate", [*arguments, "--frames", "5"]) == 2
     assert "FluxPipeline takes no num_frames" in capsys.readouterr().err
-    assert run(verb, rest) == 0
-    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
-    assert Recording.load(kept).requests["guidance"].tolist() == [2.5]
+    assert run("calibrate", arguments) == 0
+    assert kept_calls().requests["guidance"].tolist() == [2.5]
 
 
 def test_another_guidance_scale_than_the_recorded_one_is_refused(pixart):
@@ -423,15 +432,11 @@ def test_another_guidance_scale_than_the_recorded_one_is_refused(pixart):
 
 def test_frames_of_prompts_are_chosen(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    OTHERS["wan"]()[0].save_pretrained("dir")
-    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
-    line = "calibrate dir --prompts prompts.txt --steps 2 --groups 2 --height 32 --width 32 --preset min-max"
-    verb, *rest = f"{line} --frames 5 --rows-per-group 2 -o t.safetensors".split()
-    assert run(verb, [*rest, "--height", "33"]) == 2  # the pipeline's own refusal
+    arguments = one_prompt("wan", "--frames", "5")
+    assert run("calibrate", [*arguments, "--height", "33"]) == 2  # the pipeline's own refusal
     assert "33" in capsys.readouterr().err
-    assert run(verb, rest) == 0
-    (kept,) = (tmp_path / "t.safetensors.work").glob("calls-*.safetensors")
-    assert Recording.load(kept).states.shape[3] == 2  # a frame of latents, and four frames in another
+    assert run("calibrate", arguments) == 0
+    assert kept_calls().states.shape[3] == 2  # a frame of latents, and four frames in another
 
 
 def test_a_pipeline_of_classes_takes_no_prompts(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,6 @@ from tqdit.files import check_writable
 from tqdit.sampling.schedule import sampler_names
 
 if TYPE_CHECKING:
-    from tqdit.interface import Interface
     from tqdit.quantization.table import ScaleTable
 
 SUMMARY = "write a diffusion transformer as one self-describing ONNX file"
@@ -77,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
         need(library, "export", "tqdit-export")
-    from tqdit.exporter.graph import ExportConfig, export_graph
+    from tqdit.exporter.graph import ExportConfig, export_graph, interface_of
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     with_text = args.text or args.text_int8
     if with_text:
         check_pipeline(source)
-    interface = _interface(args.rows, table)
+    interface = interface_of(table, args.rows)
     family = None if interface is None else interface.signature.family
     if family is not None and family not in PROVEN and PLACE not in os.environ:
         minutes = check_number("--trace-minutes", args.trace_minutes, 1 / 60, 60 * 24 * 30)
@@ -136,15 +135,6 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if card.text is not None:
         console.say(f"text encoders {card.text.summary}")
     return output
-
-
-def _interface(rows: Path | None, table: ScaleTable | None) -> Interface | None:
-    """How the network is called: what the scales were found with, or recorded calls tell."""
-    if table is not None or rows is None:
-        return None if table is None else table.interface
-    from tqdit.models.recording import Recording
-
-    return Recording.load(rows).interface
 
 
 def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | None:

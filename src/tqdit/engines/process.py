@@ -21,7 +21,11 @@ class Process:
     def check(self, what: str) -> None:
         """Raise BackendError in a fork, where a call would not return."""
         if not self.is_here:
-            raise BackendError(
-                f"this {what} belongs to process {self.pid} and does not work in process {os.getpid()}, a fork of it. "
-                "Open it in each worker, after the fork, or start the workers by multiprocessing's 'spawn'."
-            )
+            raise self.refusal(what)
+
+    def refusal(self, what: str) -> BackendError:
+        """The error of a fork."""
+        return BackendError(
+            f"this {what} belongs to process {self.pid} and does not work in process {os.getpid()}, a fork of it. "
+            "Open it in each worker, after the fork, or start the workers by multiprocessing's 'spawn'."
+        )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
+from tqdit.engines.run.requests import Prompts
 from tqdit.engines.run.sampler import Sampler, StepReport
 from tqdit.engines.run.shards import SamplingJob
 from tqdit.errors import UsageError
@@ -30,9 +31,9 @@ class SampledChains:
     step_errors: NDArray[np.float64] | None = None  # (N, T)
 
 
-def run(sampler: Sampler, job: SamplingJob, advance: Advance) -> SampledChains:
-    """All chains of one engine, shard by shard. `advance` is called after every step of a batch."""
-    return _join([_shard(sampler, job, shard, None, advance)[0] for shard in range(job.shards)])
+def run(sampler: Sampler, job: SamplingJob, advance: Advance, prompts: Prompts | None = None) -> SampledChains:
+    """All chains of one engine, shard by shard. `advance` is called after every step of a batch. prompts: the job's."""
+    return _join([_shard(sampler, job, shard, None, advance, prompts=prompts)[0] for shard in range(job.shards)])
 
 
 def run_pair(
@@ -71,7 +72,7 @@ def _form(guidance: Guidance | None) -> str:
 
 def _shard(
     sampler: Sampler, job: SamplingJob, shard: int, against: NDArray[np.float32] | None, advance: Advance,
-    keep: bool = False,
+    keep: bool = False, prompts: Prompts | None = None,
 ) -> tuple[SampledChains, NDArray[np.float32] | None]:  # fmt: skip
     """One shard. `against` (T, B, ...) are the states of the reference; with `keep` those of this one come back."""
     images = job.images(shard)
@@ -92,7 +93,7 @@ def _shard(
 
     started = time.perf_counter()
     job = replace(job, content="images" if sampler.makes_images else "latents")
-    pixels = job.make(sampler, shard, record).get("arr_0")
+    pixels = job.make(sampler, shard, record, prompts).get("arr_0")
     return SampledChains(latents, pixels, time.perf_counter() - started, errors), states
 
 

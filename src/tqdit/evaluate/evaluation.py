@@ -125,7 +125,7 @@ class Metrics:
         """Why a metric cannot be computed, or None."""
         count, advice = images.count, "Sample more with -n."
         if name == "accuracy":
-            if self.extractor.name != "judge":
+            if not self.extractor.is_judge:
                 return "needs the judge, which knows the demo model's classes alone."
             return None if images.has_labels else "needs the classes that were asked for (arr_1 of the .npz)."
         if name == "inception_score":

@@ -57,6 +57,7 @@ class Extractor(Protocol):
     digest: str
     size: int  # D
     classes: int  # K
+    is_judge: bool  # whether images are labelled with its classes
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """Features of images (N, H, W, 3), whatever N is."""
@@ -72,7 +73,7 @@ class JudgeExtractor:
     """The classifier that ships with the demo model. It has no spatial features, so no sFID."""
 
     name = "judge"
-    size, classes = 128, len(CLASSES)
+    size, classes, is_judge = 128, len(CLASSES), True
 
     def __init__(self) -> None:
         self._judge = load_judge()
@@ -99,7 +100,7 @@ class InceptionExtractor:
     """
 
     name = "inception"
-    size, classes = 2048, 1008
+    size, classes, is_judge = 2048, 1008, False
 
     def __init__(self, weights: Path) -> None:
         state = read_weights(weights)

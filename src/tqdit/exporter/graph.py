@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import onnx_ir as ir
@@ -16,7 +17,9 @@ from tqdit.exporter.passes.quantize import describe, quantize
 from tqdit.exporter.step import SamplingStep, step_inputs
 from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, fixed_rows, trace, trace_any_rows
 from tqdit.golden import CALLS_KEY
+from tqdit.interface import Interface
 from tqdit.models.loaded import LoadedModel, PositionalCall
+from tqdit.models.recording import Recording
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import Guidance
@@ -54,6 +57,18 @@ class ExportConfig:
         if model.guidance is None or not self.guided:
             return None
         return model.guidance if table is None else replace(model.guidance, scale=table.guidance_scale)
+
+
+def interface_of(table: ScaleTable | None, rows: str | Path | None) -> Interface | None:
+    """How a pipeline's network is called: what the scales were found with, or what recorded calls tell."""
+    if rows is None:
+        return None if table is None else table.interface
+    if table is not None:
+        raise UsageError(
+            f"{rows}: recorded calls are for an export without scales, and there are scales, which tell how "
+            "the network is called. Drop --rows, or pass --float in place of --scales."
+        )
+    return Recording.load(rows).interface
 
 
 def calibrated_for(model: LoadedModel, table: ScaleTable | None) -> SamplingSpec:

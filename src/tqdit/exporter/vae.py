@@ -18,8 +18,9 @@ from tqdit.errors import CheckpointError, TqditWarning, first_line
 from tqdit.exporter.trace import EXAMPLE_BATCH, OPSETS, trace_any_rows
 from tqdit.extras import need
 from tqdit.models.decoding import to_codes
-from tqdit.models.families.diffusers import check_layers, find_weights
+from tqdit.models.families.diffusers import find_weights
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.making import bounded
 from tqdit.models.state import check_places, read_json
 from tqdit.models.vae import latents_of
 from tqdit.sampling.process import Recorded, Unsampled
@@ -129,12 +130,12 @@ def _no_latents(model: LoadedModel) -> str:
 
 def _read(folder: Path, name: str) -> Any:
     diffusers = need("diffusers", "vae", "exporting a VAE decoder")
-    weights, variant = find_weights(folder)
-    check_layers(folder, weights, folder)
+    _, variant = find_weights(folder)
     try:
-        return getattr(diffusers, name).from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32, variant=variant
-        )
+        with bounded(folder, folder):
+            return getattr(diffusers, name).from_pretrained(
+                folder, local_files_only=True, torch_dtype=torch.float32, variant=variant
+            )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: its weights cannot be loaded ({first_line(error)}). Get the directory again."

@@ -114,7 +114,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             base = base if self.process.get("type", base["type"]) == base["type"] else {}
             process = msgspec.convert(base | self.process, Diffusion | Flow)
         known = samplers_of(process)
-        sampler = self.sampler or (own.sampler if own.sampler in known else known[0])
+        usual = "euler" if isinstance(process, Flow) else "ddim"
+        sampler = self.sampler or (own.sampler if own.sampler in known else usual)
         return SamplingSpec(process, sampler, own.steps if self.steps is None else self.steps)
 
 

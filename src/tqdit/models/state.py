@@ -10,20 +10,22 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, TqditError
 from tqdit.files import JSON, SAFETENSORS, TORCH, reading, stays_inside
 
 StateDict = dict[str, Tensor]
 AGAIN = "Get it again."
-AVERAGED = re.compile(r"(^|[._])(ema|shadow|averag)", re.IGNORECASE)  # in names of sections
+# In names of sections and tensors. The state of optimizers has averages of other things: exp_avg, square_avg, grad_avg.
+AVERAGED = re.compile(r"(^|[._])(ema|shadow|averag|swa|polyak|(?<!exp_)(?<!square_)(?<!grad_)avg)", re.IGNORECASE)
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 MOST_JSON_BYTES = 64_000_000  # an index of shards needs 100 bytes a tensor
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -77,8 +79,18 @@ def find_prefix(source: object, names: Iterable[str], anchor: str) -> str:
 
 
 def find_network(source: object, tensors: Mapping[str, Tensor], anchor: str) -> StateDict:
-    """The tensors of the network that holds `anchor`, without what stands before their names."""
+    """The tensors of the network that holds `anchor`, without what stands before their names.
+
+    Raises CheckpointError if there are averaged weights, too, which are not known to be those of a network.
+    """
     prefix = find_prefix(source, tensors, anchor)
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    averaged = [name for name, tensor in others.items() if AVERAGED.search(name) and tensor.numel() > 1]
+    if averaged and not AVERAGED.search(prefix):
+        raise CheckpointError(
+            f"{source}: its averaged weights {_some(averaged, 2)} are without the names of a network. Put them into "
+            "the model (`copy_to` of the library that averaged them) and save that, or save the other weights alone."
+        )
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name, tensor in found.items():
         if not _is_whole(tensor):
@@ -161,6 +173,18 @@ def find_shards(path: Path) -> dict[str, Path] | None:
     return found
 
 
+def count_tensors(folder: Path) -> int:
+    """Of all weights in a folder and its subfolders: at most so many in files other than safetensors."""
+    count = 0
+    for file in folder.rglob("*"):
+        if file.suffix == ".safetensors":
+            with suppress(TqditError), _opened(file) as content:  # a damaged one is refused if it is read
+                count += len(content.keys())
+        elif file.suffix in WEIGHT_SUFFIXES and file.is_file():
+            count += file.stat().st_size // 100
+    return count
+
+
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file; its values are read when they are used."""
     with _opened(path) as content:
@@ -205,10 +229,7 @@ def _read_torch(path: Path) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path}: {_refusal(str(error))}") from error
-    try:
-        tensors = flatten(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    tensors = flatten(content)
     if not tensors:
         raise CheckpointError(
             f"{path}: expected a state dict of tensors, flat or in sections, found {_describe(content)}. "
@@ -218,33 +239,34 @@ def _read_torch(path: Path) -> StateDict:
 
 
 def flatten(content: object) -> StateDict:
-    """The tensors of nested dicts, with dotted names; each dict once, since a pickle may hold one in itself."""
+    """The tensors of nested dicts, with dotted names; each dict once, since a pickle may hold one in itself.
+
+    Modules and arrays count as their tensors. Of lists and of keys that are no text, only averaged weights are taken.
+    """
     tensors: StateDict = {}
-    sections, seen = [("", content)], set()
-    for prefix, section in sections:
-        if not isinstance(section, Mapping) or id(section) in seen:
+    sections: list[tuple[str, object, bool]] = [("", content, True)]
+    seen = set()
+    for prefix, section, is_named in sections:
+        if id(section) in seen:
             continue
         seen.add(id(section))
-        for name, value in section.items():
-            if isinstance(name, str) and isinstance(value, Tensor):
-                tensors[prefix + name] = value
-            elif isinstance(name, str):
-                if _is_unnamed(value) and AVERAGED.search(f"{prefix}{name}"):
-                    raise CheckpointError(
-                        f"its averaged weights '{prefix}{name}' are without names. Put them into the model "
-                        "(`copy_to` of the library that averaged them) and save that, or save the other weights alone."
-                    )
-                sections.append((f"{prefix}{name}.", value))
+        for name, value in _entries(section, is_list=bool(prefix)):
+            whole, has_name = f"{prefix}{name}", is_named and isinstance(name, str)
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+                value = torch.from_numpy(value)
+            if not isinstance(value, Tensor):
+                sections.append((f"{whole}.", value, has_name))
+            elif has_name or AVERAGED.search(whole):
+                tensors[whole] = value
     return tensors
 
 
-def _is_unnamed(value: object) -> bool:
-    """Whether it holds tensors, at any depth, and no names for what it holds."""
-    parts = [*value.values()] if isinstance(value, Mapping) else value
-    named = isinstance(value, Mapping) and any(isinstance(name, str) for name in value)
-    if named or not isinstance(parts, list | tuple):
-        return False
-    return any(isinstance(part, Tensor | Mapping | list | tuple) for part in parts)
+def _entries(section: object, is_list: bool) -> Iterable[tuple[object, object]]:
+    if isinstance(section, nn.Module):
+        section = section.state_dict()
+    if isinstance(section, Mapping):
+        return section.items()
+    return enumerate(section) if is_list and isinstance(section, list | tuple) else ()
 
 
 def _is_zip(path: Path) -> bool:

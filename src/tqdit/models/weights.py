@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from tqdit.errors import CheckpointError
+from tqdit.errors import CheckpointError, TqditError
 from tqdit.models.state import FLOAT_TYPES, find_shards, is_finite, read_tensor
 
 LARGE = 1 << 16  # elements; smaller parameters are loaded
@@ -142,6 +142,8 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             network: nn.Module = kind.from_config(settings)
+    except TqditError:
+        raise
     except Exception:  # of any kind: diffusers itself says what is wrong
         return None
     expected = network.state_dict()

@@ -76,6 +76,16 @@ class Diffusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="di
             )
         return found
 
+    def noisy_timesteps(self, steps: int) -> Float64:
+        """The timesteps of a chain whose last step goes to the data: those of T + 1 steps but the lowest, (T,)."""
+        check_count("--steps", steps, 1, TRAINING_STEPS - 1)
+        return self.timesteps(steps + 1)[1:]
+
+    def clean(self, timesteps: Float64) -> tuple[Float64, Float64]:
+        """(p, q) of x_0 = p x_t + q prediction at each timestep."""
+        a, b = self.mix(timesteps)
+        return 1 / a, -b / a
+
     def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:
         """(a, b) of x_t = a x_0 + b noise at each timestep."""
         abar = self.alphas_cumprod[np.asarray(timesteps, np.int64)]
@@ -110,6 +120,13 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
         check_count("--steps", steps, 1, TRAINING_STEPS)
         u = np.arange(1, steps + 1) / steps
         return self.time_scale * self.shift * u / (1 + (self.shift - 1) * u)
+
+    noisy_timesteps = timesteps  # none of them is 0
+
+    def clean(self, timesteps: Float64) -> tuple[Float64, Float64]:
+        """(p, q) of x_0 = p x_t + q prediction at each timestep."""
+        _, t = self.mix(timesteps)
+        return np.ones_like(t), -t
 
     def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:
         """(a, b) of x_t = a x_0 + b noise at each timestep."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import ModuleType
 
 import numpy as np
 
@@ -113,14 +114,19 @@ class SamplingSpec:
 
 @lru_cache(maxsize=256)
 def make_schedule(spec: SamplingSpec) -> Schedule:
-    schedule: Schedule = find_modules(samplers)[spec.sampler].schedule(spec.process, spec.steps)
+    schedule: Schedule = find_samplers()[spec.sampler].schedule(spec.process, spec.steps)
     return schedule
 
 
+def find_samplers() -> dict[str, ModuleType]:
+    """By name: a file's `NAME`, or the name of the file."""
+    return {getattr(module, "NAME", name): module for name, module in find_modules(samplers).items()}
+
+
 def sampler_names() -> tuple[str, ...]:
-    return tuple(find_modules(samplers))
+    return tuple(find_samplers())
 
 
 def samplers_of(process: Process) -> tuple[str, ...]:
     """Names of the samplers for a process."""
-    return tuple(name for name, module in find_modules(samplers).items() if isinstance(process, module.PROCESS))
+    return tuple(name for name, module in find_samplers().items() if isinstance(process, module.PROCESS))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -327,6 +328,19 @@ def test_a_thousand_calls_leave_the_memory_as_it_was(engine):
         if turn == 400:
             before = process.memory_info().rss
     assert process.memory_info().rss - before < 4e6  # a leak of the output alone would be 9.2 MB, of the inputs 4.7 MB
+
+
+def test_a_signal_after_the_last_engine_is_gone_does_no_harm(engine):
+    """OpenVINO freed the signal stack of the first thread when another thread freed the last engine."""
+    program = f"""
+import os, signal
+from tqdit import StepBatcher
+signal.signal(signal.SIGTERM, lambda *_: print("signal"))
+StepBatcher({str(engine)!r}, threads=1).close()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "signal\n"), done.stderr
 
 
 def test_a_closed_engine_says_so_and_can_be_opened_again(engine):

@@ -10,7 +10,8 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError
 
 FORKS = """
-import os, sys, time
+import asyncio, os, sys, time
+from concurrent import futures
 from tqdit import Denoiser, Sampler, StepBatcher
 
 path = sys.argv[1]
@@ -18,17 +19,30 @@ sampler, batcher, denoise = Sampler.open(path, threads=2), StepBatcher(path, thr
 expected = sampler.sample([0], seed=7)
 ports = denoise.card.signature.zeros(1)
 denoise(**ports)
+done = batcher.submit(0, seed=7, steps=2)
+picture = done.result(60)
+
+async def awaited():
+    return await asyncio.wrap_future(running[2])
+
 running = [batcher.submit(label, seed=7) for label in (0, 1, 2)]
+for lock in (batcher._changed, running[2]._condition):
+    lock.acquire()  # as a thread that the fork does not have
 child = os.fork()
-if not child:
+if child:
+    for lock in (batcher._changed, running[2]._condition):
+        lock.release()
+else:
     for use in (
         lambda: sampler.sample([0]), lambda: batcher.submit(0), batcher.stats, lambda: denoise(**ports),
-        running[2].result,
+        running[2].result, lambda: asyncio.run(awaited()), lambda: next(futures.as_completed(running[2:])).result(),
     ):
         try:
             use()
         except Exception as error:
             print(type(error).__name__, str(error).replace(str(os.getppid()), "PARENT"), flush=True)
+    waited = futures.wait(running).done == {*running} and not any(future.cancel() for future in running)
+    print("left", waited, (done.result() == picture).all(), flush=True)
     batcher.close()
     sampler.close()
     with Sampler.open(path, threads=2) as own:
@@ -52,11 +66,12 @@ def test_a_fork_is_refused_and_ends_and_its_parent_continues(quantized, tmp_path
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.stderr == ""
-    *refusals, own, child, parent = done.stdout.splitlines()
-    assert len(refusals) == 5
+    *refusals, left, own, child, parent = done.stdout.splitlines()
+    assert len(refusals) == 7
     assert all(line.startswith("BackendError ") and "process PARENT" in line for line in refusals), refusals
     assert all("after the fork" in line for line in refusals)
-    assert (own, child, parent) == ("own True", "child 0", "parent True True")
+    assert (left, own) == ("left True True", "own True")
+    assert (child, parent) == ("child 0", "parent True True")
 
 
 def test_the_refusal_names_both_processes(bundle, monkeypatch):

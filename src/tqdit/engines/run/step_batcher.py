@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 import time
 import weakref
@@ -72,22 +73,32 @@ class _Request(Future[Result]):
         self.preview_every = 0
         self._batcher = batcher
         self._notifying = threading.Lock()  # taken once, by the thread that notifies the waiters of a cancellation
-
-    def result(self, timeout: float | None = None) -> Result:
-        self._batcher._process.check("image")  # which no thread of a fork makes
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._batcher._process.check("image")
-        return super().exception(timeout)
+        _PENDING.add(self)
 
     def cancel(self) -> bool:
         if not self.done():
             self._batcher._forget(self)
         cancelled = super().cancel()
+        if cancelled:
+            _PENDING.discard(self)
         if cancelled and self._notifying.acquire(blocking=False):
             self.set_running_or_notify_cancel()  # for concurrent.futures.wait; a second call fails
         return cancelled
+
+
+_PENDING: weakref.WeakSet[_Request] = weakref.WeakSet()  # of every batcher; with those whose result was set just now
+
+
+def _fail_in_fork() -> None:
+    """Fail the unfinished images of a fork, which no thread of it makes: whoever waits for one is told at once."""
+    for request in list(_PENDING):
+        Future.__init__(request)  # without callbacks, and with a lock that no other thread holds
+        request.set_exception(request._batcher._process.refusal("image"))
+    _PENDING.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(after_in_child=_fail_in_fork)
 
 
 class StepBatcher:
@@ -173,7 +184,7 @@ class StepBatcher:
         its place before the next step. `future.running()` is always False for this reason.
 
         Raises QueueFullError if no more requests are taken, UsageError for bad values and after `close`, BackendError
-        in a fork of the batcher's process, as `future.result` does there. The future fails with DeadlineError,
+        in a fork of the batcher's process, where unfinished futures fail with it. The future fails with DeadlineError,
         SamplingError (NaN, or the engine's error as its cause), SamplingStopped (by the callback or by
         `close(drain=False)`) or whatever the callback raised.
         """
@@ -206,6 +217,11 @@ class StepBatcher:
     def sampler(self) -> Sampler:
         """The sampler whose engine runs."""
         return self._sampler
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: it was not closed, and its thread lives."""
+        return not self._closing
 
     def stats(self) -> BatcherStats:
         self._process.check("batcher")
@@ -341,6 +357,7 @@ class StepBatcher:
         self._forget(request)
         with contextlib.suppress(InvalidStateError):  # cancelled just now
             request.set_exception(outcome) if isinstance(outcome, BaseException) else request.set_result(outcome)
+        _PENDING.discard(request)
 
     # From any thread.
 

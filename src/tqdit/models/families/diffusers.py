@@ -20,7 +20,7 @@ from tqdit.extras import need
 from tqdit.models.folds import Fold, shift_and_scale
 from tqdit.models.loaded import LoadedModel, Source, fingerprint, name_of
 from tqdit.models.products import find_products
-from tqdit.models.state import find_network, find_shards, load_weights, read_json, read_number, read_tensors, unwrap
+from tqdit.models.state import find_network, load_weights, read_json, read_number, read_tensors, unwrap
 from tqdit.models.vae import LATENT_CHANNELS, LATENT_SCALE, read_latents
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
@@ -149,16 +149,6 @@ def _folds(config: Any) -> dict[str, tuple[Fold, ...]]:
         folds[f"{block}.attn1.to_out.0"] = (Fold(f"{block}.attn1.to_v", 0, width),)
         folds[f"{block}.ff.net.0.proj"] = shift_and_scale(f"{block}.norm1.linear", 3, width)
     return folds
-
-
-def check_layers(folder: Path, weights: Path, root: Path) -> None:
-    """Refuse a configuration of more layers than there are tensors, which diffusers would make before it compares."""
-    names = find_shards(weights)
-    for name, value in read_json(folder / "config.json", root).items():
-        if names is not None and "layers" in name and isinstance(value, int) and value > len(names):
-            raise CheckpointError(
-                f"{folder}: {name} is {value}, its weights are {len(names)} tensors. Get the directory again."
-            )
 
 
 def _check_size(where: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from tqdit.demo.weights import TEXT, shipped_pipeline
-from tqdit.errors import CheckpointError, UsageError, first_line
+from tqdit.errors import CheckpointError, TqditError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
+from tqdit.models.making import bounded
 from tqdit.models.recorded import recorded_model
 from tqdit.models.state import check_places, is_finite, read_json
 from tqdit.models.weights import IN_MEMORY, Weights, open_network
@@ -104,9 +105,9 @@ def _read_network(source: str, in_memory: bool) -> tuple[nn.Module, Weights]:
     folder = dit.transformer_folder(source)
     if not in_memory:
         check_places(folder, Path(source))
-        weights = dit.find_weights(folder)[0]
-        dit.check_layers(folder, weights, Path(source))
-        found = open_network(kind, weights, read_json(folder / "config.json", Path(source)))
+        weights, settings = dit.find_weights(folder)[0], read_json(folder / "config.json", Path(source))
+        with bounded(folder, Path(source)):
+            found = open_network(kind, weights, settings)
         if found is not None:
             return found
     return _from_pretrained(kind, folder, Path(source)), IN_MEMORY
@@ -132,14 +133,12 @@ def _from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
     check_places(folder, root)
     if (folder / INDEX).is_file():
         _check_index(folder / INDEX)
-    transformer = dit.transformer_folder(str(root))
-    weights, variant = dit.find_weights(transformer)
-    dit.check_layers(transformer, weights, root)
-    if (root / "vae" / "config.json").is_file() and folder == root:
-        dit.check_layers(root / "vae", dit.find_weights(root / "vae")[0], root)
+    _, variant = dit.find_weights(dit.transformer_folder(str(root)))
     try:
-        with _without_bars():
+        with _without_bars(), bounded(folder, root):
             made = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
+    except TqditError:
+        raise
     except Exception as error:  # its parts are of several libraries, which raise errors of all kinds
         raise CheckpointError(
             f"{folder}: diffusers cannot load it ({first_line(error)}). Get the directory again."

@@ -13,6 +13,7 @@ from tqdit.plugins.multi_region_softmax.schema import PROBABILITIES
 
 OP_TYPE = "MultiRegionAttention"
 
+INPUTS = "<bits, high_step, scale> (q, k, v, mask, low_step) => (attended)"
 MASKED_SCORES = """
     q_float = Cast <to: int = 1> (q)
     k_float = Cast <to: int = 1> (k)
@@ -27,7 +28,7 @@ MASKED_SCORES = """
 """
 BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (attended)
+MultiRegionAttention {INPUTS}
 {{
 {MASKED_SCORES}
 {PROBABILITIES}

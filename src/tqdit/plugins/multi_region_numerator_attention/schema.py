@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx
 
 from tqdit.plugins.function import parse_body
-from tqdit.plugins.multi_region_attention.schema import MASKED_SCORES
+from tqdit.plugins.multi_region_attention.schema import INPUTS, MASKED_SCORES
 from tqdit.plugins.multi_region_numerator.schema import NUMERATORS
 
 OP_TYPE = "MultiRegionNumeratorAttention"
 
 BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionNumeratorAttention <bits, high_step, scale> (q, k, v, mask, low_step) => (attended)
+MultiRegionNumeratorAttention {INPUTS}
 {{
 {MASKED_SCORES}
 {NUMERATORS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +20,23 @@ def load_library() -> ModuleType:
     return need("openvino", "openvino", "this backend")
 
 
+def core_of(ov: ModuleType) -> Any:
+    """The one `ov.Core` of the process, which stays.
+
+    Its CPU plugin gives the thread that loads it a larger stack for signals (AMX needs one). When the last Core goes,
+    the plugin frees that stack, in whichever thread that happens, and the next signal of the first thread crashes it.
+    """
+    return _core(ov, os.getpid())
+
+
+@cache
+def _core(ov: ModuleType, process: int) -> Any:
+    return ov.Core()
+
+
 def has_bfloat16(ov: ModuleType) -> bool:
     """Whether this CPU has instructions for bfloat16 (AVX-512 BF16 or AMX)."""
-    return "BF16" in ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core_of(ov).get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
 def settings(float_type: str, threads: int | None) -> dict[str, Any]:
@@ -47,7 +63,7 @@ def compile_file(ov: ModuleType, file: Path, float_type: str, threads: int | Non
 
     Raises BackendError if the file or the device does not allow it.
     """
-    core = ov.Core()
+    core = core_of(ov)
     try:
         return core.compile_model(core.read_model(file), DEVICE, settings(float_type, threads))
     except RuntimeError as error:  # what OpenVINO raises whatever went wrong

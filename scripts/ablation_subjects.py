@@ -1,0 +1,126 @@
+"""The two demo models as the ablation sees them: what calibrates them, what is sampled, and who judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.rows import CalibrationRows, Trajectory, pick, recorded_rows
+from tqdit.demo import captions
+from tqdit.demo.glyphs import draw
+from tqdit.demo.text_judge import CHOICES, load_text_judge, truth
+from tqdit.demo.weights import shipped_pipeline
+from tqdit.engines.run.requests import Prompts, PromptSource
+from tqdit.engines.run.shards import SamplingJob
+from tqdit.evaluate.extractors import Extractor, Features, JudgeExtractor, batches, weights_digest
+from tqdit.evaluate.samples import Images
+from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED
+from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
+from tqdit.models.model_card import read_pipeline_card
+from tqdit.models.recorder import Recorder
+from tqdit.models.recording import Recording
+
+STEPS = {"demo": 50, "text": 28}
+CAPTIONS_SEED = 23  # of the captions that are sampled, as in scripts/side_by_side.py
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A float model with all that its rows are measured by."""
+
+    model: LoadedModel
+    job: SamplingJob  # without its seed
+    prompts: Prompts | None  # of the job
+    labels: NDArray[np.int64]  # (N,), what the judge should recognise in each image
+    calls: Recording | None  # what calibration takes its rows from; None: the model's own chains
+    held_out: Callable[[QuantizationConfig], CalibrationRows]  # rows of chains that no calibration saw
+    extractor: Extractor
+    data: Images  # of the data set that the model was trained on
+
+
+class TextJudgeExtractor:
+    """The text demo's judge: 128 features, and the probabilities of the letters."""
+
+    name = "text judge"
+    size, classes, is_judge = 128, len(CHOICES["letter"]), True
+
+    def __init__(self) -> None:
+        self._judge = load_text_judge()
+        self.digest = weights_digest(self._judge.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        parts = []
+        for x in batches(images):
+            features = torch.relu(self._judge.features(self._judge.stages(x.float() / 127.5 - 1).flatten(1)))
+            probabilities = self._judge.heads["letter"](features).softmax(1)
+            parts.append(Features(features.numpy(), None, probabilities.numpy()))
+        return Features.join(parts)
+
+
+def class_demo(steps: int, images: int, batch: int) -> Subject:
+    model = load_model("demo")
+    label = model.signature.label
+    assert label is not None
+    job = SamplingJob(
+        engine=model.fingerprint, steps=steps, sampler=model.sampling.sampler, classes=tuple(range(label.choices or 0)),
+        guidance_scale=None, seed=0, count=images, shard_size=batch,
+    )  # fmt: skip
+    labels = np.resize(np.array(job.classes), images)
+    source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
+
+    def held_out(config: QuantizationConfig) -> CalibrationRows:
+        trajectory = Trajectory(model, config, pick(model, config))
+        trajectory.run()
+        return trajectory.rows()
+
+    data = Images(*draw(DATA_COUNT, DATA_SEED), source)
+    return Subject(model, job, None, labels, None, held_out, JudgeExtractor(), data)
+
+
+def text_demo(steps: int, images: int, batch: int) -> Subject:
+    """Calibrated with the prompts of its card; judged on captions of combinations that were never trained on."""
+    folder = shipped_pipeline()
+    card = read_pipeline_card(folder)
+    calls = _record(folder, card.prompts, steps)
+    rng = np.random.default_rng(CAPTIONS_SEED)
+    scenes = captions.draw_scenes(images, rng, held_out=True)
+    texts = [captions.caption(scene, int(rng.integers(captions.PHRASINGS))) for scene in scenes]
+    model = load_model("text", interface=calls.interface)
+    asked = _record(folder, texts, 2)  # for the embeddings alone
+    few = _record(folder, texts[:8], steps, first_seed=10_000)
+    prompts = Prompts(PromptSource(images, tuple(texts)), asked.requests)
+    job = SamplingJob(
+        engine=model.fingerprint, steps=steps, sampler=model.sampling.sampler, classes=(), guidance_scale=None, seed=0,
+        count=images, shard_size=batch, prompts=prompts.source,
+    )  # fmt: skip
+    rng = np.random.default_rng(DATA_SEED)
+    drawn = captions.draw_scenes(DATA_COUNT, rng)
+    pixels = captions.colour(captions.draw_masks(drawn, rng), drawn, rng)
+    data = Images(pixels, truth(drawn)["letter"], f"{DATA_COUNT} drawings, seed {DATA_SEED}")
+    return Subject(
+        model, job, prompts, truth(scenes)["letter"], calls, lambda config: recorded_rows(model, config, few),
+        TextJudgeExtractor(), data,
+    )  # fmt: skip
+
+
+def _record(folder: Path, texts: tuple[str, ...] | list[str], steps: int, first_seed: int = 0) -> Recording:
+    """Calls of the text demo's pipeline, one chain for each text."""
+    pipeline = open_pipeline(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    call = {**read_pipeline_card(folder).call, "num_inference_steps": steps}
+    with Recorder(pipeline) as calls:
+        for number, text in enumerate(texts):
+            pipeline(text, **call, generator=torch.Generator().manual_seed(first_seed + number), output_type="latent")
+    return calls.recording()
+
+
+SUBJECTS = {"demo": class_demo, "text": text_demo}

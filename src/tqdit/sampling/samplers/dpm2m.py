@@ -1,0 +1,17 @@
+"""DPM-Solver++ of second order with two steps (arXiv 2211.01095, algorithm 2); its last step is of first order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tqdit.sampling.process import Diffusion, Flow
+from tqdit.sampling.schedule import Schedule
+from tqdit.sampling.solver import from_data, path_of
+
+NAME = "dpm++2m"
+PROCESS = Diffusion | Flow
+
+
+def schedule(process: Diffusion | Flow, steps: int) -> Schedule:
+    path = path_of(process, steps)
+    return from_data(path, path.gain[:, None] * np.stack([1 + path.slope, -path.slope], axis=1))

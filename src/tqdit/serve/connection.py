@@ -1,0 +1,109 @@
+"""Connections of clients that are slow, or say what is no HTTP: each is answered or closed within a time."""
+
+from __future__ import annotations
+
+from asyncio import TimerHandle, Transport
+from typing import Any, ClassVar
+
+import h11
+import msgspec
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tqdit.serve.refusals import Refusal
+from tqdit.serve.settings import Settings
+from tqdit.serve.shapes import ErrorAnswer
+
+LEAST_BYTES = 20_000  # that a client takes of an answer that waits for it, in each `client_s`
+
+
+class Connection(H11Protocol):
+    """One client. It must send its whole request within a time, and take its answer at a least speed."""
+
+    settings: ClassVar[Settings]
+    reading: TimerHandle | None = None  # until the request is there
+    writing: TimerHandle | None = None  # while its buffer is full
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+        if len(self.connections) > self.settings.connections:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+            self._stop("reading")
+
+    def on_response_complete(self) -> None:
+        self._expect_request()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop("writing")
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop("reading")
+        self._stop("writing")
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP, in the shape of every other error."""
+        self._refuse(Refusal(400, "invalid_value", msg))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer without the application, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no answer has begun
+            body = msgspec.json.encode(ErrorAnswer(refusal.body))
+            length = b"%d" % len(body)
+            headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=refusal.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+            ):  # fmt: skip
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _expect_request(self) -> None:
+        self._stop("reading")
+        self.reading = self.loop.call_later(self.settings.client_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        """The request is not there in time: answer what has begun, and close what has not."""
+        works = self.cycle is not None and not self.cycle.response_complete
+        if self.transport.is_closing() or not (works or self.conn.trailing_data[0]):
+            self.transport.abort()
+            return
+        if works:  # the application waits for the rest of a body; it is told that the client has left
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        seconds = f"{self.settings.client_s:g}"
+        self._refuse(Refusal(408, "too_slow", f"the request was not complete after {seconds} s."))
+        self.reading = self.loop.call_later(self.settings.client_s, self.transport.abort)  # if it is not taken
+
+    def _expect_reader(self, left: int) -> None:
+        """Look again later whether the client has taken something of the `left` bytes."""
+
+        def look() -> None:
+            now = self.transport.get_write_buffer_size()
+            if left - now < LEAST_BYTES:
+                self.transport.abort()
+            else:
+                self._expect_reader(now)
+
+        self._stop("writing")
+        self.writing = self.loop.call_later(self.settings.client_s, look)
+
+    def _stop(self, name: str) -> None:
+        timer: TimerHandle | None = getattr(self, name)
+        if timer is not None:
+            timer.cancel()
+            setattr(self, name, None)
+
+
+def connection_type(settings: Settings) -> type[Any]:
+    """A class of connections with these settings, for uvicorn's `http`."""
+    return type("Connection", (Connection,), {"settings": settings})

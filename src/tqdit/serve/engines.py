@@ -1,0 +1,226 @@
+"""An engine behind the server: what may be asked of it, and its queue."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import math
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.engines.bundle import Manifest, read_manifest
+from tqdit.engines.run.backend import check_graph
+from tqdit.engines.run.sampler import image_size, makes_images, no_images
+from tqdit.engines.run.step_batcher import ProgressCallback, StepBatcher
+from tqdit.errors import QueueFullError, UsageError
+from tqdit.sampling.guidance import check_scale
+from tqdit.sampling.noise import check_key
+from tqdit.sampling.schedule import samplers_of
+from tqdit.serve.refusals import Refusal
+from tqdit.serve.settings import Settings
+from tqdit.serve.shapes import ImageRequest, ModelEntry, size_of
+
+Kind = Literal["class", "text", "unconditional"]
+MOST_ENCODERS = 2  # prompts that are encoded at the same time
+RECENT = 64  # finished images by which a full queue's Retry-After is estimated
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A request, checked, with every default filled in. content: as `StepBatcher.submit` takes it."""
+
+    engine: ServedEngine
+    content: Any
+    count: int
+    seed: int
+    guidance_scale: float | None
+    steps: int
+    sampler: str
+    previews: int
+    as_url: bool
+
+
+def kind_of_engine(path: Path, manifest: Manifest) -> Kind:
+    """What its requests name. Raises UsageError for an engine that no request could speak of."""
+    card = manifest.card
+    check_graph(card, f"{path}:")
+    _ = card.sampling.schedule  # raises if no chain is known
+    if not makes_images(manifest):
+        raise UsageError(f"{path}: {no_images(card)}")
+    if card.signature.label is not None:
+        return "class"
+    if not card.signature.requests:
+        return "unconditional"
+    if card.text is None:
+        raise UsageError(
+            f"{path}: takes {', '.join(card.signature.request_values)} and has no text encoders. Export again with "
+            "--text."
+        )
+    return "text"
+
+
+@dataclass(eq=False)
+class ServedEngine:
+    """One engine by name. `batcher` runs it."""
+
+    name: str
+    batcher: StepBatcher
+    kind: Kind
+    manifest: Manifest
+    created: int = field(default_factory=lambda: int(time.time()))
+    _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # time.monotonic() of finished images
+
+    @classmethod
+    def open(cls, name: str, path: Path, settings: Settings) -> ServedEngine:
+        """Raises TqditError for a bundle that cannot be opened, or not be served."""
+        manifest = read_manifest(path)
+        kind = kind_of_engine(path, manifest)
+        batcher = StepBatcher(path, batch=settings.batch, queue=settings.queue, threads=settings.threads)
+        try:
+            if kind == "text":
+                batcher.sampler.encode([""])  # opens the encoders
+        except BaseException:
+            batcher.close(drain=False)
+            raise
+        return cls(name, batcher, kind, manifest)
+
+    def __post_init__(self) -> None:
+        height, width = image_size(self.batcher.card) or (0, 0)
+        self.size = size_of(height, width)
+        self._classes = _class_numbers(self.batcher.card.class_names)
+        self._encoding = asyncio.Semaphore(MOST_ENCODERS)
+
+    def describe(self, settings: Settings) -> ModelEntry:
+        card, label = self.batcher.card, self.batcher.card.signature.label
+        return ModelEntry(
+            id=self.name, created=self.created, kind=self.kind, classes=label.choices if label else None,
+            class_names=list(card.class_names), size=self.size, steps=card.sampling.steps,
+            sampler=card.sampling.sampler, samplers=list(samplers_of(card.sampling.process)),
+            guidance_scale=card.guidance.scale if card.guidance else None, precision=self.manifest.precision,
+            backend=self.manifest.backend, batch=self.batcher.batch, most_images=settings.most_images,
+            most_previews=settings.most_previews, decodes=self.manifest.decoder is not None,
+        )  # fmt: skip
+
+    async def order(self, asked: ImageRequest, settings: Settings) -> Order:
+        """Check a request. Raises Refusal, or UsageError for values that the engine does not take."""
+        card, count = self.batcher.card, asked.n or 1
+        samplers = samplers_of(card.sampling.process)
+        if asked.sampler is not None and asked.sampler not in samplers:
+            raise _bad("sampler", f"sampler is '{asked.sampler:.60}'; this model has {', '.join(samplers)}.")
+        if asked.size not in (None, "auto", self.size):
+            raise _bad("size", f"size is '{asked.size}'; this model makes images of {self.size}.")
+        if asked.previews is not None and asked.partial_images is not None:
+            raise _bad("previews", "previews and partial_images mean the same. Pass one.")
+        previews = asked.previews or asked.partial_images or 0
+        if previews > settings.most_previews:
+            raise _bad("previews", f"previews are {previews}; expected 0 to {settings.most_previews}.")
+        scale = check_scale(card.guidance, asked.guidance_scale)
+        spec = card.sampling.choose(asked.steps, asked.sampler)
+        _ = spec.schedule  # raises for numbers that the sampler does not take
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        check_key(seed, 0)
+        return Order(
+            self, await self._content(asked), count, seed, None if card.guidance is None else scale, spec.steps,
+            spec.sampler, previews, asked.response_format == "url",
+        )  # fmt: skip
+
+    async def _content(self, asked: ImageRequest) -> Any:
+        """What the engine takes of a prompt or a class."""
+        if asked.prompt is not None and asked.label is not None:
+            raise _bad("prompt", "prompt and class each say what to draw. Pass one.")
+        if self.kind == "unconditional":
+            if asked.prompt or asked.label is not None:
+                raise Refusal(
+                    400, "invalid_value", "this model is unconditional. Leave prompt and class out.", "prompt"
+                )
+            return None
+        if self.kind == "class":
+            return self._class(asked)
+        if asked.label is not None:
+            raise _bad("class", "this model takes a text. Pass prompt in place of class.")
+        if asked.prompt is None or not asked.prompt.strip():
+            raise _bad("prompt", "prompt is missing. Say what to draw.")
+        async with self._encoding:
+            values = await asyncio.to_thread(self.batcher.sampler.encode, [asked.prompt])
+        return {name: rows[0] for name, rows in values.items()}
+
+    def _class(self, asked: ImageRequest) -> int:
+        named, param = (asked.prompt, "prompt") if asked.label is None else (asked.label, "class")
+        label = self.batcher.card.signature.label
+        most = (label.choices if label else 0) or 0
+        if named is None or named == "":
+            raise Refusal(
+                400, "invalid_value", f"prompt is missing. Name a class, or its number 0 to {most - 1}.", "prompt"
+            )
+        number = named if isinstance(named, int) else self._classes.get(_folded(named))
+        if number is None and re.fullmatch(r"\s*[0-9]{1,9}\s*", str(named), re.ASCII):
+            number = int(named)
+        if number is None or not 0 <= number < most:
+            near = difflib.get_close_matches(_folded(str(named))[:80], self._classes, 3, 0.5)
+            hint = f" Similar: {', '.join(near)}." if near and not isinstance(named, int) else ""
+            known = "the name of a class, or " if self._classes else ""
+            raise _bad(param, f"{param} is {named!r:.60}; expected {known}a number from 0 to {most - 1}.{hint}")
+        return number
+
+    def submit(
+        self, order: Order, index: int, deadline_s: float, on_progress: ProgressCallback
+    ) -> Future[NDArray[np.uint8]]:
+        """Queue image `index` of an order. Raises Refusal with a time to come back if the queue is full."""
+        every = math.ceil(order.steps / (order.previews + 1)) if order.previews else 0
+        try:
+            return self.batcher.submit(
+                order.content, guidance_scale=order.guidance_scale, seed=order.seed, image_index=index,
+                steps=order.steps, sampler=order.sampler, deadline=deadline_s, on_progress=on_progress,
+                preview_every=every,
+            )  # fmt: skip
+        except QueueFullError as error:
+            raise self.full(order.count) from error
+
+    def check_room(self, count: int, most: int) -> None:
+        """Raises Refusal for more images than a request may ask for, or if they find no place in the queue."""
+        stats, places = self.batcher.stats(), self.batcher.batch + self.batcher.queue
+        if count > min(most, places):
+            raise _bad("n", f"n is {count}; expected 1 to {min(most, places)}.")
+        if stats.waiting + stats.running + count > places:
+            raise self.full(count)
+
+    def full(self, count: int) -> Refusal:
+        """429, with the seconds in which so many places should become free."""
+        seconds = 1.0
+        if len(self._ends) > 1:
+            seconds = count * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        after = min(max(math.ceil(seconds), 1), 60)
+        message = f"the queue of '{self.name}' is full. Ask again in {after} s."
+        return Refusal(429, "queue_full", message, headers={"Retry-After": str(after)})
+
+    def finished(self) -> None:
+        """Note that an image is done."""
+        self._ends.append(time.monotonic())
+
+
+def _bad(param: str, message: str) -> Refusal:
+    return Refusal(400, "invalid_value", message, param)
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+def _class_numbers(names: tuple[str, ...]) -> Mapping[str, int]:
+    """Class by name; a name 'tench, Tinca tinca' is known by each of its parts that no other class has."""
+    whole = {_folded(name): number for number, name in enumerate(names)}
+    parts: dict[str, set[int]] = {}
+    for number, name in enumerate(names):
+        for part in name.split(","):
+            parts.setdefault(_folded(part), set()).add(number)
+    return {part: min(numbers) for part, numbers in parts.items() if len(numbers) == 1 and part} | whole

@@ -1,0 +1,104 @@
+"""Server-sent events of a job: progress, previews, images, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.engines.run.sampler import Sampler
+from tqdit.serve.jobs import ImageJob, encode, image_data, job_answer, to_png
+from tqdit.serve.shapes import CompletedImage, ErrorAnswer, JobEvent, PartialImage
+
+KEEP_ALIVE_S = 15.0  # a comment after so long, or proxies close the connection
+PAUSE_S = 0.04  # between two looks at a job
+
+Event = PartialImage | CompletedImage | JobEvent | ErrorAnswer
+
+
+async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncGenerator[Event | None, None]:
+    """What happens from now on, and what is there already; None: nothing did for a time.
+
+    with_states: with the job's own state after each change, and its end as the last event. Without it, only its images
+    and an error. A preview that comes before the last one was sent takes its place.
+    """
+    images, previews = set[int](), dict[int, tuple[int, int]]()  # image -> number and step of its last preview
+    told: JobEvent | None = None
+    with job.listening() as changed:
+        while True:
+            try:
+                await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
+            except TimeoutError:
+                yield None
+                continue
+            changed.clear()
+            ended = job.task.done()
+            for index, row in enumerate(job.rows):
+                if row.png is not None and index not in images:
+                    images.add(index)
+                    yield _completed(job, index, base_url)
+                elif row.preview is not None and previews.get(index, (0, 0))[1] < row.preview[0]:
+                    preview = await _preview(job, index, previews)
+                    if preview is not None:
+                        yield preview
+            if with_states and not ended:
+                state = _state(job, base_url)
+                if state != told:
+                    told = state
+                    yield state
+            if ended:
+                if with_states:
+                    yield _state(job, base_url)
+                elif job.refusal is not None:
+                    yield ErrorAnswer(job.refusal.body)
+                return
+            await asyncio.sleep(PAUSE_S)
+
+
+def as_text(event: Event | None) -> bytes:
+    """The event on the wire."""
+    if event is None:
+        return b": waiting\n\n"
+    name = "error" if isinstance(event, ErrorAnswer) else event.type if isinstance(event, JobEvent) else _tag(event)
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), msgspec.json.encode(event))
+
+
+def _tag(event: PartialImage | CompletedImage) -> str:
+    return str(event.__struct_config__.tag)
+
+
+def _state(job: ImageJob, base_url: str) -> JobEvent:
+    return JobEvent(type=f"job.{job.status}", job=job_answer(job, base_url, with_images=False))
+
+
+async def _preview(job: ImageJob, index: int, previews: dict[int, tuple[int, int]]) -> PartialImage | None:
+    """The newest state of an image as a picture; None if it was finished in the meantime."""
+    row, order = job.rows[index], job.order
+    if row.preview is None:
+        return None
+    step, state = row.preview
+    number = previews[index][0] + 1 if index in previews else 0
+    previews[index] = number, step
+    png = await asyncio.to_thread(_picture, order.engine.batcher.sampler, state)
+    return PartialImage(
+        b64_json=encode(png), partial_image_index=number, image_index=index, step=step, steps=order.steps,
+        created_at=int(job.created), size=order.engine.size,
+    )  # fmt: skip
+
+
+def _picture(sampler: Sampler, state: NDArray[np.float32]) -> bytes:
+    """A state as a PNG; of a video its middle frame."""
+    picture = sampler.to_images(state[None])[0]
+    return to_png(picture if picture.ndim == 3 else picture[len(picture) // 2])
+
+
+def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:
+    order, data = job.order, image_data(job, index, base_url)
+    return CompletedImage(
+        image_index=index, steps=order.steps, created_at=int(job.created), model=order.engine.name, seed=order.seed,
+        sampler=order.sampler, guidance_scale=order.guidance_scale, size=order.engine.size, b64_json=data.b64_json,
+        url=data.url,
+    )  # fmt: skip

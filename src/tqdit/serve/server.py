@@ -1,0 +1,35 @@
+"""uvicorn with our connections, and an end that finishes the images that are being made."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+
+from tqdit.serve.connection import connection_type
+from tqdit.serve.service import Service
+
+GRACE_S = 5.0  # for answers to be written, after the last image
+
+
+class Server(uvicorn.Server):
+    """One process. SIGTERM and Ctrl-C end it after at most `shutdown_s` and a few seconds."""
+
+    def __init__(self, app: Starlette, host: str, port: int) -> None:
+        self.service: Service = app.state.service
+        settings = self.service.settings
+        super().__init__(
+            uvicorn.Config(
+                app, host=host, port=port, http=connection_type(settings), ws="none", log_config=None,
+                log_level="error", access_log=False, server_header=False,
+                timeout_graceful_shutdown=int(settings.shutdown_s + GRACE_S),
+            )
+        )  # fmt: skip
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests, finish the others, then close."""
+        draining = asyncio.create_task(self.service.drain(self.service.settings.shutdown_s))
+        await super().shutdown(sockets)
+        await draining

@@ -1,0 +1,103 @@
+"""A running service: its engines, jobs and numbers, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdit.errors import UsageError
+from tqdit.serve.engines import Order, ServedEngine
+from tqdit.serve.jobs import ImageJob, KeptJobs
+from tqdit.serve.metrics import ServerMetrics
+from tqdit.serve.refusals import Refusal
+from tqdit.serve.settings import Settings
+from tqdit.serve.shapes import Health, ImageRequest
+
+
+class Service:
+    """Engines by name, in one process. `drain` and `close` end it."""
+
+    def __init__(self, engines: Mapping[str, ServedEngine], settings: Settings) -> None:
+        self.engines, self.settings = dict(engines), settings
+        self.jobs, self.metrics = KeptJobs(settings), ServerMetrics(self.engines.values())
+        self.is_draining = False
+        self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
+
+    @classmethod
+    def open(cls, paths: Mapping[str, str | Path], settings: Settings) -> Service:
+        """Open every engine, or none. Raises TqditError naming the first that cannot be served."""
+        if not paths:
+            raise UsageError("no engine is named. Pass at least one folder that tqdit-build wrote.")
+        for name in paths:
+            if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
+                raise UsageError(f"'{name}' is no name for an engine; expected letters, digits, '.', '-' and '_'.")
+        with ExitStack() as stack:
+            engines = {}
+            for name, path in paths.items():
+                engines[name] = ServedEngine.open(name, Path(path), settings)
+                stack.callback(engines[name].batcher.close, drain=False)
+            service = cls(engines, settings)
+            stack.pop_all()
+        return service
+
+    def check_key(self, authorization: str | None) -> None:
+        """Raises Refusal unless a request shows the API key; compares in constant time."""
+        if self._key is None:
+            return
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip().encode()), self._key):
+            message = "no or a wrong API key. Send the header 'Authorization: Bearer KEY'."
+            raise Refusal(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
+
+    def engine(self, name: str | None) -> ServedEngine:
+        """The engine of this name, or the first. Raises Refusal if there is none."""
+        if name is None:
+            return next(iter(self.engines.values()))
+        if name not in self.engines:
+            raise Refusal(404, "unknown_model", f"no model '{name:.60}'; known are {', '.join(self.engines)}.", "model")
+        return self.engines[name]
+
+    async def start(self, asked: ImageRequest) -> ImageJob:
+        """Check a request and queue its images. Raises Refusal or UsageError."""
+        engine = self.engine(asked.model)
+        self._check_open(engine)
+        engine.check_room(asked.n or 1, self.settings.most_images)  # before a prompt is encoded
+        order: Order = await engine.order(asked, self.settings)
+        self._check_open(engine)
+        return ImageJob(order, self.settings.deadline_s, self.metrics.ended)
+
+    def _check_open(self, engine: ServedEngine) -> None:
+        if self.is_draining or not engine.batcher.is_open:
+            raise Refusal(503, "shutting_down", "the server takes no more requests.", headers={"Connection": "close"})
+
+    def health(self) -> Health:
+        """Whether it takes requests."""
+        if self.is_draining:
+            return Health("shutting_down")
+        return Health("ok" if all(each.batcher.is_open for each in self.engines.values()) else "engine_stopped")
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, and finish within a time those that somebody waits for; fail the others."""
+        self.is_draining = True
+        for job in self.jobs:
+            if not job.is_watched:  # nobody could fetch its images
+                job.cancel()
+        closing = [asyncio.create_task(asyncio.to_thread(each.batcher.close)) for each in self.engines.values()]
+        await asyncio.wait(closing, timeout=seconds)
+        await self.close()
+        await asyncio.gather(*closing)
+
+    async def close(self) -> None:
+        """Fail what is not done, and close the engines; may be called twice."""
+        self.is_draining = True
+        await asyncio.gather(*(asyncio.to_thread(each.batcher.close, False) for each in self.engines.values()))
+
+
+def _digest(key: bytes) -> bytes:
+    """Of one length for keys of any."""
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,159 @@
+"""POST /v1/images/generations and the models: images, settings, refusals."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import numpy as np
+import pytest
+
+from serve.client import GENERATIONS, pixels
+from tqdit.engines.run.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def sampler(bundle):
+    with Sampler.open(bundle) as opened:
+        yield opened
+
+
+def images_of(answer):
+    assert answer.status == 200, answer.content
+    return np.stack([pixels(base64.b64decode(each["b64_json"])) for each in answer.json["data"]])
+
+
+def test_images_are_those_of_the_sampler_bit_for_bit(quick, sampler):
+    body = {"class": 3, "seed": 7, "guidance_scale": 2.0, "n": 3, "steps": 9, "sampler": "ddim"}
+    found = quick.ask(GENERATIONS, body)
+    expected = sampler.sample([3, 3, 3], 2.0, seed=7, steps=9, sampler="ddim")
+    np.testing.assert_array_equal(images_of(found), expected)
+    settings = {"model": "tiny", "size": "8x8", "seed": 7, "guidance_scale": 2.0, "steps": 9, "sampler": "ddim"}
+    assert found.json.items() >= settings.items()
+
+
+def test_the_model_s_own_settings_are_the_defaults_and_are_told(quick, sampler):
+    found = quick.ask(GENERATIONS, {"prompt": "2"})
+    told, card = found.json, sampler.card
+    assert (told["steps"], told["sampler"]) == (card.sampling.steps, card.sampling.sampler)
+    assert told["guidance_scale"] == card.guidance.scale
+    np.testing.assert_array_equal(images_of(found), sampler.sample([2], seed=told["seed"]))
+
+
+def test_without_a_seed_two_requests_make_two_images(quick):
+    seeds = {quick.ask(GENERATIONS, {"prompt": "2", "steps": 2}).json["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_null_is_a_field_that_is_left_out(quick, sampler):
+    fields = (
+        "prompt",
+        "model",
+        "n",
+        "size",
+        "response_format",
+        "guidance_scale",
+        "steps",
+        "sampler",
+        "previews",
+        "stream",
+    )
+    found = quick.ask(GENERATIONS, {"class": 1, "seed": 1, **dict.fromkeys(fields)})
+    np.testing.assert_array_equal(images_of(found), sampler.sample([1], seed=1))
+
+
+def test_an_image_by_url_is_there_without_a_key_and_its_address_cannot_be_guessed(quick, sampler):
+    body = {"class": 1, "seed": 5, "response_format": "url", "n": 2}
+    first, second = (quick.ask(GENERATIONS, body).json["data"] for _ in range(2))
+    addresses = [each["url"] for each in (*first, *second)]
+    assert len(set(addresses)) == 4
+    path = addresses[1].removeprefix(quick.url)
+    assert path.startswith("/v1/images/")
+    np.testing.assert_array_equal(pixels(quick.ask(path).content), sampler.sample([1, 1], seed=5)[1])
+    for wrong in (path[:-5] + "7.png", path[:-5] + "9" * 5000 + ".png", path[:-1], "/v1/images/x/0.png"):
+        assert quick.ask(wrong).error["code"] == "not_found"
+
+
+def test_the_models_say_what_can_be_asked(quick, sampler):
+    (entry,) = quick.ask("/v1/models").json["data"]
+    card = sampler.card
+    assert quick.ask("/v1/models/tiny").json == entry
+    assert entry.items() >= {
+        "id": "tiny", "object": "model", "kind": "class", "classes": 5, "size": "8x8", "steps": 20,
+        "guidance_scale": card.guidance.scale, "batch": 16, "backend": "onnxruntime",
+    }.items()  # fmt: skip
+    assert {"ddpm", "ddim"} <= set(entry["samplers"])
+    assert quick.ask("/v1/models/other").error["code"] == "unknown_model"
+
+
+NO_JSON = [
+    b"", b"{", b"\xff", b"[" * 16_000, [], 3, b'"\\ud800"', b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a\x00"}', b'{"class": 0, "guidance_scale": NaN}',
+]  # fmt: skip
+BAD = {
+    "prompt": [{"prompt": each} for each in ("", "dog", "99", "-1", "٣٣", "9" * 5000, "x" * 9000, 3, ["3"])]
+    + [{}, {"prompt": "1", "class": 1}],
+    "class": [{"class": each} for each in (99, 5, -1, 10**30, "dog", True, 3.5, [3])] + [b'{"class":' + b"[" * 16_000],
+    "seed": [{"class": 0, "seed": each} for each in (-1, 10**30, "7", 0.5)],
+    "steps": [{"class": 0, "steps": each} for each in (0, "x", 10**9)],
+    "sampler": [{"class": 0, "sampler": each} for each in ("x", "", 3)],
+    "guidance_scale": [{"class": 0, "guidance_scale": each} for each in ("4", True, 1e9)]
+    + [b'{"class": 0, "guidance_scale": 1e999}'],
+    "n": [{"class": 0, "n": each} for each in (0, 17, 10**9, "2")],
+    "size": [{"class": 0, "size": "1024x1024"}],
+    "response_format": [{"class": 0, "response_format": "gif"}],
+    "previews": [{"class": 0, "previews": 51}, {"class": 0, "previews": 1, "partial_images": 1}],
+    "guidance": [{"class": 0, "guidance": 4}],
+    "quality": [{"class": 0, "quality": "hd"}],
+    "user": [{"class": 0, "user": 3}],
+}
+REFUSED = [(body, None) for body in NO_JSON] + [(body, param) for param, bodies in BAD.items() for body in bodies]
+
+
+@pytest.mark.parametrize(("body", "param"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("path", [GENERATIONS, "/v1/jobs"])
+def test_a_bad_request_is_told_the_field_at_fault(quick, path, body, param):
+    answer = quick.ask(path, body)
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    assert answer.error["param"] == param
+    assert answer.error["code"] in ("invalid_value", "invalid_json")
+
+
+def test_a_misspelt_field_is_named_and_a_right_request_shown(quick):
+    message = quick.ask(GENERATIONS, {"class": 0, "guidance": 4}).error["message"]
+    assert "`guidance`" in message
+    example = message[message.index("{") :].rstrip(".")
+    assert quick.ask(GENERATIONS, json.loads(example) | {"steps": 2}).status == 200
+
+
+def test_an_unknown_model_is_told_the_known_ones(quick):
+    answer = quick.ask(GENERATIONS, {"model": "dall-e-3", "prompt": "3"})
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "unknown_model", "model")
+    assert "tiny" in answer.error["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "x" * 5000])
+def test_what_a_foreign_web_page_may_send_unasked_is_refused(quick, kind):
+    answer = quick.ask(GENERATIONS, {"class": 0}, Content_Type=kind)
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
+    assert "access-control-allow-origin" not in quick.ask("/v1/models", Origin="http://evil.example").headers
+
+
+PATHS = ("/v1", "/v1/", "/v1/models/", "//v1/models", "/v1/images/../models", "/..%2f..%2fetc/passwd", "/%00", "/%ff",
+         "/v1/jobs/%2e%2e", "/v1/images/a/b/c", "/" + "a" * 9000, "/static/page.html", "/page.html")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path[:30])
+def test_a_path_that_is_not_there_is_not_found(quick, path):
+    answer = quick.ask(path)
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", GENERATIONS), ("PUT", "/v1/models"), ("DELETE", "/"), ("POST", "/v1/jobs/x"), ("TRACE", "/")],
+)
+def test_a_method_that_is_not_there_is_refused(quick, method, path):
+    answer = quick.ask(path, method=method)
+    assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"]
