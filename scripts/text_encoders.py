@@ -83,8 +83,8 @@ def pipeline_of(name: str, layers: int) -> tuple[Any, dict[str, Any]]:
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    from zoo import texts
-    from zoo.pipelines import randomized
+    from zoo import texts  # type: ignore[import-not-found]
+    from zoo.pipelines import randomized  # type: ignore[import-not-found]
 
     if name == "t5-xxl":
         pipeline, arguments = texts.pixart_with_t5()
@@ -93,7 +93,7 @@ def pipeline_of(name: str, layers: int) -> tuple[Any, dict[str, Any]]:
             feed_forward_proj="gated-gelu",
         )  # fmt: skip
         settings = {**pipeline.transformer.config, "caption_channels": 4096}
-        parts: dict[str, Any] = {"text_encoder": T5EncoderModel(config).eval()}
+        encoder: Any = T5EncoderModel(config)
     else:
         pipeline, arguments = texts.flux_with_clip()
         clip = CLIPTextConfig(
@@ -101,9 +101,9 @@ def pipeline_of(name: str, layers: int) -> tuple[Any, dict[str, Any]]:
             max_position_embeddings=77, eos_token_id=1, bos_token_id=3, pad_token_id=0,
         )  # fmt: skip
         settings = {**pipeline.transformer.config, "pooled_projection_dim": 768}
-        parts = {"text_encoder": CLIPTextModel(clip).eval()}
+        encoder = CLIPTextModel(clip)
     kind: Any = getattr(diffusers, type(pipeline.transformer).__name__)
-    pipeline.register_modules(transformer=randomized(kind.from_config(settings)), **parts)
+    pipeline.register_modules(transformer=randomized(kind.from_config(settings)), text_encoder=encoder.eval())
     return pipeline, arguments
 
 
