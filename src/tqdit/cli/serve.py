@@ -79,9 +79,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         most_images=args.most_images, most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
         cors_origins=tuple(args.cors_origin), api_key=os.environ.get(KEY),
     )  # fmt: skip
-    engines = _by_name(args.engines)
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
         raise UsageError("--replicas and --max-replicas belong to --ray.")
+    engines = _by_name(args.engines)
     if args.ray is None:
         _serve_here(engines, settings, args.host, args.port, console)
     else:

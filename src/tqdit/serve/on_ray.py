@@ -44,12 +44,12 @@ class Replicas:
 
 
 class RayServer:
-    """The application of some bundles, deployed until `close`. A bundle has the same path on every machine."""
+    """The application of some bundles, from `deploy` to `close`. A bundle has the same path on every machine."""
 
     def __init__(
         self, engines: Mapping[str, Path], settings: Settings, replicas: Replicas, host: str, port: int
     ) -> None:
-        """Deploys and returns when a replica answers. Raises TqditError for what cannot be served or deployed."""
+        """Joins the cluster. Raises TqditError for what cannot be served, or if there is no cluster."""
         self._ray: Any = need("ray", "ray", "tqdit-serve --ray")
         try:
             from ray import serve
@@ -71,7 +71,7 @@ class RayServer:
         if replicas.most is not None and replicas.most > replicas.least:
             bounds = {"min_replicas": replicas.least, "max_replicas": replicas.most}
             options = {"autoscaling_config": bounds | {"target_ongoing_requests": at_once}}
-        deployment = self._serve.deployment(
+        self._deployment = self._serve.deployment(
             serve.ingress(build)(),
             name=NAME, max_ongoing_requests=at_once + settings.queue * len(paths),
             ray_actor_options={
@@ -80,14 +80,15 @@ class RayServer:
             },
             graceful_shutdown_timeout_s=settings.shutdown_s, **options,
         )  # fmt: skip
+        self._http = {"host": host, "port": port}
         connect(self._ray, replicas.address)
+
+    def deploy(self) -> None:
+        """Returns when the replicas answer. Raises BackendError if they do not."""
         try:
-            serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
-            serve.run(deployment.bind(), name=NAME, route_prefix="/")
-        except BaseException as error:
-            self.close()
-            if not isinstance(error, Exception):
-                raise
+            self._serve.start(http_options=self._http, proxy_location="EveryNode")
+            self._serve.run(self._deployment.bind(), name=NAME, route_prefix="/")
+        except Exception as error:  # of any kind
             raise BackendError(f"Ray Serve could not deploy the engines ({first_line(error)}).") from error
 
     def close(self) -> None:
@@ -107,6 +108,7 @@ def serve_on_ray(
         ended = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own handlers
             signal.signal(number, lambda *_: ended.set())
+        server.deploy()
         console.say(f"http://{host}:{port}, on every machine of the cluster that has a replica")
         ended.wait()
     finally:
