@@ -67,7 +67,9 @@ class Json {
         return sizes;
     }
 
-    [[noreturn]] void fail(const std::string& expected) const { throw Failure(place_ + ": expected " + expected + "."); }
+    [[noreturn]] void fail(const std::string& expected) const {
+        throw Failure(place_ + ": expected " + expected + ".");
+    }
 
   private:
     enum class Kind { null, boolean, number, text, array, object };

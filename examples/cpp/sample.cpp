@@ -1,5 +1,5 @@
-// Images of a class-conditional model from an engine bundle, without Python: docs/engine-bundle.md describes the bundle,
-// the noise file and the arithmetic, which is that of src/tqdit/sampling/chains.py operation by operation.
+// Images of a class-conditional model from an engine bundle, without Python: docs/engine-bundle.md describes the
+// bundle, the noise file and the arithmetic, which is that of src/tqdit/sampling/chains.py operation by operation.
 
 #include <algorithm>
 #include <cmath>
@@ -25,8 +25,15 @@ constexpr char usage[] =
 constexpr int manifest_version = 3, card_version = 3, noise_version = 1;
 constexpr size_t most_lag = 3;
 // Columns of a step's coefficients; most_lag + 1 weights of states and as many of predictions follow.
-enum Column : size_t { input_scale, noise_weight, low, spread, state_weights, output_weights = state_weights + most_lag + 1,
-                       columns = output_weights + most_lag + 1 };
+enum Column : size_t {
+    input_scale,
+    noise_weight,
+    low,
+    spread,
+    state_weights,
+    output_weights = state_weights + most_lag + 1,
+    columns = output_weights + most_lag + 1
+};
 
 struct Options {
     fs::path engine, noise, output, states;
@@ -132,15 +139,19 @@ fs::path part(const fs::path& folder, const Json& files, const std::string& name
 
 Bundle open_bundle(const fs::path& folder) {
     const fs::path file = folder / "manifest.json";
-    if (!fs::is_regular_file(file)) throw Failure(folder.string() + ": not an engine bundle (it has no manifest.json).");
-    const Json manifest = Json::parse(read_file(file), file.string()), &card = manifest["card"], &files = manifest["files"];
+    if (!fs::is_regular_file(file))
+        throw Failure(folder.string() + ": not an engine bundle (it has no manifest.json).");
+    const Json manifest = Json::parse(read_file(file), file.string());
+    const Json &card = manifest["card"], &files = manifest["files"];
     check_version(manifest, file.string(), manifest_version, "Build the engine again.");
     check_version(card, file.string() + ": the card", card_version, "Export the model again.");
     const std::string backend = manifest["backend"].text();
     if (backend != "openvino")
-        throw Failure(folder.string() + ": built for " + backend + ", this program runs openvino. Run tqdit-build --backend openvino.");
+        throw Failure(folder.string() + ": built for " + backend +
+                      ", this program runs openvino. Run tqdit-build --backend openvino.");
     if (card["graph"].text() != "denoiser") throw Failure(folder.string() + ": a step graph; expected a denoiser.");
-    if (!card["rows"].is_null()) throw Failure(folder.string() + ": takes a fixed number of rows; expected any number.");
+    if (!card["rows"].is_null())
+        throw Failure(folder.string() + ": takes a fixed number of rows; expected any number.");
 
     Bundle bundle;
     for (const auto& name : files.names()) part(folder, files, name);
@@ -167,7 +178,8 @@ Bundle open_bundle(const fs::path& folder) {
         throw Failure(folder.string() + ": expected a class-conditional model.");
     const bool grey_or_rgb = bundle.shape.size() == 3 && (bundle.shape[0] == 1 || bundle.shape[0] == 3);
     if (bundle.decoder.empty() && !(card["latents"].is_null() && grey_or_rgb))
-        throw Failure(folder.string() + ": its states are not pictures, and it has no decoder. Export it with --vae DIR.");
+        throw Failure(folder.string() +
+                      ": its states are not pictures, and it has no decoder. Export it with --vae DIR.");
     bundle.predicted_channels = card["signature"]["output"].shape().at(0);
     if (bundle.predicted_channels < bundle.channels()) throw Failure(folder.string() + ": predicts too few channels.");
     const Json& guidance = card["guidance"];
@@ -196,7 +208,8 @@ Chain read_chain(const fs::path& path, const Bundle& bundle) {
     chain.noise = file.read<float>("noise");
     chain.initial_scale = file.read<float>("initial_scale").at(0);
     auto shape = file.shape("noise");
-    if (shape.size() != bundle.shape.size() + 2 || !std::equal(bundle.shape.begin(), bundle.shape.end(), shape.begin() + 2))
+    if (shape.size() != bundle.shape.size() + 2 ||
+        !std::equal(bundle.shape.begin(), bundle.shape.end(), shape.begin() + 2))
         throw Failure(where + ": noise of another shape than the engine's states. Write it with this engine.");
     if (facts["fingerprint"].text() != bundle.fingerprint)
         throw Failure(where + ": written for another model. Write it with this engine.");
@@ -239,7 +252,8 @@ class Network {
     ov::Tensor run(const std::map<std::string, ov::Tensor>& inputs) {
         for (const auto& input : model_.inputs()) {
             const auto found = inputs.find(input.get_node()->get_friendly_name());
-            if (found == inputs.end()) throw Failure("the engine takes '" + input.get_node()->get_friendly_name() + "'.");
+            if (found == inputs.end())
+                throw Failure("the engine takes '" + input.get_node()->get_friendly_name() + "'.");
             request_.set_tensor(input, found->second);
         }
         request_.infer();
@@ -264,10 +278,11 @@ ov::Shape with_rows(size_t rows, const std::vector<size_t>& shape) {
 }
 
 // The ends of the chains of images first..first + count - 1, (count, ...): Chains.inputs and Chains.advance in turn.
-Floats run_chains(Network& network, const Bundle& bundle, const Chain& chain, const std::vector<size_t>& classes, float scale,
-                  size_t first, size_t count) {
+Floats run_chains(Network& network, const Bundle& bundle, const Chain& chain, const std::vector<size_t>& classes,
+                  float scale, size_t first, size_t count) {
     const size_t elements = bundle.elements(), area = bundle.area(), all = count * elements;
-    const size_t rows = count * bundle.rows_per_image(), row_size = bundle.predicted_channels * area;  // of a prediction
+    const size_t rows = count * bundle.rows_per_image();
+    const size_t row_size = bundle.predicted_channels * area;  // of a prediction
     const auto noise_of = [&](size_t draw) { return &chain.noise[(draw * chain.images + first) * elements]; };
 
     Floats x(noise_of(0), noise_of(0) + all), prediction(all), states(rows * elements);
@@ -379,7 +394,8 @@ void run(const Options& options) {
         for (size_t i = 0; i + (bundle.null_class ? 1 : 0) < bundle.classes; ++i) classes.push_back(i);
     for (size_t each : classes)
         if (each >= bundle.classes)
-            throw Failure("class " + std::to_string(each) + "; expected 0.." + std::to_string(bundle.classes - 1) + ".");
+            throw Failure("class " + std::to_string(each) + "; expected 0.." + std::to_string(bundle.classes - 1) +
+                          ".");
     if (options.guidance_scale && !bundle.guided) throw Failure("this model takes no guidance scale. Leave it out.");
     const float scale = options.guidance_scale.value_or(bundle.guidance_scale);
 
@@ -402,7 +418,8 @@ void run(const Options& options) {
         Network decoder(core, bundle.decoder, bundle, options.threads);
         for (size_t image = 0; image < chain.images; ++image) {
             float* latents = &states[image * bundle.elements()];
-            const ov::Tensor decoded = decoder.run({{"latents", {ov::element::f32, with_rows(1, bundle.shape), latents}}});
+            const ov::Tensor decoded =
+                decoder.run({{"latents", {ov::element::f32, with_rows(1, bundle.shape), latents}}});
             shape = decoded.get_shape();
             pixels += to_pixels(decoded.data<const float>(), shape);
         }
