@@ -97,6 +97,7 @@ CHECKS = {
         check("port", "--port 70000", "--port is 70000"),
         check("numbers", "--queue -1", "queue is -1"),
         check("origins", "--cors-origin example.org", "origin 'example.org'"),
+        check("replicas", "--replicas 2", "belong to --ray"),
         check("names of engines", "model.engine other/model.engine", "two engines are named 'model'"),
         check("address", "--port 0 --host 192.0.2.1", "192.0.2.1", 1),
         check("engine", "home --port 0", "not an engine bundle", 1),

@@ -120,17 +120,18 @@ def calibrate(
 def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    vae: str | Path | nn.Module | None = None, text: Any = None, rows: Calls | None = None, force: bool = False,
+    vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
+    rows: Calls | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
-    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its
-    directory or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there
-    is one. text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file. rows: as
-    in `calibrate`; recorded calls tell how a pipeline's network is called if there are no scales. force: replace the
-    file of another version of tqdit. The network is traced in this process, which PyTorch's exporter can end by a
-    signal if nobody has tried the class; tqdit-export traces such a class in a child process. Large weights of a
-    transformer's directory stay in their file and are read one at a time.
+    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its directory
+    or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one.
+    text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file; text_int8: with
+    int8 weights. rows: as in `calibrate`; they tell how a pipeline's network is called if there are no scales.
+    force: replace the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter
+    can end by a signal if nobody has tried the class; tqdit-export traces such a class in a child process. Large
+    weights of a transformer's directory stay in their file and are read one at a time.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.exporter.graph import ExportConfig, export_graph, interface_of
@@ -146,13 +147,13 @@ def export(
     config = ExportConfig(graph, steps, sampler, guided, attention)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
     interface = interface_of(table, rows)
-    loaded = _loaded(model, interface, in_memory=table is not None and table.is_equalised)
+    loaded = _loaded(model, interface)
     chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
         loaded = replace(loaded, latents=decoder.latents)
     pipeline = open_texts(str(text)) if isinstance(text, str | Path) else text
-    texts = None if pipeline is None else trace_text(pipeline, loaded, path.stem)
+    texts = None if pipeline is None else trace_text(pipeline, loaded, path.stem, text_int8)
     traced, card = export_graph(loaded, config, table)
     write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded), texts)
     return path
@@ -186,8 +187,8 @@ def _need_stage(extra: str, what: str) -> None:
         need(library, extra, what)
 
 
-def _loaded(model: Model, interface: Interface | None, in_memory: bool = True) -> LoadedModel:
+def _loaded(model: Model, interface: Interface | None) -> LoadedModel:
     from tqdit.models.load import load_model as load
     from tqdit.models.loaded import LoadedModel
 
-    return model if isinstance(model, LoadedModel) else load(model, interface=interface, in_memory=in_memory)
+    return model if isinstance(model, LoadedModel) else load(model, interface=interface, in_memory=False)

@@ -68,17 +68,27 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextCard:
-    """The text encoders beside a graph. values: the graph's outputs, as `Signature.request_values`."""
+    """The text encoders beside a graph. values: the graph's outputs, as `Signature.request_values`.
+
+    int8_error: with int8 weights, the largest relative difference of a recorded prompt's embeddings from float ones.
+    """
 
     file: str
     tokens: tuple[Tokens, ...]
     values: tuple[str, ...]
     files: dict[str, str]  # every file beside the graph -> SHA-256
+    int8_error: float | None = None
 
     def __post_init__(self) -> None:
         unknown = {self.file, *(each.file for each in self.tokens)} - set(self.files)
         if unknown:
             raise ValueError(f"the text encoders' file '{min(unknown)}' is not among {sorted(self.files)}")
+
+    @property
+    def summary(self) -> str:
+        if self.int8_error is None:
+            return "inside"
+        return f"inside, int8 weights; embeddings differ by at most {self.int8_error:.2%}"
 
     def check(self, folder: Path) -> None:
         """Raises FileFormatError unless each file is there and unaltered."""

@@ -1,4 +1,4 @@
-"""Export a transformer's directory; prints the memory that the export added to the process at its peak, as JSON.
+"""Export or calibrate a transformer's directory; prints the memory that it added to the process at its peak, as JSON.
 
 Run by test_large.py in a process of its own, so that its memory can be measured.
 """
@@ -14,15 +14,20 @@ from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families import published
+from tqdit.models.weights import return_freed_memory
 
 
 def main(folder: Path, form: str) -> None:
     onnx_file.EXTERNAL_DATA_BYTES = 0  # weights beside the file, as those of a network of a gigabyte
+    return_freed_memory()  # as the commands do
     warm(folder)
     before = peak()
     scales = folder / "scales.safetensors"
-    given = {"scales": scales} if form == "int8" else {"rows": folder / "calls.safetensors"}
-    tqdit.export(str(folder / "transformer"), folder / "model.onnx", **given)
+    transformer, rows = str(folder / "transformer"), {"rows": folder / "calls.safetensors"}
+    if form == "calibrate":
+        tqdit.calibrate(transformer, preset="min-max", groups=1, rows_per_group=2, token_share=0.1, **rows)
+    else:
+        tqdit.export(transformer, folder / "model.onnx", **({"scales": scales} if form == "int8" else rows))
     print(json.dumps({"added_bytes": peak() - before}))
 
 

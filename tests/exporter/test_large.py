@@ -26,7 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers about diffusers
 ]
 ROOT = Path(__file__).parents[2]
-KNOBS = {"groups": 2, "rows_per_group": 2, "candidates": 4, "rounds": 1, "token_share": 0.5}
+KNOBS = {"groups": 2, "rows_per_group": 2, "candidates": 4, "rounds": 1, "token_share": 0.5,
+         "equalize": True, "preset": "fast"}  # fmt: skip
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_the_file_is_that_of_an_export_from_memory(flux, streamed, tmp_path):
     scales = flux / "scales.safetensors"
     interface = read_scale_table(scales).interface
     model = load_model(flux / "transformer", interface=interface, in_memory=False)
-    assert len(model.weights.files) > 20
+    assert len(model.weights.made) > 20
+    assert any(site.divisor is not None for site in read_scale_table(scales).sites)
     assert model.fingerprint == load_model(flux / "float", interface=interface).fingerprint
     for name, table in (("int8", scales), ("float", None)):
         tqdit.export(model, tmp_path / f"{name}-streamed.onnx", scales=table)
@@ -91,10 +93,11 @@ def run(script, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8", "float"])
-def test_an_export_takes_at_most_one_and_a_half_times_the_file_of_bfloat16(form):
-    """Measured: 1.1 and 0.9 times the file. From memory the weights alone are twice the file, in float32."""
-    layout = ("--blocks", 2, 2, "--heads", 8, "--size", 64, "--text", 16, "--forms")
+@pytest.mark.parametrize("form", ["int8", "float", "calibrate"])
+def test_a_stage_takes_at_most_one_and_a_half_times_the_file_of_bfloat16(form):
+    """Measured: 0.6, 0.6 and 0.8 times the file. From memory the float32 weights alone are twice the file; to
+    calibrate, those with rounded weights are as much again."""
+    layout = ("--blocks", 2, 2, "--heads", 8, "--size", 64, "--text", 16, "--stages")
     folder = made_once("large-middle", lambda made: run("scripts/large_models.py", "--folder", made / "flux", *layout))
     size = sum(file.stat().st_size for file in (folder / "flux" / "transformer").iterdir())
     assert 2e8 < size < 3e8

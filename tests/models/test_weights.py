@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tqdit.errors import CheckpointError
 from tqdit.models import weights
 from tqdit.models.loaded import fingerprint
-from tqdit.models.weights import IN_MEMORY, open_network
+from tqdit.models.weights import IN_MEMORY, Changes, open_network
 from zoo.pipelines import FAMILIES
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -84,3 +84,32 @@ def test_a_file_of_another_layout_is_left_to_diffusers(network, folder, change):
 
 def test_a_pickled_checkpoint_is_left_to_diffusers(network, folder):
     assert open_network(type(network), folder / "diffusion_pytorch_model.bin", {}) is None
+
+
+def test_a_network_runs_forward_and_backward_on_weights_that_are_lent(network, folder):
+    found, values = opened(network, folder)
+    linear, expected = found.get_submodule(NAME.removesuffix(".weight")), network.float().get_parameter(NAME)
+    kept = []
+    x = torch.randn(3, expected.shape[1], requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with values.lent(), hooks:
+        y = linear(x)
+        y.sum().backward()
+    torch.testing.assert_close(y, x @ expected.T + values.read(linear.bias))
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ expected)
+    assert any(tensor in values for tensor in kept)
+    assert not any(torch.equal(tensor, expected.T) for tensor in kept)
+
+
+def test_a_changed_weight_is_made_when_it_is_read(network, folder):
+    found, values = opened(network, folder)
+    changes, reads = Changes(values), []
+    twice = changes.add(found.get_parameter(NAME)[2:5], lambda weight: reads.append(weight) or 2 * weight)
+    again = changes.add(twice, lambda weight: weight + 1)
+    assert not reads
+    expected = 2 * network.get_parameter(NAME).float()[2:5] + 1
+    assert torch.equal(changes.weights.read(again[1:]), expected[1:])
+    assert twice not in values
+    assert torch.equal(changes.add(torch.ones(2), torch.neg), -torch.ones(2))

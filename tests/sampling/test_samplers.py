@@ -187,6 +187,8 @@ def test_steps_and_sampler_are_chosen_one_by_one():
     assert spec.choose(sampler="ddim") == SamplingSpec(LEARNED, "ddim", 250)
     with pytest.raises(UsageError, match="--steps is 0"):
         spec.choose(0)
+    with pytest.raises(UsageError, match="sampler '' is unknown"):
+        spec.choose(sampler="")
 
 
 def test_a_table_that_looks_back_before_the_chain_is_refused():

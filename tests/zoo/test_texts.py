@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import FileFormatError, MissingLibraryError, UsageError
 from tqdit.exporter import text as exporter
 from tqdit.exporter.onnx_writer import _side_files
+from tqdit.exporter.passes import weight_only
 from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
@@ -100,6 +102,28 @@ def test_text_encoders_of_other_families_reproduce_the_pipeline_s_embeddings(nam
     for key, array in expected.items():
         assert relative(found[key][:1], array) < 1e-10
         assert relative(found[key][1:], recording.requests[key][2:]) < 1e-10
+
+
+def test_encoders_with_int8_weights_differ_from_float_ones_as_much_as_their_card_says(pixart, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_only, "LEAST", 256)
+    pipeline, _ = pixart_with_t5()
+    recording = Recording.load(pixart / "calls.safetensors")
+    model = recorded_model(pipeline.transformer, recording.interface)
+    card = exporter.trace_text(pipeline, model, "x", int8=True).write(tmp_path, "x")
+    graph = onnx.load(tmp_path / card.file)
+    rounded = [each for each in graph.graph.initializer if each.data_type == onnx.TensorProto.INT8]
+    assert len(rounded) >= sum(node.op_type == "MatMul" for node in graph.graph.node) / 2
+    found = TextEncoder(tmp_path, card)(PROMPTS)["encoder_hidden_states"]
+    expected = recording.requests["encoder_hidden_states"]
+    errors = [relative(a, b) ** 0.5 for a, b in zip(found, expected, strict=True)]
+    assert max(errors) == pytest.approx(card.int8_error, rel=1e-3)
+    assert 1e-4 < card.int8_error < 0.05
+    assert f"{card.int8_error:.2%}" in card.summary
+    again = tmp_path / "again"
+    again.mkdir()
+    monkeypatch.setattr(exporter, "INT8_TOLERANCE", card.int8_error)
+    with pytest.raises(UsageError, match="encoder_hidden_states"):
+        exporter.trace_text(pipeline, model, "x", int8=True).write(again, "x")
 
 
 def test_what_a_pipeline_changes_in_a_prompt_is_changed_here(pixart):

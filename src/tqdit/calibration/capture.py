@@ -131,7 +131,7 @@ class ProductRecorder:
             cut = self.picker.cut(self._batch, operands, outputs)
             part = self._operands(module, operands, cut)
             weigh = partial(self._weigh, module, part, cut, _Tokens.of(module, operands))
-            weigh(torch.zeros_like(output))  # if no gradient comes
+            weigh(output.new_zeros(()).expand_as(output))  # if no gradient comes
             self.found.setdefault(name, []).append(part)
             output.register_hook(weigh)  # type: ignore[no-untyped-call]
         return output.clone() if output.is_leaf else None  # the network may change the clone in place
@@ -167,11 +167,12 @@ class ProductRecorder:
         """Put in what the gradient of the product tells: g2, and ranges of the tokens that it says count."""
         if isinstance(module, Convolution):
             gradient = gradient.flatten(2).transpose(1, 2)
-        elif isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
-            gradient = gradient * part["left"].shape[-1] ** -0.5
         gradient = self._by_rows(gradient, "right" in part)
+        kept = cut.keep(gradient)
+        if isinstance(module, Scores):  # samples leave the factor 1 / sqrt(d) out of the product and put it here
+            kept = kept * part["left"].shape[-1] ** -0.5
         # bfloat16 has the range of float32, and 8 bits are plenty for the weight of an error
-        part["g2"] = cut.keep(gradient).square().to(torch.bfloat16)
+        part["g2"] = kept.square().to(torch.bfloat16)
         moved = gradient != 0
         counted = moved.any(-1)
         part["left.low"], part["left.high"] = _of_rows(*tokens.left, counted)
@@ -287,7 +288,7 @@ class Capture:
         inputs = {name: tensor[batch.start : batch.stop] for name, tensor in self.inputs.items()}
         inputs[self.model.signature.state.name].requires_grad_()  # or a block that is computed again would differ
         blocks = recomputed(self.model.network) if self._batching.recompute else nullcontext()
-        with torch.enable_grad(), blocks, recorder.listen(batch):
+        with torch.enable_grad(), blocks, recorder.listen(batch), self.model.weights.lent():
             output = self.model.call(inputs)
             recorder.is_recording = False  # blocks that are computed again in the backward pass are recorded once
             rows = torch.arange(batch.start, batch.stop, device=output.device)

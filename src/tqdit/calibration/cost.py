@@ -6,10 +6,13 @@ import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import watched
+from tqdit.models.products import stand_in, watched
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ def product_costs(model: LoadedModel) -> dict[str, ProductCost]:
         sizes = zip_longest(costs[name].elements, (operand.numel() for operand in operands), fillvalue=0)
         costs[name] = ProductCost(costs[name].multiply_adds + output.numel() * contracted, tuple(map(sum, sizes)))
 
-    with watched(model.network, costs, add):
-        model(model.signature.zeros(1))
+    network, fake = stand_in(model.network), FakeTensorMode(allow_non_fake_inputs=True)
+    one = {name: torch.from_numpy(array).to(model.device) for name, array in model.signature.zeros(1).items()}
+    with watched(network, costs, add), torch.no_grad(), fake:
+        network(**tree_map_only(Tensor, fake.from_tensor, model.arguments(one)))
     return costs
 
 

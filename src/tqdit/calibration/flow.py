@@ -197,7 +197,7 @@ class Calibration:
         if found is None:
             capture, found = self.capture(self.model, rows, plans, "equalize"), {}
             for entry in plans:
-                weight = _weight(self.model.network, entry.name)
+                weight = _weight(self.model, entry.name)
                 assert weight is not None
                 samples = capture.samples(entry.name)
                 divisor, spent = choose_divisor(entry, samples, weight, rows.group, self.config)
@@ -219,7 +219,7 @@ class Calibration:
             for entry in self.plans:
                 name = f"table-{entry.name}"
                 if not self.folder.has(name):
-                    weight = _weight(model.network, entry.name)
+                    weight = _weight(model, entry.name)
                     samples, divisor = capture.samples(entry.name), divisors.get(entry.name)
                     sites, error = self.solve(entry, samples, weight, rows, divisor)
                     self.folder.save_table(name, self._table(sites, {entry.name: error}, rows))
@@ -288,7 +288,7 @@ class Calibration:
         )
 
 
-def _weight(network: nn.Module, name: str) -> Tensor | None:
+def _weight(model: LoadedModel, name: str) -> Tensor | None:
     """The weight of a linear layer or a convolution; products of attention have none."""
-    module = network.get_submodule(name)
-    return module.weight if isinstance(module, nn.Linear | Convolution) else None
+    module = model.network.get_submodule(name)
+    return model.weights.read(module.weight) if isinstance(module, nn.Linear | Convolution) else None

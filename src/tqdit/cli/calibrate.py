@@ -92,6 +92,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     from tqdit.calibration.drift import check_group_count
     from tqdit.calibration.flow import calibrate
     from tqdit.models.load import load_model
+    from tqdit.models.weights import return_freed_memory
     from tqdit.quantization.table import is_scale_table, write_scale_table
 
     changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}
@@ -128,7 +129,9 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     if asked.prompts:  # the pipeline had it: its loop's, which is learned, or an input of its network
         config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface
-    model = load_model(args.model, args.heads, interface=interface).to(device)
+    return_freed_memory()
+    in_memory = device.type != "cpu"
+    model = load_model(args.model, args.heads, interface=interface, in_memory=in_memory).to(device)
     if diagnosed is not None:
         diagnosed.check_model(model.fingerprint, args.model)
     data = read_data(args.data, model) if args.data else recording

@@ -135,7 +135,7 @@ def _bundle(path: Path) -> Facts:
         ),
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
-        *([] if manifest.card.text is None else [("text encoders", "inside")]),
+        *([] if manifest.card.text is None else [("text encoders", manifest.card.text.summary)]),
         *([] if manifest.audit is None else [("audit", manifest.audit.line)]),
         *([] if manifest.verified is None else [("verified", manifest.verified.line)]),
         *_card(manifest.card),

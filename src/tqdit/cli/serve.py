@@ -27,10 +27,12 @@ examples:
   TQDIT_API_KEY=... tqdit-serve --host 0.0.0.0   for other machines, with a key
   tqdit-serve --queue 256 --deadline 60          how long a client may wait
 
+  tqdit-serve /shared/demo.engine --ray auto --max-replicas 8    on a Ray cluster
+
   curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "3"}'
 
 One process serves all engines; requests that arrive at different times share engine calls. For another GPU or machine
-start another process behind a proxy."""
+start another process behind a proxy, or use --ray."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "server is told to end (default: %(default)g)")  # fmt: skip
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="let web pages of this origin call, such "
         "as https://example.org; may be given several times (default: none)")  # fmt: skip
+    cluster = parser.add_argument_group("many machines")
+    add = cluster.add_argument
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="deploy on Ray Serve: on the cluster at ADDRESS ('auto': "
+        "the one of this machine), or on one that is started here and ends with the command")  # fmt: skip
+    add("--replicas", type=int, metavar="N", help="replicas, each with engines of its own (default: 1)")
+    add("--max-replicas", type=int, metavar="N", help="let Ray add replicas up to N while there are more requests than "
+        "one takes at once, and remove them again")  # fmt: skip
+    add = limits.add_argument
     add("--workers", type=int, default=1, metavar="N", help="only 1: jobs and batches are those of one process")
 
 
@@ -69,18 +79,30 @@ def run(args: argparse.Namespace, console: Console) -> None:
         most_images=args.most_images, most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
         cors_origins=tuple(args.cors_origin), api_key=os.environ.get(KEY),
     )  # fmt: skip
+    if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
+        raise UsageError("--replicas and --max-replicas belong to --ray.")
     engines = _by_name(args.engines)
-    with _listen(args.host, args.port) as listener:  # before the engines are opened, which takes longer
+    if args.ray is None:
+        _serve_here(engines, settings, args.host, args.port, console)
+    else:
+        from tqdit.serve.on_ray import Replicas, serve_on_ray
+
+        replicas = Replicas(args.ray or None, 1 if args.replicas is None else args.replicas, args.max_replicas)
+        serve_on_ray(engines, settings, replicas, args.host, args.port, console)
+    console.say("ended")
+
+
+def _serve_here(engines: dict[str, Path], settings: Settings, host: str, port: int, console: Console) -> None:
+    with _listen(host, port) as listener:  # before the engines are opened, which takes longer
         app = make_app(engines, settings)
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        server = Server(app, args.host, args.port)
+        server = Server(app, host, port)
         for number in (signal.SIGINT, signal.SIGTERM):  # also before it runs, and when uvicorn raises them again
             signal.signal(number, server.handle_exit)
-        if settings.api_key is None and not _is_loopback(args.host):
+        if settings.api_key is None and not _is_loopback(host):
             console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
         _tell(app.state.service, listener, console)
         server.run(sockets=[listener])
-    console.say("ended")
 
 
 def _check_one_process(workers: int) -> None:

@@ -21,8 +21,8 @@ from tqdit.onnx_header import PRODUCER, OnnxHeader
 
 def write(
     path: Path, model: ir.Model, card: GraphCard, vae: DecoderGraph | None = None, text: TextGraph | None = None
-) -> None:
-    """Write a graph with its card to `path`, and what belongs to it beside it.
+) -> GraphCard:
+    """Write a graph with its card to `path`, and what belongs to it beside it. Returns the card with what lies there.
 
     The side files carry a piece of their own SHA-256 in their names and the ONNX file is renamed last, so a run that
     is killed leaves the old export as it was. Files of the replaced export are removed at the end.
@@ -43,6 +43,7 @@ def write(
     for file in stale:
         if file.name not in fresh:
             file.unlink(missing_ok=True)
+    return card
 
 
 def check_overwrite(path: Path, force: bool) -> None:

@@ -1,7 +1,8 @@
 """A pipeline's text encoders as one ONNX graph: the pipeline's own `encode_prompt`, with tokens as the graph's inputs.
 
 What it does with a prompt before the tokenizer, and which of its results is which request value, is found by comparison
-with recorded prompts. The result is run by ONNX Runtime and refused unless it reproduces their embeddings.
+with recorded prompts. The result is run by ONNX Runtime and refused unless it reproduces their embeddings. If weights
+are int8, the float encoders must do so, and what rounding changes is measured and bounded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.errors import FileFormatError, UsageError
+from tqdit.exporter.passes.weight_only import round_weights
 from tqdit.exporter.trace import OPSETS, trace
 from tqdit.exporter.watch import UntraceableError
 from tqdit.extras import need
@@ -34,6 +36,7 @@ from tqdit.text import FOLDS, TextCard, TextEncoder, Tokens, tokenize
 
 PROBE = " A Red b1 "  # shows what becomes of capitals and blanks
 TOLERANCE = 1e-4  # relative, of recorded embeddings
+INT8_TOLERANCE = 0.05  # the same with int8 weights
 EMBEDDINGS = "Sample with --embeddings."
 # Settings of `encode_prompt`: one row; web pages in captions, whose removal takes further libraries, stay as they are.
 CONDITIONAL = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "clean_caption": False}
@@ -48,6 +51,7 @@ class TextGraph:
     tokenizers: tuple[str, ...]
     values: tuple[str, ...]
     examples: TextExamples
+    int8: bool = False
 
     def write(self, folder: Path, stem: str) -> TextCard:
         """Write the graph and the tokenizers. Raises UsageError if they do not reproduce the recorded embeddings."""
@@ -59,12 +63,15 @@ class TextGraph:
             (folder / tokens.file).write_text(content, encoding="utf-8")
         files = {file.name: sha256(file) for file in sorted({*folder.iterdir()} - before)}
         card = TextCard(graph.name, self.tokens, self.values, files)
-        _check(TextEncoder(folder, card)(self.examples.prompts), self.examples)
-        return card
+        found, tolerance = TextEncoder(folder, card)(self.examples.prompts), INT8_TOLERANCE if self.int8 else TOLERANCE
+        error = _check(found, self.examples, tolerance)
+        return replace(card, int8_error=error) if self.int8 else card
 
 
-def trace_text(pipeline: Any, model: LoadedModel, stem: str) -> TextGraph:
+def trace_text(pipeline: Any, model: LoadedModel, stem: str, int8: bool = False) -> TextGraph:
     """The text encoders of a pipeline for a model that was recorded with it; stem: begins the names of its files.
+
+    int8: large weights are rounded to 8 bits, with one scale for each output channel.
 
     Raises UsageError, naming what is wrong, if the embeddings of the recorded prompts cannot be reproduced.
     """
@@ -101,8 +108,10 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str) -> TextGraph:
         except UntraceableError as error:
             raise UsageError(f"{_name(pipeline)}.encode_prompt cannot be traced: {error}. {EMBEDDINGS}") from error
     known = [(each, content) for each, content in zip(tokens, contents, strict=True) if each is not None]
+    if int8:
+        round_weights(graph)
     return TextGraph(
-        graph, tuple(each for each, _ in known), tuple(content for _, content in known), tuple(sources), examples
+        graph, tuple(each for each, _ in known), tuple(content for _, content in known), tuple(sources), examples, int8
     )
 
 
@@ -250,14 +259,16 @@ def _error(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float((np.linalg.norm(a - b, axis=1) / np.where(sizes > 0, sizes, 1)).max())
 
 
-def _check(found: dict[str, NDArray[Any]], examples: TextExamples) -> None:
-    for name, expected in examples.values.items():
-        error = _error(found[name], expected)
-        if not error < TOLERANCE:
+def _check(found: dict[str, NDArray[Any]], examples: TextExamples, tolerance: float) -> float:
+    """The largest relative difference of a value. Raises UsageError if it is not less than the tolerance."""
+    errors = {name: _error(found[name], expected) for name, expected in examples.values.items()}
+    for name, error in errors.items():
+        if not error < tolerance:
             raise UsageError(
                 f"the text encoders in ONNX Runtime do not reproduce '{name}' of the recorded prompts: difference "
-                f"{error:.1e}, expected less than {TOLERANCE:.0e}. {EMBEDDINGS}"
+                f"{error:.1e}, expected less than {tolerance:.0e}. {EMBEDDINGS}"
             )
+    return max(errors.values())
 
 
 def _learn_tokens(heard: list[list[_Call]], prompts: Sequence[str], stem: str) -> tuple[list[Tokens | None], list[str]]:

@@ -26,7 +26,7 @@ def load_model(
     interface: what was learned of the calls of a network of any other class (`models.recorder`).
     heads: attention heads of a checkpoint that does not tell them. card: facts of the model; None: those of the JSON
     file beside it. A network in memory stays as it is, and shares its weights with the model.
-    in_memory: False leaves large weights of a recorded network in their file if possible: it can be traced, not run.
+    in_memory: False leaves large weights of a recorded network in their file if possible, to be read when needed.
     Raises CheckpointError with one line that names the file and what is wrong with it, and OutputError if PyTorch finds
     no folder for temporary files. Warns (`TqditWarning`) of what neither tensors nor card tell.
     """

@@ -61,8 +61,8 @@ class LoadedModel:
 
         Raises UsageError if the network refuses it.
         """
-        assert not self.weights.files, "a network whose weights stay in their file cannot be run"
-        with in_one_line(self.source, f"a call with {len(inputs[self.signature.state.name])} rows"):
+        what = f"a call with {len(inputs[self.signature.state.name])} rows"
+        with in_one_line(self.source, what), self.weights.lent():
             return prediction_of(self.network(**self.arguments(inputs)))
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -100,6 +100,7 @@ class LoadedModel:
 
     def to(self, device: str | torch.device) -> LoadedModel:
         """The model on another device. Its network moves: there is no second copy of the weights."""
+        assert not self.weights.made or torch.device(device) == self.device, "weights that stay in their file"
         return replace(self, network=self.network.to(device))
 
 

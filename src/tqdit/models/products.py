@@ -318,7 +318,7 @@ def patches(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def stand_in(network: nn.Module) -> nn.Module:
-    """A copy with the same weights, for calls with tensors without memory.
+    """A copy with the same weights and buffers, which can be changed or called with tensors without memory.
 
     Networks keep tables of positions from one call to the next; those of such a call would spoil real ones.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tqdit.interface import Interface
 from tqdit.models import quirks
 from tqdit.models.known import fix_arguments
 from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint, in_one_line
-from tqdit.models.products import find_products, prediction_of
+from tqdit.models.products import find_products, prediction_of, stand_in
 from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.registry import find_modules
 
@@ -71,6 +70,5 @@ def recorded_model(
 
 
 def float_copy(network: nn.Module) -> nn.Module:
-    """A float32 copy that can be changed while the pipeline goes on with its own; float32 parameters are shared."""
-    shared = {id(tensor): tensor for tensor in network.parameters()}
-    return copy.deepcopy(network, shared).float().eval().requires_grad_(False)
+    """A float32 copy that can be changed while the pipeline goes on with its own; float32 tensors are shared."""
+    return stand_in(network).float().eval().requires_grad_(False)

@@ -1,9 +1,14 @@
-"""Weights that stay in their file: a network for exports, whose large parameters are read one at a time when needed."""
+"""Weights that stay in their file: a network whose large parameters are read one at a time when they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,26 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from tqdit.errors import CheckpointError, TqditError
 from tqdit.models.state import FLOAT_TYPES, find_shards, is_finite, read_tensor
 
 LARGE = 1 << 16  # elements; smaller parameters are loaded
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
     """The values of a network's parameters.
 
-    files: for a parameter that has a shape and an address in memory but no content, the file and the name of its
-    tensor, by that address. Views of the parameter are read as views of the tensor.
+    made: parameters that have a shape and an address in memory but no content, by that address, each with a function
+    that returns its values. Views of such a parameter are read as views of its values.
     """
 
-    files: Mapping[int, tuple[Path, str]] = field(default_factory=dict)
+    made: Mapping[int, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        """Whether a tensor's values lie in a file."""
-        return tensor.untyped_storage().data_ptr() in self.files
+        """Whether a tensor's values are made when they are read."""
+        return tensor.untyped_storage().data_ptr() in self.made
 
     def read(self, tensor: Tensor) -> Tensor:
         """A parameter or a view of one, float32, without gradients. What was read goes when the caller lets it go.
@@ -38,23 +46,94 @@ class Weights:
         Raises CheckpointError if its values are no numbers.
         """
         tensor = tensor.detach()
-        if tensor not in self:
-            return tensor
-        path, name = self.files[tensor.untyped_storage().data_ptr()]
-        whole = read_tensor(path, name).to(torch.float32).contiguous()
-        if not is_finite(whole):
-            raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values. Get the directory again.")
-        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return self._read(tensor) if tensor in self else tensor
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        _, make = self.made[tensor.untyped_storage().data_ptr()]
+        return make().contiguous().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, a network runs, forward and backward: each operation is lent the values of the weights it takes.
+
+        Autograd keeps no values for the backward pass, which is lent them again.
+        """
+        if not self.made:
+            yield
+            return
+        with _Lending(self):
+            yield
+
+
+class Changes:
+    """Weights together with those that are made of them."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._made = dict(weights.made)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self._made)
+
+    def add(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The result of `change`, which keeps the shape, on a parameter or a view of one: now, or when it is read."""
+        tensor, weights = tensor.detach(), self.weights
+        if tensor not in weights:
+            return change(tensor)
+        return _hold(self._made, tensor.shape, lambda: change(weights.read(tensor)))
+
+
+class _Lending(TorchDispatchMode):
+    """Operations get values in the place of weights without content; views of such weights stay without."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not function.is_view:
+            args, kwargs = tree_map_only(Tensor, self._lend, (args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def _lend(self, tensor: Tensor) -> Tensor:
+        return self._weights._read(tensor) if tensor in self._weights else tensor
+
+
+def _hold(made: dict[int, tuple[Tensor, Callable[[], Tensor]]], shape: Any, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor without content for values that `make` returns; it is held, so nothing else gets its address."""
+    # fresh pages that are never touched take no place; torch.empty may return used ones
+    pages = mmap.mmap(-1, 4 * math.prod(shape))
+    tensor = torch.frombuffer(pages, dtype=torch.float32).reshape(shape)
+    made[tensor.untyped_storage().data_ptr()] = tensor, make
+    return tensor
+
+
+def _of_file(path: Path, name: str) -> Tensor:
+    tensor = read_tensor(path, name).to(torch.float32)
+    if not is_finite(tensor):
+        raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values. Get the directory again.")
+    return tensor
 
 
 IN_MEMORY = Weights()
+
+
+def return_freed_memory() -> None:
+    """Memory of a tensor goes back to the system at once, for the whole process, if the C library is glibc.
+
+    Else weights of up to 32 MB that come and go leave gaps in the heap, which are as large as the network in the end.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple[nn.Module, Weights] | None:
     """A network of diffusers' class `kind` for the tensors of a safetensors file or the index of one.
 
     None if only diffusers itself can load it: other files, other names or shapes, types that are no floats. Large
-    parameters take address space and no memory, so the network can be traced, but not run.
+    parameters take address space and no memory, so the network can be traced, but runs only inside `Weights.lent`.
     """
     shards = find_shards(weights)
     if shards is None or find_spec("accelerate") is None:
@@ -71,7 +150,7 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
     if expected.keys() != shards.keys():
         return None
     values: dict[str, Tensor] = {}
-    files: dict[int, tuple[Path, str]] = {}
+    made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
     for name, path in shards.items():
         tensor = read_tensor(path, name)
         if tensor.shape != expected[name].shape or tensor.dtype not in FLOAT_TYPES:
@@ -79,7 +158,6 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
         if tensor.numel() < LARGE:
             values[name] = tensor.to(torch.float32, copy=True)
         else:
-            values[name] = torch.empty(tensor.shape)  # memory that is never touched takes no place
-            files[values[name].untyped_storage().data_ptr()] = path, name
+            values[name] = _hold(made, tensor.shape, partial(_of_file, path, name))
     network.load_state_dict(values, assign=True)
-    return network.eval().requires_grad_(False), Weights(files)
+    return network.eval().requires_grad_(False), Weights(made)

@@ -7,7 +7,6 @@ same table gets the same codes. Each row of a batch takes the scales of its own 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from torch.nn import functional as F
 from tqdit.errors import UsageError
 from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, prediction_of
+from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, prediction_of, stand_in
+from tqdit.models.weights import IN_MEMORY, Changes
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Part, Quantizer, factor_scales
@@ -40,7 +40,9 @@ def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
     """
     table.check_model(model.fingerprint, model.source)
     model, table = fold(model, table)
-    return replace(model, network=QuantizedNetwork(model.network, table, model.signature.time.name).eval())
+    changes = Changes(model.weights)
+    network = QuantizedNetwork(model.network, table, model.signature.time.name, changes).eval()
+    return replace(model, network=network, weights=changes.weights)
 
 
 def golden_calls(model: LoadedModel, table: ScaleTable, inputs: Mapping[str, NDArray[Any]]) -> GoldenCalls:
@@ -56,22 +58,22 @@ def golden_calls(model: LoadedModel, table: ScaleTable, inputs: Mapping[str, NDA
 class QuantizedNetwork(nn.Module):
     """Ports by name to the prediction, like the network that it copies. time: name of the port that tells the timestep.
 
-    A network with a table that has divisors must be folded before (`apply` does it).
+    A network with a table that has divisors must be folded before (`apply` does it). changes: of weights that stay in
+    their file; those of the quantized network are added.
     """
 
     boundaries: Tensor
 
-    def __init__(self, network: nn.Module, table: ScaleTable, time: str) -> None:
+    def __init__(self, network: nn.Module, table: ScaleTable, time: str, changes: Changes | None = None) -> None:
         super().__init__()
         self.time = time
         assert all(site.divisor is None for site in table.sites)
         self.rows = RowGroups()
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-        shared = {id(tensor): tensor for tensor in network.parameters()}
-        self.network = copy.deepcopy(network, shared)
+        self.network = stand_in(network)
         self.register_buffer("boundaries", torch.from_numpy(table.boundaries.copy()), persistent=False)
         for name, sites in table.by_module.items():
-            quantized = quantize_module(name, find_module(self.network, name), sites, self.rows)
+            quantized = quantize_module(name, find_module(self.network, name), sites, self.rows, changes)
             parent, _, leaf = name.rpartition(".")
             setattr(self.network.get_submodule(parent), leaf, quantized)
         self.to(device)
@@ -171,15 +173,18 @@ class QuantizedLinear(nn.Module):
     row_sums: Tensor
     bias: Tensor | None
 
-    def __init__(self, module: nn.Linear | Convolution, weight: Tensor, quantize: QuantizedOperand | None) -> None:
+    def __init__(
+        self, module: nn.Linear | Convolution, weight: Tensor, quantize: QuantizedOperand | None, changes: Changes
+    ) -> None:
         super().__init__()
         plain = {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}
         vars(self).update(plain)  # networks look at out_channels and the like
         self.axes = weight.ndim - 2  # of the patches
         shape = (-1, *[1] * self.axes)
         self.weight = nn.Parameter(weight, requires_grad=False)  # networks look at the dtype of their parameters
-        self.register_buffer("row_sums", weight.flatten(1).sum(1).reshape(shape), persistent=False)
-        bias = None if module.bias is None else module.bias.detach().reshape(shape)
+        weights = changes.weights
+        self.register_buffer("row_sums", weights.read(weight).flatten(1).sum(1).reshape(shape), persistent=False)
+        bias = None if module.bias is None else weights.read(module.bias).reshape(shape)
         self.register_buffer("bias", bias, persistent=False)
         self.quantize = quantize
 
@@ -216,8 +221,11 @@ def find_module(network: nn.Module, name: str) -> nn.Module:
         raise UsageError(f"the scale table names '{name}', which the network lacks. Calibrate again.") from error
 
 
-def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], rows: RowGroups) -> nn.Module:
-    """The quantized form of one module of the network."""
+def quantize_module(
+    name: str, module: nn.Module, sites: Mapping[str, Site], rows: RowGroups, changes: Changes | None = None
+) -> nn.Module:
+    """The quantized form of one module of the network; changes: as in `QuantizedNetwork`."""
+    changes = Changes(IN_MEMORY) if changes is None else changes
     expected = {"left", "right"} if isinstance(module, Scores | ValueProduct) else {"weight", "input"}
     if not isinstance(module, nn.Linear | Convolution | Scores | ValueProduct) or not set(sites) <= expected:
         raise UsageError(f"the scale table quantizes {sorted(sites)} of '{name}', a {type(module).__name__}. "
@@ -233,9 +241,8 @@ def quantize_module(name: str, module: nn.Module, sites: Mapping[str, Site], row
                          "stays float. Leave it out.")  # fmt: skip
     weight = module.weight.detach()
     if "weight" in sites:
-        integers, scale = weight_codes(weight, sites["weight"])
-        weight = integers * scale
-    return QuantizedLinear(module, weight, operands.get("input"))
+        weight = changes.add(weight, lambda values: torch.mul(*weight_codes(values, sites["weight"])))
+    return QuantizedLinear(module, weight, operands.get("input"), changes)
 
 
 def weight_codes(weight: Tensor, site: Site) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ what it did, up to rounding. Everything that quantizes works on the folded netwo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tqdit.errors import UsageError
 from tqdit.models.folds import Fold
 from tqdit.models.loaded import LoadedModel
+from tqdit.models.products import stand_in
+from tqdit.models.weights import Changes
 from tqdit.quantization.table import ScaleTable
 
 
@@ -38,8 +40,8 @@ def fold_divisors(model: LoadedModel, divisors: Mapping[str, Tensor]) -> LoadedM
     """A model that computes the same with inputs of products divided by (K,) each; it shares the other weights."""
     if not divisors:
         return model
-    shared = {id(tensor): tensor for tensor in model.network.parameters()}
-    network = copy.deepcopy(model.network, shared)
+    changes = Changes(model.weights)
+    network = stand_in(model.network)
     products = {product.name: product for product in model.products}
     for name, divisor in sorted(divisors.items()):  # in one order, so that the last bits are always the same
         folds = products[name].folds if name in products else ()
@@ -51,10 +53,10 @@ def fold_divisors(model: LoadedModel, divisors: Mapping[str, Tensor]) -> LoadedM
                 f"'{name}.divisor' has shape {tuple(divisor.shape)}, its layer has {linear.in_features} inputs. "
                 "Calibrate this model."
             )
-        _set(linear, linear.weight * divisor, linear.bias)
+        _set(linear, changes.add(linear.weight, partial(torch.mul, divisor)), linear.bias)
         for place in folds:
-            _divide_rows(_linear(network, place.module), place, divisor)
-    return replace(model, network=network)
+            _divide_rows(_linear(network, place.module), place, divisor, changes)
+    return replace(model, network=network, weights=changes.weights)
 
 
 def _linear(network: nn.Module, name: str) -> nn.Linear:
@@ -63,14 +65,19 @@ def _linear(network: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor) -> None:
+def _divide_rows(linear: nn.Linear, place: Fold, divisor: Tensor, changes: Changes) -> None:
     """(offset + W x + b) / d = offset + (W / d) x + b / d + offset (1 / d - 1)."""
     rows = slice(place.start, place.stop)
-    weight = linear.weight.detach().clone()
-    weight[rows] /= divisor[:, None]
+
+    def divide(weight: Tensor) -> Tensor:
+        weight = weight.clone()
+        weight[rows] /= divisor[:, None]
+        return weight
+
+    weight = changes.add(linear.weight, divide)
     given: Tensor | None = linear.bias
     has_bias = given is not None
-    bias = torch.zeros(len(weight), device=weight.device) if given is None else given.detach().clone()
+    bias = torch.zeros(len(weight), device=weight.device) if given is None else changes.weights.read(given).clone()
     bias[rows] = bias[rows] / divisor + place.offset * (1 / divisor - 1)
     _set(linear, weight, bias if has_bias or place.offset else None)
 

@@ -126,11 +126,6 @@ class ScaleTable:
             modules.setdefault(site.module, {})[site.role] = site
         return modules
 
-    @property
-    def is_equalised(self) -> bool:
-        """Whether some sites have divisors, which change the network's weights (`quantization.fold`)."""
-        return any(site.divisor is not None for site in self.sites)
-
     def check_model(self, fingerprint: str, source: str) -> None:
         """Refuse a model other than the calibrated one."""
         if fingerprint != self.fingerprint:

@@ -102,7 +102,9 @@ class SamplingSpec:
 
     def choose(self, steps: int | None = None, sampler: str | None = None) -> SamplingSpec:
         """With other steps or another sampler, where they are given."""
-        return replace(self, steps=self.steps if steps is None else steps, sampler=sampler or self.sampler)
+        return replace(
+            self, steps=self.steps if steps is None else steps, sampler=self.sampler if sampler is None else sampler
+        )
 
     def __str__(self) -> str:
         """'250 steps of ddpm', or by the scheduler that was recorded."""

@@ -180,6 +180,7 @@ async def start_job(service: Service, request: Request) -> Response:
         raise Refusal(
             400, "invalid_value", "a job has its events under /v1/jobs/ID/events. Leave stream out.", "stream"
         )
+    service.check_keeps_jobs()
     job = await service.start(asked)
     service.jobs.add(job)
     return json_response(job_answer(job, str(request.base_url)), 202, {"Location": f"/v1/jobs/{job.id}"})

@@ -66,10 +66,18 @@ class Service:
         """Check a request and queue its images. Raises Refusal or UsageError."""
         engine = self.engine(asked.model)
         self._check_open(engine)
+        if asked.response_format == "url":
+            self.check_keeps_jobs()
         engine.check_room(asked.n or 1, self.settings.most_images)  # before a prompt is encoded
         order: Order = await engine.order(asked, self.settings)
         self._check_open(engine)
         return ImageJob(order, self.settings.deadline_s, self.metrics.ended)
+
+    def check_keeps_jobs(self) -> None:
+        """Raises Refusal where the next request may reach another replica."""
+        if not self.settings.keeps_jobs:
+            message = "this service has replicas, which keep nothing. Ask for b64_json, with stream for progress."
+            raise Refusal(400, "invalid_value", message, "response_format")
 
     def _check_open(self, engine: ServedEngine) -> None:
         if self.is_draining or not engine.batcher.is_open:

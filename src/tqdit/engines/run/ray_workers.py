@@ -90,9 +90,14 @@ class Cluster:
         self.console = console
         self.prompts = prompts
 
+    @cached_property
+    def requirements(self) -> dict[str, float]:
+        """The resources of one worker."""
+        return requirements(self.manifest, self.config.threads)
+
     def work(self, folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         """Make and write these shards. Raises SamplingError if one fails `ATTEMPTS` times."""
-        self._connect()
+        connect(self.ray, self.config.address)
         run = _Run(self, folder, pending, bar)
         try:
             run.finish()
@@ -100,25 +105,27 @@ class Cluster:
             run.close()
             self.ray.shutdown()
 
-    def _connect(self) -> None:
-        options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-        if self.config.address is None:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send usage data over the network
-            options |= {"address": "local", "include_dashboard": False}
-        else:
-            options["address"] = self.config.address
-        try:
-            _check_reachable(self.config.address or "")
-            self.ray.init(**options)
-        except Exception as error:  # the class depends on the address and the release of Ray
-            where = "on this machine" if self.config.address is None else f"at '{self.config.address}'"
-            raise BackendError(f"no Ray cluster {where} ({error}). Start one: ray start --head") from error
 
-    def requirements(self) -> dict[str, float]:
-        """The resources of one worker."""
-        provider = self.manifest.target.get("provider")
-        gpu = self.manifest.backend in GPU_BACKENDS or provider in GPU_PROVIDERS
-        return {"CPU": float(self.config.threads or 1)} | ({"GPU": 1.0} if gpu else {})
+def connect(ray: Any, address: str | None) -> None:
+    """Join the cluster at an address, or start one on this machine. Raises BackendError if there is none."""
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send usage data over the network
+        options |= {"address": "local", "include_dashboard": False}
+    else:
+        options["address"] = address
+    try:
+        _check_reachable(address or "")
+        ray.init(**options)
+    except Exception as error:  # the class depends on the address and the release of Ray
+        where = "on this machine" if address is None else f"at '{address}'"
+        raise BackendError(f"no Ray cluster {where} ({error}). Start one: ray start --head") from error
+
+
+def requirements(manifest: Manifest, threads: int | None) -> dict[str, float]:
+    """The resources that one engine takes."""
+    gpu = manifest.backend in GPU_BACKENDS or manifest.target.get("provider") in GPU_PROVIDERS
+    return {"CPU": float(threads or 1)} | ({"GPU": 1.0} if gpu else {})
 
 
 def _check_reachable(address: str) -> None:
@@ -138,7 +145,7 @@ class _Run:
         self.calls: dict[Any, tuple[Any, int | None]] = {}  # reference of a result -> worker, shard; None: it opens
         self.failures: Counter[int | None] = Counter()  # by shard; None: of openings since one succeeded
         self.last_running = time.monotonic()
-        required = cluster.requirements()
+        required = cluster.requirements
         self.actor = self.ray.remote(Worker).options(num_cpus=required["CPU"], num_gpus=required.get("GPU", 0))
 
     @property
@@ -179,7 +186,10 @@ class _Run:
     def _capacity(self) -> int:
         """The number of workers that the cluster has room for, at least 1: an autoscaling cluster may start empty."""
         total = self.ray.cluster_resources()
-        room = max(1, min(int(total.get(name, 0) // amount) for name, amount in self.cluster.requirements().items()))
+        room = max(
+            1,
+            min(int(total.get(name, 0) // amount) for name, amount in self.cluster.requirements.items()),
+        )
         return room if self.cluster.config.workers is None else min(room, self.cluster.config.workers)
 
     def _returned(self, reference: Any, worker: Any, shard: int | None) -> None:
@@ -220,7 +230,7 @@ class _Run:
             self.last_running = now
         elif now - self.last_running > NO_WORKER_NOTICE_S:
             self.last_running = now
-            required = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.requirements().items())
+            required = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.requirements.items())
             free = ", ".join(f"{self.ray.available_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
             self.cluster.console.say(f"waiting for a worker: it needs {required}; the cluster has {free} free")
 
