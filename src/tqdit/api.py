@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from tqdit.models.loaded import LoadedModel, Source
     from tqdit.models.model_card import ModelCard
     from tqdit.models.recorder import NetworkRecorder, Recorder
+    from tqdit.models.recording import Recording
     from tqdit.quantization.table import ScaleTable
 
     Model = Source | Path | LoadedModel
+    Calls = Recorder | NetworkRecorder | Recording | str | Path
 
 
 def load_model(source: Source | Path, heads: int | None = None, card: ModelCard | None = None) -> LoadedModel:
@@ -76,7 +78,7 @@ def record(pipeline: Any) -> Recorder | NetworkRecorder:
 
 def calibrate(
     model: Model = "demo", *, preset: str = "tq-dit", output: str | Path | None = None, work: str | Path | None = None,
-    data: str | Path | None = None, rows: Recorder | NetworkRecorder | str | Path | None = None, quiet: bool = True,
+    data: str | Path | None = None, rows: Calls | None = None, quiet: bool = True,
     **knobs: Any,
 ) -> ScaleTable:  # fmt: skip
     """Find the scales of a model; returns the scale table and writes it to `output` if that is given.
@@ -90,7 +92,7 @@ def calibrate(
     from tqdit.calibration.config import PRESETS
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
-    from tqdit.models.recording import Recording
+    from tqdit.models.recording import as_recording
     from tqdit.quantization.table import write_scale_table
 
     if preset not in PRESETS:
@@ -101,7 +103,7 @@ def calibrate(
     config = replace(PRESETS[preset], **knobs)
     if output is not None:
         check_writable(Path(output))
-    recording = Recording.load(rows) if isinstance(rows, str | Path) else None if rows is None else rows.recording()
+    recording = None if rows is None else as_recording(rows)
     loaded = _loaded(model, None if recording is None else recording.interface)
     images = recording if data is None else read_data(Path(data), loaded)
     with ExitStack() as stack:
@@ -119,14 +121,14 @@ def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
     vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
-    rows: str | Path | None = None, force: bool = False,
+    rows: Calls | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales; returns its path.
 
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its directory
     or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one.
     text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file; text_int8: with
-    int8 weights. rows: a file of recorded calls, which tell how a pipeline's network is called if there are no scales.
+    int8 weights. rows: as in `calibrate`; they tell how a pipeline's network is called if there are no scales.
     force: replace the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter
     can end by a signal if nobody has tried the class; tqdit-export traces such a class in a child process. Large
     weights of a transformer's directory stay in their file and are read one at a time.

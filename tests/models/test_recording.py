@@ -132,10 +132,11 @@ class Loop:
         self.transformer = Denoise()
         self.scheduler, self.change = diffusers.FlowMatchEulerDiscreteScheduler(), change
 
-    def __call__(self, seed, images=1):
+    def __call__(self, seed, images=1, text=None):
         self.scheduler.set_timesteps(4)
         draw = torch.Generator().manual_seed(seed)
-        x, text = torch.randn(images, 3, 8, generator=draw), torch.randn(2 * images, 50, generator=draw)
+        x, drawn = torch.randn(images, 3, 8, generator=draw), torch.randn(2 * images, 50, generator=draw)
+        text = drawn if text is None else text
         for t in self.scheduler.timesteps:
             out = self.transformer(torch.cat([x, x]), t.expand(2 * images), text + self.change * t)
             c, u = out.chunk(2)
@@ -170,6 +171,77 @@ def test_a_chain_holds_the_states_of_all_steps_and_its_requests_once():
     np.testing.assert_array_equal(recording.states[0, 2], calls._runs[0].states[1][0])
     assert recording.interface.guidance.scale == 3.0
     assert recording.requests["negative.text"].shape == (3, 50)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prompt_that_is_the_negative_one_changes_nothing_for_the_others(first):
+    """Its two predictions are alike and tell no guidance; the values of its unconditional row are kept."""
+    pipeline, alike = Loop(), torch.ones(2, 50)
+    with tqdit.record(pipeline) as calls:
+        for text in (alike, None) if first else (None, alike):
+            pipeline(0, text=text)
+    recording = calls.recording()
+    assert recording.interface.guidance.scale == 3.0
+    negative = recording.requests["negative.text"][:: 1 if first else -1]
+    np.testing.assert_array_equal(negative[0], alike[0])
+    assert negative[1].std() > 0.5
+    with tqdit.record(pipeline) as calls:
+        pipeline(0, text=alike)
+    with pytest.raises(UsageError, match="are alike in all steps"):
+        calls.recording()
+
+
+class Mean(Denoise):
+    """It takes texts of any length."""
+
+    def forward(self, hidden_states, timestep, text):
+        return self.inner(hidden_states) + text.mean(1)[:, None, None] + 0.001 * timestep[:, None, None]
+
+
+def test_chains_with_texts_of_different_lengths_are_refused():
+    pipeline = Loop()
+    pipeline.transformer = Mean()
+    with tqdit.record(pipeline) as calls:
+        for length in (5, 6):
+            pipeline(0, text=torch.randn(2, length))
+    with pytest.raises(UsageError, match=r"differ in .*shapes.*padded alike"):
+        calls.recording()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+def test_a_chain_that_begins_with_an_image_is_refused():
+    """Pipelines from image to image skip the first steps."""
+    from zoo.pipelines import FAMILIES
+
+    pipeline, arguments = FAMILIES["flux"]()
+    pipeline = diffusers.FluxImg2ImgPipeline.from_pipe(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(UsageError, match=r"begins at step 3 .*record its network alone"), tqdit.record(pipeline):
+        pipeline(image=torch.rand(1, 3, 64, 64), strength=0.6, num_inference_steps=5, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["recorder", "recording", "file"])
+def test_recorded_calls_are_taken_in_each_form(kind, tmp_path):
+    pipeline = Loop()
+    with tqdit.record(pipeline) as calls:
+        pipeline(0)
+    recording = calls.recording()
+    rows = {"recorder": calls, "recording": recording, "file": recording.save(tmp_path / "calls.safetensors")}[kind]
+    knobs = {"preset": "min-max", "groups": 1, "rows_per_group": 2, "token_share": 1.0}
+    assert tqdit.calibrate(pipeline.transformer, rows=rows, **knobs).interface is not None
+    assert tqdit.export(pipeline.transformer, tmp_path / "m.onnx", rows=rows).exists()
+
+
+def test_anything_else_as_rows_or_as_the_network_is_one_line(tmp_path):
+    pipeline = Loop()
+    with tqdit.record(pipeline) as calls:
+        pipeline(0)
+    for rows in ({"text": 1}, [], 3, torch.nn.Identity()):
+        for flow in (tqdit.calibrate, lambda network, rows: tqdit.export(network, tmp_path / "m.onnx", rows=rows)):
+            with pytest.raises(UsageError, match=rf"rows are a {type(rows).__name__}, expected"):
+                flow(pipeline.transformer, rows=rows)
+    with pytest.raises(UsageError, match=r"Loop in memory.*pipeline\.transformer"):
+        tqdit.calibrate(pipeline, rows=calls)
 
 
 def test_calls_of_a_network_are_held_without_their_predictions():

@@ -10,6 +10,7 @@ import torch
 from tqdit.errors import UsageError
 from tqdit.models.scheduler import tabulate
 from tqdit.ports import Port, Signature
+from tqdit.sampling import noise
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Recorded
 from tqdit.sampling.schedule import SamplingSpec
@@ -38,6 +39,17 @@ DETERMINISTIC = {
     "flow Euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
     "EDM Euler": lambda: diffusers.EDMEulerScheduler(),
+    "EDM DPM++ 2M": lambda: diffusers.EDMDPMSolverMultistepScheduler(),
+    "flow map Euler": lambda: diffusers.FlowMapEulerDiscreteScheduler(),
+    "CogVideoX DDIM": lambda: diffusers.CogVideoXDDIMScheduler(clip_sample=False),
+}
+STOCHASTIC = {
+    "DDPM": lambda: diffusers.DDPMScheduler(clip_sample=False),
+    "Euler, ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(),
+    "DPM++ 2M, SDE": lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    "LCM": lambda: diffusers.LCMScheduler(clip_sample=False),
+    "SA": lambda: diffusers.SASolverScheduler(),
+    "TCD": lambda: diffusers.TCDScheduler(),
 }
 SIGNATURE = Signature(
     (Port("x", "state", "float32", (None, *SHAPE)), Port("t", "time", "float32", (None,))), (None, *SHAPE), "nonlinear"
@@ -76,6 +88,26 @@ def test_the_loop_replays_the_scheduler(name):
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_loop_replays_a_scheduler_with_the_same_noise(name, monkeypatch):
+    scheduler = STOCHASTIC[name]()
+    scheduler.set_timesteps(STEPS)
+    spec = spec_of(scheduler)
+    assert spec.schedule.is_stochastic
+
+    def randn_tensor(shape, *_, **__):
+        step = len(spec.schedule) - 1 - scheduler.step_index if hasattr(scheduler, "step_index") else drawn.pop()
+        return torch.from_numpy(noise.normal(3, 0, step, shape))
+
+    drawn = list(range(len(spec.schedule)))  # of DDPM, which counts no steps; each but the last draws once
+    monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", randn_tensor)
+    chains = Chains(SIGNATURE, None, 1)
+    chains.add(spec.schedule, {}, 1.0, seed=3, image=0)
+    expected = theirs(scheduler, torch.from_numpy(chains.x.copy()))
+    found = run(chains, lambda inputs: network(inputs["x"], inputs["t"]).astype(np.float32))
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 def test_tabulating_leaves_the_scheduler_as_it_was():
     scheduler = diffusers.UniPCMultistepScheduler()
     scheduler.set_timesteps(STEPS)
@@ -96,4 +128,12 @@ def test_a_scheduler_that_is_not_linear_is_refused_with_its_residual(settings):
     scheduler = diffusers.DDIMScheduler(**{"clip_sample": False, **settings})
     scheduler.set_timesteps(STEPS)
     with pytest.raises(UsageError, match=r"DDIMScheduler.*residual \d"):
+        tabulate(scheduler)
+
+
+def test_a_scheduler_whose_step_takes_more_is_refused():
+    """That of CogVideoX-5B takes two timesteps and what it predicted before."""
+    scheduler = diffusers.CogVideoXDPMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(UsageError, match=r"CogVideoXDPMScheduler makes no step .*record its network alone"):
         tabulate(scheduler)

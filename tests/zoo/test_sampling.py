@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -50,8 +52,8 @@ def embeddings(tmp_path):
     return path
 
 
-def sampled(folder, output, *more):
-    assert run("sample", [str(folder / "onnxruntime.engine"), "-q", "-o", str(output), *map(str, more)]) == 0
+def sampled(folder, output, *more, backend="onnxruntime"):
+    assert run("sample", [str(folder / f"{backend}.engine"), "-q", "-o", str(output), *map(str, more)]) == 0
     return dict(np.load(output))
 
 
@@ -61,19 +63,30 @@ def refused(capsys, arguments, code=1):
     return line
 
 
-def test_an_image_shows_its_prompt_in_any_batch_beside_any_neighbours(flux, embeddings, tmp_path):
-    alone = sampled(flux, tmp_path / "a.npz", "--embeddings", embeddings, "-n", 5, "--batch", 1)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_image_shows_its_prompt_in_any_batch_beside_any_neighbours(flux, embeddings, tmp_path, backend):
+    alone = sampled(flux, tmp_path / "a.npz", "--embeddings", embeddings, "-n", 5, "--batch", 1, backend=backend)
     assert alone["labels"].tolist() == [0, 1, 2, 0, 1]
     assert len(np.unique(alone["latents"].reshape(5, -1), axis=0)) == 5
-    together = sampled(flux, tmp_path / "b.npz", "--embeddings", embeddings, "-n", 5, "--batch", 4)
+    together = sampled(flux, tmp_path / "b.npz", "--embeddings", embeddings, "-n", 5, "--batch", 4, backend=backend)
     np.testing.assert_array_equal(together["latents"], alone["latents"])
-    with tqdit.Sampler.open(flux / "onnxruntime.engine") as sampler:
+    with tqdit.Sampler.open(flux / f"{backend}.engine") as sampler:
         requests = sampler.read_requests(embeddings)
         for image in (4, 1, 2):  # in another order
             one = sampler.sample_latents(
                 {name: array[[image % PROMPTS]] for name, array in requests.items()}, first_image=image
             )
             np.testing.assert_array_equal(one[0], alone["latents"][image])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_embeddings_need_no_torch(flux, embeddings, tmp_path, backend):
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'onnx', 'onnx_ir']))"
+    arguments = [flux / f"{backend}.engine", "-q", "--embeddings", embeddings, "-o", tmp_path / "x.npz"]
+    code = f"{blocked}; from tqdit.cli.main import run; sys.exit(run('sample', {[*map(str, arguments)]!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    expected = sampled(flux, tmp_path / "y.npz", "--embeddings", embeddings, backend=backend)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npz")["latents"], expected["latents"])
 
 
 def test_recorded_calls_are_a_file_of_request_values(flux, tmp_path):

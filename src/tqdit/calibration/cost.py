@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from tqdit.models.loaded import LoadedModel
+from tqdit.models.loaded import LoadedModel, in_one_line
 from tqdit.models.products import stand_in, watched
 
 
@@ -35,7 +35,8 @@ def product_costs(model: LoadedModel) -> dict[str, ProductCost]:
 
     network, fake = stand_in(model.network), FakeTensorMode(allow_non_fake_inputs=True)
     one = {name: torch.from_numpy(array).to(model.device) for name, array in model.signature.zeros(1).items()}
-    with watched(network, costs, add), torch.no_grad(), fake:
+    refused = in_one_line(model.source, "a call with 1 row")
+    with refused, watched(network, costs, add), torch.no_grad(), fake:
         network(**tree_map_only(Tensor, fake.from_tensor, model.arguments(one)))
     return costs
 

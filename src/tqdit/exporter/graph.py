@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from tqdit.exporter.trace import OPSETS, check_opset, denoiser_inputs, fixed_row
 from tqdit.golden import CALLS_KEY
 from tqdit.interface import Interface
 from tqdit.models.loaded import LoadedModel, PositionalCall
-from tqdit.models.recording import Recording
+from tqdit.models.recording import as_recording
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import Guidance
@@ -59,16 +60,17 @@ class ExportConfig:
         return model.guidance if table is None else replace(model.guidance, scale=table.guidance_scale)
 
 
-def interface_of(table: ScaleTable | None, rows: str | Path | None) -> Interface | None:
+def interface_of(table: ScaleTable | None, rows: Any) -> Interface | None:
     """How a pipeline's network is called: what the scales were found with, or what recorded calls tell."""
     if rows is None:
         return None if table is None else table.interface
     if table is not None:
+        what = rows if isinstance(rows, str | Path) else "rows"
         raise UsageError(
-            f"{rows}: recorded calls are for an export without scales, and there are scales, which tell how "
+            f"{what}: recorded calls are for an export without scales, and there are scales, which tell how "
             "the network is called. Drop --rows, or pass --float in place of --scales."
         )
-    return Recording.load(rows).interface
+    return as_recording(rows).interface
 
 
 def calibrated_for(model: LoadedModel, table: ScaleTable | None) -> SamplingSpec:

@@ -13,6 +13,7 @@ from tqdit.ports import NEGATIVE
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Sign
 
+ALIKE = 1e-6  # relative difference of predictions that float32 does not tell apart
 TIME_MAPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0))  # scale and shift that pipelines use
 
 
@@ -53,20 +54,21 @@ def check_scaled(states: Tensor, sample: Tensor, tolerance: float) -> None:
 
 
 def fit_weights(model_output: Tensor, output: Tensor, roles: int, tolerance: float) -> NDArray[np.float64]:
-    """Weights (roles,) of the predictions of each role in what the scheduler gets."""
+    """Weights (roles,) of the predictions of each role in what the scheduler gets; NaN if the predictions are alike."""
     target = model_output.double().cpu()
     parts = [part[:, : target.shape[1]].double().cpu().flatten() for part in output.chunk(roles)]
     matrix, y = torch.stack(parts, 1), target.flatten()
     if matrix.shape[0] != len(y):
         raise UsageError(f"the scheduler gets {tuple(model_output.shape)} of a prediction {tuple(output.shape)}.")
-    weights = torch.linalg.lstsq(matrix, y[:, None], driver="gelsd").solution[:, 0]
+    fit = torch.linalg.lstsq(matrix, y[:, None], rcond=ALIKE, driver="gelsd")
+    weights = fit.solution[:, 0]
     residual = float((matrix @ weights - y).norm() / y.norm())
     if residual > tolerance:
         raise UsageError(
             f"what the scheduler gets is not a weighted sum of the network's predictions (residual {residual:.1e}, "
             f"expected less than {tolerance:.0e}). {DROP_IN_ONLY}"
         )
-    return weights.numpy()
+    return weights.numpy() if int(fit.rank) == roles else np.full(roles, np.nan)
 
 
 def fit_time(times: list[tuple[float, float]], tolerance: float) -> tuple[float, float]:
@@ -85,6 +87,9 @@ def fit_time(times: list[tuple[float, float]], tolerance: float) -> tuple[float,
 
 def fit_guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, Sign, dict[str, int]]:
     """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role."""
+    weights = weights[np.isfinite(weights).all(1)]  # an empty prompt beside an empty negative one tells nothing
+    if not len(weights):
+        raise UsageError("the conditional and the unconditional predictions are alike in all steps. Record a prompt.")
     mean = weights.mean(0)
     spread = float(np.abs(weights - mean).max() / np.abs(mean).max())
     text = ", ".join(f"{weight:.3g}" for weight in mean)

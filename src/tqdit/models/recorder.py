@@ -33,7 +33,6 @@ from tqdit.models.decoding import learn_latents
 from tqdit.models.facts import check_scaled, find_state, fit_guidance, fit_time, fit_weights, is_close
 from tqdit.models.recording import Array, Recording, make_recording
 from tqdit.models.scheduler import tabulate
-from tqdit.ports import NEGATIVE
 from tqdit.sampling.process import Recorded, Table, Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
@@ -141,6 +140,11 @@ class Recorder:
 
     def _begin(self, sample: Tensor) -> None:
         self._fresh = False
+        if start := getattr(self.scheduler, "begin_index", None):
+            raise UsageError(
+                f"the pipeline begins at step {start + 1} of its schedule, from an image; an engine's loop begins at "
+                f"step 1, with noise. {DROP_IN_ONLY}"
+            )
         config = getattr(self.scheduler, "config", {})
         name, training_steps = type(self.scheduler).__name__, config.get("num_train_timesteps", 1000)
         (prompts, settings), self._heard = self._heard or ((), {}), None
@@ -150,7 +154,7 @@ class Recorder:
     def _step(self, model_output: Tensor, timestep: float, sample: Tensor) -> None:
         run, calls, self._calls = self._runs[-1], self._calls, []
         if not calls:
-            raise UsageError(f"{run.scheduler} made a step without a call of the transformer; nothing is recorded.")
+            raise UsageError(f"{run.scheduler} made a step without a call of the transformer. {DROP_IN_ONLY}")
         types = (model_output.dtype, sample.dtype, *(call.output.dtype for call in calls))
         run.tolerance = max(TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE) for dtype in types)
         if not torch.isfinite(model_output).all() or not torch.isfinite(sample).all():
@@ -205,16 +209,16 @@ class Recorder:
             )
         first = runs[0]
         for run in runs[1:]:
-            kinds = [(each.table, each.states[0].shape[1:], each.weights[0].shape) for each in (first, run)]
+            kinds = [(each.table, _shapes(each), each.weights[0].shape) for each in (first, run)]
             if kinds[0] != kinds[1]:
                 raise UsageError(
-                    "the recorded chains differ in their steps or shapes, or some are guided and others not. Record "
-                    "one kind at a time."
+                    "the recorded chains differ in their steps, shapes or arguments, or some are guided and others not."
+                    " Record one kind at a time, with prompts padded alike."
                 )
             check_alike(first.constants, run.constants)
         scale, shift = fit_time([pair for run in runs for pair in run.times], first.tolerance)
         guidance, sign, roles = fit_guidance(np.concatenate([run.weights for run in runs]), first.tolerance)
-        requests = [_requests(run, roles) for run in runs]
+        requests = _requests(runs, roles)
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
         images = np.cumsum([0, *(run.images for run in runs)])
@@ -307,17 +311,26 @@ def _prompts(arguments: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]
     return tuple(prompts), json.loads(json.dumps(plain))
 
 
-def _requests(run: _Run, roles: Mapping[str, int]) -> dict[str, Array]:
-    """Values of each request port, (B, ...); those of the unconditional role under `negative.`, if they differ."""
-    found: dict[str, Array] = {}
-    if run.changing is not None:
-        raise UsageError(f"argument '{run.changing}' changes from step to step. {DROP_IN_ONLY}")
-    for name, tensor in run.inputs.items():
-        parts = tensor.chunk(len(roles))
-        values = {prefix: parts[place] for prefix, place in roles.items()}
-        if len(values) == 2 and torch.equal(values[""], values[NEGATIVE]):
-            del values[NEGATIVE]
-        found |= {f"{prefix}{name}": value.numpy() for prefix, value in values.items()}
+def _shapes(run: _Run) -> dict[str, tuple[int, ...]]:
+    """Of a row of the state, under no name, and of each request port."""
+    return {name: tuple(rows.shape[1:]) for name, rows in {"": run.states[0], **run.inputs}.items()}
+
+
+def _requests(runs: list[_Run], roles: Mapping[str, int]) -> list[dict[str, Array]]:
+    """Of each run the values of each request port, (B, ...).
+
+    Those of the unconditional role stand under `negative.` if they differ in any run; in one they may be the same.
+    """
+    found: list[dict[str, Array]] = [{} for _ in runs]
+    if changing := next((run.changing for run in runs if run.changing is not None), None):
+        raise UsageError(f"argument '{changing}' changes from step to step. {DROP_IN_ONLY}")
+    for name in runs[0].inputs:
+        parts = [run.inputs[name].chunk(len(roles)) for run in runs]
+        own = any(not torch.equal(each[0], each[-1]) for each in parts)
+        for prefix, place in roles.items():
+            if own or not prefix:
+                for values, each in zip(found, parts, strict=True):
+                    values[f"{prefix}{name}"] = each[place].numpy()
     return found
 
 

@@ -123,6 +123,18 @@ class Recording:
         return digest.hexdigest()
 
 
+def as_recording(calls: Any) -> Recording:
+    """A recording, what `tqdit.record` gave, or the path of a file. Raises UsageError for anything else."""
+    if isinstance(calls, str | Path):
+        return Recording.load(calls)
+    found = calls if isinstance(calls, Recording) else getattr(calls, "recording", lambda: None)()
+    if not isinstance(found, Recording):
+        raise UsageError(
+            f"rows are a {type(calls).__name__}, expected what tqdit.record gave, or the path of its file."
+        )
+    return found
+
+
 def make_recording(
     network: nn.Module, roles: Roles, output: tuple[int, ...], sampled: tuple[SamplingSpec, Guidance | None],
     constants: Mapping[str, Constant], states: Array, requests: dict[str, Array],

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tqdit.errors import UsageError
+from tqdit.errors import UsageError, first_line
+from tqdit.models.calls import DROP_IN_ONLY
 from tqdit.sampling.process import Table
 from tqdit.sampling.schedule import MOST_LAG
 
@@ -51,7 +52,7 @@ def tabulate(scheduler: Any) -> Table:
             output = draw()
             states, outputs = [x, *states][: MOST_LAG + 1], [output, *outputs][: MOST_LAG + 1]
             drawn.clear()
-            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+            x = _step(scheduler, output, timestep, x)
             rows.append((input_scale, *_fit(x, states, outputs, drawn, type(scheduler).__name__)))
     lag = max(len(row[1]) for row in rows) - 1
     return Table(
@@ -62,6 +63,17 @@ def tabulate(scheduler: Any) -> Table:
         noise_weight=tuple(row[3] for row in rows[::-1]),
         initial_scale=initial,
     )
+
+
+def _step(scheduler: Any, output: Tensor, timestep: Any, x: Tensor) -> Tensor:
+    try:
+        after: Tensor = scheduler.step(output, timestep, x, return_dict=False)[0]
+    except Exception as error:  # some take more than that, or look at what is in it
+        raise UsageError(
+            f"{type(scheduler).__name__} makes no step from a prediction, a timestep and a sample alone "
+            f"({first_line(error)}). Record with another scheduler. {DROP_IN_ONLY}"
+        ) from error
+    return after
 
 
 def _fit(

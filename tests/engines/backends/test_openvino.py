@@ -24,6 +24,7 @@ from tqdit import onnx_file
 from tqdit.card import ATTENTION_FORMS
 from tqdit.engines.backends.openvino import build, library
 from tqdit.engines.backends.openvino.run import load
+from tqdit.engines.backends.openvino.single_rows import widen_single_rows
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
@@ -285,6 +286,31 @@ def test_an_image_does_not_change_with_batch_or_threads_bit_for_bit(engine_of, f
         for index in (6, 0, 3):
             alone = other.sample_latents([LABELS[index]], seed=1, first_image=index)
             np.testing.assert_array_equal(alone[0], expected[index])
+
+
+def test_a_row_of_a_product_with_int8_weights_has_the_same_bits_alone_and_in_a_batch():
+    """Without `widen_single_rows` the row that is alone is summed in another order (1e-6), which flips codes later."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[N, 64] x) => (float[N, 48] y) '
+        "{ w = DequantizeLinear<axis = 1>(codes, scales) z = MatMul(x, w) y = Add(z, bias) }"
+    )
+    rng = np.random.default_rng(0)
+    arrays = {"codes": rng.integers(-127, 128, (64, 48)).astype(np.int8), "scales": rng.uniform(1e-3, 2e-3, 48)}
+    arrays |= {"scales": arrays["scales"].astype(np.float32), "bias": rng.standard_normal(48).astype(np.float32)}
+    for name, array in arrays.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    core = openvino.Core()
+    graph = core.read_model(model.SerializeToString())
+    widen_single_rows(openvino, graph)
+    compiled = core.compile_model(graph, "CPU", library.settings("fp32", 1))
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    expected = compiled(x)[0]
+    np.testing.assert_allclose(
+        expected, x @ (arrays["codes"] * arrays["scales"]) + arrays["bias"], rtol=1e-4, atol=1e-4
+    )
+    for row in range(5):
+        np.testing.assert_array_equal(compiled(x[row : row + 1])[0][0], expected[row])
+    np.testing.assert_array_equal(compiled(x[1:4])[0], expected[1:4])
 
 
 def test_a_float_image_does_not_change_with_batch_bit_for_bit(engine_of):

@@ -56,6 +56,8 @@ def load_recorded(source: Source, interface: Interface, in_memory: bool = True) 
 
     Raises UsageError if it is not of the recorded class.
     """
+    if not isinstance(source, str | nn.Module):
+        raise UsageError(f"{name_of(source)}: not a network. Pass pipeline.transformer, or a directory.")
     if _kind(source) != interface.signature.family:
         raise UsageError(
             f"{name_of(source)}: a {_kind(source)}; the calls were those of a {interface.signature.family}."

@@ -14,6 +14,7 @@ import onnx.inliner
 from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
+from tqdit.engines.backends.openvino.single_rows import widen_single_rows
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Artefact, Audit
@@ -110,6 +111,7 @@ def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, ca
             model = ov.Core().read_model(path)
             if float_type == "bf16":
                 tabulate_angles(ov, model, card)
+            widen_single_rows(ov, model)
             _name_the_nameless(model)
             ov.save_model(model, target, compress_to_fp16=False)
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong
