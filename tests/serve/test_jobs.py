@@ -106,12 +106,12 @@ def test_a_stream_ends_with_its_images_and_its_client_s_leaving_frees_the_places
     with running.streaming(GENERATIONS, {"class": 1, "n": 3, "stream": True}) as events:
         assert [name for name, _ in events] == ["image_generation.completed"] * 3
     gate.open.clear()
-    with running.streaming(GENERATIONS, {"class": 1, "n": 3, "stream": True}):
+    with running.streaming(GENERATIONS, {"class": 1, "n": 3, "stream": True, "steps": 1000}):
         wait_until(lambda: running.running() == 3)
     gate.open.set()
     calls = gate.calls
     wait_until(lambda: running.running() == 0)
-    assert gate.calls < calls + 20
+    assert gate.calls < calls + 900  # the server sees that the client left some calls later
 
 
 def test_a_client_that_stops_reading_its_stream_frees_the_places(gated):
