@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 
 import support
@@ -42,10 +43,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers():
-    """A test sees the same numbers whichever tests run before it."""
+def same_random_numbers(request):
+    """A test sees the same numbers whichever tests run before it: torch's and those of its module's `RNG`."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)
 
 
 @pytest.fixture

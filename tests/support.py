@@ -182,13 +182,14 @@ def read_picture(path: Path | str) -> np.ndarray:
 
 
 def assert_agrees(out: np.ndarray, expected: np.ndarray, bits: int = 8) -> None:
-    """Images agree to 1e-5 of the largest value, but for at most one in twelve, which may be 3 % off (relative L2).
+    """Images agree to 1e-5 of the largest value, but for one and one in ten, which may be 3 % off (relative L2).
 
     Quantized graphs agree bit for bit or nearly so, except where the last bit of a float operation decides a rounding
-    tie: then one code of that image is the neighbouring one. With fewer bits of activations a code is worth more.
+    tie: then one code of that image is the neighbouring one. That is 1 % of the images here, and which ones depends on
+    the processor; wrong scales move all of them. With fewer bits of activations a code is worth more.
     """
     off = np.abs(out - expected).reshape(len(out), -1).max(axis=1) > 1e-5 * np.abs(expected).max()
-    assert off.sum() <= max(1, len(out) // 12)
+    assert off.sum() <= 1 + len(out) // 10
     for row in np.flatnonzero(off):
         limit = 0.03 * 2 ** (8 - bits)
         assert np.linalg.norm(out[row] - expected[row]) <= limit * np.linalg.norm(expected[row])

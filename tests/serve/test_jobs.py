@@ -183,6 +183,7 @@ def test_a_job_that_is_too_large_or_too_old_is_forgotten(serve, bundle, limit):
     running = serve(settings=Settings(**limit), tiny=bundle)
     name = start(running, {"class": 1, "steps": 2})
     wait_until(lambda: running.ask(f"/v1/jobs/{name}").status == 404)
+    assert running.ask(f"/v1/jobs/{name}").error["code"] == "not_found"
 
 
 def test_an_unknown_job_is_not_found(quick):

@@ -172,6 +172,7 @@ def test_a_client_that_does_not_take_its_answer_is_disconnected_and_frees_its_pl
         while True:
             client.sendall(ask * 100)
     wait_until(lambda: not running.server.server_state.connections)
+    assert running.ask("/health/live").status == 200  # and the others are served
 
 
 def test_a_long_wait_for_an_image_is_no_stalling(gated):

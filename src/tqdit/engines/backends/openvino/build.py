@@ -13,7 +13,7 @@ import onnx.inliner
 
 from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.angles import tabulate_angles
-from tqdit.engines.backends.openvino.library import compile_file, has_bfloat16, load_library, reason, release
+from tqdit.engines.backends.openvino.library import compile_file, core_of, has_bfloat16, load_library, reason, release
 from tqdit.engines.backends.openvino.single_rows import widen_single_rows
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
@@ -108,7 +108,7 @@ def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, ca
             path = source.path
             if source.model.functions:  # which OpenVINO refuses
                 path = source.save_copy(onnx.inliner.inline_local_functions(source.model), folder)
-            model = ov.Core().read_model(path)
+            model = core_of(ov).read_model(path)
             if float_type == "bf16":
                 tabulate_angles(ov, model, card)
             widen_single_rows(ov, model)

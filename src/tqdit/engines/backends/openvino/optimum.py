@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.build import GRAPH_FILE
-from tqdit.engines.backends.openvino.library import load_library
+from tqdit.engines.backends.openvino.library import core_of, load_library
 from tqdit.errors import UsageError
 from tqdit.files import check_only, whole_folder
 from tqdit.version import __version__
@@ -49,7 +49,7 @@ def write_optimum(bundle: Path, card: GraphCard, folder: Path) -> Path:
     ov = load_library()
     target = folder / FOLDER
     with whole_folder(target, _check_place) as temporary:
-        model = ov.Core().read_model(bundle / GRAPH_FILE)
+        model = core_of(ov).read_model(bundle / GRAPH_FILE)
         for name in card.constants:
             if name in OPTIONAL:
                 shape = [-1 if size is None else size for size in OPTIONAL[name]]
