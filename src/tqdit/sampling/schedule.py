@@ -11,7 +11,7 @@ import numpy as np
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
 from tqdit.sampling import samplers
-from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Process, Recorded, Unsampled
+from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Process, Recorded, Unsampled, check_timesteps
 
 MOST_LAG = 3
 
@@ -82,6 +82,7 @@ class SamplingSpec:
     process: Process = Diffusion()  # noqa: RUF009 (frozen)
     sampler: str = "ddpm"
     steps: int = 250
+    timesteps: tuple[float, ...] = ()  # where the steps lie, ascending; empty: where the sampler puts them
 
     def __post_init__(self) -> None:
         if isinstance(self.process, Unsampled):
@@ -91,6 +92,8 @@ class SamplingSpec:
             raise UsageError(
                 f"sampler '{self.sampler}' is unknown, or not one for this model; known are {', '.join(known)}."
             )
+        if self.timesteps:
+            check_timesteps(self.process, self.timesteps, self.steps)
         _ = self.schedule  # which knows what fits together
 
     @property
@@ -101,23 +104,31 @@ class SamplingSpec:
         return make_schedule(self)
 
     def choose(self, steps: int | None = None, sampler: str | None = None) -> SamplingSpec:
-        """With other steps or another sampler, where they are given."""
-        return replace(
-            self, steps=self.steps if steps is None else steps, sampler=self.sampler if sampler is None else sampler
-        )
+        """With other steps or another sampler, where they are given; placed steps stay if both are the same."""
+        steps, sampler = self.steps if steps is None else steps, self.sampler if sampler is None else sampler
+        same = (steps, sampler) == (self.steps, self.sampler)
+        return self if same else replace(self, steps=steps, sampler=sampler, timesteps=())
 
     def __str__(self) -> str:
-        """'250 steps of ddpm', or by the scheduler that was recorded."""
+        """'250 steps of ddpm', '12 placed steps of dpm++2m', or by the scheduler that was recorded."""
         if isinstance(self.process, Unsampled):
             return "no chain"
         name = self.process.scheduler if isinstance(self.process, Recorded) else self.sampler
-        return f"{self.steps} steps of {name}"
+        return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}"
 
 
 @lru_cache(maxsize=256)
 def make_schedule(spec: SamplingSpec) -> Schedule:
-    schedule: Schedule = find_samplers()[spec.sampler].schedule(spec.process, spec.steps)
+    module = find_samplers()[spec.sampler]
+    timesteps = np.array(spec.timesteps) if spec.timesteps else visits(module, spec.process, spec.steps)
+    schedule: Schedule = module.schedule(spec.process, timesteps)
     return schedule
+
+
+def visits(module: ModuleType, process: Process, steps: int) -> Float64:
+    """The timesteps of a chain of T steps, ascending, (T,), unless they are placed."""
+    timesteps: Float64 = getattr(module, "visits", type(process).timesteps)(process, steps)
+    return timesteps
 
 
 def find_samplers() -> dict[str, ModuleType]:
