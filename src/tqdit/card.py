@@ -116,7 +116,7 @@ class GraphCard:
 
     graph: GraphName
     signature: Signature  # of the network; a step graph takes the state and the requests of it
-    sampling: SamplingSpec  # the chain that the file proposes
+    sampling: SamplingSpec  # the chain that the file proposes; placed steps were found for this very network
     guidance: Guidance | None
     latents: Latents | None  # None: the state is an image in -1..1
     class_names: tuple[str, ...]
@@ -131,11 +131,17 @@ class GraphCard:
     alike: tuple[str, ...] = ()  # those of them that have rows, all the same: the digest is of one row
     config: dict[str, Any] = field(default_factory=dict)  # settings of the network, as diffusers' pipelines read them
     rows: int | None = None  # of every call of the graph; None: any number
+    published: SamplingSpec | None = None  # the chain of the model's origin; None: the one that the file proposes
 
     @property
     def rows_per_image(self) -> int:
         """Rows of one call of the graph; a guided step graph doubles its rows inside."""
         return rows_per_image(self.guidance) if self.graph == "denoiser" else 1
+
+    @property
+    def as_published(self) -> SamplingSpec:
+        """The chain that the model's origin samples with."""
+        return self.published or self.sampling
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -152,9 +158,12 @@ class GraphCard:
         return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
 
     def remark(self, chosen: SamplingSpec) -> str | None:
-        """One line if the scales were found for another chain than the chosen one; None otherwise."""
+        """One line if the scales were found for another chain than the chosen one; None otherwise.
+
+        Also None for the placed steps of this card, which were found with these scales.
+        """
         found_for = chosen if self.quantization is None else self.quantization.sampling
-        if chosen == found_for:
+        if chosen == found_for or (chosen.timesteps and chosen == self.sampling):
             return None
         process = "" if chosen.process == found_for.process else " in another process"
         return (

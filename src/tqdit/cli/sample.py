@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
+    add("--as-published", action="store_true", help="sampler and steps of the model's origin, such as 250 steps of "
+        "ddpm for a DiT, in place of what the engine proposes")  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--batch",
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     job = _describe(args, manifest, shards, prompts)
     if not shards:
         _check_output(output, job, manifest.card)
-    spec = manifest.card.sampling.choose(job.steps, job.sampler)
+    spec = manifest.card.sampling.choose(**job.chain)
     if args.save_noise is not None:
         check_size(args.save_noise, manifest.card, spec, job.count)
     if remark := manifest.card.remark(spec):
@@ -147,6 +149,8 @@ def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """What is wrong with the arguments alone."""
+    if args.as_published and (args.steps is not None or args.sampler is not None):
+        raise UsageError("--as-published names sampler and steps. Leave out --steps and --sampler.")
     if args.n is not None:
         check_count("-n", args.n, 1)
     check_threads(args.threads)
@@ -173,9 +177,11 @@ def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
 def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompts: Prompts | None) -> SamplingJob:
     """The job that the arguments describe; without shards it is one of all images."""
     size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
+    published = manifest.card.as_published
+    chain = (published.steps, published.sampler, ()) if args.as_published else (args.steps, args.sampler, None)
     return describe_job(
         args.engine, manifest, args.classes if prompts is None else prompts, args.seed, args.n, size,
-        guidance_scale=args.guidance_scale, steps=args.steps, sampler=args.sampler,
+        args.guidance_scale, *chain,
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def evaluate_engine(
         guidance_scale=options.guidance_scale, steps=options.steps, sampler=options.sampler,
     )  # fmt: skip
     _check_memory(card, job, options)
-    if remark := card.remark(card.sampling.choose(job.steps, job.sampler)):
+    if remark := card.remark(card.sampling.choose(**job.chain)):
         console.say(remark)
     table = _scale_table(path, manifest, options, console)
     lpips = None if options.lpips_weights is None else Lpips(*options.lpips_weights)  # refuses a bad file at once
@@ -208,7 +208,7 @@ class _Comparison:
 
     @property
     def _timesteps(self) -> NDArray[np.float64]:
-        return self.subject.manifest.card.sampling.choose(self.job.steps, self.job.sampler).schedule.timesteps
+        return self.subject.manifest.card.sampling.choose(**self.job.chain).schedule.timesteps
 
     def _sample(self) -> tuple[dict[str, SampledChains], Pairs | None]:
         """The chains of each set by name, and the pairs of both engines."""

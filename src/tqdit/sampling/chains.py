@@ -63,6 +63,11 @@ class Chains:
         """The states (count, ...) in place: copy them to keep them past the next step."""
         return self._x[: self.count]
 
+    @property
+    def prediction(self) -> Float32:
+        """The predictions (count, ...) that the last step was made with, guided, in place."""
+        return self._prediction[: self.count]
+
     def step_of(self, chain: int) -> int:
         """The step that this chain computes next; -1 after its last one."""
         return int(self._step[chain])

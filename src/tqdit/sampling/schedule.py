@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
@@ -103,11 +104,20 @@ class SamplingSpec:
             raise UsageError(NO_CHAIN)
         return make_schedule(self)
 
-    def choose(self, steps: int | None = None, sampler: str | None = None) -> SamplingSpec:
-        """With other steps or another sampler, where they are given; placed steps stay if both are the same."""
-        steps, sampler = self.steps if steps is None else steps, self.sampler if sampler is None else sampler
-        same = (steps, sampler) == (self.steps, self.sampler)
-        return self if same else replace(self, steps=steps, sampler=sampler, timesteps=())
+    def choose(
+        self, steps: int | None = None, sampler: str | None = None, timesteps: Sequence[float] | None = None
+    ) -> SamplingSpec:
+        """With what is given of another chain.
+
+        timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
+        sampler stay as they are, else where the sampler puts them.
+        """
+        placed = None if timesteps is None else tuple(map(float, timesteps))
+        steps = (len(placed) if placed else self.steps) if steps is None else steps
+        sampler = self.sampler if sampler is None else sampler
+        if placed is None:
+            placed = self.timesteps if (steps, sampler) == (self.steps, self.sampler) else ()
+        return replace(self, steps=steps, sampler=sampler, timesteps=placed)
 
     def __str__(self) -> str:
         """'250 steps of ddpm', '12 placed steps of dpm++2m', or by the scheduler that was recorded."""

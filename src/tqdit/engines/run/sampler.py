@@ -49,8 +49,8 @@ class Sampler:
         with Sampler.open("model.engine") as sampler:
             images = sampler.sample([0, 1, 2], seed=7)  # uint8 (3, H, W, 3)
 
-    An image depends on the engine, the seed, its index, its request, the guidance scale, the sampler and its number of
-    steps, and on nothing else.
+    An image depends on the engine, the seed, its index, its request, the guidance scale, the sampler and its steps, and
+    on nothing else.
     """
 
     def __init__(
@@ -107,22 +107,25 @@ class Sampler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.uint8]:
         """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
 
         requests: the classes, for a class-conditional model (ints in 0..num_classes; the last one is unconditional);
         the number of images, for an unconditional one; in general a dict with an array (N, ...) for each request port.
-        guidance_scale, steps, sampler: None: what the engine's card proposes. callback: called after every step;
-        returning True stops with SamplingStopped. first_image: index of the first image; image i of one call equals
+        guidance_scale, steps, sampler: None: what the engine's card proposes. timesteps: where the steps lie,
+        ascending; None: where the engine's card places them, if steps and sampler are those that it proposes, else
+        where the sampler puts them, and so for (). callback: called after every step; returning True stops with
+        SamplingStopped. first_image: index of the first image; image i of one call equals
         image 0 of a call with first_image=i. Raises UsageError for values that the model does not take.
         """
         self._check_makes_images()
-        return self.to_images(
-            self.sample_latents(
-                requests, guidance_scale, seed, callback, steps=steps, sampler=sampler, first_image=first_image
-            )
-        )
+        latents = self.sample_latents(
+            requests, guidance_scale, seed, callback,
+            steps=steps, sampler=sampler, timesteps=timesteps, first_image=first_image,
+        )  # fmt: skip
+        return self.to_images(latents)
 
     def sample_latents(
         self,
@@ -133,13 +136,17 @@ class Sampler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
         if isinstance(requests, Sized) and not isinstance(requests, Mapping):
             self._check_memory(len(requests))  # before they become an array
         count, arrays = check_requests(self.card.signature, requests)
-        scale, spec = check_scale(self.card.guidance, guidance_scale), self.card.sampling.choose(steps, sampler)
+        scale, spec = (
+            check_scale(self.card.guidance, guidance_scale),
+            self.card.sampling.choose(steps, sampler, timesteps),
+        )
         check_key(seed, first_image)
         self._check_memory(count)
         done = np.empty((count, *self.card.state_shape), np.float32)
