@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from tqdit.errors import UsageError
 from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
@@ -156,6 +157,22 @@ class GraphCard:
         requests = {port.name: port.row_shape for port in self.signature.requests}
         scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
         return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
+
+    def choose(self, any_rows: bool, **chain: Any) -> SamplingSpec:
+        """`SamplingSpec.choose`. any_rows: whether the engine was built for any number of rows.
+
+        Raises UsageError for a guidance interval that the engine cannot do.
+        """
+        chosen = self.sampling.choose(**chain)
+        if chosen.guidance_interval is not None:
+            if self.guidance is None:
+                raise UsageError("this model is sampled without guidance, which has no interval. Leave it out.")
+            if self.rows is not None or not any_rows:
+                raise UsageError(
+                    "this engine was built for certain numbers of rows, and outside a guidance interval an image has "
+                    "one row in place of two. Leave the interval out, or use an engine for any number of rows."
+                )
+        return chosen
 
     def remark(self, chosen: SamplingSpec) -> str | None:
         """One line if the scales were found for another chain than the chosen one; None otherwise.

@@ -85,8 +85,9 @@ class Placing:
     def run(self, quantized: LoadedModel, meter: Callable[[int], object]) -> PlacedSteps:
         """The steps with the least error on the quantized network. meter: told how many images went through a call."""
         chain = self.long_chain(meter)
+        every = slice((len(chain.timesteps) - 1) % STRIDE, None, STRIDE)  # with the first step, the last entry
         learned = LongChain(
-            chain.timesteps[::STRIDE], chain.states[::STRIDE, :LEARNED], chain.predictions[::STRIDE, :LEARNED],
+            chain.timesteps[every], chain.states[every, :LEARNED], chain.predictions[every, :LEARNED],
             chain.ends[:LEARNED],
         )  # fmt: skip
         tried: dict[str, SamplingSpec] = {}

@@ -86,6 +86,7 @@ class EngineOptions:
     seed: int = 0
     float_seeds: int = 1  # other seeds of the float model
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     steps: int | None = None
     sampler: str | None = None
     batch: int = 16
@@ -98,7 +99,7 @@ class EngineOptions:
     @property
     def settings(self) -> dict[str, Any]:
         """Those that the sampling depends on."""
-        names = ("seed", "float_seeds", "batch", "threads", "guidance_scale", "steps", "sampler")
+        names = ("seed", "float_seeds", "batch", "threads", "guidance_scale", "guidance_interval", "steps", "sampler")
         return {name: getattr(self, name) for name in names}
 
 
@@ -111,6 +112,7 @@ def evaluate_engine(
     job = describe_job(
         path, manifest, None, options.seed, options.count, options.batch,
         guidance_scale=options.guidance_scale, steps=options.steps, sampler=options.sampler,
+        guidance_interval=options.guidance_interval,
     )  # fmt: skip
     _check_memory(card, job, options)
     if remark := card.remark(card.sampling.choose(**job.chain)):

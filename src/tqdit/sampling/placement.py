@@ -113,10 +113,10 @@ def place(chain: LongChain, process: Diffusion | Flow, sampler: str, steps: int)
         total = cost[:, :, None] + between
         came.append(total.argmin(axis=0))
         cost = total.min(axis=0)
-    h, i = np.unravel_index(np.argmin(cost + last), cost.shape)
+    h, i = map(int, np.unravel_index(np.argmin(cost + last), cost.shape))
     found = [i, h]
     for before in reversed(came):
-        i, h = h, before[h, i]
+        i, h = h, int(before[h, i])
         found.append(h)
     return tuple(chain.timesteps[found].tolist())
 

@@ -81,6 +81,7 @@ class SamplingJob:
     content: Content = "images"
     prompts: PromptSource | None = None  # of the images in turn; None: a model that takes a class, or nothing
     timesteps: tuple[float, ...] = ()  # where the steps lie; (): where the sampler puts them
+    guidance_interval: tuple[float, float] | None = None  # lowest and highest timestep with guidance; None: all
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
@@ -107,7 +108,8 @@ class SamplingJob:
     @property
     def chain(self) -> dict[str, Any]:
         """What `SamplingSpec.choose` and `Sampler.sample` take of the chain."""
-        return {"steps": self.steps, "sampler": self.sampler, "timesteps": self.timesteps}
+        names = ("steps", "sampler", "timesteps", "guidance_interval")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,12 +137,16 @@ def describe_job(
     engine: Path, manifest: Manifest, shown: list[int] | Prompts | None, seed: int, count: int,
     shard_size: int = SHARD_SIZE, *, guidance_scale: float | None = None, steps: int | None = None,
     sampler: str | None = None, timesteps: Sequence[float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> SamplingJob:  # fmt: skip
     """A job for a bundle. shown: classes or prompts, in turn; None: all classes of the model. guidance_scale, steps,
-    sampler, timesteps: as for `Sampler.sample`. Raises UsageError for what the model cannot do.
+    sampler, timesteps, guidance_interval: as for `Sampler.sample`. Raises UsageError for what the model cannot do.
     """
     card = manifest.card
-    scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler, timesteps)
+    scale = check_scale(card.guidance, guidance_scale)
+    spec = card.choose(
+        manifest.batch is None, steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval
+    )
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
     prompts = shown if isinstance(shown, Prompts) else None
@@ -156,6 +162,7 @@ def describe_job(
         content="images" if makes_images(manifest) else "latents",
         prompts=None if prompts is None else prompts.source,
         timesteps=spec.timesteps,
+        guidance_interval=spec.guidance_interval,
     )
 
 
