@@ -151,7 +151,7 @@ def test_a_step_outside_the_guidance_interval_computes_no_unconditional_row():
         inputs = chains.inputs()
         rows.append(inputs["label"].tolist())
         chains.advance(network(inputs))
-    guided = [200 <= t <= 700 for t in (999, 832, 666, 500, 333, 166)]
+    guided = [300 <= t <= 700 for t in (999, 832, 666, 500, 333, 166)]
     assert rows == [[0, 1, 5, 5] if each else [0, 1, 5] for each in guided]
 
 

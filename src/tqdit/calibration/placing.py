@@ -11,7 +11,7 @@ Local errors of the quantized network's own predictions place worse: their round
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -27,14 +27,11 @@ from tqdit.golden import relative_errors
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.table import PlacedSteps
 from tqdit.sampling.chains import Chains, run
-from tqdit.sampling.placement import LongChain, dense, place, spacings
+from tqdit.sampling.placement import FIRST_IMAGE, KEPT, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
 from tqdit.sampling.process import Diffusion, Flow
 from tqdit.sampling.schedule import SamplingSpec
 
-CONVERGED = ("dpm++2m", 100)  # sampler and steps of the long chain
-STRIDE = 2  # every second of its timesteps can become a step
-LEARNED, CHECKED = 8, 16  # images by whose chains steps are placed, and others by which they are checked
-FIRST_IMAGE = 2**41  # apart from the noise of calibration rows, and of what anybody samples
+CHECKED = 16  # images by which places are checked, beside those by whose chains they were found
 SOLVERS = ("dpm++2m", "unipc")  # that 'auto' tries
 SAVES = 25
 Process = Diffusion | Flow
@@ -57,7 +54,7 @@ def check_placing(model: LoadedModel, config: QuantizationConfig) -> None:
                 f"--solver {solver} draws noise at each step, so its chains have no end to compare with. Pass a "
                 "deterministic one."
             )
-    size = 2 * CONVERGED[1] * (LEARNED + CHECKED) * 4 * math.prod(model.signature.state.row_shape)
+    size = 2 * LONG[1] * (LEARNED + CHECKED) * 4 * math.prod(model.signature.state.row_shape)
     check_memory(f"long chains of {LEARNED + CHECKED} images", size, "Leave out --calls.")
 
 
@@ -85,14 +82,10 @@ class Placing:
     def run(self, quantized: LoadedModel, meter: Callable[[int], object]) -> PlacedSteps:
         """The steps with the least error on the quantized network. meter: told how many images went through a call."""
         chain = self.long_chain(meter)
-        every = slice((len(chain.timesteps) - 1) % STRIDE, None, STRIDE)  # with the first step, the last entry
-        learned = LongChain(
-            chain.timesteps[every], chain.states[every, :LEARNED], chain.predictions[every, :LEARNED],
-            chain.ends[:LEARNED],
-        )  # fmt: skip
+        learned = chain.part(LEARNED, STRIDE)
         tried: dict[str, SamplingSpec] = {}
         for solver in solvers_of(self.config):
-            placed = {"placed": place(learned, self.process, solver, self.calls)}
+            placed = {"placed": place(learned, self.process, solver, (self.calls,))[self.calls]}
             for name, timesteps in (placed | spacings(self.process, self.calls)).items():
                 tried[f"{solver} {name}"] = SamplingSpec(self.process, solver, self.calls, timesteps)
         errors = {}
@@ -106,29 +99,25 @@ class Placing:
 
     def long_chain(self, meter: Callable[[int], object]) -> LongChain:
         """All images' chains of the float network, continued from the work folder."""
-        sampler, steps = CONVERGED
+        sampler, steps = LONG
         spec = SamplingSpec(self.process, sampler, steps, dense(self.process, steps))
-        chains = self._chains(spec, self.images)
-        shape = (steps, len(self.images), *self.model.signature.state.row_shape)
-        kept: dict[str, NDArray[np.float32]] = {name: np.zeros(shape, np.float32) for name in ("states", "predictions")}
+        chains, kept = self._chains(spec, self.images), None
         found = self.folder.load_or_none("long-chain")
         if found is not None:
             arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
-            kept = {name: arrays.pop(name) for name in kept}
+            kept = {name: arrays.pop(name) for name in KEPT}
             chains.restore(arrays)
         with self.console.bar(steps, "placed steps: long chains", "steps") as bar:
             bar.update(steps - 1 - chains.step_of(0))
-            while (step := chains.step_of(0)) >= 0:
-                kept["states"][step] = chains.x
-                if not chains.advance(self.model(chains.inputs())).all():
-                    raise chains.failure(0)
-                kept["predictions"][step] = chains.prediction
+
+            def after(step: int, kept: Mapping[str, NDArray[np.float32]]) -> None:
                 meter(len(self.images))
                 bar.update()
                 if step % max(1, steps // SAVES) == 0:
                     state = {**chains.snapshot(), **kept}
                     self.folder.save("long-chain", {name: torch.from_numpy(array) for name, array in state.items()})
-        return LongChain(spec.schedule.timesteps, kept["states"], kept["predictions"], chains.x.copy())
+
+            return LongChain.follow(chains, self.model, spec.schedule.timesteps, after, kept)
 
     def _error(self, name: str, spec: SamplingSpec, quantized: LoadedModel, ends: NDArray[np.float32]) -> float:
         """Geometric mean of the images' errors: a mean is decided by the few whose content changes."""

@@ -9,16 +9,22 @@ in arXiv 2106.03802.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
+from tqdit.sampling.chains import Chains, Network
 from tqdit.sampling.process import TRAINING_STEPS, Diffusion, Float64, Flow
 from tqdit.sampling.schedule import find_samplers
 
 Float32 = NDArray[np.float32]
+KEPT = ("states", "predictions")  # of a long chain
+LONG = ("dpm++2m", 100)  # sampler and steps of a long chain
+LEARNED, STRIDE = 8, 2  # chains by which steps are placed, and every which of their timesteps can become a step
+FIRST_IMAGE = 2**41  # of the noise of long chains, apart from that of calibration rows and of what anybody samples
 RHO = 7  # of Karras et al. (EDM, arXiv 2206.00364, eq. 5)
 LEAST_SIGNAL = 1e-3  # of a flow, whose first state has none
 
@@ -73,6 +79,34 @@ class LongChain:
     predictions: Float32
     ends: Float32
 
+    @classmethod
+    def follow(
+        cls, chains: Chains, network: Network, timesteps: Float64,
+        after: Callable[[int, Mapping[str, Float32]], object], kept: Mapping[str, Float32] | None = None,
+    ) -> LongChain:  # fmt: skip
+        """Run chains that all stand at one step to their ends. kept: the states and predictions of earlier steps.
+
+        after: called with every step that is done and all states and predictions so far. Raises SamplingError if a
+        chain becomes NaN or infinite.
+        """
+        shape = (len(timesteps), *chains.x.shape)
+        kept = kept or {name: np.zeros(shape, np.float32) for name in KEPT}
+        while (step := chains.step_of(0)) >= 0:
+            kept["states"][step] = chains.x
+            finite = chains.advance(network(chains.inputs()))
+            if not finite.all():
+                raise chains.failure(int(np.flatnonzero(~finite)[0]))
+            kept["predictions"][step] = chains.prediction
+            after(step, kept)
+        return cls(timesteps, kept["states"], kept["predictions"], chains.x.copy())
+
+    def part(self, chains: int, stride: int) -> LongChain:
+        """The first chains, and every `stride`th timestep, the highest among them."""
+        every = slice((len(self.timesteps) - 1) % stride, None, stride)
+        return LongChain(
+            self.timesteps[every], self.states[every, :chains], self.predictions[every, :chains], self.ends[:chains]
+        )
+
     def products(self) -> Float64:
         """Inner products of all states, all predictions and the ends, mean over chains relative to |end|^2:
         (2 T + 1, 2 T + 1)."""
@@ -86,20 +120,20 @@ class LongChain:
         return total
 
 
-def place(chain: LongChain, process: Diffusion | Flow, sampler: str, steps: int) -> tuple[float, ...]:
-    """The T timesteps, among those of the chain, between which the sampler's steps err least in all; the highest is the
-    chain's first one.
+def place(
+    chain: LongChain, process: Diffusion | Flow, sampler: str, counts: Sequence[int]
+) -> dict[int, tuple[float, ...]]:
+    """For each number T of steps the T timesteps, among those of the chain, between which the sampler's steps err least
+    in all; the highest is the chain's first one.
 
     The squares of local errors are added, each in units of the state that it is an error of: as if an error grew as
     states do on the way to the end. A sampler that looks back at more than one step is taken to begin at h.
     """
     errors = _Errors(chain, process, sampler)
     places = len(chain.timesteps)
-    if steps > places:
-        raise UsageError(f"{steps} steps to place among {places} timesteps; expected at most as many.")
+    if not 2 <= min(counts) <= max(counts) <= places:
+        raise UsageError(f"{max(counts)} steps to place among {places} timesteps; expected 2 to {places}.")
     top = places - 1
-    if steps == 1:
-        return (float(chain.timesteps[top]),)
     between, last = np.full((places, places, places), np.inf), np.full((places, places), np.inf)
     cost = np.full((places, places), np.inf)  # of the best chain whose last step went from h to i: [h, i]
     for h in range(1, places):
@@ -109,16 +143,25 @@ def place(chain: LongChain, process: Diffusion | Flow, sampler: str, steps: int)
                 between[h, i, j] = errors.of((i, h), j)
     cost[top, :top] = [errors.of((top,), j) for j in range(top)]
     came: list[NDArray[np.int64]] = []
-    for _ in range(steps - 2):
+    found: dict[int, tuple[float, ...]] = {}
+    for steps in range(2, max(counts) + 1):
+        if steps in counts:
+            found[steps] = tuple(chain.timesteps[_cheapest(cost + last, came)].tolist())
         total = cost[:, :, None] + between
         came.append(total.argmin(axis=0))
         cost = total.min(axis=0)
-    h, i = map(int, np.unravel_index(np.argmin(cost + last), cost.shape))
+    return found
+
+
+def _cheapest(cost: Float64, came: Sequence[NDArray[np.int64]]) -> list[int]:
+    """The places of the cheapest chain, ascending. cost: by the last two places, [h, i]; came: by step, the place
+    before h of the best chain whose last two are h and i."""
+    h, i = map(int, np.unravel_index(np.argmin(cost), cost.shape))
     found = [i, h]
     for before in reversed(came):
         i, h = h, int(before[h, i])
         found.append(h)
-    return tuple(chain.timesteps[found].tolist())
+    return found
 
 
 class _Errors:
