@@ -22,6 +22,7 @@ from tqdit.engines.run.shards import SamplingJob, describe_job
 from tqdit.errors import MissingLibraryError, UsageError
 from tqdit.evaluate import chains
 from tqdit.evaluate.bootstrap import Measure
+from tqdit.evaluate.calls import check_calls, measure_calls, to_json
 from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.evaluation import Metrics, Pairs, pair_up, plain, seed_noise, verdict
 from tqdit.evaluate.extractors import Extractor
@@ -93,6 +94,7 @@ class EngineOptions:
     threads: int | None = None
     lpips_weights: tuple[Path, Path] | None = None
     scales: Path | None = None  # None: the table beside the engine, if it is for this model
+    calls: tuple[int, ...] = ()  # numbers of network calls that samplers and spacings are compared at
     layer_errors: bool = False
     diagnosed: int | None = None  # layers that remedies are tried on; None: no diagnosis
 
@@ -115,6 +117,8 @@ def evaluate_engine(
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
     _check_memory(card, job, options)
+    if options.calls:
+        check_calls(card.sampling, options.calls)
     if remark := card.remark(card.sampling.choose(**job.chain)):
         console.say(remark)
     table = _scale_table(path, manifest, options, console)
@@ -204,9 +208,26 @@ class _Comparison:
             "steps": [] if pairs is None else [float(value) for value in pairs.steps],
             "timesteps": [plain(timestep) for timestep in self._timesteps],
             "engines": self._engines(runs),
+            "calls": self._calls(),
         }
         pictures = {name: run.pixels[:SHOWN] for name, run in runs.items() if run.pixels is not None}
         return Evaluation(facts, {name: pictures[name] for name in ("float", "subject") if name in pictures})
+
+    def _calls(self) -> list[Facts]:
+        """Error and distance of each sampler and spacing against network calls, if they are asked for."""
+        if not self.options.calls:
+            return []
+        metrics, floating = self.metrics, self.floating or self.subject
+
+        def distance(run: SampledChains) -> Measure | None:
+            if metrics is None or run.pixels is None:
+                return None
+            return metrics.distance(self._observe(run, metrics.extractor))
+
+        points = measure_calls(
+            self.subject.sampler, floating.sampler, self.job, self.options.calls, self.console, distance
+        )
+        return to_json(points)
 
     @property
     def _timesteps(self) -> NDArray[np.float64]:
