@@ -55,7 +55,7 @@ class QuantizationConfig:
     seed: int = knob(0, "decides chains, classes, rows and cotangents", range(2**63 + 1))
 
     calls: int | None = knob(None, "also find where the steps of a chain of so many network calls lie best, and "
-                             "propose that chain (default: none)", range(2, 101))  # fmt: skip
+                             "propose that chain (default: none)", range(2, 51))  # fmt: skip
     solver: str = knob("auto", "sampler of these steps; auto: the better one of dpm++2m and unipc",
                        lambda: ("auto", *sampler_names()))  # fmt: skip
 

@@ -53,7 +53,10 @@ class ExportConfig:
         own, placed = calibrated_for(model, table), None if table is None else table.placed
         chain = model.sampling.choose(own.steps, own.sampler)
         if placed is not None and self.graph == "denoiser":
-            chain = model.sampling.choose(None, placed.sampler, placed.timesteps)
+            try:
+                chain = model.sampling.choose(None, placed.sampler, placed.timesteps)
+            except UsageError as error:
+                raise FileFormatError(f"the scale table's placed steps: {error} Calibrate again.") from error
         return chain.choose(self.steps, self.sampler)
 
     def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
