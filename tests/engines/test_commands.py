@@ -1,6 +1,7 @@
 """`tqdit-build` and `tqdit-sample` as a user meets them, and what the runtime imports."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tables import Kind
 from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest, write_manifest
 from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.shards import read_shards
 from tqdit.exporter.onnx_writer import write
 from tqdit.ports import Port
 
@@ -72,6 +74,69 @@ def test_steps_and_sampler_are_chosen_by_flags(bundle, tmp_path):
         np.testing.assert_array_equal(content["arr_0"], sampler.sample([0, 1, 2], seed=4, steps=7, sampler="ddim"))
     notes = json.loads((tmp_path / "folder" / "samples.json").read_text())
     assert (notes["steps"], notes["sampler"], notes["seed"]) == (7, "ddim", 4)
+
+
+def joined(shards):
+    return np.concatenate([part["arr_0"] for part in read_shards(shards)])
+
+
+def test_a_placed_chain_is_the_default_and_the_published_one_is_a_flag_away(bundle, tmp_path):
+    """In every kind of output; a folder of shards of one chain is not continued with the other."""
+    timesteps, placed = (30.0, 400.0, 999.0), tmp_path / "placed.engine"
+    shutil.copytree(bundle, placed)
+    manifest = read_manifest(bundle)
+    own = manifest.card.sampling
+    chain = own.choose(sampler="ddim", timesteps=timesteps)
+    write_manifest(placed, replace(manifest, card=replace(manifest.card, sampling=chain, published=own)))
+
+    def sample(name, *flags):
+        assert run("sample", [str(placed), "-n", "3", "-q", *flags, "-o", str(tmp_path / name)]) == 0
+
+    sample("default.npz")
+    sample("published.npz", "--as-published")
+    sample("folder")
+    sample("shards", "--shard-size", "2")
+    with Sampler.open(bundle) as sampler:
+        expected = sampler.sample([0, 1, 2], sampler="ddim", timesteps=timesteps)
+        published = sampler.sample([0, 1, 2])
+    with np.load(tmp_path / "default.npz") as content:
+        np.testing.assert_array_equal(content["arr_0"], expected)
+    with np.load(tmp_path / "published.npz") as content:
+        np.testing.assert_array_equal(content["arr_0"], published)
+    notes = json.loads((tmp_path / "folder" / "samples.json").read_text())
+    assert (notes["steps"], notes["sampler"], notes["timesteps"]) == (3, "ddim", list(timesteps))
+    np.testing.assert_array_equal(
+        np.concatenate([part["arr_0"] for part in read_shards(tmp_path / "shards")]), expected
+    )
+    assert run("sample", [str(placed), "-n", "3", "--as-published", "--format", "npz", "-o",
+                          str(tmp_path / "shards")]) == 1  # fmt: skip
+
+
+def test_a_guidance_interval_is_a_flag(bundle, tmp_path):
+    flags = ["-n", "3", "--steps", "6", "--sampler", "ddim", "--guidance-interval", "300,700", "-q"]
+    assert run("sample", [str(bundle), *flags, "-o", str(tmp_path / "s.npz")]) == 0
+    assert run("sample", [str(bundle), *flags, "--shard-size", "2", "-o", str(tmp_path / "shards")]) == 0
+    with Sampler.open(bundle) as sampler, np.load(tmp_path / "s.npz") as content:
+        expected = sampler.sample([0, 1, 2], steps=6, sampler="ddim", guidance_interval=(300, 700))
+        np.testing.assert_array_equal(content["arr_0"], expected)
+    np.testing.assert_array_equal(
+        np.concatenate([part["arr_0"] for part in read_shards(tmp_path / "shards")]), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--as-published", "--steps", "5"], 2, "--as-published.*--steps"),
+        (["--guidance-interval", "700,300"], 2, "interval.*700.*300"),
+        (["--guidance-interval", "3,7", "--save-noise", "n.safetensors"], 2, "--guidance-interval"),
+    ],
+)
+def test_chains_that_cannot_be_are_refused(bundle, tmp_path, monkeypatch, capsys, flags, code, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", [str(bundle), *flags, "-o", "s.npz"]) == code
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_chain_than_the_scales_were_found_for_gets_a_remark(bundle, bundle_of, tmp_path, capsys):

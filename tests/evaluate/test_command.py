@@ -17,7 +17,10 @@ from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.run.sampler import Sampler
 from tqdit.evaluate.extractors import Features, JudgeExtractor
+from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.statistics import Gaussian, frechet_to
+from tqdit.sampling.placement import dense
+from tqdit.sampling.process import Diffusion
 
 pytestmark = pytest.mark.slow
 
@@ -285,6 +288,36 @@ def test_steps_and_sampler_are_chosen_for_both_engines(flow, tmp_path, capsys):
         x, y = (s.sample_latents(labels, 2, steps=3, sampler="ddim").astype(np.float64) for s in (a, b))
     errors = np.square(x - y).reshape(4, -1).sum(1) / np.square(y).reshape(4, -1).sum(1)
     assert facts["paired"]["final_error"]["value"] == pytest.approx(errors.mean(), rel=1e-6)
+
+
+def test_samplers_and_spacings_are_compared_at_equal_calls(flow, tmp_path, monkeypatch, capsys):
+    """Each point is what the engine samples with these timesteps, against a long chain of the float engine."""
+    monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 12))
+    monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 12))
+    report = tmp_path / "report.html"
+    engines = [flow / "model.engine", "--against", flow / "float.engine", "--report", report]
+    facts = evaluate(tmp_path, *engines, "-n", 2, "--float-seeds", 0, "--calls", "3,2", "--metrics", "accuracy")
+    points = facts["calls"]
+    methods = {(point["sampler"], point["spacing"]) for point in points}
+    assert {("ddim", "uniform"), ("heun", "uniform"), ("unipc", "placed"), ("dpm++2m", "karras")} <= methods
+    assert {point["calls"] for point in points} == {2, 3}
+    assert len(points) == 2 * len(methods)
+    labels = np.arange(2)
+    process = Diffusion(learned_variance=True)
+    with Sampler.open(flow / "model.engine") as engine, Sampler.open(flow / "float.engine") as floating:
+        end = floating.sample_latents(labels, sampler="dpm++2m", timesteps=dense(process, 12))
+        for point in points[:3] + points[-3:]:
+            chain = {"steps": point["calls"], "sampler": point["sampler"], "timesteps": point["timesteps"]}
+            errors = relative_errors(end, engine.sample_latents(labels, **chain))
+            assert point["error"]["value"] == pytest.approx(errors.mean(), rel=1e-5)
+            assert point["seconds"] > 0
+    page = report.read_text()
+    assert "unipc, placed" in page
+    assert f'data-key="calls.{len(points) - 1}.error.value"' in page
+
+
+def test_calls_that_cannot_be_compared_are_refused(flow, capsys):
+    assert "1,8: expected numbers from 2 to 50" in refused(capsys, flow / "model.engine", "--calls", "8,1")
 
 
 def test_a_chain_that_the_scales_were_not_found_for_is_remarked_upon(flow, tmp_path, capsys):

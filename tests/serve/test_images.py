@@ -32,6 +32,17 @@ def test_images_are_those_of_the_sampler_bit_for_bit(quick, sampler):
     assert found.json.items() >= settings.items()
 
 
+def test_guidance_can_be_left_out_of_some_steps(quick, sampler):
+    body = {"class": 3, "seed": 7, "steps": 6, "sampler": "ddim", "guidance_interval": [300, 700]}
+    found = quick.ask(GENERATIONS, body)
+    expected = sampler.sample([3], seed=7, steps=6, sampler="ddim", guidance_interval=(300, 700))
+    np.testing.assert_array_equal(images_of(found), expected)
+    assert found.json["guidance_interval"] == [300, 700]
+    assert quick.ask(GENERATIONS, {"class": 3, "steps": 2}).json["guidance_interval"] is None
+    refused = quick.ask(GENERATIONS, {**body, "guidance_interval": [700, 300]})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "guidance_interval")
+
+
 def test_the_model_s_own_settings_are_the_defaults_and_are_told(quick, sampler):
     found = quick.ask(GENERATIONS, {"prompt": "2"})
     told, card = found.json, sampler.card

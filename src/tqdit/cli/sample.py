@@ -42,6 +42,7 @@ examples:
   tqdit-sample text.engine --prompt 'a bold red A on blue' -n 4
   tqdit-sample flux.engine --embeddings prompts.safetensors -n 8 -o flux.npz
   tqdit-sample dit.engine --steps 50 --sampler ddim           another chain than the engine proposes
+  tqdit-sample dit.engine --as-published                      that of the model's origin: 250 steps of ddpm for a DiT
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
   tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
   tqdit-sample dit.engine -n 50000 -o samples/                .npz shards; the same command continues after a stop
@@ -225,8 +226,8 @@ def _sample_at_once(
     else:
         prompts_told = {"prompts": job.prompts.texts} if job.prompts and job.prompts.texts else {}
         notes = {
-            "engine": manifest.card.fingerprint, "steps": job.steps, "sampler": job.sampler, "seed": job.seed,
-            "guidance_scale": job.guidance_scale, **prompts_told,
+            "engine": manifest.card.fingerprint, **{name: value for name, value in job.chain.items() if value},
+            "seed": job.seed, "guidance_scale": job.guidance_scale, **prompts_told,
         }  # fmt: skip
         write_images(output, arrays["arr_0"], job.labels(0), notes, args.fps)
     return output
