@@ -92,7 +92,7 @@ def test_the_index_says_what_was_made_and_lists_every_shard(bundle, whole):
     assert values["job"] == {
         "engine": sha256(bundle / MANIFEST), "steps": 20, "sampler": "ddpm", "classes": [0, 1, 2, 3, 4],
         "guidance_scale": 1.5, "seed": 0, "count": COUNT, "shard_size": SIZE, "content": "images",
-        "prompts": None,
+        "prompts": None, "timesteps": [], "guidance_interval": None,
     }  # fmt: skip
     assert list(values["shards"]) == ["shard-00000.npz", "shard-00001.npz", "shard-00002.npz"]
     assert set(whole) == {INDEX, *values["shards"]}
@@ -149,6 +149,7 @@ def test_an_unfinished_folder_is_refused_by_readers(bundle, tmp_path):
     (["--guidance-scale", "2"], "guidance_scale 1.5 (asked for 2.0)"),
     (["--steps", "10"], "steps 20 (asked for 10)"),
     (["--sampler", "ddim"], "sampler ddpm (asked for ddim)"),
+    (["--guidance-interval", "3,700"], "guidance_interval None (asked for 3.0,700.0)"),
     (["--classes", "1,2"], "classes 0,1,2,3,4 (asked for 1,2)"),
     (["-n", "12"], "count 11 (asked for 12)"),
     (["--shard-size", "5"], "shard_size 4 (asked for 5)"),
