@@ -205,7 +205,9 @@ def bench(family: str, args: argparse.Namespace, folder: Path) -> list[Row]:
         for seed in range(CALLS):
             network(**example(torch.Generator().manual_seed(seed)))
     recording = calls.recording()
-    model = load_model(network, interface=recording.interface)
+    network.save_pretrained(folder / "network")  # from where it is calibrated in slices
+    del network
+    model = load_model(folder / "network", interface=recording.interface)
     given = example(torch.Generator().manual_seed(CALLS))
     inputs = {name: given[name].numpy().astype(port.dtype) for name, port in zip(
         model.signature.names, model.signature.ports, strict=True)}  # fmt: skip
