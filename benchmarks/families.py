@@ -246,14 +246,15 @@ def contenders(
     model: LoadedModel, calls: Any, args: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, Callable[[], Network]]]:
     """(name, what prepares it) of every row."""
+    table = tqdit.calibrate(model, preset=args.preset, rows=calls, work=folder / "work",
+                            rows_per_group=args.rows_per_group, **KNOBS)  # fmt: skip
+    scaled = tqdit.export(model, folder / "int8.onnx", scales=table, attention=args.attention)
     flat = tqdit.export(model, folder / "float.onnx")
+    gc.collect()  # before engines hold memory, too
     yield BASE, lambda: ours(flat, "onnxruntime", args.threads)
     yield "OpenVINO default", lambda: openvino_default(flat, args.threads)
     if find_spec("nncf"):
         yield "OpenVINO int8 weights", lambda: int8_weights(flat, args.threads)
-    table = tqdit.calibrate(model, preset=args.preset, rows=calls, work=folder / "work",
-                            rows_per_group=args.rows_per_group, **KNOBS)  # fmt: skip
-    scaled = tqdit.export(model, folder / "int8.onnx", scales=table, attention=args.attention)
     for backend, label in LABELS.items():
         yield f"ours {args.preset}, {label}", lambda backend=backend: ours(scaled, backend, args.threads)  # type: ignore[misc]
 
