@@ -30,6 +30,7 @@ examples:
   tqdit-calibrate                                             the demo model, W8A8, to scales.safetensors
   tqdit-calibrate DiT-XL-2-256x256.pt -o xl.safetensors
   tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset ho
+  tqdit-calibrate --calls 12                                  also where the steps of chains of 12 calls lie best
   tqdit-calibrate --preset paper --print                      every setting of a preset
   tqdit-calibrate text                                        the text demo, W8A8
   tqdit-calibrate FLUX/ --prompts prompts.txt --steps 28      a pipeline of text: one prompt per line

@@ -58,19 +58,23 @@ def check_calls(card_sampling: SamplingSpec, counts: Sequence[int]) -> None:
 
 def measure_calls(
     engine: Sampler, floating: Sampler, job: SamplingJob, counts: Sequence[int], console: Console,
-    distance: Distance = lambda _: None, samplers: Sequence[str] = (),
+    distance: Distance = lambda _: None, samplers: Sequence[str] = (), also: Sequence[tuple[str, int]] = (),
 ) -> list[Point]:  # fmt: skip
     """Every method with every number of calls, each with the noise and the classes of `job`. floating: of the float
-    model, which is the reference. samplers: those to try; (): all deterministic ones."""
+    model, which is the reference. samplers: those to try; (): all deterministic ones. also: samplers with a number of
+    calls and their own spacing."""
     process = engine.card.sampling.process
     assert isinstance(process, Diffusion | Flow)
     methods = _methods(floating, job, counts, samplers or deterministic(process), console)
+    methods |= {(sampler, "uniform", calls): () for sampler, calls in also}
     own = engine.card.sampling
     if own.timesteps:
         methods[own.sampler, "engine's own", own.steps] = own.timesteps
     total = job.shards * (CONVERGED[1] + sum(calls for _, _, calls in methods))
     with console.bar(total, "calls", "steps") as bar:
-        reference = chains.run(floating, converged(job, process), bar.update).latents
+        sampler, steps = CONVERGED
+        long = replace(job, sampler=sampler, steps=steps, timesteps=dense(process, steps))
+        reference = chains.run(floating, long, bar.update).latents
         points = []
         for (name, spacing, calls), timesteps in methods.items():
             found = chains.run(engine, replace(job, sampler=name, steps=calls, timesteps=timesteps), bar.update)
@@ -80,12 +84,6 @@ def measure_calls(
                       distance(found))
             )  # fmt: skip
     return points
-
-
-def converged(job: SamplingJob, process: Diffusion | Flow) -> SamplingJob:
-    """The long chains that are the reference of `job`."""
-    sampler, steps = CONVERGED
-    return replace(job, sampler=sampler, steps=steps, timesteps=dense(process, steps))
 
 
 def deterministic(process: Diffusion | Flow) -> tuple[str, ...]:
