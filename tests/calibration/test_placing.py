@@ -15,6 +15,7 @@ from tqdit.calibration import placing
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.flow import calibrate
 from tqdit.cli.inspect import inspect
+from tqdit.cli.main import run
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
@@ -134,6 +135,16 @@ def test_steps_that_cannot_be_placed_are_refused_at_once(
     monkeypatch.setattr(LoadedModel, "__call__", None)
     with pytest.raises(UsageError, match=message):
         found(model, tmp_path, **knobs)
+
+
+@pytest.mark.parametrize("arguments", [["text"], ["x/", "--rows", "calls.safetensors"]])
+def test_a_pipeline_s_steps_are_refused_before_it_runs(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("calibrate", [*arguments, "--calls", "8"]) == 2
+    assert "--calls" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_places_that_no_chain_has_are_refused_by_the_export(model: LoadedModel, tmp_path: Path) -> None:
