@@ -219,7 +219,8 @@ def _shards(path: Path) -> Facts:
         ("samples", f"{job.count}{classes}, seed {job.seed}"),
         (
             "sampled with",
-            f"{job.steps} steps {'as' if job.sampler == 'recorded' else 'of'} {job.sampler}, guidance: {guidance}",
+            f"{job.steps}{' placed' * bool(job.timesteps)} steps {'as' if job.sampler == 'recorded' else 'of'} "
+            f"{job.sampler}, guidance: {guidance}",
         ),
         ("engine", f"manifest {job.engine}"),
     ]
