@@ -202,7 +202,7 @@ class QuantizedLinear(nn.Module):
         x = patches(x, self.patch) if self.patch else x  # tokens, of C p p channels
         y = self.product(x) if self.quantize is None else multiply(self.quantize.parts(x), self.product, self.row_sums)
         y = y if self.bias is None else y + self.bias
-        return y.transpose(1, 2).unflatten(2, grid) if self.patch else y
+        return y.transpose(1, 2).reshape(len(y), -1, *grid) if self.patch else y
 
 
 class QuantizedProduct(nn.Module):
