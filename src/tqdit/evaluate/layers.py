@@ -33,7 +33,7 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, prediction_of, watched
 from tqdit.quantization.fake_quant import QuantizedNetwork, find_module, quantize_module
 from tqdit.quantization.fold import fold
-from tqdit.quantization.granularity import PerTimestepGroup, Role
+from tqdit.quantization.granularity import PerTimestepGroup, PerToken, Role
 from tqdit.quantization.quantizer import Part
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
@@ -226,7 +226,7 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
         found.append({"final": "weights"})  # its input in float
     if product.made_by is not None and left is not None and left.quantizer.scheme != product.made_by:
         found.append({product.made_by: "two-region"})
-    if not product.folded and any(not isinstance(q.granularity, PerTimestepGroup) for q in activations):
+    if not product.folded and any(not isinstance(q.granularity, PerTimestepGroup | PerToken) for q in activations):
         found.append({"time_groups": "all"})
     if "input" in sites and sites["input"].quantizer.scheme == "symmetric":
         found.append({"inputs": "asymmetric"})
@@ -297,7 +297,7 @@ def _bits(site: Site | None) -> int:
 def _touches(site: Site) -> bool:
     """Whether its integer form works on each element outside the product: x / r, x - b, and back."""
     scheme = site.quantizer.scheme
-    return scheme in ("asymmetric", "softmax_numerator") or (
+    return scheme in ("asymmetric", "dynamic", "softmax_numerator") or (
         scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup)
     )
 
