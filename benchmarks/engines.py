@@ -123,7 +123,7 @@ def contenders(
     yield "ONNX Runtime static int8", lambda: onnxruntime_static(flat, folder, chain, args.threads)
     if find_spec("nncf"):
         yield "NNCF int8 in OpenVINO", lambda: nncf_int8(flat, chain, args.threads)
-        yield "OpenVINO int8 weights", lambda: nncf_weights(flat, args.threads)
+        yield "OpenVINO int8 weights", lambda: int8_weights(flat, args.threads)
     for preset in args.presets:
         table = calibrate(model, soon(preset), folder / "work").table
         for attention in args.attention if PRESETS[preset].attention else ["float"]:
@@ -175,9 +175,9 @@ def nncf_int8(path: Path, chain: Chain, threads: int) -> Network:
     return _openvino(core.compile_model(quantized, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
-def nncf_weights(path: Path, threads: int) -> Network:
-    """What `optimum-cli export openvino --weight-format int8` gives: int8 weights, and OpenVINO's own choices at run
-    time, which on CPUs are dynamic groups of 32 input channels."""
+def int8_weights(path: Path, threads: int) -> Network:
+    """What optimum-intel makes of a transformer in 8 bits: asymmetric weights per channel; OpenVINO quantizes activations
+    itself, in dynamic groups of 32 channels."""
     import nncf
     import openvino as ov
 
