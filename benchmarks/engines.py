@@ -176,7 +176,7 @@ def nncf_int8(path: Path, chain: Chain, threads: int) -> Network:
 
 
 def int8_weights(path: Path, threads: int) -> Network:
-    """What optimum-intel makes of a transformer in 8 bits: asymmetric weights per channel; OpenVINO quantizes activations
+    """What optimum-intel makes of a transformer in 8 bits: asymmetric weights per channel; OpenVINO rounds activations
     itself, in dynamic groups of 32 channels."""
     import nncf
     import openvino as ov

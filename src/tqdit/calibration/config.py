@@ -73,6 +73,8 @@ class QuantizationConfig:
 
     weight_granularity: str = knob("channel", "one weight scale per output channel or per tensor (three for qkv)",
                                    ("channel", "tensor"))  # fmt: skip
+    columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
+                        "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "

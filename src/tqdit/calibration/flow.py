@@ -39,6 +39,7 @@ from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.golden import CALLS, MOST_BYTES
+from tqdit.models.columns import narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
@@ -89,6 +90,7 @@ class Calibration:
         console: Console,
         data: DataSet | Recording | None = None,
     ) -> None:
+        model = narrow(model, config.columns)
         self.model, self.config, self.console, self.data = model, config, console, data
         self.plans = plan(model, config)
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})

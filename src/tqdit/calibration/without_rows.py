@@ -18,6 +18,7 @@ from tqdit.calibration.methods import weights
 from tqdit.calibration.rows import boundaries_of, noise_rows, recorded_rows, sampling_of
 from tqdit.errors import TqditWarning, UsageError
 from tqdit.golden import GoldenCalls
+from tqdit.models.columns import narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import golden_calls
@@ -49,6 +50,7 @@ def table_without_rows(
     the network is large or takes requests that are not recorded. Raises UsageError for what needs a calibration.
     """
     config = config.for_model(model)
+    model = narrow(model, config.columns)
     plans = plan(model, config)
     weights.check(plans, config)
     with exact_arithmetic(model.device):
