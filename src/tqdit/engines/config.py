@@ -17,6 +17,9 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 
 
+LAYERS_FILE = "layers.txt"  # what a compiler said of its layers; kept beside the output if the build is refused
+
+
 @dataclass(frozen=True)
 class BatchRange:
     """Images per engine call: the fewest, the number to tune for, the most. With guidance an image is two rows."""

@@ -116,6 +116,16 @@ def test_what_the_library_reports_is_the_reason(release, source, tmp_path, monke
         build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
 
 
+def test_what_the_inspector_said_is_kept_if_the_audit_refuses(release, source, tmp_path, monkeypatch):
+    output, kept = tmp_path / "a.engine", tmp_path / "a.engine.layers.txt"
+    build_engine(source, output, "tensorrt", BuildConfig(**FAST))
+    assert not (output / "layers.txt").exists()
+    monkeypatch.setenv("TQDIT_TEST_FALLBACK", "1")
+    with pytest.raises(BackendError, match=r"10 quantized product\(s\) would run in float.*a\.engine\.layers\.txt"):
+        build_engine(source, output, "tensorrt", BuildConfig(**FAST))
+    assert json.loads(kept.read_text())["Layers"][0]["LayerType"] == "gemm"
+
+
 def test_a_lean_runtime_alone_has_no_meaning(release, source, tmp_path):
     with pytest.raises(UsageError, match="--exclude-lean-runtime goes with --version-compatible"):
         build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(lean_runtime="exclude", **FAST))

@@ -12,9 +12,9 @@ from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
 from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite, describe_parts, write_manifest
-from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.config import LAYERS_FILE, PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.run.verify import verify_bundle
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import BackendError, FileFormatError, UsageError
 from tqdit.files import bring, sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import OnnxFile, save
@@ -59,7 +59,8 @@ def build_engine(
             file.golden.save(folder / CALLS_FILE)
         for name in card.text.files if card.text else ():
             bring(source.with_name(name), folder / name)
-        artefact = compiler.build(prepared, decoder, card, folder, config, progress)
+        with _layers_kept(folder, output):
+            artefact = compiler.build(prepared, decoder, card, folder, config, progress)
         precision, files = config.precision or "fp32", describe_parts(folder)
         facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
         manifest = Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
@@ -67,6 +68,19 @@ def build_engine(
             manifest = replace(manifest, verified=_verified(folder, manifest, output))
         write_manifest(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _layers_kept(folder: Path, output: Path) -> Iterator[None]:
+    """If the compiler's result is refused, keep beside `output` what it said of its layers."""
+    try:
+        yield
+    except BackendError as error:
+        if not (folder / LAYERS_FILE).is_file():
+            raise
+        kept = output.with_name(f"{output.name}.{LAYERS_FILE}")
+        (folder / LAYERS_FILE).replace(kept)
+        raise BackendError(f"{error} The compiler's own list of layers: {kept}") from error
 
 
 def _verified(folder: Path, manifest: Manifest, output: Path) -> Verified:

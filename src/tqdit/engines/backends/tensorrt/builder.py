@@ -22,7 +22,7 @@ from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Artefact, Audit
-from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
+from tqdit.engines.config import LAYERS_FILE, BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.extras import need
 from tqdit.files import temporary_folder
@@ -100,6 +100,7 @@ def build(
             assert inlined is not None
             # one image at a time, in float32: decoders of this kind overflow float16
             _compile(library, inlined.file, folder / DECODER_FILE, (1, 1, 1), config, None, progress)
+    (folder / LAYERS_FILE).unlink(missing_ok=True)
     targets = compiled.targets if device is None else (device.capability,)
     return Artefact(
         entry=PLAN_FILE,

@@ -95,18 +95,21 @@ class Library:
         numbers = [name[2:] for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
         return tuple(f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int))
 
-    def layers(self, trt: ModuleType, plan: Any, log: Log) -> tuple[Layer, ...]:
-        """What was compiled: by the detailed build log, or by the inspector of the opened plan, which takes a GPU."""
+    def report(self, trt: ModuleType, plan: Any, log: Log) -> str:
+        """What was compiled: the list in the build log, or the JSON of the plan's inspector, which takes a GPU."""
         if self.is_rtx:
-            return from_log(log.listings)
+            return (log.listings or [""])[-1]
         runtime = trt.Runtime(log.logger)
         if hasattr(runtime, "engine_host_code_allowed"):
             runtime.engine_host_code_allowed = True  # built a moment ago by this process
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{self.title} {trt.__version__} cannot open the plan that it has just built.")
-        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        return from_inspector(json.loads(text))
+        return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+    def layers(self, report: str) -> tuple[Layer, ...]:
+        """The layers of a report."""
+        return from_log([report]) if self.is_rtx else from_inspector(json.loads(report))
 
     def runs_engine_of(self, built_by: str, installed: str, version_compatible: bool) -> bool:
         """Whether release `installed` may open an engine of release `built_by`."""

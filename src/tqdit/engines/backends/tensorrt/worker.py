@@ -23,7 +23,7 @@ import msgspec
 
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library, Log
-from tqdit.engines.config import BuildConfig
+from tqdit.engines.config import LAYERS_FILE, BuildConfig
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.plugins.tensorrt import register_plugins
 
@@ -95,11 +95,12 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
         plan = EngineBytesFromNetwork(
             (builder, network, parser), library.config_loader(**settings), save_timing_cache=timings
         )()
-        compiled = library.layers(trt, plan, log)
+        report = library.report(trt, plan, log)
     except PolygraphyException as error:
         raise BackendError(_reason(library, trt.__version__, log.errors or [str(error)], targets)) from error
     Path(job.plan).write_bytes(memoryview(plan))
-    return Compiled(trt.__version__, targets, compiled, _plugin_layers(trt, network))
+    Path(job.plan).with_name(LAYERS_FILE).write_text(report, encoding="utf-8")
+    return Compiled(trt.__version__, targets, library.layers(report), _plugin_layers(trt, network))
 
 
 def choose_targets(library: Library, known: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
