@@ -128,18 +128,18 @@ def test_compiling_is_cached(monkeypatch):
 def test_a_damaged_cache_is_written_anew(cache):
     kernel = select.kernel("fp16", 9)
     first = aot.compile_kernel(kernel, (8, 0))
-    path = aot.cache_folder() / f"{kernel.function}-{aot._key(kernel, (8, 0))}.json"
+    path = aot.cache_folder("kernels") / f"{kernel.function}-{aot._key(kernel, (8, 0))}.json"
     assert aot._read(path) == first
     path.write_text(path.read_text()[:100])
     assert aot.compile_kernel(kernel, (8, 0)) == first
     assert aot._read(path) == first
-    assert aot.cache_folder() == cache / "tqdit" / "kernels"
+    assert aot.cache_folder("kernels") == cache / "tqdit" / "kernels"
 
 
 def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
-    assert aot.cache_folder() == tmp_path / ".cache" / "tqdit" / "kernels"
+    assert aot.cache_folder("kernels") == tmp_path / ".cache" / "tqdit" / "kernels"
 
 
 def test_a_compiler_error_is_one_line():

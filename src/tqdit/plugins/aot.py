@@ -25,7 +25,7 @@ import msgspec
 
 from tqdit.errors import BackendError
 from tqdit.extras import missing
-from tqdit.files import whole_file
+from tqdit.files import cache_folder, whole_file
 from tqdit.plugins.kernels import Kernel
 
 # PTX of a capability runs on every later one, whose driver compiles it. That of 9.0 names features of its own chip
@@ -56,7 +56,7 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> Co
 
     Raises MissingLibraryError without Triton, BackendError if the compiler fails.
     """
-    path = cache_folder() / f"{kernel.function}-{_key(kernel, capability)}.json"
+    path = cache_folder("kernels") / f"{kernel.function}-{_key(kernel, capability)}.json"
     cached = _read(path)
     if cached is None:
         cached = _compile_in_fresh_process(kernel, capability)
@@ -64,12 +64,6 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> Co
         with whole_file(path) as temporary:
             temporary.write_bytes(msgspec.json.encode(cached))
     return cached
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/tqdit/kernels, by default under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "tqdit" / "kernels"
 
 
 def best_capability(device: tuple[int, int] | None) -> tuple[int, int]:

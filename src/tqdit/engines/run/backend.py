@@ -29,8 +29,8 @@ class Engine(Protocol):
 class Runner(Protocol):
     """The module `run` of a backend."""
 
-    def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None) -> Engine:
-        """Open one compiled file of a bundle."""
+    def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None, **device: int) -> Engine:
+        """Open one compiled file of a bundle. device=INDEX chooses a GPU if the module says TAKES_DEVICE = True."""
         ...
 
 
@@ -50,9 +50,14 @@ class InParts:
         self._engine.close()
 
 
-def open_engine(folder: Path, manifest: Manifest, file: str, threads: int | None = None) -> Engine:
-    """One compiled file of a bundle, for any number of rows that it was built for."""
-    engine, card = runner(manifest.backend).load(folder, manifest, file, threads), manifest.card
+def open_engine(
+    folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: int | None = None
+) -> Engine:
+    """One compiled file of a bundle, for any number of rows that it was built for. device: index of a GPU."""
+    side, chosen = runner(manifest.backend), {} if device is None else {"device": device}
+    if chosen and not getattr(side, "TAKES_DEVICE", False):
+        raise UsageError(f"{folder}: --device is the index of a GPU; {manifest.backend} engines run on the CPU.")
+    engine, card = side.load(folder, manifest, file, threads, **chosen), manifest.card
     part = card if file == manifest.entry else card.vae
     rows = part.rows if part else None
     return engine if rows is None else InParts(engine, rows)
@@ -94,20 +99,25 @@ def check_threads(threads: int | None) -> None:
         check_count("threads", threads, 1, MOST_THREADS)
 
 
-def open_bundle(path: str | Path, threads: int | None) -> tuple[Manifest, Callable[[str], Engine]]:
+def open_bundle(
+    path: str | Path, threads: int | None, device: int | None = None
+) -> tuple[Manifest, Callable[[str], Engine]]:
     """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
 
-    threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
-    UsageError for a step graph; opening a file raises BackendError if it cannot run here.
+    threads: CPU threads per call; None leaves it to the backend. device: index of the GPU that runs it. Raises
+    FileFormatError for a damaged bundle, UsageError for a step graph; opening a file raises BackendError if it cannot
+    run here.
     """
     check_threads(threads)
+    if device is not None:
+        check_count("device", device, 0)
     folder = Path(path)
     manifest = read_manifest(folder)
     check_graph(manifest.card, f"{folder}:")
     check_parts(folder, manifest)
 
     def load(file: str) -> Engine:
-        return OpenEngine(open_engine(folder, manifest, file, threads))
+        return OpenEngine(open_engine(folder, manifest, file, threads, device))
 
     return manifest, load
 

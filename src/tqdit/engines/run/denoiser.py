@@ -31,13 +31,13 @@ class Denoiser:
         self._engine: Engine | None = engine
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None) -> Denoiser:
+    def open(cls, path: str | Path, *, threads: int | None = None, device: int | None = None) -> Denoiser:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
-        threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
-        BackendError if it cannot run here, UsageError for a step graph.
+        threads: CPU threads per call; None leaves it to the backend. device: index of the GPU. Raises FileFormatError
+        for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
-        manifest, load = open_bundle(path, threads)
+        manifest, load = open_bundle(path, threads, device)
         most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
         return cls(manifest.card, load(manifest.entry), most)
 

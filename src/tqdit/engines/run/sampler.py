@@ -71,16 +71,17 @@ class Sampler:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, verify: bool = False
-    ) -> Sampler:
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, device: int | None = None,
+        verify: bool = False,
+    ) -> Sampler:  # fmt: skip
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend. verify: run the bundle's golden calls first, on this machine.
-        Raises VerificationError if they are wrong or if there are none, FileFormatError for a damaged bundle,
-        BackendError if it cannot run here, UsageError for a step graph.
+        threads per call; None leaves it to the backend. device: index of the GPU; None: the current one. verify: run
+        the bundle's golden calls first, on this machine. Raises VerificationError if they are wrong or if there are
+        none, FileFormatError for a damaged bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
-        manifest, load = open_bundle(path, threads)
+        manifest, load = open_bundle(path, threads, device)
         _ = manifest.card.sampling.schedule  # raises if no chain is known
         batch = choose_batch(Path(path), manifest.batch, batch)
         network = load(manifest.entry)

@@ -17,11 +17,11 @@ from tqdit.golden import GoldenCalls, Verdict, verify
 from tqdit.ports import check_call
 
 
-def verify_bundle(folder: Path, manifest: Manifest) -> Verdict:
+def verify_bundle(folder: Path, manifest: Manifest, device: int | None = None) -> Verdict:
     """Load the engine and run its golden calls. Raises VerificationError if there are none, BackendError if it cannot
     run here.
     """
-    engine = open_engine(folder, manifest, manifest.entry)
+    engine = open_engine(folder, manifest, manifest.entry, device=device)
     try:
         return verify_engine(folder, manifest, engine)
     finally:

@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library, Log
 from tqdit.engines.config import LAYERS_FILE, BuildConfig
@@ -41,6 +42,7 @@ class Job:
     batch: tuple[int, int, int]
     config: BuildConfig = field(default_factory=BuildConfig)
     plugins_for: str | None = None  # compute capability; None: the custom ops get no plugins
+    device: int | None = None  # GPU that TensorRT compiles on; None: no GPU is asked for
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)  # of the one path in it
@@ -65,6 +67,8 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
     library, config = LIBRARIES[job.backend], job.config
     trt = library.load(f"--backend {job.backend}")
     targets = choose_targets(library, library.targets(trt), config.targets)
+    if job.device is not None:
+        cuda.find_device(job.device).handle.set_current()
     library.choose_in_polygraphy()
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
     from polygraphy.backend.trt import util as polygraphy_util

@@ -5,4 +5,5 @@ from functools import partial
 from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 from tqdit.engines.backends.tensorrt.run import open_engine
 
+TAKES_DEVICE = True
 load = partial(open_engine, TENSORRT_RTX)
