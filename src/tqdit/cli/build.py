@@ -84,7 +84,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if manifest.verified is not None:
         console.say(manifest.verified.line)
     elif CALLS_FILE in manifest.files:
-        console.say(f"golden calls: not run, since {backend} engines do not run here; tqdit-inspect --verify runs them")
+        console.say(
+            f"golden calls: not run, since {backend} engines do not run here; the first opening on a GPU runs them"
+        )
     if args.optimum is not None:
         console.say(f"wrote {write_optimum(output, manifest.card, args.optimum)} for optimum-intel")
     return output

@@ -19,8 +19,8 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.errors import BackendError, TqditWarning, UsageError
 from tqdit.exporter.graph import ExportConfig
-from tqdit.golden import Verdict
 from tqdit.exporter.onnx_writer import write
+from tqdit.golden import Verdict
 
 TESTS = Path(__file__).parents[2]
 RELEASES = ["10.16", "11.4"]

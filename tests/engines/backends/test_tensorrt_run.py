@@ -14,11 +14,20 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import BundlePart, Manifest, describe_parts, write_manifest
+from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, write_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
-from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, TqditWarning, UsageError
+from tqdit.errors import (
+    BackendError,
+    FileFormatError,
+    MissingLibraryError,
+    TqditWarning,
+    UsageError,
+    VerificationError,
+)
 from tqdit.exporter.graph import ExportConfig
+from tqdit.golden import GoldenCalls
 
 SHAPE = (3, 4, 4)
 OUT = (6, 4, 4)
@@ -45,8 +54,10 @@ def manifest():
 
 @pytest.fixture
 def plan(tmp_path):
-    (tmp_path / "engine.plan").write_bytes(b"plan")
-    return tmp_path / "engine.plan"
+    path = tmp_path / "model.engine" / "engine.plan"
+    path.parent.mkdir()
+    path.write_bytes(b"plan")
+    return path
 
 
 @pytest.fixture
@@ -492,6 +503,43 @@ def test_the_engine_of_another_backend_is_refused(manifest, plan):
     write_manifest(plan.parent, replace(manifest, backend="openvino", files=describe_parts(plan.parent)))
     with pytest.raises(UsageError, match="built for openvino, expected tensorrt-rtx or tensorrt"):
         run.TensorRTEngine.open(plan.parent)
+
+
+@pytest.mark.parametrize("opened", [Sampler, Denoiser])
+def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkeypatch, opened, tmp_path):
+    """At the first opening on a GPU, if the engine was built where it could not run."""
+    monkeypatch.setattr(type(TENSORRT), "load", lambda *_: trt)
+    trt = FakeTensorRT(gpu, shape=manifest.card.state_shape)
+    shape = manifest.card.state_shape
+    fed = {"x": np.ones((3, *shape), np.float32), "timestep": np.arange(3), "class_labels": np.arange(3)}
+
+    def bundle(prediction, **facts):
+        GoldenCalls(fed, prediction.astype(np.float32), np.full(3, 1e-3)).save(plan.with_name("calls.npz"))
+        plan.with_name("manifest.json").unlink(missing_ok=True)
+        write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent), **facts))
+        return plan.parent
+
+    def calls():
+        gpu.calls.clear()
+        opened.open(plan.parent).close()
+        return len([call for call in gpu.calls if call.startswith(("execute", "launch"))])
+
+    bundle(compute(fed))
+    assert calls() > 0
+    assert calls() == 0
+    (record,) = (tmp_path / "cache" / "tqdit" / "verified").iterdir()
+    assert "NVIDIA L4 8.9, TensorRT 11.4.0" in record.read_text()
+    gpu.names[0] = "NVIDIA L40S"
+    assert calls() > 0
+    bundle(compute(fed), verified=Verified(3, 1e-3, 1e-3))  # where it was built
+    assert calls() == 0
+    bundle(compute(fed) * 2)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match="golden calls"):
+            opened.open(plan.parent)
+    if opened is Sampler:
+        Sampler.open(plan.parent, verify=False).close()
+    gpu.memory.clear()
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):

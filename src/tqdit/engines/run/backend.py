@@ -19,7 +19,10 @@ from tqdit.errors import BackendError, UsageError
 
 
 class Engine(Protocol):
-    """A compiled graph: inputs by name in, its one output out. Safe to call from several threads."""
+    """A compiled graph: inputs by name in, its one output out. Safe to call from several threads.
+
+    An engine of a GPU may also have `place`, a text that names the GPU and the library.
+    """
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]: ...
 
@@ -39,6 +42,7 @@ class InParts:
 
     def __init__(self, engine: Engine, rows: int) -> None:
         self._engine, self._rows = engine, rows
+        self.place: str | None = getattr(engine, "place", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         count = len(next(iter(inputs.values())))
@@ -76,6 +80,7 @@ class OpenEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._process = engine, Process()
+        self.place: str | None = getattr(engine, "place", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         self._process.check("engine")

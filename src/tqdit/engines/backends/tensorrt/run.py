@@ -71,6 +71,7 @@ class TensorRTEngine:
     ) -> None:
         self._library, self._trt, self._file = library, trt, file
         self._device = cuda.find_device(device)
+        self.place = f"{self._device.name} {self._device.capability}, {library.title} {trt.__version__}"
         self._captures = not library.is_rtx
         self._cache = RuntimeCache(_cache_file(manifest, file, self._device)) if library.is_rtx else None
         self._lock, self._process = threading.Lock(), Process()
