@@ -33,6 +33,8 @@ class FakeCuda:
         self.context = 0  # of the thread; the primary one is 1
         self.current: int | None = None  # index of the GPU
         self.pools = True
+        self.version = 12080  # of the driver
+        self.kernels = {}
         self.names, self.multiprocessors = ["NVIDIA L4", "NVIDIA GeForce RTX 4090"], [58, 128]
         self._next = 1000
 
@@ -56,6 +58,42 @@ class FakeCuda:
         self._next += 1
         self.streams.add(self._next)
         return self._next
+
+    def cuInit(self, flags):
+        return (0,)
+
+    def cuDriverGetVersion(self):
+        return 0, self.version
+
+    def cuDeviceGetCount(self):
+        return 0, len(self.names)
+
+    def cuDeviceTotalMem(self, index):
+        return 0, 24 * 10**9
+
+    def cuModuleLoadData(self, image):
+        """Kernels are Python functions of host addresses, by their entry name: `kernels`."""
+        assert image.endswith(b"\0")
+        self.note("cuModuleLoadData")
+        return 0, image.decode().rstrip("\0")
+
+    def cuModuleGetFunction(self, module, name):
+        found = name.decode() in module and name.decode() in self.kernels
+        return (0, name.decode()) if found else (500, None)
+
+    def cuModuleUnload(self, module):
+        self.note("cuModuleUnload")
+        return (0,)
+
+    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, params, extra):
+        assert stream in self.streams
+        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
+        values, kinds = params
+        for value, kind in zip(values, kinds, strict=True):
+            assert (value in self.memory) == (kind is ctypes.c_void_p), "a pointer that nobody allocated"
+        self.note("cuLaunchKernel")
+        self.submit(stream, lambda: self.kernels[function](*values))
+        return (0,)
 
     def cuCtxGetCurrent(self):
         return 0, self.context

@@ -30,7 +30,11 @@ class Engine(Protocol):
 
 
 class Runner(Protocol):
-    """The module `run` of a backend."""
+    """The module `run` of a backend.
+
+    It may also say TAKES_DEVICE = True (`load` takes the index of a GPU), NEEDS_GPU = True, and the MODULES of the
+    libraries that it imports, for `tqdit-doctor`.
+    """
 
     def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None, **device: int) -> Engine:
         """Open one compiled file of a bundle. device=INDEX chooses a GPU if the module says TAKES_DEVICE = True."""

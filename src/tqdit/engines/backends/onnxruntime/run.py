@@ -69,6 +69,7 @@ class OrtEngine:
 
 
 TAKES_DEVICE = True
+MODULES = ("onnxruntime",)
 
 
 def load(

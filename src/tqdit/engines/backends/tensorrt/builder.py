@@ -47,14 +47,15 @@ def fitness(library: Library, score: int) -> Fitness:
         return Fitness(0, f"{library.module} is not installed")
     elsewhere = "; it builds here for machines with one" if library.cross_compiles else ""
     if not cuda.installed():
-        return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}")
+        return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}", library.cross_compiles)
     try:
         device = cuda.find_device()
         known = library.targets(library.load("choosing a backend")) if library.cross_compiles else (device.capability,)
     except (TqditError, ImportError, OSError) as error:
-        return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}")
+        return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}", library.cross_compiles)
     if device.capability not in known:
-        return Fitness(0, f"{library.title} has no kernels for compute capability {device.capability}")
+        return Fitness(0, f"{library.title} has no kernels for compute capability {device.capability}",
+                       library.cross_compiles)  # fmt: skip
     return Fitness(score, f"GPU of compute capability {device.capability}")
 
 

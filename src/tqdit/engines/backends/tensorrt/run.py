@@ -174,6 +174,11 @@ class TensorRTEngine:
                 self._scratch.close()
                 self._stream.close()
 
+    @property
+    def captures(self) -> bool:
+        """Whether calls are replayed from CUDA graphs, ours or those of TensorRT-RTX."""
+        return self._captures or self._library.is_rtx
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         self._process.check("engine")
@@ -334,7 +339,8 @@ def _check_device(folder: Path, manifest: Manifest, gpu: cuda.Device) -> None:
                   TqditWarning, stacklevel=2)  # fmt: skip
 
 
-TAKES_DEVICE = True
+TAKES_DEVICE = NEEDS_GPU = True
+MODULES = (TENSORRT.module, "cuda.core")
 load = partial(open_engine, TENSORRT)
 
 
