@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import tqdit
-from engines import _openvino, machine, openvino_default, ours
+from engines import int8_weights, machine, openvino_default, ours
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 
@@ -257,16 +257,6 @@ def contenders(
         yield "OpenVINO int8 weights", lambda: int8_weights(flat, args.threads)
     for backend, label in LABELS.items():
         yield f"ours {args.preset}, {label}", lambda backend=backend: ours(scaled, backend, args.threads)  # type: ignore[misc]
-
-
-def int8_weights(path: Path, threads: int) -> Network:
-    """What optimum-intel makes of a transformer in 8 bits: asymmetric weights per channel, float activations."""
-    import nncf
-    import openvino as ov
-
-    core = ov.Core()
-    model = nncf.compress_weights(core.read_model(path), mode=nncf.CompressWeightsMode.INT8_ASYM)
-    return _openvino(core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
 def show(rows: list[Row], first: bool, args: argparse.Namespace) -> None:

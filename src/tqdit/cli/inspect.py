@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compute something else or refuse; exit code 1 if there are errors")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="run the golden calls of an engine on this machine; exit "
         "code 1 if the engine is wrong")  # fmt: skip
+    parser.add_argument("--device", type=int, metavar="N", help="with --verify: index of the GPU (default: the current "
+        "one)")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         folder = Path(args.file)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
-        verdict = verify_bundle(folder, manifest)
+        verdict = verify_bundle(folder, manifest, args.device)
         verdict.check(str(folder))
         print(Verified.of(verdict).line)
         return None

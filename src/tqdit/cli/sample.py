@@ -85,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip
+    add("--device", type=int, metavar="N", help="index of the GPU (default: the current one)")
     add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder; of "
         "videos also a .gif or .mp4 (default: %(default)s)")  # fmt: skip
     add("--fps", type=int, default=FRAMES_PER_S, metavar="N", help="frames per second of videos (default: %(default)s)")
@@ -166,6 +167,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("format", "shard_size", "ray", "workers"):
         if getattr(args, name) is not None and (kind := kind_of(args.output)) != "folder":
             raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{args.output}' is a .{kind}.")
+    if args.device is not None and args.ray is not None:
+        raise UsageError("--device: Ray chooses the GPU of each worker. Leave it out.")
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers belongs to --ray.")
     if args.ray is not None:
@@ -207,7 +210,7 @@ def _sample_at_once(
 ) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
-    with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
+    with Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=args.device) as sampler:
         calls = sampler.steps_for(job.count, job.steps)
         started = time.perf_counter()
         with console.bar(calls, "sampling", "steps") as bar:
@@ -258,7 +261,7 @@ def _sample_shards(
 
 
 def _work_here(args: argparse.Namespace, prompts: Prompts | None, stack: ExitStack) -> Work:
-    sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
+    sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=args.device))
 
     def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         def advance(report: StepReport) -> None:

@@ -86,7 +86,9 @@ class ServedEngine:
         """Raises TqditError for a bundle that cannot be opened, or not be served."""
         manifest = read_manifest(path)
         kind = kind_of_engine(path, manifest)
-        batcher = StepBatcher(path, batch=settings.batch, queue=settings.queue, threads=settings.threads)
+        batcher = StepBatcher(
+            path, batch=settings.batch, queue=settings.queue, threads=settings.threads, device=settings.device
+        )
         try:
             if kind == "text":
                 batcher.sampler.encode([""])  # opens the encoders

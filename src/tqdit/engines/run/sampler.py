@@ -17,7 +17,7 @@ from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.engines.run.requests import open_texts, read_embeddings
-from tqdit.engines.run.verify import verify_engine
+from tqdit.engines.run.verify import verify_engine, verify_once
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -73,21 +73,25 @@ class Sampler:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, verify: bool = False
-    ) -> Sampler:
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, device: int | None = None,
+        verify: bool | None = None,
+    ) -> Sampler:  # fmt: skip
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend. verify: run the bundle's golden calls first, on this machine.
-        Raises VerificationError if they are wrong or if there are none, FileFormatError for a damaged bundle,
-        BackendError if it cannot run here, UsageError for a step graph.
+        threads per call; None leaves it to the backend. device: index of the GPU; None: the current one. verify: run
+        the bundle's golden calls first, on this machine; None: once for each GPU, if it was built where it could not
+        run. Raises VerificationError if they are wrong or if there are none to run, FileFormatError for a damaged
+        bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
-        manifest, load = open_bundle(path, threads)
+        manifest, load = open_bundle(path, threads, device)
         _ = manifest.card.sampling.schedule  # raises if no chain is known
         batch = choose_batch(Path(path), manifest.batch, batch)
         network = load(manifest.entry)
         if verify:
             verify_engine(Path(path), manifest, network).check(str(path))
+        elif verify is None:
+            verify_once(Path(path), manifest, network)
         decoder = load(manifest.decoder) if manifest.decoder else None
         return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None)
 

@@ -118,11 +118,12 @@ class StepBatcher:
     """
 
     def __init__(
-        self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None
-    ) -> None:
+        self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None,
+        device: int | None = None,
+    ) -> None:  # fmt: skip
         """sampler: an open one, which stays the caller's to close, or the path of a bundle, which this object opens
         and closes. batch: images per engine call at most; None: as many as `Sampler.open` chooses. queue: how many
-        requests may wait for a place. threads: CPU threads of an engine that is opened here.
+        requests may wait for a place. threads: CPU threads, device: index of the GPU of an engine that is opened here.
 
         Raises UsageError for impossible numbers and, for a path, what `Sampler.open` raises.
         """
@@ -130,9 +131,11 @@ class StepBatcher:
             raise UsageError(f"batch is {batch} and queue {queue}; expected at least 1 and 0.")
         self._owns_sampler = not isinstance(sampler, Sampler)
         if not isinstance(sampler, Sampler):
-            sampler = Sampler.open(sampler, batch=batch, threads=threads)
-        elif threads is not None:
-            raise UsageError("threads belongs to an engine that is opened here; this sampler is open already.")
+            sampler = Sampler.open(sampler, batch=batch, threads=threads, device=device)
+        elif threads is not None or device is not None:
+            raise UsageError(
+                "threads and device belong to an engine that is opened here; this sampler is open already."
+            )
         self._sampler = sampler
         batch = sampler.batch if batch is None else batch
         if batch > sampler.batch:
