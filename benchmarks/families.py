@@ -205,7 +205,9 @@ def bench(family: str, args: argparse.Namespace, folder: Path) -> list[Row]:
         for seed in range(CALLS):
             network(**example(torch.Generator().manual_seed(seed)))
     recording = calls.recording()
-    model = load_model(network, interface=recording.interface)
+    network.save_pretrained(folder / "network")  # from where it is calibrated in slices
+    del network
+    model = load_model(folder / "network", interface=recording.interface)
     given = example(torch.Generator().manual_seed(CALLS))
     inputs = {name: given[name].numpy().astype(port.dtype) for name, port in zip(
         model.signature.names, model.signature.ports, strict=True)}  # fmt: skip
@@ -244,14 +246,15 @@ def contenders(
     model: LoadedModel, calls: Any, args: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, Callable[[], Network]]]:
     """(name, what prepares it) of every row."""
+    table = tqdit.calibrate(model, preset=args.preset, rows=calls, work=folder / "work",
+                            rows_per_group=args.rows_per_group, **KNOBS)  # fmt: skip
+    scaled = tqdit.export(model, folder / "int8.onnx", scales=table, attention=args.attention)
     flat = tqdit.export(model, folder / "float.onnx")
+    gc.collect()  # before engines hold memory, too
     yield BASE, lambda: ours(flat, "onnxruntime", args.threads)
     yield "OpenVINO default", lambda: openvino_default(flat, args.threads)
     if find_spec("nncf"):
         yield "OpenVINO int8 weights", lambda: int8_weights(flat, args.threads)
-    table = tqdit.calibrate(model, preset=args.preset, rows=calls, work=folder / "work",
-                            rows_per_group=args.rows_per_group, **KNOBS)  # fmt: skip
-    scaled = tqdit.export(model, folder / "int8.onnx", scales=table, attention=args.attention)
     for backend, label in LABELS.items():
         yield f"ours {args.preset}, {label}", lambda backend=backend: ours(scaled, backend, args.threads)  # type: ignore[misc]
 
