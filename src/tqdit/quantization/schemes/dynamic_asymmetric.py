@@ -1,7 +1,7 @@
 """`dynamic_asymmetric`: a range for each token, found while the network runs: s = (max x - min x) / (2^k - 1).
 
 With b = min x + q s, x^ = s c + b, c = round((x - b) / s) in -q..q-1: both ends of the range are exact, and so is a
-token of one value. A product takes the integers c; s multiplies its result, to which b times the row sums of W^ are added.
+token of one value. A product takes the integers c; s multiplies its result, and b times the row sums of W^ is added.
 Values on one side of 0, such as those after GELU, have twice the codes that `dynamic` gives them.
 
 Tokens that are not ordinary are as in `dynamic`.
