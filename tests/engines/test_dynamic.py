@@ -54,7 +54,7 @@ def engine(path, backend, config=FLOAT32):
 
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("attention", ["float", "integer"])
-@pytest.mark.parametrize(("bits", "asymmetric"), [(8, False), (6, True)])
+@pytest.mark.parametrize(("bits", "asymmetric"), [(8, True), (6, False)])
 def test_an_engine_is_integer_and_computes_the_fake_quantized_network(tmp_path, backend, attention, bits, asymmetric):
     model = support.tiny_model()
     table = make_table(model, Kind(activation_bits=bits, dynamic=True, asymmetric=asymmetric))
