@@ -35,7 +35,7 @@ def tool(name: str) -> Path:
 
 
 def resources(capability: tuple[int, int], head: int, tokens: int, blocks: plan.Blocks) -> dict[str, object]:
-    kernel = plan.kernel("fp16", tokens, tokens, head, 8, 1 / 127, 0.1, blocks)
+    kernel = plan.kernel("fp16", tokens, tokens, head, 8, 1 / 127, blocks)
     compiled = aot.compile_kernel(kernel, capability)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
@@ -72,7 +72,7 @@ def main() -> None:
     found = []
     for tokens in args.tokens:
         for capability in SHARED:
-            for blocks in plan.candidates("fp16", args.head, tokens):
+            for blocks in plan.candidates("fp16", args.head, tokens, large=True):
                 found.append(resources(capability, args.head, tokens, blocks))
                 print(" ".join(f"{key}={value:.1f}" if isinstance(value, float) else f"{key}={value}"
                                for key, value in found[-1].items()))  # fmt: skip

@@ -147,11 +147,11 @@ SCALE = 3 / (40 * 40 * math.sqrt(HEAD))
 
 
 def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None, numerators: bool = False) -> Call:
-    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, SCALE, blocks, numerators=numerators)
+    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
     no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
 
     def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-        launch = attention_plan.launch(kernel, len(q), HEADS, len(low_step))
+        launch = attention_plan.launch(kernel, len(q), HEADS, len(low_step), SCALE)
         return kernels.run(kernel, launch, (q, k, v, no_mask, low_step), torch.empty_like(q))
 
     return call

@@ -31,7 +31,11 @@ class FakeCuda:
         self.graphs: set[FakeGraph] = set()
         self.fails: dict[str, str] = {}  # call -> name of the driver's error
         self.context = 0  # of the thread; the primary one is 1
+        self.current: int | None = None  # index of the GPU
         self.pools = True
+        self.version = 12080  # of the driver
+        self.kernels = {}
+        self.names, self.multiprocessors = ["NVIDIA L4", "NVIDIA GeForce RTX 4090"], [58, 128]
         self._next = 1000
 
     def note(self, call: str, needs_context: bool = True) -> None:
@@ -55,14 +59,52 @@ class FakeCuda:
         self.streams.add(self._next)
         return self._next
 
+    def cuInit(self, flags):
+        return (0,)
+
+    def cuDriverGetVersion(self):
+        return 0, self.version
+
+    def cuDeviceGetCount(self):
+        return 0, len(self.names)
+
+    def cuDeviceTotalMem(self, index):
+        return 0, 24 * 10**9
+
+    def cuModuleLoadData(self, image):
+        """Kernels are Python functions of host addresses, by their entry name: `kernels`."""
+        assert image.endswith(b"\0")
+        self.note("cuModuleLoadData")
+        return 0, image.decode().rstrip("\0")
+
+    def cuModuleGetFunction(self, module, name):
+        found = name.decode() in module and name.decode() in self.kernels
+        return (0, name.decode()) if found else (500, None)
+
+    def cuModuleUnload(self, module):
+        self.note("cuModuleUnload")
+        return (0,)
+
+    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, params, extra):
+        assert stream in self.streams
+        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
+        values, kinds = params
+        for value, kind in zip(values, kinds, strict=True):
+            assert (value in self.memory) == (kind is ctypes.c_void_p), "a pointer that nobody allocated"
+        self.note("cuLaunchKernel")
+        self.submit(stream, lambda: self.kernels[function](*values))
+        return (0,)
+
     def cuCtxGetCurrent(self):
         return 0, self.context
 
     def cuCtxSetCurrent(self, context):
         self.context = context
 
-    def Device(self):
-        return FakeDevice(self)
+    def Device(self, index=None):
+        if index not in (None, *range(len(self.names))):
+            raise ValueError(f"device_id must be within [0, {len(self.names)}), got {index}")
+        return FakeDevice(self, index or 0)
 
     @property
     def Stream(self):
@@ -83,16 +125,19 @@ class FakeCuda:
 
 
 class FakeDevice:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda = cuda
+    def __init__(self, cuda: FakeCuda, device_id: int) -> None:
+        self.cuda, self.device_id, self.name = cuda, device_id, cuda.names[device_id]
         self.compute_capability = cuda.capability
-        self.properties = SimpleNamespace(memory_pools_supported=cuda.pools)
+        self.properties = SimpleNamespace(
+            memory_pools_supported=cuda.pools, multiprocessor_count=cuda.multiprocessors[device_id]
+        )
 
     @property
     def memory_resource(self):
         return FakeMemory(self.cuda, "shared")
 
     def set_current(self):
+        self.cuda.current = self.device_id
         self.cuda.context = 1
 
     def create_stream(self):
@@ -196,7 +241,7 @@ class FakeTensorRT:
     ILogger = type("ILogger", (), {"__init__": lambda self: None})
     Logger = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
 
-    def __init__(self, cuda: FakeCuda, version: str = "11.4.0", batch: tuple[int, int] = (1, 16), shape=(3, 4, 4)):
+    def __init__(self, cuda: FakeCuda, version: str = "11.4.0", batch: tuple[int, int] = (1, 32), shape=(3, 4, 4)):
         self.cuda, self.__version__, self.batch = cuda, version, batch
         self.tensors = {
             "x": (np.float32, (-1, *shape)), "timestep": (np.int64, (-1,)), "class_labels": (np.int64, (-1,)),
@@ -207,6 +252,19 @@ class FakeTensorRT:
 
     def nptype(self, dtype):
         return dtype
+
+    def make_cache(self):
+        """Kernels that were compiled at run time: one for each shape."""
+        cache = SimpleNamespace(content=set())
+
+        def deserialize(blob):
+            release, _, content = bytes(blob).decode().partition(":")
+            cache.content |= set(content.split(",")) if release == self.__version__ else set()
+            return release == self.__version__
+
+        cache.deserialize = deserialize
+        cache.serialize = lambda: f"{self.__version__}:{','.join(sorted(cache.content))}".encode()
+        return cache
 
     def Runtime(self, logger):
         def deserialize(plan):
@@ -239,6 +297,8 @@ class FakeEngine:
 
     def create_runtime_config(self):
         config = SimpleNamespace(strategy=None, cuda_graph_strategy=None)
+        config.create_runtime_cache, config.runtime_cache = self.trt.make_cache, None
+        config.set_runtime_cache = lambda cache: setattr(config, "runtime_cache", cache)
         config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
         return config
 
@@ -275,6 +335,10 @@ class FakeContext:
         assert self.scratch is not None
         assert self.addresses.keys() == self.trt.tensors.keys(), "a tensor has no address"
         self.executions += 1
+        kernels = getattr(self.configuration, "runtime_cache", None)
+        if kernels is not None and str(self.shapes["x"][0]) not in kernels.content:
+            self.trt.cuda.calls.append(f"compile[{self.shapes['x'][0]}]")
+            kernels.content.add(str(self.shapes["x"][0]))
         addresses, shapes = dict(self.addresses), dict(self.shapes)
         rows = shapes["x"][0]
 

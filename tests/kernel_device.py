@@ -67,9 +67,9 @@ def run_select(timestep, boundaries, table, floats="fp32"):
 def run_attention(q, k, v, mask, low_step, bits, high_step, scale, floats="fp32", blocks=None,
                   numerators=False):  # fmt: skip
     images, heads, queries, head = q.shape
-    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, scale, blocks, mask.shape[1:],
+    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, blocks, mask.shape[1:],
                               numerators)  # fmt: skip
-    launch = attention.launch(kernel, images, heads, len(low_step), len(mask))
+    launch = attention.launch(kernel, images, heads, len(low_step), scale, len(mask))
     inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(mask), tensor(low_step))
     return launched(kernel, launch, inputs, q.shape, floats)
 

@@ -49,6 +49,12 @@ _ADVICE_BY_USE = {  # for a missing permission, and for whatever else
 }
 
 
+def cache_folder(name: str) -> Path:
+    """$XDG_CACHE_HOME/tqdit/NAME, by default under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "tqdit" / name
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` on success, remove it on failure."""

@@ -12,12 +12,13 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import tensorrt_bindings as trt
 
 sys.modules["tensorrt"] = trt  # the front package, which would fetch the libraries, does the same
 sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
 
-from tensorrt_bindings.plugin import _lib, _plugin_class, _tensor  # noqa: E402
+from tensorrt_bindings.plugin import _lib, _tensor, _validate  # noqa: E402
 
 from tqdit.plugins import tensorrt_definitions  # noqa: E402
 
@@ -70,12 +71,30 @@ trt.DimsExprs = lambda length: [None] * length
 _tensor.SymExprImpl = lambda expr: expr._expr.value
 
 
+FIELD_TYPES = {trt.PluginFieldType.INT32: np.int32, trt.PluginFieldType.FLOAT32: np.float32}
+
+
+def create(name, attributes):
+    """The plugin as the ONNX parser has it made: by the creator, of fields of the types that the creator declares.
+
+    The creator's constructor calls into TensorRT's libraries, which are empty here, so it gets its fields directly.
+    """
+    definition = _lib.QDP_REGISTRY[f"tqdit::{name}"]
+    types = _validate._parse_register_inputs(definition.register_func, False)[-1]
+    creator = _lib._TemplatePluginCreator(name, "tqdit", types)
+    fields = [
+        trt.PluginField(field.name, np.array([attributes[field.name]], FIELD_TYPES[field.type]), field.type)
+        for field in creator.field_names
+    ]
+    assert [field.name for field in fields] == list(attributes)
+    request = trt.QuickPluginCreationRequest.PREFER_AOT
+    return creator.create_plugin(name, "tqdit", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD, request)
+
+
 def drive(name, kinds, out_kinds, shapes, attributes, dynamic):
     """All calls of one plugin in TensorRT's order; the inputs `dynamic` have a batch for their first dimension."""
     definition = _lib.QDP_REGISTRY[f"tqdit::{name}"]
-    plugin = _plugin_class._TemplateAOTPlugin(name, "tqdit", definition.num_outputs)
-    plugin.init(definition.register_func, attributes, definition.aot_impl_attr_names, definition.aot_impl_func,
-                definition.autotune_attr_names, definition.autotune_func)  # fmt: skip
+    plugin = create(name, attributes).clone()
     types = plugin.get_output_data_types(list(kinds), [len(shape) for shape in shapes])
     sizes = [
         [Size.of(size, constant=i > 0 or j not in dynamic) for i, size in enumerate(shape)]
@@ -88,7 +107,7 @@ def drive(name, kinds, out_kinds, shapes, attributes, dynamic):
     inputs, outputs = in_out[: len(kinds)], in_out[len(kinds) :]
     combinations = plugin.get_supported_format_combinations(in_out, len(kinds))
     plugin.configure_plugin(inputs, outputs)
-    tactics = plugin.get_valid_tactics()
+    tactics = sorted(plugin.get_valid_tactics())
     kernels = []
     for tactic in tactics or [0]:
         plugin.set_tactic(tactic)
@@ -96,7 +115,8 @@ def drive(name, kinds, out_kinds, shapes, attributes, dynamic):
         plugin.get_launch_params(sizes, in_out, len(kinds), launch, scalars, Builder())
         entry, ptx = plugin.get_kernel([each.desc for each in inputs], [each.desc for each in outputs])
         kernels.append(
-            {"entry": entry, "launch": vars(launch), "scalars": [scalars[i] for i in range(scalars.nbSymExprs)],
+            {"entry": entry, "ptx": ptx.decode(), "launch": vars(launch),
+             "scalars": [scalars[i] for i in range(scalars.nbSymExprs)],
              "parameters": ptx.decode().split(".visible .entry")[1].split(")")[0].count(".param ")}
         )  # fmt: skip
     return {
@@ -104,6 +124,7 @@ def drive(name, kinds, out_kinds, shapes, attributes, dynamic):
         "out_shapes": [[size.value for size in shape] for shape in out_shapes],
         "combinations": len(combinations) // len(in_out),
         "attributes": definition.aot_impl_attr_names,
+        "annotations": [str(each) for each in definition.input_attrs.values()],
         "kernels": kernels,
     }
 
@@ -124,6 +145,8 @@ def main():
     for name in ("MultiRegionAttention", "MultiRegionNumeratorAttention"):
         kinds, shapes = (half, half, half, single, single), [(3, 2, 200, 72)] * 3 + [(3, 1, 1, 200), (3,)]
         results[name] = drive(name, kinds, (half,), shapes, attention, {0, 1, 2, 3, 4})
+        other = drive(name, kinds, (half,), shapes, attention | {"scale": 0.02}, {0, 1, 2, 3, 4})
+        results[name]["of_another_scale"] = other["kernels"]
     sys.stdout.write(json.dumps(results) + "\n")
 
 

@@ -59,8 +59,8 @@ def test_the_compiled_attention_runs_with_its_visible_parameters(tokens, portabl
     values = v.double().cpu().numpy()
     bound = 2**-10 * (p @ np.abs(values)) + 1.001 * (off @ np.abs(values)) + 1e-6
     for blocks in attention.candidates("fp16", 72, tokens):
-        kernel = attention.kernel("fp16", tokens, tokens, 72, 8, 1 / 127, scale, blocks, mask.shape[1:])
-        launch = attention.launch(kernel, 2, 3, 2, 2)
+        kernel = attention.kernel("fp16", tokens, tokens, 72, 8, 1 / 127, blocks, mask.shape[1:])
+        launch = attention.launch(kernel, 2, 3, 2, scale, 2)
         inputs = (q, k, v, mask, low_step)
         out = launch_ptx(aot.compile_kernel(kernel, capability), launch, inputs, torch.full_like(q, np.nan))
         assert (np.abs(out - p @ values) <= bound).all()

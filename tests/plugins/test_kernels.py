@@ -15,6 +15,7 @@ from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS
 from tqdit.plugins.multi_region_attention.plan import Blocks
 from tqdit.plugins.multi_region_attention.plan import kernel as attention_kernel
+from tqdit.plugins.multi_region_attention.plan import launch as attention_launch
 from tqdit.plugins.multi_region_attention.reference import multi_region_attention
 from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
 from tqdit.plugins.multi_region_softmax.plan import kernel as softmax_kernel
@@ -306,8 +307,8 @@ def test_sizes_beyond_the_kernels_are_refused():
     with pytest.raises(UsageError, match="MultiRegionNumerator over 1048577 tokens"):
         softmax_kernel("fp32", MAX_TOKENS + 1, 8, 1 / 127, numerators=True)
     with pytest.raises(UsageError, match="MultiRegionNumeratorAttention with heads of 64 over 10 x 1048577 tokens"):
-        attention_kernel("fp16", 10, MAX_TOKENS + 1, 64, 8, 1 / 127, 1.0, numerators=True)
+        attention_kernel("fp16", 10, MAX_TOKENS + 1, 64, 8, 1 / 127, numerators=True)
     with pytest.raises(UsageError, match="heads of 129 over 10 x 10 tokens"):
-        attention_kernel("fp16", 10, 10, 129, 8, 1 / 127, 1.0)
+        attention_kernel("fp16", 10, 10, 129, 8, 1 / 127)
     with pytest.raises(UsageError, match="scale 0: its kernel takes a positive one"):
-        attention_kernel("fp16", 10, 10, 64, 8, 1 / 127, 0)
+        attention_launch(attention_kernel("fp16", 10, 10, 64, 8, 1 / 127), 1, 1, 1, scale=0)

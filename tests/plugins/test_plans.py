@@ -54,8 +54,8 @@ def test_softmax_covers_every_row_once(images, heads, queries, columns):
 def test_attention_covers_every_query_and_key_once(images, heads, queries, keys, head):
     for floats in ("fp16", "fp32"):
         for blocks in attention.candidates(floats, head, keys):
-            kernel = attention.kernel(floats, queries, keys, head, 8, 1 / 127, 0.1, blocks)
-            launch = attention.launch(kernel, images, heads, images)
+            kernel = attention.kernel(floats, queries, keys, head, 8, 1 / 127, blocks)
+            launch = attention.launch(kernel, images, heads, images, 0.1)
             per_head = -(-queries // blocks.queries)
             visits = np.zeros((images * heads, queries), int)
             for program in range(launch.programs):
@@ -79,10 +79,10 @@ def test_select_covers_every_element_once(rows, size):
 def test_symbolic_sizes_give_the_same_launch():
     """As a dynamic batch does in TensorRT."""
     one = softmax.kernel("fp16", 256, 8, 1 / 127)
-    two = attention.kernel("fp16", 200, 200, 72, 8, 1 / 127, 0.1)
+    two = attention.kernel("fp16", 200, 200, 72, 8, 1 / 127)
     for launch, symbolic in (
         (softmax.launch(one, 3, 16, 256, 3), softmax.launch(one, Symbol(3), Symbol(16), Symbol(256), Symbol(3))),
-        (attention.launch(two, 3, 16, 3), attention.launch(two, Symbol(3), Symbol(16), Symbol(3))),
+        (attention.launch(two, 3, 16, 3, 0.1), attention.launch(two, Symbol(3), Symbol(16), Symbol(3), 0.1)),
         (select.launch(70, 3), select.launch(Symbol(70), Symbol(3))),
     ):
         assert int(symbolic.programs) == launch.programs

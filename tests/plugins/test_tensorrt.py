@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tqdit.plugins import aot, tensorrt
@@ -63,6 +64,31 @@ def test_every_attribute_is_passed_in_order(contract):
         assert contract[name]["attributes"] == ["bits", "high_step", "scale"]
 
 
+def test_attributes_are_arrays(contract):
+    """TensorRT 10.x makes an int or a float of an array by itself, which NumPy 2.4 refuses."""
+    for name, result in contract.items():
+        assert len(result["annotations"]) == len(result["attributes"]), name
+        assert all("ndarray" in annotation for annotation in result["annotations"]), name
+
+
+def test_kernels_that_differ_have_names_that_differ(contract):
+    """TensorRT runs whichever PTX of a name came last: for all tactics, and perhaps for all layers."""
+    entries = [(kernel["entry"], kernel["ptx"]) for result in contract.values() for kernel in result["kernels"]]
+    assert len({entry for entry, _ in entries}) == len({ptx for _, ptx in entries}) == len(set(entries))
+    assert len(entries) > 6
+    for entry, ptx in entries:
+        assert f".entry {entry}(" in ptx
+
+
+def test_layers_of_different_scales_share_their_kernels(contract):
+    for name in ATTENTIONS:
+        one, other = contract[name]["kernels"], contract[name]["of_another_scale"]
+        assert [each["ptx"] for each in one] == [each["ptx"] for each in other]
+        assert [each["scalars"][:3] for each in one] == [each["scalars"][:3] for each in other]
+        bits = [each["scalars"][3] for each in (one[0], other[0])]
+        assert np.array(bits, np.int32).view(np.float32).tolist() == np.float32([0.01, 0.02]).tolist()
+
+
 def test_shapes_and_types(contract):
     """Of timestep (70,), boundaries (9,), table (10, 1, 1, 3); scores (3, 2, 50, 50); q, k, v (3, 2, 200, 72)."""
     assert contract["TimeGroupSelect"]["out_shapes"] == [[70, 1, 1, 3]]
@@ -89,7 +115,9 @@ def test_launches_take_the_symbolic_batch(contract):
         launches = [kernel["launch"] for kernel in contract[name]["kernels"]]
         assert [launch["grid_x"] for launch in launches] == [6 * -(-200 // each.queries) for each in candidates]
         assert [launch["block_x"] for launch in launches] == [32 * each.warps for each in candidates]
-        assert {tuple(kernel["scalars"]) for kernel in contract[name]["kernels"]} == {(2, 3, 3)}
+        assert {tuple(kernel["scalars"]) for kernel in contract[name]["kernels"]} == {
+            (2, 3, 3, int(np.float32(0.01).view(np.int32)))
+        }
 
 
 def test_entries_take_what_tensorrt_passes(contract):
@@ -123,8 +151,21 @@ def test_a_tensorrt_without_plugins_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "target"), [(None, (8, 0)), ((8, 7), (8, 0)), ((9, 0), (9, 0)), ((12, 0), (12, 0)), ((10, 0), (8, 0))]
+    ("device", "target"),
+    [
+        (None, (8, 0)),
+        ((7, 5), (8, 0)),
+        ((8, 0), (8, 0)),
+        ((8, 7), (8, 6)),
+        ((8, 9), (8, 9)),
+        ((9, 0), (9, 0)),
+        ((10, 0), (8, 9)),
+        ((10, 3), (8, 9)),
+        ((11, 0), (8, 9)),
+        ((12, 0), (12, 0)),
+        ((12, 1), (12, 0)),
+    ],
 )
 def test_a_device_gets_ptx_that_runs_on_it(device, target):
-    """Ptx of 9.0 and 12.0 runs on that chip alone, that of 8.0 on every later one."""
+    """PTX of 9.0 runs on that chip alone, all other on every later one."""
     assert aot.best_capability(device) == target

@@ -12,6 +12,7 @@ from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.process import TRAINING_STEPS
+from tqdit.sampling.schedule import sampler_names
 
 if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models.loaded import LoadedModel
@@ -52,6 +53,11 @@ class QuantizationConfig:
     chains: int = knob(8, "guided chains from which the rows are picked; they are most of the cost", range(1, 100_001))
     guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")
     seed: int = knob(0, "decides chains, classes, rows and cotangents", range(2**63 + 1))
+
+    calls: int | None = knob(None, "also find where the steps of a chain of so many network calls lie best, and "
+                             "propose that chain (default: none)", range(2, 51))  # fmt: skip
+    solver: str = knob("auto", "sampler of these steps; auto: the better one of dpm++2m and unipc",
+                       lambda: ("auto", *sampler_names()))  # fmt: skip
 
     method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback; "
                        "weights looks at the weights alone, for --inputs dynamic without attention",

@@ -33,6 +33,7 @@ from tqdit.calibration.fisher import FISHERS
 from tqdit.calibration.layers import LayerPlan, plan, with_one_region
 from tqdit.calibration.methods import METHODS, weights
 from tqdit.calibration.operands import array
+from tqdit.calibration.placing import Placing, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
@@ -43,7 +44,7 @@ from tqdit.models.columns import narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
-from tqdit.quantization.fake_quant import golden_calls
+from tqdit.quantization.fake_quant import apply, golden_calls
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
@@ -75,7 +76,7 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
-        table = run.with_golden_calls(run.search(rows), rows)
+        table = run.with_placed_steps(run.with_golden_calls(run.search(rows), rows))
     return Result(table, run.meter, run.folder)
 
 
@@ -114,6 +115,7 @@ class Calibration:
         recorded = self.model.guidance.scale if self.model.guidance and isinstance(self.data, Recording) else scale
         if not math.isclose(scale, recorded, rel_tol=1e-3):
             raise UsageError(f"--guidance-scale is {scale:g}; calls were recorded with {recorded:g}. Leave it out.")
+        check_placing(self.model, self.config)
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
         state = 4 * math.prod(signature.state.row_shape)
@@ -243,6 +245,17 @@ class Calibration:
         self.meter.forward("golden calls", 2 * len(golden))
         interface = self.data.interface if isinstance(self.data, Recording) else None
         return replace(table, golden=golden, interface=interface)
+
+    def with_placed_steps(self, table: ScaleTable) -> ScaleTable:
+        """The table with the steps of a short chain, if they are asked for."""
+        if self.config.calls is None:
+            return table
+
+        def meter(images: int) -> None:
+            self.meter.forward("placed steps", images * rows_per_image(self.model.guidance))
+
+        placing = Placing(self.model, self.config, self.folder, self.console)
+        return replace(table, placed=placing.run(apply(self.model, table), meter))
 
     def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows,

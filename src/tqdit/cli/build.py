@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--float-type", choices=FLOAT_CHOICES, default="auto", help="of what is not integer (default: %(default)s, "
         "what the backend prefers)")  # fmt: skip
     add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")
-    add("--batch", metavar="MIN,OPT,MAX", help="images per call that a GPU engine is made for (default: 1,2,16)")
+    add("--batch", metavar="MIN,OPT,MAX", help="images per call that a GPU engine is made for (default: 1,16,16)")
     add("--provider", choices=["cpu", "cuda", "tensorrt"], help="execution provider of ONNX Runtime (default: cpu)")
     add("--target", action="append", default=[], metavar="CC", help="compute capability for TensorRT-RTX, such as 8.9; "
         "repeat it for several (default: portable)")  # fmt: skip
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimization-level", type=int, choices=range(6), help="of TensorRT")
     add("--version-compatible", action="store_true", help="a TensorRT plan that later versions of its major one run")
     add("--exclude-lean-runtime", action="store_true", help="with --version-compatible: leave the lean runtime out")
+    add("--device", type=int, metavar="N", help="index of the GPU to build on (default: the current one)")
     add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
     add(
         "--optimum", type=Path, metavar="DIR", help="OpenVINO: also write DIR/transformer for optimum-intel's pipelines"
@@ -83,7 +84,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if manifest.verified is not None:
         console.say(manifest.verified.line)
     elif CALLS_FILE in manifest.files:
-        console.say(f"golden calls: not run, since {backend} engines do not run here; tqdit-inspect --verify runs them")
+        console.say(
+            f"golden calls: not run, since {backend} engines do not run here; the first opening on a GPU runs them"
+        )
     if args.optimum is not None:
         console.say(f"wrote {write_optimum(output, manifest.card, args.optimum)} for optimum-intel")
     return output
@@ -122,5 +125,6 @@ def _config(args: argparse.Namespace) -> BuildConfig:
         optimization_level=args.optimization_level,
         version_compatible=args.version_compatible,
         lean_runtime="exclude" if args.exclude_lean_runtime else "embed",
+        device=args.device,
         plugins=not args.no_plugins,
     )

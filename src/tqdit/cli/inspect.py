@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compute something else or refuse; exit code 1 if there are errors")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="run the golden calls of an engine on this machine; exit "
         "code 1 if the engine is wrong")  # fmt: skip
+    parser.add_argument("--device", type=int, metavar="N", help="with --verify: index of the GPU (default: the current "
+        "one)")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         folder = Path(args.file)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
-        verdict = verify_bundle(folder, manifest)
+        verdict = verify_bundle(folder, manifest, args.device)
         verdict.check(str(folder))
         print(Verified.of(verdict).line)
         return None
@@ -287,7 +289,9 @@ def _sampled(card: GraphCard) -> Facts:
     signature = card.signature
     label = signature.label
     classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
-    return [*_call(signature), ("state", _space(card)), *classes, *_chain(card.sampling, card.guidance)]
+    chain = _chain(card.sampling, card.guidance)
+    published = [] if card.published is None else [("as published", str(card.published))]
+    return [*_call(signature), ("state", _space(card)), *classes, *chain, *published]
 
 
 def _call(signature: Signature) -> Facts:
@@ -298,7 +302,12 @@ def _call(signature: Signature) -> Facts:
 def _chain(sampling: SamplingSpec, guidance: Guidance | None) -> Facts:
     samplers = ", ".join(samplers_of(sampling.process))
     choice = ", as recorded" if samplers == "recorded" else f"; any of {samplers}" * bool(samplers)
-    return [("sampled with", f"{sampling}{choice}"), ("guidance", _guidance(guidance))]
+    timesteps = ", ".join(f"{timestep:g}" for timestep in sampling.timesteps)
+    return [
+        ("sampled with", f"{sampling}{choice}"),
+        *([("", f"at timesteps {timesteps}")] if timesteps else []),
+        ("guidance", _guidance(guidance)),
+    ]
 
 
 def _port(port: Port) -> str:

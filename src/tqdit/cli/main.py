@@ -20,7 +20,7 @@ from tqdit.extras import missing
 from tqdit.files import explain
 from tqdit.version import __version__
 
-VERBS = ("calibrate", "export", "build", "sample", "serve", "evaluate", "inspect")  # modules of this package
+VERBS = ("calibrate", "export", "build", "sample", "serve", "evaluate", "inspect", "doctor")  # modules of this package
 # Verbs whose modules need more than the runtime's own libraries, and the extra that brings them.
 EXTRAS = {"calibrate": "calibrate", "export": "export", "serve": "serve", "evaluate": "evaluate"}
 
@@ -148,4 +148,4 @@ def _summary(verb: str) -> str:
 
 
 # What the console scripts `tqdit-VERB` call.
-calibrate, export, build, sample, serve, evaluate, inspect = (partial(run, verb) for verb in VERBS)
+calibrate, export, build, sample, serve, evaluate, inspect, doctor = (partial(run, verb) for verb in VERBS)

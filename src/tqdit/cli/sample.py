@@ -70,8 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "several times")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="the same, one in each line of a text file")
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
+    add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="lowest and highest timestep with guidance; "
+        "outside, an image takes one row of a call in place of two (default: all)")  # fmt: skip
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
+    add("--as-published", action="store_true", help="sampler and steps of the model's origin, such as 250 steps of "
+        "ddpm for a DiT, in place of what the engine proposes")  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--batch",
@@ -80,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip
+    add("--device", type=int, metavar="N", help="index of the GPU (default: the current one)")
     add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder; of "
         "videos also a .gif or .mp4 (default: %(default)s)")  # fmt: skip
     add("--fps", type=int, default=FRAMES_PER_S, metavar="N", help="frames per second of videos (default: %(default)s)")
@@ -113,6 +118,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     _check_numbers(args)
     if args.save_noise is not None:
         check_noise_file(args.save_noise)
+        if args.guidance_interval is not None:
+            raise UsageError("--save-noise is for a loop with both rows at every step. Leave out --guidance-interval.")
         check_writable(args.save_noise)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
@@ -123,7 +130,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     job = _describe(args, manifest, shards, prompts)
     if not shards:
         _check_output(output, job, manifest.card)
-    spec = manifest.card.sampling.choose(job.steps, job.sampler)
+    spec = manifest.card.sampling.choose(**job.chain)
     if args.save_noise is not None:
         check_size(args.save_noise, manifest.card, spec, job.count)
     if remark := manifest.card.remark(spec):
@@ -147,6 +154,8 @@ def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """What is wrong with the arguments alone."""
+    if args.as_published and (args.steps is not None or args.sampler is not None):
+        raise UsageError("--as-published names sampler and steps. Leave out --steps and --sampler.")
     if args.n is not None:
         check_count("-n", args.n, 1)
     check_threads(args.threads)
@@ -157,6 +166,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("format", "shard_size", "ray", "workers"):
         if getattr(args, name) is not None and (kind := kind_of(args.output)) != "folder":
             raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{args.output}' is a .{kind}.")
+    if args.device is not None and args.ray is not None:
+        raise UsageError("--device: Ray chooses the GPU of each worker. Leave it out.")
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers belongs to --ray.")
     if args.ray is not None:
@@ -173,9 +184,12 @@ def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
 def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompts: Prompts | None) -> SamplingJob:
     """The job that the arguments describe; without shards it is one of all images."""
     size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
+    published = manifest.card.as_published if args.as_published else None
     return describe_job(
         args.engine, manifest, args.classes if prompts is None else prompts, args.seed, args.n, size,
-        guidance_scale=args.guidance_scale, steps=args.steps, sampler=args.sampler,
+        guidance_scale=args.guidance_scale, steps=published.steps if published else args.steps,
+        sampler=published.sampler if published else args.sampler, timesteps=() if published else None,
+        guidance_interval=args.guidance_interval,
     )  # fmt: skip
 
 
@@ -195,7 +209,7 @@ def _sample_at_once(
 ) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
-    with Sampler.open(args.engine, batch=args.batch, threads=args.threads) as sampler:
+    with Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=args.device) as sampler:
         calls = sampler.steps_for(job.count, job.steps)
         started = time.perf_counter()
         with console.bar(calls, "sampling", "steps") as bar:
@@ -246,7 +260,7 @@ def _sample_shards(
 
 
 def _work_here(args: argparse.Namespace, prompts: Prompts | None, stack: ExitStack) -> Work:
-    sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads))
+    sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=args.device))
 
     def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         def advance(report: StepReport) -> None:
@@ -265,6 +279,15 @@ def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, prompts: Prom
     check_parts(args.engine, manifest)
     config = ClusterConfig(args.ray or None, args.workers, args.batch, args.threads)
     return Cluster(args.engine, manifest, config, console, prompts).work
+
+
+def interval(text: str) -> tuple[float, float]:
+    """LOW,HIGH of the command line."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not two numbers like 200,800") from None
+    return low, high
 
 
 def _integers(text: str) -> list[int]:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, help="images per engine call at most (default: 16, or fewer if the engine was built for "
         "fewer)")  # fmt: skip
     add("--threads", type=int, help="CPU threads of each engine (default: the backend's choice)")
+    add("--device", type=int, metavar="N", help="index of the GPU of every engine (default: the current one)")
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add("--queue", type=int, default=defaults.queue, metavar="N", help="images of an engine that may wait; more are "
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port is {args.port}; expected 0 to 65535.")
     settings = Settings(
-        batch=args.batch, threads=args.threads, queue=args.queue, deadline_s=args.deadline,
+        batch=args.batch, threads=args.threads, device=args.device, queue=args.queue, deadline_s=args.deadline,
         most_images=args.most_images, most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
         cors_origins=tuple(args.cors_origin), api_key=os.environ.get(KEY),
     )  # fmt: skip

@@ -17,12 +17,15 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 
 
+LAYERS_FILE = "layers.txt"  # what a compiler said of its layers; kept beside the output if the build is refused
+
+
 @dataclass(frozen=True)
 class BatchRange:
     """Images per engine call: the fewest, the number to tune for, the most. With guidance an image is two rows."""
 
     least: int = 1
-    best: int = 2
+    best: int = 16
     most: int = 16
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class BuildConfig:
     optimization_level: int | None = None
     version_compatible: bool = False  # TensorRT: the plan also runs on later versions of the same major one
     lean_runtime: Literal["embed", "exclude"] = "embed"  # of a version-compatible plan
+    device: int | None = None  # index of the GPU to build on; None: the current one
     plugins: bool = True  # use kernels for the custom ops if the backend takes them
 
     def refuse_unknown(self, backend: str, honoured: frozenset[str]) -> None:

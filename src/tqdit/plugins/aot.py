@@ -5,6 +5,9 @@ caller's process may have decided for the interpreter.
 
 Triton gives an entry one or two parameters more than its source shows, pointers to scratch memory. None of our kernels
 uses them (checked here), and TensorRT passes none, so they are taken out of the PTX.
+
+An entry is named after its content: TensorRT knows kernels by name alone, and all tactics of a plugin would otherwise
+share the PTX that was registered last, each with its own launch (pytorch/TensorRT pull request 4147).
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ import msgspec
 
 from tqdit.errors import BackendError
 from tqdit.extras import missing
-from tqdit.files import whole_file
+from tqdit.files import cache_folder, whole_file
 from tqdit.plugins.kernels import Kernel
 
-# PTX of the first runs on every later one, whose driver compiles it; 9.0 and 12.0 name features of their own chip
-# alone ('sm_90a'), so their PTX runs there and nowhere else.
+# PTX of a capability runs on every later one, whose driver compiles it. That of 9.0 names features of its own chip
+# alone ('sm_90a'), so it runs there and nowhere else.
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 PORTABLE = (8, 0)
-FORMAT = 1  # of the cached files
+ONLY_THERE = (9, 0)
+# The oldest version of PTX that has the target, which the most drivers and releases of TensorRT read: 8.0 is CUDA 12.0
+# (driver R525), 8.7 is CUDA 12.8 (R570). Triton's own choice is that of its assembler.
+PTX_VERSION, PTX_VERSION_OF_BLACKWELL = 80, 87
+FORMAT = 2  # of the cached files
 MAX_SCRATCH_PARAMETERS = 2
 
 
@@ -49,7 +56,7 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> Co
 
     Raises MissingLibraryError without Triton, BackendError if the compiler fails.
     """
-    path = cache_folder() / f"{kernel.function}-{_key(kernel, capability)}.json"
+    path = cache_folder("kernels") / f"{kernel.function}-{_key(kernel, capability)}.json"
     cached = _read(path)
     if cached is None:
         cached = _compile_in_fresh_process(kernel, capability)
@@ -59,15 +66,11 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int] = PORTABLE) -> Co
     return cached
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/tqdit/kernels, by default under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "tqdit" / "kernels"
-
-
 def best_capability(device: tuple[int, int] | None) -> tuple[int, int]:
-    """What to compile for, given the capability of the device (None: unknown): its own, else what runs on it."""
-    return device if device in CAPABILITIES else PORTABLE
+    """What to compile for, given the capability of the device (None: unknown): its own, or what it runs."""
+    if device is None or device == ONLY_THERE:
+        return device or PORTABLE
+    return max((each for each in CAPABILITIES if each <= device and each != ONLY_THERE), default=PORTABLE)
 
 
 def strip_scratch(ptx: str, entry: str, visible: int) -> str:
@@ -88,6 +91,12 @@ def strip_scratch(ptx: str, entry: str, visible: int) -> str:
         )
     assert match is not None
     return ptx[: match.start(2)] + ",".join(parameters[:visible]) + ptx[match.end(2) :]
+
+
+def name_by_content(ptx: str, entry: str) -> tuple[str, str]:
+    """(name, PTX) with the entry and its parameters named after the text."""
+    name = f"{entry}_{hashlib.sha256(ptx.encode()).hexdigest()[:16]}"
+    return name, re.sub(rf"\b{re.escape(entry)}(?=\b|_param_)", name, ptx)
 
 
 def _key(kernel: Kernel, capability: tuple[int, int]) -> str:
@@ -139,12 +148,16 @@ def _compile(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
         attrs=aligned,
     )
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    version = PTX_VERSION if capability < (10, 0) else PTX_VERSION_OF_BLACKWELL
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "ptx_version": version}
     compiled = triton.compile(source, target=target, options=options)
     facts = compiled.metadata
     assert facts.global_scratch_size == 0, "a kernel of ours asks for scratch memory, which TensorRT does not give"
     ptx = strip_scratch(compiled.asm["ptx"], facts.name, len(kernel.parameters))
-    return CompiledKernel(facts.name, ptx, facts.num_warps * 32, facts.shared, capability)
+    if capability != ONLY_THERE:  # Triton says 'sm_120a', of which our kernels use nothing
+        ptx = re.sub(r"^(\.target sm_\d+)a\b", r"\1", ptx, flags=re.MULTILINE)
+    name, ptx = name_by_content(ptx, facts.name)
+    return CompiledKernel(name, ptx, facts.num_warps * 32, facts.shared, capability)
 
 
 def _main() -> None:

@@ -2,13 +2,16 @@
 
 TensorRT reads the annotations of these functions as objects, so this module postpones none. Every attribute stands in
 every function, in the order of its registration: TensorRT passes all of them by position, whatever a function names.
+Attributes are arrays of one element: TensorRT 10.x makes an int or a float of an array, which NumPy 2.4 refuses.
 """
 
 import functools
 from typing import Any, List, Tuple, Union  # noqa: UP035 (TensorRT compares with these)
 
+import numpy as np
 import tensorrt as trt
 import tensorrt.plugin as trtp
+from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
 from tqdit.plugins import DOMAIN
@@ -18,6 +21,8 @@ from tqdit.plugins.multi_region_attention import plan as attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
+Integers = NDArray[np.int32]
+Reals = NDArray[np.float32]
 FLOATS = "FP32|FP16|BF16"  # '|': the same of them wherever it stands in a combination
 Compiled = Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymIntExprs]  # noqa: UP006, UP007
 
@@ -65,23 +70,25 @@ def _define_multi_region_softmax(capability: tuple[int, int], lazy: bool) -> Non
     name = f"{DOMAIN}::MultiRegionSoftmax"
 
     @trtp.register(name, lazy_register=lazy)
-    def describe(scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float) -> trtp.TensorDesc:
+    def describe(
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals
+    ) -> trtp.TensorDesc:
         return scores.like()
 
     @trtp.autotune(name)
     def combinations(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
         outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         return [trtp.AutoTuneCombination(f"{FLOATS}, FP32, {FLOATS}", "LINEAR")]
 
     @trtp.aot_impl(name)
     def implementation(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, columns = scores.shape_expr
-        kernel = softmax.kernel(_float_type(scores), _static(columns, name), bits, high_step)
+        kernel = softmax.kernel(_float_type(scores), _static(columns, name), int(bits[0]), float(high_step[0]))
         return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
 
 
@@ -90,7 +97,7 @@ def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> N
 
     @trtp.register(name, lazy_register=lazy)
     def describe(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals
     ) -> Tuple[trtp.TensorDesc, trtp.TensorDesc]:  # noqa: UP006
         reciprocals = scores.like()
         reciprocals.dtype = trt.DataType.FLOAT
@@ -99,18 +106,20 @@ def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> N
 
     @trtp.autotune(name)
     def combinations(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
         outputs: Tuple[trtp.TensorDesc, trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         return [trtp.AutoTuneCombination(f"{FLOATS}, FP32, {FLOATS}, FP32", "LINEAR")]
 
     @trtp.aot_impl(name)
     def implementation(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: int, high_step: float,
+        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
         outputs: Tuple[trtp.TensorDesc, trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, columns = scores.shape_expr
-        kernel = softmax.kernel(_float_type(scores), _static(columns, name), bits, high_step, numerators=True)
+        kernel = softmax.kernel(
+            _float_type(scores), _static(columns, name), int(bits[0]), float(high_step[0]), numerators=True
+        )
         return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
 
 
@@ -120,14 +129,14 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
     @trtp.register(name, lazy_register=lazy)
     def describe(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, bits: int, high_step: float, scale: float,
+        low_step: trtp.TensorDesc, bits: Integers, high_step: Reals, scale: Reals,
     ) -> trtp.TensorDesc:  # fmt: skip
         return q.like()
 
     @trtp.autotune(name)
     def combinations(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, bits: int, high_step: float, scale: float, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+        low_step: trtp.TensorDesc, bits: Integers, high_step: Reals, scale: Reals, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         head, keys = _static(q.shape_expr[3], name), _static(k.shape_expr[2], name)
         return [
@@ -141,7 +150,7 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
     @trtp.aot_impl(name)
     def implementation(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, bits: int, high_step: float, scale: float,
+        low_step: trtp.TensorDesc, bits: Integers, high_step: Reals, scale: Reals,
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, head = q.shape_expr
@@ -149,9 +158,9 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
         heads_of_mask, rows_of_mask, columns_of_mask = (_static(length, name) for length in lengths)
         floats, keys, columns = _float_type(q), _static(k.shape_expr[2], name), _static(head, name)
         blocks = attention.candidates(floats, columns, keys)[tactic - 1]
-        kernel = attention.kernel(floats, _static(queries, name), keys, columns, bits, high_step, scale, blocks,
-                                  (heads_of_mask, rows_of_mask, columns_of_mask), numerators)  # fmt: skip
-        launch = attention.launch(kernel, images, heads, low_step.shape_expr[0], masks)
+        kernel = attention.kernel(floats, _static(queries, name), keys, columns, int(bits[0]), float(high_step[0]),
+                                  blocks, (heads_of_mask, rows_of_mask, columns_of_mask), numerators)  # fmt: skip
+        launch = attention.launch(kernel, images, heads, low_step.shape_expr[0], float(scale[0]), masks)
         return _compiled(kernel, launch, capability)
 
 

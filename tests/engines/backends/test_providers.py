@@ -67,6 +67,23 @@ def test_a_cuda_bundle_asks_for_cuda_when_built_and_when_opened(floating, tmp_pa
     assert gpu_library == [["CUDAExecutionProvider", providers.CPU]] * 2
 
 
+def test_the_gpu_of_an_index_is_asked_for(floating, quantized, tmp_path, gpu_library):
+    build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider="cuda", precision="fp32", device=1))
+    Sampler.open(tmp_path / "m.engine", device=2).close()
+    assert [providers[0][1]["device_id"] for providers in gpu_library] == [1, 2]
+    with pytest.raises(UsageError, match="device is -1"):
+        Sampler.open(tmp_path / "m.engine", device=-1)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_engines_of_cpus_have_no_device(floating, tmp_path, backend):
+    with pytest.raises(UsageError, match="--device"):
+        build_engine(floating, tmp_path / "m.engine", backend, BuildConfig(device=0))
+    build_engine(floating, tmp_path / "m.engine", backend)
+    with pytest.raises(UsageError, match="--device is the index of a GPU"):
+        Sampler.open(tmp_path / "m.engine", device=0)
+
+
 def test_a_cuda_bundle_is_not_opened_where_the_library_has_no_cuda(floating, tmp_path, gpu_library, monkeypatch):
     import onnxruntime
 
@@ -83,6 +100,7 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
     assert name == "TensorrtExecutionProvider"
     assert others == ["CUDAExecutionProvider", providers.CPU]
     assert options["trt_engine_cache_enable"]
+    assert (options["trt_int8_enable"], options["trt_fp16_enable"]) == (False, False)
     image = "x3x8x8"
     for key, rows in (("min", 2), ("opt", 8), ("max", 16)):  # guidance: two rows an image
         expected = f"x:{rows}{image},timestep:{rows},class_labels:{rows}"
@@ -100,6 +118,8 @@ def test_integers_that_nothing_proves_are_refused(quantized, tmp_path, gpu_libra
         build_engine(quantized, tmp_path / "m.engine", config=BuildConfig(provider="tensorrt"))
     kept = build_engine(quantized, tmp_path / "m.engine", config=BuildConfig(provider="tensorrt", allow_fallback=True))
     assert kept.audit.integer == 0
+    options = gpu_library[-1][0][1]  # without them TensorRT may choose neither type
+    assert (options["trt_int8_enable"], options["trt_fp16_enable"]) == (True, True)
     assert len(kept.audit.fallen_back) == 10
 
 

@@ -35,13 +35,14 @@ LOG = "\n".join([
 ])  # fmt: skip
 
 
-def layer(kind="gemm", inputs=("Int8",), constants=("Int8",), nodes=(), name="n"):
-    return Layer(name, kind, inputs, constants, ("Float",), nodes)
+def layer(kind="gemm", inputs=("Int8",), constants=("Int8",), nodes=(), name="n", tactic="t"):
+    return Layer(name, kind, inputs, constants, ("Float",), nodes, tactic)
 
 
 def test_a_build_log_is_read_layer_by_layer():
     first, second, third, fourth = from_log(["Layers:\nName: of an engine before", "something else", LOG])
-    assert first == Layer("a/MatMul_myl0_1", "gemm", ("Int8",), ("Int8", "Float", "Float"), ("Float",), ("a/MatMul",))
+    constants = ("Int8", "Float", "Float")
+    assert first == Layer("a/MatMul_myl0_1", "gemm", ("Int8",), constants, ("Float",), ("a/MatMul",), "some_0x1")
     assert (second.multiplies, second.nodes) == (False, ("a/MatMul", "a/Add"))
     assert (third.kind, third.inputs, third.nodes) == ("signal", (), ())
     assert (fourth.multiplies, fourth.is_integer, fourth.nodes) == (True, False, ("b/MatMul", "b/Add"))
@@ -71,6 +72,47 @@ def test_the_inspector_of_both_releases_is_read(key, ports):
     (only,) = from_inspector(report)
     assert only.is_integer
     assert only.nodes == ("a/MatMul", "a/DequantizeLinear")
+
+
+def record(kind, tactic, *inputs):
+    """A product of TensorRT 10.x, which lists weights, bias, alpha and beta among the inputs and has no constants."""
+    return {
+        "Name": "a/MatMul_1", "LayerType": kind, "TacticName": tactic, "Outputs": [],
+        "Inputs": [{"Name": "t", "Dimensions": list(shape), "Format/Datatype": word} for word, shape in inputs],
+        "Metadata": "[ONNX Layer: a/MatMul]\x1e[ONNX Layer: a/Gelu]",
+    }  # fmt: skip
+
+
+ALPHA_BETA = (("Float", ()), ("Float", (1, 1)))
+CODES = (("Int8", (8, 256, 72)), ("Int8", (72, 288)))
+BIAS = ("Float", (288,))
+
+
+@pytest.mark.parametrize(
+    ("one", "multiplies", "integer"),
+    [
+        # A product with its activation (NVIDIA/TensorRT issue 4397)
+        (record("fusion", "sm80_xmma_gemm_i8f32_i8i32_f32_tn_n_by_fusion_tactic", *CODES), True, True),
+        (
+            record("fusion", "sm80_xmma_gemm_f16f16_f16f32_f16_by_fusion_tactic", ("Half", (8, 72)), CODES[1]),
+            True,
+            False,
+        ),
+        (record("fusion", "__myl_CastMulAdd_0x12", ("Int8", (8, 72)), ("Int8", (8, 72))), False, False),
+        (record("gemm", "", *CODES, *ALPHA_BETA), True, True),
+        (record("gemm", "", *CODES, BIAS, *ALPHA_BETA), True, True),
+        (record("gemm", "", CODES[0], *ALPHA_BETA), True, True),
+        (record("gemm", "", ("Half", (8, 72)), CODES[1], *ALPHA_BETA), True, False),
+        (record("gemm", "", CODES[0], ("Half", (72, 288)), *ALPHA_BETA), True, False),
+        # the kernel's name proves it, whatever is listed
+        (record("runtime_fusion", "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n", ("Half", (8, 72))), True, True),
+        (record("gemm", "sm89_xmma_gemm_f16i8_f16f32_f32", CODES[0], BIAS), True, False),
+    ],
+)
+def test_records_of_tensorrt_10_are_understood(one, multiplies, integer):
+    (only,) = from_inspector({"Layers": [one]})
+    assert (only.multiplies, only.is_integer) == (multiplies, integer)
+    assert only.nodes == ("a/MatMul", "a/Gelu")
 
 
 @pytest.mark.parametrize("report", [{}, {"Layers": []}, {"Layers": ["a/MatMul", "b/MatMul"]}])

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import support
@@ -16,9 +17,10 @@ from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
-from tqdit.errors import BackendError, UsageError
+from tqdit.errors import BackendError, TqditWarning, UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
+from tqdit.golden import Verdict
 
 TESTS = Path(__file__).parents[2]
 RELEASES = ["10.16", "11.4"]
@@ -31,7 +33,7 @@ def release(request, monkeypatch, tmp_path):
     monkeypatch.setenv("TQDIT_TEST_SURFACE", str(TESTS / "data" / "tensorrt_surfaces" / f"{request.param}.json"))
     monkeypatch.setenv("TQDIT_TEST_CALLS", str(calls))
     monkeypatch.syspath_prepend(TESTS / "fake_tensorrt")
-    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(None, "8.7"))
+    monkeypatch.setattr(cuda, "find_device", lambda *_: cuda.Device(None, "8.7", "Orin", 16))
     yield lambda: [json.loads(line) for line in calls.read_text().splitlines()]
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt"]:
         del sys.modules[name]
@@ -75,6 +77,7 @@ def test_a_build_with_every_option(release, source, tmp_path):
     assert manifest.audit.line.startswith("quantized products: 10 int8, 4 simulated by choice")
     assert manifest.audit.fallen_back == ()
     assert manifest.target["compute_capabilities"] == "8.7"
+    assert (manifest.target["device"], manifest.target["multiprocessors"]) == ("Orin", "16")
     assert manifest.target["version_compatible"] == "exclude"
     assert set(manifest.plugins.values()) == {"body: --no-plugins"}
 
@@ -84,7 +87,7 @@ def test_defaults_ask_for_nothing_special(release, source, tmp_path):
     calls = release()
     assert {call["flag"] for call in calls if "flag" in call} == {"TF32"}
     assert not any("pool" in call for call in calls)
-    assert manifest.batch == BatchRange(1, 2, 16)
+    assert manifest.batch == BatchRange(1, 16, 16)
     assert "version_compatible" not in manifest.target
     assert set(manifest.plugins.values()) == {manifest.plugins["TimeGroupSelect"]}
     assert manifest.plugins["TimeGroupSelect"].startswith("body: TensorRT 1")  # this fake has no plugin module
@@ -108,6 +111,49 @@ def test_a_plugin_that_is_not_taken_is_said(release, source, tmp_path, monkeypat
     assert set(manifest.plugins.values()) == {"body: TensorRT took none for it"}
 
 
+def test_plugins_that_fail_give_way_to_portable_ones_and_then_to_the_bodies(release, source, tmp_path, monkeypatch):
+    from tqdit.plugins import tensorrt as plugins
+
+    monkeypatch.setattr(plugins, "why_unavailable", lambda: None)
+    monkeypatch.setenv("TQDIT_TEST_REFUSE_PLUGINS", "Error Code 1: onShapeChange")
+    with pytest.warns(TqditWarning, match="trying without: .*onShapeChange") as warned:
+        manifest = build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+    assert [str(one.message).split()[3] for one in warned] == ["8.6", "8.0"]
+    assert [call["functions"] for call in release() if "functions" in call] == [2, 2, 0]
+    assert set(manifest.plugins) == {"TimeGroupSelect", "MultiRegionSoftmax"}
+    assert all(kind.startswith("body: with plugins: ") for kind in manifest.plugins.values())
+
+
+def test_plugins_that_compute_something_else_give_way_to_the_bodies(release, source, tmp_path, monkeypatch):
+    """Where the golden calls run at build. They cannot run here: the verdicts are given."""
+    from tqdit.engines.build import engine
+    from tqdit.plugins import tensorrt as plugins
+
+    verdicts = [Verdict(np.array([0.5]), np.array([0.01]), 0.0), Verdict(np.array([0.01]), np.array([0.01]), 0.0)]
+    monkeypatch.setattr(plugins, "why_unavailable", lambda: None)
+    monkeypatch.setattr(engine, "CALLS_FILE", "engine.plan")
+    monkeypatch.setattr(engine, "verify_bundle", lambda *_: verdicts.pop(0))
+    monkeypatch.setenv("TQDIT_TEST_PLUGINS", "1")
+    with pytest.warns(TqditWarning, match=r"golden calls is 5\.0e-01.*without plugins"):
+        manifest = build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+    assert set(manifest.plugins.values()) == {"body: --no-plugins"}
+    assert manifest.verified.error == 0.01
+
+
+def test_a_failure_without_plugins_is_tried_once(release, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDIT_TEST_FAIL", "Error Code 10: no implementation")
+    with pytest.raises(BackendError, match="Error Code 10"):
+        build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(plugins=False, **FAST))
+    assert len([call for call in release() if "functions" in call]) == 1
+
+
+def test_int8_on_blackwell_ultra_is_warned_of(release, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "find_device", lambda *_: cuda.Device(None, "10.3", "NVIDIA B300", 148))
+    with pytest.warns(TqditWarning, match=r"NVIDIA B300.*10\.3.*--precision bf16"):
+        build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
+    build_engine(source, tmp_path / "b.engine", "tensorrt", BuildConfig(precision="fp32"))  # a warning is an error
+
+
 def test_what_the_library_reports_is_the_reason(release, source, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDIT_TEST_FAIL", "Error Code 10: no implementation\nfor node x")
     with pytest.raises(
@@ -116,13 +162,23 @@ def test_what_the_library_reports_is_the_reason(release, source, tmp_path, monke
         build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
 
 
+def test_what_the_inspector_said_is_kept_if_the_audit_refuses(release, source, tmp_path, monkeypatch):
+    output, kept = tmp_path / "a.engine", tmp_path / "a.engine.layers.txt"
+    build_engine(source, output, "tensorrt", BuildConfig(**FAST))
+    assert not (output / "layers.txt").exists()
+    monkeypatch.setenv("TQDIT_TEST_FALLBACK", "1")
+    with pytest.raises(BackendError, match=r"10 quantized product\(s\) would run in float.*a\.engine\.layers\.txt"):
+        build_engine(source, output, "tensorrt", BuildConfig(**FAST))
+    assert json.loads(kept.read_text())["Layers"][0]["LayerType"] == "gemm"
+
+
 def test_a_lean_runtime_alone_has_no_meaning(release, source, tmp_path):
     with pytest.raises(UsageError, match="--exclude-lean-runtime goes with --version-compatible"):
         build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(lean_runtime="exclude", **FAST))
 
 
 def test_without_a_gpu_it_does_not_start(release, source, tmp_path, monkeypatch):
-    def no_gpu():
+    def no_gpu(*_):
         raise BackendError("no usable NVIDIA GPU here (no GPU).")
 
     monkeypatch.setattr(cuda, "find_device", no_gpu)

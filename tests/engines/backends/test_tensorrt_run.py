@@ -14,19 +14,29 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import BundlePart, Manifest, describe_parts, write_manifest
+from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, write_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
-from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
+from tqdit.errors import (
+    BackendError,
+    FileFormatError,
+    MissingLibraryError,
+    TqditWarning,
+    UsageError,
+    VerificationError,
+)
 from tqdit.exporter.graph import ExportConfig
+from tqdit.golden import GoldenCalls
 
 SHAPE = (3, 4, 4)
 OUT = (6, 4, 4)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, tmp_path):
     fake = FakeCuda()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda, "core", lambda: fake)
     monkeypatch.setattr(cuda, "driver", lambda: fake)
     return fake
@@ -44,8 +54,10 @@ def manifest():
 
 @pytest.fixture
 def plan(tmp_path):
-    (tmp_path / "engine.plan").write_bytes(b"plan")
-    return tmp_path / "engine.plan"
+    path = tmp_path / "model.engine" / "engine.plan"
+    path.parent.mkdir()
+    path.write_bytes(b"plan")
+    return path
 
 
 @pytest.fixture
@@ -101,6 +113,43 @@ def test_a_step_allocates_nothing_after_the_first(engine, gpu):
     assert set(gpu.calls) == {"copy", "launch", "sync"}
 
 
+def test_every_number_of_rows_meets_one_of_a_few_graphs(engine, gpu):
+    """A batcher's number of rows changes at every step."""
+    for rows in range(1, 33):
+        fed = inputs(rows, rows)
+        assert np.array_equal(engine(fed), compute(fed))
+        on_device = engine.run_on_device({name: OnDevice(gpu, value) for name, value in fed.items()})
+        assert np.array_equal(on_device.numpy(), compute(fed))
+    assert sorted(engine._bound) == [2, 4, 8, 16, 32]
+    assert len(gpu.graphs) == 5
+
+
+def test_a_bucket_stays_within_the_plan(gpu, manifest, plan):
+    trt = FakeTensorRT(gpu, batch=(4, 12))
+    engine = run.TensorRTEngine(TENSORRT, plan, replace(manifest, batch=BatchRange(2, 2, 6)), trt)
+    for rows in (3, 5, 9, 12):
+        fed = inputs(rows)
+        assert np.array_equal(engine(fed), compute(fed))
+    assert sorted(engine._bound) == [4, 8, 12]
+    with pytest.raises(UsageError, match=r"not built for 13 row\(s\)"):
+        engine(inputs(13))
+    engine.close()
+
+
+@pytest.mark.parametrize("call", ["begin_building", "end_building", "complete"])
+def test_an_engine_whose_graph_cannot_be_captured_warns_once_and_goes_on(engine, gpu, call):
+    gpu.fails[call] = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+    first = inputs(3)
+    with pytest.warns(TqditWarning, match=r"engine\.plan: no CUDA graph .*CAPTURE_UNSUPPORTED.*runs without"):
+        made = engine(first)
+    assert np.array_equal(made, compute(first))
+    for seed in range(6):  # another warning would be an error
+        fed = inputs(1 + seed, seed)
+        assert np.array_equal(engine(fed), compute(fed))
+    assert not gpu.capturing
+    assert "launch" not in gpu.calls
+
+
 def test_contexts_share_one_scratch_memory(engine):
     for rows in (1, 2, 3):
         engine(inputs(rows))
@@ -109,11 +158,11 @@ def test_contexts_share_one_scratch_memory(engine):
 
 def test_the_longest_unused_shape_is_forgotten(engine, gpu, monkeypatch):
     monkeypatch.setattr(run, "SHAPES_KEPT", 2)
-    for rows in (2, 3, 2, 4):
+    for rows in (2, 8, 2, 4):
         engine(inputs(rows))
     assert list(engine._bound) == [2, 4]
     assert len(gpu.graphs) == 2
-    fed = inputs(3, 9)
+    fed = inputs(8, 9)
     assert np.array_equal(engine(fed), compute(fed))
 
 
@@ -130,6 +179,33 @@ def test_rtx_captures_by_itself(gpu, manifest, plan):
     engine.close()
 
 
+def test_rtx_compiles_once_for_a_gpu_and_not_in_every_process(gpu, manifest, plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def compiled_by_a_process(version="1.7.1", device=0):
+        gpu.calls.clear()
+        engine = run.TensorRTEngine(TENSORRT_RTX, plan, manifest, FakeTensorRT(gpu, version), device)
+        for rows in (2, 4, 2):
+            assert np.array_equal(engine(inputs(rows)), compute(inputs(rows)))
+        engine.close()
+        return [call for call in gpu.calls if call.startswith("compile")]
+
+    assert compiled_by_a_process() == ["compile[2]", "compile[4]"]
+    assert compiled_by_a_process() == []
+    assert compiled_by_a_process(device=1) == ["compile[2]", "compile[4]"]  # another GPU has its own file
+    assert compiled_by_a_process() == []
+    assert compiled_by_a_process(version="1.8.0") == ["compile[2]", "compile[4]"]  # refused by the library
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    (tmp_path / "cache").write_text("a file in the way")
+    assert compiled_by_a_process() == ["compile[2]", "compile[4]"]
+
+
+def test_the_library_has_the_runtime_cache_that_its_stand_in_has():
+    rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
+    assert {"create_runtime_cache", "set_runtime_cache"} <= set(dir(rtx.IRuntimeConfig))
+    assert {"serialize", "deserialize"} <= set(dir(rtx.IRuntimeCache))
+
+
 def test_fewer_rows_than_the_engine_was_built_for_are_filled_up(gpu, manifest, plan):
     """An image has two rows with guidance, so two images are four rows."""
     trt = FakeTensorRT(gpu, batch=(4, 8))
@@ -142,8 +218,8 @@ def test_fewer_rows_than_the_engine_was_built_for_are_filled_up(gpu, manifest, p
 
 def test_more_rows_than_it_was_built_for_are_refused_and_nothing_is_kept(engine, gpu):
     before = set(gpu.memory)
-    with pytest.raises(UsageError, match=r"not built for 17 row\(s\).*--batch 1,4,9"):
-        engine(inputs(17))
+    with pytest.raises(UsageError, match=r"not built for 33 row\(s\).*--batch 1,8,17"):
+        engine(inputs(33))
     assert set(gpu.memory) == before
 
 
@@ -271,7 +347,7 @@ def test_a_context_of_the_caller_is_current_again_afterwards(engine, gpu):
     engine(inputs(1))
     assert gpu.context == 7
     with pytest.raises(UsageError):
-        engine(inputs(17))
+        engine(inputs(33))
     assert gpu.context == 7
 
 
@@ -311,9 +387,9 @@ def test_streams_of_other_libraries_are_understood():
         cuda.open_stream("first")
 
 
-def load(library, manifest, plan, trt, monkeypatch):
+def load(library, manifest, plan, trt, monkeypatch, device=None):
     monkeypatch.setattr(type(library), "load", lambda *_: trt)
-    return run.open_engine(library, plan.parent, manifest, "engine.plan")
+    return run.open_engine(library, plan.parent, manifest, "engine.plan", device=device)
 
 
 def test_another_gpu_is_refused_with_what_to_do(gpu, manifest, plan, monkeypatch):
@@ -321,6 +397,24 @@ def test_another_gpu_is_refused_with_what_to_do(gpu, manifest, plan, monkeypatch
     rtx = replace(manifest, target={"compute_capabilities": "8.9,12.0"}, versions={"tensorrt_rtx": "11.4.0"})
     with pytest.raises(BackendError, match=r"built for compute capability 8.9, 12.0, this GPU has 9.0.*--target 9.0"):
         load(TENSORRT_RTX, rtx, plan, FakeTensorRT(gpu), monkeypatch)
+
+
+def test_a_plan_of_another_chip_is_refused(gpu, manifest, plan, monkeypatch):
+    """An L4 and an RTX 4090 have one compute capability."""
+    target = manifest.target | cuda.find_device().facts
+    made = replace(manifest, target=target)
+    load(TENSORRT, made, plan, FakeTensorRT(gpu), monkeypatch).close()
+    with pytest.raises(BackendError, match=r"built on NVIDIA L4 with 58 multiprocessors.*RTX 4090 with 128.*--device"):
+        load(TENSORRT, made, plan, FakeTensorRT(gpu), monkeypatch, device=1)
+    gpu.multiprocessors[1] = 58
+    with pytest.warns(TqditWarning, match="built on NVIDIA L4, this GPU is NVIDIA GeForce RTX 4090"):
+        load(TENSORRT, made, plan, FakeTensorRT(gpu), monkeypatch, device=1).close()
+    assert gpu.current == 1
+
+
+def test_a_gpu_that_is_not_there_is_named(gpu, manifest, plan, monkeypatch):
+    with pytest.raises(BackendError, match=r"no usable NVIDIA GPU 7 here \(device_id must be within"):
+        load(TENSORRT, manifest, plan, FakeTensorRT(gpu), monkeypatch, device=7)
 
 
 def test_another_release_is_refused_with_what_to_do(gpu, manifest, plan, monkeypatch):
@@ -409,6 +503,43 @@ def test_the_engine_of_another_backend_is_refused(manifest, plan):
     write_manifest(plan.parent, replace(manifest, backend="openvino", files=describe_parts(plan.parent)))
     with pytest.raises(UsageError, match="built for openvino, expected tensorrt-rtx or tensorrt"):
         run.TensorRTEngine.open(plan.parent)
+
+
+@pytest.mark.parametrize("opened", [Sampler, Denoiser])
+def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkeypatch, opened, tmp_path):
+    """At the first opening on a GPU, if the engine was built where it could not run."""
+    monkeypatch.setattr(type(TENSORRT), "load", lambda *_: trt)
+    trt = FakeTensorRT(gpu, shape=manifest.card.state_shape)
+    shape = manifest.card.state_shape
+    fed = {"x": np.ones((3, *shape), np.float32), "timestep": np.arange(3), "class_labels": np.arange(3)}
+
+    def bundle(prediction, **facts):
+        GoldenCalls(fed, prediction.astype(np.float32), np.full(3, 1e-3)).save(plan.with_name("calls.npz"))
+        plan.with_name("manifest.json").unlink(missing_ok=True)
+        write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent), **facts))
+        return plan.parent
+
+    def calls():
+        gpu.calls.clear()
+        opened.open(plan.parent).close()
+        return len([call for call in gpu.calls if call.startswith(("execute", "launch"))])
+
+    bundle(compute(fed))
+    assert calls() > 0
+    assert calls() == 0
+    (record,) = (tmp_path / "cache" / "tqdit" / "verified").iterdir()
+    assert "NVIDIA L4 8.9, TensorRT 11.4.0" in record.read_text()
+    gpu.names[0] = "NVIDIA L40S"
+    assert calls() > 0
+    bundle(compute(fed), verified=Verified(3, 1e-3, 1e-3))  # where it was built
+    assert calls() == 0
+    bundle(compute(fed) * 2)
+    for _ in range(2):
+        with pytest.raises(VerificationError, match="golden calls"):
+            opened.open(plan.parent)
+    if opened is Sampler:
+        Sampler.open(plan.parent, verify=False).close()
+    gpu.memory.clear()
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):

@@ -19,6 +19,7 @@ class Fitness(NamedTuple):
 
     score: int
     reason: str
+    builds: bool | None = None  # whether it can be built here, if that is not whether it can run
 
 
 class Builder(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,9 @@ from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.strip import strip_quantization
 from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite, describe_parts, write_manifest
-from tqdit.engines.config import PRECISIONS, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.config import LAYERS_FILE, PRECISIONS, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.run.verify import verify_bundle
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import BackendError, FileFormatError, TqditWarning, UsageError, VerificationError
 from tqdit.files import bring, sha256, temporary_folder, whole_folder
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import OnnxFile, save
@@ -59,21 +60,54 @@ def build_engine(
             file.golden.save(folder / CALLS_FILE)
         for name in card.text.files if card.text else ():
             bring(source.with_name(name), folder / name)
-        artefact = compiler.build(prepared, decoder, card, folder, config, progress)
-        precision, files = config.precision or "fp32", describe_parts(folder)
-        facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
-        manifest = Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
-        if CALLS_FILE in files and config.provider in (None, "cpu") and compiler.fitness().score:
-            manifest = replace(manifest, verified=_verified(folder, manifest, output))
+
+        def compiled(config: BuildConfig) -> Manifest:
+            with _layers_kept(folder, output):
+                artefact = compiler.build(prepared, decoder, card, folder, config, progress)
+            precision, files = config.precision or "fp32", describe_parts(folder)
+            facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
+            return Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
+
+        manifest = compiled(config)
+        try:
+            manifest = _verified(folder, manifest, config, compiler, output)
+        except VerificationError as error:
+            if "plugin" not in manifest.plugins.values():
+                raise
+            warnings.warn(f"{error} Building it again without plugins.", TqditWarning, stacklevel=2)
+            manifest = _verified(folder, compiled(replace(config, plugins=False)), config, compiler, output)
         write_manifest(folder, manifest)
     return manifest
 
 
-def _verified(folder: Path, manifest: Manifest, output: Path) -> Verified:
-    """What the golden calls gave. Raises VerificationError if the engine is wrong."""
-    verdict = verify_bundle(folder, manifest)
+@contextmanager
+def _layers_kept(folder: Path, output: Path) -> Iterator[None]:
+    """If the compiler's result is refused, keep beside `output` what it said of its layers."""
+    try:
+        yield
+    except BackendError as error:
+        if not (folder / LAYERS_FILE).is_file():
+            raise
+        kept = output.with_name(f"{output.name}.{LAYERS_FILE}")
+        (folder / LAYERS_FILE).replace(kept)
+        raise BackendError(f"{error} The compiler's own list of layers: {kept}") from error
+
+
+def _verified(
+    folder: Path, manifest: Manifest, config: BuildConfig, compiler: Builder, output: Path
+) -> Manifest:  # fmt: skip
+    """With what the golden calls gave, if the engine runs here. Raises VerificationError if it is wrong."""
+    runs_here = config.provider in ("cuda", "tensorrt") or compiler.fitness().score
+    if CALLS_FILE not in manifest.files or not runs_here:
+        return manifest
+    try:
+        verdict = verify_bundle(folder, manifest, config.device)
+    except BackendError:
+        if not config.targets:
+            raise
+        return manifest  # for other GPUs than the one that is here
     verdict.check(str(output))
-    return Verified.of(verdict)
+    return replace(manifest, verified=Verified.of(verdict))
 
 
 @contextmanager

@@ -19,7 +19,10 @@ from tqdit.errors import BackendError, UsageError
 
 
 class Engine(Protocol):
-    """A compiled graph: inputs by name in, its one output out. Safe to call from several threads."""
+    """A compiled graph: inputs by name in, its one output out. Safe to call from several threads.
+
+    An engine of a GPU may also have `place`, a text that names the GPU and the library.
+    """
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]: ...
 
@@ -27,10 +30,14 @@ class Engine(Protocol):
 
 
 class Runner(Protocol):
-    """The module `run` of a backend."""
+    """The module `run` of a backend.
 
-    def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None) -> Engine:
-        """Open one compiled file of a bundle."""
+    It may also say TAKES_DEVICE = True (`load` takes the index of a GPU), NEEDS_GPU = True, and the MODULES of the
+    libraries that it imports, for `tqdit-doctor`.
+    """
+
+    def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None, **device: int) -> Engine:
+        """Open one compiled file of a bundle. device=INDEX chooses a GPU if the module says TAKES_DEVICE = True."""
         ...
 
 
@@ -39,6 +46,7 @@ class InParts:
 
     def __init__(self, engine: Engine, rows: int) -> None:
         self._engine, self._rows = engine, rows
+        self.place: str | None = getattr(engine, "place", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         count = len(next(iter(inputs.values())))
@@ -50,9 +58,14 @@ class InParts:
         self._engine.close()
 
 
-def open_engine(folder: Path, manifest: Manifest, file: str, threads: int | None = None) -> Engine:
-    """One compiled file of a bundle, for any number of rows that it was built for."""
-    engine, card = runner(manifest.backend).load(folder, manifest, file, threads), manifest.card
+def open_engine(
+    folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: int | None = None
+) -> Engine:
+    """One compiled file of a bundle, for any number of rows that it was built for. device: index of a GPU."""
+    side, chosen = runner(manifest.backend), {} if device is None else {"device": device}
+    if chosen and not getattr(side, "TAKES_DEVICE", False):
+        raise UsageError(f"{folder}: --device is the index of a GPU; {manifest.backend} engines run on the CPU.")
+    engine, card = side.load(folder, manifest, file, threads, **chosen), manifest.card
     part = card if file == manifest.entry else card.vae
     rows = part.rows if part else None
     return engine if rows is None else InParts(engine, rows)
@@ -71,6 +84,7 @@ class OpenEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._process = engine, Process()
+        self.place: str | None = getattr(engine, "place", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         self._process.check("engine")
@@ -94,20 +108,25 @@ def check_threads(threads: int | None) -> None:
         check_count("threads", threads, 1, MOST_THREADS)
 
 
-def open_bundle(path: str | Path, threads: int | None) -> tuple[Manifest, Callable[[str], Engine]]:
+def open_bundle(
+    path: str | Path, threads: int | None, device: int | None = None
+) -> tuple[Manifest, Callable[[str], Engine]]:
     """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
 
-    threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
-    UsageError for a step graph; opening a file raises BackendError if it cannot run here.
+    threads: CPU threads per call; None leaves it to the backend. device: index of the GPU that runs it. Raises
+    FileFormatError for a damaged bundle, UsageError for a step graph; opening a file raises BackendError if it cannot
+    run here.
     """
     check_threads(threads)
+    if device is not None:
+        check_count("device", device, 0)
     folder = Path(path)
     manifest = read_manifest(folder)
     check_graph(manifest.card, f"{folder}:")
     check_parts(folder, manifest)
 
     def load(file: str) -> Engine:
-        return OpenEngine(open_engine(folder, manifest, file, threads))
+        return OpenEngine(open_engine(folder, manifest, file, threads, device))
 
     return manifest, load
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
 from tqdit.engines.run.backend import Engine, check_graph, open_bundle
+from tqdit.engines.run.verify import verify_once
 from tqdit.errors import UsageError
 from tqdit.ports import check_call
 
@@ -31,15 +32,18 @@ class Denoiser:
         self._engine: Engine | None = engine
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None) -> Denoiser:
+    def open(cls, path: str | Path, *, threads: int | None = None, device: int | None = None) -> Denoiser:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
-        threads: CPU threads per call; None leaves it to the backend. Raises FileFormatError for a damaged bundle,
-        BackendError if it cannot run here, UsageError for a step graph.
+        threads: CPU threads per call; None leaves it to the backend. device: index of the GPU. Golden calls run once
+        for each GPU, if the bundle was built where it could not run. Raises FileFormatError for a damaged bundle,
+        VerificationError if they are wrong, BackendError if it cannot run here, UsageError for a step graph.
         """
-        manifest, load = open_bundle(path, threads)
+        manifest, load = open_bundle(path, threads, device)
         most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
-        return cls(manifest.card, load(manifest.entry), most)
+        engine = load(manifest.entry)
+        verify_once(Path(path), manifest, engine)
+        return cls(manifest.card, engine, most)
 
     def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:
         """The prediction float32 (rows, K, ...) for one array (rows, ...) of each port.

@@ -67,9 +67,9 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # has the dtype and device of .to(...)
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None) -> DropIn:
+    def open(cls, path: str | Path, *, threads: int | None = None, device: int | None = None) -> DropIn:
         """Open a bundle; arguments and errors as for `Denoiser.open`."""
-        return cls(Denoiser.open(path, threads=threads))
+        return cls(Denoiser.open(path, threads=threads, device=device))
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Prediction | tuple[Tensor]:
         """The network's own arguments, in its order or by name -> its prediction, in the dtype of its first input.

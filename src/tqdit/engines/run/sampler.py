@@ -17,7 +17,7 @@ from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.engines.run.requests import open_texts, read_embeddings
-from tqdit.engines.run.verify import verify_engine
+from tqdit.engines.run.verify import verify_engine, verify_once
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -49,17 +49,18 @@ class Sampler:
         with Sampler.open("model.engine") as sampler:
             images = sampler.sample([0, 1, 2], seed=7)  # uint8 (3, H, W, 3)
 
-    An image depends on the engine, the seed, its index, its request, the guidance scale, the sampler and its number of
-    steps, and on nothing else.
+    An image depends on the engine, the seed, its index, its request, the guidance scale, the sampler and its steps, and
+    on nothing else.
     """
 
     def __init__(
         self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16,
-        folder: Path | None = None,
+        folder: Path | None = None, any_rows: bool = True,
     ) -> None:  # fmt: skip
         """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
         videos (B, C, F, H, W), in -1..1. folder: of the bundle, if it may have text encoders.
-        batch: images per call at most. `close` closes both if they have a method of that name.
+        any_rows: whether the network takes any number of rows. batch: images per call at most. `close` closes both if
+        they have a method of that name.
         """
         check_graph(card)
         self.card = card
@@ -67,27 +68,32 @@ class Sampler:
         self._network: Network | None = network
         self._decoder = decoder
         self._folder = folder  # with the text encoders
+        self._any_rows = any_rows
         self._texts: TextEncoder | None = None
 
     @classmethod
     def open(
-        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, verify: bool = False
-    ) -> Sampler:
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, device: int | None = None,
+        verify: bool | None = None,
+    ) -> Sampler:  # fmt: skip
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend. verify: run the bundle's golden calls first, on this machine.
-        Raises VerificationError if they are wrong or if there are none, FileFormatError for a damaged bundle,
-        BackendError if it cannot run here, UsageError for a step graph.
+        threads per call; None leaves it to the backend. device: index of the GPU; None: the current one. verify: run
+        the bundle's golden calls first, on this machine; None: once for each GPU, if it was built where it could not
+        run. Raises VerificationError if they are wrong or if there are none to run, FileFormatError for a damaged
+        bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
-        manifest, load = open_bundle(path, threads)
+        manifest, load = open_bundle(path, threads, device)
         _ = manifest.card.sampling.schedule  # raises if no chain is known
         batch = choose_batch(Path(path), manifest.batch, batch)
         network = load(manifest.entry)
         if verify:
             verify_engine(Path(path), manifest, network).check(str(path))
+        elif verify is None:
+            verify_once(Path(path), manifest, network)
         decoder = load(manifest.decoder) if manifest.decoder else None
-        return cls(manifest.card, network, decoder, batch, Path(path))
+        return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None)
 
     @property
     def makes_images(self) -> bool:
@@ -107,22 +113,28 @@ class Sampler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.uint8]:
         """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
 
         requests: the classes, for a class-conditional model (ints in 0..num_classes; the last one is unconditional);
         the number of images, for an unconditional one; in general a dict with an array (N, ...) for each request port.
-        guidance_scale, steps, sampler: None: what the engine's card proposes. callback: called after every step;
+        guidance_scale, steps, sampler: None: what the engine's card proposes. timesteps: where the steps lie,
+        ascending; None: where the engine's card places them, if steps and sampler are those that it proposes, else
+        where the sampler puts them, and so for (). guidance_interval: lowest and highest timestep with guidance
+        (arXiv 2404.07724); outside, an image has one row of a call in place of two. callback: called after every step;
         returning True stops with SamplingStopped. first_image: index of the first image; image i of one call equals
         image 0 of a call with first_image=i. Raises UsageError for values that the model does not take.
         """
         self._check_makes_images()
-        return self.to_images(
-            self.sample_latents(
-                requests, guidance_scale, seed, callback, steps=steps, sampler=sampler, first_image=first_image
-            )
-        )
+        latents = self.sample_latents(
+            requests, guidance_scale, seed, callback,
+            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
+            first_image=first_image,
+        )  # fmt: skip
+        return self.to_images(latents)
 
     def sample_latents(
         self,
@@ -133,13 +145,16 @@ class Sampler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
         if isinstance(requests, Sized) and not isinstance(requests, Mapping):
             self._check_memory(len(requests))  # before they become an array
         count, arrays = check_requests(self.card.signature, requests)
-        scale, spec = check_scale(self.card.guidance, guidance_scale), self.card.sampling.choose(steps, sampler)
+        scale = check_scale(self.card.guidance, guidance_scale)
+        spec = self.choose(steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval)
         check_key(seed, first_image)
         self._check_memory(count)
         done = np.empty((count, *self.card.state_shape), np.float32)
@@ -149,6 +164,13 @@ class Sampler:
             rows = {name: values[part] for name, values in arrays.items()}
             done[part] = self._chain(rows, images, scale, seed, spec, callback)
         return done
+
+    def choose(self, **chain: Any) -> SamplingSpec:
+        """The chain of these `steps`, `sampler`, `timesteps` and `guidance_interval`, as `sample` takes them.
+
+        Raises UsageError for what this engine cannot do.
+        """
+        return self.card.choose(self._any_rows, **chain)
 
     def _check_memory(self, count: int) -> None:
         check_memory(f"{count} images at once", count * bytes_per_image(self.card)[0], "Sample fewer at a time.")

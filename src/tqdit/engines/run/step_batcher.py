@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +118,12 @@ class StepBatcher:
     """
 
     def __init__(
-        self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None
-    ) -> None:
+        self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None,
+        device: int | None = None,
+    ) -> None:  # fmt: skip
         """sampler: an open one, which stays the caller's to close, or the path of a bundle, which this object opens
         and closes. batch: images per engine call at most; None: as many as `Sampler.open` chooses. queue: how many
-        requests may wait for a place. threads: CPU threads of an engine that is opened here.
+        requests may wait for a place. threads: CPU threads, device: index of the GPU of an engine that is opened here.
 
         Raises UsageError for impossible numbers and, for a path, what `Sampler.open` raises.
         """
@@ -130,9 +131,11 @@ class StepBatcher:
             raise UsageError(f"batch is {batch} and queue {queue}; expected at least 1 and 0.")
         self._owns_sampler = not isinstance(sampler, Sampler)
         if not isinstance(sampler, Sampler):
-            sampler = Sampler.open(sampler, batch=batch, threads=threads)
-        elif threads is not None:
-            raise UsageError("threads belongs to an engine that is opened here; this sampler is open already.")
+            sampler = Sampler.open(sampler, batch=batch, threads=threads, device=device)
+        elif threads is not None or device is not None:
+            raise UsageError(
+                "threads and device belong to an engine that is opened here; this sampler is open already."
+            )
         self._sampler = sampler
         batch = sampler.batch if batch is None else batch
         if batch > sampler.batch:
@@ -165,6 +168,8 @@ class StepBatcher:
         image_index: int = 0,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         deadline: float | None = None,
         on_progress: ProgressCallback | None = None,
         preview_every: int = 0,
@@ -174,8 +179,8 @@ class StepBatcher:
         The result is a uint8 image (H, W, 3), or the float32 state of a latent model without a decoder.
 
         request: the class (0..num_classes, the last one is unconditional) for a class-conditional model, None for an
-        unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler: None:
-        what the engine's card proposes.
+        unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler,
+        timesteps, guidance_interval: as for `Sampler.sample`.
         deadline: seconds from now, checked before every step. on_progress: called after each of the request's
         steps, on the batcher's thread; returning True stops the request. preview_every N: its Progress carries a copy
         of the state after every Nth step (`sampler.to_images` makes pictures of it).
@@ -191,7 +196,9 @@ class StepBatcher:
         self._process.check("batcher")
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
-        schedule = self.card.sampling.choose(steps, sampler).schedule
+        schedule = self._sampler.choose(
+            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval
+        ).schedule
         check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.bundle import CALLS_FILE, Manifest
+from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified
 from tqdit.engines.run.backend import Engine, open_engine
-from tqdit.errors import FileFormatError, UsageError, VerificationError
-from tqdit.files import read_npz
+from tqdit.errors import FileFormatError, OutputError, UsageError, VerificationError
+from tqdit.files import cache_folder, read_npz, whole_file
 from tqdit.golden import GoldenCalls, Verdict, verify
 from tqdit.ports import check_call
 
 
-def verify_bundle(folder: Path, manifest: Manifest) -> Verdict:
+def verify_bundle(folder: Path, manifest: Manifest, device: int | None = None) -> Verdict:
     """Load the engine and run its golden calls. Raises VerificationError if there are none, BackendError if it cannot
     run here.
     """
-    engine = open_engine(folder, manifest, manifest.entry)
+    engine = open_engine(folder, manifest, manifest.entry, device=device)
     try:
         return verify_engine(folder, manifest, engine)
     finally:
         engine.close()
+
+
+def verify_once(folder: Path, manifest: Manifest, engine: Engine) -> None:
+    """Run the golden calls of an engine that was built where it could not run, if they have not been run here before.
+
+    Only engines of GPUs are built elsewhere; they have a `place`: the GPU and the library. That they were right is
+    recorded in $XDG_CACHE_HOME/tqdit/verified. Raises VerificationError if they are wrong.
+    """
+    place = getattr(engine, "place", None)
+    if place is None or manifest.verified is not None or CALLS_FILE not in manifest.files:
+        return
+    parts = [manifest.files[name].sha256 for name in (manifest.entry, CALLS_FILE)]
+    name = hashlib.sha256(" ".join([*parts, place]).encode()).hexdigest()[:32]
+    record = cache_folder("verified") / f"{name}.json"
+    if record.is_file():
+        return
+    verdict = verify_engine(folder, manifest, engine)
+    verdict.check(str(folder))
+    with suppress(OSError, OutputError):  # then they run again at the next opening
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(record) as temporary:
+            temporary.write_text(json.dumps({"place": place, "found": Verified.of(verdict).line}) + "\n")
 
 
 def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:

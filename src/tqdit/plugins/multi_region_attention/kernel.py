@@ -30,7 +30,7 @@ def _head_tile(base, row, column, rows, HEAD: tl.constexpr, MASK_ROWS: tl.conste
 @triton.jit
 def _scores(
     q_main, q_rest, k, mask_row, key, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
-    MASK_KEYS: tl.constexpr, MASKED: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_KEYS: tl.constexpr, MASKED: tl.constexpr, scale, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q k^T for one tile of keys, float32; scaled and masked if there is a mask; -inf beyond the last key."""
     main = tl.arange(0, MAIN)
@@ -41,7 +41,7 @@ def _scores(
         s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
     if MASKED:
         added = tl.load(mask_row + key[None, :], mask=(key < KEYS)[None, :], other=0.0)
-        s = s * SCALE + tl.maximum(added, LEAST_MASK)
+        s = s * scale + tl.maximum(added, LEAST_MASK)
     if MASK_KEYS:
         s = tl.where((key < KEYS)[None, :], s, float("-inf"))
     return s
@@ -69,23 +69,25 @@ def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.con
 
 @triton.jit
 def multi_region_attention_kernel(
-    q, k, v, mask, low_step, heads, low_steps, masks, out,
+    q, k, v, mask, low_step, heads, low_steps, masks, scale_bits, out,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     NUMERATORS: tl.constexpr, MASKED: tl.constexpr,
     IMAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
-    TOP: tl.constexpr, HIGH_STEP: tl.constexpr, CLIP: tl.constexpr, SCALE: tl.constexpr,
+    TOP: tl.constexpr, HIGH_STEP: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, out (images heads, QUERIES, HEAD), k, v (images heads, KEYS, HEAD), contiguous; low_step as in the softmax.
 
     mask float32: of its `masks` images, image i has number i % masks; a stride of 0 stands for an axis of length 1.
+    scale_bits: the scale of the scores, the bits of a float32.
     A head is MAIN columns, a power of two, and REST more, a power of two or 0: 72 is 64 + 16, not 128.
     NUMERATORS: what is rounded is not divided by the sum of its row; the result is.
     """
     blocks: tl.constexpr = (QUERIES + BLOCK_QUERIES - 1) // BLOCK_QUERIES
     MASK_QUERIES: tl.constexpr = QUERIES % BLOCK_QUERIES != 0
     MASK_KEYS: tl.constexpr = KEYS % BLOCK_KEYS != 0
-    FACTOR: tl.constexpr = LOG2_E if MASKED else SCALE * LOG2_E
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    factor = LOG2_E if MASKED else scale * LOG2_E
     head = tl.program_id(0) // blocks
     query = (tl.program_id(0) % blocks) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     main = tl.arange(0, MAIN)
@@ -114,20 +116,20 @@ def multi_region_attention_kernel(
         # One tile or two, whose scores stay in registers.
         key = tl.arange(0, BLOCK_KEYS)
         s = _scores(
-            q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, KEYS < BLOCK_KEYS, MASKED, SCALE, PRECISION
+            q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, KEYS < BLOCK_KEYS, MASKED, scale, PRECISION
         )
         largest = tl.max(s, 1)
         if KEYS > BLOCK_KEYS:
             later = BLOCK_KEYS + key
             second = _scores(
-                q_main, q_rest, k_base, mask_row, later, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
+                q_main, q_rest, k_base, mask_row, later, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, scale, PRECISION
             )
             largest = tl.maximum(largest, tl.max(second, 1))
-        offset = (largest * FACTOR)[:, None]
-        s = tl.exp2(s * FACTOR - offset)
+        offset = (largest * factor)[:, None]
+        s = tl.exp2(s * factor - offset)
         total = tl.sum(s, 1)
         if KEYS > BLOCK_KEYS:
-            second = tl.exp2(second * FACTOR - offset)
+            second = tl.exp2(second * factor - offset)
             total += tl.sum(second, 1)
         low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         codes = _codes(s, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
@@ -149,21 +151,21 @@ def multi_region_attention_kernel(
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
             s = _scores(
-                q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
+                q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, scale, PRECISION
             )
             grown = tl.maximum(largest, tl.max(s, 1))
             if not NUMERATORS:
-                exponent = tl.exp2(s * FACTOR - (grown * FACTOR)[:, None])
-                total = total * tl.exp2((largest - grown) * FACTOR) + tl.sum(exponent, 1)
+                exponent = tl.exp2(s * factor - (grown * factor)[:, None])
+                total = total * tl.exp2((largest - grown) * factor) + tl.sum(exponent, 1)
             largest = grown
         low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
             s = _scores(
-                q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, SCALE, PRECISION
+                q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, scale, PRECISION
             )
             v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
-            exponent = tl.exp2(s * FACTOR - (largest * FACTOR)[:, None])
+            exponent = tl.exp2(s * factor - (largest * factor)[:, None])
             if NUMERATORS:
                 total += tl.sum(exponent, 1)
             codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two, top_code
 
 MAX_HEAD = 128
+SHARED_LIMIT = 48 * 1024  # bytes of dynamic shared memory that every launcher gives without asking
 
 
 @dataclass(frozen=True)
@@ -27,27 +29,32 @@ def split_head(head: int) -> tuple[int, int]:
     return main, 0 if head <= main else max(16, next_power_of_two(head - main))
 
 
-def candidates(floats: str, head: int, keys: int) -> tuple[Blocks, ...]:
+def candidates(floats: str, head: int, keys: int, large: bool = False) -> tuple[Blocks, ...]:
     """Block shapes worth trying, the default first; TensorRT times each of them as a tactic.
 
-    Up to 256 keys the first two keep the scores on chip. Not measured on a GPU yet: chosen by registers, spills and
-    shared memory as the compiler reports them (docs/kernels.md). The last one stays under 48 KiB of shared memory,
-    beyond which a launcher must ask the driver for more.
+    They take at most SHARED_LIMIT bytes of shared memory on every target. large: those that take more as well, for
+    which a launcher must ask the driver; nobody has seen TensorRT do so. Up to 256 keys the first two keep the scores
+    on chip. Not measured on a GPU yet: chosen by registers, spills and shared memory as the compiler reports them
+    (docs/kernels.md).
     """
-    half = max(16, next_power_of_two(keys) // 2)
+    half, columns = max(16, next_power_of_two(keys) // 2), sum(split_head(head))
     if floats == "fp32":
-        return (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1))
-    small = Blocks(64, 32, 4, 2)
+        return (*((Blocks(64, 32, 4, 1),) if large or columns <= 64 else ()), Blocks(32, 32, 4, 1))
     if keys <= 64:
         return (Blocks(64, half, 4, 1),)
+    small = [Blocks(128, 32, 8, 2)] if columns <= 80 else []
+    small += [Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)]
     if keys <= 256:
-        return (Blocks(64, half, 4, 1), Blocks(128, half, 8, 1), Blocks(128, 64, 8, 2), small)
-    stages = 3 if head <= 80 else 2  # a rest of 16 columns, or of more
-    return (Blocks(128, 64, 8, stages), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, stages), small)
+        wide = (Blocks(128, half, 8, 1),) if large or columns <= 96 else ()
+        more = (Blocks(128, 64, 8, 2),) if large else ()
+        return (Blocks(64, half, 4, 1), *wide, *small[-1:], *more)
+    stages = 3 if columns <= 80 else 2
+    more = (Blocks(128, 64, 8, stages), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, stages)) if large else ()
+    return (Blocks(128, 64, 8, 1), *small, *more)
 
 
 def kernel(
-    floats: str, queries: int, keys: int, head: int, bits: int, high_step: float, scale: float,
+    floats: str, queries: int, keys: int, head: int, bits: int, high_step: float,
     blocks: Blocks | None = None, mask: tuple[int, int, int] = (1, 1, 1), numerators: bool = False,
 ) -> Kernel:  # fmt: skip
     """For q, k, v and result of the type `floats` ('fp32', 'fp16', 'bf16') with heads of `head` columns.
@@ -61,8 +68,6 @@ def kernel(
     if not (1 <= head <= MAX_HEAD and 1 <= keys <= MAX_TOKENS and 1 <= queries <= MAX_TOKENS):
         raise UsageError(f"{name} with heads of {head} over {queries} x {keys} tokens: its kernel takes "
                          f"1..{MAX_HEAD} and 1..{MAX_TOKENS}. Build with --no-plugins.")  # fmt: skip
-    if scale <= 0:
-        raise UsageError(f"{name} with scale {scale}: its kernel takes a positive one.")
     blocks = blocks or candidates(floats, head, keys)[0]
     main, rest = split_head(head)
     types = f"*{floats}"
@@ -78,6 +83,7 @@ def kernel(
             ("heads", "i32"),
             ("low_steps", "i32"),
             ("masks", "i32"),
+            ("scale_bits", "i32"),
             ("out", types),
         ),
         constants=(
@@ -95,7 +101,6 @@ def kernel(
             ("HIGH_STEP", high_step),
             # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
             ("CLIP", round(1 / high_step) > top_code(bits)),
-            ("SCALE", scale),
             ("BLOCK_QUERIES", blocks.queries),
             ("BLOCK_KEYS", blocks.keys),
             ("PRECISION", "tf32x3" if floats == "fp32" else "tf32"),
@@ -105,8 +110,15 @@ def kernel(
     )
 
 
-def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size, masks: Size = 1) -> Launch:
-    """q (images, heads, queries, head), low_step (low_steps,), mask (masks, ...)."""
+def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size, scale: float, masks: Size = 1) -> Launch:
+    """q (images, heads, queries, head), low_step (low_steps,), mask (masks, ...).
+
+    scale: of the scores, passed as the bits of a float32, so that layers that differ in it alone share a kernel.
+    Raises UsageError unless it is positive.
+    """
+    if not 0 < scale < math.inf:
+        raise UsageError(f"attention with scale {scale}: its kernel takes a positive one.")
     constants = dict(kernel.constants)
     blocks = ceil_div(int(constants["QUERIES"]), int(constants["BLOCK_QUERIES"]))
-    return Launch(images * heads * blocks, (heads, low_steps, masks))
+    (bits,) = struct.unpack("<i", struct.pack("<f", scale))
+    return Launch(images * heads * blocks, (heads, low_steps, masks, bits))

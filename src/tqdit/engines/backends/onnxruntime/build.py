@@ -20,6 +20,7 @@ from tqdit.engines.backends.onnxruntime.providers import (
     PROVIDERS,
     check_got,
     check_offered,
+    refuse_device,
     settings_of,
 )
 from tqdit.engines.build.audit import audit, check_audit
@@ -35,7 +36,7 @@ GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
 EXTERNAL_DATA_BYTES = 1_000_000_000
 CASTS_FLOATS = False
-OPTIONS = frozenset({"provider", "batch"})  # batch: of the TensorRT provider's profiles
+OPTIONS = frozenset({"provider", "batch", "device"})  # batch: of the TensorRT provider's profiles
 # Operators of ONNX Runtime that multiply integers, and those that multiply floats.
 INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}
 CAUSES = {
@@ -65,8 +66,9 @@ def build(
     provider = config.provider or "cpu"
     if config.batch is not None and provider != "tensorrt":
         raise UsageError(f"--batch has no meaning for --provider {provider}, which takes any number of images.")
+    refuse_device(provider, config.device)
     check_offered(ort, provider)
-    providers = settings_of(provider, folder, card, config.batch)
+    providers = settings_of(provider, folder, card, config.batch, config.float_type, config.device)
     if provider == "tensorrt":
         _compile_by_tensorrt(source, card, folder / GRAPH_FILE, providers)
     else:
@@ -74,7 +76,7 @@ def build(
             _optimise(prepared, folder / GRAPH_FILE, providers, provider, _keeps_weights_beside(source))
     if decoder is not None:
         on = provider if provider == "cpu" else "cuda"
-        settings = settings_of(on, folder, card, None)
+        settings = settings_of(on, folder, card, None, device=config.device)
         _optimise(decoder.path, folder / DECODER_FILE, settings, on, _keeps_weights_beside(decoder))
     report = audit_graph(folder / GRAPH_FILE, card, source.scopes, provider)
     if report is not None and not config.allow_fallback:

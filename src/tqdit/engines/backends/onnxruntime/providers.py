@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdit.card import GraphCard
 from tqdit.engines.config import BatchRange, FloatType
-from tqdit.errors import BackendError
+from tqdit.errors import BackendError, UsageError
 from tqdit.extras import install
 
 CPU = "CPUExecutionProvider"
@@ -29,10 +29,20 @@ NOT_AUDITED = (
 ENGINE_CACHE = "trt"  # prefix of the files in which the TensorRT provider keeps its engine
 
 
-def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange | None) -> list[Any]:
+def settings_of(
+    provider: str, folder: Path, card: GraphCard, batch: BatchRange | None, float_type: str = "fp32",
+    device: int | None = None,
+) -> list[Any]:  # fmt: skip
     """The argument `providers` of a session."""
+    if provider == "cpu":
+        return [CPU]
+    gpu = {} if device is None else {"device_id": device}
+    cuda: Any = (PROVIDERS["cuda"], gpu) if gpu else PROVIDERS["cuda"]
     if provider == "tensorrt":
-        options: dict[str, Any] = {
+        options: dict[str, Any] = gpu | {
+            # It lets TensorRT choose these types only if it is told so, whatever the graph's types are.
+            "trt_int8_enable": card.quantization is not None,
+            "trt_fp16_enable": float_type == "fp16",
             "trt_engine_cache_enable": True,
             "trt_engine_cache_path": str(folder),
             "trt_engine_cache_prefix": ENGINE_CACHE,
@@ -43,8 +53,14 @@ def settings_of(provider: str, folder: Path, card: GraphCard, batch: BatchRange 
         for name, count in zip(("min", "opt", "max"), rows, strict=True):
             shapes = (f"{port}:{'x'.join(map(str, (count, *shape)))}" for port, shape in card.inputs.items())
             options[f"trt_profile_{name}_shapes"] = ",".join(shapes)
-        return [(PROVIDERS["tensorrt"], options), PROVIDERS["cuda"], CPU]
-    return [CPU] if provider == "cpu" else [PROVIDERS[provider], CPU]
+        return [(PROVIDERS["tensorrt"], options), cuda, CPU]
+    return [cuda, CPU]
+
+
+def refuse_device(provider: str, device: int | None) -> None:
+    """Raises UsageError for the index of a GPU if the provider runs on CPUs."""
+    if device is not None and provider == "cpu":
+        raise UsageError("--device is the index of a GPU; this engine runs on the CPU. Leave it out.")
 
 
 def check_offered(ort: ModuleType, provider: str) -> None:

@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.backends.onnxruntime.library import load_library, open_session, session_options
-from tqdit.engines.backends.onnxruntime.providers import CPU, NAMES, check_got, check_offered, settings_of
+from tqdit.engines.backends.onnxruntime.providers import (
+    CPU,
+    NAMES,
+    check_got,
+    check_offered,
+    refuse_device,
+    settings_of,
+)
 from tqdit.engines.bundle import Manifest, check_machine, check_not_older
 from tqdit.errors import BackendError, UsageError, first_line
 
@@ -61,7 +68,13 @@ class OrtEngine:
         self._session = None
 
 
-def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OrtEngine:
+TAKES_DEVICE = True
+MODULES = ("onnxruntime",)
+
+
+def load(
+    folder: Path, manifest: Manifest, file: str, threads: int | None, device: int | None = None
+) -> OrtEngine:  # fmt: skip
     """Open one file of a bundle; refuses one that was built for another machine or by a newer ONNX Runtime."""
     ort = load_library()
     check_machine(folder, manifest)
@@ -71,6 +84,8 @@ def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> Or
         raise BackendError(
             f"{folder}: built for {manifest.target['provider']}, which this tqdit lacks. Build it again."
         )
+    refuse_device(provider, device)
     if file != manifest.entry and provider == "tensorrt":
         provider = "cuda"  # the decoder
-    return OrtEngine(folder / file, threads, settings_of(provider, folder, manifest.card, manifest.batch), provider)
+    settings = settings_of(provider, folder, manifest.card, manifest.batch, manifest.float_type, device)
+    return OrtEngine(folder / file, threads, settings, provider)

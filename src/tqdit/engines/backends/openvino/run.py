@@ -54,6 +54,9 @@ class OpenVinoEngine:
         self._idle.clear()
 
 
+MODULES = ("openvino",)
+
+
 def load(folder: Path, manifest: Manifest, file: str, threads: int | None) -> OpenVinoEngine:
     """Open one file of a bundle; refuses one for another machine, a CPU without its float type, or a newer OpenVINO."""
     ov = load_library()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,19 +23,21 @@ from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Artefact, Audit
-from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
-from tqdit.errors import BackendError, TqditError, UsageError
+from tqdit.engines.config import LAYERS_FILE, BatchRange, BuildConfig, FloatType, Progress
+from tqdit.errors import BackendError, TqditError, TqditWarning, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
 from tqdit.plugins import tensorrt as plugins
+from tqdit.plugins.aot import PORTABLE, best_capability
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 DOMAIN = "tqdit"  # of the custom ops
 Custom = dict[str, list[str]]  # custom op -> names of its nodes
+BLACKWELL_ULTRA = "10.3"  # B300: INT8 0.15, BF16 2.25, FP8 4.5 POPS dense, by NVIDIA's data sheet
 CAUSE = "a scale that is computed at run time, or a form that is not fused; run tqdit-inspect --lint on the file"
 
 
@@ -44,14 +47,15 @@ def fitness(library: Library, score: int) -> Fitness:
         return Fitness(0, f"{library.module} is not installed")
     elsewhere = "; it builds here for machines with one" if library.cross_compiles else ""
     if not cuda.installed():
-        return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}")
+        return Fitness(0, f"cuda-core, which runs its engines, is not installed{elsewhere}", library.cross_compiles)
     try:
         device = cuda.find_device()
         known = library.targets(library.load("choosing a backend")) if library.cross_compiles else (device.capability,)
     except (TqditError, ImportError, OSError) as error:
-        return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}")
+        return Fitness(0, f"{str(error).split('. ')[0]}{elsewhere}", library.cross_compiles)
     if device.capability not in known:
-        return Fitness(0, f"{library.title} has no kernels for compute capability {device.capability}")
+        return Fitness(0, f"{library.title} has no kernels for compute capability {device.capability}",
+                       library.cross_compiles)  # fmt: skip
     return Fitness(score, f"GPU of compute capability {device.capability}")
 
 
@@ -73,51 +77,74 @@ def build(
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
     config = replace(config, targets=_checked(config.targets))
-    device = None if library.cross_compiles else cuda.find_device()
+    device = None if library.cross_compiles else cuda.find_device(config.device)
+    if device is not None and device.capability == BLACKWELL_ULTRA and config.precision == "int8":
+        warnings.warn(
+            f"{device.name or 'this GPU'} (compute capability {BLACKWELL_ULTRA}) multiplies int8 at a fifteenth of the "
+            "speed of bfloat16. Build it with --precision bf16 and compare.", TqditWarning, stacklevel=2,
+        )  # fmt: skip
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
-    inline = no_plugins is not None
-    plugins_for = None if inline or device is None else device.capability
+    job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device and device.index)
 
-    def compile_graph(spelled_out: Collection[str]) -> tuple[Compiled, Audit | None, Custom] | None:
-        with _prepared(source, folder, inline, spelled_out) as prepared:
+    def compile_graph(
+        plugins_for: str | None, spelled_out: Collection[str] = ()
+    ) -> tuple[Compiled, Audit | None, Custom] | None:
+        with _prepared(source, folder, plugins_for is None, spelled_out) as prepared:
             if prepared is None:
                 return None
-            compiled = _compile(library, prepared.file, folder / PLAN_FILE, rows, config, plugins_for, progress)
+            compiled = _compile(replace(job, plugins_for=plugins_for), prepared.file, progress)
             report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
             return compiled, report, prepared.custom
 
-    first = compile_graph(())
+    targets_of_plugins = () if no_plugins or device is None else _plugin_targets(source, device.capability)
+    plugins_for: str | None = None
+    for plugins_for in (*targets_of_plugins, None):
+        try:
+            first = compile_graph(plugins_for)
+            break
+        except BackendError as error:
+            if plugins_for is None:
+                raise
+            no_plugins = f"with plugins: {first_line(error)}"
+            warnings.warn(f"plugins made for {plugins_for} were refused; trying without: {error}", TqditWarning,
+                          stacklevel=2)  # fmt: skip
     assert first is not None
     compiled, report, custom = first
     if report is not None and report.fallen_back:  # once more, with weights that the compiler treats otherwise
-        compiled, report, custom = compile_graph(report.fallen_back) or first
+        compiled, report, custom = compile_graph(plugins_for, report.fallen_back) or first
     if report is not None and not config.allow_fallback:
         check_audit(report, library.backend, CAUSE)
     if decoder is not None:
         with _prepared(decoder, folder, inline=True) as inlined:
             assert inlined is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(library, inlined.file, folder / DECODER_FILE, (1, 1, 1), config, None, progress)
+            _compile(replace(job, plan=str(folder / DECODER_FILE), batch=(1, 1, 1)), inlined.file, progress)
+    (folder / LAYERS_FILE).unlink(missing_ok=True)
     targets = compiled.targets if device is None else (device.capability,)
     return Artefact(
         entry=PLAN_FILE,
         decoder=None if decoder is None else DECODER_FILE,
         versions={library.module: compiled.version},
-        target=_target(library, targets, config),
+        target=_target(library, targets, config) | (device.facts if device is not None else {}),
         audit=report,
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
     )
 
 
-def _compile(
-    library: Library, source: Path, plan: Path, rows: tuple[int, int, int], config: BuildConfig,
-    plugins_for: str | None, progress: Progress,
-) -> Compiled:  # fmt: skip
+def _plugin_targets(source: OnnxFile, capability: str) -> tuple[str, ...]:
+    """Compute capabilities of PTX for the custom ops of a file, the best first: this GPU's, then the portable one."""
+    if all(node.domain != DOMAIN for node in source.model.graph.node):
+        return ()
+    major, minor = map(int, capability.split("."))
+    return tuple(dict.fromkeys(".".join(map(str, each)) for each in (best_capability((major, minor)), PORTABLE)))
+
+
+def _compile(job: Job, source: Path, progress: Progress) -> Compiled:
     try:
-        return run_worker(Job(library.backend, str(source), str(plan), rows, config, plugins_for), progress)
+        return run_worker(replace(job, source=str(source)), progress)
     except BackendError as error:
         raise BackendError(f"{source.name}: {error}") from error
 

@@ -39,19 +39,31 @@ class Device:
 
     handle: Any  # cuda.core's
     capability: str  # such as '8.9'
+    name: str = ""
+    multiprocessors: int = 0
+    index: int | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the manifest of a plan says of the GPU that it was made on."""
+        return {"device": self.name, "multiprocessors": str(self.multiprocessors)} if self.name else {}
 
 
-def find_device() -> Device:
-    """The GPU that is current in this thread; BackendError in one line without a driver or a GPU."""
+def find_device(index: int | None = None) -> Device:
+    """A GPU by its index, or the one that is current in this thread; BackendError in one line without a driver or GPU.
+
+    Indices count from 0 in CUDA's order, among those that CUDA_VISIBLE_DEVICES leaves.
+    """
     library = core()
     try:
-        device = library.Device()
+        device = library.Device(index)
     except Exception as error:  # its class depends on what is missing
         raise BackendError(
-            f"no usable NVIDIA GPU here ({_line(error)}). Install NVIDIA's driver, or build for a backend that runs on "
-            "this machine: tqdit-build --backend auto."
+            f"no usable NVIDIA GPU{'' if index is None else f' {index}'} here ({_line(error)}). Install NVIDIA's "
+            "driver, or build for a backend that runs on this machine: tqdit-build --backend auto."
         ) from error
-    return Device(device, ".".join(map(str, device.compute_capability)))
+    capability = ".".join(map(str, device.compute_capability))
+    return Device(device, capability, device.name, device.properties.multiprocessor_count, device.device_id)
 
 
 @contextmanager

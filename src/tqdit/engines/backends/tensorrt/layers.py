@@ -16,19 +16,24 @@ from tqdit.errors import BackendError
 
 HEADING = "Layers:"  # of the list in the build log
 # Kinds of layers that multiply matrices. A fused pointwise layer ("kgen") carries the names of products as well, whose
-# output it scales; it multiplies only if it is an attention or a product of its own.
+# output it scales; it multiplies only if it is an attention or a product of its own. TensorRT 10.x calls a product with
+# what follows it a "fusion" (NVIDIA/TensorRT issue 4397), which only its tactic tells from a fused pointwise layer.
 PRODUCTS = {"gemm", "correlation", "runtime_fusion", "matrixmultiply", "matrix_multiply", "fullyconnected"}
+_PRODUCT_TACTIC = re.compile(r"gemm|conv|fprop|mha", re.IGNORECASE)
+_INTEGER_TACTIC = re.compile(r"i8(?:[iuf]\d+)*_i8i32")  # such as sm80_xmma_gemm_i8f16_i8i32_f32_tn_n_tilesize64x64x64
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_TYPE = re.compile(r"Datatype: (\w+)")
+_TENSOR = re.compile(r"Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<type>\w+)")
 _RECORD = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: .*?Metadata: ?(?P<metadata>.*)$"
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*).*?Metadata: ?(?P<metadata>.*)$"
 )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One fused layer. Types are the library's words, such as Int8, Half, Float."""
+    """One fused layer. Types are the library's words, such as Int8, Half, Float; those of single numbers, which are
+    factors of a product (alpha and beta), are left out.
+    """
 
     name: str
     kind: str
@@ -36,24 +41,32 @@ class Layer:
     constants: tuple[str, ...]  # types of what lies in the engine
     outputs: tuple[str, ...]
     nodes: tuple[str, ...]  # ONNX nodes
+    tactic: str = ""  # name of the kernel
 
     @property
     def multiplies(self) -> bool:
         kind, name = self.kind.lower(), self.name.lower()
+        if kind == "fusion":
+            return bool(_PRODUCT_TACTIC.search(self.tactic))
         return kind in PRODUCTS or kind.startswith("cask") or (kind == "kgen" and ("gemm" in name or "mha" in name))
 
     @property
     def is_integer(self) -> bool:
-        """Both operands are Int8: two inputs, or an input and its weights.
+        """The kernel's name says so, or both operands are Int8: two inputs, or an input and its weights.
 
-        A "runtime_fusion" is never counted: it also holds products whose integers it turns into floats first.
+        A "runtime_fusion" is not counted by its operands: it also holds products whose integers it turns into floats
+        first.
         """
-        if not self.multiplies or self.kind.lower() == "runtime_fusion":
+        if not self.multiplies:
             return False
-        # attention: all of q, k, v (and none in float); without constants: an inspector that does not list them
-        if self.kind.lower() == "kgen" or not self.constants:
-            return set(self.inputs) == {"Int8"}
-        return bool(self.inputs) and self.inputs[0] == "Int8" and (*self.inputs, *self.constants).count("Int8") >= 2
+        if _INTEGER_TACTIC.search(self.tactic):
+            return True
+        if self.kind.lower() == "runtime_fusion":
+            return False
+        if self.kind.lower() == "kgen" or (self.inputs == ("Int8",) and not self.constants):
+            return set(self.inputs) == {"Int8"}  # attention: q, k and v; or an inspector that lists no constants
+        # 10.x lists weights and bias among the inputs
+        return self.inputs[:1] == ("Int8",) and (*self.inputs, *self.constants).count("Int8") >= 2
 
 
 def from_log(messages: Iterable[str]) -> tuple[Layer, ...]:
@@ -79,6 +92,7 @@ def from_inspector(report: Mapping[str, Any]) -> tuple[Layer, ...]:
             _types(layer.get("Constants", ())),
             _types(layer.get("Outputs", ())),
             tuple(_NODE.findall(str(layer.get("Metadata", "")))),
+            str(layer.get("TacticName", "")),
         )
         for layer in layers
     )
@@ -88,11 +102,26 @@ def _from_line(line: str) -> Layer:
     match = _RECORD.match(line)
     if match is None:
         raise BackendError(f"a layer in the build log cannot be read: {line[:80]}. Report this version of the library.")
-    inputs, constants, outputs = (tuple(_TYPE.findall(match[group])) for group in ("inputs", "constants", "outputs"))
-    return Layer(match["name"], match["kind"], inputs, constants, outputs, tuple(_NODE.findall(match["metadata"])))
+    inputs, constants, outputs = (
+        _types({"Dimensions": tensor["shape"].split(","), "Datatype": tensor["type"]}
+               for tensor in _TENSOR.finditer(match[group]))
+        for group in ("inputs", "constants", "outputs")
+    )  # fmt: skip
+    nodes = tuple(_NODE.findall(match["metadata"]))
+    return Layer(match["name"], match["kind"], inputs, constants, outputs, nodes, match["tactic"])
 
 
 def _types(tensors: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """'Int8' from {"Datatype": "Int8"} or from {"Format/Datatype": "Row major Int8 format"}."""
-    texts = (str(tensor.get("Datatype", tensor.get("Format/Datatype", ""))) for tensor in tensors)
-    return tuple("Int8" if "int8" in text.lower() else text for text in texts)
+    found = []
+    for tensor in tensors:
+        text = str(tensor.get("Datatype", tensor.get("Format/Datatype", "")))
+        if "int8" in text.lower():
+            found.append("Int8")
+        elif not _is_scalar(tensor.get("Dimensions")):
+            found.append(text)
+    return tuple(found)
+
+
+def _is_scalar(dimensions: Any) -> bool:
+    return isinstance(dimensions, list) and all(str(size).strip() in ("", "1") for size in dimensions)

@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import util
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tqdit.engines.backends.tensorrt.layers import HEADING, Layer, from_inspector, from_log
 from tqdit.engines.bundle import release_numbers
-from tqdit.errors import BackendError
+from tqdit.errors import BackendError, OutputError
 from tqdit.extras import need
+from tqdit.files import whole_file
 
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read by Polygraphy once, when it is imported
 
@@ -51,6 +54,37 @@ class Log:
                     log.listings.append(message)
 
         self.logger = Logger()
+
+
+class RuntimeCache:
+    """The kernels that TensorRT-RTX compiled for one engine and GPU, in a file; without it every process compiles them.
+
+    The library refuses content of another release, driver or GPU by itself. A file that cannot be read or written
+    counts as none.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._cache, self._stored = file, None, b""
+
+    def join(self, config: Any) -> None:
+        """Let the contexts of a runtime configuration use it."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with suppress(OSError):
+                self._stored = self._file.read_bytes()
+            if self._stored and not self._cache.deserialize(self._stored):
+                self._stored = b""
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write what has been added since it was read."""
+        content = b"" if self._cache is None else bytes(memoryview(self._cache.serialize()))
+        if content and content != self._stored:
+            with suppress(OSError, OutputError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(self._file) as temporary:
+                    temporary.write_bytes(content)
+                self._stored = content
 
 
 @dataclass(frozen=True)
@@ -95,18 +129,21 @@ class Library:
         numbers = [name[2:] for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
         return tuple(f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int))
 
-    def layers(self, trt: ModuleType, plan: Any, log: Log) -> tuple[Layer, ...]:
-        """What was compiled: by the detailed build log, or by the inspector of the opened plan, which takes a GPU."""
+    def report(self, trt: ModuleType, plan: Any, log: Log) -> str:
+        """What was compiled: the list in the build log, or the JSON of the plan's inspector, which takes a GPU."""
         if self.is_rtx:
-            return from_log(log.listings)
+            return (log.listings or [""])[-1]
         runtime = trt.Runtime(log.logger)
         if hasattr(runtime, "engine_host_code_allowed"):
             runtime.engine_host_code_allowed = True  # built a moment ago by this process
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"{self.title} {trt.__version__} cannot open the plan that it has just built.")
-        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        return from_inspector(json.loads(text))
+        return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+    def layers(self, report: str) -> tuple[Layer, ...]:
+        """The layers of a report."""
+        return from_log([report]) if self.is_rtx else from_inspector(json.loads(report))
 
     def runs_engine_of(self, built_by: str, installed: str, version_compatible: bool) -> bool:
         """Whether release `installed` may open an engine of release `built_by`."""
@@ -115,14 +152,18 @@ class Library:
             return built[0] == here[0] and built <= here
         return release_numbers(built_by)[:3] == release_numbers(installed)[:3]
 
-    def create_context(self, trt: ModuleType, engine: Any) -> Any:
-        """An execution context whose scratch memory we provide. RTX also captures and replays CUDA graphs by itself."""
+    def create_context(self, trt: ModuleType, engine: Any, cache: RuntimeCache | None = None) -> Any:
+        """An execution context whose scratch memory we provide. RTX also captures and replays CUDA graphs by itself,
+        and keeps in `cache` the kernels that it compiles at run time.
+        """
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:
             return engine.create_execution_context(strategy)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if cache is not None:
+            cache.join(config)
         return engine.create_execution_context(config)
 
 
@@ -143,6 +184,6 @@ TENSORRT = Library(
     takes_plugins=True,
     is_rtx=False,
     options=frozenset({"batch", "workspace_bytes", "timing_cache", "optimization_level", "plugins"})
-    | {"version_compatible", "lean_runtime"},
+    | {"version_compatible", "lean_runtime", "device"},
 )
 LIBRARIES = {library.backend: library for library in (TENSORRT_RTX, TENSORRT)}

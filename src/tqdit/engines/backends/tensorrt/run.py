@@ -1,10 +1,17 @@
-"""Run a plan: buffers bound once for each number of rows, one stream, a CUDA graph after the first run."""
+"""Run a plan: buffers bound once for each bucket of rows, one stream, a CUDA graph after the first run.
+
+Rows are filled up to 1, 2, 4, 8, 16, ..., so that a batcher whose number of rows changes at every step meets contexts
+and graphs that are there. TensorRT 11.1 and 11.2 also leak memory when plugins change their shapes (NVIDIA/TensorRT
+issue 4849).
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
+import re
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,12 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log
+from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log, RuntimeCache
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
 from tqdit.engines.process import Process
-from tqdit.errors import BackendError, UsageError
+from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
+from tqdit.files import cache_folder
 
-SHAPES_KEPT = 16  # numbers of rows whose buffers and graph are kept; the longest unused one goes first
+SHAPES_KEPT = 16  # buckets of rows whose buffers and graph are kept; the longest unused one goes first
 ALLOW_CODE = "TQDIT_ALLOW_ENGINE_CODE"
 LEAN_LIBRARY = "TQDIT_TENSORRT_LEAN"
 
@@ -58,16 +66,23 @@ class Bound:
 class TensorRTEngine:
     """One plan. Safe to call from several threads: they take turns, as the GPU would have them do anyway."""
 
-    def __init__(self, library: Library, file: Path, manifest: Manifest, trt: ModuleType) -> None:
+    def __init__(
+        self, library: Library, file: Path, manifest: Manifest, trt: ModuleType, device: int | None = None
+    ) -> None:
         self._library, self._trt, self._file = library, trt, file
-        self._device = cuda.find_device()
+        self._device = cuda.find_device(device)
+        self.place = f"{self._device.name} {self._device.capability}, {library.title} {trt.__version__}"
+        self._captures = not library.is_rtx
+        self._cache = RuntimeCache(_cache_file(manifest, file, self._device)) if library.is_rtx else None
         self._lock, self._process = threading.Lock(), Process()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         is_entry = file.name == manifest.entry  # the decoder has one row for each image
         self._rows_per_image = manifest.card.rows_per_image if is_entry else 1
-        self._least = 1
+        self._least, self._most = 1, 0  # rows; 0: the plan says
         if manifest.batch is not None and is_entry:
-            self._least = manifest.batch.least * self._rows_per_image
+            self._least, _, self._most = manifest.batch.rows(self._rows_per_image)
+        elif is_entry and manifest.card.rows:
+            self._least = self._most = manifest.card.rows
         with cuda.on_device(self._device):
             self._engine, *self._kept = _open_plan(library, trt, file, manifest)
             self._inputs, (self._output,) = _tensors(trt, self._engine)
@@ -76,24 +91,24 @@ class TensorRTEngine:
             self._scratch = self._allocate(max(1, int(self._engine.device_memory_size_v2)))
 
     @classmethod
-    def open(cls, path: str | Path) -> TensorRTEngine:
+    def open(cls, path: str | Path, device: int | None = None) -> TensorRTEngine:
         """Open the graph of a bundle of `tensorrt` or `tensorrt-rtx`, after checking every file of it.
 
-        For `run_on_device`; `Sampler.open` samples. Raises FileFormatError for a damaged bundle, BackendError if it
-        cannot run here.
+        For `run_on_device`; `Sampler.open` samples. device: index of the GPU; None: the current one. Raises
+        FileFormatError for a damaged bundle, BackendError if it cannot run here.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
         if manifest.backend not in LIBRARIES:
             raise UsageError(f"{folder}: built for {manifest.backend}, expected {' or '.join(LIBRARIES)}.")
-        return open_engine(LIBRARIES[manifest.backend], folder, manifest, manifest.entry)
+        return open_engine(LIBRARIES[manifest.backend], folder, manifest, manifest.entry, device=device)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """NumPy in, NumPy out. Fewer rows than the engine was made for are filled up with copies of the last one."""
+        """NumPy in, NumPy out. Rows are filled up to the next bucket with copies of the last one."""
         with self._turn():
             rows = self._rows({name: np.shape(value) for name, value in inputs.items()})
-            bound = self._bind(max(rows, self._least))
+            bound = self._bind(self._bucket(rows))
             for tensor in self._inputs:
                 pinned = bound.host[tensor.name]
                 pinned.array[:rows] = inputs[tensor.name]
@@ -111,8 +126,8 @@ class TensorRTEngine:
 
         inputs: arrays of cupy, torch, pycuda or numba, by `__cuda_array_interface__`, contiguous and of the graph's
         types. stream: the caller's, a handle or a stream of any of these; the engine starts after what is on it, and
-        what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes one. Raises
-        UsageError for arrays that do not fit.
+        what the caller puts on it afterwards starts after the engine. out: an array to fill; None makes one. Rows are
+        filled up to the next bucket with those of earlier calls. Raises UsageError for arrays that do not fit.
         """
         caller = cuda.open_stream(stream)
         with self._turn():
@@ -120,16 +135,15 @@ class TensorRTEngine:
             mine.wait(caller)
             views = {t.name: cuda.view_array(inputs[t.name], t.name, mine) for t in self._inputs if t.name in inputs}
             rows = self._rows({name: view.shape for name, view in views.items()})
-            if rows < self._least:
-                raise UsageError(f"{rows} row(s), but the engine was built for at least {self._least}.")
-            bound = self._bind(rows)
+            bound = self._bind(self._bucket(rows))
             for tensor in self._inputs:
                 view = views[tensor.name]
                 if view.dtype != tensor.dtype:
                     raise UsageError(f"'{tensor.name}' is {view.dtype}, the engine takes {tensor.dtype}.")
-                bound.device[tensor.name].copy_from(view.buffer, stream=mine)
+                _begin(bound.device[tensor.name], view.buffer.size).copy_from(view.buffer, stream=mine)
             self._run(bound)
-            shape, dtype, made = (rows, *self._output.tail), self._output.dtype, bound.device[self._output.name]
+            shape, dtype = (rows, *self._output.tail), self._output.dtype
+            made = _begin(bound.device[self._output.name], cuda.size_bytes(shape, dtype))
             if out is None:
                 target = self._allocate(made.size)
                 out = cuda.DeviceArray(self._device, target, shape, dtype, caller)
@@ -154,9 +168,16 @@ class TensorRTEngine:
                 for bound in self._bound.values():
                     bound.close()
                 self._bound.clear()
+                if self._cache is not None:
+                    self._cache.save()
                 self._engine = None
                 self._scratch.close()
                 self._stream.close()
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls are replayed from CUDA graphs, ours or those of TensorRT-RTX."""
+        return self._captures or self._library.is_rtx
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -180,6 +201,13 @@ class TensorRTEngine:
                 )
         return rows
 
+    def _bucket(self, rows: int) -> int:
+        """The number of rows that a call of `rows` is filled up to: a power of two, or the limits of the plan."""
+        if rows > self._most > 0:
+            return rows  # which the plan refuses
+        filled = max(1 << (rows - 1).bit_length(), self._least)
+        return min(filled, self._most or filled)
+
     def _bind(self, rows: int) -> Bound:
         """Buffers and a context for this many rows: made at the first call, then used again."""
         if rows in self._bound:
@@ -188,7 +216,7 @@ class TensorRTEngine:
         while len(self._bound) >= SHAPES_KEPT:
             self._stream.sync()
             self._bound.popitem(last=False)[1].close()
-        context = self._library.create_context(self._trt, self._engine)
+        context = self._library.create_context(self._trt, self._engine, self._cache)
         if context is None:
             raise BackendError(f"{self._file}: no execution context could be made; the GPU may be out of memory.")
         context.set_device_memory(int(self._scratch.handle), int(self._engine.device_memory_size_v2))
@@ -204,6 +232,9 @@ class TensorRTEngine:
                     )
                 bound.host[tensor.name] = cuda.PinnedArray(shape, tensor.dtype)
                 bound.device[tensor.name] = self._allocate(bound.host[tensor.name].buffer.size)
+                if tensor is not self._output:  # rows that no caller fills hold values that a network takes
+                    bound.host[tensor.name].array[...] = 0
+                    bound.device[tensor.name].copy_from(bound.host[tensor.name].buffer, stream=self._stream)
                 if not context.set_tensor_address(tensor.name, int(bound.device[tensor.name].handle)):
                     raise BackendError(f"{self._file}: the address of '{tensor.name}' was refused.")
         except Exception:
@@ -224,33 +255,63 @@ class TensorRTEngine:
             raise BackendError(f"{self._file}: {self._library.title} could not run the engine (its log says why).")
 
     def _capture(self, bound: Bound) -> None:
-        """After the first run, which let the library finish what it does lazily; RTX captures by itself."""
-        if bound.graph is not None or self._library.is_rtx:
+        """After the first run, which let the library finish what it does lazily; RTX captures by itself.
+
+        Where it fails, this engine goes on without graphs: a call then takes a little longer.
+        """
+        if bound.runs == 1 and self._cache is not None:
+            self._cache.save()
+        if bound.graph is not None or not self._captures:
             return
-        with closing(self._stream.create_graph_builder()) as capture:
-            capture.begin_building("thread_local")  # other threads of the program may go on allocating
-            self._enqueue(bound)
-            bound.graph = capture.end_building().complete()
+        try:
+            with closing(self._stream.create_graph_builder()) as capture:
+                capture.begin_building("thread_local")  # other threads of the program may go on allocating
+                self._enqueue(bound)
+                bound.graph = capture.end_building().complete()
+        except Exception as error:
+            if not (isinstance(error, BackendError) or type(error).__module__.startswith("cuda.")):
+                raise
+            self._captures = False
+            warnings.warn(
+                f"{self._file}: no CUDA graph could be captured ({first_line(error)}); the engine runs without.",
+                TqditWarning, stacklevel=2,
+            )  # fmt: skip
 
     def _allocate(self, size_bytes: int) -> Any:
         return self._pool.allocate(size_bytes, stream=self._stream)
 
 
+def _cache_file(manifest: Manifest, file: Path, device: cuda.Device) -> Path:
+    """Where what TensorRT-RTX compiles for one plan and one kind of GPU is kept."""
+    plan = manifest.files[file.name].sha256 if file.name in manifest.files else file.name
+    kind = re.sub(r"\W+", "-", f"{device.name} {device.capability}").strip("-")
+    return cache_folder("tensorrt-rtx") / f"{plan[:32]}-{kind}.cache"
+
+
+def _begin(buffer: Any, size_bytes: int) -> Any:
+    """The first bytes of a buffer, as one of its own."""
+    if size_bytes == buffer.size:
+        return buffer
+    return cuda.core().Buffer.from_handle(int(buffer.handle), size_bytes, owner=buffer)
+
+
 def open_engine(
-    library: Library, folder: Path, manifest: Manifest, file: str, threads: int | None = None
-) -> TensorRTEngine:
+    library: Library, folder: Path, manifest: Manifest, file: str, threads: int | None = None,
+    device: int | None = None,
+) -> TensorRTEngine:  # fmt: skip
     """Open one file of a bundle; refuses another GPU, another release of the library and another kind of machine.
 
-    `threads` has no meaning for a GPU.
+    `threads` has no meaning for a GPU. device: its index; None: the current one.
     """
     trt = library.load("this engine")
-    device = cuda.find_device()
+    gpu = cuda.find_device(device)
     offered = manifest.target.get("compute_capabilities", "").split(",")
-    if device.capability not in offered:
+    if gpu.capability not in offered:
         raise BackendError(
-            f"{folder}: built for compute capability {', '.join(offered)}, this GPU has {device.capability}. "
-            f"Build the engine for it{': tqdit-build --target ' + device.capability if library.cross_compiles else ''}."
+            f"{folder}: built for compute capability {', '.join(offered)}, this GPU has {gpu.capability}. "
+            f"Build the engine for it{': tqdit-build --target ' + gpu.capability if library.cross_compiles else ''}."
         )
+    _check_device(folder, manifest, gpu)
     check_machine(folder, manifest)
     built_by = manifest.versions.get(library.module, "0")
     compatible = "version_compatible" in manifest.target
@@ -259,9 +320,27 @@ def open_engine(
             f"{folder}: built by {library.title} {built_by}, installed is {trt.__version__}. Build the engine "
             f"again, or run: pip install {library.module.replace('_', '-')}=={built_by}"
         )
-    return TensorRTEngine(library, folder / file, manifest, trt)
+    return TensorRTEngine(library, folder / file, manifest, trt, device)
 
 
+def _check_device(folder: Path, manifest: Manifest, gpu: cuda.Device) -> None:
+    """Refuse a plan that was tuned for another chip: of one compute capability, an L4 has 58 multiprocessors and an
+    RTX 4090 has 128. A mere difference in the name (other memory, another board) is a warning.
+    """
+    built, here = manifest.target, gpu.facts
+    if not built.get("device") or not here or built["device"] == here["device"]:
+        return
+    if built.get("multiprocessors") != here["multiprocessors"]:
+        raise BackendError(
+            f"{folder}: built on {built['device']} with {built.get('multiprocessors')} multiprocessors, this GPU is "
+            f"{here['device']} with {here['multiprocessors']}. Build it on this GPU, or choose another one (--device)."
+        )
+    warnings.warn(f"{folder}: built on {built['device']}, this GPU is {here['device']}. Build it here if it is slow.",
+                  TqditWarning, stacklevel=2)  # fmt: skip
+
+
+TAKES_DEVICE = NEEDS_GPU = True
+MODULES = (TENSORRT.module, "cuda.core")
 load = partial(open_engine, TENSORRT)
 
 

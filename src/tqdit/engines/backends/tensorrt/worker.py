@@ -21,9 +21,10 @@ from typing import Any
 
 import msgspec
 
+from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library, Log
-from tqdit.engines.config import BuildConfig
+from tqdit.engines.config import LAYERS_FILE, BuildConfig
 from tqdit.errors import BackendError, TqditError, UsageError
 from tqdit.plugins.tensorrt import register_plugins
 
@@ -41,6 +42,7 @@ class Job:
     batch: tuple[int, int, int]
     config: BuildConfig = field(default_factory=BuildConfig)
     plugins_for: str | None = None  # compute capability; None: the custom ops get no plugins
+    device: int | None = None  # GPU that TensorRT compiles on; None: no GPU is asked for
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)  # of the one path in it
@@ -65,6 +67,8 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
     library, config = LIBRARIES[job.backend], job.config
     trt = library.load(f"--backend {job.backend}")
     targets = choose_targets(library, library.targets(trt), config.targets)
+    if job.device is not None:
+        cuda.find_device(job.device).handle.set_current()
     library.choose_in_polygraphy()
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
     from polygraphy.backend.trt import util as polygraphy_util
@@ -95,11 +99,12 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
         plan = EngineBytesFromNetwork(
             (builder, network, parser), library.config_loader(**settings), save_timing_cache=timings
         )()
-        compiled = library.layers(trt, plan, log)
+        report = library.report(trt, plan, log)
     except PolygraphyException as error:
         raise BackendError(_reason(library, trt.__version__, log.errors or [str(error)], targets)) from error
     Path(job.plan).write_bytes(memoryview(plan))
-    return Compiled(trt.__version__, targets, compiled, _plugin_layers(trt, network))
+    Path(job.plan).with_name(LAYERS_FILE).write_text(report, encoding="utf-8")
+    return Compiled(trt.__version__, targets, library.layers(report), _plugin_layers(trt, network))
 
 
 def choose_targets(library: Library, known: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
