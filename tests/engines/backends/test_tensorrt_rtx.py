@@ -19,6 +19,7 @@ import tqdit
 from tables import Kind, make_table
 from tqdit.cli import main as cli
 from tqdit.engines.backends.tensorrt import builder, compiler, cuda, worker
+from tqdit.engines.backends.tensorrt.constants import fold_numbers
 from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
 from tqdit.engines.build.backend import builder as build_side
@@ -180,6 +181,24 @@ def test_weights_that_are_spelled_out_have_the_same_codes(demo):
         for one in (str(demo["float"]), model.SerializeToString())
     )
     assert np.array_equal(before, after)
+
+
+def test_numbers_of_the_bodies_are_computed_once(demo, tmp_path, layers):
+    """The power of two of MultiRegionSoftmax, which TensorRT-RTX would compute in every call."""
+    model = onnx.inliner.inline_local_functions(onnx.load(demo["simulated"]))
+    fed = {
+        "x": np.ones((1, 3, 16, 16), np.float32), "timestep": np.array([3]), "class_labels": np.array([1]),
+    }  # fmt: skip
+    runs = []
+    for _ in range(2):
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        runs.append(session.run(None, fed)[0])
+        folded = fold_numbers(model)
+    assert (folded, np.array_equal(*runs)) == (0, True)
+    assert "Pow" not in {node.op_type for node in model.graph.node}
+    build_engine(demo["simulated"], tmp_path / "a.engine", BACKEND, BuildConfig(targets=("8.9",)))
+    assert [layer for layer in layers[0] if "Mul" in layer.name]  # fused kernels are named after their operations
+    assert [layer for layer in layers[0] if "Pow" in layer.name] == []
 
 
 def test_a_float_precision_of_a_quantized_file_has_no_integers(demo, tmp_path, layers):

@@ -16,6 +16,7 @@ import onnx.inliner
 from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
+from tqdit.engines.backends.tensorrt.constants import fold_numbers
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
@@ -174,6 +175,7 @@ def _prepared(
         yield Prepared(source.path, _products(model), custom)
         return
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
+    fold_numbers(model)
     if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return
