@@ -405,16 +405,16 @@ def test_more_images_per_call_than_it_was_built_for_are_refused(bundle):
 
 
 def test_opening_it_elsewhere_says_what_is_missing(bundle, monkeypatch):
-    def no_gpu():
+    def no_gpu(*_):
         raise BackendError("no usable NVIDIA GPU here (x).")
 
     monkeypatch.setattr(cuda, "find_device", no_gpu)
     with pytest.raises(BackendError, match="no usable NVIDIA GPU here"):
         Sampler.open(bundle)
-    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(0, "9.0"))
+    monkeypatch.setattr(cuda, "find_device", lambda *_: cuda.Device(0, "9.0"))
     with pytest.raises(BackendError, match=r"built for compute capability 8.9, this GPU has 9.0"):
         Sampler.open(bundle)
-    monkeypatch.setattr(cuda, "find_device", lambda: cuda.Device(0, "8.9"))
+    monkeypatch.setattr(cuda, "find_device", lambda *_: cuda.Device(0, "8.9"))
     monkeypatch.setattr(TENSORRT_RTX.load(""), "__version__", "1.8.0.1")
     with pytest.raises(
         BackendError, match=r"built by TensorRT-RTX 1\.7.*installed is 1\.8\.0\.1.*pip install tensorrt-rtx=="
@@ -438,8 +438,9 @@ def test_auto_takes_it_only_where_it_runs(monkeypatch, capability, score, reason
 
     monkeypatch.setattr(cuda, "find_device", find_device)
     fitness = build_side(BACKEND).fitness()
-    assert fitness == (score, reason)
+    assert fitness[:2] == (score, reason)
+    assert fitness.builds or score  # wherever it runs
 
 
 def test_full_tensorrt_is_out_where_it_is_not_installed():
-    assert build_side("tensorrt").fitness() == (0, "tensorrt is not installed")
+    assert build_side("tensorrt").fitness() == (0, "tensorrt is not installed", None)

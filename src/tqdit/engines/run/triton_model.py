@@ -49,11 +49,8 @@ class TritonPythonModel:
             if not ports:
                 wanted = int(self._read(request, COUNT).item())
             seed, steps, guidance = (self._number(request, name) for name in (SEED, STEPS, GUIDANCE))
-            chosen = {
-                "steps": None if steps is None else int(steps),
-                "guidance_scale": guidance,
-                "seed": int(seed or 0),
-            }
+            chosen: dict[str, Any] = {"steps": None if steps is None else int(steps), "guidance_scale": guidance}
+            chosen["seed"] = int(seed or 0)
             if sampler.makes_images:
                 output = utils.Tensor(IMAGES, sampler.sample(wanted, **chosen))
             else:

@@ -87,7 +87,7 @@ def build(
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
-    job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device and device.index)
+    job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
 
     def compile_graph(
         plugins_for: str | None, spelled_out: Collection[str] = ()
