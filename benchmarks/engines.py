@@ -75,7 +75,7 @@ def main() -> None:
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=15)
     add("--chain", type=int, default=10, help="steps of the chain whose end is compared (default: %(default)s)")
-    add("--presets", nargs="+", default=["tq-dit", "fast"])
+    add("--presets", nargs="+", default=["tq-dit", "fast", "dynamic"])
     add("--attention", nargs="+", default=["simulated", "integer", "float"])
     add("--skip", nargs="*", default=[], help="names of rows to leave out, as far as they begin so")
     add("--json", type=Path)
@@ -123,9 +123,10 @@ def contenders(
     yield "ONNX Runtime static int8", lambda: onnxruntime_static(flat, folder, chain, args.threads)
     if find_spec("nncf"):
         yield "NNCF int8 in OpenVINO", lambda: nncf_int8(flat, chain, args.threads)
+        yield "OpenVINO int8 weights", lambda: int8_weights(flat, args.threads)
     for preset in args.presets:
         table = calibrate(model, soon(preset), folder / "work").table
-        for attention in args.attention:
+        for attention in args.attention if PRESETS[preset].attention else ["float"]:
             path = folder / f"{preset}-{attention}.onnx"
             write(path, *export_graph(model, replace(spec, attention=attention), table))
             for backend in BACKENDS:
@@ -172,6 +173,17 @@ def nncf_int8(path: Path, chain: Chain, threads: int) -> Network:
     data = nncf.Dataset([dict(inputs) for inputs in chain.inputs])
     quantized = nncf.quantize(core.read_model(path), data, model_type=nncf.ModelType.TRANSFORMER)
     return _openvino(core.compile_model(quantized, "CPU", {"INFERENCE_NUM_THREADS": threads}))
+
+
+def int8_weights(path: Path, threads: int) -> Network:
+    """What optimum-intel makes of a transformer in 8 bits: asymmetric weights per channel; OpenVINO rounds activations
+    itself, in dynamic groups of 32 channels."""
+    import nncf
+    import openvino as ov
+
+    core = ov.Core()
+    model = nncf.compress_weights(core.read_model(path), mode=nncf.CompressWeightsMode.INT8_ASYM)
+    return _openvino(core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
 def onnxruntime_static(path: Path, folder: Path, chain: Chain, threads: int) -> Network:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import tqdit
-from engines import _openvino, machine, openvino_default, ours
+from engines import int8_weights, machine, openvino_default, ours
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 
@@ -205,7 +205,9 @@ def bench(family: str, args: argparse.Namespace, folder: Path) -> list[Row]:
         for seed in range(CALLS):
             network(**example(torch.Generator().manual_seed(seed)))
     recording = calls.recording()
-    model = load_model(network, interface=recording.interface)
+    network.save_pretrained(folder / "network")  # from where it is calibrated in slices
+    del network
+    model = load_model(folder / "network", interface=recording.interface)
     given = example(torch.Generator().manual_seed(CALLS))
     inputs = {name: given[name].numpy().astype(port.dtype) for name, port in zip(
         model.signature.names, model.signature.ports, strict=True)}  # fmt: skip
@@ -244,26 +246,17 @@ def contenders(
     model: LoadedModel, calls: Any, args: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, Callable[[], Network]]]:
     """(name, what prepares it) of every row."""
+    table = tqdit.calibrate(model, preset=args.preset, rows=calls, work=folder / "work",
+                            rows_per_group=args.rows_per_group, **KNOBS)  # fmt: skip
+    scaled = tqdit.export(model, folder / "int8.onnx", scales=table, attention=args.attention)
     flat = tqdit.export(model, folder / "float.onnx")
+    gc.collect()  # before engines hold memory, too
     yield BASE, lambda: ours(flat, "onnxruntime", args.threads)
     yield "OpenVINO default", lambda: openvino_default(flat, args.threads)
     if find_spec("nncf"):
         yield "OpenVINO int8 weights", lambda: int8_weights(flat, args.threads)
-    table = tqdit.calibrate(model, preset=args.preset, rows=calls, work=folder / "work",
-                            rows_per_group=args.rows_per_group, **KNOBS)  # fmt: skip
-    scaled = tqdit.export(model, folder / "int8.onnx", scales=table, attention=args.attention)
     for backend, label in LABELS.items():
         yield f"ours {args.preset}, {label}", lambda backend=backend: ours(scaled, backend, args.threads)  # type: ignore[misc]
-
-
-def int8_weights(path: Path, threads: int) -> Network:
-    """What optimum-intel makes of a transformer in 8 bits: asymmetric weights per channel, float activations."""
-    import nncf
-    import openvino as ov
-
-    core = ov.Core()
-    model = nncf.compress_weights(core.read_model(path), mode=nncf.CompressWeightsMode.INT8_ASYM)
-    return _openvino(core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads}))
 
 
 def show(rows: list[Row], first: bool, args: argparse.Namespace) -> None:

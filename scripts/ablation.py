@@ -91,6 +91,9 @@ TABLES: dict[str, tuple[Job, ...]] = {
     "III": (Job("float"), Job("mse"), Job("ho"), Job("ho+mrq"), Job("tq-dit")),
     "bits": tuple(Job("tq-dit", *bits) for bits in ((8, 8), (6, 6), (4, 8), (4, 4))),
     "groups": tuple(Job("tq-dit", groups=groups) for groups in (1, 2, 5, 10, 20)),
+    "presets": tuple(
+        Job(preset, *bits) for bits in ((8, 8), (6, 6), (4, 8)) for preset in ("fast", "tq-dit", "best", "dynamic")
+    ),
 }
 
 
@@ -305,6 +308,7 @@ def markdown(
         "III": "Rows of the paper's Table III",
         "bits": "Bits, full method",
         "groups": "Groups, full method, W6A6",
+        "presets": "Presets; dynamic has no calibration, and attention in float",
     }
     for name, jobs in TABLES.items():
         lines = lines_of(jobs, rows)
@@ -347,14 +351,22 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     need("matplotlib", "evaluate", "the plots")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = figure.subplots(2, 3, squeeze=False)
+    figure = Figure(figsize=(4 * len(TABLES), 7), layout="constrained")
+    panels = figure.subplots(2, len(TABLES), squeeze=False)
     for column, (name, jobs) in enumerate(TABLES.items()):
         lines = [line for line in lines_of(jobs, rows) if line.job.preset != "float"]
         for axis, metric in zip(panels[:, column], ("frechet_excess", "eps_error"), strict=True):
             _panel(axis, name, metric, lines)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+TICKS: dict[str, Callable[[Job], str]] = {
+    "III": lambda job: LABELS[job.preset],
+    "bits": lambda job: job.bits,
+    "groups": lambda job: str(job.groups),
+    "presets": lambda job: f"{job.preset} {job.bits}",
+}
 
 
 def _panel(axis: Any, name: str, metric: str, lines: Sequence[Line]) -> None:
@@ -364,11 +376,8 @@ def _panel(axis: Any, name: str, metric: str, lines: Sequence[Line]) -> None:
     if held:
         values, low, high = np.array(held).T
         axis.errorbar(range(len(values)), values, yerr=[values - low, high - values], fmt="o", capsize=3)
-    ticks = [
-        LABELS[line.job.preset] if name == "III" else line.job.bits if name == "bits" else str(line.job.groups)
-        for line in lines
-    ]
-    axis.set_xticks(range(len(ticks)), ticks, rotation=20 if name == "III" else 0)
+    ticks = [TICKS[name](line.job) for line in lines]
+    axis.set_xticks(range(len(ticks)), ticks, rotation={"III": 20, "presets": 75}.get(name, 0))
     title = "Frechet distance above float" if metric == "frechet_excess" else COLUMNS[metric]
     axis.set(title=f"{name}: {title}", yscale="log" if metric == "eps_error" and held else "linear")
     if metric == "frechet_excess":

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup, PerToken
 from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.dynamic import Dynamic
 from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
@@ -33,6 +34,7 @@ class Kind:
     uniform_softmax: bool = False  # one scale for probabilities
     numerators: bool = False  # two regions of numerators
     equalised: bool = False  # inputs of linear layers have divisors
+    dynamic: bool = False  # inputs have a scale per token
 
 
 def make_table(
@@ -73,7 +75,9 @@ def make_table(
         sites.append(Site(name, "weight", Symmetric(kind.weight_bits, PerChannel(0), scale)))
         if product.place == "conditioning" and not kind.conditioning_inputs:
             continue
-        if product.made_by == "gelu":
+        if kind.dynamic:
+            quantizer = Dynamic(kind.activation_bits, PerToken())
+        elif product.made_by == "gelu":
             quantizer = gelu(values[0], kind, rng)
         else:
             quantizer = (asymmetric if kind.asymmetric else symmetric)(values[0], kind, rng)

@@ -81,3 +81,20 @@ def test_a_network_of_another_shape_takes_the_whole_flow(tmp_path, backend):
             # The engine is the fake-quantized network, but for codes that flip where floats are added in another order.
             assert np.square(found - expected).sum() / np.square(expected).sum() < max(1e-9, 0.1 * loss)
         assert np.abs(found - sampler.sample_latents(REQUESTS, seed=5, sampler="euler")).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_network_of_another_shape_needs_no_calibration(tmp_path, backend):
+    import tqdit
+
+    model = tqdit.load_model("two-streams")
+    tqdit.export(model, tmp_path / "toy.onnx", preset="dynamic")
+    manifest = tqdit.build(tmp_path / "toy.onnx", tmp_path / "toy.engine", backend=backend)
+    assert manifest.audit.fallen_back == ()
+    assert manifest.audit.integer == 14  # seven of a block, six of the last one, whose words lead nowhere, and the end
+    assert manifest.verified is not None
+    with tqdit.Sampler.open(tmp_path / "toy.engine") as sampler:
+        found, original = sampler.sample_latents(REQUESTS, seed=5, sampler="euler", steps=12), states(model, "euler")
+    assert 0 < np.square(found - original).sum() / np.square(original).sum() < 0.01

@@ -1,7 +1,7 @@
 """The flow in Python: `tqdit.calibrate`, `tqdit.export`, `tqdit.build`, `tqdit.Sampler` (docs/python.md).
 
     table = tqdit.calibrate("DiT-XL-2-256x256.pt", preset="fast")
-    tqdit.export("DiT-XL-2-256x256.pt", "model.onnx", scales=table)
+    tqdit.export("DiT-XL-2-256x256.pt", "model.onnx", scales=table)  # or, without a calibration, preset="dynamic"
     tqdit.build("model.onnx", "model.engine")
     with tqdit.Sampler.open("model.engine") as sampler:
         images = sampler.sample([207, 360], seed=7)
@@ -118,13 +118,15 @@ def calibrate(
 
 
 def export(
-    model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, graph: GraphName = "denoiser",
+    model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, preset: str | None = None,
+    graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
     vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
     rows: Calls | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Write a model as one ONNX file, quantized if there are scales; returns its path.
+    """Write a model as one ONNX file, quantized if there are scales or a preset; returns its path.
 
+    preset: in place of scales, 'dynamic': int8 without a calibration.
     steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its directory
     or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one.
     text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file; text_int8: with
@@ -134,13 +136,18 @@ def export(
     weights of a transformer's directory stay in their file and are read one at a time.
     """
     _need_stage("export", "tqdit.export")
+    from tqdit.calibration.without_rows import preset_without_rows, table_without_rows
     from tqdit.exporter.graph import ExportConfig, export_graph, interface_of
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
     from tqdit.models.families.recorded import open_texts
+    from tqdit.models.recording import as_recording
     from tqdit.quantization.table import read_scale_table
 
+    if preset is not None and scales is not None:
+        raise UsageError(f"preset '{preset}' and scales each say how to quantize. Pass one of them.")
+    chosen_preset = None if preset is None else preset_without_rows(preset)
     path = Path(output)
     check_writable(path)
     check_overwrite(path, force)
@@ -148,6 +155,8 @@ def export(
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
     interface = interface_of(table, rows)
     loaded = _loaded(model, interface)
+    if chosen_preset is not None:
+        table = table_without_rows(loaded, chosen_preset, None if rows is None else as_recording(rows))
     chosen = find_decoder(loaded, Path(vae) if isinstance(vae, str) else vae)
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from tqdit.errors import UsageError
 from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance, rows_per_image
@@ -116,7 +117,7 @@ class GraphCard:
 
     graph: GraphName
     signature: Signature  # of the network; a step graph takes the state and the requests of it
-    sampling: SamplingSpec  # the chain that the file proposes
+    sampling: SamplingSpec  # the chain that the file proposes; placed steps were found for this very network
     guidance: Guidance | None
     latents: Latents | None  # None: the state is an image in -1..1
     class_names: tuple[str, ...]
@@ -131,11 +132,17 @@ class GraphCard:
     alike: tuple[str, ...] = ()  # those of them that have rows, all the same: the digest is of one row
     config: dict[str, Any] = field(default_factory=dict)  # settings of the network, as diffusers' pipelines read them
     rows: int | None = None  # of every call of the graph; None: any number
+    published: SamplingSpec | None = None  # the chain of the model's origin; None: the one that the file proposes
 
     @property
     def rows_per_image(self) -> int:
         """Rows of one call of the graph; a guided step graph doubles its rows inside."""
         return rows_per_image(self.guidance) if self.graph == "denoiser" else 1
+
+    @property
+    def as_published(self) -> SamplingSpec:
+        """The chain that the model's origin samples with."""
+        return self.published or self.sampling
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -151,10 +158,29 @@ class GraphCard:
         scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
         return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
 
+    def choose(self, any_rows: bool, **chain: Any) -> SamplingSpec:
+        """`SamplingSpec.choose`. any_rows: whether the engine was built for any number of rows.
+
+        Raises UsageError for a guidance interval that the engine cannot do.
+        """
+        chosen = self.sampling.choose(**chain)
+        if chosen.guidance_interval is not None:
+            if self.guidance is None:
+                raise UsageError("this model is sampled without guidance, which has no interval. Leave it out.")
+            if self.rows is not None or not any_rows:
+                raise UsageError(
+                    "this engine was built for certain numbers of rows, and outside a guidance interval an image has "
+                    "one row in place of two. Leave the interval out, or use an engine for any number of rows."
+                )
+        return chosen
+
     def remark(self, chosen: SamplingSpec) -> str | None:
-        """One line if the scales were found for another chain than the chosen one; None otherwise."""
+        """One line if the scales were found for another chain than the chosen one; None otherwise.
+
+        Also None for the placed steps of this card, which were found with these scales.
+        """
         found_for = chosen if self.quantization is None else self.quantization.sampling
-        if chosen == found_for:
+        if chosen == found_for or (chosen.timesteps and chosen == self.sampling):
             return None
         process = "" if chosen.process == found_for.process else " in another process"
         return (

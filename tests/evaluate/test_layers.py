@@ -16,6 +16,7 @@ from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
 from tqdit.calibration.layers import plan
+from tqdit.calibration.without_rows import table_without_rows
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.errors import FileFormatError, UsageError
@@ -217,3 +218,16 @@ def test_a_diagnosis_of_another_model_is_refused(tmp_path):
     path.write_text(json.dumps({"settings": {}, "fingerprint": "a" * 64, "advice": []}))
     with pytest.raises(UsageError, match="diagnoses another model"):
         read_advice(path).check_model("b" * 64, "demo")
+
+
+def test_a_table_without_a_calibration_is_diagnosed(tmp_path: Path):
+    model = tiny_model()
+    table = table_without_rows(model, replace(PRESETS["dynamic"], weight_bits=4, activation_bits=6))
+    diagnosis = Diagnosis(model, table, tmp_path, QUIET)
+    layer = "blocks.0.mlp.fc2"
+    product, sites = diagnosis.products[layer], table.by_module[layer]
+    changes = changes_for(product, sites)
+    assert changes == [{"activation_bits": 8}, {"weight_bits": 6}]  # a scale per token has no groups and no regions
+    (first, second) = remedies(diagnosis, [(layer, change) for change in changes], lambda: None)
+    assert {first.layer, second.layer} == {layer}
+    assert first.gain > 0

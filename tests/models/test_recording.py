@@ -132,15 +132,15 @@ class Loop:
         self.transformer = Denoise()
         self.scheduler, self.change = diffusers.FlowMatchEulerDiscreteScheduler(), change
 
-    def __call__(self, seed, images=1, text=None):
+    def __call__(self, seed, images=1, text=None, guidance_scale=3, first=0):
         self.scheduler.set_timesteps(4)
         draw = torch.Generator().manual_seed(seed)
         x, drawn = torch.randn(images, 3, 8, generator=draw), torch.randn(2 * images, 50, generator=draw)
         text = drawn if text is None else text
-        for t in self.scheduler.timesteps:
+        for t in self.scheduler.timesteps[first:]:
             out = self.transformer(torch.cat([x, x]), t.expand(2 * images), text + self.change * t)
             c, u = out.chunk(2)
-            x = self.scheduler.step(u + 3 * (c - u), t, x, return_dict=False)[0]
+            x = self.scheduler.step(u + guidance_scale * (c - u), t, x, return_dict=False)[0]
 
 
 class Denoise(nn.Module):
@@ -218,6 +218,34 @@ def test_a_chain_that_begins_with_an_image_is_refused():
     pipeline.set_progress_bar_config(disable=True)
     with pytest.raises(UsageError, match=r"begins at step 3 .*record its network alone"), tqdit.record(pipeline):
         pipeline(image=torch.rand(1, 3, 64, 64), strength=0.6, num_inference_steps=5, **arguments)
+
+
+def test_chains_of_two_guidance_scales_are_refused_with_both():
+    pipeline = Loop()
+    with tqdit.record(pipeline) as calls:
+        for scale in (3, 7.5):
+            pipeline(0, guidance_scale=scale)
+    with pytest.raises(UsageError, match=r"guidance scales 3 and 7\.5"):
+        calls.recording()
+
+
+def test_a_chain_of_the_last_steps_alone_is_refused_with_their_number():
+    """As pipelines from image to image run it, where the scheduler is not told where they begin."""
+    pipeline = Loop()
+    with tqdit.record(pipeline) as calls:
+        pipeline(0, first=1)
+    with pytest.raises(UsageError, match="3 of its 4 steps"):
+        calls.recording()
+
+
+def test_calls_are_taken_once_their_recording_has_ended(tmp_path):
+    """Calibration calls the network, too."""
+    pipeline = Loop()
+    for heard in (pipeline, pipeline.transformer):
+        with tqdit.record(heard) as calls:
+            pipeline(0)
+            with pytest.raises(UsageError, match="still being recorded"):
+                tqdit.calibrate(pipeline.transformer, rows=calls)
 
 
 @pytest.mark.parametrize("kind", ["recorder", "recording", "file"])

@@ -64,7 +64,7 @@ def written_out(schedule, row, scale, seed, image):
     for step in reversed(range(len(schedule))):
         fed = {"x": (schedule.input_scale[step] * x).astype(np.float32), "t": schedule.timesteps[step : step + 1]}
         output = network(fed | told).astype(np.float64)
-        if scale is not None:
+        if scale is not None and (schedule.guided is None or schedule.guided[step]):
             output = reference.guide(output, network(fed | told | {"label": np.array([5])}), scale, SHAPE[0])
         history.insert(0, (x, output[:, : SHAPE[0]]))
         sigma = schedule.noise_weight[step]
@@ -82,6 +82,7 @@ def written_out(schedule, row, scale, seed, image):
 SCHEDULES = {
     "ddpm": DDPM.schedule, "ddim": DDPM.choose(7, "ddim").schedule, "fixed variance": SamplingSpec(steps=5).schedule,
     "euler": SamplingSpec(Flow(), "euler", 5).schedule, "lag": lagging(),
+    "interval": DDPM.choose(6, "dpm++2m", guidance_interval=(300, 700)).schedule,
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_a_chain_does_not_depend_on_its_place_or_its_neighbours_bit_for_bit():
         lone.add(schedule, request(number), 2.0, number, 7)
         alone[number] = run(lone, network)[0].copy()
     rng = np.random.default_rng(0)
-    chains, running, waiting, done = Chains(signature(), Guidance(1.5), 4), [], 20 * list(range(5)), 0
+    chains, running, waiting, done = Chains(signature(), Guidance(1.5), 4), [], 20 * list(range(len(SCHEDULES))), 0
     rng.shuffle(waiting)
     while waiting or running:
         while waiting and len(running) < 4 and rng.random() < 0.7:
@@ -140,6 +141,26 @@ def test_the_rows_of_a_call_are_conditional_then_unconditional():
     assert inputs["t"].dtype == np.int64
     np.testing.assert_array_equal(inputs["x"][:2], inputs["x"][2:])
     np.testing.assert_array_equal(inputs["x"][0], noise.normal(0, 0, noise.INITIAL, SHAPE))
+
+
+def test_a_step_outside_the_guidance_interval_computes_no_unconditional_row():
+    chains, rows = Chains(signature(), Guidance(1.5), 3), []
+    chains.add(SCHEDULES["interval"], request(0), 1.5, 0, 0)
+    chains.add(DDPM.choose(6, "dpm++2m").schedule, request(1), 1.5, 0, 1)
+    while chains.step_of(0) >= 0:
+        inputs = chains.inputs()
+        rows.append(inputs["label"].tolist())
+        chains.advance(network(inputs))
+    guided = [300 <= t <= 700 for t in (999, 832, 666, 500, 333, 166)]
+    assert rows == [[0, 1, 5, 5] if each else [0, 1, 5] for each in guided]
+
+
+def test_a_call_with_fewer_unconditional_rows_must_return_as_many():
+    chains = Chains(signature(), Guidance(1.5), 1)
+    chains.add(SCHEDULES["interval"], request(0), 1.5, 0, 0)
+    chains.inputs()
+    with pytest.raises(BackendError, match=r"for \(1, 6, 4, 4\)"):
+        chains.advance(np.zeros((2, 6, *SHAPE[1:]), np.float32))
 
 
 def test_a_fractional_time_port_is_told_fractions():

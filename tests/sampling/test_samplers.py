@@ -163,8 +163,8 @@ def test_a_new_sampler_is_one_file(tmp_path, monkeypatch):
         "from tqdit.sampling.process import Flow\n"
         "from tqdit.sampling.schedule import single_step\n"
         "PROCESS = Flow\n"
-        "def schedule(process, steps):\n"
-        "    return single_step(process.timesteps(steps), np.ones(steps), np.full(steps, -0.5 / steps))\n"
+        "def schedule(process, timesteps):\n"
+        "    return single_step(timesteps, np.ones_like(timesteps), -0.5 / len(timesteps) + 0 * timesteps)\n"
     )
     monkeypatch.setattr(samplers, "__path__", [*samplers.__path__, str(tmp_path)])
     spec = SamplingSpec(Flow(), "half", 4)

@@ -99,7 +99,7 @@ def test_a_configuration_that_two_tables_share_is_measured_once(store):
         return fake_row(job, seed)
 
     sweep([job for jobs in TABLES.values() for job in jobs], [0], store, measure, QUIET)
-    assert len(calls) == len(set(calls)) == 12
+    assert len(calls) == len(set(calls)) == 21
 
 
 def test_adjacent_rows_of_table_iii_differ_in_one_ingredient():

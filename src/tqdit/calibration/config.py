@@ -12,6 +12,7 @@ from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.process import TRAINING_STEPS
+from tqdit.sampling.schedule import sampler_names
 
 if TYPE_CHECKING:  # which needs torch; this module does not
     from tqdit.models.loaded import LoadedModel
@@ -53,8 +54,14 @@ class QuantizationConfig:
     guidance_scale: float | None = knob(None, "of the chains (default: the model's own)")
     seed: int = knob(0, "decides chains, classes, rows and cotangents", range(2**63 + 1))
 
-    method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback",
-                       ("search", "min-max", "gptq"))  # fmt: skip
+    calls: int | None = knob(None, "also find where the steps of a chain of so many network calls lie best, and "
+                             "propose that chain (default: none)", range(2, 51))  # fmt: skip
+    solver: str = knob("auto", "sampler of these steps; auto: the better one of dpm++2m and unipc",
+                       lambda: ("auto", *sampler_names()))  # fmt: skip
+
+    method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback; "
+                       "weights looks at the weights alone, for --inputs dynamic without attention",
+                       ("search", "min-max", "gptq", "weights"))  # fmt: skip
     metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
     fisher: str = knob(
         "step", "gradients that HO takes its weights from. guided: of random sums of the prediction, times the row's "
@@ -72,6 +79,8 @@ class QuantizationConfig:
 
     weight_granularity: str = knob("channel", "one weight scale per output channel or per tensor (three for qkv)",
                                    ("channel", "tensor"))  # fmt: skip
+    columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
+                        "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
@@ -180,6 +189,11 @@ LAYER_KNOBS = (
 )
 
 
+def presets_without_rows() -> list[str]:
+    """Names of the presets that need no calibration: what an export can take in place of a scale table."""
+    return [name for name, config in PRESETS.items() if config.method == "weights"]
+
+
 def flag(knob_field: Field[Any]) -> str:
     return "--" + knob_field.name.replace("_", "-")
 
@@ -201,5 +215,12 @@ BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
 # Two regions only if they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
 
+# Nothing is calibrated: a scale per token is found while the network runs, and those of the weights need no rows. The
+# few rows are those of golden calls. Attention stays float.
+DYNAMIC = replace(
+    TQ_DIT, method="weights", inputs="dynamic", gelu="uniform", attention=False, time_groups="none", groups=1,
+    rows_per_group=8, chains=1, alpha=0.4, beta=1.0, candidates=25,
+)  # fmt: skip
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "fast": FAST}  # fmt: skip
+           "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip

@@ -10,12 +10,15 @@ Each phase leaves its results in the work folder, so a killed run loses at most 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.bounds import check_memory
@@ -28,18 +31,20 @@ from tqdit.calibration.drift import check_group_count
 from tqdit.calibration.equalize import choose_divisor
 from tqdit.calibration.fisher import FISHERS
 from tqdit.calibration.layers import LayerPlan, plan, with_one_region
-from tqdit.calibration.methods import METHODS
+from tqdit.calibration.methods import METHODS, weights
 from tqdit.calibration.operands import array
+from tqdit.calibration.placing import Placing, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.golden import CALLS, MOST_BYTES
+from tqdit.models.columns import narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
-from tqdit.quantization.fake_quant import golden_calls
+from tqdit.quantization.fake_quant import apply, golden_calls
 from tqdit.quantization.fold import fold_divisors
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
@@ -71,7 +76,7 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
-        table = run.with_golden_calls(run.search(rows), rows)
+        table = run.with_placed_steps(run.with_golden_calls(run.search(rows), rows))
     return Result(table, run.meter, run.folder)
 
 
@@ -86,10 +91,13 @@ class Calibration:
         console: Console,
         data: DataSet | Recording | None = None,
     ) -> None:
+        model = narrow(model, config.columns)
         self.model, self.config, self.console, self.data = model, config, console, data
         self.plans = plan(model, config)
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
+        if config.method == "weights":
+            weights.check(self.plans, config)
         self._check()
         row_facts = {
             "fingerprint": model.fingerprint, "sampling": str(self.spec), "versions": versions(model.device),
@@ -107,6 +115,7 @@ class Calibration:
         recorded = self.model.guidance.scale if self.model.guidance and isinstance(self.data, Recording) else scale
         if not math.isclose(scale, recorded, rel_tol=1e-3):
             raise UsageError(f"--guidance-scale is {scale:g}; calls were recorded with {recorded:g}. Leave it out.")
+        check_placing(self.model, self.config)
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
         state = 4 * math.prod(signature.state.row_shape)
@@ -212,6 +221,8 @@ class Calibration:
 
     def search(self, rows: CalibrationRows) -> ScaleTable:
         """Capture every product and search its scales; the whole table, sites in the order of the network's calls."""
+        if self.config.method == "weights":
+            return self._table(list(weights.sites(self.model, self.plans, self.config)), {}, rows)
         model, divisors = self._folded(rows)
         capture = self.capture(model, rows, self.plans)
         parts = []
@@ -230,13 +241,21 @@ class Calibration:
 
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
-        row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
-        count = max(1, min(CALLS, len(rows), MOST_BYTES // row_bytes))
-        index = torch.linspace(0, len(rows) - 1, count).round().long()
-        golden = golden_calls(self.model, table, {name: t.cpu()[index].numpy() for name, t in rows.inputs.items()})
-        self.meter.forward("golden calls", 2 * count)
+        golden = golden_calls(self.model, table, some_inputs(rows, CALLS))
+        self.meter.forward("golden calls", 2 * len(golden))
         interface = self.data.interface if isinstance(self.data, Recording) else None
         return replace(table, golden=golden, interface=interface)
+
+    def with_placed_steps(self, table: ScaleTable) -> ScaleTable:
+        """The table with the steps of a short chain, if they are asked for."""
+        if self.config.calls is None:
+            return table
+
+        def meter(images: int) -> None:
+            self.meter.forward("placed steps", images * rows_per_image(self.model.guidance))
+
+        placing = Placing(self.model, self.config, self.folder, self.console)
+        return replace(table, placed=placing.run(apply(self.model, table), meter))
 
     def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows,
@@ -271,21 +290,34 @@ class Calibration:
         return problem, solution
 
     def _table(self, sites: list[Site], errors: dict[str, float], rows: CalibrationRows) -> ScaleTable:
-        return ScaleTable(
-            model=self.model.source,
-            fingerprint=self.model.fingerprint,
-            boundaries=rows.boundaries.cpu().numpy(),
-            sites=tuple(sites),
-            seed=self.config.seed,
-            guidance_scale=1.0 if self.config.guidance_scale is None else self.config.guidance_scale,
-            settings={
-                **self.config.to_json(),
-                "sampler": self.spec.sampler,
-                "process": msgspec.to_builtins(self.spec.process),
-            },
-            versions=versions(self.model.device),
-            errors=errors,
-        )
+        return make_table(self.model, self.config, rows.boundaries.cpu().numpy(), sites, errors)
+
+
+def make_table(
+    model: LoadedModel, config: QuantizationConfig, boundaries: NDArray[np.float64], sites: Iterable[Site],
+    errors: dict[str, float],
+) -> ScaleTable:  # fmt: skip
+    """The table of what was found under `config`."""
+    spec = sampling_of(model, config)
+    return ScaleTable(
+        model=model.source,
+        fingerprint=model.fingerprint,
+        boundaries=boundaries,
+        sites=tuple(sites),
+        seed=config.seed,
+        guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
+        settings={**config.to_json(), "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
+        versions=versions(model.device),
+        errors=errors,
+    )
+
+
+def some_inputs(rows: CalibrationRows, most: int) -> dict[str, NDArray[Any]]:
+    """The inputs of up to `most` rows, spread over the groups, as golden calls hold them."""
+    row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
+    count = max(1, min(most, len(rows), MOST_BYTES // row_bytes))
+    index = torch.linspace(0, len(rows) - 1, count).round().long()
+    return {name: tensor.cpu()[index].numpy() for name, tensor in rows.inputs.items()}
 
 
 def _weight(model: LoadedModel, name: str) -> Tensor | None:

@@ -12,6 +12,7 @@ from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
 from tqdit.quantization.granularity import Role
+from tqdit.quantization.schemes import find_schemes
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,6 @@ def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerP
 
 
 def _groups(layer: Product, config: QuantizationConfig, scheme: str) -> int:
-    """A scale for each row's group needs rows on axis 0."""
+    """A scale for each row's group needs rows on axis 0, and a scale."""
     grouped = config.time_groups == "all" or (config.time_groups == "softmax" and scheme == "softmax")
-    return config.groups if grouped and not layer.folded else 1
+    return config.groups if grouped and not layer.folded and find_schemes()[scheme].tensors else 1

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tqdit.calibration.layers import OperandPlan
-from tqdit.quantization.granularity import Granularity, PerChannel, PerTensor, PerTimestepGroup
+from tqdit.quantization.granularity import Granularity, PerChannel, PerTensor, PerTimestepGroup, PerToken
 from tqdit.quantization.quantizer import Parameters, Quantizer
 from tqdit.quantization.schemes import find_schemes
 
@@ -142,6 +142,8 @@ class Activation(Operand):
 
     @property
     def granularity(self) -> Granularity:
+        if not self.scheme.tensors:
+            return PerToken()
         return PerTimestepGroup(self.plan.scales) if self.grouped else PerTensor()
 
     def spread(self, values: Tensor) -> Tensor:

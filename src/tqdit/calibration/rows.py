@@ -209,6 +209,19 @@ def recorded_rows(model: LoadedModel, config: QuantizationConfig, recording: Rec
     return make_rows(model, recording.interface.sampling, picks, states, recording.requests, np.zeros_like(states))
 
 
+def noise_rows(model: LoadedModel, config: QuantizationConfig) -> CalibrationRows:
+    """Rows whose states are normal noise, at timesteps of the whole chain: no chain has to run for them.
+
+    They prove that an engine computes what the network does; how good its images are, they do not tell.
+    Raises UsageError for a network with requests that cannot be drawn at random.
+    """
+    picks = pick(model, config)
+    shape = model.signature.state.row_shape
+    states = np.stack([normal(config.seed, RENOISING + index, 0, shape) for index in range(len(picks.step))])
+    requests = random_requests(model.signature, config.chains, config.seed)
+    return make_rows(model, sampling_of(model, config), picks, states, requests, np.zeros_like(states))
+
+
 def _called_rows(model: LoadedModel, config: QuantizationConfig, recording: Recording) -> CalibrationRows:
     """n of the recorded rows per group, random but seeded."""
     rng = np.random.default_rng([config.seed, 1])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdit.bounds import MOST_BATCH, MOST_RESAMPLES, MOST_SEEDS, check_count
+from tqdit.cli.sample import interval
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST
 from tqdit.engines.run.backend import check_threads
@@ -30,6 +31,8 @@ examples:
   tqdit-evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights inception.pth
   tqdit-evaluate samples/ --reference reference/ --inception-weights inception.pth
                                                       folders of shards; the same command continues after a stop
+  tqdit-evaluate --calls 8,12,16,25,50 --report report.html
+                                                      which sampler and spacing needs the fewest network calls
   tqdit-evaluate --layers                             which layers cost most, and what would mend them
 
 Numbers are written as JSON, each with its sample count and 95 % interval. Nothing is downloaded: Inception's weights
@@ -52,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--float-seeds", type=int, default=1, metavar="K", help="other seeds of the float model, which show its own "
         "noise (default: %(default)s)")  # fmt: skip
     add("--guidance-scale", type=float, metavar="S", help="default: the engine's own")
+    add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="as for tqdit-sample (default: all)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
+    add("--calls", type=counts, default=(), metavar="N,N,...", help="also compare samplers and spacings of their steps "
+        "at these numbers of network calls, such as 8,12,16,25,50: error, distance and seconds")  # fmt: skip
     add("--batch", type=int, default=16, help="images per engine call at most (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: the backend's choice)")
     add("--metrics", nargs="+", choices=METRICS, metavar="METRIC", help=f"of {', '.join(METRICS)} (default: all that "
@@ -104,10 +110,19 @@ def _evaluate(args: argparse.Namespace, console: Console) -> Evaluation:
 
     if (args.subject / MANIFEST).is_file() or not args.subject.exists():
         return evaluate_engine(args.subject, _engine_options(args), _measurement(args), console)
-    for flag in ("against", "layers", "scales", "steps", "sampler"):
+    for flag in ("against", "layers", "scales", "steps", "sampler", "guidance_interval", "calls"):
         if getattr(args, flag):
-            raise UsageError(f"--{flag} needs an engine; {args.subject} holds images. Pass the engine that made them.")
+            named = flag.replace("_", "-")
+            raise UsageError(f"--{named} needs an engine; {args.subject} holds images. Pass the engine that made them.")
     return evaluate_images(args.subject, args.n, _measurement(args), console)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """N,N,... of the command line, ascending."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of integers like 8,12,25") from None
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
@@ -129,8 +144,9 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
 
     return EngineOptions(
         against=args.against, alone=args.alone, count=64 if args.n is None else args.n, seed=args.seed,
-        float_seeds=args.float_seeds, guidance_scale=args.guidance_scale, steps=args.steps, sampler=args.sampler,
-        batch=args.batch, threads=args.threads, scales=args.scales,
+        float_seeds=args.float_seeds, guidance_scale=args.guidance_scale,
+        guidance_interval=args.guidance_interval, steps=args.steps, sampler=args.sampler,
+        calls=args.calls, batch=args.batch, threads=args.threads, scales=args.scales,
         lpips_weights=None if args.lpips_weights is None else tuple(args.lpips_weights),
         layer_errors=args.report is not None, diagnosed=args.diagnosed if args.layers else None,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdit.bounds import check_number
+from tqdit.calibration.config import presets_without_rows
 from tqdit.card import ATTENTION_FORMS, GRAPHS, SHIPPED
 from tqdit.console import Console
 from tqdit.errors import UsageError
@@ -25,6 +26,7 @@ examples:
   tqdit-export model.onnx                                     ./scales.safetensors' model with its scales, else the
                                                               demo model in float
   tqdit-export dit.onnx --model DiT-XL-2-256x256.pt --vae sd-vae-ft-ema/
+  tqdit-export dit.onnx --model DiT-XL-2-256/ --preset dynamic         int8 without a calibration
   tqdit-export dit.onnx --model DiT-XL-2-256/ --steps 50 --sampler ddim
   tqdit-export step.onnx --graph step                         for a sampler in another language
 
@@ -44,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scales.add_argument("--scales", type=Path, help="scale table that tqdit-calibrate wrote (default: "
                         f"./{DEFAULT_SCALES}, if there)")  # fmt: skip
     scales.add_argument("--float", action="store_true", help="export without quantization")
+    scales.add_argument("--preset", choices=presets_without_rows(), help="quantize without a calibration: scales of "
+                        "activations are found while the engine runs, those of weights before")  # fmt: skip
     add("--rows", type=Path, metavar="FILE", help="recorded calls, which tell how a pipeline's network is called: for "
         "an export without scales")  # fmt: skip
     add("--attention", choices=ATTENTION_FORMS, default="simulated", help="how the products of attention are "
@@ -76,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     for library in ("torch", "onnx", "onnx_ir", "onnxscript"):
         need(library, "export", "tqdit-export")
+    from tqdit.calibration.without_rows import preset_without_rows, table_without_rows
     from tqdit.exporter.graph import ExportConfig, export_graph, interface_of
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.exporter.watch import PLACE, end_with_parent, export_in_child
     from tqdit.models.families.recorded import PROVEN, check_pipeline, open_texts
     from tqdit.models.load import load_model
+    from tqdit.models.recording import as_recording
     from tqdit.models.weights import return_freed_memory
 
     if PLACE in os.environ:
@@ -114,6 +120,10 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     return_freed_memory()
     console.say(f"loading {source}")
     model = load_model(source, args.heads, interface=interface, in_memory=False)
+    if args.preset is not None:
+        console.say(f"scales of the weights, preset {args.preset}")
+        recording = None if args.rows is None else as_recording(args.rows)
+        table = table_without_rows(model, preset_without_rows(args.preset), recording)
     vae_folder = None if args.no_vae else find_decoder(model, args.vae)
     decoder = None if vae_folder is None else load_decoder(vae_folder, model)
     if decoder is not None:
@@ -138,8 +148,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
 
 
 def _scale_table(args: argparse.Namespace, console: Console) -> ScaleTable | None:
-    """The scale table to export with, or None for a float export, which is said."""
-    if args.float:
+    """The scale table to export with; None for a float export, which is said, or one with a preset."""
+    if args.float or args.preset is not None:
         return None
     path: Path | None = args.scales or (DEFAULT_SCALES if DEFAULT_SCALES.is_file() else None)
     if path is None:

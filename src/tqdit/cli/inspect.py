@@ -289,7 +289,9 @@ def _sampled(card: GraphCard) -> Facts:
     signature = card.signature
     label = signature.label
     classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
-    return [*_call(signature), ("state", _space(card)), *classes, *_chain(card.sampling, card.guidance)]
+    chain = _chain(card.sampling, card.guidance)
+    published = [] if card.published is None else [("as published", str(card.published))]
+    return [*_call(signature), ("state", _space(card)), *classes, *chain, *published]
 
 
 def _call(signature: Signature) -> Facts:
@@ -300,7 +302,12 @@ def _call(signature: Signature) -> Facts:
 def _chain(sampling: SamplingSpec, guidance: Guidance | None) -> Facts:
     samplers = ", ".join(samplers_of(sampling.process))
     choice = ", as recorded" if samplers == "recorded" else f"; any of {samplers}" * bool(samplers)
-    return [("sampled with", f"{sampling}{choice}"), ("guidance", _guidance(guidance))]
+    timesteps = ", ".join(f"{timestep:g}" for timestep in sampling.timesteps)
+    return [
+        ("sampled with", f"{sampling}{choice}"),
+        *([("", f"at timesteps {timesteps}")] if timesteps else []),
+        ("guidance", _guidance(guidance)),
+    ]
 
 
 def _port(port: Port) -> str:

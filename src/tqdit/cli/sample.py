@@ -70,8 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "several times")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="the same, one in each line of a text file")
     add("--guidance-scale", type=float, metavar="S", help="classifier-free guidance (default: the engine's own)")
+    add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="lowest and highest timestep with guidance; "
+        "outside, an image takes one row of a call in place of two (default: all)")  # fmt: skip
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
+    add("--as-published", action="store_true", help="sampler and steps of the model's origin, such as 250 steps of "
+        "ddpm for a DiT, in place of what the engine proposes")  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
     add(
         "--batch",
@@ -114,6 +118,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     _check_numbers(args)
     if args.save_noise is not None:
         check_noise_file(args.save_noise)
+        if args.guidance_interval is not None:
+            raise UsageError("--save-noise is for a loop with both rows at every step. Leave out --guidance-interval.")
         check_writable(args.save_noise)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
@@ -124,7 +130,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     job = _describe(args, manifest, shards, prompts)
     if not shards:
         _check_output(output, job, manifest.card)
-    spec = manifest.card.sampling.choose(job.steps, job.sampler)
+    spec = manifest.card.sampling.choose(**job.chain)
     if args.save_noise is not None:
         check_size(args.save_noise, manifest.card, spec, job.count)
     if remark := manifest.card.remark(spec):
@@ -148,6 +154,8 @@ def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """What is wrong with the arguments alone."""
+    if args.as_published and (args.steps is not None or args.sampler is not None):
+        raise UsageError("--as-published names sampler and steps. Leave out --steps and --sampler.")
     if args.n is not None:
         check_count("-n", args.n, 1)
     check_threads(args.threads)
@@ -176,9 +184,12 @@ def _check_output(output: Path, job: SamplingJob, card: GraphCard) -> None:
 def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompts: Prompts | None) -> SamplingJob:
     """The job that the arguments describe; without shards it is one of all images."""
     size = args.n if not shards else SHARD_SIZE if args.shard_size is None else args.shard_size
+    published = manifest.card.as_published if args.as_published else None
     return describe_job(
         args.engine, manifest, args.classes if prompts is None else prompts, args.seed, args.n, size,
-        guidance_scale=args.guidance_scale, steps=args.steps, sampler=args.sampler,
+        guidance_scale=args.guidance_scale, steps=published.steps if published else args.steps,
+        sampler=published.sampler if published else args.sampler, timesteps=() if published else None,
+        guidance_interval=args.guidance_interval,
     )  # fmt: skip
 
 
@@ -268,6 +279,15 @@ def _work_on_cluster(args: argparse.Namespace, manifest: Manifest, prompts: Prom
     check_parts(args.engine, manifest)
     config = ClusterConfig(args.ray or None, args.workers, args.batch, args.threads)
     return Cluster(args.engine, manifest, config, console, prompts).work
+
+
+def interval(text: str) -> tuple[float, float]:
+    """LOW,HIGH of the command line."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not two numbers like 200,800") from None
+    return low, high
 
 
 def _integers(text: str) -> list[int]:

@@ -121,6 +121,12 @@ class Metrics:
             len(images), self.choice.resamples, images.labels, least=-math.inf,
         )  # fmt: skip
 
+    def distance(self, images: Observed) -> Measure | None:
+        """The Frechet distance alone; None if it was not asked for or cannot be computed."""
+        if "frechet_distance" not in self._distances or self._reason_against("frechet_distance", images.outline):
+            return None
+        return self._compute("frechet_distance", images)
+
     def _reason_against(self, name: str, images: Outline) -> str | None:
         """Why a metric cannot be computed, or None."""
         count, advice = images.count, "Sample more with -n."

@@ -33,7 +33,7 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, prediction_of, watched
 from tqdit.quantization.fake_quant import QuantizedNetwork, find_module, quantize_module
 from tqdit.quantization.fold import fold
-from tqdit.quantization.granularity import PerTimestepGroup, Role
+from tqdit.quantization.granularity import PerTimestepGroup, PerToken, Role
 from tqdit.quantization.quantizer import Part
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
@@ -82,7 +82,9 @@ class Diagnosis:
         model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
         self.model, self.table, self.console = model, table, console
         self.products = {product.name: product for product in model.products}
-        self.config = replace(QuantizationConfig.of_settings(table.settings), equalize=False).for_model(model)
+        config = QuantizationConfig.of_settings(table.settings)
+        method = "search" if config.method == "weights" else config.method  # a remedy needs rows, and they are here
+        self.config = replace(config, equalize=False, method=method).for_model(model)
         self.calibration = Calibration(model, self.config, work, console)
         self.every_row = self.calibration.rows()
         self.rows_per_image = rows_per_image(model.guidance)
@@ -224,9 +226,9 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
         found.append({"weight_bits": min(8, weight.quantizer.bits + 2)})
     if product.place == "final" and "input" in sites:
         found.append({"final": "weights"})  # its input in float
-    if product.made_by is not None and left is not None and left.quantizer.scheme != product.made_by:
+    if product.made_by is not None and left is not None and left.quantizer.scheme not in (product.made_by, "dynamic"):
         found.append({product.made_by: "two-region"})
-    if not product.folded and any(not isinstance(q.granularity, PerTimestepGroup) for q in activations):
+    if not product.folded and any(not isinstance(q.granularity, PerTimestepGroup | PerToken) for q in activations):
         found.append({"time_groups": "all"})
     if "input" in sites and sites["input"].quantizer.scheme == "symmetric":
         found.append({"inputs": "asymmetric"})
@@ -297,7 +299,7 @@ def _bits(site: Site | None) -> int:
 def _touches(site: Site) -> bool:
     """Whether its integer form works on each element outside the product: x / r, x - b, and back."""
     scheme = site.quantizer.scheme
-    return scheme in ("asymmetric", "softmax_numerator") or (
+    return scheme in ("asymmetric", "dynamic", "softmax_numerator") or (
         scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup)
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def page(facts: Facts, pictures: dict[str, Images]) -> str:
         cells=_cells(facts),
         chart_over_time=_chart_over_time(facts),
         chart_of_scales=_chart_of_scales(facts),
+        charts_of_calls=_charts_of_calls(facts),
     )
 
 
@@ -106,6 +107,38 @@ def _chart_over_time(facts: Facts) -> str:
         return ""
     x_label = "timestep (the chain runs from right to left)"
     return _chart([("", facts["timesteps"], facts["steps"])], x_label, "error of x after the step")
+
+
+def _charts_of_calls(facts: Facts) -> list[tuple[str, str]]:
+    """(label, chart) of error and distance against network calls, and of error against seconds; a line per method."""
+    methods: dict[str, list[Facts]] = {}
+    for point in facts.get("calls") or []:
+        methods.setdefault(f"{point['sampler']}, {point['spacing']}", []).append(point)
+    if not methods:
+        return []
+
+    def lines(x: str, y: Callable[[Facts], float]) -> list[tuple[str, Any, Any]]:
+        return [(name, [p[x] for p in points], [y(p) for p in points]) for name, points in methods.items()]
+
+    def distance(point: Facts) -> float:
+        return (point["frechet_distance"] or {}).get("value") or 0.0  # zeros are left out
+
+    of_distance = lines("calls", distance)
+    if facts.get("seed_noise"):  # of the float model with the chain that the engine proposes
+        ends = sorted({point["calls"] for point in facts["calls"]})
+        for bound in ("low", "high"):
+            value = facts["seed_noise"][bound]
+            of_distance.append((f"float, another seed: {bound}", ends, [value] * len(ends)))
+    error, calls = "same-noise error of x_0, median", "network calls of an image"
+    charts = [
+        (error, _chart(lines("calls", lambda point: point["error_median"]), calls, error)),
+        (
+            f"{error}, against seconds",
+            _chart(lines("seconds", lambda p: p["error_median"]), "seconds, all images", error),
+        ),
+        ("Frechet distance", _chart(of_distance, calls, "Frechet distance")),
+    ]
+    return [(label, chart) for label, chart in charts if chart]
 
 
 def _chart_of_scales(facts: Facts) -> str:

@@ -22,6 +22,7 @@ from tqdit.engines.run.shards import SamplingJob, describe_job
 from tqdit.errors import MissingLibraryError, UsageError
 from tqdit.evaluate import chains
 from tqdit.evaluate.bootstrap import Measure
+from tqdit.evaluate.calls import check_calls, measure_calls, to_json
 from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.evaluation import Metrics, Pairs, pair_up, plain, seed_noise, verdict
 from tqdit.evaluate.extractors import Extractor
@@ -86,19 +87,21 @@ class EngineOptions:
     seed: int = 0
     float_seeds: int = 1  # other seeds of the float model
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     steps: int | None = None
     sampler: str | None = None
     batch: int = 16
     threads: int | None = None
     lpips_weights: tuple[Path, Path] | None = None
     scales: Path | None = None  # None: the table beside the engine, if it is for this model
+    calls: tuple[int, ...] = ()  # numbers of network calls that samplers and spacings are compared at
     layer_errors: bool = False
     diagnosed: int | None = None  # layers that remedies are tried on; None: no diagnosis
 
     @property
     def settings(self) -> dict[str, Any]:
         """Those that the sampling depends on."""
-        names = ("seed", "float_seeds", "batch", "threads", "guidance_scale", "steps", "sampler")
+        names = ("seed", "float_seeds", "batch", "threads", "guidance_scale", "guidance_interval", "steps", "sampler")
         return {name: getattr(self, name) for name in names}
 
 
@@ -111,9 +114,12 @@ def evaluate_engine(
     job = describe_job(
         path, manifest, None, options.seed, options.count, options.batch,
         guidance_scale=options.guidance_scale, steps=options.steps, sampler=options.sampler,
+        guidance_interval=options.guidance_interval,
     )  # fmt: skip
     _check_memory(card, job, options)
-    if remark := card.remark(card.sampling.choose(job.steps, job.sampler)):
+    if options.calls:
+        check_calls(card.sampling, options.calls)
+    if remark := card.remark(card.sampling.choose(**job.chain)):
         console.say(remark)
     table = _scale_table(path, manifest, options, console)
     lpips = None if options.lpips_weights is None else Lpips(*options.lpips_weights)  # refuses a bad file at once
@@ -202,13 +208,30 @@ class _Comparison:
             "steps": [] if pairs is None else [float(value) for value in pairs.steps],
             "timesteps": [plain(timestep) for timestep in self._timesteps],
             "engines": self._engines(runs),
+            "calls": self._calls(),
         }
         pictures = {name: run.pixels[:SHOWN] for name, run in runs.items() if run.pixels is not None}
         return Evaluation(facts, {name: pictures[name] for name in ("float", "subject") if name in pictures})
 
+    def _calls(self) -> list[Facts]:
+        """Error and distance of each sampler and spacing against network calls, if they are asked for."""
+        if not self.options.calls:
+            return []
+        metrics, floating = self.metrics, self.floating or self.subject
+
+        def distance(run: SampledChains) -> Measure | None:
+            if metrics is None or run.pixels is None:
+                return None
+            return metrics.distance(self._observe(run, metrics.extractor))
+
+        points = measure_calls(
+            self.subject.sampler, floating.sampler, self.job, self.options.calls, self.console, distance
+        )
+        return to_json(points)
+
     @property
     def _timesteps(self) -> NDArray[np.float64]:
-        return self.subject.manifest.card.sampling.choose(self.job.steps, self.job.sampler).schedule.timesteps
+        return self.subject.manifest.card.sampling.choose(**self.job.chain).schedule.timesteps
 
     def _sample(self) -> tuple[dict[str, SampledChains], Pairs | None]:
         """The chains of each set by name, and the pairs of both engines."""

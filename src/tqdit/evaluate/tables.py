@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tqdit.evaluate.bootstrap import Measure
+from tqdit.evaluate.bootstrap import Measure, number
 from tqdit.evaluate.names import INCEPTION_TITLES, SETS, TITLES
 
 Facts = dict[str, Any]
@@ -35,5 +35,10 @@ def summary(facts: Facts) -> str:
             f"{'engine':<28} {set_title(engine['set']):<20} {engine['precision']}, "
             f"{engine['size_mb']:.2f} MB, {engine['ms_per_image_and_step']:.2f} ms per image and step"
         )
+    lines += [
+        f"{point['calls']} calls of {point['sampler']}, {point['spacing']}: error {number(point['error']['value'])}, "
+        f"median {number(point['error_median'])}, {point['seconds']:.1f} s"
+        for point in sorted(facts.get("calls") or [], key=lambda point: (point["calls"], point["error_median"]))
+    ]
     lines += [f"not computed: {title(metric, facts)} {reason}" for metric, reason in facts["not_computed"].items()]
     return "\n".join(lines)

@@ -50,8 +50,14 @@ class ExportConfig:
 
     def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
         """The chain that the file proposes, or that a step graph computes."""
-        own = calibrated_for(model, table)
-        return model.sampling.choose(own.steps, own.sampler).choose(self.steps, self.sampler)
+        own, placed = calibrated_for(model, table), None if table is None else table.placed
+        chain = model.sampling.choose(own.steps, own.sampler)
+        if placed is not None and self.graph == "denoiser":
+            try:
+                chain = model.sampling.choose(None, placed.sampler, placed.timesteps)
+            except UsageError as error:
+                raise FileFormatError(f"the scale table's placed steps: {error} Calibrate again.") from error
+        return chain.choose(self.steps, self.sampler)
 
     def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
         """With the scale that the quantization scales were found for."""

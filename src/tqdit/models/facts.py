@@ -85,20 +85,31 @@ def fit_time(times: list[tuple[float, float]], tolerance: float) -> tuple[float,
     raise UsageError("the network's timestep is not a linear function of the scheduler's.")
 
 
-def fit_guidance(weights: NDArray[np.float64], tolerance: float) -> tuple[Guidance | None, Sign, dict[str, int]]:
-    """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role."""
-    weights = weights[np.isfinite(weights).all(1)]  # an empty prompt beside an empty negative one tells nothing
-    if not len(weights):
+def fit_guidance(
+    chains: list[NDArray[np.float64]], tolerance: float
+) -> tuple[Guidance | None, Sign, dict[str, int]]:  # fmt: skip
+    """Guidance, the sign of the prediction, and the place of the conditional and the unconditional role.
+
+    chains: of each the weights of its steps, (T, roles).
+    """
+    # an empty prompt beside an empty negative one tells nothing
+    chains = [told for weights in chains if len(told := weights[np.isfinite(weights).all(1)])]
+    if not chains:
         raise UsageError("the conditional and the unconditional predictions are alike in all steps. Record a prompt.")
-    mean = weights.mean(0)
-    spread = float(np.abs(weights - mean).max() / np.abs(mean).max())
+    mean = np.concatenate(chains).mean(0)
+    limit = 10 * tolerance * np.abs(mean).max()
+    spread = max(float(np.abs(weights - weights.mean(0)).max()) for weights in chains) / float(np.abs(mean).max())
     text = ", ".join(f"{weight:.3g}" for weight in mean)
     if spread > 10 * tolerance:
         raise UsageError(
             f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}). {DROP_IN_ONLY}"
         )
+    means = [weights.mean(0) for weights in chains]
+    if others := [each for each in means if np.abs(each - means[0]).max() > limit]:
+        found = " and ".join(f"{np.abs(each).max():.4g}" for each in (means[0], others[0]))
+        raise UsageError(f"the recorded chains have guidance scales {found}. Record one kind at a time.")
     sign: Sign = 1 if mean.sum() > 0 else -1
-    if len(mean) > 2 or abs(abs(mean.sum()) - 1) > 10 * tolerance * np.abs(mean).max():
+    if len(mean) > 2 or abs(abs(mean.sum()) - 1) > limit:
         raise UsageError(f"the predictions of a step have weights {text}; expected one, or g and 1 - g of guidance.")
     if len(mean) == 1:
         return None, sign, {"": 0}

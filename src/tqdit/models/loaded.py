@@ -92,6 +92,7 @@ class LoadedModel:
             origin=self.origin,
             fingerprint=self.fingerprint,
             written_by=__version__,
+            published=None if sampling in (None, self.sampling) else self.sampling,
             quantization=quantization,
             constants={name: digest(value) for name, value in {**self.constants, **self.alike}.items()},
             alike=tuple(self.alike),

@@ -137,6 +137,12 @@ class Recorder:
     ) -> None:
         for undo in self._undo:
             undo()
+        self._undo = []
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it is entered."""
+        return bool(self._undo)
 
     def _begin(self, sample: Tensor) -> None:
         self._fresh = False
@@ -204,9 +210,7 @@ class Recorder:
         """The runs as one recording. Raises UsageError if there is none, or if they differ in more than requests."""
         runs = [run for run in self._runs if run.is_whole]
         if not runs:
-            raise UsageError(
-                "no chain was recorded from its first to its last step. Call the pipeline inside `record`."
-            )
+            raise UsageError(f"no chain was recorded from its first to its last step{self._parts()}")
         first = runs[0]
         for run in runs[1:]:
             kinds = [(each.table, _shapes(each), each.weights[0].shape) for each in (first, run)]
@@ -217,7 +221,7 @@ class Recorder:
                 )
             check_alike(first.constants, run.constants)
         scale, shift = fit_time([pair for run in runs for pair in run.times], first.tolerance)
-        guidance, sign, roles = fit_guidance(np.concatenate([run.weights for run in runs]), first.tolerance)
+        guidance, sign, roles = fit_guidance([np.array(run.weights) for run in runs], first.tolerance)
         requests = _requests(runs, roles)
         process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
@@ -233,6 +237,16 @@ class Recorder:
         )
         latents, text = _latents(runs, type(self.vae).__name__), _examples(runs, found.requests)
         return replace(found, interface=replace(found.interface, latents=latents, text=text))
+
+    def _parts(self) -> str:
+        """How the sentence goes on that says that no chain is whole."""
+        if not self._runs:
+            return ". Call the pipeline inside `record`."
+        run = self._runs[-1]
+        return (
+            f": {len(run.states)} of its {len(run.table.timesteps)} steps were. An engine's loop makes all steps, from "
+            f"noise. {DROP_IN_ONLY}"
+        )
 
 
 class NetworkRecorder:
@@ -258,6 +272,12 @@ class NetworkRecorder:
     ) -> None:
         assert self._undo is not None
         self._undo()
+        self._undo = None
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it is entered."""
+        return self._undo is not None
 
     def recording(self) -> Recording:
         """The calls as one recording. Raises UsageError if there is none, or if they differ in more than their rows."""

@@ -127,6 +127,8 @@ def as_recording(calls: Any) -> Recording:
     """A recording, what `tqdit.record` gave, or the path of a file. Raises UsageError for anything else."""
     if isinstance(calls, str | Path):
         return Recording.load(calls)
+    if getattr(calls, "is_listening", False):
+        raise UsageError("rows are calls that are still being recorded. Leave the `with tqdit.record` block first.")
     found = calls if isinstance(calls, Recording) else getattr(calls, "recording", lambda: None)()
     if not isinstance(found, Recording):
         raise UsageError(

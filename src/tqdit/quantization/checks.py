@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import FileFormatError
-from tqdit.quantization.granularity import ROLES, PerChannel, PerTensor, PerTimestepGroup, Role
+from tqdit.quantization.granularity import ROLES, PerChannel, PerTensor, PerTimestepGroup, PerToken, Role
 from tqdit.quantization.quantizer import Quantizer, Shape
 from tqdit.quantization.rounding import SMALLEST_SCALE, code_range
 
@@ -46,6 +46,10 @@ def check_quantizer(name: str, role: Role, quantizer: Quantizer, groups: int) ->
 
 def _scale_shape(name: str, role: Role, quantizer: Quantizer, groups: int) -> Shape:
     match quantizer.granularity:
+        case PerToken() if not quantizer.tensors:
+            return ()
+        case _ if not quantizer.tensors:
+            pass  # there is no scale that another granularity could have
         case PerTensor():
             return ()
         case PerChannel() if role == "weight":
@@ -59,7 +63,7 @@ def _scale_shape(name: str, role: Role, quantizer: Quantizer, groups: int) -> Sh
             return (n,)
     raise FileFormatError(
         f"'{name}' has granularity {quantizer.granularity}; weights are per tensor or channel, "
-        f"activations per tensor or group. {AGAIN}"
+        f"activations per tensor or group, or per token if their scheme stores no scale. {AGAIN}"
     )
 
 

@@ -22,15 +22,13 @@ from torch.nn import functional as F
 from tqdit.errors import UsageError
 from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, prediction_of, stand_in
+from tqdit.models.products import Convolution, Scores, ValueProduct, is_linear, patches, prediction_of, stand_in
 from tqdit.models.weights import IN_MEMORY, Changes
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerChannel
 from tqdit.quantization.quantizer import Part, Quantizer, factor_scales
 from tqdit.quantization.rounding import codes, rounded
 from tqdit.quantization.table import ScaleTable, Site
-
-CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def apply(model: LoadedModel, table: ScaleTable) -> LoadedModel:
@@ -139,6 +137,15 @@ class QuantizedOperand(nn.Module):
     def subtract(self, x: Tensor, y: Tensor) -> Tensor:
         return x - y
 
+    def divide(self, x: Tensor, y: Tensor) -> Tensor:
+        return x / y
+
+    def maximum(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.maximum(x, y)
+
+    def largest(self, x: Tensor) -> Tensor:
+        return x.abs().amax(-1, keepdim=True)
+
     def negative(self, x: Tensor) -> Tensor:
         return x.clamp(max=0)
 
@@ -146,11 +153,11 @@ class QuantizedOperand(nn.Module):
         return x.clamp(min=0)
 
     def rounded(self, x: Tensor, scale: str) -> Part[Tensor]:
-        held = self.get_buffer(f"held_{scale}")
+        held, bits = self.get_buffer(f"held_{scale}"), self.quantizer.code_bits
         if not held.ndim:
-            return Part(rounded(x, held, self.quantizer.bits))
+            return Part(rounded(x, held, bits))
         ratio = self.constant(f"{scale}_ratio", x)
-        return Part(rounded(x / ratio, self.get_buffer(f"held_{scale}_reference"), self.quantizer.bits), ratio)
+        return Part(rounded(x / ratio, self.get_buffer(f"held_{scale}_reference"), bits), ratio)
 
 
 def multiply(parts: Iterable[Part[Tensor]], product: Callable[[Tensor], Tensor], row_sums: Tensor | None) -> Tensor:
@@ -179,23 +186,23 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         plain = {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}
         vars(self).update(plain)  # networks look at out_channels and the like
-        self.axes = weight.ndim - 2  # of the patches
-        shape = (-1, *[1] * self.axes)
+        self.patch = tuple(weight.shape[2:])  # () of a linear layer
         self.weight = nn.Parameter(weight, requires_grad=False)  # networks look at the dtype of their parameters
         weights = changes.weights
-        self.register_buffer("row_sums", weights.read(weight).flatten(1).sum(1).reshape(shape), persistent=False)
-        bias = None if module.bias is None else weights.read(module.bias).reshape(shape)
+        self.register_buffer("row_sums", weights.read(weight).flatten(1).sum(1), persistent=False)
+        bias = None if module.bias is None else weights.read(module.bias)
         self.register_buffer("bias", bias, persistent=False)
         self.quantize = quantize
 
     def product(self, x: Tensor) -> Tensor:
-        if not self.axes:
-            return F.linear(x, self.weight)
-        return CONVOLVE[self.axes - 1](x, self.weight, stride=self.weight.shape[2:])
+        return F.linear(x, self.weight.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        grid = [side // step for side, step in zip(x.shape[2:], self.patch, strict=True)] if self.patch else []
+        x = patches(x, self.patch) if self.patch else x  # tokens, of C p p channels
         y = self.product(x) if self.quantize is None else multiply(self.quantize.parts(x), self.product, self.row_sums)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y.transpose(1, 2).reshape(len(y), -1, *grid) if self.patch else y
 
 
 class QuantizedProduct(nn.Module):

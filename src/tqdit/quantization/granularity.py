@@ -33,7 +33,12 @@ class PerTimestepGroup:
     n: int
 
 
-Granularity = PerTensor | PerChannel | PerTimestepGroup
+@dataclass(frozen=True)
+class PerToken:
+    """One scale per token, found over the last axis while the network runs: shape (..., 1), of which none is stored."""
+
+
+Granularity = PerTensor | PerChannel | PerTimestepGroup | PerToken
 
 
 def granularity_to_text(granularity: Granularity) -> str:
@@ -44,6 +49,8 @@ def granularity_to_text(granularity: Granularity) -> str:
             return f"channel:{axis}"
         case PerTimestepGroup(n):
             return f"group:{n}"
+        case PerToken():
+            return "token"
 
 
 def granularity_from_text(text: str) -> Granularity:
@@ -51,9 +58,13 @@ def granularity_from_text(text: str) -> Granularity:
     kind, _, number = text.partition(":")
     if kind == "tensor" and not number:
         return PerTensor()
+    if kind == "token" and not number:
+        return PerToken()
     if kind in ("channel", "group") and number.isdecimal() and len(number) < 10:
         return PerChannel(int(number)) if kind == "channel" else PerTimestepGroup(int(number))
-    raise FileFormatError(f"granularity '{text}' is unknown; known are tensor, channel:AXIS, group:N. Calibrate again.")
+    raise FileFormatError(
+        f"granularity '{text}' is unknown; known are tensor, channel:AXIS, group:N, token. Calibrate again."
+    )
 
 
 def group_of(boundaries: NDArray[np.float64], timesteps: NDArray[Any]) -> NDArray[np.int64]:

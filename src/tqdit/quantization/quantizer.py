@@ -63,6 +63,13 @@ class Arithmetic(Protocol[V]):
 
     def subtract(self, x: V, y: V) -> V: ...
 
+    def divide(self, x: V, y: V) -> V: ...
+
+    def maximum(self, x: V, y: V) -> V: ...
+
+    def largest(self, x: V) -> V:
+        """max |x| over the last axis, (..., 1)."""
+
     def negative(self, x: V) -> V:
         """min(x, 0)."""
 
@@ -90,6 +97,8 @@ class GraphArithmetic(Arithmetic[V], Protocol[V]):
 @dataclass(frozen=True, eq=False)
 class Quantizer(ABC):
     """Parameters of one quantized tensor. A subclass adds a field for each entry of `tensors`.
+
+    One without tensors finds its scales while the network runs; its granularity is per token.
 
     A scheme for weights has the tensor `scale` and int8 codes c with x^ = s c: engines know no other weights.
     """
@@ -148,6 +157,11 @@ class Quantizer(ABC):
         """x^ float32, of x's shape: the definition of the scheme. The `tensors` broadcast against x."""
 
     # rounding and the product -----------------------------------------------------------------------------------------
+
+    @property
+    def code_bits(self) -> int:
+        """To how many bits `Arithmetic.rounded` clips."""
+        return self.bits
 
     def constants(self) -> dict[str, Float32]:
         """The numbers that the forms use, float32, of shape () or (G,)."""

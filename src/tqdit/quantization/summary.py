@@ -33,10 +33,22 @@ def facts(table: ScaleTable) -> list[tuple[str, object]]:
         ("time groups", f"{table.groups}, on {grouped} tensors; boundaries [{boundaries}]"),
         *_equalised(table),
         ("guidance", f"calibrated at scale {table.guidance_scale}, seed {table.seed}"),
+        *_placed(table),
         ("method", ", ".join(str(settings[key]) for key in ("method", "metric", "fisher") if key in settings)),
         ("error", f"median {np.median(list(table.errors.values())):.2e}" if table.errors else "not recorded"),
         *(("", f"{error:.2e}  {name}") for name, error in worst),
         ("written by", ", ".join(f"{name} {version}" for name, version in table.versions.items())),
+    ]
+
+
+def _placed(table: ScaleTable) -> list[tuple[str, object]]:
+    if table.placed is None:
+        return []
+    placed = table.placed
+    timesteps = ", ".join(f"{timestep:g}" for timestep in placed.timesteps)
+    return [
+        ("placed steps", f"{len(placed.timesteps)} of {placed.sampler} at [{timesteps}]"),
+        *(("", f"{error:.2e}  error of {placed.images} images, steps {name}") for name, error in placed.errors.items()),
     ]
 
 

@@ -75,6 +75,7 @@ class ScaleTable:
     boundaries <= t.
     errors: module -> error of its quantized output relative to the output's energy, in the metric of the search.
     interface: of a recorded network, what an export must know besides its weights.
+    placed: where the steps of a short chain lie best, found with these scales.
     """
 
     model: str  # what the user wrote: 'demo' or a path
@@ -88,6 +89,7 @@ class ScaleTable:
     errors: Mapping[str, float] = field(default_factory=dict)
     golden: GoldenCalls | None = None
     interface: Interface | None = None
+    placed: PlacedSteps | None = None
 
     def __post_init__(self) -> None:
         """Raises FileFormatError on the first thing that is wrong."""
@@ -159,8 +161,25 @@ class ScaleTable:
         return Header(
             FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
             dict(self.settings), versions, dict(self.errors), entries,
-            None if self.interface is None else self.interface.entry,
+            None if self.interface is None else self.interface.entry, self.placed or msgspec.UNSET,
         )  # fmt: skip
+
+
+class PlacedSteps(msgspec.Struct, frozen=True):
+    """The timesteps of a short chain, and the error of x_0 of chains of as many calls on the quantized network.
+
+    errors: spacing -> |x - x_ref|^2 / |x_ref|^2, geometric mean over `images` of noise that the search did not see;
+    x_ref is the end of a long chain of the float network. 'placed' is this one.
+    """
+
+    sampler: str
+    timesteps: tuple[float, ...]
+    errors: dict[str, float]
+    images: int
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) and value >= 0 for value in self.errors.values()):
+            raise ValueError(f"errors {self.errors}, expected numbers >= 0")
 
 
 class SiteEntry(msgspec.Struct):
@@ -186,6 +205,7 @@ class Header(msgspec.Struct):
     errors: dict[str, float]
     sites: list[SiteEntry]
     interface: InterfaceEntry | None = None
+    placed: PlacedSteps | msgspec.UnsetType = msgspec.UNSET
 
 
 def even_boundaries(groups: int, span: tuple[float, float] = (0, 1000)) -> NDArray[np.float64]:
@@ -250,6 +270,7 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
+        header.placed or None,
     )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ class Chains:
         self._predictions: list[Float32] = []
         self._requests = {name: port.zeros(capacity) for name, port in signature.request_values.items()}
         self._inputs = {port.name: port.zeros(capacity * self._rows_per_image) for port in signature.ports}
-        self._views: dict[str, NDArray[Any]] | None = None  # of the inputs; None: the chains in use have changed
+        self._views: dict[str, NDArray[Any]] | None = None  # of the inputs; None: the rows of a call have changed
+        self._guided: NDArray[np.int64] | None = None  # chains with an unconditional row; None: all or, unguided, none
         self._current: Float32 | None = None  # coefficients of the steps to compute; None: not gathered yet
         self._finite_values = np.zeros((capacity, self._x[0].size if capacity else 0), np.bool_)
         self._finite = np.zeros(capacity, np.bool_)
@@ -62,6 +63,11 @@ class Chains:
     def x(self) -> Float32:
         """The states (count, ...) in place: copy them to keep them past the next step."""
         return self._x[: self.count]
+
+    @property
+    def prediction(self) -> Float32:
+        """The predictions (count, ...) that the last step was made with, guided, in place."""
+        return self._prediction[: self.count]
 
     def step_of(self, chain: int) -> int:
         """The step that this chain computes next; -1 after its last one."""
@@ -117,15 +123,21 @@ class Chains:
         return {"x": self._x, "step": self._step, **past}
 
     def inputs(self) -> Mapping[str, NDArray[Any]]:
-        """The ports of the next network call: views of shape (count * rows per image, ...), conditional rows first."""
-        if self._views is None:
+        """The ports of the next network call: views of shape (count * rows per image, ...), conditional rows first.
+
+        A chain whose step is outside its guidance interval has no unconditional row.
+        """
+        guided = self._guided_chains()
+        if self._views is None or not _equal(guided, self._guided):
+            self._guided = guided
             self._views = self._fill_requests()
         count, signature = self.count, self.signature
         state, time = self._views[signature.state.name], self._views[signature.time.name]
         np.multiply(self.x, column(self._coefficients()[:, INPUT_SCALE], state.ndim), out=state[:count])
         time[:count] = [schedule.timesteps[step] for schedule, step in zip(self._schedules, self._step, strict=False)]
         if self.guidance is not None:
-            state[count:], time[count:] = state[:count], time[:count]
+            chosen = slice(count) if guided is None else guided
+            state[count:], time[count:] = state[chosen], time[chosen]
         return self._views
 
     def advance(self, output: Float32) -> NDArray[np.bool_]:
@@ -134,14 +146,14 @@ class Chains:
         output (count * rows per image, K, ...). Raises BackendError for another shape.
         """
         count = self.count
-        expected = (count * self._rows_per_image, *self._output_shape)
+        expected = (self._rows, *self._output_shape)
         if output.shape != expected:
             raise BackendError(f"the engine returned shape {output.shape} for {expected}. Build the engine again.")
         x, prediction, rows = self.x, self._prediction[:count], self._coefficients()
         if self.guidance is None:
             np.copyto(prediction, output[:, : self._shape[0]])
         else:
-            self.guidance.combine(output, self._scale[:count], prediction)
+            self.guidance.combine(output, self._scale[:count], prediction, self._guided)
         noise_part = self._noise_of(rows, output[:count, self._shape[0] :])
         self._update(prediction, [column(weight, x.ndim) for weight in rows[:, SPREAD + 1 :].T])
         if noise_part is not None:
@@ -226,18 +238,37 @@ class Chains:
         self.count = count
         self._views = self._current = None
 
+    @property
+    def _rows(self) -> int:
+        """Of the network call."""
+        return self.count * self._rows_per_image if self._guided is None else self.count + len(self._guided)
+
+    def _guided_chains(self) -> NDArray[np.int64] | None:
+        """Those whose step has guidance; None: all of them, or the model has none."""
+        masks = [schedule.guided for schedule in self._schedules]
+        if self.guidance is None or all(mask is None for mask in masks):
+            return None
+        steps = self._step[: self.count]
+        found = np.flatnonzero([mask is None or mask[step] for mask, step in zip(masks, steps, strict=True)])
+        return None if len(found) == self.count else found
+
     def _fill_requests(self) -> dict[str, NDArray[Any]]:
         """The inputs of the chains in use, with the requests in them."""
         count = self.count
-        views = {name: values[: count * self._rows_per_image] for name, values in self._inputs.items()}
+        views = {name: values[: self._rows] for name, values in self._inputs.items()}
+        chosen = slice(count) if self._guided is None else self._guided
         for port in self.signature.requests:
             view = views[port.name]
             view[:count] = self._requests[port.name][:count]
             if self.guidance is not None and port.null == "own":
-                view[count:] = self._requests[f"{NEGATIVE}{port.name}"][:count]
+                view[count:] = self._requests[f"{NEGATIVE}{port.name}"][chosen]
             elif self.guidance is not None:
-                view[count:] = view[:count] if port.null is None else port.null
+                view[count:] = view[chosen] if port.null is None else port.null
         return views
+
+
+def _equal(a: NDArray[np.int64] | None, b: NDArray[np.int64] | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
 @lru_cache(maxsize=256)

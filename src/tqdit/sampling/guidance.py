@@ -29,12 +29,19 @@ class Guidance:
         if self.channels is not None and self.channels < 1:
             raise UsageError(f"guidance of {self.channels} channels; expected at least one.")
 
-    def combine(self, output: Float32, scale: Float32, out: Float32) -> None:
+    def combine(self, output: Float32, scale: Float32, out: Float32, only: NDArray[np.int64] | None = None) -> None:
         """Write the guided prediction of B images into `out` (B, C, ...).
 
-        output (2 B, K, ...), K >= C, scale (B,). Other channels are those of the conditional row.
+        output (2 B, K, ...), K >= C, scale (B,). Other channels are those of the conditional row. only (U,): the
+        images that have an unconditional row, if not all of them: output (B + U, K, ...).
         """
         images = len(out)
+        if only is not None:
+            np.copyto(out, output[:images, : out.shape[1]])
+            part, pairs = np.empty_like(out[: len(only)]), np.concatenate([output[only], output[images:]])
+            self.combine(pairs, scale[only], part)
+            out[only] = part
+            return
         moved = out.shape[1] if self.channels is None else min(self.channels, out.shape[1])
         conditional, unconditional = output[:images], output[images:]
         guided = out[:, :moved]

@@ -5,7 +5,8 @@ A *timestep* is what the network is told, in its own unit. Steps of a chain are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -187,6 +188,10 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
             "record a chain of that length."
         )
 
+    def timesteps(self, steps: int) -> Float64:
+        """What the network is told in the recorded chain of T steps, (T,)."""
+        return self.time_scale * np.array(self.table(steps).timesteps) + self.time_shift
+
     def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:  # noqa: ARG002 (as its siblings)
         """Raises UsageError: a recording does not tell how data was noised."""
         raise UsageError(f"how data was noised for {self.scheduler} was not recorded. Calibrate on recorded rows.")
@@ -214,3 +219,14 @@ class Unsampled(msgspec.Struct, frozen=True, tag="unsampled"):
 
 
 Process = Diffusion | Flow | Recorded | Unsampled
+
+
+def check_timesteps(process: Process, timesteps: Sequence[float], steps: int) -> None:
+    """Refuse timesteps that a chain of T steps cannot visit, ascending."""
+    least, most = process.span
+    whole = isinstance(process, Diffusion)
+    inside = [t >= least and t < most and float(t).is_integer() if whole else least < t <= most for t in timesteps]
+    if len(timesteps) != steps or not all(inside) or any(a >= b for a, b in pairwise(timesteps)):
+        numbers = f"whole numbers from {least:g} to {most - 1:g}" if whole else f"above {least:g}, at most {most:g}"
+        found = ", ".join(f"{t:g}" for t in timesteps[:8]) + ", ..." * (len(timesteps) > 8)
+        raise UsageError(f"timesteps {found} of a chain of {steps} steps; expected {steps} ascending ones, {numbers}.")

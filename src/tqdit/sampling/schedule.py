@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
 from tqdit.sampling import samplers
-from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Process, Recorded, Unsampled
+from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Flow, Process, Recorded, Unsampled, check_timesteps
 
 MOST_LAG = 3
 
@@ -35,6 +37,7 @@ class Schedule:
     input_scale: Float64
     log_variance: tuple[Float64, Float64] | None = None  # low and high
     initial_scale: float = 1.0
+    guided: NDArray[np.bool_] | None = None  # (T,): whether a step computes the unconditional row; None: each does
 
     def __post_init__(self) -> None:
         arrays = (self.state_weights, self.output_weights)
@@ -82,6 +85,8 @@ class SamplingSpec:
     process: Process = Diffusion()  # noqa: RUF009 (frozen)
     sampler: str = "ddpm"
     steps: int = 250
+    timesteps: tuple[float, ...] = ()  # where the steps lie, ascending; empty: where the sampler puts them
+    guidance_interval: tuple[float, float] | None = None  # timesteps with guidance, both ends included; None: all
 
     def __post_init__(self) -> None:
         if isinstance(self.process, Unsampled):
@@ -91,6 +96,10 @@ class SamplingSpec:
             raise UsageError(
                 f"sampler '{self.sampler}' is unknown, or not one for this model; known are {', '.join(known)}."
             )
+        if self.timesteps:
+            check_timesteps(self.process, self.timesteps, self.steps)
+        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
+            raise UsageError(f"guidance interval {self.guidance_interval}; expected two timesteps, lower first.")
         _ = self.schedule  # which knows what fits together
 
     @property
@@ -100,24 +109,49 @@ class SamplingSpec:
             raise UsageError(NO_CHAIN)
         return make_schedule(self)
 
-    def choose(self, steps: int | None = None, sampler: str | None = None) -> SamplingSpec:
-        """With other steps or another sampler, where they are given."""
-        return replace(
-            self, steps=self.steps if steps is None else steps, sampler=self.sampler if sampler is None else sampler
-        )
+    def choose(
+        self, steps: int | None = None, sampler: str | None = None, timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> SamplingSpec:  # fmt: skip
+        """With what is given of another chain.
+
+        timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
+        sampler stay as they are, else where the sampler puts them.
+        """
+        placed = None if timesteps is None else tuple(map(float, timesteps))
+        steps = (len(placed) if placed else self.steps) if steps is None else steps
+        sampler = self.sampler if sampler is None else sampler
+        if placed is None:
+            placed = self.timesteps if (steps, sampler) == (self.steps, self.sampler) else ()
+        interval = self.guidance_interval if guidance_interval is None else guidance_interval
+        return replace(self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval)
 
     def __str__(self) -> str:
-        """'250 steps of ddpm', or by the scheduler that was recorded."""
+        """'250 steps of ddpm', '12 placed steps of dpm++2m', or by the scheduler that was recorded."""
         if isinstance(self.process, Unsampled):
             return "no chain"
         name = self.process.scheduler if isinstance(self.process, Recorded) else self.sampler
-        return f"{self.steps} steps of {name}"
+        interval = self.guidance_interval
+        guided = "" if interval is None else f" with guidance from timestep {interval[0]:g} to {interval[1]:g}"
+        return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}{guided}"
 
 
 @lru_cache(maxsize=256)
 def make_schedule(spec: SamplingSpec) -> Schedule:
-    schedule: Schedule = find_samplers()[spec.sampler].schedule(spec.process, spec.steps)
-    return schedule
+    module = find_samplers()[spec.sampler]
+    assert not isinstance(spec.process, Unsampled)
+    timesteps = np.array(spec.timesteps) if spec.timesteps else visits(module, spec.process, spec.steps)
+    schedule: Schedule = module.schedule(spec.process, timesteps)
+    if spec.guidance_interval is None:
+        return schedule
+    low, high = spec.guidance_interval
+    return replace(schedule, guided=(low <= schedule.timesteps) & (schedule.timesteps <= high))
+
+
+def visits(module: ModuleType, process: Diffusion | Flow | Recorded, steps: int) -> Float64:
+    """The timesteps of a chain of T steps, ascending, (T,), unless they are placed."""
+    found: Float64 = module.visits(process, steps) if hasattr(module, "visits") else process.timesteps(steps)
+    return found
 
 
 def find_samplers() -> dict[str, ModuleType]:

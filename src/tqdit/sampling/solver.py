@@ -45,8 +45,11 @@ class Path:
             return np.where(np.isinf(before) | np.isinf(self.length), 0.0, self.length / before / 2)
 
 
-def path_of(process: Diffusion | Flow, steps: int) -> Path:
-    timesteps = process.noisy_timesteps(steps)
+def noisy_timesteps(process: Diffusion | Flow, steps: int) -> Float64:
+    return process.noisy_timesteps(steps)
+
+
+def path_of(process: Diffusion | Flow, timesteps: Float64) -> Path:
     a, b = process.mix(timesteps)
     with np.errstate(divide="ignore"):
         snr = np.append(np.inf, np.log(a) - np.log(b))

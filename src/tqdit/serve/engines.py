@@ -44,6 +44,7 @@ class Order:
     count: int
     seed: int
     guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
     steps: int
     sampler: str
     previews: int
@@ -127,13 +128,15 @@ class ServedEngine:
         if previews > settings.most_previews:
             raise _bad("previews", f"previews are {previews}; expected 0 to {settings.most_previews}.")
         scale = check_scale(card.guidance, asked.guidance_scale)
-        spec = card.sampling.choose(asked.steps, asked.sampler)
+        spec = self.batcher.sampler.choose(
+            steps=asked.steps, sampler=asked.sampler, guidance_interval=asked.guidance_interval
+        )
         _ = spec.schedule  # raises for numbers that the sampler does not take
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         check_key(seed, 0)
         return Order(
-            self, await self._content(asked), count, seed, None if card.guidance is None else scale, spec.steps,
-            spec.sampler, previews, asked.response_format == "url",
+            self, await self._content(asked), count, seed, None if card.guidance is None else scale,
+            spec.guidance_interval, spec.steps, spec.sampler, previews, asked.response_format == "url",
         )  # fmt: skip
 
     async def _content(self, asked: ImageRequest) -> Any:
@@ -182,8 +185,8 @@ class ServedEngine:
         try:
             return self.batcher.submit(
                 order.content, guidance_scale=order.guidance_scale, seed=order.seed, image_index=index,
-                steps=order.steps, sampler=order.sampler, deadline=deadline_s, on_progress=on_progress,
-                preview_every=every,
+                steps=order.steps, sampler=order.sampler, guidance_interval=order.guidance_interval,
+                deadline=deadline_s, on_progress=on_progress, preview_every=every,
             )  # fmt: skip
         except QueueFullError as error:
             raise self.full(order.count) from error

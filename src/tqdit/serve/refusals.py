@@ -77,7 +77,9 @@ def bad_json(error: msgspec.DecodeError) -> Refusal:
 
 
 _PARAMS = (
-    ("guidance scale", "guidance_scale"), ("sampler", "sampler"), ("seed", "seed"), ("step", "steps"),
+    ("guidance scale", "guidance_scale"), ("guidance interval", "guidance_interval"),
+    ("guidance, which has no interval", "guidance_interval"),
+    ("sampler", "sampler"), ("seed", "seed"), ("step", "steps"),
     ("prompt", "prompt"),
 )  # fmt: skip
 

@@ -14,7 +14,8 @@ Name = Annotated[str, Meta(max_length=200)]
 
 
 class ImageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What to draw. `class`, `seed`, `guidance_scale`, `steps`, `sampler` and `previews` are not OpenAI's.
+    """What to draw. `class`, `seed`, `guidance_scale`, `guidance_interval`, `steps`, `sampler` and `previews` are not
+    OpenAI's.
 
     null stands for a field that is left out.
     """
@@ -35,6 +36,10 @@ class ImageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="equal requests with one seed make equal images; by default random, and in the answer"),
     ] = None
     guidance_scale: Annotated[float | None, Meta(description="by default the model's own")] = None
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Meta(description="lowest and highest timestep with guidance; the steps outside cost half; by default all"),
+    ] = None
     steps: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="by default the model's own")] = None
     sampler: Annotated[Name | None, Meta(description="by default the model's own")] = None
     previews: Annotated[
@@ -66,6 +71,7 @@ class ImageAnswer(Struct, kw_only=True):
     steps: int
     sampler: str
     guidance_scale: float | None  # null: the model takes none
+    guidance_interval: tuple[float, float] | None = None  # null: every step has guidance
     output_format: Literal["png"] = "png"
 
 
@@ -153,6 +159,7 @@ class CompletedImage(Struct, kw_only=True, omit_defaults=True, tag="image_genera
     seed: int
     sampler: str
     guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None = None
     size: str
     b64_json: str | None = None
     url: str | None = None

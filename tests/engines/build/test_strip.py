@@ -27,6 +27,7 @@ KINDS = {
     "asymmetric, one group": Kind(asymmetric=True),
     "W4A6": Kind(weight_bits=4, activation_bits=6, conditioning_inputs=True),
     "equalised": Kind(groups=4, everywhere=True, equalised=True),
+    "dynamic": Kind(dynamic=True, conditioning_inputs=True),
 }
 
 

@@ -183,6 +183,80 @@ def test_steps_and_sampler_are_chosen_per_call(bundle, card, steps, sampler):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
+PLACED = (40.0, 310.0, 620.0, 999.0)
+
+
+def test_placed_steps_of_the_card_are_the_default_and_another_chain_is_chosen_by_name(bundle, card):
+    placed = replace(card, sampling=card.sampling.choose(sampler="ddim", timesteps=PLACED), published=card.sampling)
+    model, labels = support.tiny_model(pixels=True), np.array([0, 3])
+    with Sampler.open(bundle) as opened:
+        ours = Sampler(placed, opened.predict)
+        usual = ours.sample_latents(labels, 2.0, 5)
+        named = ours.sample_latents(labels, 2.0, 5, steps=4, sampler="ddim")
+        np.testing.assert_array_equal(usual, named)
+        np.testing.assert_array_equal(usual, opened.sample_latents(labels, 2.0, 5, sampler="ddim", timesteps=PLACED))
+        with StepBatcher(ours, batch=2) as batcher:
+            alone = batcher.submit(3, guidance_scale=2.0, seed=5, image_index=1).result(60)
+        np.testing.assert_array_equal(alone, ours.to_images(usual[1:])[0])
+        for other in ({"timesteps": ()}, {"steps": 6}, {"steps": 20, "sampler": "ddpm"}):
+            found = ours.sample_latents(labels, 2.0, 5, **other)
+            expected = support.reference_chain(model, placed.sampling.choose(**other), labels, 2.0, seed=5)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
+            assert np.abs(found - usual).max() > 0.01
+
+
+def test_outside_the_guidance_interval_an_image_is_that_of_its_conditional_rows(bundle):
+    """Guidance scale 1 is no guidance; an interval that holds no timestep gives the same with half the rows."""
+    rows = []
+    with Sampler.open(bundle, batch=3) as ours:
+
+        def count(inputs):
+            rows.append(len(inputs["x"]))
+            return ours.predict(inputs)
+
+        counted = Sampler(ours.card, count, batch=3)
+        chain = {"steps": 5, "sampler": "ddim"}
+        without = counted.sample_latents(LABELS[:3], 3.0, 5, guidance_interval=(2000, 3000), **chain)
+        assert rows == 5 * [3]
+        np.testing.assert_allclose(without, ours.sample_latents(LABELS[:3], 1.0, 5, **chain), rtol=0, atol=1e-3)
+        every = ours.sample_latents(LABELS[:3], 3.0, 5, guidance_interval=(0, 999), **chain)
+        np.testing.assert_array_equal(every, ours.sample_latents(LABELS[:3], 3.0, 5, **chain))
+        half = ours.sample_latents(LABELS[:3], 3.0, 5, guidance_interval=(200, 800), **chain)
+        assert min(np.abs(half - other).max() for other in (without, every)) > 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_an_image_with_an_interval_does_not_change_with_its_neighbours_bit_for_bit(bundle_of, batch):
+    """On an int8 engine; in a batcher, images inside and outside the interval share calls."""
+    interval = {"steps": 6, "sampler": "ddim", "guidance_interval": (300.0, 700.0)}
+    with Sampler.open(bundle_of(kind=Kind(asymmetric=True, groups=10, everywhere=True)), batch=batch) as sampler:
+        expected = sampler.sample(LABELS, 2.0, 4, **interval)
+        other = sampler.sample([1], 2.0, 4, steps=9)
+        with StepBatcher(sampler) as batcher:
+            beside = batcher.submit(1, guidance_scale=2.0, seed=4, steps=9)
+            found = [
+                batcher.submit(label, guidance_scale=2.0, seed=4, image_index=image, **interval)
+                for image, label in enumerate(LABELS)
+            ]
+            np.testing.assert_array_equal(np.stack([future.result(60) for future in found]), expected)
+            np.testing.assert_array_equal(beside.result(60), other[0])
+
+
+def test_an_interval_that_an_engine_cannot_do_is_refused(bundle, bundle_of, card):
+    asked = {"guidance_interval": (200, 800)}
+    for refusing in (
+        Sampler(replace(card, guidance=None), dict),
+        Sampler(replace(card, rows=2), dict),
+        Sampler(card, dict, any_rows=False),
+    ):
+        with pytest.raises(UsageError, match=r"without guidance|numbers of rows"):
+            refusing.sample_latents([0], **asked)
+        with StepBatcher(refusing) as batcher, pytest.raises(UsageError, match=r"without guidance|numbers of rows"):
+            batcher.submit(0, **asked)
+    with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match=r"\(800, 200\)"):
+        sampler.sample_latents([0], guidance_interval=(800, 200))
+
+
 @pytest.mark.parametrize(
     ("chain", "message"),
     [({"steps": 0}, "--steps is 0"), ({"steps": 1001}, "1 to 1000"), ({"sampler": "euler"}, "known are ddim, ddpm")],

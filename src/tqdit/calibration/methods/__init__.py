@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tqdit.calibration.config import QuantizationConfig
-from tqdit.calibration.methods import gptq, min_max, search
+from tqdit.calibration.methods import gptq, min_max, search, weights
 from tqdit.calibration.problem import Problem, Solution
 
 Method = Callable[[Problem, QuantizationConfig], Solution]
 
-METHODS: dict[str, Method] = {"search": search.solve, "min-max": min_max.solve, "gptq": gptq.solve}
+METHODS: dict[str, Method] = {
+    "search": search.solve,
+    "min-max": min_max.solve,
+    "gptq": gptq.solve,
+    "weights": weights.solve,
+}
 
 __all__ = ["METHODS", "Method"]

@@ -105,7 +105,7 @@ def _is_ours(value: ir.Value, module: str) -> bool:
         return value.name == f"{module}.input.shift"
     if node.op_type in (TIME_GROUP_SELECT, MULTI_REGION_NUMERATOR):
         return True
-    return scope_of(node) == module and node.op_type in {*AFTER, "MatMul"}
+    return scope_of(node) == module and node.op_type in {*AFTER, "MatMul", "Max"}  # Max: the scale of each token
 
 
 def _float_weight(graph: ir.Graph, module: str, stored: ir.Value) -> ir.Value:

@@ -49,17 +49,18 @@ class Sampler:
         with Sampler.open("model.engine") as sampler:
             images = sampler.sample([0, 1, 2], seed=7)  # uint8 (3, H, W, 3)
 
-    An image depends on the engine, the seed, its index, its request, the guidance scale, the sampler and its number of
-    steps, and on nothing else.
+    An image depends on the engine, the seed, its index, its request, the guidance scale, the sampler and its steps, and
+    on nothing else.
     """
 
     def __init__(
         self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16,
-        folder: Path | None = None,
+        folder: Path | None = None, any_rows: bool = True,
     ) -> None:  # fmt: skip
         """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
         videos (B, C, F, H, W), in -1..1. folder: of the bundle, if it may have text encoders.
-        batch: images per call at most. `close` closes both if they have a method of that name.
+        any_rows: whether the network takes any number of rows. batch: images per call at most. `close` closes both if
+        they have a method of that name.
         """
         check_graph(card)
         self.card = card
@@ -67,6 +68,7 @@ class Sampler:
         self._network: Network | None = network
         self._decoder = decoder
         self._folder = folder  # with the text encoders
+        self._any_rows = any_rows
         self._texts: TextEncoder | None = None
 
     @classmethod
@@ -91,7 +93,7 @@ class Sampler:
         elif verify is None:
             verify_once(Path(path), manifest, network)
         decoder = load(manifest.decoder) if manifest.decoder else None
-        return cls(manifest.card, network, decoder, batch, Path(path))
+        return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None)
 
     @property
     def makes_images(self) -> bool:
@@ -111,22 +113,28 @@ class Sampler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.uint8]:
         """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
 
         requests: the classes, for a class-conditional model (ints in 0..num_classes; the last one is unconditional);
         the number of images, for an unconditional one; in general a dict with an array (N, ...) for each request port.
-        guidance_scale, steps, sampler: None: what the engine's card proposes. callback: called after every step;
+        guidance_scale, steps, sampler: None: what the engine's card proposes. timesteps: where the steps lie,
+        ascending; None: where the engine's card places them, if steps and sampler are those that it proposes, else
+        where the sampler puts them, and so for (). guidance_interval: lowest and highest timestep with guidance
+        (arXiv 2404.07724); outside, an image has one row of a call in place of two. callback: called after every step;
         returning True stops with SamplingStopped. first_image: index of the first image; image i of one call equals
         image 0 of a call with first_image=i. Raises UsageError for values that the model does not take.
         """
         self._check_makes_images()
-        return self.to_images(
-            self.sample_latents(
-                requests, guidance_scale, seed, callback, steps=steps, sampler=sampler, first_image=first_image
-            )
-        )
+        latents = self.sample_latents(
+            requests, guidance_scale, seed, callback,
+            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
+            first_image=first_image,
+        )  # fmt: skip
+        return self.to_images(latents)
 
     def sample_latents(
         self,
@@ -137,13 +145,16 @@ class Sampler:
         *,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
         if isinstance(requests, Sized) and not isinstance(requests, Mapping):
             self._check_memory(len(requests))  # before they become an array
         count, arrays = check_requests(self.card.signature, requests)
-        scale, spec = check_scale(self.card.guidance, guidance_scale), self.card.sampling.choose(steps, sampler)
+        scale = check_scale(self.card.guidance, guidance_scale)
+        spec = self.choose(steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval)
         check_key(seed, first_image)
         self._check_memory(count)
         done = np.empty((count, *self.card.state_shape), np.float32)
@@ -153,6 +164,13 @@ class Sampler:
             rows = {name: values[part] for name, values in arrays.items()}
             done[part] = self._chain(rows, images, scale, seed, spec, callback)
         return done
+
+    def choose(self, **chain: Any) -> SamplingSpec:
+        """The chain of these `steps`, `sampler`, `timesteps` and `guidance_interval`, as `sample` takes them.
+
+        Raises UsageError for what this engine cannot do.
+        """
+        return self.card.choose(self._any_rows, **chain)
 
     def _check_memory(self, count: int) -> None:
         check_memory(f"{count} images at once", count * bytes_per_image(self.card)[0], "Sample fewer at a time.")

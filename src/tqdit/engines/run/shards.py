@@ -12,7 +12,7 @@ import hashlib
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -80,6 +80,8 @@ class SamplingJob:
     shard_size: int = SHARD_SIZE
     content: Content = "images"
     prompts: PromptSource | None = None  # of the images in turn; None: a model that takes a class, or nothing
+    timesteps: tuple[float, ...] = ()  # where the steps lie; (): where the sampler puts them
+    guidance_interval: tuple[float, float] | None = None  # lowest and highest timestep with guidance; None: all
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
@@ -104,6 +106,12 @@ class SamplingJob:
         return cycle.take(np.asarray(self.images(shard)) % len(cycle))
 
     @property
+    def chain(self) -> dict[str, Any]:
+        """What `SamplingSpec.choose` and `Sampler.sample` take of the chain."""
+        names = ("steps", "sampler", "timesteps", "guidance_interval")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The arrays of a shard."""
         return NAMES[self.content] if self.classes or self.prompts else NAMES[self.content][:1]
@@ -120,7 +128,7 @@ class SamplingJob:
         sample = sampler.sample if self.content == "images" else sampler.sample_latents
         samples = sample(
             requests, self.guidance_scale, self.seed, callback,
-            steps=self.steps, sampler=self.sampler, first_image=images.start,
+            **self.chain, first_image=images.start,
         )  # fmt: skip
         return {name: array for name, array in zip(self.names, (samples, labels), strict=False) if array is not None}
 
@@ -128,13 +136,17 @@ class SamplingJob:
 def describe_job(
     engine: Path, manifest: Manifest, shown: list[int] | Prompts | None, seed: int, count: int,
     shard_size: int = SHARD_SIZE, *, guidance_scale: float | None = None, steps: int | None = None,
-    sampler: str | None = None,
+    sampler: str | None = None, timesteps: Sequence[float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> SamplingJob:  # fmt: skip
     """A job for a bundle. shown: classes or prompts, in turn; None: all classes of the model. guidance_scale, steps,
-    sampler None: what its card proposes. Raises UsageError for what the model cannot do.
+    sampler, timesteps, guidance_interval: as for `Sampler.sample`. Raises UsageError for what the model cannot do.
     """
     card = manifest.card
-    scale, spec = check_scale(card.guidance, guidance_scale), card.sampling.choose(steps, sampler)
+    scale = check_scale(card.guidance, guidance_scale)
+    spec = card.choose(
+        manifest.batch is None, steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval
+    )
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
     prompts = shown if isinstance(shown, Prompts) else None
@@ -149,6 +161,8 @@ def describe_job(
         shard_size=shard_size,
         content="images" if makes_images(manifest) else "latents",
         prompts=None if prompts is None else prompts.source,
+        timesteps=spec.timesteps,
+        guidance_interval=spec.guidance_interval,
     )
 
 

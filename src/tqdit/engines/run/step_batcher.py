@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +168,8 @@ class StepBatcher:
         image_index: int = 0,
         steps: int | None = None,
         sampler: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         deadline: float | None = None,
         on_progress: ProgressCallback | None = None,
         preview_every: int = 0,
@@ -177,8 +179,8 @@ class StepBatcher:
         The result is a uint8 image (H, W, 3), or the float32 state of a latent model without a decoder.
 
         request: the class (0..num_classes, the last one is unconditional) for a class-conditional model, None for an
-        unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler: None:
-        what the engine's card proposes.
+        unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler,
+        timesteps, guidance_interval: as for `Sampler.sample`.
         deadline: seconds from now, checked before every step. on_progress: called after each of the request's
         steps, on the batcher's thread; returning True stops the request. preview_every N: its Progress carries a copy
         of the state after every Nth step (`sampler.to_images` makes pictures of it).
@@ -194,7 +196,9 @@ class StepBatcher:
         self._process.check("batcher")
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
-        schedule = self.card.sampling.choose(steps, sampler).schedule
+        schedule = self._sampler.choose(
+            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval
+        ).schedule
         check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")

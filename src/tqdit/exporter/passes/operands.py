@@ -43,6 +43,15 @@ class GraphOperand:
     def subtract(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.op("Sub", x, y)
 
+    def divide(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.op("Div", x, y)
+
+    def maximum(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.op("Max", x, y)
+
+    def largest(self, x: ir.Value) -> ir.Value:
+        return self.op("ReduceMax", self.op("Abs", x), self.emit.constant(f"{self.name}.axes", np.array([-1])))
+
     def negative(self, x: ir.Value) -> ir.Value:
         return self.op("Min", x, self._zero())
 
@@ -59,7 +68,7 @@ class GraphOperand:
         reference, ratios = factor_scales(array)
         ratio = self.groups.select(self.emit, f"{name}.ratio", ratios, self.rank) if array.ndim else None
         divided = x if ratio is None else self.op("Div", x, ratio)
-        values = ROUNDINGS[self.rounding](self.emit, divided, name, np.float32(reference), self.quantizer.bits)
+        values = ROUNDINGS[self.rounding](self.emit, divided, name, np.float32(reference), self.quantizer.code_bits)
         return Part(values, ratio, unit=float(reference) if self.rounding == "codes" else 1.0)
 
     def softmax_in_regions(self, probabilities: ir.Value, ops: RegionOps) -> Sequence[ir.Value]:

@@ -58,7 +58,7 @@ def describe(
         weight_bits=min((site.quantizer.bits for site in exported.sites if site.role == "weight"), default=32),
         activation_bits=min((site.quantizer.bits for site in exported.sites if site.role != "weight"), default=32),
         boundaries=tuple(float(boundary) for boundary in table.boundaries),
-        attention=form,
+        attention=form if any(site.role == "left" for site in exported.sites) else "float",
         products=forms,
         sampling=sampling,
     )

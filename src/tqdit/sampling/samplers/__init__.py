@@ -1,5 +1,7 @@
-"""The samplers, one file each: `PROCESS`, the class of processes that it samples, and `schedule(process, steps)`.
+"""The samplers, one file each: `PROCESS`, the class of processes that it samples, and `schedule(process, timesteps)`,
+the table of a chain that visits these timesteps, float64 (T,), indexed by the step.
 
-The file's name is the sampler's, unless it says `NAME`. A new sampler is a new file in this folder; nothing else
-changes.
+Unless a user places them, the timesteps are `process.timesteps(steps)`, or `visits(process, steps)` if the file has
+such a function. The file's name is the sampler's, unless it says `NAME`. A new sampler is a new file in this folder;
+nothing else changes.
 """

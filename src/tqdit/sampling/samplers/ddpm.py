@@ -10,9 +10,8 @@ from tqdit.sampling.schedule import Schedule, single_step
 PROCESS = Diffusion
 
 
-def schedule(process: Diffusion, steps: int) -> Schedule:
+def schedule(process: Diffusion, timesteps: Float64) -> Schedule:
     """Two weights in place of a predicted x_0 avoid its cancellation at noisy steps, where sqrt(1 / abar) is 157."""
-    timesteps = process.timesteps(steps)
     abar = process.alphas_cumprod[timesteps.astype(np.int64)]
     prev = np.append(1.0, abar[:-1])
     beta = 1 - abar / prev  # recomputed for the respaced chain
@@ -21,7 +20,7 @@ def schedule(process: Diffusion, steps: int) -> Schedule:
     from_state = mean_x0 * np.sqrt(1 / abar) + mean_xt
     from_output = -mean_x0 * np.sqrt(1 / abar - 1)
     low = _posterior_log_variance(abar, prev, beta)
-    noisy = (np.arange(steps) > 0).astype(np.float64)  # the last step adds no noise
+    noisy = (np.arange(len(timesteps)) > 0).astype(np.float64)  # the last step adds no noise
     if process.learned_variance:
         return single_step(timesteps, from_state, from_output, noisy, (low, np.log(beta)))
     # "fixed large" of improved DDPM: beta, except for the last step

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from tqdit.sampling.process import Diffusion
+from tqdit.sampling.process import Diffusion, Float64
 from tqdit.sampling.schedule import Schedule
 
 PROCESS = Diffusion
+visits = Diffusion.noisy_timesteps
 
 
-def schedule(process: Diffusion, steps: int) -> Schedule:
+def schedule(process: Diffusion, timesteps: Float64) -> Schedule:
     """x' / a' = x / a + the integral of the line over b / a."""
-    timesteps = process.noisy_timesteps(steps)
+    steps = len(timesteps)
     a, b = process.mix(timesteps)
     after = np.append(1.0, a[:-1])
     weights = np.zeros((steps, 2))

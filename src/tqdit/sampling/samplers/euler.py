@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from tqdit.sampling.process import Flow
+from tqdit.sampling.process import Float64, Flow
 from tqdit.sampling.schedule import Schedule, single_step
 
 PROCESS = Flow
 
 
-def schedule(process: Flow, steps: int) -> Schedule:
+def schedule(process: Flow, timesteps: Float64) -> Schedule:
     """x' = x + (t' - t) velocity."""
-    timesteps = process.timesteps(steps)
     t = timesteps / process.time_scale
-    return single_step(timesteps, np.ones(steps), np.append(0.0, t[:-1]) - t)
+    return single_step(timesteps, np.ones_like(t), np.append(0.0, t[:-1]) - t)

@@ -6,17 +6,18 @@ import numpy as np
 
 from tqdit.sampling.process import Diffusion, Float64, Flow
 from tqdit.sampling.schedule import Schedule
-from tqdit.sampling.solver import Path, from_data, path_of
+from tqdit.sampling.solver import Path, from_data, noisy_timesteps, path_of
 
 PROCESS = Diffusion | Flow
+visits = noisy_timesteps
 
 
-def schedule(process: Diffusion | Flow, steps: int) -> Schedule:
+def schedule(process: Diffusion | Flow, timesteps: Float64) -> Schedule:
     """The predictor is DPM-Solver++'s step from the corrected state, which is the state plus a correction.
 
     So the corrected states need not be kept: x' = kept (x + correction) + predictor.
     """
-    path = path_of(process, steps)
+    path = path_of(process, timesteps)
     data = path.kept[:, None] * _correction(path)
     data[:, :2] += path.gain[:, None] * np.stack([1 + path.slope, -path.slope], axis=1)
     return from_data(path, data)

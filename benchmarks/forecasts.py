@@ -1,0 +1,147 @@
+"""What forecasts of a network's blocks are worth: error against full calls, beside the same solvers without them.
+
+    python benchmarks/forecasts.py [--scales scales.safetensors] [-n 32] [--json forecasts.json]
+
+A call is full, or a forecast: then the tokens get d, extrapolated from earlier full calls, in place of the blocks.
+d = the tokens after the last block less those before the first one; the extrapolation is linear in the timestep, its
+slope times --damping (0 repeats the last d). A forecast costs the embeddings and the final layer, about 1 % of a
+DiT-XL/2. The first two calls and the last one are full, and every k-th of those between.
+
+Of the demo model in PyTorch, float and with --scales. Deterministic chains are compared with 500 calls of
+DPM-Solver++ 2M of the float model, those of DDPM with the chain of all full calls: |x - x_ref|^2 / |x_ref|^2 of the
+last states of one noise, median and mean over the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tqdit.evaluate.paired import relative_errors
+from tqdit.evaluate.tools import processor
+from tqdit.models.load import load_model
+from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.table import read_scale_table
+from tqdit.sampling import chains
+from tqdit.sampling.chains import Chains, Float32
+
+CONVERGED = ("dpm++2m", 500)
+
+
+class Forecasts(nn.Module):
+    """A network call by call, some with forecast blocks. It stands in the place of the blocks."""
+
+    def __init__(self, model: LoadedModel, full: NDArray[np.bool_], damping: float) -> None:
+        super().__init__()
+        self._model, self._full, self._damping = model, full, damping
+        network = getattr(model.network, "network", model.network)  # a quantized one has it inside
+        self._owner, self._blocks = [network], [*network.blocks]
+        self._call = 0
+        self._known: list[tuple[float, Tensor]] = []  # timestep and d of the last two full calls
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Float32:
+        self._time = float(inputs[self._model.signature.time.name][0])
+        (owner,), kept = self._owner, self._owner[0].blocks
+        owner.blocks = nn.ModuleList([self._stand_in()])
+        try:
+            return self._model(inputs)
+        finally:
+            owner.blocks = kept
+            self._call += 1
+
+    def _stand_in(self) -> nn.Module:
+        found = nn.Module()
+        found.forward = self._full_blocks if self._full[self._call] else self._forecast  # type: ignore[method-assign]
+        return found
+
+    def _full_blocks(self, tokens: Tensor, *rest: Any) -> Tensor:
+        after = tokens
+        for block in self._blocks:
+            after = block(after, *rest)
+        self._known = [(self._time, after - tokens), *self._known[:1]]
+        return after
+
+    def _forecast(self, tokens: Tensor, *_: Any) -> Tensor:
+        (time, d), (before, d_before) = self._known
+        return tokens + d + self._damping * (self._time - time) / (time - before) * (d - d_before)
+
+
+def every(calls: int, gap: int) -> NDArray[np.bool_]:
+    """Which calls are full."""
+    full = (np.arange(calls) - 1) % gap == 0
+    full[[0, 1, -1]] = True
+    return full
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scales", type=Path, help="also with these scales of the demo model")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="default: %(default)s")
+    parser.add_argument("-n", type=int, default=32, help="images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--damping", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--ddpm", action="store_true", help="also DDPM's chain of 250 steps")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model = load_model("demo")
+    models = {"float": model}
+    if args.scales:
+        table = read_scale_table(args.scales)
+        models["W8A8"] = apply(model, table)
+    classes = np.arange(args.n) % 16
+
+    def sample(model: LoadedModel, sampler: str, calls: int, gap: int = 1, damping: float = 1.0) -> Float32:
+        batch = Chains(model.signature, model.guidance, args.n)
+        spec = model.sampling.choose(calls, sampler)
+        for image in range(args.n):
+            request = {"class_labels": classes[image : image + 1][0]}
+            batch.add(spec.schedule, request, args.guidance_scale, args.seed, image)
+        network = model if gap == 1 else Forecasts(model, every(calls, gap), damping)
+        return chains.run(batch, network).copy()
+
+    print(f"{args.n} images, guidance {args.guidance_scale:g}, seed {args.seed}; {processor()}")
+    print("| chain | full calls | model | forecasts | median | mean |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+
+    def report(kind: str, reference: Float32, sampler: str, calls: int, gap: int, damping: float) -> None:
+        full = int(every(calls, gap).sum())
+        errors = relative_errors(reference, sample(models[kind], sampler, calls, gap, damping))
+        rows.append({"model": kind, "sampler": sampler, "calls": calls, "full": full, "gap": gap, "damping": damping,
+                     "median": float(np.median(errors)), "mean": float(errors.mean())})  # fmt: skip
+        what = "none" if gap == 1 else f"all but every {gap}th, damping {damping:g}"
+        print(f"| {calls} of {sampler} | {full} | {kind} | {what} | {np.median(errors):.1e} | {errors.mean():.1e} |",
+              flush=True)  # fmt: skip
+
+    reference = sample(model, *CONVERGED)
+    for kind in models:
+        for calls in (8, 10, 12, 14, 17, 20, 25, 34, 50):
+            report(kind, reference, "dpm++2m", calls, 1, 1.0)
+        for calls in (16, 20, 25, 34, 50, 75, 100):
+            for gap in (2, 3, 4):
+                for damping in args.damping:
+                    report(kind, reference, "dpm++2m", calls, gap, damping)
+    if args.ddpm:
+        for kind, each in models.items():
+            whole = sample(each, "ddpm", 250)
+            if kind != "float":
+                report(kind, sample(model, "ddpm", 250), "ddpm", 250, 1, 1.0)  # what 8 bits cost on that chain
+            for gap in (2, 3):
+                for damping in args.damping:
+                    report(kind, whole, "ddpm", 250, gap, damping)
+    if args.json:
+        args.json.write_text(json.dumps({"images": args.n, "seed": args.seed, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

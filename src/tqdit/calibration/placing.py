@@ -1,0 +1,137 @@
+"""Placed steps: where the steps of a short chain lie best for one model, checked on the quantized network.
+
+    long chain  the float network from noise to data in many steps; its states and predictions are kept
+    places      for each solver, dynamic programming over local errors on some of these chains (`sampling.placement`)
+    check       short chains of the quantized network from the noise of the others, with these places and with
+                published spacings, against the ends of their long chains; the least error is kept
+
+Local errors of the quantized network's own predictions place worse: their rounding errors hide the solver's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tqdit.bounds import check_memory
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.rows import random_requests
+from tqdit.calibration.work import WorkFolder
+from tqdit.console import Console
+from tqdit.errors import UsageError
+from tqdit.golden import relative_errors
+from tqdit.models.loaded import LoadedModel
+from tqdit.quantization.table import PlacedSteps
+from tqdit.sampling.chains import Chains, run
+from tqdit.sampling.placement import FIRST_IMAGE, KEPT, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
+from tqdit.sampling.process import Diffusion, Flow
+from tqdit.sampling.schedule import SamplingSpec
+
+CHECKED = 16  # images by which places are checked, beside those by whose chains they were found
+SOLVERS = ("dpm++2m", "unipc")  # that 'auto' tries
+SAVES = 25
+Process = Diffusion | Flow
+
+
+def solvers_of(config: QuantizationConfig) -> tuple[str, ...]:
+    """The samplers to place steps for."""
+    return SOLVERS if config.solver == "auto" else (config.solver,)
+
+
+def check_placing(model: LoadedModel, config: QuantizationConfig) -> None:
+    """Refuse a chain whose steps cannot be placed, before any work."""
+    if config.calls is None:
+        return
+    process = _process(model)
+    for solver in solvers_of(config):
+        spec = SamplingSpec(process, solver, config.calls, spacings(process, config.calls)["log-snr"])
+        if spec.schedule.is_stochastic:
+            raise UsageError(
+                f"--solver {solver} draws noise at each step, so its chains have no end to compare with. Pass a "
+                "deterministic one."
+            )
+    size = 2 * LONG[1] * (LEARNED + CHECKED) * 4 * math.prod(model.signature.state.row_shape)
+    check_memory(f"long chains of {LEARNED + CHECKED} images", size, "Leave out --calls.")
+
+
+def _process(model: LoadedModel) -> Process:
+    process = model.sampling.process
+    if not isinstance(process, Diffusion | Flow):
+        raise UsageError(
+            f"--calls places steps of a model that TQDiT samples by itself; {model.signature.family} keeps the "
+            "timesteps that it was recorded with. Leave it out."
+        )
+    return process
+
+
+class Placing:
+    """One search for the places of the steps, in a work folder that keeps what was done."""
+
+    def __init__(self, model: LoadedModel, config: QuantizationConfig, folder: WorkFolder, console: Console) -> None:
+        self.model, self.config, self.folder, self.console = model, config, folder, console
+        self.process = _process(model)
+        assert config.calls is not None
+        self.calls = config.calls
+        self.images = range(LEARNED + CHECKED)
+        self.requests = random_requests(model.signature, len(self.images), config.seed)
+
+    def run(self, quantized: LoadedModel, meter: Callable[[int], object]) -> PlacedSteps:
+        """The steps with the least error on the quantized network. meter: told how many images went through a call."""
+        chain = self.long_chain(meter)
+        learned = chain.part(LEARNED, STRIDE)
+        tried: dict[str, SamplingSpec] = {}
+        for solver in solvers_of(self.config):
+            placed = {"placed": place(learned, self.process, solver, (self.calls,))[self.calls]}
+            for name, timesteps in (placed | spacings(self.process, self.calls)).items():
+                tried[f"{solver} {name}"] = SamplingSpec(self.process, solver, self.calls, timesteps)
+        errors = {}
+        with self.console.bar(len(tried), "placed steps: checks", "chains") as bar:
+            for name, spec in tried.items():
+                errors[name] = self._error(name, spec, quantized, chain.ends[LEARNED:])
+                meter(CHECKED * self.calls)
+                bar.update()
+        best = tried[min(errors, key=lambda name: errors[name])]
+        return PlacedSteps(best.sampler, tuple(best.schedule.timesteps.tolist()), errors, CHECKED)
+
+    def long_chain(self, meter: Callable[[int], object]) -> LongChain:
+        """All images' chains of the float network, continued from the work folder."""
+        sampler, steps = LONG
+        spec = SamplingSpec(self.process, sampler, steps, dense(self.process, steps))
+        chains, kept = self._chains(spec, self.images), None
+        found = self.folder.load_or_none("long-chain")
+        if found is not None:
+            arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
+            kept = {name: arrays.pop(name) for name in KEPT}
+            chains.restore(arrays)
+        with self.console.bar(steps, "placed steps: long chains", "steps") as bar:
+            bar.update(steps - 1 - chains.step_of(0))
+
+            def after(step: int, kept: Mapping[str, NDArray[np.float32]]) -> None:
+                meter(len(self.images))
+                bar.update()
+                if step % max(1, steps // SAVES) == 0:
+                    state = {**chains.snapshot(), **kept}
+                    self.folder.save("long-chain", {name: torch.from_numpy(array) for name, array in state.items()})
+
+            return LongChain.follow(chains, self.model, spec.schedule.timesteps, after, kept)
+
+    def _error(self, name: str, spec: SamplingSpec, quantized: LoadedModel, ends: NDArray[np.float32]) -> float:
+        """Geometric mean of the images' errors: a mean is decided by the few whose content changes."""
+        found = self.folder.load_or_none(f"short-chain {name}")
+        if found is None:
+            x = run(self._chains(spec, self.images[LEARNED:]), quantized)
+            found = {"errors": torch.from_numpy(relative_errors(x, ends))}
+            self.folder.save(f"short-chain {name}", found)
+        return float(found["errors"].clamp(1e-30, 1e30).log().mean().exp())
+
+    def _chains(self, spec: SamplingSpec, images: range) -> Chains:
+        scale = 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
+        chains = Chains(self.model.signature, self.model.guidance, len(images))
+        for image in images:
+            request = {name: values[image] for name, values in self.requests.items()}
+            chains.add(spec.schedule, request, scale, self.config.seed, FIRST_IMAGE + image)
+        return chains

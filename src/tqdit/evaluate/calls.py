@@ -1,0 +1,143 @@
+"""Error and distance against network calls and seconds: one line per method, a sampler with a spacing of its steps.
+
+Every chain begins with the same noise. The reference is the end of a long chain of the float engine, so the error of a
+short chain is that of its solver and that of quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqdit.console import Console
+from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.shards import SamplingJob
+from tqdit.errors import UsageError
+from tqdit.evaluate import chains
+from tqdit.evaluate.bootstrap import Measure, of_mean
+from tqdit.evaluate.chains import SampledChains
+from tqdit.evaluate.paired import relative_errors
+from tqdit.ports import check_requests
+from tqdit.sampling.chains import Chains
+from tqdit.sampling.guidance import check_scale
+from tqdit.sampling.placement import FIRST_IMAGE, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
+from tqdit.sampling.process import Diffusion, Flow
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
+
+CONVERGED = ("dpm++2m", 200)  # sampler and steps of the reference
+MOST_CALLS = LONG[1] // STRIDE
+SPACED = ("dpm++2m", "unipc")  # samplers that are tried with every spacing; others with their own alone
+Distance = Callable[[SampledChains], Measure | None]  # of the pictures to a reference
+
+
+@dataclass(frozen=True)
+class Point:
+    """Chains of one method with one number of calls."""
+
+    sampler: str
+    spacing: str
+    calls: int
+    timesteps: tuple[float, ...]
+    error: Measure  # |x_0 - x_ref|^2 / |x_ref|^2, mean over images
+    error_median: float
+    seconds: float  # of all images
+    distance: Measure | None
+
+
+def check_calls(card_sampling: SamplingSpec, counts: Sequence[int]) -> None:
+    """Refuse what cannot be measured, before any work."""
+    if not isinstance(card_sampling.process, Diffusion | Flow):
+        raise UsageError("--calls compares samplers, and this model keeps the one that it was recorded with.")
+    if not counts or not all(2 <= count <= MOST_CALLS for count in counts):
+        raise UsageError(f"--calls {','.join(map(str, counts))}: expected numbers from 2 to {MOST_CALLS}.")
+
+
+def measure_calls(
+    engine: Sampler, floating: Sampler, job: SamplingJob, counts: Sequence[int], console: Console,
+    distance: Distance = lambda _: None, samplers: Sequence[str] = (),
+) -> list[Point]:  # fmt: skip
+    """Every method with every number of calls, each with the noise and the classes of `job`. floating: of the float
+    model, which is the reference. samplers: those to try; (): all deterministic ones."""
+    process = engine.card.sampling.process
+    assert isinstance(process, Diffusion | Flow)
+    methods = _methods(floating, job, counts, samplers or deterministic(process), console)
+    own = engine.card.sampling
+    if own.timesteps:
+        methods[own.sampler, "engine's own", own.steps] = own.timesteps
+    total = job.shards * (CONVERGED[1] + sum(calls for _, _, calls in methods))
+    with console.bar(total, "calls", "steps") as bar:
+        reference = chains.run(floating, converged(job, process), bar.update).latents
+        points = []
+        for (name, spacing, calls), timesteps in methods.items():
+            found = chains.run(engine, replace(job, sampler=name, steps=calls, timesteps=timesteps), bar.update)
+            errors = relative_errors(reference, found.latents)
+            points.append(
+                Point(name, spacing, calls, timesteps, of_mean(errors), float(np.median(errors)), found.seconds,
+                      distance(found))
+            )  # fmt: skip
+    return points
+
+
+def converged(job: SamplingJob, process: Diffusion | Flow) -> SamplingJob:
+    """The long chains that are the reference of `job`."""
+    sampler, steps = CONVERGED
+    return replace(job, sampler=sampler, steps=steps, timesteps=dense(process, steps))
+
+
+def deterministic(process: Diffusion | Flow) -> tuple[str, ...]:
+    """The samplers whose chains end with the same image whenever they begin with the same noise."""
+    names = samplers_of(process)
+    return tuple(name for name in names if not SamplingSpec(process, name, 8).schedule.is_stochastic)
+
+
+def _methods(
+    floating: Sampler, job: SamplingJob, counts: Sequence[int], samplers: Sequence[str], console: Console
+) -> dict[tuple[str, str, int], tuple[float, ...]]:
+    """(sampler, spacing, calls) -> timesteps of each chain to run."""
+    process = floating.card.sampling.process
+    assert isinstance(process, Diffusion | Flow)
+    long = _long_chain(floating, job, process, console)
+    found: dict[tuple[str, str, int], tuple[float, ...]] = {}
+    for sampler in samplers:
+        placed = place(long, process, sampler, counts) if sampler in SPACED else None
+        for calls in counts:
+            every = spacings(process, calls) if placed is not None else {"uniform": ()}
+            found |= {(sampler, spacing, calls): timesteps for spacing, timesteps in every.items()}
+            if placed is not None:
+                found[sampler, "placed", calls] = placed[calls]
+    return found
+
+
+def _long_chain(floating: Sampler, job: SamplingJob, process: Diffusion | Flow, console: Console) -> LongChain:
+    """Chains from noise of their own, by which steps are placed."""
+    card, (sampler, steps) = floating.card, LONG
+    spec = SamplingSpec(process, sampler, steps, dense(process, steps))
+    labels = replace(job, count=LEARNED, shard_size=LEARNED).labels(0)
+    _, requests = check_requests(card.signature, LEARNED if labels is None else labels)
+    each = Chains(card.signature, card.guidance, LEARNED)
+    for image in range(LEARNED):
+        request = {name: values[image] for name, values in requests.items()}
+        scale = check_scale(card.guidance, job.guidance_scale)
+        each.add(spec.schedule, request, scale, job.seed, FIRST_IMAGE + image)
+    with console.bar(steps, "placing steps", "steps") as bar:
+
+        def after(step: int, kept: Mapping[str, NDArray[np.float32]]) -> None:
+            bar.update()
+
+        return LongChain.follow(each, floating.predict, spec.schedule.timesteps, after).part(LEARNED, STRIDE)
+
+
+def to_json(points: Sequence[Point]) -> list[dict[str, Any]]:
+    return [
+        {
+            "sampler": point.sampler, "spacing": point.spacing, "calls": point.calls,
+            "timesteps": list(point.timesteps), "error": point.error.to_json(), "error_median": point.error_median,
+            "seconds": point.seconds,
+            "frechet_distance": None if point.distance is None else point.distance.to_json(),
+        }
+        for point in points
+    ]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Placed steps: found by calibration, kept in the table, proposed by card and engine, resumed after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import exported, tiny_model
+from tqdit import safetensors_file
+from tqdit.calibration import placing
+from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.flow import calibrate
+from tqdit.cli.inspect import inspect
+from tqdit.errors import FileFormatError, UsageError
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
+from tqdit.models.loaded import LoadedModel
+from tqdit.onnx_file import read_card
+from tqdit.quantization.table import METADATA_KEY, PlacedSteps, ScaleTable, parse, read_scale_table, write_scale_table
+from tqdit.sampling.schedule import SamplingSpec
+
+SMALL = {"steps": 8, "groups": 2, "rows_per_group": 4, "chains": 2, "method": "min-max", "calls": 4}
+SPACINGS = ("placed", "uniform", "karras", "log-snr")
+
+
+@pytest.fixture(autouse=True)
+def short_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "LONG", ("dpm++2m", 24))
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    return tiny_model(pixels=True)
+
+
+def found(model: LoadedModel, folder: Path, **knobs: Any) -> ScaleTable:
+    return calibrate(model, QuantizationConfig(**{**SMALL, **knobs}), folder).table
+
+
+def test_the_steps_with_the_least_error_on_the_quantized_network_are_kept(model: LoadedModel, tmp_path: Path) -> None:
+    table = found(model, tmp_path / "work")
+    placed = table.placed
+    assert placed is not None
+    assert set(placed.errors) == {f"{solver} {spacing}" for solver in ("dpm++2m", "unipc") for spacing in SPACINGS}
+    best = min(placed.errors, key=lambda name: placed.errors[name])
+    assert placed.sampler == best.split()[0]
+    assert len(placed.timesteps) == 4
+    SamplingSpec(model.sampling.process, placed.sampler, 4, placed.timesteps)  # which refuses what is no chain
+    write_scale_table(tmp_path / "t.safetensors", table)
+    assert read_scale_table(tmp_path / "t.safetensors") == table
+    facts = [line for _, line in inspect(str(tmp_path / "t.safetensors"))]
+    assert any(f"4 of {placed.sampler} at [{placed.timesteps[0]:g}, " in str(line) for line in facts)
+    assert sum("error of 16 images" in str(line) for line in facts) == 8
+
+
+def test_a_sampler_can_be_named(model: LoadedModel, tmp_path: Path) -> None:
+    placed = found(model, tmp_path, solver="ddim").placed
+    assert placed is not None
+    assert placed.sampler == "ddim"
+    assert set(placed.errors) == {f"ddim {spacing}" for spacing in SPACINGS}
+
+
+def test_without_calls_no_step_is_placed(model: LoadedModel, tmp_path: Path) -> None:
+    assert found(model, tmp_path, calls=None).placed is None
+
+
+def test_a_flow_without_guidance_is_placed(two_streams: LoadedModel, tmp_path: Path) -> None:
+    placed = found(two_streams, tmp_path, solver="euler").placed
+    assert placed is not None
+    assert placed.timesteps[-1] == two_streams.sampling.process.span[1]
+
+
+@pytest.mark.parametrize("failing", [20, 40])  # in the long chain, and in a short one
+def test_a_stopped_search_goes_on_to_the_same_table(model: LoadedModel, tmp_path: Path, failing: int) -> None:
+    expected = found(model, tmp_path / "whole")
+    calls, network = 0, LoadedModel.__call__
+
+    def fail(self: LoadedModel, inputs: Mapping[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise KeyboardInterrupt
+        return network(self, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "__call__", fail)
+        with pytest.raises(KeyboardInterrupt):
+            found(model, tmp_path / "stopped")
+    assert found(model, tmp_path / "stopped") == expected
+
+
+def test_the_file_proposes_the_placed_chain_and_the_published_one_stays(model: LoadedModel, tmp_path: Path) -> None:
+    table = found(model, tmp_path / "work")
+    assert table.placed is not None
+    placed = SamplingSpec(model.sampling.process, table.placed.sampler, 4, table.placed.timesteps)
+    write(tmp_path / "model.onnx", *exported(pixels=True, table=table))
+    card = read_card(tmp_path / "model.onnx")
+    assert card.sampling == placed
+    assert card.as_published == model.sampling == SamplingSpec(model.sampling.process, "ddpm", 20)
+    assert card.remark(card.sampling) is None  # the steps were found with these scales
+    assert card.remark(card.sampling.choose(8, "ddpm")) is None  # the chain of the rows
+    assert "sampling 4 steps of ddim" in (card.remark(card.sampling.choose(sampler="ddim")) or "")
+    assert "20 steps of ddpm" in (card.remark(card.as_published) or "")
+    told = [str(line) for _, line in inspect(str(tmp_path / "model.onnx"))]
+    assert any(line.startswith(f"4 placed steps of {placed.sampler}") for line in told)
+    assert "20 steps of ddpm" in told
+
+
+def test_an_export_may_propose_another_chain(model: LoadedModel, tmp_path: Path) -> None:
+    table = found(model, tmp_path / "work", solver="dpm++2m")
+    assert ExportConfig(steps=6).sampling(model, table) == model.sampling.choose(6, "dpm++2m")
+    assert ExportConfig(sampler="ddim").sampling(model, table) == model.sampling.choose(4, "ddim")
+    step = ExportConfig("step").sampling(model, table)  # a step graph cannot look back at earlier steps
+    assert step == model.sampling.choose(8, "ddpm")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"solver": "ddpm"}, "ddpm draws noise"),
+        ({"solver": "heun"}, "'heun'.*cannot be placed"),
+        ({"solver": "euler"}, "'euler'.*not one for this model"),
+        ({"calls": 1}, "--calls is 1"),
+        ({"calls": 51}, "--calls is 51"),
+    ],
+)
+def test_steps_that_cannot_be_placed_are_refused_at_once(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(LoadedModel, "__call__", None)
+    with pytest.raises(UsageError, match=message):
+        found(model, tmp_path, **knobs)
+
+
+def test_places_that_no_chain_has_are_refused_by_the_export(model: LoadedModel, tmp_path: Path) -> None:
+    table = replace(found(model, tmp_path / "work", calls=None), placed=PlacedSteps("unipc", (5.0, 3.0), {}, 1))
+    with pytest.raises(FileFormatError, match=r"placed steps.*5, 3"):
+        ExportConfig().sampling(model, table)
+
+
+def test_a_damaged_error_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    table = replace(found(model, tmp_path / "work", calls=None), placed=PlacedSteps("ddim", (3.0,), {"x": 1.5}, 1))
+    write_scale_table(tmp_path / "t.safetensors", table)
+    metadata, tensors = safetensors_file.read(tmp_path / "t.safetensors")
+    text = metadata[METADATA_KEY].replace('"x":1.5', '"x":-1.5')
+    with pytest.raises(FileFormatError, match=r"-1.5"):
+        parse({METADATA_KEY: text}, tensors)
