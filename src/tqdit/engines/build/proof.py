@@ -72,7 +72,11 @@ def kernel_cases() -> Iterator[Case]:
     from tqdit.plugins.time_group_select import plan as select
     from tqdit.plugins.time_group_select.reference import time_group_select
 
-    reference: Callable[..., Any]
+    references: dict[str, Callable[..., Any]] = {
+        "MultiRegionSoftmax": multi_region_softmax, "MultiRegionNumerator": multi_region_numerator,
+        "MultiRegionAttention": multi_region_attention,
+        "MultiRegionNumeratorAttention": multi_region_numerator_attention,
+    }  # fmt: skip
     rng, step = np.random.default_rng(0), np.float32(HIGH_STEP)
     low = np.array([1 / 127 / 8, 1 / 127 / 64], np.float32)
     timestep, boundaries = np.arange(131) * 7, np.array([100, 500])
@@ -82,17 +86,15 @@ def kernel_cases() -> Iterator[Case]:
     scores = _half(rng.normal(0, 3, (2, 3, 7, LONG)))
     for name, numerators in (("MultiRegionSoftmax", False), ("MultiRegionNumerator", True)):
         kernel = softmax.kernel("fp16", LONG, BITS, HIGH_STEP, numerators)
-        reference = multi_region_numerator if numerators else multi_region_softmax
-        found = reference(scores.astype(np.float32), low, BITS, step)
+        found = references[name](scores.astype(np.float32), low, BITS, step)
         rounded, *reciprocals = found if numerators else (found,)
         yield Case(name, kernel, softmax.launch(kernel, 2, 3, 7, 2), (scores, low), (_half(rounded), *reciprocals))
     for name, numerators in (("MultiRegionAttention", False), ("MultiRegionNumeratorAttention", True)):
         for tokens in (SHORT, LONG):
             q, k, v = (_half(rng.normal(0, 40, (2, 2, tokens, HEAD)).round().clip(-128, 127)) for _ in range(3))
             mask, scale = rng.normal(0, 1, (2, 1, 1, tokens)).astype(np.float32), 2e-4
-            reference = multi_region_numerator_attention if numerators else multi_region_attention
             wide = [each.astype(np.float32) for each in (q, k, v)]
-            expected = _half(reference(*wide, mask, low, BITS, step, scale))
+            expected = _half(references[name](*wide, mask, low, BITS, step, scale))
             for tactic, blocks in enumerate(attention.candidates("fp16", HEAD, tokens), 1):
                 kernel = attention.kernel(
                     "fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, (1, 1, tokens), numerators
