@@ -90,6 +90,20 @@ def test_the_kernels_are_within_the_limit():
             assert proof._error(one, expected) < proof.KERNEL_LIMIT / 3, case.what
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(kernel_device.DEVICE == "cpu", reason="needs a CUDA GPU")
+def test_this_gpu_runs_every_kernel():
+    checks = list(proof.prove_kernels())
+    assert {check.outcome for check in checks} == {"ok"}, checks
+
+
+def test_the_driver_has_the_functions_of_its_stand_in():
+    real = pytest.importorskip("cuda.bindings.driver", reason="needs the extra cuda")
+    used = [name for name in vars(FakeCuda) if name.startswith("cu")]
+    assert len(used) > 8
+    assert [name for name in used if not hasattr(real, name)] == []
+
+
 def test_a_kernel_that_computes_something_else_fails_by_name(gpu, kernels):
     gpu.spoil["MultiRegionAttention, 300 tokens, tactic 2"] = 1.1
     (failed,) = [check for check in proof.prove_kernels() if check.outcome != "ok"]

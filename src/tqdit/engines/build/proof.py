@@ -34,7 +34,6 @@ SHORT, LONG = 197, 300  # tokens: scores that stay on the chip, and two passes o
 # sum (y - reference)^2 / sum reference^2: float16 results with codes that flip at ties, and pictures of two backends
 KERNEL_LIMIT, PICTURE_LIMIT = 1e-4, 0.05
 STEPS = 4
-OPT_IN_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +124,6 @@ def _launch(case: Case, gpu: cuda.Device) -> str:
     with cuda.on_device(gpu):
         module = call("cuModuleLoadData", compiled.ptx.encode() + b"\0")
         function = call("cuModuleGetFunction", module, compiled.name.encode())
-        if compiled.shared_bytes > 48 * 1024:
-            call("cuFuncSetAttribute", function, OPT_IN_BYTES, compiled.shared_bytes)
         pool, stream = cuda.make_pool(gpu), gpu.handle.create_stream()
         host = [cuda.PinnedArray(array.shape, array.dtype) for array in (*case.inputs, *case.expected)]
         memory = [pool.allocate(array.buffer.size, stream=stream) for array in host]
