@@ -34,7 +34,7 @@ model has not been run with the server yet, only with a stand-in for its Python 
 
 1. Install what runs engines into the server's Python, which must be 3.11 or newer: the wheel `tqdit-runtime` with the
    extra `{backend}` (docs/runtime.md of tqdit tells how to make the wheel).
-2. `tritonserver --model-repository={repository}`
+2. Start `tritonserver` with the folder above this one as its model repository.
 3. Ask for pictures, as JSON (POST http://localhost:8000/v2/models/{name}/infer):
 
        {example}
@@ -67,7 +67,7 @@ def write_triton(bundle: Path, manifest: Manifest, folder: Path, name: str) -> P
         (temporary / CONFIG).write_text("\n".join(fields) + "\n", encoding="utf-8")
         required = [_example(*each[:3]) for each in inputs if not each[3]]
         text = README.format(
-            name=name, version=__version__, backend=manifest.backend, repository=folder.name,
+            name=name, version=__version__, backend=manifest.backend,
             inputs=", ".join(f"`{each[0]}`" for each in inputs), example=f'{{"inputs": [{", ".join(required)}]}}',
         )  # fmt: skip
         (temporary / "README.md").write_text(text, encoding="utf-8")
