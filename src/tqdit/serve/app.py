@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from tqdit.errors import UsageError
 from tqdit.serve.refusals import ErrorCode, Refusal, refusal_of
 from tqdit.serve.routes import ENDPOINTS
 from tqdit.serve.service import Service
@@ -25,8 +27,14 @@ def make_app(engines: Mapping[str, str | Path], settings: Settings = NO_SETTINGS
     """The application that serves these bundles, by name. It opens them now and closes them when it ends.
 
     Any ASGI server can run it, in one process: jobs are in its memory. `server.Server` also holds slow clients off and
-    finishes images when it ends. Raises TqditError for what cannot be served.
+    finishes images when it ends. Raises TqditError for what cannot be served, also in a child process, which has
+    siblings that do not know its jobs.
     """
+    if settings.keeps_jobs and multiprocessing.parent_process() is not None:
+        raise UsageError(
+            "this is a child process, as of uvicorn --workers, and jobs are kept in one process. Run one process, or "
+            "pass Settings(keeps_jobs=False)."
+        )
     return application(Service.open(engines, settings))
 
 
@@ -61,7 +69,7 @@ def application(service: Service) -> Starlette:
 
     cors = Middleware(
         CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=["*"], expose_headers=["Location", "Retry-After"],
     )  # fmt: skip
     app = Starlette(
         routes=[endpoint.route() for endpoint in ENDPOINTS], lifespan=lifespan,

@@ -31,12 +31,12 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
-            self._stop("reading")
+        self._stop_reading_a_whole_request()
 
     def on_response_complete(self) -> None:
         self._expect_request()
-        super().on_response_complete()
+        super().on_response_complete()  # begins the next request if it came along with this one
+        self._stop_reading_a_whole_request()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -67,12 +67,21 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    def _stop_reading_a_whole_request(self) -> None:
+        if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+            self._stop("reading")
+
     def _expect_request(self) -> None:
         self._stop("reading")
         self.reading = self.loop.call_later(self.settings.client_s, self._too_slow)
 
     def _too_slow(self) -> None:
         """The request is not there in time: answer what has begun, and close what has not."""
+        if left := self.transport.get_write_buffer_size():  # the client is still taking the answer before
+            if self.writing is None:
+                self._expect_reader(left)
+            self._expect_request()
+            return
         works = self.cycle is not None and not self.cycle.response_complete
         if self.transport.is_closing() or not (works or self.conn.trailing_data[0]):
             self.transport.abort()
@@ -88,10 +97,10 @@ class Connection(H11Protocol):
         """Look again later whether the client has taken something of the `left` bytes."""
 
         def look() -> None:
-            now = self.transport.get_write_buffer_size()
-            if left - now < LEAST_BYTES:
+            self.writing, now = None, self.transport.get_write_buffer_size()
+            if now and left - now < LEAST_BYTES:
                 self.transport.abort()
-            else:
+            elif now:
                 self._expect_reader(now)
 
         self._stop("writing")

@@ -9,8 +9,9 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from tqdit.serve.shapes import ImageRequest, ModelEntry, size_of
 Kind = Literal["class", "text", "unconditional"]
 MOST_ENCODERS = 2  # prompts that are encoded at the same time
 RECENT = 64  # finished images by which a full queue's Retry-After is estimated
+UNKNOWN_S = 5.0  # before one is finished
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,8 @@ class ServedEngine:
     kind: Kind
     manifest: Manifest
     created: int = field(default_factory=lambda: int(time.time()))
-    _ends: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # time.monotonic() of finished images
+    reserved: int = 0  # places of requests whose prompts are being encoded
+    _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # that finished images were in work
 
     @classmethod
     def open(cls, name: str, path: Path, settings: Settings) -> ServedEngine:
@@ -155,9 +158,20 @@ class ServedEngine:
             raise _bad("class", "this model takes a text. Pass prompt in place of class.")
         if asked.prompt is None or not asked.prompt.strip():
             raise _bad("prompt", "prompt is missing. Say what to draw.")
-        async with self._encoding:
-            values = await asyncio.to_thread(self.batcher.sampler.encode, [asked.prompt])
+        values = await self._encode(asked.prompt)
         return {name: rows[0] for name, rows in values.items()}
+
+    async def _encode(self, prompt: str) -> Mapping[str, NDArray[Any]]:
+        """A client that leaves gives up its turn; an encoder that runs keeps its place until it is done."""
+        await self._encoding.acquire()
+        work = asyncio.create_task(asyncio.to_thread(self.batcher.sampler.encode, [prompt]))
+
+        def end(done: asyncio.Task[Any]) -> None:
+            self._encoding.release()
+            _ = done.cancelled() or done.exception()  # or asyncio would log it if nobody waits any more
+
+        work.add_done_callback(end)
+        return await asyncio.shield(work)
 
     def _class(self, asked: ImageRequest) -> int:
         named, param = (asked.prompt, "prompt") if asked.label is None else (asked.label, "class")
@@ -178,39 +192,54 @@ class ServedEngine:
         return number
 
     def submit(
-        self, order: Order, index: int, deadline_s: float, on_progress: ProgressCallback
+        self, order: Order, index: int, seconds: float, on_progress: ProgressCallback
     ) -> Future[NDArray[np.uint8]]:
-        """Queue image `index` of an order. Raises Refusal with a time to come back if the queue is full."""
+        """Queue image `index` of an order, which fails after so many seconds.
+
+        Raises Refusal with a time to come back if the queue is full.
+        """
         every = math.ceil(order.steps / (order.previews + 1)) if order.previews else 0
         try:
             return self.batcher.submit(
                 order.content, guidance_scale=order.guidance_scale, seed=order.seed, image_index=index,
                 steps=order.steps, sampler=order.sampler, guidance_interval=order.guidance_interval,
-                deadline=deadline_s, on_progress=on_progress, preview_every=every,
+                deadline=seconds, on_progress=on_progress, preview_every=every,
             )  # fmt: skip
         except QueueFullError as error:
             raise self.full(order.count) from error
 
-    def check_room(self, count: int, most: int) -> None:
-        """Raises Refusal for more images than a request may ask for, or if they find no place in the queue."""
+    @contextmanager
+    def reserve(self, count: int, most: int) -> Iterator[None]:
+        """Hold places while a request is prepared, and give them back just before its images are submitted.
+
+        Raises Refusal for more images than a request may ask for, or if they find no place in the queue.
+        """
+        self._check_room(count, most)
+        self.reserved += count
+        try:
+            yield
+        finally:
+            self.reserved -= count
+
+    def _check_room(self, count: int, most: int) -> None:
         stats, places = self.batcher.stats(), self.batcher.batch + self.batcher.queue
         if count > min(most, places):
             raise _bad("n", f"n is {count}; expected 1 to {min(most, places)}.")
-        if stats.waiting + stats.running + count > places:
+        if stats.waiting + stats.running + self.reserved + count > places:
             raise self.full(count)
 
     def full(self, count: int) -> Refusal:
         """429, with the seconds in which so many places should become free."""
-        seconds = 1.0
-        if len(self._ends) > 1:
-            seconds = count * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        seconds = UNKNOWN_S
+        if self._seconds:
+            seconds = math.ceil(count / self.batcher.batch) * sum(self._seconds) / len(self._seconds)
         after = min(max(math.ceil(seconds), 1), 60)
         message = f"the queue of '{self.name}' is full. Ask again in {after} s."
         return Refusal(429, "queue_full", message, headers={"Retry-After": str(after)})
 
-    def finished(self) -> None:
-        """Note that an image is done."""
-        self._ends.append(time.monotonic())
+    def finished(self, seconds: float) -> None:
+        """Note that an image is done, and how long it was in work."""
+        self._seconds.append(seconds)
 
 
 def _bad(param: str, message: str) -> Refusal:

@@ -52,8 +52,8 @@ async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncGenerat
             if ended:
                 if with_states:
                     yield _state(job, base_url)
-                elif job.refusal is not None:
-                    yield ErrorAnswer(job.refusal.body)
+                elif job.failure is not None:
+                    yield ErrorAnswer(job.failure.body)
                 return
             await asyncio.sleep(PAUSE_S)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,14 @@ from PIL import Image
 
 from tqdit.engines.run.images import FRAMES_PER_S
 from tqdit.engines.run.step_batcher import Progress
+from tqdit.errors import DeadlineError
 from tqdit.serve.engines import Order
 from tqdit.serve.refusals import Refusal, refusal_of
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ErrorBody, ImageAnswer, ImageData, JobAnswer, JobStatus
+
+LEAST_S = 0.001  # that a request has left when its images are submitted
+LATE_S = 0.5  # for the batcher to say where an image stood at its deadline; an engine call may take longer
 
 
 class Row:
@@ -38,12 +44,18 @@ class Row:
 class ImageJob:
     """The images of one order. It works from its creation until `task` ends, which never raises."""
 
-    def __init__(self, order: Order, deadline_s: float, report: Callable[[ImageJob, Row], None]) -> None:
-        """Submit all images or none; raises Refusal if they find no place. report: called for each image that ends."""
+    def __init__(
+        self, order: Order, began: float, deadline_s: float, report: Callable[[ImageJob, Row], None]
+    ) -> None:  # fmt: skip
+        """Submit all images or none; raises Refusal if they find no place.
+
+        began: time.monotonic() of the request, from which its deadline counts. report: called for each image that ends.
+        """
         self.id = secrets.token_urlsafe(16)  # who knows it may see the images
         self.order = order
         self.created = time.time()
-        self.submitted = time.monotonic()
+        self.submitted, self.ended = began, math.inf  # time.monotonic()
+        self._left = max(began + deadline_s - time.monotonic(), LEAST_S)
         self.refusal: Refusal | None = None
         self.is_cancelled = False
         self.rows = [Row() for _ in range(order.count)]
@@ -52,7 +64,7 @@ class ImageJob:
         self._wakes = False  # the loop has been asked to notify
         try:
             for index, row in enumerate(self.rows):
-                row.future = order.engine.submit(order, index, deadline_s, self._progress(row))
+                row.future = order.engine.submit(order, index, self._left, self._progress(row))
         except BaseException:
             self._cancel_rows()
             raise
@@ -78,12 +90,21 @@ class ImageJob:
             self.is_cancelled = True
             self._cancel_rows()
 
+    def fail(self, refusal: Refusal) -> None:
+        """End it without its images; does nothing to a job that has ended."""
+        if not self.task.done() and self.refusal is None:
+            self.refusal = refusal
+            self._cancel_rows()
+
+    @property
+    def failure(self) -> Refusal | None:
+        """What an ended job has in place of images."""
+        return Refusal(409, "client_closed", "this job was cancelled.") if self.is_cancelled else self.refusal
+
     def check(self) -> None:
         """Raise the Refusal that an ended job has in place of images."""
-        if self.is_cancelled:
-            raise Refusal(409, "client_closed", "this job was cancelled.")
-        if self.refusal is not None:
-            raise self.refusal
+        if self.failure is not None:
+            raise self.failure
 
     @contextmanager
     def listening(self) -> Any:
@@ -124,16 +145,20 @@ class ImageJob:
     async def _work(self, report: Callable[[ImageJob, Row], None]) -> None:
         ends = [asyncio.create_task(self._finish(row, report)) for row in self.rows]
         try:
-            await asyncio.gather(*ends)
+            async with asyncio.timeout(self._left + LATE_S):
+                await asyncio.gather(*ends)
         except asyncio.CancelledError:
-            self.is_cancelled = True  # by `cancel`, or because the loop ends
+            self.is_cancelled = self.refusal is None  # by `cancel`, or because the loop ends; or by `fail`
+        except TimeoutError:
+            self.refusal = refusal_of(DeadlineError("the deadline passed during a call of the engine."))
         except Exception as error:
-            self.refusal = refusal_of(error)
+            self.refusal = self.refusal or refusal_of(error)
         finally:
             self._cancel_rows()
             await asyncio.gather(*ends, return_exceptions=True)
             for row in self.rows:
                 row.future = row.preview = None
+            self.order, self.ended = replace(self.order, content=None), time.monotonic()
             self._loop.call_soon(self._notify)  # when the task is done
 
     async def _finish(self, row: Row, report: Callable[[ImageJob, Row], None]) -> None:
@@ -215,11 +240,11 @@ class KeptJobs:
         return iter([*self._jobs.values()])
 
     def _prune(self) -> None:
-        oldest = time.time() - self._settings.keep_s
+        oldest = time.monotonic() - self._settings.keep_s
         ended = [job for job in self._jobs.values() if job.task.done()]
         held = sum(job.bytes_held for job in ended)
         for left, job in zip(range(len(ended), 0, -1), ended, strict=True):
-            if left <= self._settings.most_jobs and held <= self._settings.keep_bytes and job.created >= oldest:
+            if left <= self._settings.most_jobs and held <= self._settings.keep_bytes and job.ended >= oldest:
                 break
             held -= job.bytes_held
             del self._jobs[job.id]

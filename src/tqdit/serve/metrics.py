@@ -45,7 +45,7 @@ class ServerMetrics:
         if row.began is not None:
             self._queue_seconds.labels(engine.name).observe(row.began - job.submitted)
         if row.png is not None:
-            engine.finished()
+            engine.finished(now - (job.submitted if row.began is None else row.began))
             self._image_seconds.labels(engine.name).observe(now - job.submitted)
         self._images.labels(engine.name, _outcome(row)).inc()
 
@@ -79,7 +79,8 @@ class EngineCollector(Collector):
         families: tuple[GaugeMetricFamily | CounterMetricFamily, ...] = (waiting, running, places, calls, steps)
         for engine in self._engines:
             stats = engine.batcher.stats()
-            values = (stats.waiting, stats.running, engine.batcher.batch, stats.engine_calls, stats.steps)
+            waits = stats.waiting + engine.reserved
+            values = (waits, stats.running, engine.batcher.batch, stats.engine_calls, stats.steps)
             for family, value in zip(families, values, strict=True):
                 family.add_metric([engine.name], value)
         yield from families

@@ -7,6 +7,7 @@ image by its address, could reach another replica, so neither is offered.
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from tqdit.serve.settings import Settings
 
 NAME = "tqdit"
 MOST_REPLICAS = 10_000
+LISTEN_S = 5.0  # for a proxy to take a connection
 USUAL_BATCH = 16  # images that an engine makes at once, before one is opened
 INSTALL = "Ray Serve is not installed ({}). Run: pip install 'ray[serve]'"
 
@@ -73,28 +75,43 @@ class RayServer:
             options = {"autoscaling_config": bounds | {"target_ongoing_requests": at_once}}
         self._deployment = self._serve.deployment(
             serve.ingress(build)(),
-            name=NAME, max_ongoing_requests=at_once + settings.queue * len(paths),
+            # more than find places, so that a replica refuses by itself and its deadlines run
+            name=NAME, max_ongoing_requests=settings.connections, max_queued_requests=settings.connections,
             ray_actor_options={
                 "num_cpus": sum(each["CPU"] for each in resources),
                 "num_gpus": sum(each.get("GPU", 0) for each in resources),
             },
             graceful_shutdown_timeout_s=settings.shutdown_s, **options,
         )  # fmt: skip
-        self._http = {"host": host, "port": port}
+        self._http: dict[str, Any] = {"host": host, "port": port}
+        self._is_deployed = False
         connect(self._ray, replicas.address)
 
     def deploy(self) -> None:
         """Returns when the replicas answer. Raises BackendError if they do not."""
         try:
             self._serve.start(http_options=self._http, proxy_location="EveryNode")
-            self._serve.run(self._deployment.bind(), name=NAME, route_prefix="/")
+            taken = NAME in self._serve.status().applications
+            if not taken:
+                self._serve.run(self._deployment.bind(), name=NAME, route_prefix="/")
+                self._is_deployed = True
         except Exception as error:  # of any kind
             raise BackendError(f"Ray Serve could not deploy the engines ({first_line(error)}).") from error
+        if taken:
+            raise BackendError(f"this cluster serves {NAME} already. End that server first, or pass all engines to it.")
+        try:
+            socket.create_connection((self._http["host"], self._http["port"]), LISTEN_S).close()
+        except OSError as error:
+            raise BackendError(
+                f"Ray Serve does not listen on {self._http['host']}:{self._http['port']}; it was started before, with "
+                "another --host or --port. Pass that one."
+            ) from error
 
     def close(self) -> None:
         """Finish the requests in work, remove the deployment, and leave the cluster."""
         try:
-            self._serve.delete(NAME)
+            if self._is_deployed:
+                self._serve.delete(NAME)
         finally:
             self._ray.shutdown()
 

@@ -6,12 +6,12 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -39,6 +39,7 @@ from tqdit.serve.shapes import (
 EVENTS = "text/event-stream"
 LINGER_S, LINGER_BYTES = 0.3, 2**20  # that are still taken of a request that is too large
 Handler = Callable[[Service, Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ async def _discard(request: Request) -> None:
 async def generate(service: Service, request: Request) -> Response:
     """Make images and wait for them; or, with `stream`, tell by events. A client that leaves cancels them."""
     asked = await read_request(service, request)
-    job = await service.start(asked)
+    job = await _unless_left(service.start(asked), request)
     if job.order.as_url:
         service.jobs.add(job)
     if asked.stream:
@@ -121,16 +122,29 @@ async def generate(service: Service, request: Request) -> Response:
     return json_response(image_answer(job, str(request.base_url)))
 
 
-async def _finish_or_cancel(job: ImageJob, request: Request) -> None:
-    left = asyncio.create_task(_left(request))
+async def _unless_left(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """The result of work that ends if the client leaves. Raises ClientDisconnect then."""
+    task, left = asyncio.create_task(work), asyncio.create_task(_left(request))
     try:
-        with job.listening():
-            await asyncio.wait({job.task, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not job.task.done():
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise ClientDisconnect
+        return task.result()
     finally:
         left.cancel()
+        task.cancel()
+
+
+async def _finish_or_cancel(job: ImageJob, request: Request) -> None:
+    try:
+        with job.listening():
+            await _unless_left(_ended(job), request)
+    finally:
         job.cancel()
+
+
+async def _ended(job: ImageJob) -> None:
+    await asyncio.wait({job.task})
 
 
 async def _left(request: Request) -> None:
@@ -181,7 +195,7 @@ async def start_job(service: Service, request: Request) -> Response:
             400, "invalid_value", "a job has its events under /v1/jobs/ID/events. Leave stream out.", "stream"
         )
     service.check_keeps_jobs()
-    job = await service.start(asked)
+    job = await _unless_left(service.start(asked), request)
     service.jobs.add(job)
     return json_response(job_answer(job, str(request.base_url)), 202, {"Location": f"/v1/jobs/{job.id}"})
 

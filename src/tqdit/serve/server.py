@@ -11,11 +11,12 @@ from starlette.applications import Starlette
 from tqdit.serve.connection import connection_type
 from tqdit.serve.service import Service
 
+LOOK_S = 0.1
 GRACE_S = 5.0  # for answers to be written, after the last image
 
 
 class Server(uvicorn.Server):
-    """One process. SIGTERM and Ctrl-C end it after at most `shutdown_s` and a few seconds."""
+    """One process. SIGTERM and Ctrl-C end it after at most `shutdown_s`, a few seconds, and an engine call."""
 
     def __init__(self, app: Starlette, host: str, port: int) -> None:
         self.service: Service = app.state.service
@@ -31,5 +32,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, finish the others, then close."""
         draining = asyncio.create_task(self.service.drain(self.service.settings.shutdown_s))
+        hurrying = asyncio.create_task(self._hurry())
         await super().shutdown(sockets)
         await draining
+        hurrying.cancel()
+
+    async def _hurry(self) -> None:
+        """A second Ctrl-C or SIGTERM ends the waiting for images."""
+        while not self.force_exit:
+            await asyncio.sleep(LOOK_S)
+        self.service.hurry()

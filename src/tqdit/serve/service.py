@@ -6,15 +6,17 @@ import asyncio
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from tqdit.errors import UsageError
+from tqdit.errors import DeadlineError, UsageError
 from tqdit.serve.engines import Order, ServedEngine
 from tqdit.serve.jobs import ImageJob, KeptJobs
 from tqdit.serve.metrics import ServerMetrics
-from tqdit.serve.refusals import Refusal
+from tqdit.serve.refusals import Refusal, refusal_of
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import Health, ImageRequest
 
@@ -26,6 +28,9 @@ class Service:
         self.engines, self.settings = dict(engines), settings
         self.jobs, self.metrics = KeptJobs(settings), ServerMetrics(self.engines.values())
         self.is_draining = False
+        self._hurried = asyncio.Event()
+        self._starting: set[asyncio.Task[Any]] = set()  # of requests that are being prepared
+        self._working: set[ImageJob] = set()
         self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
 
     @classmethod
@@ -64,14 +69,36 @@ class Service:
 
     async def start(self, asked: ImageRequest) -> ImageJob:
         """Check a request and queue its images. Raises Refusal or UsageError."""
-        engine = self.engine(asked.model)
+        engine, began = self.engine(asked.model), time.monotonic()
         self._check_open(engine)
         if asked.response_format == "url":
             self.check_keeps_jobs()
-        engine.check_room(asked.n or 1, self.settings.most_images)  # before a prompt is encoded
-        order: Order = await engine.order(asked, self.settings)
+        with engine.reserve(asked.n or 1, self.settings.most_images), self._starts():
+            try:
+                async with asyncio.timeout(self.settings.deadline_s):
+                    order: Order = await engine.order(asked, self.settings)
+            except TimeoutError:
+                raise refusal_of(DeadlineError("the deadline passed before its prompt was encoded.")) from None
         self._check_open(engine)
-        return ImageJob(order, self.settings.deadline_s, self.metrics.ended)
+        job = ImageJob(order, began, self.settings.deadline_s, self.metrics.ended)
+        self._working.add(job)
+        job.task.add_done_callback(lambda _: self._working.discard(job))
+        return job
+
+    @contextmanager
+    def _starts(self) -> Iterator[None]:
+        """Inside, the current task is one that `drain` ends. Raises Refusal if it does."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._starting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.is_draining:
+                raise _shutting_down() from None
+            raise
+        finally:
+            self._starting.discard(task)
 
     def check_keeps_jobs(self) -> None:
         """Raises Refusal where the next request may reach another replica."""
@@ -81,7 +108,7 @@ class Service:
 
     def _check_open(self, engine: ServedEngine) -> None:
         if self.is_draining or not engine.batcher.is_open:
-            raise Refusal(503, "shutting_down", "the server takes no more requests.", headers={"Connection": "close"})
+            raise _shutting_down()
 
     def health(self) -> Health:
         """Whether it takes requests."""
@@ -92,18 +119,34 @@ class Service:
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and finish within a time those that somebody waits for; fail the others."""
         self.is_draining = True
+        for task in [*self._starting]:
+            task.cancel()
         for job in self.jobs:
             if not job.is_watched:  # nobody could fetch its images
                 job.cancel()
-        closing = [asyncio.create_task(asyncio.to_thread(each.batcher.close)) for each in self.engines.values()]
-        await asyncio.wait(closing, timeout=seconds)
+        batchers = [each.batcher for each in self.engines.values()]
+        closing: asyncio.Future[Any] = asyncio.gather(*(asyncio.to_thread(batcher.close) for batcher in batchers))
+        hurried: asyncio.Future[Any] = asyncio.create_task(self._hurried.wait())
+        await asyncio.wait({closing, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not closing.done():  # answer what is left, without waiting for the engine call in progress
+            for job in [*self._working]:
+                job.fail(_shutting_down())
         await self.close()
-        await asyncio.gather(*closing)
+        await closing
+
+    def hurry(self) -> None:
+        """End a `drain` now."""
+        self._hurried.set()
 
     async def close(self) -> None:
         """Fail what is not done, and close the engines; may be called twice."""
         self.is_draining = True
         await asyncio.gather(*(asyncio.to_thread(each.batcher.close, False) for each in self.engines.values()))
+
+
+def _shutting_down() -> Refusal:
+    return Refusal(503, "shutting_down", "the server takes no more requests.", headers={"Connection": "close"})
 
 
 def _digest(key: bytes) -> bytes:

@@ -23,7 +23,7 @@ class Settings:
     deadline_s: float = 600.0  # from a request to its last image
     most_images: int = 16  # of one request
     most_previews: int = 50  # of one image
-    body_bytes: int = 16_384  # of a request
+    body_bytes: int = 65_536  # of a request; the longest prompt has 8,000 characters, of up to 6 bytes in JSON
     most_jobs: int = 1000  # finished ones that are kept
     keep_bytes: int = 256 * 2**20  # of their images
     keep_s: float = 3600.0
