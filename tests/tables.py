@@ -10,6 +10,7 @@ import numpy as np
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup, PerToken
 from tqdit.quantization.schemes.asymmetric import Asymmetric
 from tqdit.quantization.schemes.dynamic import Dynamic
+from tqdit.quantization.schemes.dynamic_asymmetric import DynamicAsymmetric
 from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
@@ -76,7 +77,7 @@ def make_table(
         if product.place == "conditioning" and not kind.conditioning_inputs:
             continue
         if kind.dynamic:
-            quantizer = Dynamic(kind.activation_bits, PerToken())
+            quantizer = (DynamicAsymmetric if kind.asymmetric else Dynamic)(kind.activation_bits, PerToken())
         elif product.made_by == "gelu":
             quantizer = gelu(values[0], kind, rng)
         else:

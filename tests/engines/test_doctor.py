@@ -13,8 +13,9 @@ import pytest
 import kernel_device
 from fake_gpu import FakeCuda
 from tqdit.cli import main as cli
-from tqdit.engines import doctor, proof
+from tqdit.engines import doctor
 from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.build import proof
 from tqdit.errors import BackendError
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan as attention
@@ -87,6 +88,20 @@ def test_the_kernels_are_within_the_limit():
         found = kernel_device.launched_with(case.kernel, case.launch, inputs, outputs)
         for one, expected in zip(found, case.expected, strict=True):
             assert proof._error(one, expected) < proof.KERNEL_LIMIT / 3, case.what
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(kernel_device.DEVICE == "cpu", reason="needs a CUDA GPU")
+def test_this_gpu_runs_every_kernel():
+    checks = list(proof.prove_kernels())
+    assert {check.outcome for check in checks} == {"ok"}, checks
+
+
+def test_the_driver_has_the_functions_of_its_stand_in():
+    real = pytest.importorskip("cuda.bindings.driver", reason="needs the extra cuda")
+    used = [name for name in vars(FakeCuda) if name.startswith("cu")]
+    assert len(used) > 8
+    assert [name for name in used if not hasattr(real, name)] == []
 
 
 def test_a_kernel_that_computes_something_else_fails_by_name(gpu, kernels):

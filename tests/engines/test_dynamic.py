@@ -54,10 +54,10 @@ def engine(path, backend, config=FLOAT32):
 
 @pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("attention", ["float", "integer"])
-@pytest.mark.parametrize("bits", [8, 6])
-def test_an_engine_is_integer_and_computes_the_fake_quantized_network(tmp_path, backend, attention, bits):
+@pytest.mark.parametrize(("bits", "asymmetric"), [(8, True), (6, False)])
+def test_an_engine_is_integer_and_computes_the_fake_quantized_network(tmp_path, backend, attention, bits, asymmetric):
     model = support.tiny_model()
-    table = make_table(model, Kind(activation_bits=bits, dynamic=True))
+    table = make_table(model, Kind(activation_bits=bits, dynamic=True, asymmetric=asymmetric))
     path = tmp_path / "model.onnx"
     write(path, *support.exported(ExportConfig(attention=attention), table=table))
     assert [finding for finding in lint(onnx.load(path)) if finding.severity == "error"] == []
@@ -72,10 +72,10 @@ def test_an_engine_is_integer_and_computes_the_fake_quantized_network(tmp_path, 
 @pytest.mark.slow
 def test_tensorrt_rtx_multiplies_integers(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
-    table = make_table(support.tiny_model(), Kind(dynamic=True))
-    path = tmp_path / "model.onnx"
-    write(path, *support.exported(ExportConfig(attention="float"), table=table))
-    for float_type in ("fp16", "bf16"):
+    for asymmetric, float_type in ((False, "fp16"), (True, "bf16")):
+        table = make_table(support.tiny_model(), Kind(dynamic=True, asymmetric=asymmetric))
+        path = tmp_path / f"{float_type}.onnx"
+        write(path, *support.exported(ExportConfig(attention="float"), table=table))
         build_engine(path, tmp_path / float_type, "tensorrt-rtx", BuildConfig(float_type=float_type))
         report = read_manifest(tmp_path / float_type).audit
         assert (report.integer, report.fallen_back) == (EVERY_LINEAR, ())

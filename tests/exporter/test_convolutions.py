@@ -30,8 +30,8 @@ def traced():
 
 @pytest.mark.parametrize(
     "kind",
-    [Kind(), Kind(groups=4, everywhere=True, asymmetric=True), Kind(dynamic=True)],
-    ids=["W8A8", "asymmetric, 4 groups", "dynamic"],
+    [Kind(), Kind(groups=4, everywhere=True, asymmetric=True), Kind(dynamic=True), Kind(dynamic=True, asymmetric=True)],
+    ids=["W8A8", "asymmetric, 4 groups", "dynamic", "dynamic, asymmetric"],
 )
 def test_an_export_equals_the_fake_quantized_network(traced, kind):
     model, trace = traced

@@ -40,6 +40,7 @@ KINDS = {
     "W4A8 10 softmax groups": Kind(4, 8, groups=10),
     "W6A6 equalised, asymmetric": Kind(6, 6, asymmetric=True, groups=10, everywhere=True, equalised=True),
     "W8A8 dynamic": Kind(dynamic=True, conditioning_inputs=True),
+    "W8A6 dynamic, asymmetric": Kind(8, 6, dynamic=True, asymmetric=True, conditioning_inputs=True),
     "W4A6 dynamic, 10 softmax groups": Kind(4, 6, dynamic=True, groups=10),
     "W4A8 everything": Kind(4, 8, asymmetric=True, groups=10, everywhere=True, conditioning_inputs=True),
 }

@@ -1,4 +1,4 @@
-"""The scheme `dynamic`: its properties, tokens that hold no ordinary numbers, and what a table may say of it."""
+"""Schemes with a scale per token: their properties, tokens that are not ordinary, and what a table may say of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tables import Kind, make_table
 from tqdit.errors import FileFormatError
 from tqdit.quantization.fake_quant import RowGroups, quantize_module
 from tqdit.quantization.granularity import Granularity, PerChannel, PerTensor, PerTimestepGroup, PerToken
+from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.rounding import SMALLEST_SCALE
 from tqdit.quantization.schemes.dynamic import Dynamic
+from tqdit.quantization.schemes.dynamic_asymmetric import DynamicAsymmetric
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.table import ScaleTable, Site, read_scale_table, write_scale_table
 
@@ -27,8 +29,8 @@ BITS = st.integers(2, 8)
 SEEDS = st.integers(0, 999)
 
 
-def quantize(x: np.ndarray, bits: int) -> np.ndarray:
-    return Dynamic.fake_quantize(torch.from_numpy(x), bits, {}).numpy()
+def quantize(x: np.ndarray, bits: int, scheme: type[Quantizer] = Dynamic) -> np.ndarray:
+    return scheme.fake_quantize(torch.from_numpy(x), bits, {}).numpy()
 
 
 def reference(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +38,14 @@ def reference(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(x).max(axis=-1, keepdims=True)
     scale = np.maximum(largest / np.float32(2 ** (bits - 1) - 1), np.float32(SMALLEST_SCALE))
     return np.rint(x / scale), scale
+
+
+def asymmetric_reference(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes, scales, offsets) of tokens (..., K), float32."""
+    low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
+    scale = np.maximum((high - low) / np.float32(2**bits - 1), np.float32(SMALLEST_SCALE))
+    offset = low + scale * np.float32(2 ** (bits - 1))
+    return np.rint((x - offset) / scale), scale, offset
 
 
 def tokens(seed: int, count: int = 12, width: int = 40) -> np.ndarray:
@@ -141,6 +151,56 @@ def test_a_layer_multiplies_the_integers_and_then_the_scale(bits: int) -> None:
     weight = np.clip(np.rint(layer.weight.numpy() / scale[:, None]), -128, 127).astype(np.float64)
     expected = of_tokens * (codes.astype(np.float64) @ weight.T) * scale + layer.bias.numpy()
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+# asymmetric -----------------------------------------------------------------------------------------------------------
+
+
+@given(BITS, SEEDS)
+@examples
+def test_an_asymmetric_scheme_equals_its_reference(bits: int, seed: int) -> None:
+    x = tokens(seed)
+    codes, scale, offset = asymmetric_reference(x, bits)
+    np.testing.assert_array_equal(quantize(x, bits, DynamicAsymmetric), codes * scale + offset)
+    assert (codes.min(), codes.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)  # nothing to clip
+    error = np.abs(codes.astype(np.float64) * scale + offset - x)
+    assert (error <= scale / 2 + 1e-6 * np.abs(x).max(-1, keepdims=True)).all()
+
+
+@given(BITS, SEEDS)
+@examples
+def test_values_on_one_side_have_twice_the_codes(bits: int, seed: int) -> None:
+    x = np.abs(tokens(seed))
+    _, scale = reference(x, bits)
+    _, finer, _ = asymmetric_reference(x, bits)
+    assert (finer <= scale * (2 ** (bits - 1) - 1) / (2**bits - 1) * (1 + 1e-5)).all()
+
+
+@given(BITS, SEEDS, st.integers(-60, 60))
+@examples
+def test_a_power_of_two_goes_through_an_asymmetric_scheme(bits: int, seed: int, exponent: int) -> None:
+    x, factor = tokens(seed), np.float32(2.0**exponent)
+    found = quantize(x * factor, bits, DynamicAsymmetric)
+    np.testing.assert_array_equal(found, quantize(x, bits, DynamicAsymmetric) * factor)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_token_of_one_value_is_exact(bits: int) -> None:
+    x = np.repeat(np.array([[0.0], [0.3], [-7.5], [1e30]], np.float32), 6, axis=1)
+    np.testing.assert_allclose(quantize(x, bits, DynamicAsymmetric), x, rtol=1e-6)
+
+
+def test_an_asymmetric_layer_adds_the_row_sums_of_its_weight() -> None:
+    layer = nn.Linear(40, 5).requires_grad_(False)
+    scale = np.linspace(0.005, 0.01, 5, dtype=np.float32)
+    sites = {"input": Site("m", "input", DynamicAsymmetric(6, PerToken())),
+             "weight": Site("m", "weight", Symmetric(8, PerChannel(0), scale))}  # fmt: skip
+    x = tokens(2) + 3
+    y = quantize_module("m", layer, sites, RowGroups())(torch.from_numpy(x)).numpy()
+    codes, of_tokens, offset = asymmetric_reference(x, 6)
+    weight = np.clip(np.rint(layer.weight.numpy() / scale[:, None]), -128, 127) * scale[:, None]
+    expected = (codes * of_tokens + offset).astype(np.float64) @ weight.T.astype(np.float64) + layer.bias.numpy()
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 # the scale table ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
@@ -40,7 +41,8 @@ def address(bundle):
     """Of two replicas on a cluster of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tqdit", "serve", f"toy={bundle}", "--ray", "--replicas", "2", "--port", str(port)]
+    command = [sys.executable, "-m", "tqdit", "serve", f"toy={bundle}", "--ray", "--replicas", "2", "--port", str(port),
+               "--batch", "1", "--queue", "1"]  # fmt: skip
     server = subprocess.Popen(command, env={**os.environ, "RAY_DEDUP_LOGS": "0"}, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -76,6 +78,12 @@ def test_replicas_make_the_images_of_the_sampler_and_keep_no_jobs(address, bundl
         assert status == 400
         assert "b64_json" in answer["error"]["message"]
     assert call(address, "/v1/models")[1]["data"][0]["id"] == "toy"
+    long = {"class": 1, "steps": 1000}
+    with ThreadPoolExecutor(16) as clients:  # for four places
+        found = list(clients.map(lambda _: call(address, "/v1/images/generations", long), range(16)))
+    refused = [answer["error"]["code"] for status, answer in found if status == 429]
+    assert [status for status, _ in found].count(200) + len(refused) == 16
+    assert set(refused) == {"queue_full"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from serve.client import pixels, text_app, wait_until
 from tqdit.engines.bundle import read_manifest
@@ -220,8 +221,10 @@ def test_a_key_is_asked_for_before_anything_is_shown(driver, serve, bundle):
     running.service.engines["tiny"].batcher.card.__dict__["class_names"] = tuple(f"<b>{each}" for each in "abcde")
     visitor = Visitor(driver, 390, 844, running.url)
     wait_until(lambda: visitor.at("key").is_displayed())
-    visitor.type("key", KEY)
+    visitor.type("key", "ключ")
     visitor.at("use-key").click()
+    wait_until(lambda: "ASCII" in visitor.at("error").text)
+    visitor.type("key", KEY + Keys.ENTER)
     wait_until(lambda: visitor.at("model").text)
     assert not visitor.at("key").is_displayed()
     assert "<b>c" in visitor.at("class").text  # a name is text, whatever it holds

@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--optimum", type=Path, metavar="DIR", help="OpenVINO: also write DIR/transformer for optimum-intel's pipelines"
     )
+    add("--triton", type=Path, metavar="DIR", help="also write DIR/NAME, a model of Triton Inference Server "
+        "that runs the engine in its Python backend")  # fmt: skip
     add("--force", action="store_true", help="replace the engine of another version of tqdit; other folders are never "
         "replaced")  # fmt: skip
 
@@ -74,6 +76,11 @@ def run(args: argparse.Namespace, console: Console) -> Path:
 
         check_writable(args.optimum / "transformer")
         check_optimum(OnnxFile.read(args.model).own_card, args.optimum)
+    if args.triton is not None:
+        from tqdit.engines.build.triton import check_triton, write_triton
+
+        check_writable(args.triton / output.stem)
+        check_triton(args.triton, output.stem)
     console.say(f"compiling {args.model} for {backend}")
     with _progress_bar(console) as progress:
         manifest = build_engine(args.model, output, backend, config, progress)
@@ -89,6 +96,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         )
     if args.optimum is not None:
         console.say(f"wrote {write_optimum(output, manifest.card, args.optimum)} for optimum-intel")
+    if args.triton is not None:
+        console.say(f"wrote {write_triton(output, manifest, args.triton, output.stem)} for Triton Inference Server")
     return output
 
 

@@ -84,7 +84,7 @@ def lines(report: Report) -> Iterator[str]:
 
 def _prove(model: Path | None, report: Report, device: int | None) -> Iterator[Check]:
     need_part("tqdit.engines.build", "a proof")
-    from tqdit.engines.proof import prove_engine, prove_kernels
+    from tqdit.engines.build.proof import prove_engine, prove_kernels
 
     yield from prove_kernels(device)
     if model is None:

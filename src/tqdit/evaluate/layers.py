@@ -226,7 +226,8 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
         found.append({"weight_bits": min(8, weight.quantizer.bits + 2)})
     if product.place == "final" and "input" in sites:
         found.append({"final": "weights"})  # its input in float
-    if product.made_by is not None and left is not None and left.quantizer.scheme not in (product.made_by, "dynamic"):
+    stored = left is not None and left.quantizer.tensors  # scales of tokens have no regions and no groups
+    if product.made_by is not None and left is not None and stored and left.quantizer.scheme != product.made_by:
         found.append({product.made_by: "two-region"})
     if not product.folded and any(not isinstance(q.granularity, PerTimestepGroup | PerToken) for q in activations):
         found.append({"time_groups": "all"})
@@ -299,8 +300,10 @@ def _bits(site: Site | None) -> int:
 def _touches(site: Site) -> bool:
     """Whether its integer form works on each element outside the product: x / r, x - b, and back."""
     scheme = site.quantizer.scheme
-    return scheme in ("asymmetric", "dynamic", "softmax_numerator") or (
-        scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup)
+    return (
+        scheme in ("asymmetric", "softmax_numerator")
+        or not site.quantizer.tensors
+        or (scheme != "softmax" and isinstance(site.quantizer.granularity, PerTimestepGroup))
     )
 
 

@@ -134,8 +134,14 @@ class QuantizedOperand(nn.Module):
         held = self.get_buffer(f"held_{name}")
         return self.rows.select(held, x.ndim) if held.ndim else held
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
     def subtract(self, x: Tensor, y: Tensor) -> Tensor:
         return x - y
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
 
     def divide(self, x: Tensor, y: Tensor) -> Tensor:
         return x / y
@@ -143,8 +149,14 @@ class QuantizedOperand(nn.Module):
     def maximum(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.maximum(x, y)
 
+    def absolute(self, x: Tensor) -> Tensor:
+        return x.abs()
+
     def largest(self, x: Tensor) -> Tensor:
-        return x.abs().amax(-1, keepdim=True)
+        return x.amax(-1, keepdim=True)
+
+    def smallest(self, x: Tensor) -> Tensor:
+        return x.amin(-1, keepdim=True)
 
     def negative(self, x: Tensor) -> Tensor:
         return x.clamp(max=0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
-from tqdit.models.columns import parts_named, split
+from tqdit.models.columns import narrow
 from tqdit.models.folds import Fold
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import stand_in
@@ -25,11 +25,11 @@ from tqdit.quantization.table import ScaleTable
 
 
 def fold(model: LoadedModel, table: ScaleTable) -> tuple[LoadedModel, ScaleTable]:
-    """The network that a table's sites describe, its layers split as they name parts, and the table without divisors.
+    """The network that a table's sites describe, with its layers in parts, and the table without its divisors.
 
     Raises UsageError if a divisor belongs to no layer that can be equalised, or does not fit it.
     """
-    model = split(model, parts_named(model, table.by_module))
+    model = narrow(model, table.columns)
     divided = {site.module: site.divisor for site in table.sites if site.divisor is not None}
     if not divided:
         return model, table

@@ -61,14 +61,23 @@ class Arithmetic(Protocol[V]):
     def constant(self, name: str, x: V) -> V:
         """The constant itself, or, if it has one entry per group, that of each row's group; it broadcasts against x."""
 
+    def add(self, x: V, y: V) -> V: ...
+
     def subtract(self, x: V, y: V) -> V: ...
+
+    def multiply(self, x: V, y: V) -> V: ...
 
     def divide(self, x: V, y: V) -> V: ...
 
     def maximum(self, x: V, y: V) -> V: ...
 
+    def absolute(self, x: V) -> V: ...
+
     def largest(self, x: V) -> V:
-        """max |x| over the last axis, (..., 1)."""
+        """max x over the last axis, (..., 1)."""
+
+    def smallest(self, x: V) -> V:
+        """min x over the last axis, (..., 1)."""
 
     def negative(self, x: V) -> V:
         """min(x, 0)."""

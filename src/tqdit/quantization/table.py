@@ -120,6 +120,17 @@ class ScaleTable:
     def groups(self) -> int:
         return len(self.boundaries) + 1
 
+    @property
+    def columns(self) -> int:
+        """Most input channels of a product: wider layers of the network are sums of parts, as sites name them.
+
+        0: layers are whole. Raises FileFormatError for what is no such number.
+        """
+        columns = self.settings.get("columns", 0)
+        if type(columns) is not int or columns < 0:
+            raise FileFormatError(f"the setting 'columns' is {columns!r}, expected a whole number >= 0. {AGAIN}")
+        return columns
+
     @cached_property
     def by_module(self) -> dict[str, dict[str, Site]]:
         """module -> role -> site."""

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 
 import support
+from tqdit.cli import main as cli
 from tqdit.engines.backends.onnxruntime import build, providers, run
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import BackendError, UsageError
 from tqdit.exporter.onnx_writer import write
 
@@ -80,8 +83,13 @@ def test_engines_of_cpus_have_no_device(floating, tmp_path, backend):
     with pytest.raises(UsageError, match="--device"):
         build_engine(floating, tmp_path / "m.engine", backend, BuildConfig(device=0))
     build_engine(floating, tmp_path / "m.engine", backend)
-    with pytest.raises(UsageError, match="--device is the index of a GPU"):
-        Sampler.open(tmp_path / "m.engine", device=0)
+    for opened in (Sampler.open, Denoiser.open, StepBatcher):
+        with pytest.raises(UsageError, match="--device is the index of a GPU"):
+            opened(tmp_path / "m.engine", device=0)
+    assert (
+        cli.run("sample", [str(tmp_path / "m.engine"), "-n", "1", "--device", "0", "-o", str(tmp_path / "a.npz")]) == 2
+    )
+    assert cli.run("inspect", [str(tmp_path / "m.engine"), "--verify", "--device", "0"]) == 2
 
 
 def test_a_cuda_bundle_is_not_opened_where_the_library_has_no_cuda(floating, tmp_path, gpu_library, monkeypatch):

@@ -7,13 +7,14 @@ audit are the real ones. Nothing is compiled and nothing runs on a GPU.
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.backends.tensorrt import builder, cuda, worker
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -175,6 +176,27 @@ def test_what_the_inspector_said_is_kept_if_the_audit_refuses(release, source, t
 def test_a_lean_runtime_alone_has_no_meaning(release, source, tmp_path):
     with pytest.raises(UsageError, match="--exclude-lean-runtime goes with --version-compatible"):
         build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(lean_runtime="exclude", **FAST))
+
+
+def test_the_gpu_of_an_index_is_the_compiler_s_too(release, source, tmp_path, monkeypatch):
+    asked, jobs = [], []
+
+    def stop():
+        raise BackendError("made current")
+
+    monkeypatch.setattr(
+        cuda, "find_device", lambda *index: asked.append(index) or cuda.Device(None, "8.9", "L4", 58, 3)
+    )
+    monkeypatch.setattr(builder, "run_worker", lambda job, _: jobs.append(job) or stop())
+    with pytest.raises(BackendError, match="made current"):
+        build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(device=3, plugins=False, **FAST))
+    assert asked == [(3,)]
+    assert jobs[0].device == 3
+    here = SimpleNamespace(handle=SimpleNamespace(set_current=stop))
+    monkeypatch.setattr(cuda, "find_device", lambda index: asked.append(index) or here)
+    with pytest.raises(BackendError, match="made current"):  # before TensorRT sees a GPU
+        worker.compile_job(jobs[0], lambda _: None)
+    assert asked[-1] == 3
 
 
 def test_without_a_gpu_it_does_not_start(release, source, tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ import support
 from fake_gpu import FakeCuda, FakeTensorRT, compute
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
-from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, write_manifest
+from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import (
     BackendError,
     FileFormatError,
@@ -514,7 +515,7 @@ def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkey
     fed = {"x": np.ones((3, *shape), np.float32), "timestep": np.arange(3), "class_labels": np.arange(3)}
 
     def bundle(prediction, **facts):
-        GoldenCalls(fed, prediction.astype(np.float32), np.full(3, 1e-3)).save(plan.with_name("calls.npz"))
+        GoldenCalls(fed, prediction.astype(np.float32), np.zeros(3)).save(plan.with_name("calls.npz"))
         plan.with_name("manifest.json").unlink(missing_ok=True)
         write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent), **facts))
         return plan.parent
@@ -531,8 +532,12 @@ def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkey
     assert "NVIDIA L4 8.9, TensorRT 11.4.0" in record.read_text()
     gpu.names[0] = "NVIDIA L40S"
     assert calls() > 0
-    bundle(compute(fed), verified=Verified(3, 1e-3, 1e-3))  # where it was built
+    bundle(compute(fed), verified=Verified(3, 1e-3, 1e-3))  # on another machine
+    gpu.names[0] = "NVIDIA L40"
+    assert verify_bundle(plan.parent, read_manifest(plan.parent)).passes  # as tqdit-build does
     assert calls() == 0
+    bundle(compute(fed) * 1.005, float_type="fp32")  # errors of TF32 are no fault
+    assert calls() > 0
     bundle(compute(fed) * 2)
     for _ in range(2):
         with pytest.raises(VerificationError, match="golden calls"):

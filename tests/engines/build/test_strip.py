@@ -28,6 +28,7 @@ KINDS = {
     "W4A6": Kind(weight_bits=4, activation_bits=6, conditioning_inputs=True),
     "equalised": Kind(groups=4, everywhere=True, equalised=True),
     "dynamic": Kind(dynamic=True, conditioning_inputs=True),
+    "dynamic, asymmetric": Kind(dynamic=True, asymmetric=True),
 }
 
 

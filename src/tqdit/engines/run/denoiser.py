@@ -36,7 +36,7 @@ class Denoiser:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         threads: CPU threads per call; None leaves it to the backend. device: index of the GPU. Golden calls run once
-        for each GPU, if the bundle was built where it could not run. Raises FileFormatError for a damaged bundle,
+        for each GPU. Raises FileFormatError for a damaged bundle,
         VerificationError if they are wrong, BackendError if it cannot run here, UsageError for a step graph.
         """
         manifest, load = open_bundle(path, threads, device)

@@ -80,8 +80,8 @@ class Sampler:
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
         threads per call; None leaves it to the backend. device: index of the GPU; None: the current one. verify: run
-        the bundle's golden calls first, on this machine; None: once for each GPU, if it was built where it could not
-        run. Raises VerificationError if they are wrong or if there are none to run, FileFormatError for a damaged
+        the bundle's golden calls first, on this machine; None: once for each GPU, and not on a CPU.
+        Raises VerificationError if they are wrong or if there are none to run, FileFormatError for a damaged
         bundle, BackendError if it cannot run here, UsageError for a step graph.
         """
         manifest, load = open_bundle(path, threads, device)

@@ -32,21 +32,26 @@ def verify_bundle(folder: Path, manifest: Manifest, device: int | None = None) -
 
 
 def verify_once(folder: Path, manifest: Manifest, engine: Engine) -> None:
-    """Run the golden calls of an engine that was built where it could not run, if they have not been run here before.
+    """Run the golden calls of an engine of a GPU, unless they were right on this GPU with this library before.
 
-    Only engines of GPUs are built elsewhere; they have a `place`: the GPU and the library. That they were right is
-    recorded in $XDG_CACHE_HOME/tqdit/verified. Raises VerificationError if they are wrong.
+    Engines of CPUs are verified where they are built. Raises VerificationError if they are wrong.
     """
+    record = _record(manifest, engine)
+    if record is not None and CALLS_FILE in manifest.files and not record.is_file():
+        verify_engine(folder, manifest, engine).check(str(folder))
+
+
+def _record(manifest: Manifest, engine: Engine) -> Path | None:
+    """Where it is kept that an engine was right at its `place`; None on a CPU."""
     place = getattr(engine, "place", None)
-    if place is None or manifest.verified is not None or CALLS_FILE not in manifest.files:
-        return
+    if place is None or not {manifest.entry, CALLS_FILE} <= manifest.files.keys():
+        return None
     parts = [manifest.files[name].sha256 for name in (manifest.entry, CALLS_FILE)]
     name = hashlib.sha256(" ".join([*parts, place]).encode()).hexdigest()[:32]
-    record = cache_folder("verified") / f"{name}.json"
-    if record.is_file():
-        return
-    verdict = verify_engine(folder, manifest, engine)
-    verdict.check(str(folder))
+    return cache_folder("verified") / f"{name}.json"
+
+
+def _remember(record: Path, place: str, verdict: Verdict) -> None:
     with suppress(OSError, OutputError):  # then they run again at the next opening
         record.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(record) as temporary:
@@ -54,7 +59,7 @@ def verify_once(folder: Path, manifest: Manifest, engine: Engine) -> None:
 
 
 def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:
-    """The same with an engine that is open."""
+    """The same with an engine that is open. That one of a GPU was right is recorded, for `verify_once`."""
     if CALLS_FILE not in manifest.files:
         raise VerificationError(
             f"{folder}: holds no golden calls. Export a quantized denoiser graph with a scale table of this version."
@@ -81,4 +86,10 @@ def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:
             found.append(engine(repeated)[0].copy())  # an engine may reuse its output
         return np.stack(found)
 
-    return verify(calls, network, manifest.float_type)
+    # GPUs multiply float32 in TF32, which has the significant bits of float16
+    place = getattr(engine, "place", None)
+    verdict = verify(calls, network, "fp16" if place and manifest.float_type == "fp32" else manifest.float_type)
+    record = _record(manifest, engine)
+    if record is not None and verdict.passes:
+        _remember(record, str(place), verdict)
+    return verdict

@@ -40,6 +40,12 @@ class GraphOperand:
             return self.groups.select(self.emit, f"{self.name}.{name}", array, self.rank)
         return self.emit.constant(f"{self.name}.{name}", np.float32(array))
 
+    def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.op("Add", x, y)
+
+    def multiply(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.op("Mul", x, y)
+
     def subtract(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.op("Sub", x, y)
 
@@ -49,8 +55,17 @@ class GraphOperand:
     def maximum(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.op("Max", x, y)
 
+    def absolute(self, x: ir.Value) -> ir.Value:
+        return self.op("Abs", x)
+
     def largest(self, x: ir.Value) -> ir.Value:
-        return self.op("ReduceMax", self.op("Abs", x), self.emit.constant(f"{self.name}.axes", np.array([-1])))
+        return self.op("ReduceMax", x, self._last_axis())
+
+    def smallest(self, x: ir.Value) -> ir.Value:
+        return self.op("ReduceMin", x, self._last_axis())
+
+    def _last_axis(self) -> ir.Value:
+        return self.emit.constant(f"{self.name}.axes", np.array([-1]))
 
     def negative(self, x: ir.Value) -> ir.Value:
         return self.op("Min", x, self._zero())

@@ -44,12 +44,14 @@ def candidates(floats: str, head: int, keys: int, large: bool = False) -> tuple[
         return (Blocks(64, half, 4, 1),)
     small = [Blocks(128, 32, 8, 2)] if columns <= 80 else []
     small += [Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)]
+    more: tuple[Blocks, ...] = ()
     if keys <= 256:
         wide = (Blocks(128, half, 8, 1),) if large or columns <= 96 else ()
         more = (Blocks(128, 64, 8, 2),) if large else ()
-        return (Blocks(64, half, 4, 1), *wide, *small[-1:], *more)
+        return (Blocks(64, half, 4, 1), *wide, small[-1], *more)
     stages = 3 if columns <= 80 else 2
-    more = (Blocks(128, 64, 8, stages), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, stages)) if large else ()
+    if large:
+        more = (Blocks(128, 64, 8, stages), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, stages))
     return (Blocks(128, 64, 8, 1), *small, *more)
 
 

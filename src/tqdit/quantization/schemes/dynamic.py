@@ -52,8 +52,8 @@ class Dynamic(Quantizer):
         return {name: np.asarray(number, np.float32) for name, number in numbers.items()}
 
     def parts(self, ops: Arithmetic[V], x: V) -> Iterator[Part[V]]:
-        largest = ops.divide(ops.largest(x), ops.constant("top", x))
-        scale = ops.maximum(largest, ops.constant("smallest", x))
+        width = ops.divide(ops.largest(ops.absolute(x)), ops.constant("top", x))
+        scale = ops.maximum(width, ops.constant("smallest", x))
         part = ops.rounded(ops.divide(x, scale), "scale")
         yield Part(part.values, scale, unit=part.unit)
 

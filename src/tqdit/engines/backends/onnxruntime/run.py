@@ -43,6 +43,7 @@ class OrtEngine:
         self._session = open_session(ort, file, options, providers=providers or [CPU], **settings)
         check_got(self._session, provider)
         self._file = file
+        self.place = None if provider == "cpu" else f"{provider}, ONNX Runtime {ort.__version__}"
         self._inputs = [value.name for value in self._session.get_inputs()]
         output = self._session.get_outputs()[0]
         self._output, self._shape = output.name, output.shape

@@ -16,6 +16,7 @@ import onnx.inliner
 from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
+from tqdit.engines.backends.tensorrt.constants import fold_numbers
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
@@ -86,7 +87,7 @@ def build(
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
-    job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device and device.index)
+    job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
 
     def compile_graph(
         plugins_for: str | None, spelled_out: Collection[str] = ()
@@ -174,6 +175,7 @@ def _prepared(
         yield Prepared(source.path, _products(model), custom)
         return
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
+    fold_numbers(model)
     if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return

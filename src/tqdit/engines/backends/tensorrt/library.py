@@ -64,7 +64,8 @@ class RuntimeCache:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file, self._cache, self._stored = file, None, b""
+        self._file, self._stored = file, b""
+        self._cache: Any = None  # the library's
 
     def join(self, config: Any) -> None:
         """Let the contexts of a runtime configuration use it."""

@@ -34,7 +34,6 @@ SHORT, LONG = 197, 300  # tokens: scores that stay on the chip, and two passes o
 # sum (y - reference)^2 / sum reference^2: float16 results with codes that flip at ties, and pictures of two backends
 KERNEL_LIMIT, PICTURE_LIMIT = 1e-4, 0.05
 STEPS = 4
-OPT_IN_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +71,13 @@ def kernel_cases() -> Iterator[Case]:
     from tqdit.plugins.time_group_select import plan as select
     from tqdit.plugins.time_group_select.reference import time_group_select
 
+    references: dict[str, Callable[..., Any]] = {
+        "MultiRegionSoftmax": multi_region_softmax, "MultiRegionNumerator": multi_region_numerator,
+        "MultiRegionAttention": multi_region_attention,
+        "MultiRegionNumeratorAttention": multi_region_numerator_attention,
+    }  # fmt: skip
     rng, step = np.random.default_rng(0), np.float32(HIGH_STEP)
-    low = np.float32([1 / 127 / 8, 1 / 127 / 64])
+    low = np.array([1 / 127 / 8, 1 / 127 / 64], np.float32)
     timestep, boundaries = np.arange(131) * 7, np.array([100, 500])
     table = rng.random((3, 5), np.float32)
     yield Case("TimeGroupSelect", select.kernel("fp32", 2), select.launch(131, 5), (timestep, boundaries, table),
@@ -81,17 +85,15 @@ def kernel_cases() -> Iterator[Case]:
     scores = _half(rng.normal(0, 3, (2, 3, 7, LONG)))
     for name, numerators in (("MultiRegionSoftmax", False), ("MultiRegionNumerator", True)):
         kernel = softmax.kernel("fp16", LONG, BITS, HIGH_STEP, numerators)
-        reference: Callable[..., Any] = multi_region_numerator if numerators else multi_region_softmax
-        found = reference(scores.astype(np.float32), low, BITS, step)
+        found = references[name](scores.astype(np.float32), low, BITS, step)
         rounded, *reciprocals = found if numerators else (found,)
         yield Case(name, kernel, softmax.launch(kernel, 2, 3, 7, 2), (scores, low), (_half(rounded), *reciprocals))
     for name, numerators in (("MultiRegionAttention", False), ("MultiRegionNumeratorAttention", True)):
         for tokens in (SHORT, LONG):
             q, k, v = (_half(rng.normal(0, 40, (2, 2, tokens, HEAD)).round().clip(-128, 127)) for _ in range(3))
             mask, scale = rng.normal(0, 1, (2, 1, 1, tokens)).astype(np.float32), 2e-4
-            reference = multi_region_numerator_attention if numerators else multi_region_attention
-            wide = (each.astype(np.float32) for each in (q, k, v))
-            expected = _half(reference(*wide, mask, low, BITS, step, scale))
+            wide = [each.astype(np.float32) for each in (q, k, v)]
+            expected = _half(references[name](*wide, mask, low, BITS, step, scale))
             for tactic, blocks in enumerate(attention.candidates("fp16", HEAD, tokens), 1):
                 kernel = attention.kernel(
                     "fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, (1, 1, tokens), numerators
@@ -122,8 +124,6 @@ def _launch(case: Case, gpu: cuda.Device) -> str:
     with cuda.on_device(gpu):
         module = call("cuModuleLoadData", compiled.ptx.encode() + b"\0")
         function = call("cuModuleGetFunction", module, compiled.name.encode())
-        if compiled.shared_bytes > 48 * 1024:
-            call("cuFuncSetAttribute", function, OPT_IN_BYTES, compiled.shared_bytes)
         pool, stream = cuda.make_pool(gpu), gpu.handle.create_stream()
         host = [cuda.PinnedArray(array.shape, array.dtype) for array in (*case.inputs, *case.expected)]
         memory = [pool.allocate(array.buffer.size, stream=stream) for array in host]
