@@ -1,6 +1,6 @@
 """What forecasts of a network's blocks are worth: error against full calls, beside the same solvers without them.
 
-    python benchmarks/forecasts.py [--scales scales.safetensors] [-n 32] [--json forecasts.json]
+    python benchmarks/forecasts.py [--scales scales.safetensors] [--spacing log-snr] [-n 32] [--json forecasts.json]
 
 A call is full, or a forecast: then the tokens get d, extrapolated from earlier full calls, in place of the blocks.
 d = the tokens after the last block less those before the first one; the extrapolation is linear in the timestep, its
@@ -33,6 +33,7 @@ from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import read_scale_table
 from tqdit.sampling import chains
 from tqdit.sampling.chains import Chains, Float32
+from tqdit.sampling.placement import spacings
 
 CONVERGED = ("dpm++2m", 500)
 
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="default: %(default)s")
     parser.add_argument("-n", type=int, default=32, help="images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spacing", choices=("uniform", "karras", "log-snr"), default="uniform", help="of dpm++2m's "
+                        "steps (default: %(default)s)")  # fmt: skip
     parser.add_argument("--damping", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--ddpm", action="store_true", help="also DDPM's chain of 250 steps")
     parser.add_argument("--json", type=Path)
@@ -102,13 +105,15 @@ def main() -> None:
     def sample(model: LoadedModel, sampler: str, calls: int, gap: int = 1, damping: float = 1.0) -> Float32:
         batch = Chains(model.signature, model.guidance, args.n)
         spec = model.sampling.choose(calls, sampler)
+        if sampler == CONVERGED[0] and calls < CONVERGED[1]:
+            spec = spec.choose(timesteps=spacings(spec.process, calls)[args.spacing])  # type: ignore[arg-type]
         for image in range(args.n):
             request = {"class_labels": classes[image : image + 1][0]}
             batch.add(spec.schedule, request, args.guidance_scale, args.seed, image)
         network = model if gap == 1 else Forecasts(model, every(calls, gap), damping)
         return chains.run(batch, network).copy()
 
-    print(f"{args.n} images, guidance {args.guidance_scale:g}, seed {args.seed}; {processor()}")
+    print(f"{args.n} images, guidance {args.guidance_scale:g}, seed {args.seed}, spacing {args.spacing}; {processor()}")
     print("| chain | full calls | model | forecasts | median | mean |")
     print("|---|---|---|---|---|---|")
     rows = []
