@@ -119,6 +119,11 @@ CHECKS = {
         check("metrics of so many images (reference extracted)", "--reference few.npz --metrics precision -n 3",
               "needs more than 3 images"),
     ),
+    "doctor": (
+        check("what a model is for", "model.onnx", "a model is for --prove"),
+        check("model", "--prove nothing.onnx", "no such file"),
+        check("place of the report", f"--report {LONG}", "File name too long", 1),
+    ),
     "inspect": (
         check("file", "nothing.onnx", "no such file"),
         check("kind", "photo.png", "unknown kind"),

@@ -344,7 +344,7 @@ Floats run_chains(Network& network, const Bundle& bundle, const Chain& chain, co
                     float factor = conditional[i / elements * row_size + elements + i % elements] + 1;
                     factor *= 0.25f * row[spread];
                     factor += 0.5f * row[low];
-                    drawn *= std::exp(factor);
+                    drawn *= static_cast<float>(std::exp(static_cast<double>(factor)));
                 }
                 x[i] += drawn * row[noise_weight];
             }

@@ -68,7 +68,8 @@ def lines(report: Report) -> Iterator[str]:
     yield f"tqdit {report.tqdit}, Python {report.python}, {report.system}, {report.cpus} CPUs"
     yield f"CPU      {' '.join(report.cpu_features) or 'no features known that speed up integers'}"
     driver = report.driver
-    yield f"driver   {driver.missing or f'CUDA {driver.cuda}, reads PTX {driver.ptx}'}"
+    found = f"CUDA {driver.cuda}, reads PTX {driver.ptx}"
+    yield f"driver   {f'none ({driver.missing})' if driver.missing else found}"
     for gpu in report.gpus:
         yield (
             f"GPU {gpu.index}    {gpu.name}, compute capability {gpu.capability}, "
@@ -77,7 +78,7 @@ def lines(report: Report) -> Iterator[str]:
     yield f"packages {', '.join(f'{name} {version}' for name, version in report.packages.items())}"
     for name, state in report.backends.items():
         can = " and ".join(verb for verb, able in (("builds", state.builds), ("runs", state.runs)) if able) or "neither"
-        yield f"{name:<13} {can:<15} {state.why}{f'. Run: {state.install}' if state.install else ''}"
+        yield f"{name:<13} {can}: {state.why}{f'. Run: {state.install}' if state.install else ''}"
     for line in report.advice:
         yield f"advice   {line}"
 

@@ -222,7 +222,8 @@ class Chains:
             np.add(learned, 1, out=factor)
             factor *= column(0.25 * rows[:, SPREAD], factor.ndim)  # half of the log variance, of half the range
             factor += column(0.5 * rows[:, LOW], factor.ndim)
-            np.exp(factor, out=factor)
+            # in float64, since float32 ones of two libraries differ in the last bit (docs/engine-bundle.md)
+            np.exp(factor, out=factor, dtype=np.float64, casting="same_kind")
             drawn *= factor
         if not np.all(weights == 1):
             drawn *= column(weights, drawn.ndim)
