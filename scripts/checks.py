@@ -120,7 +120,6 @@ CHECKS = {
               "needs more than 3 images"),
     ),
     "doctor": (
-        check("what a model is for", "model.onnx", "a model is for --prove"),
         check("model", "--prove nothing.onnx", "no such file"),
         check("place of the report", f"--report {LONG}", "File name too long", 1),
     ),

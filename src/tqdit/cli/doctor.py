@@ -78,7 +78,7 @@ def lines(report: Report) -> Iterator[str]:
     yield f"packages {', '.join(f'{name} {version}' for name, version in report.packages.items())}"
     for name, state in report.backends.items():
         can = " and ".join(verb for verb, able in (("builds", state.builds), ("runs", state.runs)) if able) or "neither"
-        yield f"{name:<13} {can}: {state.why}{f'. Run: {state.install}' if state.install else ''}"
+        yield f"{name:<13} {can} ({state.why}){f'. Run: {state.install}' if state.install else ''}"
     for line in report.advice:
         yield f"advice   {line}"
 
