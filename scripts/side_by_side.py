@@ -60,8 +60,8 @@ def main() -> None:
         line = f"{engine.name}: {manifest.precision}, {size / 1e6:.2f} MB, {milliseconds:.2f} ms per image and step"
         print(line + (f", {quality(to_pixels(x), job)}" if manifest.card.model in SHIPPED else ""))
     errors = relative_errors(results[0][0], results[1][0])
-    print(f"error |x0 - x0_ref|^2 / |x0_ref|^2 of {args.n} chains of the same noise: median {np.median(errors):.2e}, mean "
-          f"{errors.mean():.2e}")  # fmt: skip
+    what = f"error |x0 - x0_ref|^2 / |x0_ref|^2 of {args.n} chains of the same noise"
+    print(f"{what}: median {np.median(errors):.2e}, mean {errors.mean():.2e}")
     print(args.output)
 
 
