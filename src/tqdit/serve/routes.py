@@ -266,10 +266,10 @@ async def show_openapi(service: Service, request: Request) -> Response:
     return json_response(openapi.document(ENDPOINTS))
 
 
-ASKING = (400, 401, 404, 413, 415, 429, 503)
+ASKING = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 ENDPOINTS = (
     Endpoint("POST", "/v1/images/generations", generate, "Make images and wait for them", {200: (ImageAnswer, EVENTS)},
-             (*ASKING, 500, 504), ImageRequest),
+             ASKING, ImageRequest),
     Endpoint("GET", "/v1/images/{job}/{name}", show_image, "An image", {200: "image/png"}, (404,), is_open=True),
     Endpoint("GET", "/v1/models", list_models, "The models", {200: ModelList}, (401,)),
     Endpoint("GET", "/v1/models/{model}", show_model, "A model", {200: ModelEntry}, (401, 404)),
