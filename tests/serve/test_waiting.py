@@ -1,6 +1,7 @@
 """Requests that wait, for an encoder, an engine call or a reader: their places, their deadline, their end."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -224,3 +225,11 @@ def test_a_child_process_serves_only_what_needs_no_job(bundle):
     refused, *codes = done.stdout.splitlines()
     assert "one process" in refused
     assert codes == ["0", "0"]
+
+
+def test_a_second_sigterm_does_not_wait(gated):
+    running, _ = gated()
+    running.server.handle_exit(signal.SIGTERM, None)
+    assert not running.server.force_exit
+    running.server.handle_exit(signal.SIGTERM, None)
+    assert running.server.force_exit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -36,6 +37,11 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         await draining
         hurrying.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn hurries at a second Ctrl-C alone."""
+        self.force_exit = self.force_exit or self.should_exit
+        super().handle_exit(sig, frame)
 
     async def _hurry(self) -> None:
         """A second Ctrl-C or SIGTERM ends the waiting for images."""
