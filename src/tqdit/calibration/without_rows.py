@@ -26,7 +26,7 @@ from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import rows_per_image
 
 ROWS = 4  # of golden calls
-MOST_MULTIPLY_ADDS = 2e13  # that golden calls may take, by both networks: four minutes of two CPU cores
+MOST_MULTIPLY_ADDS = 2e13  # that golden calls may take, by both networks together
 
 
 def preset_without_rows(name: str) -> QuantizationConfig:

@@ -96,15 +96,15 @@ def fit_guidance(
     chains = [told for weights in chains if len(told := weights[np.isfinite(weights).all(1)])]
     if not chains:
         raise UsageError("the conditional and the unconditional predictions are alike in all steps. Record a prompt.")
+    means = [weights.mean(0) for weights in chains]
     mean = np.concatenate(chains).mean(0)
     limit = 10 * tolerance * np.abs(mean).max()
-    spread = max(float(np.abs(weights - weights.mean(0)).max()) for weights in chains) / float(np.abs(mean).max())
+    spread = max(np.abs(weights - own).max() for weights, own in zip(chains, means, strict=True)) / np.abs(mean).max()
     text = ", ".join(f"{weight:.3g}" for weight in mean)
     if spread > 10 * tolerance:
         raise UsageError(
             f"the weights of the predictions change from step to step by {spread:.1e} (mean {text}). {DROP_IN_ONLY}"
         )
-    means = [weights.mean(0) for weights in chains]
     if others := [each for each in means if np.abs(each - means[0]).max() > limit]:
         found = " and ".join(f"{np.abs(each).max():.4g}" for each in (means[0], others[0]))
         raise UsageError(f"the recorded chains have guidance scales {found}. Record one kind at a time.")

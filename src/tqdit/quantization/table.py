@@ -179,8 +179,9 @@ class ScaleTable:
 class PlacedSteps(msgspec.Struct, frozen=True):
     """The timesteps of a short chain, and the error of x_0 of chains of as many calls on the quantized network.
 
-    errors: spacing -> |x - x_ref|^2 / |x_ref|^2, geometric mean over `images` of noise that the search did not see;
-    x_ref is the end of a long chain of the float network. 'placed' is this one.
+    errors: 'SAMPLER SPACING' of all that were tried -> |x - x_ref|^2 / |x_ref|^2, geometric mean over `images` of noise
+    that the search did not see; x_ref is the end of a long chain of the float network. The timesteps are those of the
+    least error, which a published spacing may have.
     """
 
     sampler: str

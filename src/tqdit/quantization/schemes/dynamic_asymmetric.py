@@ -9,35 +9,25 @@ Tokens that are not ordinary are as in `dynamic`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tqdit.quantization import rounding
-from tqdit.quantization.quantizer import Arithmetic, Float32, Parameters, Part, Quantizer, V
+from tqdit.quantization.quantizer import Arithmetic, Float32, Parameters, Part, V
+from tqdit.quantization.schemes.dynamic import Dynamic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class DynamicAsymmetric(Quantizer):
+class DynamicAsymmetric(Dynamic):
     """Asymmetric, per token; without tensors."""
 
     scheme = "dynamic_asymmetric"
-    roles = ("input",)
-    tensors: ClassVar = {}
-
-    @property
-    def code_bits(self) -> int:
-        """The codes fit k bits as they are."""
-        return 8
-
-    @classmethod
-    def initial(cls, low: Tensor, high: Tensor, bits: int, fixed: Mapping[str, float]) -> Parameters:
-        return {}
 
     @classmethod
     def fake_quantize(cls, x: Tensor, bits: int, tensors: Parameters) -> Tensor:
