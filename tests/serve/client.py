@@ -8,7 +8,6 @@ import io
 import json
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from support import wait_until
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import FileFormatError, UsageError
@@ -122,13 +122,6 @@ def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
             name = rest
         elif kind == "data":
             yield str(name), json.loads(rest)
-
-
-def wait_until(met: Any, seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def pixels(png: bytes) -> np.ndarray:

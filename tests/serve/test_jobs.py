@@ -8,7 +8,8 @@ import socket
 import numpy as np
 import pytest
 
-from serve.client import GENERATIONS, HEAD, pixels, wait_until
+from serve.client import GENERATIONS, HEAD, pixels
+from support import wait_until
 from tqdit.engines.run.sampler import Sampler
 from tqdit.serve.settings import Settings
 

@@ -2,15 +2,14 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
-from serve.client import GENERATIONS, HEAD, Running, text_app, wait_until
+from serve.client import GENERATIONS, HEAD, Running, text_app
 from serve.test_limits import in_background
+from support import wait_until
 from tqdit.engines.bundle import read_manifest
 from tqdit.serve.connection import LEAST_BYTES, connection_type
 from tqdit.serve.settings import Settings
@@ -156,13 +155,20 @@ class Transport:
     def is_closing(self):
         return not self.is_open
 
+    def get_extra_info(self, name):
+        assert name == "socket"
+        return self
+
+    def fileno(self):
+        return -1
+
     def abort(self):
         self.is_open = False
 
 
 @pytest.mark.parametrize(("taken", "kept"), [(LEAST_BYTES, True), (LEAST_BYTES // 2, False), (0, False)])
 def test_an_answer_that_was_handed_over_may_be_taken_at_the_least_speed(taken, kept):
-    kind = connection_type(Settings())
+    kind = connection_type(Settings(), print)
     connection = kind.__new__(kind)
     connection.loop, connection.transport = Clock(), Transport(10 * LEAST_BYTES)
     connection.cycle = None
@@ -202,29 +208,6 @@ def test_a_kept_job_does_not_hold_what_was_made_of_its_prompt(encoding):
     (job,) = running.service.jobs
     wait_until(lambda: running.ask(f"/v1/jobs/{job.id}").json["status"] == "completed")
     assert job.order.content is None
-
-
-def test_a_child_process_serves_only_what_needs_no_job(bundle):
-    """uvicorn's --workers are such; the siblings would not know one another's jobs."""
-    code = (
-        "import multiprocessing, sys\n"
-        "from tqdit.errors import UsageError\n"
-        "from tqdit.serve.app import make_app\n"
-        "from tqdit.serve.settings import Settings\n"
-        "def child(keeps):\n"
-        "    try:\n"
-        "        app = make_app({'tiny': sys.argv[1]}, Settings(keeps_jobs=keeps))\n"
-        "    except UsageError as error:\n"
-        "        print('refused:', error, flush=True)\n"
-        "for keeps in (True, False):\n"
-        "    process = multiprocessing.get_context('fork').Process(target=child, args=(keeps,))\n"
-        "    process.start(); process.join()\n"
-        "    print(process.exitcode, flush=True)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True)
-    refused, *codes = done.stdout.splitlines()
-    assert "one process" in refused
-    assert codes == ["0", "0"]
 
 
 def test_a_second_sigterm_does_not_wait(gated):
