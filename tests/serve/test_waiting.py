@@ -1,17 +1,24 @@
 """Requests that wait, for an encoder, an engine call or a reader: their places, their deadline, their end."""
 
+import contextlib
 import json
+import multiprocessing
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from serve.client import GENERATIONS, HEAD, Running, text_app
+from serve.client import GENERATIONS, HEAD, Client, Running, text_app
 from serve.test_limits import in_background
 from support import wait_until
 from tqdit.engines.bundle import read_manifest
+from tqdit.serve import jobs
 from tqdit.serve.connection import LEAST_BYTES, connection_type
+from tqdit.serve.engines import MOST_ENCODERS
 from tqdit.serve.settings import Settings
 
 PROMPT = {"prompt": "ab", "steps": 2}
@@ -208,6 +215,111 @@ def test_a_kept_job_does_not_hold_what_was_made_of_its_prompt(encoding):
     (job,) = running.service.jobs
     wait_until(lambda: running.ask(f"/v1/jobs/{job.id}").json["status"] == "completed")
     assert job.order.content is None
+
+
+def test_a_slow_reader_is_kept_while_it_reads_and_cut_when_it_stops(gated):
+    """The kernel takes megabytes at once, and asks for more when a third is gone: after three times `client_s` here."""
+    running, _ = gated(Settings(client_s=0.7))
+    with running.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+        assert client.recv(2**16)
+        (connection,) = running.server.server_state.connections
+        for _ in range(30):
+            client.recv(2**16)
+            time.sleep(0.1)
+        assert connection in running.server.server_state.connections
+        assert connection.transport.get_write_buffer_size()
+        wait_until(lambda: not running.server.server_state.connections, 10)
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, False), (True, True), (False, False)])
+def test_a_child_process_keeps_jobs_only_if_it_is_told_to(gated, monkeypatch, said, kept):
+    """It may have siblings that do not know them."""
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "uvicorn")
+    running, _ = gated(Settings(keeps_jobs=said))
+    assert running.ask("/v1/jobs", {"class": 1}).status == (202 if kept else 400)
+    assert running.ask(GENERATIONS, {"class": 1, "response_format": "url"}).status == (200 if kept else 400)
+    assert running.ask(GENERATIONS, {"class": 1}).status == 200
+
+
+def test_several_worker_processes_of_uvicorn_serve(bundle, tmp_path):
+    (tmp_path / "served.py").write_text(
+        f"from tqdit.serve.app import make_app\napp = make_app({{'tiny': {str(bundle)!r}}})\n"
+    )
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", tmp_path, "--workers", "2", "--port", "0", "served:app"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            told, url = [], None
+            while sum("startup complete" in line for line in told) < 2:
+                told.append(process.stderr.readline())
+                assert told[-1], "".join(told)
+                url = re.search(r"http://[\d.:]+", told[-1]) or url
+            client = Client(url[0])
+            assert [client.ask(GENERATIONS, {"class": 1}).status for _ in range(4)] == [200] * 4
+            assert client.ask("/v1/jobs", {"class": 1}).status == 400
+            process.terminate()
+            told.append(process.communicate(timeout=30)[1])
+        finally:
+            process.kill()
+    assert "Traceback" not in "".join(told)
+
+
+def test_a_second_signal_ends_streams_with_their_error_and_leaves_nothing_in_the_log(gated, capsys):
+    running, gate = gated(batch=4)
+    gate.call_s = 0.01  # ten seconds for an image
+    body = {"class": 1, "steps": 1000, "stream": True, "previews": 50}
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(running.streaming(GENERATIONS, body)) for _ in range(4)]
+        idle = stack.enter_context(running.connect())  # it takes no answer
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+        assert [next(events)[0] for events in streams] == ["image_generation.partial_image"] * 4
+        running.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.3)
+        running.server.handle_exit(signal.SIGTERM, None)
+        for events in streams:
+            name, data = list(events)[-1]
+            assert (name, data["error"]["code"]) == ("error", "shutting_down")
+        running.thread.join(5)
+        assert not running.thread.is_alive()
+    assert not capsys.readouterr().err
+
+
+def test_prompts_that_are_being_encoded_delay_no_other_engine(encoding, bundle):
+    """As many as asyncio's own threads, and more."""
+    running, go = encoding(Settings())
+    manifest, engines = read_manifest(bundle), running.service.engines
+    others = [text_app(manifest, before=lambda: go.wait(60)).state.service for _ in range(17)]
+    others.append(text_app(manifest).state.service)
+    for number, service in enumerate(others):
+        engines[f"other{number}"] = service.engines["toy"]
+    *slow, free = engines
+    asked = [in_background(running.ask, GENERATIONS, PROMPT | {"model": name}) for name in slow * MOST_ENCODERS]
+    wait_until(lambda: sum(engine.reserved for engine in engines.values()) == len(asked))
+    assert running.ask(GENERATIONS, PROMPT | {"model": free}).status == 200
+    go.set()
+    for thread, found in asked:
+        thread.join(20)
+        assert found[0].status == 200
+
+
+def test_a_deadline_names_what_was_waited_for(encoding, gated, monkeypatch):
+    running, go = encoding(Settings(deadline_s=0.3))
+    asked = [in_background(running.ask, GENERATIONS, PROMPT) for _ in range(MOST_ENCODERS + 1)]
+    for thread, _ in asked:
+        thread.join(20)
+    go.set()
+    told = sorted("waited for an encoder" in found[0].error["message"] for _, found in asked)
+    assert told == [False] * MOST_ENCODERS + [True]
+
+    running, gate = gated(Settings(deadline_s=0.2))
+    gate.open.clear()
+    assert "call of the engine" in running.ask(GENERATIONS, {"class": 1}).error["message"]
+    gate.open.set()
+    written = threading.Event()
+    monkeypatch.setattr(jobs, "to_png", lambda _: written.wait(60))
+    answer = running.ask(GENERATIONS, {"class": 1, "steps": 1})
+    written.set()
+    assert (answer.status, "written" in answer.error["message"]) == (504, True)
 
 
 def test_a_second_sigterm_does_not_wait(gated):

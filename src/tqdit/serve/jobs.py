@@ -38,13 +38,20 @@ class Preview:
         self.steps = steps
         self._state = state
         self._picture: asyncio.Future[bytes | None] | None = None
+        self._waiting = 0  # those who wait for it
 
     async def png(self, engine: ServedEngine) -> bytes | None:
         """None if it was dropped, or cannot be made, which the log tells."""
-        if self._picture is None:
+        if self._picture is None or self._picture.cancelled():
             loop = asyncio.get_running_loop()
             self._picture = loop.run_in_executor(engine.decoders, _picture, engine.batcher.sampler, self._state)
-        await asyncio.wait({self._picture})
+        self._waiting += 1
+        try:
+            await asyncio.wait({self._picture})
+        finally:
+            self._waiting -= 1
+            if not self._waiting:  # if it is not made yet, they have all left
+                self.drop()
         return None if self._picture.cancelled() else self._picture.result()
 
     def drop(self) -> None:
