@@ -37,7 +37,9 @@ class Service:
         if self.keeps_jobs is None:
             self.keeps_jobs = multiprocessing.parent_process() is None
             if not self.keeps_jobs:
-                log.warning("this is a child process, which may have siblings: jobs and url are refused")
+                log.warning(
+                    "a child process may have siblings: jobs and url are refused, unless Settings(keeps_jobs=True)"
+                )
         self._closers = ThreadPoolExecutor(2 * max(len(engines), 1), "tqdit-closer")  # one that drains, one that stops
         self._hurried = asyncio.Event()
         self._starting: set[asyncio.Task[Any]] = set()  # of requests that are being prepared
