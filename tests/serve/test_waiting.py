@@ -208,6 +208,18 @@ def test_a_stream_whose_job_is_cancelled_ends_with_an_error(gated):
     assert found[-1][1]["error"]["code"] == "client_closed"
 
 
+def test_a_request_whose_job_is_cancelled_by_another_is_told(gated):
+    running, gate = gated()
+    gate.open.clear()
+    thread, found = in_background(running.ask, GENERATIONS, {"class": 1, "response_format": "url"})
+    wait_until(lambda: [*running.service.jobs])
+    (job,) = running.service.jobs
+    assert running.ask(f"/v1/jobs/{job.id}", method="DELETE").status == 204
+    thread.join(20)
+    assert (found[0].status, found[0].error["code"]) == (409, "client_closed")
+    gate.open.set()
+
+
 def test_a_kept_job_does_not_hold_what_was_made_of_its_prompt(encoding):
     running, go = encoding(Settings())
     go.set()

@@ -38,7 +38,7 @@ class Service:
             self.keeps_jobs = multiprocessing.parent_process() is None
             if not self.keeps_jobs:
                 log.warning(
-                    "a child process may have siblings: jobs and url are refused, unless Settings(keeps_jobs=True)"
+                    "a child process may have siblings, so jobs and url are refused; keeps_jobs=True keeps them"
                 )
         self._closers = ThreadPoolExecutor(2 * max(len(engines), 1), "tqdit-closer")  # one that drains, one that stops
         self._hurried = asyncio.Event()
