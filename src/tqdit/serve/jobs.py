@@ -45,14 +45,15 @@ class Preview:
         if self._picture is None or self._picture.cancelled():
             loop = asyncio.get_running_loop()
             self._picture = loop.run_in_executor(engine.decoders, _picture, engine.batcher.sampler, self._state)
+        picture = self._picture
         self._waiting += 1
         try:
-            await asyncio.wait({self._picture})
+            await asyncio.wait({picture})
         finally:
             self._waiting -= 1
             if not self._waiting:  # if it is not made yet, they have all left
                 self.drop()
-        return None if self._picture.cancelled() else self._picture.result()
+        return None if picture.cancelled() else picture.result()
 
     def drop(self) -> None:
         """Nobody needs it any more."""

@@ -42,11 +42,13 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         hurrying = asyncio.create_task(self._hurry())
-        await self.service.drain(self.service.settings.shutdown_s)
-        hurrying.cancel()
-        await self._wait_for_answers(LAST_S if self.force_exit else GRACE_S)
-        for connection in [*self.server_state.connections]:  # of clients that do not take theirs
-            connection.transport.abort()
+        try:
+            await self.service.drain(self.service.settings.shutdown_s)
+            await self._wait_for_answers(LAST_S if self.force_exit else GRACE_S)
+        finally:
+            hurrying.cancel()
+            for connection in [*self.server_state.connections]:  # of clients that do not take theirs
+                connection.transport.abort()
         await self._wait_for_answers(LAST_S)
 
     async def _wait_for_answers(self, seconds: float) -> None:
