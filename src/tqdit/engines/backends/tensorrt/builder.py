@@ -17,6 +17,7 @@ from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.constants import fold_numbers
+from tqdit.engines.backends.tensorrt.half_products import halve_products
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
@@ -87,12 +88,13 @@ def build(
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
+    halved = card.quantization is not None and config.float_type == "fp16"
     job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
 
     def compile_graph(
         plugins_for: str | None, spelled_out: Collection[str] = ()
     ) -> tuple[Compiled, Audit | None, Custom] | None:
-        with _prepared(source, folder, plugins_for is None, spelled_out) as prepared:
+        with _prepared(source, folder, plugins_for is None, halved, spelled_out) as prepared:
             if prepared is None:
                 return None
             compiled = _compile(replace(job, plugins_for=plugins_for), prepared.file, progress)
@@ -160,9 +162,10 @@ class Prepared(NamedTuple):
 
 @contextmanager
 def _prepared(
-    source: OnnxFile, folder: Path, inline: bool, spelled_out: Collection[str] = ()
+    source: OnnxFile, folder: Path, inline: bool, halved: bool = False, spelled_out: Collection[str] = ()
 ) -> Iterator[Prepared | None]:
-    """The file with its functions inlined and the weights of some modules spelled out; None if those have none.
+    """The file with its functions inlined, its integer products written in float16 (`halved`) and, instead of that, the
+    weights of some modules spelled out; None if those have none.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
     """
@@ -171,11 +174,13 @@ def _prepared(
     for node in model.graph.node:
         if node.domain == DOMAIN:
             custom.setdefault(node.op_type, []).append(node.name)
-    if not ((inline and model.functions) or spelled_out):
+    if not ((inline and model.functions) or halved or spelled_out):
         yield Prepared(source.path, _products(model), custom)
         return
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
     fold_numbers(model)
+    if halved:
+        halve_products(model, source.path.parent, spelled_out)
     if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return
