@@ -17,7 +17,7 @@ from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.constants import fold_numbers
-from tqdit.engines.backends.tensorrt.half_products import halve_products
+from tqdit.engines.backends.tensorrt.half_products import halve_products, probabilities
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
@@ -180,7 +180,7 @@ def _prepared(
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
     fold_numbers(model)
     if halved:
-        halve_products(model, source.path.parent, spelled_out)
+        halve_products(model, source.path.parent, probabilities(source.model), spelled_out)
     if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return

@@ -1,20 +1,24 @@
-"""Integer products that write float16.
+"""Quantized products that write float16.
 
     DQ(x; s) DQ(W; t), float32   ->   DQ(x; 2^-a) DQ(W; 2^-b), float16   *   s t 2^(a + b), float32
 
-An exported file scales its integers in float32, and the compiler writes exactly that: a product's raw integers as
-float32, four bytes each, for the next kernel to scale. With powers of two as scales of its operands a product writes
-float16, half of the bytes, and the next kernel scales in float32 as before, so this kernel stays one.
+An exported file scales in float32, and the compiler takes it at its word: a product writes its raw integers as float32,
+four bytes each, and the next kernel scales them. With powers of two as scales of its operands a product writes float16,
+half of the bytes, and the next kernel scales in float32 as before, so the number of kernels stays the same.
 
-The sum of K products of two codes is an integer of at most K 2^14, so a + b is chosen such that K 2^(14 - a - b) is at
-most float16's largest number: nothing overflows. A multiple of 2^-24 has no exponent that is too small for float16 either. So each
-result is rounded once, by at most 2^-11 of itself, and no scale of the table changes.
+Where |x| <= X and |W| <= Y in codes, the sum of K products is at most K X Y, and a + b is chosen so that K X Y 2^-(a + b)
+is at most float16's largest number: nothing overflows. The sum is an integer, and a multiple of 2^-24 has no exponent
+that is too small for float16. So a result is rounded once, by at most 2^-11 of itself, and no scale of the table changes.
+
+Simulated products of attention, whose codes are floats, take the same form. Probabilities in two regions, at most 1, are
+rounded to float16 as well: by 2^-11 of themselves, where their own quantizer rounds by up to 2^-2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,29 +27,50 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from tqdit.graph_names import SCOPE_KEY, scope_of
+from tqdit.plugins.multi_region_numerator.schema import OP_TYPE as MULTI_REGION_NUMERATOR
+from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as MULTI_REGION_SOFTMAX
 
 LARGEST = 65504.0  # of float16
 LARGEST_CODE = 128  # of int8, in magnitude
 MOST_BITS = 24  # 2^-24 is the least float16
 
 
-def halve_products(model: onnx.ModelProto, folder: Path, kept: Collection[str] = ()) -> int:
-    """Requires: a file of ours with float16 around its integers. `folder` is where external data lies.
+def probabilities(model: onnx.ModelProto) -> frozenset[str]:
+    """Names of values that a custom op rounded in two regions; they outlive the inlining of functions."""
+    softmaxes = (MULTI_REGION_SOFTMAX, MULTI_REGION_NUMERATOR)
+    return frozenset(node.output[0] for node in model.graph.node if node.op_type in softmaxes)
 
-    Ensures: each product of two int8 operands, but for those of the modules `kept`, writes float16. Changes the model in
-    place; returns the number of products. One whose K is not known, or beyond 10^6, is left as it was.
+
+def halve_products(
+    model: onnx.ModelProto, folder: Path, rounded: Collection[str], kept: Collection[str] = ()
+) -> int:  # fmt: skip
+    """Requires: a file of ours with float16 around its float32 islands; `rounded` are its `probabilities`, `folder` is
+    where external data lies.
+
+    Ensures: each product of two quantized operands, but for those of the modules `kept`, writes float16. Changes the
+    model in place; returns the number of products. One whose K is not known stays as it was.
     """
-    return _Halver(model, folder).run(kept)
+    return _Halver(model, folder, rounded).run(kept)
 
 
-def shift_bits(length: int) -> int:
-    """a + b for sums of `length` products of two codes."""
-    return max(0, math.ceil(math.log2(length * LARGEST_CODE**2 / LARGEST)))
+def shift_bits(length: int, left: float = LARGEST_CODE, right: float = LARGEST_CODE) -> int:
+    """a + b for sums of `length` products of operands with these largest magnitudes."""
+    return max(0, math.ceil(math.log2(length * left * right / LARGEST)))
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """`scale` times integers of at most `largest` in magnitude, or probabilities (scale 1, largest 1)."""
+
+    codes: str  # int8 or float32
+    scale: NDArray[np.float32]
+    largest: int = LARGEST_CODE
+    zero_point: tuple[str, ...] | None = None  # of int8; None: the codes are float32
 
 
 class _Halver:
-    def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
-        self.graph, self.folder = model.graph, folder
+    def __init__(self, model: onnx.ModelProto, folder: Path, rounded: Collection[str]) -> None:
+        self.graph, self.folder, self.rounded = model.graph, folder, rounded
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.makers = {output: node for node in self.graph.node for output in node.output}
         self.lengths = {value.name: _last(value) for value in self.graph.value_info}
@@ -58,48 +83,70 @@ class _Halver:
             nodes += made or [node]
             halved += bool(made)
         used = {name for node in nodes for name in node.input}
+        nodes = [node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in used]
+        used = {name for node in nodes for name in node.input}
         del self.graph.node[:]
-        self.graph.node.extend(node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in used)
+        self.graph.node.extend(nodes)
+        for index in reversed(range(len(self.graph.initializer))):  # one by one: the others are large
+            if self.graph.initializer[index].name not in used:
+                del self.graph.initializer[index]
         return halved
 
     def _halved(self, product: NodeProto) -> Iterator[NodeProto]:
         """What takes the place of a product; nothing if it stays as it is."""
-        operands = [self.makers.get(name) for name in product.input]
-        scales = [self._scale(node) for node in operands]
-        left, right = scales
+        left, right = (self._operand(name) for name in product.input)
         length = self._length(product)
-        if left is None or right is None or length is None or (bits := shift_bits(length)) > MOST_BITS:
+        if left is None or right is None or length is None or (left.largest == right.largest == 1):
             return
-        scope = scope_of(product)
-        names = []
-        for node, share in zip(operands, (bits // 2, bits - bits // 2), strict=True):
-            assert node is not None
-            name = f"{product.name}/half.{len(names)}"
-            scale = self._constant(f"{name}.scale", np.float16(2.0**-share))
-            zero_point = node.input[2:]
-            yield _node("DequantizeLinear", [node.input[0], scale, *zero_point], name, scope)
-            names.append(name)
-        (result,) = product.output
-        true_scale = (left.astype(np.float64) * right * 2.0**bits).astype(np.float32)
-        half = helper.make_node("MatMul", names, [f"{result}/half"], product.name)
+        bits = shift_bits(length, left.largest, right.largest)
+        if bits > MOST_BITS:
+            return
+        share = 0 if left.largest == 1 else bits if right.largest == 1 else bits // 2
+        (result,), scope, name = product.output, scope_of(product), f"{product.name}/half"
+        yield from self._enter(left, share, f"{name}.left", scope)
+        yield from self._enter(right, bits - share, f"{name}.right", scope)
+        half = helper.make_node("MatMul", [f"{name}.left", f"{name}.right"], [name], product.name)
         half.metadata_props.extend(product.metadata_props)
-        yield half
-        wide = _node("Cast", half.output, f"{product.name}/half.wide", scope, to=TensorProto.FLOAT)
-        yield wide
-        scaled = _node("Mul", [*wide.output, self._constant(f"{product.name}/half.scale", true_scale)],
-                       f"{product.name}/half.scaled", scope)  # fmt: skip
+        scale = (left.scale.astype(np.float64) * right.scale * 2.0**bits).astype(np.float32)
+        scaled = _node("Mul", [f"{name}.wide", self._constant(f"{name}.scale", scale)], f"{name}.scaled", scope)
         scaled.output[0] = result
-        yield scaled
+        yield from (half, _node("Cast", [name], f"{name}.wide", scope, to=TensorProto.FLOAT), scaled)
 
-    def _scale(self, node: NodeProto | None) -> NDArray[np.float32] | None:
-        """The constant scale of a DequantizeLinear to float32: a number, or one for each column of a weight."""
-        if node is None or node.op_type != "DequantizeLinear" or node.input[1] not in self.constants:
+    def _enter(self, operand: _Operand, share: int, name: str, scope: str) -> Iterator[NodeProto]:
+        """The operand's codes times 2^-share in float16."""
+        codes, unit = operand.codes, 2.0**-share
+        if operand.zero_point is not None:
+            scale = self._constant(f"{name}.unit", np.float16(unit))
+            yield _node("DequantizeLinear", [codes, scale, *operand.zero_point], name, scope)
+            return
+        if share:
+            yield _node("Mul", [codes, self._constant(f"{name}.unit", np.float32(unit))], f"{name}.small", scope)
+            codes = f"{name}.small"
+        yield _node("Cast", [codes], name, scope, to=TensorProto.FLOAT16)
+
+    def _operand(self, name: str) -> _Operand | None:
+        """What a value consists of; None if it is no quantized operand in float32."""
+        if name in self.rounded:
+            return _Operand(name, np.ones((), np.float32), 1)
+        node = self.makers.get(name)
+        if node is None:
             return None
-        scale = numpy_helper.to_array(self.constants[node.input[1]], str(self.folder))
-        if scale.dtype != np.float32 or (scale.ndim and node.input[0] not in self.constants):
+        scale = self._value(node.input[1]) if node.op_type in ("DequantizeLinear", "Mul") else None
+        if scale is None or scale.dtype != np.float32:
             return None
-        columns = not scale.ndim or all(attribute.i == 1 for attribute in node.attribute if attribute.name == "axis")
-        return scale if columns else None
+        if node.op_type == "Mul":
+            return _Operand(node.input[0], scale) if not scale.ndim and self._are_codes(node.input[0]) else None
+        columns = node.input[0] in self.constants and all(each.i == 1 for each in node.attribute if each.name == "axis")
+        return _Operand(node.input[0], scale, zero_point=tuple(node.input[2:])) if columns or not scale.ndim else None
+
+    def _are_codes(self, name: str) -> bool:
+        """Whether a value is clip(round(..)) with bounds of int8."""
+        clip = self.makers.get(name)
+        if clip is None or clip.op_type != "Clip" or len(clip.input) != 3:
+            return False
+        rounding, bounds = self.makers.get(clip.input[0]), [self._value(bound) for bound in clip.input[1:]]
+        return (rounding is not None and rounding.op_type == "Round"
+                and all(bound is not None and abs(float(bound)) <= LARGEST_CODE for bound in bounds))  # fmt: skip
 
     def _length(self, product: NodeProto) -> int | None:
         """K."""
@@ -107,6 +154,10 @@ class _Halver:
         if weight is not None and weight.input[0] in self.constants:
             return int(self.constants[weight.input[0]].dims[0])
         return self.lengths.get(product.input[0])
+
+    def _value(self, name: str) -> NDArray[np.float32] | None:
+        tensor = self.constants.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor, str(self.folder))
 
     def _constant(self, name: str, array: NDArray[np.generic] | np.generic) -> str:
         self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
@@ -121,5 +172,5 @@ def _node(op_type: str, inputs: Collection[str], name: str, scope: str, **attrib
 
 def _last(value: onnx.ValueInfoProto) -> int | None:
     """The last dimension, if it is a number."""
-    shape = value.type.tensor_type.shape.dim
-    return shape[-1].dim_value or None if shape else None
+    sizes = value.type.tensor_type.shape.dim
+    return sizes[-1].dim_value or None if sizes else None

@@ -7,7 +7,7 @@ build log, TensorRT returns the same records as JSON from the engine inspector.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -42,6 +42,7 @@ class Layer:
     outputs: tuple[str, ...]
     nodes: tuple[str, ...]  # ONNX nodes
     tactic: str = ""  # name of the kernel
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the outputs; -1 is free
 
     @property
     def multiplies(self) -> bool:
@@ -93,6 +94,7 @@ def from_inspector(report: Mapping[str, Any]) -> tuple[Layer, ...]:
             _types(layer.get("Outputs", ())),
             tuple(_NODE.findall(str(layer.get("Metadata", "")))),
             str(layer.get("TacticName", "")),
+            _shapes(layer.get("Outputs", ())),
         )
         for layer in layers
     )
@@ -103,24 +105,30 @@ def _from_line(line: str) -> Layer:
     if match is None:
         raise BackendError(f"a layer in the build log cannot be read: {line[:80]}. Report this version of the library.")
     inputs, constants, outputs = (
-        _types({"Dimensions": tensor["shape"].split(","), "Datatype": tensor["type"]}
-               for tensor in _TENSOR.finditer(match[group]))
+        [{"Dimensions": tensor["shape"].split(","), "Datatype": tensor["type"]}
+         for tensor in _TENSOR.finditer(match[group])]
         for group in ("inputs", "constants", "outputs")
     )  # fmt: skip
     nodes = tuple(_NODE.findall(match["metadata"]))
-    return Layer(match["name"], match["kind"], inputs, constants, outputs, nodes, match["tactic"])
+    return Layer(match["name"], match["kind"], _types(inputs), _types(constants), _types(outputs), nodes,
+                 match["tactic"], _shapes(outputs))  # fmt: skip
 
 
 def _types(tensors: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """'Int8' from {"Datatype": "Int8"} or from {"Format/Datatype": "Row major Int8 format"}."""
-    found = []
+    return tuple(kind for kind, _ in _tensors(tensors))
+
+
+def _shapes(tensors: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(shape for _, shape in _tensors(tensors))
+
+
+def _tensors(tensors: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """('Int8', shape) from {"Datatype": "Int8"} or from {"Format/Datatype": "Row major Int8 format"}."""
     for tensor in tensors:
         text = str(tensor.get("Datatype", tensor.get("Format/Datatype", "")))
-        if "int8" in text.lower():
-            found.append("Int8")
-        elif not _is_scalar(tensor.get("Dimensions")):
-            found.append(text)
-    return tuple(found)
+        kind = "Int8" if "int8" in text.lower() else text
+        if kind == "Int8" or not _is_scalar(tensor.get("Dimensions")):
+            yield kind, tuple(int(size) for size in tensor.get("Dimensions") or () if str(size).strip("- ").isdigit())
 
 
 def _is_scalar(dimensions: Any) -> bool:
