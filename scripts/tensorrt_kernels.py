@@ -99,12 +99,14 @@ def make_files(folder: Path) -> dict[str, Path]:
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from tables import Kind, make_table
 
+    from tqdit.card import AttentionForm
     from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
     from tqdit.exporter.onnx_writer import write
     from tqdit.models.dit import DiT, DiTConfig, randomize
     from tqdit.models.families import published
     from tqdit.quantization.schemes.asymmetric import Asymmetric
     from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
+    from tqdit.quantization.table import ScaleTable, Site
 
     config = DiTConfig(
         input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=XL_WIDTH, depth=3,
@@ -112,23 +114,25 @@ def make_files(folder: Path) -> dict[str, Path]:
     )  # fmt: skip
     model = published.describe(randomize(DiT(config)).eval().requires_grad_(False), "stack")
     ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
-    table = make_table(model, Kind(groups=10), operands=ranges)
-    sites = []
-    for site in table.sites:
-        quantizer = site.quantizer
-        if isinstance(quantizer, TwoRegionGelu):
-            scale, zero_point = np.float32(3.17 / 255), np.int32(14)
-            quantizer = Asymmetric(8, quantizer.granularity, np.asarray(scale), np.asarray(zero_point))
-        sites.append(replace(site, quantizer=quantizer))
-    single = replace(table, sites=tuple(sites))
+
+    def one_product(site: Site) -> Site:
+        if not isinstance(site.quantizer, TwoRegionGelu):
+            return site
+        scale, zero_point = np.asarray(np.float32(3.17 / 255)), np.asarray(np.int32(14))
+        return replace(site, quantizer=Asymmetric(8, site.quantizer.granularity, scale, zero_point))
+
+    static, dynamic = (make_table(model, kind, operands=ranges) for kind in (Kind(groups=10), Kind(dynamic=True)))
+    single = replace(static, sites=tuple(map(one_product, static.sites)))
+    forms: list[tuple[str, AttentionForm, ScaleTable]] = [
+        (f"attention {form}", form, static) for form in ("simulated", "integer", "fused", "float")
+    ]
+    forms += [("attention float, fc2 in one product", "float", single), ("attention float, dynamic", "float", dynamic)]
     trace = trace_graph(model, ExportConfig())
     files = {}
-    for name, form, whole in [(form, form, table) for form in ("simulated", "integer", "fused", "float")] + [
-        ("float, fc2 in one product", "float", single)
-    ]:
-        files[name] = folder / name.replace(" ", "_").replace(",", "") / "model.onnx"
+    for number, (name, form, table) in enumerate(forms):
+        files[name] = folder / str(number) / "model.onnx"
         files[name].parent.mkdir()
-        write(files[name], *finish_graph(trace.clone(), model, ExportConfig(attention=form), whole))
+        write(files[name], *finish_graph(trace.clone(), model, ExportConfig(attention=form), table))
     return files
 
 
@@ -136,8 +140,9 @@ def print_blocks(target: str, images: int) -> None:
     config = BuildConfig(targets=(target,), batch=BatchRange(images, images, images))
     with tempfile.TemporaryDirectory() as name:
         files = make_files(Path(name))
-        rows = [("fp16", files["float"], replace(config, precision="fp16"), True)]
-        rows += [(f"int8, products in float32, {form}", files[form], config, False) for form in ("simulated", "float")]
+        rows = [("fp16", files["attention float"], replace(config, precision="fp16"), True)]
+        for form in ("attention simulated", "attention float"):
+            rows.append((f"int8, {form}, products in float32", files[form], config, False))
         rows += [(f"int8, {form}", file, config, True) for form, file in files.items()]
         print(f"target {target}, {2 * images} rows of 256 tokens, width {XL_WIDTH}; one block")
         print("| form | kernels | kinds | INT8 products | MB written | of them float32 |\n|---|---|---|---|---|---|")
