@@ -42,7 +42,9 @@ def layer(kind="gemm", inputs=("Int8",), constants=("Int8",), nodes=(), name="n"
 def test_a_build_log_is_read_layer_by_layer():
     first, second, third, fourth = from_log(["Layers:\nName: of an engine before", "something else", LOG])
     constants = ("Int8", "Float", "Float")
-    assert first == Layer("a/MatMul_myl0_1", "gemm", ("Int8",), constants, ("Float",), ("a/MatMul",), "some_0x1")
+    assert first == Layer(
+        "a/MatMul_myl0_1", "gemm", ("Int8",), constants, ("Float",), ("a/MatMul",), "some_0x1", ((-1, 12),)
+    )
     assert (second.multiplies, second.nodes) == (False, ("a/MatMul", "a/Add"))
     assert (third.kind, third.inputs, third.nodes) == ("signal", (), ())
     assert (fourth.multiplies, fourth.is_integer, fourth.nodes) == (True, False, ("b/MatMul", "b/Add"))
