@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What TensorRT-RTX makes of one transformer block: kernels, INT8 products and bytes written, form by form.
+"""What TensorRT-RTX makes of one transformer block: kernels, INT8 and FP8 products, and bytes written, form by form.
 
     scripts/tensorrt_kernels.py                             # three blocks of the width of DiT-XL/2; a minute, no GPU
     scripts/tensorrt_kernels.py --golden model.onnx ...     # what float16 costs a file with golden calls, on the CPU
@@ -49,7 +49,7 @@ class Figures(NamedTuple):
 
     kernels: int
     kinds: dict[str, int]
-    products: int  # INT8
+    products: int  # of two INT8 or two FP8 operands
     written: int  # bytes
     float32: int  # of these, bytes in float32
 
@@ -89,7 +89,7 @@ def figures(layers: Sequence[Layer]) -> Figures:
     sizes = [(kind, BYTES[kind] * math.prod(shape)) for kind, shape in tensors]
     return Figures(
         len(layers), dict(Counter("attention" if "mha" in layer.name else layer.kind for layer in layers)),
-        sum(layer.is_integer for layer in layers), sum(size for _, size in sizes),
+        sum(layer.is_integer or layer.multiplies_in("FP8") for layer in layers), sum(size for _, size in sizes),
         sum(size for kind, size in sizes if kind == "Float"),
     )  # fmt: skip
 
@@ -98,7 +98,6 @@ def make_files(folder: Path) -> dict[str, Path]:
     """Files of three blocks with random weights: one for each form of attention, and one without two regions in fc2."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from tables import Kind, make_table
-
     from tqdit.card import AttentionForm
     from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
     from tqdit.exporter.onnx_writer import write
@@ -144,8 +143,9 @@ def print_blocks(target: str, images: int) -> None:
         for form in ("attention simulated", "attention float"):
             rows.append((f"int8, {form}, products in float32", files[form], config, False))
         rows += [(f"int8, {form}", file, config, True) for form, file in files.items()]
+        rows.append(("fp8, attention float", files["attention float"], replace(config, precision="fp8"), True))
         print(f"target {target}, {2 * images} rows of 256 tokens, width {XL_WIDTH}; one block")
-        print("| form | kernels | kinds | INT8 products | MB written | of them float32 |\n|---|---|---|---|---|---|")
+        print("| form | kernels | kinds | 8-bit products | MB written | of them float32 |\n|---|---|---|---|---|---|")
         for form, file, chosen, halved in rows:
             found = figures(block_layers(build_layers(file, chosen, halved), 1))
             kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(found.kinds.items()))

@@ -1,4 +1,4 @@
-"""Products that write float16, as TensorRT gets them: right in NumPy and ONNX Runtime, and in float16 in the compiler."""
+"""Products that write float16, as TensorRT gets them: right in NumPy and ONNX Runtime, and so compiled."""
 
 import importlib.util
 import math

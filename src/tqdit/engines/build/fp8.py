@@ -24,6 +24,7 @@ from tqdit.graph_names import SCOPE_KEY, scope_of
 from tqdit.plugins.time_group_select.schema import OP_TYPE as TIME_GROUP_SELECT
 
 E4M3 = ir.DataType.FLOAT8E4M3FN
+BEFORE = ("Clip", "Div", "Sub", "Min", "Max")  # what stands between an input and its QuantizeLinear
 ADVICE = "Export with --attention float, from a table of another --inputs, or build with --precision int8."
 
 
@@ -31,9 +32,9 @@ def quantize_to_fp8(model: ir.Model, card: GraphCard) -> None:
     """Requires: a quantized float32 file of ours, with scopes in the nodes' metadata.
 
     Ensures: each linear layer that was int8 multiplies E4M3 by E4M3, once: inputs pass QuantizeLinear and
-    DequantizeLinear with the scale that the file has (of two regions the larger one), weights are the int8 codes rounded
-    to E4M3 behind a DequantizeLinear. Ratios of time groups and of tokens stay; offsets of zero points go. Raises
-    UsageError for integer products of attention and for offsets that are computed for each token.
+    DequantizeLinear with the scale that the file has (of two regions the larger one), weights are the int8 codes
+    rounded to E4M3 behind a DequantizeLinear. Ratios of time groups and of tokens stay; offsets of zero points go.
+    Raises UsageError for integer products of attention and for offsets that are computed for each token.
     """
     assert card.quantization is not None
     scopes: dict[str, list[ir.Node]] = {}
@@ -101,7 +102,7 @@ class _Layer:
         assert scale is not None
         ratio: ir.Value | None = None
         node = value.producer()
-        while node is not None and scope_of(node) == self.module and node.op_type in ("Clip", "Div", "Sub", "Min", "Max"):
+        while node is not None and scope_of(node) == self.module and node.op_type in BEFORE:
             if node.op_type == "Div":
                 ratio = node.inputs[1]
             if node.op_type == "Sub" and not _is_table(node.inputs[1]):
@@ -123,7 +124,7 @@ class _Layer:
         if name not in self.graph.initializers:
             array = codes if isinstance(codes, np.ndarray) else codes.numpy().astype(np.float32)
             tensor = ir.tensor(array.astype(E4M3.numpy()), dtype=E4M3, name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(E4M3), const_value=tensor)
+            value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(E4M3), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 

@@ -21,7 +21,7 @@ from tqdit.engines.backends.tensorrt.half_products import halve_products, probab
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
-from tqdit.engines.backends.tensorrt.worker import Compiled, Job
+from tqdit.engines.backends.tensorrt.worker import FIRST_FP8, Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Artefact, Audit
@@ -36,6 +36,7 @@ from tqdit.plugins.aot import PORTABLE, best_capability
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
+KINDS = {"int8": "Int8", "fp8": "FP8"}  # precision -> type of a product's operands
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 DOMAIN = "tqdit"  # of the custom ops
 Custom = dict[str, list[str]]  # custom op -> names of its nodes
@@ -83,8 +84,9 @@ def build(
     if device is not None and device.capability == BLACKWELL_ULTRA and config.precision == "int8":
         warnings.warn(
             f"{device.name or 'this GPU'} (compute capability {BLACKWELL_ULTRA}) multiplies int8 at a fifteenth of the "
-            "speed of bfloat16. Build it with --precision bf16 and compare.", TqditWarning, stacklevel=2,
+            "speed of bfloat16. Build it with --precision fp8 or bf16 and compare.", TqditWarning, stacklevel=2,
         )  # fmt: skip
+    _check_fp8(config, device)
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
@@ -98,7 +100,9 @@ def build(
             if prepared is None:
                 return None
             compiled = _compile(replace(job, plugins_for=plugins_for), prepared.file, progress)
-            report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
+            report = audit_layers(
+                compiled.layers, card.quantization, source.scopes, prepared.products, config.precision
+            )
             return compiled, report, prepared.custom
 
     targets_of_plugins = () if no_plugins or device is None else _plugin_targets(source, device.capability)
@@ -115,7 +119,8 @@ def build(
                           stacklevel=2)  # fmt: skip
     assert first is not None
     compiled, report, custom = first
-    if report is not None and report.fallen_back:  # once more, with weights that the compiler treats otherwise
+    if report is not None and report.fallen_back and config.precision == "int8":
+        # once more, with weights that the compiler treats otherwise
         compiled, report, custom = compile_graph(plugins_for, report.fallen_back) or first
     if report is not None and not config.allow_fallback:
         check_audit(report, library.backend, CAUSE)
@@ -135,6 +140,15 @@ def build(
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
     )
+
+
+def _check_fp8(config: BuildConfig, device: cuda.Device | None) -> None:
+    """Refuse FP8 for GPUs without it."""
+    targets = config.targets if device is None else (device.capability,)
+    without = [target for target in targets if tuple(map(int, target.split("."))) < FIRST_FP8]
+    if config.precision == "fp8" and without:
+        raise UsageError(f"--precision fp8: compute capability {', '.join(without)} has no FP8 products; 8.9 and later "
+                         "have. Leave it out, or build with --precision int8.")  # fmt: skip
 
 
 def _plugin_targets(source: OnnxFile, capability: str) -> tuple[str, ...]:
@@ -192,8 +206,9 @@ def _prepared(
 
 
 def audit_layers(
-    layers: Sequence[Layer], card: QuantizationCard | None, scopes: Scopes, products: Iterable[str]
-) -> Audit | None:
+    layers: Sequence[Layer], card: QuantizationCard | None, scopes: Scopes, products: Iterable[str],
+    precision: str | None = "int8",
+) -> Audit | None:  # fmt: skip
     """What became of the quantized products. `products` are the names of all MatMul, Gemm and Conv nodes of the graph:
     one that no multiplying layer names counts as float, since nothing proves otherwise."""
     if card is None:
@@ -202,9 +217,10 @@ def audit_layers(
     floating: set[str] = set()
     for layer in layers:
         if layer.multiplies:
-            (integer if layer.is_integer else floating).update(layer.nodes)
+            (integer if layer.multiplies_in(KINDS[precision or "int8"]) else floating).update(layer.nodes)
     wanted = set(products)
-    return audit(card, scopes, integer & wanted, (floating | (wanted - integer)) & wanted)
+    report = audit(card, scopes, integer & wanted, (floating | (wanted - integer)) & wanted)
+    return replace(report, number=precision or "int8")
 
 
 def _products(model: onnx.ModelProto) -> list[str]:

@@ -6,18 +6,19 @@ An exported file scales in float32, and the compiler takes it at its word: a pro
 four bytes each, and the next kernel scales them. With powers of two as scales of its operands a product writes float16,
 half of the bytes, and the next kernel scales in float32 as before, so the number of kernels stays the same.
 
-Where |x| <= X and |W| <= Y in codes, the sum of K products is at most K X Y, and a + b is chosen so that K X Y 2^-(a + b)
+Where |x| <= X and |W| <= Y in codes, the sum of K products is at most K X Y. a + b is chosen so that K X Y 2^-(a + b)
 is at most float16's largest number: nothing overflows. The sum is an integer, and a multiple of 2^-24 has no exponent
-that is too small for float16. So a result is rounded once, by at most 2^-11 of itself, and no scale of the table changes.
+that is too small for float16. So a result is rounded once, by at most 2^-11 of itself, and no scale of the table
+changes. Of E4M3 operands (X = Y = 448) sums below 1 may lose more.
 
-Simulated products of attention, whose codes are floats, take the same form. Probabilities in two regions, at most 1, are
-rounded to float16 as well: by 2^-11 of themselves, where their own quantizer rounds by up to 2^-2.
+Simulated products of attention, whose codes are floats, take the same form. Probabilities in two regions, at most 1,
+are rounded to float16 as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as MULTI_REGION_SO
 
 LARGEST = 65504.0  # of float16
 LARGEST_CODE = 128  # of int8, in magnitude
+LARGEST_FP8 = 448
 MOST_BITS = 24  # 2^-24 is the least float16
 
 
@@ -137,7 +139,15 @@ class _Halver:
         if node.op_type == "Mul":
             return _Operand(node.input[0], scale) if not scale.ndim and self._are_codes(node.input[0]) else None
         columns = node.input[0] in self.constants and all(each.i == 1 for each in node.attribute if each.name == "axis")
-        return _Operand(node.input[0], scale, zero_point=tuple(node.input[2:])) if columns or not scale.ndim else None
+        if scale.ndim and not columns:
+            return None
+        return _Operand(node.input[0], scale, self._largest(node.input[0]), tuple(node.input[2:]))
+
+    def _largest(self, codes: str) -> int:
+        """The largest magnitude of int8, or of E4M3."""
+        quantize = self.makers.get(codes)
+        typed = self.constants.get(quantize.input[2] if quantize is not None and len(quantize.input) > 2 else codes)
+        return LARGEST_FP8 if typed is not None and typed.data_type == TensorProto.FLOAT8E4M3FN else LARGEST_CODE
 
     def _are_codes(self, name: str) -> bool:
         """Whether a value is clip(round(..)) with bounds of int8."""
@@ -164,8 +174,8 @@ class _Halver:
         return name
 
 
-def _node(op_type: str, inputs: Collection[str], name: str, scope: str, **attributes: int) -> NodeProto:
-    node = helper.make_node(op_type, inputs, [name], name, **attributes)
+def _node(op_type: str, inputs: Sequence[str], name: str, scope: str, to: int | None = None) -> NodeProto:
+    node = helper.make_node(op_type, inputs, [name], name, to=to)
     node.metadata_props.add(key=SCOPE_KEY, value=scope)
     return node
 
