@@ -36,6 +36,7 @@ KINDS = {
     "groups everywhere": (Kind(asymmetric=True, groups=10, everywhere=True), "simulated"),
     "per token": (Kind(dynamic=True), "simulated"),
     "six bits": (Kind(weight_bits=6, activation_bits=6, groups=10), "simulated"),
+    "one region": (Kind(uniform_softmax=True), "simulated"),
     "numerators": (Kind(groups=10, numerators=True), "integer"),
     "integer attention": (Kind(groups=10), "integer"),
     "float attention": (Kind(groups=10), "float"),

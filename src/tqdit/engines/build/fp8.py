@@ -124,7 +124,7 @@ class _Layer:
         if name not in self.graph.initializers:
             array = codes if isinstance(codes, np.ndarray) else codes.numpy().astype(np.float32)
             tensor = ir.tensor(array.astype(E4M3.numpy()), dtype=E4M3, name=name)
-            value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(E4M3), const_value=tensor)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(E4M3), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
