@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 
 
 TOYS = Path(__file__).parent / "toys"  # one of each kind that a user may add
+
+
+def wait_until(met: Callable[[], object], seconds: float = 60) -> None:
+    """Fails if a condition is not met in time."""
+    until = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.005)
 
 
 @functools.cache
