@@ -39,7 +39,7 @@ from tqdit.golden import relative_errors
 from tqdit.onnx_file import OnnxFile, save
 
 BLOCK = re.compile(r"blocks\.(\d+)[./]")
-BYTES = {"Int8": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
+BYTES = {"Int8": 1, "FP8": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 NOT_KERNELS = {"shape_call", "signal", "wait"}
 XL_HEADS, XL_WIDTH = 16, 1152
 

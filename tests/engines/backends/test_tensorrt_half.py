@@ -185,3 +185,17 @@ def float32_sizes(layers):
     """Elements of each float32 tensor that a kernel writes."""
     outputs = [output for layer in layers for output in zip(layer.outputs, layer.shapes, strict=True)]
     return [math.prod(shape) for kind, shape in outputs if kind == "Float"]
+
+
+def test_scales_that_lie_beside_the_file_are_found(tmp_path):
+    """As in large models, of which only the graph is in memory."""
+    before, _, number, _ = prepared(tmp_path, *KINDS["two regions"])
+    inputs = random_rows(support.tiny_model().signature, 2)
+    expected = script.run_on_cpu(before, inputs)
+    onnx.save(before, tmp_path / "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    model = onnx.load(tmp_path / "big.onnx", load_external_data=False)
+    rounded = probabilities(onnx.load(tmp_path / "model.onnx"))
+    assert halve_products(model, tmp_path, rounded) == number
+    onnx.save(model, tmp_path / "half.onnx")
+    found = script.run_on_cpu(onnx.load(tmp_path / "half.onnx"), inputs)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
