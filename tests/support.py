@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 TOYS = Path(__file__).parent / "toys"  # one of each kind that a user may add
 
 
+def rounds(full: int) -> int:
+    """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, but twice at least."""
+    return full if "TQDIT_TEST_ALL" in os.environ else min(full, max(2, full // 10))
+
+
 @functools.cache
 def tiny_config() -> DiTConfig:
     """Two blocks of width 16."""
