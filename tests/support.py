@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 
 
 TOYS = Path(__file__).parent / "toys"  # one of each kind that a user may add
+ALL = "TQDIT_TEST_ALL" in os.environ  # set by `scripts/test --all`
 
 
 def rounds(full: int) -> int:
     """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, but twice at least."""
-    return full if "TQDIT_TEST_ALL" in os.environ else min(full, max(2, full // 10))
+    return full if ALL else min(full, max(2, full // 10))
 
 
 @functools.cache
@@ -103,14 +105,23 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 @functools.cache
-def traced(config: ExportConfig, origin: str, steps: int, pixels: bool, seed: int) -> tuple[LoadedModel, ir.Model]:
-    """A tiny model and its float trace; made once, since torch needs seconds to trace even this."""
+def traced(
+    config: ExportConfig, origin: str = "published", steps: int = 20, pixels: bool = False, seed: int = 0
+) -> tuple[LoadedModel, ir.Model]:
+    """A tiny model, or the demo model (origin `demo`), and its float trace; made once, since torch needs seconds to trace
+    even the former.
+    """
     import onnx
     import onnx_ir as ir
 
-    from tqdit.exporter.graph import trace_graph
+    from tqdit.exporter.graph import ExportConfig, trace_graph
+    from tqdit.models.load import load_model
 
-    model = tiny_model(origin, steps, pixels, seed)
+    model = load_model("demo") if origin == "demo" else tiny_model(origin, steps, pixels, seed)
+    if config.graph == "denoiser":  # whose trace knows no chain
+        config, steps = ExportConfig(opset=config.opset), 0
+    else:
+        config = replace(config, attention="simulated")
 
     def trace(folder: Path) -> None:  # not by onnx.save, which some tests replace
         (folder / "trace.onnx").write_bytes(ir.to_proto(trace_graph(model, config)).SerializeToString())
@@ -128,14 +139,25 @@ def exported(
     seed: int = 0,
     table: ScaleTable | None = None,
 ) -> tuple[ir.Model, GraphCard]:
-    """A tiny model's graph and card, float or quantized."""
+    """The graph and card of a tiny model, or of the demo model (origin `demo`); float or quantized."""
     from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph
 
     config = config or ExportConfig()
-    model, trace = traced(replace(config, attention="simulated"), origin, steps, pixels, seed)
+    model, trace = traced(config, origin, steps, pixels, seed)
     if table is not None and any(site.divisor is not None for site in table.sites):
         return export_graph(model, config, table)
     return finish_graph(trace.clone(), model, config, table)
+
+
+def demo_file() -> Path:
+    """The ONNX file that `tqdit-export` without arguments writes, made once: the demo model in float32."""
+    from tqdit.cli.main import run
+
+    def export(folder: Path) -> None:
+        with contextlib.chdir(folder):
+            assert run("export", ["-q"]) == 0
+
+    return made_once("demo-file", export) / "model.onnx"
 
 
 def normal_rows(seed: int, images: Sequence[int] | np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -468,24 +463,3 @@ def test_a_preset_prints_itself_with_the_flags_applied(capsys: pytest.CaptureFix
     assert lines["groups"] == "25"
     assert lines["fisher"] == "loss"
     assert lines["weight-granularity"] == "tensor"
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_then_the_same_command_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    def command(output: Path) -> subprocess.Popen[bytes]:
-        arguments = [sys.executable, "-m", "tqdit.cli", "calibrate", str(checkpoint), "-o", str(output), "-q", *FLAGS]
-        return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-
-    undisturbed, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    assert command(undisturbed).wait() == 0
-    work = tmp_path / "b.safetensors.work"
-    for pattern in ("rows-*-chains*", "search-*/samples-*", "search-*/table-*"):
-        process = command(output)
-        while process.poll() is None and not list(work.glob(pattern)):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not output.exists()
-    assert command(output).wait() == 0
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert [path.name[:5] for path in work.iterdir()] == ["rows-"]

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import support
 from tables import Kind, make_table, record_operands
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.run.sampler import Sampler
-from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.load import load_model
 from tqdit.quantization.fake_quant import apply
@@ -33,8 +34,8 @@ def demo(tmp_path_factory):
     operands = record_operands(model)
     table = make_table(replace(model, source="demo"), Kind(groups=10), operands=operands)
     config = ExportConfig(steps=STEPS)
-    write(folder / "float.onnx", *export_graph(model, config, None))
-    write(folder / "int8.onnx", *export_graph(model, config, table))
+    write(folder / "float.onnx", *support.exported(config, "demo"))
+    write(folder / "int8.onnx", *support.exported(config, "demo", table=table))
     ends = [
         Sampler(each.card(), each).sample_latents(LABELS, SCALE, SEED, steps=STEPS)
         for each in (model, apply(model, table))
