@@ -104,31 +104,46 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-@functools.cache
-def traced(
-    config: ExportConfig, origin: str = "published", steps: int = 20, pixels: bool = False, seed: int = 0
-) -> tuple[LoadedModel, ir.Model]:
-    """A tiny model, or the demo model (origin `demo`), and its float trace; made once, since torch needs seconds to trace
-    even the former.
+def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
+    """`trace_graph` that traces a network of ours or of diffusers once in a test run: torch needs seconds for the tiniest.
+
+    A trace is taken for another one's if everything that it can depend on is equal. Modules that tests write, weights that
+    stay in their file and a torch.onnx that a test replaced are traced anew.
     """
     import onnx
     import onnx_ir as ir
+    import torch
 
-    from tqdit.exporter.graph import ExportConfig, trace_graph
-    from tqdit.models.load import load_model
+    whole = torch.onnx.export
 
-    model = load_model("demo") if origin == "demo" else tiny_model(origin, steps, pixels, seed)
-    if config.graph == "denoiser":  # whose trace knows no chain
-        config, steps = ExportConfig(opset=config.opset), 0
-    else:
-        config = replace(config, attention="simulated")
+    def digest_of(model: LoadedModel, config: ExportConfig, table: ScaleTable | None) -> str:
+        network, digest = model.network, hashlib.sha256()
+        chain = None if config.graph == "denoiser" else (config.sampling(model, table), config.guidance(model, table))
+        constants = sorted((*model.constants.items(), *model.alike.items()), key=lambda item: item[0])
+        own = getattr(network, "config", None)
+        digest.update(repr((config.graph, config.opset, chain, model.signature, type(network), network, own)).encode())
+        for name, value in (*network.named_parameters(), *network.named_buffers(), *constants):
+            digest.update(f"{name} {type(value)}".encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
+        return digest.hexdigest()
 
-    def trace(folder: Path) -> None:  # not by onnx.save, which some tests replace
-        (folder / "trace.onnx").write_bytes(ir.to_proto(trace_graph(model, config)).SerializeToString())
+    def once(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
+        ours = type(model.network).__module__.startswith(("tqdit.models.", "diffusers."))
+        if not ours or model.weights.made or torch.onnx.export is not whole:
+            return trace(model, config, table)
 
-    name = "trace-" + hashlib.sha256(repr((config, origin, steps, pixels, seed)).encode()).hexdigest()
-    content = (made_once(name, trace) / "trace.onnx").read_bytes()
-    return model, ir.from_proto(onnx.ModelProto.FromString(content))
+        def make(folder: Path) -> None:  # not by onnx.save, which some tests replace
+            graph = trace(model, config, table)
+            (folder / "trace.onnx").write_bytes(ir.to_proto(graph).SerializeToString())
+
+        content = (made_once(f"trace-{digest_of(model, config, table)}", make) / "trace.onnx").read_bytes()
+        return ir.from_proto(onnx.ModelProto.FromString(content))
+
+    return once
 
 
 def exported(
@@ -140,13 +155,14 @@ def exported(
     table: ScaleTable | None = None,
 ) -> tuple[ir.Model, GraphCard]:
     """The graph and card of a tiny model, or of the demo model (origin `demo`); float or quantized."""
-    from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph
+    from tqdit.exporter import graph
+    from tqdit.models.load import load_model
 
-    config = config or ExportConfig()
-    model, trace = traced(config, origin, steps, pixels, seed)
-    if table is not None and any(site.divisor is not None for site in table.sites):
-        return export_graph(model, config, table)
-    return finish_graph(trace.clone(), model, config, table)
+    config = config or graph.ExportConfig()
+    model = load_model("demo") if origin == "demo" else tiny_model(origin, steps, pixels, seed)
+    if table is not None:
+        model, table = graph.fold(model, table)
+    return graph.finish_graph(graph.trace_graph(model, config, table), model, config, table)
 
 
 def demo_file() -> Path:

@@ -73,12 +73,11 @@ def test_a_chain_other_than_that_of_the_scales_is_said(checkpoint, tmp_path, cap
     assert "100 steps of ddpm; sampling 50 steps of ddim" in card.remark(card.sampling)  # which tqdit-sample says
 
 
-def test_scales_of_another_process_are_said(checkpoint, monkeypatch):
+def test_scales_of_another_process_are_said(checkpoint):
     """A model card that was edited after the calibration."""
     model = load_model(str(checkpoint), heads=2)
     process = {"type": "diffusion", "beta_end": 0.012, "learned_variance": True}
     table = replace(make_table(model, Kind()), settings={"process": process})
-    monkeypatch.setattr("tqdit.exporter.graph.trace_graph", lambda *_: support.traced(ExportConfig())[1].clone())
     with pytest.warns(TqditWarning, match="250 steps of ddpm; sampling 250 steps of ddpm in another process"):
         _, card = export_graph(model, ExportConfig(), table)
     assert card.quantization.sampling.process == Diffusion(beta_end=0.012, learned_variance=True)
