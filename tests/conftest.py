@@ -53,7 +53,7 @@ def same_random_numbers(request):
 
 @pytest.fixture(autouse=True)
 def traces_are_made_once():
-    """Of networks that many tests export. A test of the trace itself has imported `trace_graph`, and calls it by its name."""
+    """Of networks that many tests export. Tests of the trace itself have imported `trace_graph` before."""
     graph = sys.modules.get("tqdit.exporter.graph")
     if graph is not None and graph.trace_graph.__module__ != "support":
         graph.trace_graph = support.trace_once(graph.trace_graph)

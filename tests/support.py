@@ -36,7 +36,7 @@ ALL = "TQDIT_TEST_ALL" in os.environ  # set by `scripts/test --all`
 
 
 def rounds(full: int) -> int:
-    """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, but twice at least."""
+    """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, at least twice."""
     return full if ALL else min(full, max(2, full // 10))
 
 
@@ -105,10 +105,10 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
-    """`trace_graph` that traces a network of ours or of diffusers once in a test run: torch needs seconds for the tiniest.
+    """`trace_graph` that traces a network once in a test run: torch needs seconds for the tiniest.
 
-    A trace is taken for another one's if everything that it can depend on is equal. Modules that tests write, weights that
-    stay in their file and a torch.onnx that a test replaced are traced anew.
+    A trace is used again if everything that it can depend on is equal. Modules that tests write, weights that stay in
+    their file and a torch.onnx that a test replaced are traced anew.
     """
     import onnx
     import onnx_ir as ir

@@ -66,8 +66,8 @@ def test_without_its_distribution_the_demo_model_says_what_to_install(monkeypatc
 
 @pytest.mark.slow
 def test_guided_samples_of_50_steps_are_recognised_in_nine_of_ten_cases(tmp_path):
-    """A chain of each class, of which 15 must be right (with `scripts/test --all` four, and 58); measured on 320: 99.7 %
-    (DDPM) and 98.4 % (DDIM), so 90 % is no matter of luck."""
+    """A chain of each class (four with `scripts/test --all`); measured on 320: 99.7 % (DDPM) and 98.4 % (DDIM), so 90 %
+    is no matter of luck."""
     engine, samples = str(tmp_path / "m.engine"), str(tmp_path / "s.npz")
     assert run("build", [str(demo_file()), "-o", engine, "-q"]) == 0
     for sampler in ("ddpm", "ddim"):

@@ -1,5 +1,4 @@
-"""Export a DiT of XL/2's width, random weights and a number of blocks with a W8A8 table; prints seconds, peak memory and
-bytes as JSON.
+"""Export a DiT of XL/2's width with a W8A8 table; prints seconds, peak memory and bytes as JSON. Weights are random.
 
 Run by test_full_size.py in a process of its own, so that its memory can be measured.
 """

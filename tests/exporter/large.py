@@ -1,5 +1,5 @@
-"""Export and calibrate a transformer of random weights from its directory; prints the memory that each stage added to its
-process at the peak, as JSON.
+"""Export and calibrate a transformer of random weights from its directory; prints the memory that each stage added at
+its peak, as JSON.
 
 Run by test_large.py in a process of its own. Each stage is a child of a process that has imported everything, so that
 imports are paid once and count for none.
