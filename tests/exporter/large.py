@@ -27,10 +27,8 @@ from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families import published
 from tqdit.models.weights import return_freed_memory
 
-STAGES = ("int8", "float", "calibrate")
 
-
-def main(folder: Path, heads: int) -> None:
+def main(folder: Path, heads: int, stages: list[str]) -> None:
     """Flux with two blocks of each kind, of so many heads."""
     onnx_file.EXTERNAL_DATA_BYTES = 0  # weights beside the file, as those of a network of a gigabyte
     return_freed_memory()  # as the commands do
@@ -40,7 +38,7 @@ def main(folder: Path, heads: int) -> None:
     apart(lambda: large_models.prepare(flux, "flux", (2, 2), heads, 64, 16))
     apart(lambda: large_models.write_scales(flux))
     facts = {"file": sum(file.stat().st_size for file in (flux / "transformer").iterdir())}
-    for stage in STAGES:
+    for stage in stages:
         apart(lambda stage=stage: added(flux, stage))
         facts[stage] = int((flux / f"{stage}.bytes").read_text())
     print(json.dumps(facts))
@@ -89,4 +87,4 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

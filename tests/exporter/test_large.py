@@ -28,7 +28,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 KNOBS = {"groups": 2, "rows_per_group": 2, "candidates": 4, "rounds": 1, "token_share": 0.5,
          "equalize": True, "preset": "fast"}  # fmt: skip
-HEADS = 4 * (1 + ALL)  # a file of 80 MB; with `scripts/test --all` of 230 MB
+HEADS, STAGES = (8, ["int8", "float", "calibrate"]) if ALL else (4, ["int8", "calibrate"])  # 220 MB, or 62 MB
 
 
 @pytest.fixture
@@ -87,12 +87,12 @@ def test_recorded_calls_and_scales_together_are_refused(flux, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_stage_takes_at_most_one_and_a_half_times_the_file_of_bfloat16(tmp_path):
-    """Measured: 0.6, 0.6 and 0.8 times the file. From memory the float32 weights alone are twice the file; to
-    calibrate, those with rounded weights are as much again."""
+    """Measured with `--all`: 0.6, 0.6 and 0.8 times the file; beside it, 60 MB whatever the size. From
+    memory the float32 weights alone are twice the file; to calibrate, those with rounded weights are as much again."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("src", "demo-weights"))}
-    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "exporter" / "large.py", tmp_path, HEADS]
+    command = [sys.executable, "-W", "ignore", ROOT / "tests" / "exporter" / "large.py", tmp_path, HEADS, *STAGES]
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     facts = json.loads(result.stdout.splitlines()[-1])
-    for stage in ("int8", "float", "calibrate"):
-        assert facts[stage] < 1.5 * facts["file"], stage
+    for stage in STAGES:
+        assert facts[stage] < 1.5 * facts["file"] + 40e6 * (not ALL), stage
