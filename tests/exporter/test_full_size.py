@@ -32,7 +32,7 @@ def test_an_int8_file_within_3_minutes_8_gigabytes_and_27_percent_of_float32(tmp
 
 @pytest.mark.slow
 def test_two_blocks_of_that_width_take_their_share(tmp_path):
-    """Measured: 0.94 GB and 27.2 %. One more copy of the weights would be 0.21 GB, a weight in float32 2.5 % or more."""
+    """Measured: 0.94 GB and 27.2 %. One more copy of the weights would be 0.21 GB, one in float32 2.5 % or more."""
     measured = export(tmp_path, 2)
     assert measured["peak_bytes"] < 0.55e9 + 2.6 * measured["float32_bytes"]
     assert measured["file_bytes"] <= 0.275 * measured["float32_bytes"]
