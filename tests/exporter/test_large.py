@@ -60,10 +60,9 @@ def test_the_file_is_that_of_an_export_from_memory(flux, streamed, tmp_path):
     assert len(model.weights.made) > 20
     assert any(site.divisor is not None for site in read_scale_table(scales).sites)
     assert model.fingerprint == load_model(flux / "float", interface=interface).fingerprint
-    for name, table in (("int8", scales), ("float", None)):
-        tqdit.export(model, tmp_path / f"{name}-streamed.onnx", scales=table)
-        tqdit.export(load_model(flux / "transformer", interface=interface), tmp_path / f"{name}.onnx", scales=table)
-        assert (tmp_path / f"{name}.onnx").read_bytes() == (tmp_path / f"{name}-streamed.onnx").read_bytes()
+    tqdit.export(model, tmp_path / "streamed.onnx", scales=scales)  # which has layers in float32 as well
+    tqdit.export(load_model(flux / "transformer", interface=interface), tmp_path / "memory.onnx", scales=scales)
+    assert (tmp_path / "memory.onnx").read_bytes() == (tmp_path / "streamed.onnx").read_bytes()
 
 
 def test_an_export_without_scales_learns_the_inputs_from_recorded_calls(flux, tmp_path, monkeypatch):

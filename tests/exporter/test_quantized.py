@@ -60,7 +60,7 @@ def session(path, optimise=False):
 @pytest.mark.parametrize(("kind", "origin"), [
     *((kind, "published") for kind in KINDS),
     *(pytest.param(kind, "diffusers", marks=pytest.mark.slow) for kind in (  # each part of a kind once
-        "W8A8 numerators, 10 groups", "W6A6 equalised, asymmetric", "W8A6 dynamic, asymmetric", "W4A8 everything")),
+        "W8A8 numerators, 10 groups", "W8A6 dynamic, asymmetric", "W4A8 everything")),
 ])  # fmt: skip
 def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, form):
     model, kind = support.tiny_model(origin), KINDS[kind]
