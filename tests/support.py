@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,14 @@ ALL = "TQDIT_TEST_ALL" in os.environ  # set by `scripts/test --all`
 def rounds(full: int) -> int:
     """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, at least twice."""
     return full if ALL else min(full, max(2, full // 10))
+
+
+def wait_until(met: Callable[[], object], seconds: float = 60) -> None:
+    """Fails if a condition is not met in time."""
+    until = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.005)
 
 
 @functools.cache

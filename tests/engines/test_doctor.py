@@ -156,7 +156,7 @@ def test_versions_that_do_not_fit_are_said(monkeypatch):
     assert "driver serves" not in advice(monkeypatch, old, distributions=["tensorrt_rtx_cu12"])
     assert "reads PTX 8.4" in advice(monkeypatch, old, capability="12.0")
     assert "reads PTX" not in advice(monkeypatch, old, capability="9.0")
-    assert "--precision bf16" in advice(monkeypatch, new, capability="10.3")
+    assert "--precision fp8 or bf16" in advice(monkeypatch, new, capability="10.3")
     assert "overwrite each other" in advice(monkeypatch, new, packages=["onnxruntime", "onnxruntime-gpu"])
 
 

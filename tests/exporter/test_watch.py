@@ -4,7 +4,6 @@ process at most."""
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 import tqdit
+from support import wait_until
 from tqdit.cli.main import run
 from tqdit.errors import UsageError
 from tqdit.exporter.trace import trace, trace_any_rows
@@ -168,19 +168,10 @@ def test_a_child_ends_with_its_parent(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(Path(tqdit.__file__).parents[1])])
     parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path)
     file = tmp_path / "pid"
-    assert comes_true(lambda: file.is_file() and file.read_text())
+    wait_until(lambda: file.is_file() and file.read_text())
     parent.kill()
     parent.wait()
-    assert comes_true(lambda: not Path("/proc", file.read_text(), "exe").exists())
-
-
-def comes_true(is_so, seconds=60):
-    end = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
+    wait_until(lambda: not Path("/proc", file.read_text(), "exe").exists())
 
 
 def test_the_python_api_traces_in_its_own_process(unknown, tmp_path, monkeypatch):

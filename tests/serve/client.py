@@ -8,7 +8,6 @@ import io
 import json
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from support import wait_until
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import FileFormatError, UsageError
@@ -33,18 +33,11 @@ GENERATIONS = "/v1/images/generations"
 HEAD = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
 
 
-class Running:
-    """A service behind a socket on this machine."""
+class Client:
+    """It asks a server at an address."""
 
-    def __init__(self, app: Any) -> None:
-        self.service: Service = app.state.service
-        self.server = Server(app, "127.0.0.1", 0)
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        wait_until(lambda: self.server.started or not self.thread.is_alive())
-        assert self.thread.is_alive()
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Answer:
         """Send JSON, or bytes as they are."""
@@ -59,6 +52,20 @@ class Running:
         except urllib.error.HTTPError as error:
             with error:
                 return Answer(error)
+
+
+class Running(Client):
+    """A service behind a socket on this machine."""
+
+    def __init__(self, app: Any) -> None:
+        self.service: Service = app.state.service
+        self.server = Server(app, "127.0.0.1", 0)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        wait_until(lambda: self.server.started or not self.thread.is_alive())
+        assert self.thread.is_alive()
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        super().__init__(f"http://127.0.0.1:{self.port}")
 
     @contextlib.contextmanager
     def streaming(self, path: str, body: Any = None) -> Iterator[Iterator[tuple[str, Any]]]:
@@ -122,13 +129,6 @@ def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
             name = rest
         elif kind == "data":
             yield str(name), json.loads(rest)
-
-
-def wait_until(met: Any, seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def pixels(png: bytes) -> np.ndarray:

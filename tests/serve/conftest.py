@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,11 +41,12 @@ class Gate:
 
     def __init__(self, card: Any) -> None:
         self.card, self.open, self.error = card, threading.Event(), None
-        self.calls = 0
+        self.calls, self.call_s = 0, 0.0
         self.open.set()
 
     def __call__(self, inputs: Any) -> np.ndarray:
         self.open.wait(60)
+        time.sleep(self.call_s)
         self.calls += 1
         if self.error is not None:
             raise self.error

@@ -10,7 +10,8 @@ import numpy as np
 import openai
 import pytest
 
-from serve.client import pixels, wait_until
+from serve.client import pixels
+from support import wait_until
 from tqdit.engines.run.sampler import Sampler
 from tqdit.serve.settings import Settings
 

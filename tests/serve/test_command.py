@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from serve.client import wait_until
+from support import wait_until
 from tqdit.cli.main import run
 from tqdit.cli.serve import KEY
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import socket
+import threading
 
 import numpy as np
 import pytest
 
-from serve.client import GENERATIONS, HEAD, pixels, wait_until
+from serve.client import GENERATIONS, HEAD, pixels
+from support import wait_until
 from tqdit.engines.run.sampler import Sampler
 from tqdit.serve.settings import Settings
 
@@ -101,6 +104,46 @@ def test_previews_are_the_states_of_the_chain(serve, bundle_of):
         np.testing.assert_array_equal(pixels(base64.b64decode(each["b64_json"])), states[each["step"]])
 
 
+class Decoder:
+    """In place of a sampler's `to_images`; the batcher's thread makes finished images by it, too."""
+
+    def __init__(self, running):
+        sampler = running.service.engines["toy"].batcher.sampler
+        self.inner, sampler.to_images = sampler.to_images, self
+        self.previews, self.error = 0, None
+
+    def __call__(self, state):
+        if "batcher" not in threading.current_thread().name:
+            self.previews += 1
+            if self.error is not None:
+                raise self.error
+        return self.inner(state)
+
+
+def test_a_preview_is_decoded_once_for_all_who_watch(gated):
+    running, gate = gated()
+    decoder = Decoder(running)
+    gate.open.clear()
+    gate.call_s = 0.03
+    name = start(running, {"class": 1, "steps": 16, "previews": 3})
+    with contextlib.ExitStack() as stack:
+        watchers = [stack.enter_context(running.streaming(f"/v1/jobs/{name}/events")) for _ in range(4)]
+        gate.open.set()
+        told = [data for events in watchers for kind, data in events if kind.endswith("partial_image")]
+    assert decoder.previews <= 3 < len(told)
+    assert len({each["step"] for each in told}) == decoder.previews
+
+
+def test_a_preview_that_cannot_be_made_is_left_out(gated, capsys):
+    running, gate = gated()
+    decoder = Decoder(running)
+    decoder.error, gate.call_s = RuntimeError("no memory"), 0.03
+    with running.streaming(GENERATIONS, {"class": 1, "steps": 16, "stream": True, "previews": 3}) as events:
+        assert [name for name, _ in events] == ["image_generation.completed"]
+    assert decoder.previews
+    assert "no memory" in capsys.readouterr().err
+
+
 def test_a_stream_ends_with_its_images_and_its_client_s_leaving_frees_the_places(gated):
     running, gate = gated(batch=4)
     with running.streaming(GENERATIONS, {"class": 1, "n": 3, "stream": True}) as events:
@@ -145,7 +188,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_places(gated):
     assert b'outcome="cancelled"} 2.0' in running.ask("/metrics").content
 
 
-def test_a_failed_engine_is_told_without_its_reason_and_the_next_request_is_served(gated, caplog):
+def test_a_failed_engine_is_told_without_its_reason_and_the_next_request_is_served(gated):
     running, gate = gated()
     gate.error = RuntimeError("cannot read /tmp/secret/graph.xml")
     answer = running.ask(GENERATIONS, {"class": 1, "n": 2})

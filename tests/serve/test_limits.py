@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from serve.client import GENERATIONS, HEAD, Running, wait_until
+from serve.client import GENERATIONS, HEAD, Running
+from support import wait_until
 from tqdit.errors import UsageError
 from tqdit.serve.settings import Settings
 

@@ -17,7 +17,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from serve.client import pixels, text_app, wait_until
+from serve.client import pixels, text_app
+from support import wait_until
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.sampler import Sampler
 from tqdit.serve.routes import page

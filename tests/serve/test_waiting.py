@@ -1,18 +1,20 @@
 """Requests that wait, for an encoder, an engine call or a reader: their places, their deadline, their end."""
 
+import contextlib
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
-from serve.client import GENERATIONS, HEAD, Running, text_app, wait_until
+from serve.client import GENERATIONS, HEAD, Running, text_app
 from serve.test_limits import in_background
+from support import wait_until
 from tqdit.engines.bundle import read_manifest
+from tqdit.serve import jobs
 from tqdit.serve.connection import LEAST_BYTES, connection_type
+from tqdit.serve.engines import MOST_ENCODERS
 from tqdit.serve.settings import Settings
 
 PROMPT = {"prompt": "ab", "steps": 2}
@@ -156,13 +158,20 @@ class Transport:
     def is_closing(self):
         return not self.is_open
 
+    def get_extra_info(self, name):
+        assert name == "socket"
+        return self
+
+    def fileno(self):
+        return -1
+
     def abort(self):
         self.is_open = False
 
 
 @pytest.mark.parametrize(("taken", "kept"), [(LEAST_BYTES, True), (LEAST_BYTES // 2, False), (0, False)])
 def test_an_answer_that_was_handed_over_may_be_taken_at_the_least_speed(taken, kept):
-    kind = connection_type(Settings())
+    kind = connection_type(Settings(), print)
     connection = kind.__new__(kind)
     connection.loop, connection.transport = Clock(), Transport(10 * LEAST_BYTES)
     connection.cycle = None
@@ -195,6 +204,18 @@ def test_a_stream_whose_job_is_cancelled_ends_with_an_error(gated):
     assert found[-1][1]["error"]["code"] == "client_closed"
 
 
+def test_a_request_whose_job_is_cancelled_by_another_is_told(gated):
+    running, gate = gated()
+    gate.open.clear()
+    thread, found = in_background(running.ask, GENERATIONS, {"class": 1, "response_format": "url"})
+    wait_until(lambda: [*running.service.jobs])
+    (job,) = running.service.jobs
+    assert running.ask(f"/v1/jobs/{job.id}", method="DELETE").status == 204
+    thread.join(20)
+    assert (found[0].status, found[0].error["code"]) == (409, "client_closed")
+    gate.open.set()
+
+
 def test_a_kept_job_does_not_hold_what_was_made_of_its_prompt(encoding):
     running, go = encoding(Settings())
     go.set()
@@ -204,27 +225,80 @@ def test_a_kept_job_does_not_hold_what_was_made_of_its_prompt(encoding):
     assert job.order.content is None
 
 
-def test_a_child_process_serves_only_what_needs_no_job(bundle):
-    """uvicorn's --workers are such; the siblings would not know one another's jobs."""
-    code = (
-        "import multiprocessing, sys\n"
-        "from tqdit.errors import UsageError\n"
-        "from tqdit.serve.app import make_app\n"
-        "from tqdit.serve.settings import Settings\n"
-        "def child(keeps):\n"
-        "    try:\n"
-        "        app = make_app({'tiny': sys.argv[1]}, Settings(keeps_jobs=keeps))\n"
-        "    except UsageError as error:\n"
-        "        print('refused:', error, flush=True)\n"
-        "for keeps in (True, False):\n"
-        "    process = multiprocessing.get_context('fork').Process(target=child, args=(keeps,))\n"
-        "    process.start(); process.join()\n"
-        "    print(process.exitcode, flush=True)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True)
-    refused, *codes = done.stdout.splitlines()
-    assert "one process" in refused
-    assert codes == ["0", "0"]
+def test_a_slow_reader_is_kept_while_it_reads_and_cut_when_it_stops(gated):
+    """The kernel takes megabytes at once, and asks for more when a third is gone: after three times `client_s` here."""
+    running, _ = gated(Settings(client_s=0.7))
+    with running.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+        assert client.recv(2**16)
+        (connection,) = running.server.server_state.connections
+        for _ in range(30):
+            client.recv(2**16)
+            time.sleep(0.1)
+        assert connection in running.server.server_state.connections
+        assert connection.transport.get_write_buffer_size()
+        wait_until(lambda: not running.server.server_state.connections, 10)
+
+
+def test_a_second_signal_ends_streams_with_their_error_and_leaves_nothing_in_the_log(gated, capsys):
+    running, gate = gated(batch=4)
+    gate.call_s = 0.01  # ten seconds for an image
+    body = {"class": 1, "steps": 1000, "stream": True, "previews": 50}
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(running.streaming(GENERATIONS, body)) for _ in range(4)]
+        idle = stack.enter_context(running.connect())  # it takes no answer
+        idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 600)
+        assert [next(events)[0] for events in streams] == ["image_generation.partial_image"] * 4
+        running.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.3)
+        running.server.handle_exit(signal.SIGTERM, None)
+        for events in streams:
+            name, data = list(events)[-1]
+            assert (name, data["error"]["code"]) == ("error", "shutting_down")
+        running.thread.join(5)
+        assert not running.thread.is_alive()
+    assert not capsys.readouterr().err
+
+
+def test_prompts_that_are_being_encoded_delay_no_other_engine(encoding, bundle):
+    """As many as asyncio's own threads, and more."""
+    running, go = encoding(Settings())
+    manifest, engines = read_manifest(bundle), running.service.engines
+    others = [text_app(manifest, before=lambda: go.wait(60)).state.service for _ in range(17)]
+    others.append(text_app(manifest).state.service)
+    for number, service in enumerate(others):
+        engines[f"other{number}"] = service.engines["toy"]
+    *slow, free = engines
+    asked = [in_background(running.ask, GENERATIONS, PROMPT | {"model": name}) for name in slow * MOST_ENCODERS]
+    wait_until(lambda: sum(engine.reserved for engine in engines.values()) == len(asked))
+    thread, quick = in_background(running.ask, GENERATIONS, PROMPT | {"model": free})
+    thread.join(10)
+    is_quick = bool(quick)
+    go.set()
+    for thread, _ in asked:
+        thread.join(20)
+    assert is_quick
+    assert [found[0].status for _, found in [*asked, (None, quick)]] == [200] * (len(asked) + 1)
+
+
+def test_a_deadline_names_what_was_waited_for(encoding, gated, monkeypatch):
+    running, go = encoding(Settings(deadline_s=0.3))
+    asked = [in_background(running.ask, GENERATIONS, PROMPT) for _ in range(MOST_ENCODERS + 1)]
+    for thread, _ in asked:
+        thread.join(20)
+    go.set()
+    told = sorted("waited for an encoder" in found[0].error["message"] for _, found in asked)
+    assert told == [False] * MOST_ENCODERS + [True]
+
+    running, gate = gated(Settings(deadline_s=0.2))
+    gate.open.clear()
+    assert "call of the engine" in running.ask(GENERATIONS, {"class": 1}).error["message"]
+    gate.open.set()
+    written = threading.Event()
+    monkeypatch.setattr(jobs, "to_png", lambda _: written.wait(60))
+    answer = running.ask(GENERATIONS, {"class": 1, "steps": 1})
+    written.set()
+    assert (answer.status, "written" in answer.error["message"]) == (504, True)
 
 
 def test_a_second_sigterm_does_not_wait(gated):

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
     add("--backend", choices=["auto", *backend_names()], default="auto", help="default: the best one that is installed "
         "and runs on this machine")  # fmt: skip
-    add("--precision", choices=PRECISIONS, help="default: int8 for a quantized file, fp32 for a float one")
+    add("--precision", choices=PRECISIONS, help="default: int8 for a quantized file, else fp32; fp8: TensorRT")
     add("--float-type", choices=FLOAT_CHOICES, default="auto", help="of what is not integer (default: %(default)s, "
         "what the backend prefers)")  # fmt: skip
     add("--allow-float-fallback", action="store_true", help="keep an engine although quantized products run in float")

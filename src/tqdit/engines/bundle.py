@@ -42,11 +42,12 @@ class Audit:
     simulated: int  # rounded in float arithmetic by choice of the export
     weight_only: int  # integer weights, float product, by choice of the calibration
     fallen_back: tuple[str, ...]  # should be integer and are not
+    number: str = "int8"  # or fp8: what counts as integer here
 
     @property
     def line(self) -> str:
         return (
-            f"quantized products: {self.integer} int8, {self.simulated} simulated by choice, "
+            f"quantized products: {self.integer} {self.number}, {self.simulated} simulated by choice, "
             f"{self.weight_only} weight-only by choice, {len(self.fallen_back)} fallen back"
         )
 

@@ -10,9 +10,10 @@ from typing import Literal, get_args
 from tqdit.bounds import MOST_BATCH
 from tqdit.errors import UsageError
 
-Precision = Literal["int8", "fp16", "bf16", "fp32"]
+Precision = Literal["int8", "fp8", "fp16", "bf16", "fp32"]
 FloatType = Literal["fp32", "fp16", "bf16"]
 FloatChoice = Literal["auto", "fp32", "fp16", "bf16"]
+QUANTIZED = ("int8", "fp8")  # what a quantized file can become without losing its quantization
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 

@@ -195,7 +195,9 @@ def advise(packages: dict[str, str], driver: Driver, gpus: tuple[Gpu, ...]) -> l
         if driver.ptx and _numbers(driver.ptx) < _numbers(least):
             found.append(f"the driver reads PTX {driver.ptx}, the plugins of {gpu.name} are PTX {least}: update it")
         if gpu.capability == "10.3":
-            found.append(f"{gpu.name} multiplies int8 slower than bfloat16: build with --precision bf16 and compare")
+            found.append(
+                f"{gpu.name} multiplies int8 slower than bfloat16: build with --precision fp8 or bf16 and compare"
+            )
     if gpus and "tensorrt" in " ".join(packages) and "triton" not in packages and platform.system() == "Linux":
         found.append(f"without Triton the custom ops are compiled from their bodies: {install('triton')}")
     return found

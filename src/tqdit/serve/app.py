@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from tqdit.errors import UsageError
 from tqdit.serve.refusals import ErrorCode, Refusal, refusal_of
 from tqdit.serve.routes import ENDPOINTS
 from tqdit.serve.service import Service
@@ -26,15 +24,10 @@ NO_SETTINGS = Settings()
 def make_app(engines: Mapping[str, str | Path], settings: Settings = NO_SETTINGS) -> Starlette:
     """The application that serves these bundles, by name. It opens them now and closes them when it ends.
 
-    Any ASGI server can run it, in one process: jobs are in its memory. `server.Server` also holds slow clients off and
-    finishes images when it ends. Raises TqditError for what cannot be served, also in a child process, which has
-    siblings that do not know its jobs.
+    Any ASGI server can run it. Jobs are in the memory of its process, so a child process, as of uvicorn --workers,
+    refuses them unless the settings say otherwise. `server.Server` also holds slow clients off and finishes images when
+    it ends. Raises TqditError for what cannot be served.
     """
-    if settings.keeps_jobs and multiprocessing.parent_process() is not None:
-        raise UsageError(
-            "this is a child process, as of uvicorn --workers, and jobs are kept in one process. Run one process, or "
-            "pass Settings(keeps_jobs=False)."
-        )
     return application(Service.open(engines, settings))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import sys
+import termios
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import h11
@@ -20,6 +24,7 @@ class Connection(H11Protocol):
     """One client. It must send its whole request within a time, and take its answer at a least speed."""
 
     settings: ClassVar[Settings]
+    refused: Callable[[int], None]  # called with the status of each answer that is given without the application
     reading: TimerHandle | None = None  # until the request is there
     writing: TimerHandle | None = None  # while its buffer is full
 
@@ -40,7 +45,7 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._expect_reader(self.transport.get_write_buffer_size())
+        self._expect_reader()
 
     def resume_writing(self) -> None:
         self._stop("writing")
@@ -65,6 +70,7 @@ class Connection(H11Protocol):
                 h11.Response(status_code=refusal.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
             ):  # fmt: skip
                 self.transport.write(self.conn.send(event) or b"")
+            self.refused(refusal.status)
         self.transport.close()
 
     def _stop_reading_a_whole_request(self) -> None:
@@ -77,9 +83,9 @@ class Connection(H11Protocol):
 
     def _too_slow(self) -> None:
         """The request is not there in time: answer what has begun, and close what has not."""
-        if left := self.transport.get_write_buffer_size():  # the client is still taking the answer before
+        if self.transport.get_write_buffer_size():  # the client is still taking the answer before
             if self.writing is None:
-                self._expect_reader(left)
+                self._expect_reader()
             self._expect_request()
             return
         works = self.cycle is not None and not self.cycle.response_complete
@@ -93,18 +99,26 @@ class Connection(H11Protocol):
         self._refuse(Refusal(408, "too_slow", f"the request was not complete after {seconds} s."))
         self.reading = self.loop.call_later(self.settings.client_s, self.transport.abort)  # if it is not taken
 
-    def _expect_reader(self, left: int) -> None:
-        """Look again later whether the client has taken something of the `left` bytes."""
+    def _expect_reader(self) -> None:
+        """Look again later whether the client has taken something of what waits for it."""
+        before = self._untaken()
 
         def look() -> None:
-            self.writing, now = None, self.transport.get_write_buffer_size()
-            if now and left - now < LEAST_BYTES:
+            self.writing = None
+            if not self.transport.get_write_buffer_size():
+                return  # the kernel has the rest
+            if before - self._untaken() < LEAST_BYTES:
                 self.transport.abort()
-            elif now:
-                self._expect_reader(now)
+            else:
+                self._expect_reader()
 
         self._stop("writing")
         self.writing = self.loop.call_later(self.settings.client_s, look)
+
+    def _untaken(self) -> int:
+        """Bytes that wait here, and those that the kernel holds for the client: it takes megabytes at once, and asks
+        for more when a third of them is gone."""
+        return self.transport.get_write_buffer_size() + _bytes_in_kernel(self.transport.get_extra_info("socket"))
 
     def _stop(self, name: str) -> None:
         timer: TimerHandle | None = getattr(self, name)
@@ -113,6 +127,17 @@ class Connection(H11Protocol):
             setattr(self, name, None)
 
 
-def connection_type(settings: Settings) -> type[Any]:
-    """A class of connections with these settings, for uvicorn's `http`."""
-    return type("Connection", (Connection,), {"settings": settings})
+def _bytes_in_kernel(socket: Any) -> int:
+    """That the other side has not acknowledged; 0 where the system does not tell, or of a closed socket."""
+    try:
+        return int.from_bytes(fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):
+        return 0
+
+
+def connection_type(settings: Settings, refused: Callable[[int], None]) -> type[Any]:
+    """A class of connections with these settings, for uvicorn's `http`.
+
+    refused: called with the status of each answer that the application does not know of.
+    """
+    return type("Connection", (Connection,), {"settings": settings, "refused": staticmethod(refused)})

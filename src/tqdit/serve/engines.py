@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
 import math
 import re
 import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 from tqdit.engines.bundle import Manifest, read_manifest
 from tqdit.engines.run.backend import check_graph
 from tqdit.engines.run.sampler import image_size, makes_images, no_images
-from tqdit.engines.run.step_batcher import ProgressCallback, StepBatcher
-from tqdit.errors import QueueFullError, UsageError
+from tqdit.engines.run.step_batcher import Progress, ProgressCallback, StepBatcher
+from tqdit.errors import DeadlineError, QueueFullError, SamplingStopped, UsageError
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.sampling.schedule import samplers_of
@@ -31,8 +32,13 @@ from tqdit.serve.refusals import Refusal
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ImageRequest, ModelEntry, size_of
 
+log = logging.getLogger("tqdit.serve")
+
 Kind = Literal["class", "text", "unconditional"]
-MOST_ENCODERS = 2  # prompts that are encoded at the same time
+MOST_ENCODERS = 2  # prompts of an engine that are encoded at the same time
+MOST_DECODERS = 2  # previews
+MOST_WRITERS = 2  # PNG files of finished images
+PROBE_S = 5.0  # between two probes of an engine that fails
 RECENT = 64  # finished images by which a full queue's Retry-After is estimated
 UNKNOWN_S = 5.0  # before one is finished
 
@@ -82,7 +88,9 @@ class ServedEngine:
     manifest: Manifest
     created: int = field(default_factory=lambda: int(time.time()))
     reserved: int = 0  # places of requests whose prompts are being encoded
+    fails: bool = False  # also when nobody's request can be the reason
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # that finished images were in work
+    _probing: asyncio.Task[None] | None = None
 
     @classmethod
     def open(cls, name: str, path: Path, settings: Settings) -> ServedEngine:
@@ -104,7 +112,10 @@ class ServedEngine:
         height, width = image_size(self.batcher.card) or (0, 0)
         self.size = size_of(height, width)
         self._classes = _class_numbers(self.batcher.card.class_names)
-        self._encoding = asyncio.Semaphore(MOST_ENCODERS)
+        # Threads of this engine and of one kind of work, so that nothing waits for what is slower.
+        self._encoders = ThreadPoolExecutor(MOST_ENCODERS, "tqdit-encoder")
+        self.decoders = ThreadPoolExecutor(MOST_DECODERS, "tqdit-decoder")
+        self.writers = ThreadPoolExecutor(MOST_WRITERS, "tqdit-writer")
 
     def describe(self, settings: Settings) -> ModelEntry:
         card, label = self.batcher.card, self.batcher.card.signature.label
@@ -118,7 +129,7 @@ class ServedEngine:
         )  # fmt: skip
 
     async def order(self, asked: ImageRequest, settings: Settings) -> Order:
-        """Check a request. Raises Refusal, or UsageError for values that the engine does not take."""
+        """Check a request. Raises Refusal, UsageError for values that the engine does not take, or DeadlineError."""
         card, count = self.batcher.card, asked.n or 1
         samplers = samplers_of(card.sampling.process)
         if asked.sampler is not None and asked.sampler not in samplers:
@@ -138,11 +149,11 @@ class ServedEngine:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         check_key(seed, 0)
         return Order(
-            self, await self._content(asked), count, seed, None if card.guidance is None else scale,
+            self, await self._content(asked, settings), count, seed, None if card.guidance is None else scale,
             spec.guidance_interval, spec.steps, spec.sampler, previews, asked.response_format == "url",
         )  # fmt: skip
 
-    async def _content(self, asked: ImageRequest) -> Any:
+    async def _content(self, asked: ImageRequest, settings: Settings) -> Any:
         """What the engine takes of a prompt or a class."""
         if asked.prompt is not None and asked.label is not None:
             raise _bad("prompt", "prompt and class each say what to draw. Pass one.")
@@ -158,20 +169,23 @@ class ServedEngine:
             raise _bad("class", "this model takes a text. Pass prompt in place of class.")
         if asked.prompt is None or not asked.prompt.strip():
             raise _bad("prompt", "prompt is missing. Say what to draw.")
-        values = await self._encode(asked.prompt)
+        return await self._encode(asked.prompt, settings.deadline_s)
+
+    async def _encode(self, prompt: str, seconds: float | None = None) -> dict[str, NDArray[Any]]:
+        """A client that leaves gives up its turn. Raises DeadlineError after so many seconds."""
+        work = self._encoders.submit(self.batcher.sampler.encode, [prompt])
+        try:
+            async with asyncio.timeout(seconds):
+                values = await asyncio.wrap_future(work)
+        except TimeoutError:
+            what = "waited for an encoder" if work.cancelled() else "was being encoded"
+            raise DeadlineError(f"the deadline passed while its prompt {what}.") from None
+        except UsageError:
+            raise
+        except Exception:
+            self.doubt()
+            raise
         return {name: rows[0] for name, rows in values.items()}
-
-    async def _encode(self, prompt: str) -> Mapping[str, NDArray[Any]]:
-        """A client that leaves gives up its turn; an encoder that runs keeps its place until it is done."""
-        await self._encoding.acquire()
-        work = asyncio.create_task(asyncio.to_thread(self.batcher.sampler.encode, [prompt]))
-
-        def end(done: asyncio.Task[Any]) -> None:
-            self._encoding.release()
-            _ = done.cancelled() or done.exception()  # or asyncio would log it if nobody waits any more
-
-        work.add_done_callback(end)
-        return await asyncio.shield(work)
 
     def _class(self, asked: ImageRequest) -> int:
         named, param = (asked.prompt, "prompt") if asked.label is None else (asked.label, "class")
@@ -240,6 +254,44 @@ class ServedEngine:
     def finished(self, seconds: float) -> None:
         """Note that an image is done, and how long it was in work."""
         self._seconds.append(seconds)
+        self.fails = False
+
+    def doubt(self) -> None:
+        """Find out, after a failure, whether it fails whatever it is asked."""
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Set `fails` by a request that is nobody's, and try again until one succeeds."""
+        while self.batcher.is_open:
+            try:
+                await self._try()
+            except QueueFullError:
+                pass  # whether its images succeed, `finished` tells
+            except Exception as error:
+                if not self.fails and self.batcher.is_open:
+                    log.error("model '%s' fails whatever it is asked; /health/ready is 503", self.name, exc_info=error)
+                self.fails = True
+            else:
+                self.fails = False
+                return
+            await asyncio.sleep(PROBE_S)
+
+    async def _try(self) -> None:
+        """Encode an empty prompt, or take the first class; compute the first step; decode its state."""
+        content = await self._encode("") if self.kind == "text" else 0 if self.kind == "class" else None
+        states = []
+
+        def stop(progress: Progress) -> bool:
+            states.append(progress.x)
+            return True
+
+        with suppress(SamplingStopped):
+            await asyncio.wrap_future(self.batcher.submit(content, on_progress=stop, preview_every=1))
+        for state in states:
+            assert state is not None
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.decoders, self.batcher.sampler.to_images, state[None])
 
 
 def _bad(param: str, message: str) -> Refusal:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from tqdit.engines.run.sampler import Sampler
-from tqdit.serve.jobs import ImageJob, encode, image_data, job_answer, to_png
+from tqdit.serve.jobs import ImageJob, Preview, encode, image_data, job_answer
 from tqdit.serve.shapes import CompletedImage, ErrorAnswer, JobEvent, PartialImage
 
 KEEP_ALIVE_S = 15.0  # a comment after so long, or proxies close the connection
@@ -25,7 +23,7 @@ async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncGenerat
     with_states: with the job's own state after each change, and its end as the last event. Without it, only its images
     and an error. A preview that comes before the last one was sent takes its place.
     """
-    images, previews = set[int](), dict[int, tuple[int, int]]()  # image -> number and step of its last preview
+    images, previews, numbers = set[int](), dict[int, Preview](), Counter[int]()
     told: JobEvent | None = None
     with job.listening() as changed:
         while True:
@@ -40,10 +38,12 @@ async def watch(job: ImageJob, base_url: str, with_states: bool) -> AsyncGenerat
                 if row.png is not None and index not in images:
                     images.add(index)
                     yield _completed(job, index, base_url)
-                elif row.preview is not None and previews.get(index, (0, 0))[1] < row.preview[0]:
-                    preview = await _preview(job, index, previews)
-                    if preview is not None:
-                        yield preview
+                elif row.preview is not None and row.preview is not previews.get(index):
+                    previews[index] = row.preview
+                    png = await row.preview.png(job.order.engine)
+                    if png is not None:
+                        yield _partial(job, index, numbers[index], previews[index].steps, png)
+                        numbers[index] += 1
             if with_states and not ended:
                 state = _state(job, base_url)
                 if state != told:
@@ -74,25 +74,11 @@ def _state(job: ImageJob, base_url: str) -> JobEvent:
     return JobEvent(type=f"job.{job.status}", job=job_answer(job, base_url, with_images=False))
 
 
-async def _preview(job: ImageJob, index: int, previews: dict[int, tuple[int, int]]) -> PartialImage | None:
-    """The newest state of an image as a picture; None if it was finished in the meantime."""
-    row, order = job.rows[index], job.order
-    if row.preview is None:
-        return None
-    step, state = row.preview
-    number = previews[index][0] + 1 if index in previews else 0
-    previews[index] = number, step
-    png = await asyncio.to_thread(_picture, order.engine.batcher.sampler, state)
+def _partial(job: ImageJob, index: int, number: int, step: int, png: bytes) -> PartialImage:
     return PartialImage(
-        b64_json=encode(png), partial_image_index=number, image_index=index, step=step, steps=order.steps,
-        created_at=int(job.created), size=order.engine.size,
+        b64_json=encode(png), partial_image_index=number, image_index=index, step=step, steps=job.order.steps,
+        created_at=int(job.created), size=job.order.engine.size,
     )  # fmt: skip
-
-
-def _picture(sampler: Sampler, state: NDArray[np.float32]) -> bytes:
-    """A state as a PNG; of a video its middle frame."""
-    picture = sampler.to_images(state[None])[0]
-    return to_png(picture if picture.ndim == 3 else picture[len(picture) // 2])
 
 
 def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:

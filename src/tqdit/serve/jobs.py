@@ -19,15 +19,46 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tqdit.engines.run.images import FRAMES_PER_S
+from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import Progress
 from tqdit.errors import DeadlineError
-from tqdit.serve.engines import Order
+from tqdit.serve.engines import Order, ServedEngine
 from tqdit.serve.refusals import Refusal, refusal_of
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ErrorBody, ImageAnswer, ImageData, JobAnswer, JobStatus
 
 LEAST_S = 0.001  # that a request has left when its images are submitted
 LATE_S = 0.5  # for the batcher to say where an image stood at its deadline; an engine call may take longer
+
+
+class Preview:
+    """The state of an image after so many steps, and its picture, which is made once for all who watch."""
+
+    def __init__(self, steps: int, state: NDArray[np.float32]) -> None:
+        self.steps = steps
+        self._state = state
+        self._picture: asyncio.Future[bytes | None] | None = None
+        self._waiting = 0  # those who wait for it
+
+    async def png(self, engine: ServedEngine) -> bytes | None:
+        """None if it was dropped, or cannot be made, which the log tells."""
+        if self._picture is None or self._picture.cancelled():
+            loop = asyncio.get_running_loop()
+            self._picture = loop.run_in_executor(engine.decoders, _picture, engine.batcher.sampler, self._state)
+        picture = self._picture
+        self._waiting += 1
+        try:
+            await asyncio.wait({picture})
+        finally:
+            self._waiting -= 1
+            if not self._waiting:  # if it is not made yet, they have all left
+                self.drop()
+        return None if picture.cancelled() else picture.result()
+
+    def drop(self) -> None:
+        """Nobody needs it any more."""
+        if self._picture is not None:
+            self._picture.cancel()
 
 
 class Row:
@@ -37,8 +68,13 @@ class Row:
         self.future: Future[NDArray[np.uint8]] | None = None
         self.done = 0  # steps
         self.began: float | None = None  # time.monotonic() of its first step
-        self.preview: tuple[int, NDArray[np.float32]] | None = None  # the last one: steps done, the state
+        self.preview: Preview | None = None  # the last one
         self.png: bytes | None = None
+
+    def drop_preview(self) -> None:
+        if self.preview is not None:
+            self.preview.drop()
+        self.preview = None
 
 
 class ImageJob:
@@ -124,7 +160,7 @@ class ImageJob:
                 row.began = time.monotonic()
             row.done = progress.steps - progress.step
             if progress.x is not None and progress.step:  # the last one is the image
-                row.preview = row.done, progress.x
+                row.preview = Preview(row.done, progress.x)
             if self._listeners and not self._wakes:
                 self._wakes = True
                 with suppress(RuntimeError):  # the loop has ended
@@ -150,14 +186,20 @@ class ImageJob:
         except asyncio.CancelledError:
             self.is_cancelled = self.refusal is None  # by `cancel`, or because the loop ends; or by `fail`
         except TimeoutError:
-            self.refusal = refusal_of(DeadlineError("the deadline passed during a call of the engine."))
+            futures = [row.future for row in self.rows if row.future is not None]
+            made = all(each.done() and not each.cancelled() for each in futures)
+            when = "while its images were written" if made else "during a call of the engine"
+            self.refusal = refusal_of(DeadlineError(f"the deadline passed {when}."))
         except Exception as error:
             self.refusal = self.refusal or refusal_of(error)
+            if self.refusal.body.code in ("internal", "sampling_failed"):
+                self.order.engine.doubt()
         finally:
             self._cancel_rows()
             await asyncio.gather(*ends, return_exceptions=True)
             for row in self.rows:
-                row.future = row.preview = None
+                row.future = None
+                row.drop_preview()
             self.order, self.ended = replace(self.order, content=None), time.monotonic()
             self._loop.call_soon(self._notify)  # when the task is done
 
@@ -165,11 +207,21 @@ class ImageJob:
         assert row.future is not None
         try:
             pixels = await asyncio.wrap_future(row.future)
-            row.png = await asyncio.to_thread(to_png, pixels)
+            row.png = await self._loop.run_in_executor(self.order.engine.writers, to_png, pixels)
         finally:
-            row.preview = None
+            row.drop_preview()
             report(self, row)
             self._notify()
+
+
+def _picture(sampler: Sampler, state: NDArray[np.float32]) -> bytes | None:
+    """A state as a PNG; of a video its middle frame."""
+    try:
+        picture = sampler.to_images(state[None])[0]
+        return to_png(picture if picture.ndim == 3 else picture[len(picture) // 2])
+    except Exception as error:
+        refusal_of(error)  # logs it; the image itself may succeed
+        return None
 
 
 def to_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -266,7 +266,7 @@ async def show_openapi(service: Service, request: Request) -> Response:
     return json_response(openapi.document(ENDPOINTS))
 
 
-ASKING = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+ASKING = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 ENDPOINTS = (
     Endpoint("POST", "/v1/images/generations", generate, "Make images and wait for them", {200: (ImageAnswer, EVENTS)},
              ASKING, ImageRequest),

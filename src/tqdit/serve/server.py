@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -13,7 +14,7 @@ from tqdit.serve.connection import connection_type
 from tqdit.serve.service import Service
 
 LOOK_S = 0.1
-GRACE_S = 5.0  # for answers to be written, after the last image
+GRACE_S, LAST_S = 5.0, 1.0  # for answers to be written, after the last image; after a second signal
 
 
 class Server(uvicorn.Server):
@@ -24,19 +25,37 @@ class Server(uvicorn.Server):
         settings = self.service.settings
         super().__init__(
             uvicorn.Config(
-                app, host=host, port=port, http=connection_type(settings), ws="none", log_config=None,
+                app, host=host, port=port, http=connection_type(settings, self._refused), ws="none", log_config=None,
                 log_level="error", access_log=False, server_header=False,
-                timeout_graceful_shutdown=int(settings.shutdown_s + GRACE_S),
             )
         )  # fmt: skip
 
+    def _refused(self, status: int) -> None:
+        self.service.metrics.answered("none", status)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, finish the others, then close."""
-        draining = asyncio.create_task(self.service.drain(self.service.settings.shutdown_s))
+        ending = asyncio.create_task(self._end())
+        await super().shutdown(sockets)  # until no connection is left, or at once if it is to hurry
+        await ending
+        await self.lifespan.shutdown()  # uvicorn leaves it out if it is to hurry; nothing if it has ended
+
+    async def _end(self) -> None:
         hurrying = asyncio.create_task(self._hurry())
-        await super().shutdown(sockets)
-        await draining
-        hurrying.cancel()
+        try:
+            await self.service.drain(self.service.settings.shutdown_s)
+            await self._wait_for_answers(LAST_S if self.force_exit else GRACE_S)
+        finally:
+            hurrying.cancel()
+            for connection in [*self.server_state.connections]:  # of clients that do not take theirs
+                connection.transport.abort()
+        await self._wait_for_answers(LAST_S)
+
+    async def _wait_for_answers(self, seconds: float) -> None:
+        """Until every answer is written, at most so long."""
+        state, until = self.server_state, time.monotonic() + seconds
+        while (state.connections or state.tasks) and time.monotonic() < until:
+            await asyncio.sleep(LOOK_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn hurries at a second Ctrl-C alone."""

@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
+import multiprocessing
 import re
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdit.errors import DeadlineError, UsageError
+from tqdit.errors import UsageError
 from tqdit.serve.engines import Order, ServedEngine
 from tqdit.serve.jobs import ImageJob, KeptJobs
 from tqdit.serve.metrics import ServerMetrics
-from tqdit.serve.refusals import Refusal, refusal_of
+from tqdit.serve.refusals import Refusal
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import Health, ImageRequest
+
+log = logging.getLogger("tqdit.serve")
 
 
 class Service:
@@ -28,6 +33,14 @@ class Service:
         self.engines, self.settings = dict(engines), settings
         self.jobs, self.metrics = KeptJobs(settings), ServerMetrics(self.engines.values())
         self.is_draining = False
+        self.keeps_jobs = settings.keeps_jobs
+        if self.keeps_jobs is None:
+            self.keeps_jobs = multiprocessing.parent_process() is None
+            if not self.keeps_jobs:
+                log.warning(
+                    "a child process may have siblings, so jobs and url are refused; keeps_jobs=True keeps them"
+                )
+        self._closers = ThreadPoolExecutor(2 * max(len(engines), 1), "tqdit-closer")  # one that drains, one that stops
         self._hurried = asyncio.Event()
         self._starting: set[asyncio.Task[Any]] = set()  # of requests that are being prepared
         self._working: set[ImageJob] = set()
@@ -74,11 +87,7 @@ class Service:
         if asked.response_format == "url":
             self.check_keeps_jobs()
         with engine.reserve(asked.n or 1, self.settings.most_images), self._starts():
-            try:
-                async with asyncio.timeout(self.settings.deadline_s):
-                    order: Order = await engine.order(asked, self.settings)
-            except TimeoutError:
-                raise refusal_of(DeadlineError("the deadline passed before its prompt was encoded.")) from None
+            order: Order = await engine.order(asked, self.settings)
         self._check_open(engine)
         job = ImageJob(order, began, self.settings.deadline_s, self.metrics.ended)
         self._working.add(job)
@@ -101,9 +110,9 @@ class Service:
             self._starting.discard(task)
 
     def check_keeps_jobs(self) -> None:
-        """Raises Refusal where the next request may reach another replica."""
-        if not self.settings.keeps_jobs:
-            message = "this service has replicas, which keep nothing. Ask for b64_json, with stream for progress."
+        """Raises Refusal where the next request may reach another process."""
+        if not self.keeps_jobs:
+            message = "this server keeps nothing, since another process may get the next request. Ask for b64_json."
             raise Refusal(400, "invalid_value", message, "response_format")
 
     def _check_open(self, engine: ServedEngine) -> None:
@@ -111,10 +120,15 @@ class Service:
             raise _shutting_down()
 
     def health(self) -> Health:
-        """Whether it takes requests."""
+        """Whether it takes requests, and can answer them."""
         if self.is_draining:
             return Health("shutting_down")
-        return Health("ok" if all(each.batcher.is_open for each in self.engines.values()) else "engine_stopped")
+        for engine in self.engines.values():
+            if not engine.batcher.is_open:
+                return Health("engine_stopped", engine.name)
+            if engine.fails:
+                return Health("engine_fails", engine.name)
+        return Health("ok")
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and finish within a time those that somebody waits for; fail the others."""
@@ -124,8 +138,7 @@ class Service:
         for job in self.jobs:
             if not job.is_watched:  # nobody could fetch its images
                 job.cancel()
-        batchers = [each.batcher for each in self.engines.values()]
-        closing: asyncio.Future[Any] = asyncio.gather(*(asyncio.to_thread(batcher.close) for batcher in batchers))
+        closing = self._close_engines(drain=True)
         hurried: asyncio.Future[Any] = asyncio.create_task(self._hurried.wait())
         await asyncio.wait({closing, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
@@ -142,7 +155,11 @@ class Service:
     async def close(self) -> None:
         """Fail what is not done, and close the engines; may be called twice."""
         self.is_draining = True
-        await asyncio.gather(*(asyncio.to_thread(each.batcher.close, False) for each in self.engines.values()))
+        await self._close_engines(drain=False)
+
+    def _close_engines(self, drain: bool) -> asyncio.Future[Any]:
+        loop, batchers = asyncio.get_running_loop(), [each.batcher for each in self.engines.values()]
+        return asyncio.gather(*(loop.run_in_executor(self._closers, each.close, drain) for each in batchers))
 
 
 def _shutting_down() -> Refusal:

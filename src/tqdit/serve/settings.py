@@ -31,7 +31,8 @@ class Settings:
     client_s: float = 20.0  # for a client to send its request, and to take 20 kB of an answer
     connections: int = 256  # open at the same time
     cors_origins: tuple[str, ...] = ()  # web pages of other origins that may call
-    keeps_jobs: bool = True  # False: nothing is kept between requests, so that any replica can answer each
+    keeps_jobs: bool | None = None  # False: nothing is kept between requests, so that any of several processes can
+    # answer each; None: True unless this is a child process, as of uvicorn --workers
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

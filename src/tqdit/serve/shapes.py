@@ -175,10 +175,11 @@ class JobEvent(Struct, kw_only=True):
     job: JobAnswer
 
 
-class Health(Struct):
-    """Whether the server lives, or takes requests."""
+class Health(Struct, omit_defaults=True):
+    """Whether the server lives, or takes requests and can answer them."""
 
-    status: Literal["ok", "shutting_down", "engine_stopped"]
+    status: Literal["ok", "shutting_down", "engine_stopped", "engine_fails"]
+    model: str | None = None  # of the engine
 
 
 def size_of(height: int, width: int) -> str:

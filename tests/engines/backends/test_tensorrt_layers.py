@@ -42,7 +42,9 @@ def layer(kind="gemm", inputs=("Int8",), constants=("Int8",), nodes=(), name="n"
 def test_a_build_log_is_read_layer_by_layer():
     first, second, third, fourth = from_log(["Layers:\nName: of an engine before", "something else", LOG])
     constants = ("Int8", "Float", "Float")
-    assert first == Layer("a/MatMul_myl0_1", "gemm", ("Int8",), constants, ("Float",), ("a/MatMul",), "some_0x1")
+    assert first == Layer(
+        "a/MatMul_myl0_1", "gemm", ("Int8",), constants, ("Float",), ("a/MatMul",), "some_0x1", ((-1, 12),)
+    )
     assert (second.multiplies, second.nodes) == (False, ("a/MatMul", "a/Add"))
     assert (third.kind, third.inputs, third.nodes) == ("signal", (), ())
     assert (fourth.multiplies, fourth.is_integer, fourth.nodes) == (True, False, ("b/MatMul", "b/Add"))
@@ -143,6 +145,14 @@ def test_a_product_is_integer_only_where_both_operands_are(one, integer):
     assert one.is_integer is integer
 
 
+@pytest.mark.parametrize("word", ["FP8", "Row major FP8 format", "E4M3 Float8"])
+def test_a_product_of_fp8_is_one_of_two_fp8_operands(word):
+    both, one = ([(word, (8, 72)), (other, (72, 288))] for other in (word, "Int8"))
+    for operands, expected in ((both, (True, False)), (one, (False, False)), (CODES, (False, True))):
+        (only,) = from_inspector({"Layers": [record("gemm", "", *operands, *ALPHA_BETA)]})
+        assert (only.multiplies_in("FP8"), only.is_integer) == expected
+
+
 def card(**products):
     return QuantizationCard(8, 8, (), "simulated", products, SamplingSpec())
 
@@ -169,6 +179,14 @@ def test_merged_layers_count_for_every_node_in_them():
     names = ["q/MatMul", "k/MatMul", "v/MatMul"]
     audit = audit_layers([merged], card(q="integer", k="integer", v="integer"), scopes(*names), names)
     assert (audit.integer, audit.fallen_back) == (3, ())
+
+
+def test_an_fp8_build_counts_no_int8_product():
+    layers = [layer(nodes=("a/MatMul",)), layer(inputs=("FP8",), constants=("FP8",), nodes=("b/MatMul",))]
+    names = ["a/MatMul", "b/MatMul"]
+    found = audit_layers(layers, card(a="integer", b="integer"), scopes(*names), names, "fp8")
+    assert (found.integer, found.fallen_back) == (1, ("a",))
+    assert "1 fp8" in found.line
 
 
 def test_float_graphs_have_no_audit():

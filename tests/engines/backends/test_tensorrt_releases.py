@@ -150,7 +150,7 @@ def test_a_failure_without_plugins_is_tried_once(release, source, tmp_path, monk
 
 def test_int8_on_blackwell_ultra_is_warned_of(release, source, tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "find_device", lambda *_: cuda.Device(None, "10.3", "NVIDIA B300", 148))
-    with pytest.warns(TqditWarning, match=r"NVIDIA B300.*10\.3.*--precision bf16"):
+    with pytest.warns(TqditWarning, match=r"NVIDIA B300.*10\.3.*--precision fp8 or bf16"):
         build_engine(source, tmp_path / "a.engine", "tensorrt", BuildConfig(**FAST))
     build_engine(source, tmp_path / "b.engine", "tensorrt", BuildConfig(precision="fp32"))  # a warning is an error
 

@@ -118,8 +118,8 @@ def test_the_demo_model_is_integer_where_it_should_be(demo, tmp_path, layers):
     assert set(manifest.plugins.values()) == {"body: TensorRT-RTX takes no plugins"}
     assert any(what == "Building engine" and total for what, _, total in progress)
     for layer in products(layers[0]):
-        if layer.is_integer:  # raw accumulators exceed float16's 65504; they must leave the product as float32
-            assert layer.outputs == ("Float",), layer
+        if layer.is_integer:  # scaled by a power of two, since raw accumulators exceed float16's 65504
+            assert layer.outputs == ("Half",), layer
 
 
 def test_integer_attention_and_float_islands_elsewhere(demo, tmp_path, layers):
@@ -214,7 +214,7 @@ def test_a_stack_of_xl_blocks_keeps_all_its_integers(stack, tmp_path, layers, ta
     assert (manifest.audit.integer, manifest.audit.simulated, manifest.audit.fallen_back) == (10, 4, ())
     integer = {node for layer in layers[0] if layer.is_integer for node in layer.nodes}
     assert {f"blocks.{block}.attn.qkv/MatMul" for block in (0, 1)} <= integer
-    assert {layer.outputs for layer in products(layers[0]) if layer.is_integer} == {("Float",)}
+    assert {layer.outputs for layer in products(layers[0]) if layer.is_integer} == {("Half",)}
 
 
 def test_the_same_stack_in_float16(stack, tmp_path, layers):

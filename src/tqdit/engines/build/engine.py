@@ -7,19 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
+
+import onnx_ir as ir
 
 from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
+from tqdit.engines.build.fp8 import expect, quantize_to_fp8
 from tqdit.engines.build.strip import strip_quantization
 from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite, describe_parts, write_manifest
-from tqdit.engines.config import LAYERS_FILE, PRECISIONS, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.config import LAYERS_FILE, PRECISIONS, QUANTIZED, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import BackendError, FileFormatError, TqditWarning, UsageError, VerificationError
 from tqdit.files import bring, sha256, temporary_folder, whole_folder
+from tqdit.golden import GoldenCalls
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import OnnxFile, save
 from tqdit.version import __version__
+
+MUCH_WORSE = 2  # times the error of int8
 
 
 def build_engine(
@@ -51,13 +58,16 @@ def build_engine(
         )
     chosen = _check_float_type(backend, compiler, config)
     config = replace(config, float_type=chosen)
-    cast: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
-    strip = card.quantization is not None and config.precision != "int8"
+    float_type: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
+    strip = card.quantization is not None and config.precision not in QUANTIZED
+    if config.precision == "fp8" and not getattr(compiler, "TAKES_FP8", False):
+        raise UsageError(f"--precision fp8: {backend} has no FP8 products. Use --backend tensorrt-rtx or tensorrt.")
     decoder = None if card.vae is None else OnnxFile.read(source.parent / card.vae.file)
-    with whole_folder(output, check_overwrite) as folder, _prepared(file, card, strip, cast, output) as prepared:
+    changed = _prepared(file, card, config.precision, float_type, output)
+    with whole_folder(output, check_overwrite) as folder, changed as (prepared, golden):
         card = replace(card, quantization=None) if strip else card
-        if file.golden is not None:
-            file.golden.save(folder / CALLS_FILE)
+        if golden is not None:
+            golden.save(folder / CALLS_FILE)
         for name in card.text.files if card.text else ():
             bring(source.with_name(name), folder / name)
 
@@ -111,22 +121,47 @@ def _verified(
 
 
 @contextmanager
-def _prepared(file: OnnxFile, card: GraphCard, strip: bool, float_type: FloatType, output: Path) -> Iterator[OnnxFile]:
-    """The file, or a temporary one without its quantization and with its float parts in another type."""
-    if not strip and float_type == "fp32":
-        yield file
+def _prepared(
+    file: OnnxFile, card: GraphCard, precision: str | None, float_type: FloatType, output: Path
+) -> Iterator[tuple[OnnxFile, GoldenCalls | None]]:
+    """The file, or a temporary one without its quantization or in FP8 and with its float parts in another type; and the
+    golden calls with the errors that are expected of it.
+    """
+    golden, strip = file.golden, card.quantization is not None and precision not in QUANTIZED
+    if not strip and precision != "fp8" and float_type == "fp32":
+        yield file, golden
         return
     with temporary_folder(output.with_name(f"{output.name}.prepared")) as folder:
         model = file.to_ir()
         if strip:
             strip_quantization(model, card)
             card = replace(card, quantization=None)
+        if precision == "fp8":
+            quantize_to_fp8(model, card)
+            if golden is not None:
+                draft = _saved(model, folder / file.path.name)
+                golden = _expected_in_fp8(golden, draft.path, card.rows or 1)
         if float_type != "fp32":
             cast_floats(model, card, float_type)
-        path = folder / file.path.name
-        changed = OnnxFile(path, save(model, path))
+        changed = _saved(model, folder / file.path.name)
         del model  # gigabytes that the compiler may need
-        yield changed
+        yield changed, golden
+
+
+def _expected_in_fp8(golden: GoldenCalls, file: Path, rows: int) -> GoldenCalls:
+    """With the errors of FP8, and a warning if they are large beside those of int8."""
+    found = expect(golden, file, rows)
+    before, after = golden.errors.mean(), found.errors.mean()
+    if after > MUCH_WORSE * before:
+        warnings.warn(
+            f"on the golden calls fp8 has a mean error of {after:.1e} against the float model, int8 of {before:.1e}.",
+            TqditWarning, stacklevel=2,
+        )  # fmt: skip
+    return found
+
+
+def _saved(model: ir.Model, path: Path) -> OnnxFile:
+    return OnnxFile(path, save(model, path))
 
 
 def _check_float_type(backend: str, compiler: Builder, config: BuildConfig) -> FloatType:
@@ -144,13 +179,13 @@ def _choose_precision(source: Path, card: GraphCard, config: BuildConfig) -> Bui
     precision = config.precision or held
     if precision not in PRECISIONS:
         raise UsageError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}.")
-    if precision == "int8":
+    if precision in QUANTIZED:
         if card.quantization is None:
-            raise UsageError(f"{source}: holds a float graph, asked for int8. Export it with a scale table.")
+            raise UsageError(f"{source}: holds a float graph, asked for {precision}. Export it with a scale table.")
         return replace(config, precision=precision)
     if config.float_type not in ("auto", precision):
         raise UsageError(f"--precision {precision} and --float-type {config.float_type} contradict. Pass one of them.")
-    return replace(config, precision=precision, float_type=precision)
+    return replace(config, precision=precision, float_type=cast(FloatType, precision))
 
 
 def _check_file(file: OnnxFile, card: GraphCard) -> None:

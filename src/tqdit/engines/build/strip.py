@@ -60,7 +60,7 @@ def _replace_softmaxes(graph: ir.Graph) -> None:
 
 def _strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
     """A module has a product for each call and region; of a call's regions, the first takes the whole input."""
-    calls = {_after(product, module): product for product in reversed(products)}  # the sum -> its first region
+    calls = {product_after(product, module): product for product in reversed(products)}  # the sum -> its first region
     weight: ir.Value | None = None
     for number, (out, first) in enumerate(reversed(calls.items()), 1):
         left, right = (_before(value, module) for value in first.inputs)
@@ -86,7 +86,7 @@ def _before(value: ir.Value | None, module: str) -> ir.Value:
     return value
 
 
-def _after(product: ir.Node, module: str) -> ir.Value:
+def product_after(product: ir.Node, module: str) -> ir.Value:
     """The value that is the product in floats: behind its ratios, offsets, and the sum over its regions."""
     value = product.outputs[0]
     while len(value.uses()) == 1:

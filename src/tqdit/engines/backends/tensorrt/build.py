@@ -9,6 +9,7 @@ from tqdit.engines.backends.tensorrt.library import TENSORRT
 
 OPTIONS = TENSORRT.options
 CASTS_FLOATS = False
+TAKES_FP8 = True
 
 fitness = partial(builder.fitness, TENSORRT, 40)
 float_types = partial(builder.float_types, TENSORRT)

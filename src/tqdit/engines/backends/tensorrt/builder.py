@@ -17,10 +17,11 @@ from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.constants import fold_numbers
+from tqdit.engines.backends.tensorrt.half_products import halve_products, probabilities
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
-from tqdit.engines.backends.tensorrt.worker import Compiled, Job
+from tqdit.engines.backends.tensorrt.worker import FIRST_FP8, Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Artefact, Audit
@@ -35,6 +36,7 @@ from tqdit.plugins.aot import PORTABLE, best_capability
 
 PLAN_FILE = "engine.plan"
 DECODER_FILE = "decoder.plan"
+KINDS = {"int8": "Int8", "fp8": "FP8"}  # precision -> type of a product's operands
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 DOMAIN = "tqdit"  # of the custom ops
 Custom = dict[str, list[str]]  # custom op -> names of its nodes
@@ -82,21 +84,25 @@ def build(
     if device is not None and device.capability == BLACKWELL_ULTRA and config.precision == "int8":
         warnings.warn(
             f"{device.name or 'this GPU'} (compute capability {BLACKWELL_ULTRA}) multiplies int8 at a fifteenth of the "
-            "speed of bfloat16. Build it with --precision bf16 and compare.", TqditWarning, stacklevel=2,
+            "speed of bfloat16. Build it with --precision fp8 or bf16 and compare.", TqditWarning, stacklevel=2,
         )  # fmt: skip
+    _check_fp8(config, device)
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
+    halved = card.quantization is not None and config.float_type == "fp16"
     job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
 
     def compile_graph(
         plugins_for: str | None, spelled_out: Collection[str] = ()
     ) -> tuple[Compiled, Audit | None, Custom] | None:
-        with _prepared(source, folder, plugins_for is None, spelled_out) as prepared:
+        with _prepared(source, folder, plugins_for is None, halved, spelled_out) as prepared:
             if prepared is None:
                 return None
             compiled = _compile(replace(job, plugins_for=plugins_for), prepared.file, progress)
-            report = audit_layers(compiled.layers, card.quantization, source.scopes, prepared.products)
+            report = audit_layers(
+                compiled.layers, card.quantization, source.scopes, prepared.products, config.precision
+            )
             return compiled, report, prepared.custom
 
     targets_of_plugins = () if no_plugins or device is None else _plugin_targets(source, device.capability)
@@ -113,7 +119,8 @@ def build(
                           stacklevel=2)  # fmt: skip
     assert first is not None
     compiled, report, custom = first
-    if report is not None and report.fallen_back:  # once more, with weights that the compiler treats otherwise
+    if report is not None and report.fallen_back and config.precision == "int8":
+        # once more, with weights that the compiler treats otherwise
         compiled, report, custom = compile_graph(plugins_for, report.fallen_back) or first
     if report is not None and not config.allow_fallback:
         check_audit(report, library.backend, CAUSE)
@@ -133,6 +140,15 @@ def build(
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
     )
+
+
+def _check_fp8(config: BuildConfig, device: cuda.Device | None) -> None:
+    """Refuse FP8 for GPUs without it."""
+    targets = config.targets if device is None else (device.capability,)
+    without = [target for target in targets if tuple(map(int, target.split("."))) < FIRST_FP8]
+    if config.precision == "fp8" and without:
+        raise UsageError(f"--precision fp8: compute capability {', '.join(without)} has no FP8 products; 8.9 and later "
+                         "have. Leave it out, or build with --precision int8.")  # fmt: skip
 
 
 def _plugin_targets(source: OnnxFile, capability: str) -> tuple[str, ...]:
@@ -160,9 +176,10 @@ class Prepared(NamedTuple):
 
 @contextmanager
 def _prepared(
-    source: OnnxFile, folder: Path, inline: bool, spelled_out: Collection[str] = ()
+    source: OnnxFile, folder: Path, inline: bool, halved: bool = False, spelled_out: Collection[str] = ()
 ) -> Iterator[Prepared | None]:
-    """The file with its functions inlined and the weights of some modules spelled out; None if those have none.
+    """The file with its functions inlined, its integer products written in float16 (`halved`) and, instead of that, the
+    weights of some modules spelled out; None if those have none.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
     """
@@ -171,11 +188,13 @@ def _prepared(
     for node in model.graph.node:
         if node.domain == DOMAIN:
             custom.setdefault(node.op_type, []).append(node.name)
-    if not ((inline and model.functions) or spelled_out):
+    if not ((inline and model.functions) or halved or spelled_out):
         yield Prepared(source.path, _products(model), custom)
         return
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
     fold_numbers(model)
+    if halved:
+        halve_products(model, source.path.parent, probabilities(source.model), spelled_out)
     if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return
@@ -187,8 +206,9 @@ def _prepared(
 
 
 def audit_layers(
-    layers: Sequence[Layer], card: QuantizationCard | None, scopes: Scopes, products: Iterable[str]
-) -> Audit | None:
+    layers: Sequence[Layer], card: QuantizationCard | None, scopes: Scopes, products: Iterable[str],
+    precision: str | None = "int8",
+) -> Audit | None:  # fmt: skip
     """What became of the quantized products. `products` are the names of all MatMul, Gemm and Conv nodes of the graph:
     one that no multiplying layer names counts as float, since nothing proves otherwise."""
     if card is None:
@@ -197,9 +217,10 @@ def audit_layers(
     floating: set[str] = set()
     for layer in layers:
         if layer.multiplies:
-            (integer if layer.is_integer else floating).update(layer.nodes)
+            (integer if layer.multiplies_in(KINDS[precision or "int8"]) else floating).update(layer.nodes)
     wanted = set(products)
-    return audit(card, scopes, integer & wanted, (floating | (wanted - integer)) & wanted)
+    report = audit(card, scopes, integer & wanted, (floating | (wanted - integer)) & wanted)
+    return replace(report, number=precision or "int8")
 
 
 def _products(model: onnx.ModelProto) -> list[str]:

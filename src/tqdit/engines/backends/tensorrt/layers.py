@@ -7,7 +7,7 @@ build log, TensorRT returns the same records as JSON from the engine inspector.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -21,6 +21,7 @@ HEADING = "Layers:"  # of the list in the build log
 PRODUCTS = {"gemm", "correlation", "runtime_fusion", "matrixmultiply", "matrix_multiply", "fullyconnected"}
 _PRODUCT_TACTIC = re.compile(r"gemm|conv|fprop|mha", re.IGNORECASE)
 _INTEGER_TACTIC = re.compile(r"i8(?:[iuf]\d+)*_i8i32")  # such as sm80_xmma_gemm_i8f16_i8i32_f32_tn_n_tilesize64x64x64
+EIGHT_BITS = {"Int8": re.compile("int8", re.IGNORECASE), "FP8": re.compile("fp8|float8|e4m3", re.IGNORECASE)}
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _TENSOR = re.compile(r"Dimensions: \[(?P<shape>[^\]]*)\].*?Datatype: (?P<type>\w+)")
 _RECORD = re.compile(
@@ -42,6 +43,7 @@ class Layer:
     outputs: tuple[str, ...]
     nodes: tuple[str, ...]  # ONNX nodes
     tactic: str = ""  # name of the kernel
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the outputs; -1 is free
 
     @property
     def multiplies(self) -> bool:
@@ -52,21 +54,25 @@ class Layer:
 
     @property
     def is_integer(self) -> bool:
-        """The kernel's name says so, or both operands are Int8: two inputs, or an input and its weights.
+        return self.multiplies_in("Int8")
+
+    def multiplies_in(self, kind: str) -> bool:
+        """Whether both operands are Int8 (FP8): two inputs, or an input and its weights. Of Int8 the kernel's name may
+        say so.
 
         A "runtime_fusion" is not counted by its operands: it also holds products whose integers it turns into floats
         first.
         """
         if not self.multiplies:
             return False
-        if _INTEGER_TACTIC.search(self.tactic):
+        if kind == "Int8" and _INTEGER_TACTIC.search(self.tactic):
             return True
         if self.kind.lower() == "runtime_fusion":
             return False
-        if self.kind.lower() == "kgen" or (self.inputs == ("Int8",) and not self.constants):
-            return set(self.inputs) == {"Int8"}  # attention: q, k and v; or an inspector that lists no constants
+        if self.kind.lower() == "kgen" or (self.inputs == (kind,) and not self.constants):
+            return set(self.inputs) == {kind}  # attention: q, k and v; or an inspector that lists no constants
         # 10.x lists weights and bias among the inputs
-        return self.inputs[:1] == ("Int8",) and (*self.inputs, *self.constants).count("Int8") >= 2
+        return self.inputs[:1] == (kind,) and (*self.inputs, *self.constants).count(kind) >= 2
 
 
 def from_log(messages: Iterable[str]) -> tuple[Layer, ...]:
@@ -93,6 +99,7 @@ def from_inspector(report: Mapping[str, Any]) -> tuple[Layer, ...]:
             _types(layer.get("Outputs", ())),
             tuple(_NODE.findall(str(layer.get("Metadata", "")))),
             str(layer.get("TacticName", "")),
+            _shapes(layer.get("Outputs", ())),
         )
         for layer in layers
     )
@@ -103,24 +110,30 @@ def _from_line(line: str) -> Layer:
     if match is None:
         raise BackendError(f"a layer in the build log cannot be read: {line[:80]}. Report this version of the library.")
     inputs, constants, outputs = (
-        _types({"Dimensions": tensor["shape"].split(","), "Datatype": tensor["type"]}
-               for tensor in _TENSOR.finditer(match[group]))
+        [{"Dimensions": tensor["shape"].split(","), "Datatype": tensor["type"]}
+         for tensor in _TENSOR.finditer(match[group])]
         for group in ("inputs", "constants", "outputs")
     )  # fmt: skip
     nodes = tuple(_NODE.findall(match["metadata"]))
-    return Layer(match["name"], match["kind"], inputs, constants, outputs, nodes, match["tactic"])
+    return Layer(match["name"], match["kind"], _types(inputs), _types(constants), _types(outputs), nodes,
+                 match["tactic"], _shapes(outputs))  # fmt: skip
 
 
 def _types(tensors: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """'Int8' from {"Datatype": "Int8"} or from {"Format/Datatype": "Row major Int8 format"}."""
-    found = []
+    return tuple(kind for kind, _ in _tensors(tensors))
+
+
+def _shapes(tensors: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(shape for _, shape in _tensors(tensors))
+
+
+def _tensors(tensors: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """('Int8', shape) from {"Datatype": "Int8"} or from {"Format/Datatype": "Row major Int8 format"}."""
     for tensor in tensors:
         text = str(tensor.get("Datatype", tensor.get("Format/Datatype", "")))
-        if "int8" in text.lower():
-            found.append("Int8")
-        elif not _is_scalar(tensor.get("Dimensions")):
-            found.append(text)
-    return tuple(found)
+        kind = next((word for word, pattern in EIGHT_BITS.items() if pattern.search(text)), text)
+        if kind in EIGHT_BITS or not _is_scalar(tensor.get("Dimensions")):
+            yield kind, tuple(int(size) for size in tensor.get("Dimensions") or () if str(size).strip("- ").isdigit())
 
 
 def _is_scalar(dimensions: Any) -> bool:

@@ -30,6 +30,7 @@ from tqdit.plugins.tensorrt import register_plugins
 
 Tell = Callable[[dict[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.1
+FIRST_FP8 = (8, 9)  # the least compute capability with FP8 products
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
     """Compile, write the plan and describe it."""
     library, config = LIBRARIES[job.backend], job.config
     trt = library.load(f"--backend {job.backend}")
-    targets = choose_targets(library, library.targets(trt), config.targets)
+    targets = choose_targets(library, library.targets(trt), config.targets, config.precision)
     if job.device is not None:
         cuda.find_device(job.device).handle.set_current()
     library.choose_in_polygraphy()
@@ -107,15 +108,20 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
     return Compiled(trt.__version__, targets, library.layers(report), _plugin_layers(trt, network))
 
 
-def choose_targets(library: Library, known: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The compute capabilities to compile for: by default all from 8.0 on. Refuses one that the library lacks."""
+def choose_targets(
+    library: Library, known: tuple[str, ...], asked: tuple[str, ...], precision: str | None = None
+) -> tuple[str, ...]:
+    """The compute capabilities to compile for: by default all from 8.0 on, for fp8 from 8.9. Refuses one that the
+    library lacks.
+    """
     unknown = [target for target in asked if target not in known]
     if unknown and library.cross_compiles:
         raise UsageError(
             f"--target {', '.join(unknown)}: {library.title} compiles for {', '.join(known)}. For data-centre GPUs use "
             "--backend tensorrt on a machine that has one."
         )
-    return asked or tuple(target for target in known if _order(target) >= (8, 0))
+    first = FIRST_FP8 if precision == "fp8" else (8, 0)
+    return asked or tuple(target for target in known if _order(target) >= first)
 
 
 def _profile(network: Any, batch: tuple[int, int, int], profile: Any) -> Any:

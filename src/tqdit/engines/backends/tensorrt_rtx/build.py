@@ -9,6 +9,7 @@ from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 
 OPTIONS = TENSORRT_RTX.options
 CASTS_FLOATS = False
+TAKES_FP8 = True
 
 fitness = partial(builder.fitness, TENSORRT_RTX, 30)
 float_types = partial(builder.float_types, TENSORRT_RTX)
