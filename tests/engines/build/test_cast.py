@@ -15,6 +15,8 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "float": None,
     "W8A8": Kind(groups=10),
