@@ -49,6 +49,7 @@ def outputs(network, size=8, classes=5):
         return network(x, torch.tensor([0, 999]), torch.tensor([1, classes]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_dit_s_8_loads(suffix, tmp_path):
     tensors, path = shared_state_dict(S_8), tmp_path / f"dit.{suffix}"
