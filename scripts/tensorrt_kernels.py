@@ -155,7 +155,7 @@ def print_blocks(target: str, images: int) -> None:
 
 
 def as_on_gpu(source: Path, bits: int | None, folder: Path) -> onnx.ModelProto:
-    """The file with its functions inlined, cast to float16 and, if `bits`, with products that are rounded to as many."""
+    """The file with its functions inlined, cast to float16, and with products rounded to `bits` unless None."""
     file = OnnxFile.read(source)
     model = file.to_ir()
     cast_floats(model, file.own_card, "fp16")
