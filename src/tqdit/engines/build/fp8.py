@@ -109,8 +109,8 @@ class _Layer:
                 ratio = node.inputs[1]
             if node.op_type == "Sub" and not _is_table(node.inputs[1]):
                 raise UsageError(
-                    f"--precision fp8: '{self.module}' has an offset for each token, which fp8 has no form for. Calibrate "
-                    "with --inputs dynamic."
+                    f"--precision fp8: '{self.module}' has an offset for each token, which fp8 has no form for. "
+                    "Calibrate with --inputs dynamic."
                 )
             value = node.inputs[0]
             assert value is not None
