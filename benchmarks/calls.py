@@ -5,9 +5,9 @@ its steps and number of calls.
 
 |x - x_ref|^2 / |x_ref|^2 over final states, where x_ref is what a long chain of the first engine ends with. The table
 has the median over images and, since a few images whose content flips decide it, the mean. `placed` steps are found on
-other noise with the first engine (tqdit-calibrate --calls does the same). For a model that TQDiT samples with any
-sampler; a recorded pipeline keeps its own scheduler. `tqdit-evaluate --calls` has the same numbers with Frechet
-distances and charts.
+other noise with the first engine (tqdit-calibrate --calls does the same). For any model that takes several samplers;
+one that is asked for in words shows the lines of --prompts in turn. `tqdit-evaluate --calls` has the same numbers with
+Frechet distances and charts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pathlib import Path
 from tqdit.cli.evaluate import counts
 from tqdit.console import Console
 from tqdit.engines.bundle import read_manifest
+from tqdit.engines.run.requests import encode
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.shards import describe_job
 from tqdit.evaluate.calls import check_calls, measure_calls, to_json
 from tqdit.evaluate.tools import processor
+from tqdit.text import read_prompts
 
 TODAY = (("ddim", 50), ("ddim", 250))  # sampler and steps that few calls are compared with
 
@@ -33,7 +35,8 @@ def main() -> None:
     parser.add_argument("engine", type=Path, metavar="ENGINE")
     parser.add_argument("--calls", type=counts, default=(8, 12, 15, 25), help="default: 8,12,15,25")
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help="default: every deterministic one")
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="default: %(default)s")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one in each line, in turn")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("-n", type=int, default=32, help="images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--today", action="store_true", help="also DDIM with 50 and 250 steps")
@@ -41,12 +44,14 @@ def main() -> None:
     args = parser.parse_args()
     manifest, console = read_manifest(args.engine), Console()
     check_calls(manifest.card.sampling, args.calls)
-    job = describe_job(args.engine, manifest, None, args.seed, args.n, 16, guidance_scale=args.guidance_scale)
+    prompts = None if args.prompts is None else encode(args.engine, manifest.card, read_prompts(args.prompts))
+    job = describe_job(args.engine, manifest, prompts, args.seed, args.n, 16, guidance_scale=args.guidance_scale)
     with Sampler.open(args.reference) as floating, Sampler.open(args.engine) as engine:
         points = measure_calls(
-            engine, floating, job, args.calls, console, samplers=args.samplers or (), also=TODAY if args.today else ()
-        )
-    print(f"{args.n} images, guidance {args.guidance_scale:g}, seed {args.seed}; {processor()}; {manifest.versions}")
+            engine, floating, job, args.calls, console, samplers=args.samplers or (), also=TODAY if args.today else (),
+            prompts=prompts,
+        )  # fmt: skip
+    print(f"{args.n} images, guidance {job.guidance_scale}, seed {args.seed}; {processor()}; {manifest.versions}")
     columns = sorted({point.calls for point in points})
     print(f"| sampler, steps | {' | '.join(f'{calls} calls' for calls in columns)} |")
     print("|" + "---|" * (1 + len(columns)))

@@ -51,6 +51,14 @@ def same_random_numbers(request):
         request.module.RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def traces_are_made_once():
+    """Of networks that many tests export. Tests of the trace itself have imported `trace_graph` before."""
+    graph = sys.modules.get("tqdit.exporter.graph")
+    if graph is not None and graph.trace_graph.__module__ != "support":
+        graph.trace_graph = support.trace_once(graph.trace_graph)
+
+
 @pytest.fixture
 def network():
     """A tiny DiT in the published layout: two blocks of width 16, random non-zero weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 
 TOYS = Path(__file__).parent / "toys"  # one of each kind that a user may add
+ALL = "TQDIT_TEST_ALL" in os.environ  # set by `scripts/test --all`
+
+
+def rounds(full: int) -> int:
+    """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, at least twice."""
+    return full if ALL else min(full, max(2, full // 10))
 
 
 def wait_until(met: Callable[[], object], seconds: float = 60) -> None:
@@ -106,22 +113,48 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-@functools.cache
-def traced(config: ExportConfig, origin: str, steps: int, pixels: bool, seed: int) -> tuple[LoadedModel, ir.Model]:
-    """A tiny model and its float trace; made once, since torch needs seconds to trace even this."""
+def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
+    """`trace_graph` that traces a network once in a test run: torch needs seconds for the tiniest.
+
+    A trace is used again if everything that it can depend on is equal. Modules that tests write, weights that stay in
+    their file and a torch.onnx that a test replaced are traced anew.
+    """
     import onnx
     import onnx_ir as ir
+    import torch
 
-    from tqdit.exporter.graph import trace_graph
+    whole = torch.onnx.export
 
-    model = tiny_model(origin, steps, pixels, seed)
+    def digest_of(model: LoadedModel, config: ExportConfig, table: ScaleTable | None) -> str:
+        network, digest = model.network, hashlib.sha256()
+        chain = () if config.graph == "denoiser" else (config.sampling(model, table), config.guidance(model, table))
+        for values in vars(chain[0].schedule).values() if chain else ():
+            digest.update(repr(None if values is None else np.asarray(values).tolist()).encode())
+        constants = sorted((*model.constants.items(), *model.alike.items()), key=lambda item: item[0])
+        own = getattr(network, "config", None)
+        digest.update(repr((config.graph, config.opset, chain, model.signature, type(network), network, own)).encode())
+        for name, value in (*network.named_parameters(), *network.named_buffers(), *constants):
+            digest.update(f"{name} {type(value)}".encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
+        return digest.hexdigest()
 
-    def trace(folder: Path) -> None:  # not by onnx.save, which some tests replace
-        (folder / "trace.onnx").write_bytes(ir.to_proto(trace_graph(model, config)).SerializeToString())
+    def once(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
+        ours = type(model.network).__module__.startswith(("tqdit.models.", "diffusers."))
+        if not ours or model.weights.made or torch.onnx.export is not whole:
+            return trace(model, config, table)
 
-    name = "trace-" + hashlib.sha256(repr((config, origin, steps, pixels, seed)).encode()).hexdigest()
-    content = (made_once(name, trace) / "trace.onnx").read_bytes()
-    return model, ir.from_proto(onnx.ModelProto.FromString(content))
+        def make(folder: Path) -> None:  # not by onnx.save, which some tests replace
+            graph = trace(model, config, table)
+            (folder / "trace.onnx").write_bytes(ir.to_proto(graph).SerializeToString())
+
+        content = (made_once(f"trace-{digest_of(model, config, table)}", make) / "trace.onnx").read_bytes()
+        return ir.from_proto(onnx.ModelProto.FromString(content))
+
+    return once
 
 
 def exported(
@@ -132,14 +165,26 @@ def exported(
     seed: int = 0,
     table: ScaleTable | None = None,
 ) -> tuple[ir.Model, GraphCard]:
-    """A tiny model's graph and card, float or quantized."""
-    from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph
+    """The graph and card of a tiny model, or of the demo model (origin `demo`); float or quantized."""
+    from tqdit.exporter import graph
+    from tqdit.models.load import load_model
 
-    config = config or ExportConfig()
-    model, trace = traced(replace(config, attention="simulated"), origin, steps, pixels, seed)
-    if table is not None and any(site.divisor is not None for site in table.sites):
-        return export_graph(model, config, table)
-    return finish_graph(trace.clone(), model, config, table)
+    config = config or graph.ExportConfig()
+    model = load_model("demo") if origin == "demo" else tiny_model(origin, steps, pixels, seed)
+    if table is not None:
+        model, table = graph.fold(model, table)
+    return graph.finish_graph(graph.trace_graph(model, config, table), model, config, table)
+
+
+def demo_file() -> Path:
+    """The ONNX file that `tqdit-export` without arguments writes, made once: the demo model in float32."""
+    from tqdit.cli.main import run
+
+    def export(folder: Path) -> None:
+        with contextlib.chdir(folder):
+            assert run("export", ["-q"]) == 0
+
+    return made_once("demo-file", export) / "model.onnx"
 
 
 def normal_rows(seed: int, images: Sequence[int] | np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:

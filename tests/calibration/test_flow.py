@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,10 +177,10 @@ def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) 
     errors = []
     for bits in (8, 6):
         config = QuantizationConfig(
-            weight_bits=bits, activation_bits=bits, steps=25, groups=5, rows_per_group=8, chains=2
+            weight_bits=bits, activation_bits=bits, steps=12, groups=2, rows_per_group=8, chains=2, candidates=20
         )
         quantized = apply(model, calibrate(model, config, tmp_path).table)
-        chains = {"steps": 25, "chains": 4, "seed": 1}
+        chains = {"steps": 12, "chains": 4, "seed": 1}
         reference, found = final_samples(model, **chains), final_samples(quantized, **chains)
         errors.append(float(np.median(relative_errors(reference, found))))
     assert errors[0] < 0.005
@@ -224,15 +219,15 @@ class KilledError(Exception):
     """Stands for a kill at one write."""
 
 
-@pytest.mark.parametrize("preset", ["tq-dit", "best"])
 def test_a_run_killed_before_any_of_its_writes_resumes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the preset that writes files of every kind."""
     monkeypatch.setattr(capture, "MOST_ROWS", 5)  # three batches
-    model, config = tiny_model(), replace(PRESETS[preset], **SMALL)
+    model, config = tiny_model(), replace(PRESETS["best"], **SMALL)
     undisturbed = calibrate(model, config, tmp_path / "a").table.to_bytes()
     files = {path.name for path in (tmp_path / "a").glob("search-*/*")}
-    kinds = ["divisors"] * (preset == "best") + ["samples-0000000", "samples-0000010", "table-x_embedder.proj"]
+    kinds = ["divisors", "samples-0000000", "samples-0000010", "table-x_embedder.proj"]
     assert files.issuperset(f"{kind}.safetensors" for kind in kinds)
     written: list[str] = []
 
@@ -468,24 +463,3 @@ def test_a_preset_prints_itself_with_the_flags_applied(capsys: pytest.CaptureFix
     assert lines["groups"] == "25"
     assert lines["fisher"] == "loss"
     assert lines["weight-granularity"] == "tensor"
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_then_the_same_command_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    def command(output: Path) -> subprocess.Popen[bytes]:
-        arguments = [sys.executable, "-m", "tqdit.cli", "calibrate", str(checkpoint), "-o", str(output), "-q", *FLAGS]
-        return subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-
-    undisturbed, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    assert command(undisturbed).wait() == 0
-    work = tmp_path / "b.safetensors.work"
-    for pattern in ("rows-*-chains*", "search-*/samples-*", "search-*/table-*"):
-        process = command(output)
-        while process.poll() is None and not list(work.glob(pattern)):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not output.exists()
-    assert command(output).wait() == 0
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert [path.name[:5] for path in work.iterdir()] == ["rows-"]

@@ -14,14 +14,15 @@ from tqdit import safetensors_file
 from tqdit.calibration import placing
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.flow import calibrate
+from tqdit.calibration.placing import check_placing
 from tqdit.cli.inspect import inspect
-from tqdit.cli.main import run
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.loaded import LoadedModel
 from tqdit.onnx_file import read_card
 from tqdit.quantization.table import METADATA_KEY, PlacedSteps, ScaleTable, parse, read_scale_table, write_scale_table
+from tqdit.sampling.process import Recorded, Table
 from tqdit.sampling.schedule import SamplingSpec
 
 SMALL = {"steps": 8, "groups": 2, "rows_per_group": 4, "chains": 2, "method": "min-max", "calls": 4}
@@ -137,14 +138,11 @@ def test_steps_that_cannot_be_placed_are_refused_at_once(
         found(model, tmp_path, **knobs)
 
 
-@pytest.mark.parametrize("arguments", [["text"], ["x/", "--rows", "calls.safetensors"]])
-def test_a_pipeline_s_steps_are_refused_before_it_runs(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run("calibrate", [*arguments, "--calls", "8"]) == 2
-    assert "--calls" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_a_chain_of_which_nothing_is_known_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    table = Table((1.0, 3.0), (1.0, 1.0), ((1.0,), (1.0,)), ((-1.0,), (-1.0,)), (0.0, 0.0), 1.0)
+    unknown = replace(model, sampling=SamplingSpec(Recorded("SomeScheduler", (table,)), "recorded", 2))
+    with pytest.raises(UsageError, match=r"--calls.*not known"):
+        check_placing(unknown, QuantizationConfig(calls=4))
 
 
 def test_places_that_no_chain_has_are_refused_by_the_export(model: LoadedModel, tmp_path: Path) -> None:

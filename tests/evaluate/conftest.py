@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import made_once
+from support import exported, made_once
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.quantization.table import read_scale_table
@@ -20,17 +20,14 @@ SMALL = ["--steps", "5", "--groups", "2", "--rows-per-group", "4", "--chains", "
 def make_flow(folder: Path) -> None:
     """Calibrate, export and build."""
     from tqdit.engines.build.engine import build_engine
-    from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+    from tqdit.exporter.graph import ExportConfig
     from tqdit.exporter.onnx_writer import write
-    from tqdit.models.load import load_model
 
     table_file = folder / "scales.safetensors"
     bits = ["--weight-bits", "6", "--activation-bits", "6"]
     assert run("calibrate", ["demo", "-o", str(table_file), "--preset", "ho", "-q", *SMALL, *bits]) == 0
-    model, config = load_model("demo"), ExportConfig(steps=5)
-    trace = trace_graph(model, config)
     for name, table in (("model", read_scale_table(table_file)), ("float", None)):
-        write(folder / f"{name}.onnx", *finish_graph(trace.clone(), model, config, table))
+        write(folder / f"{name}.onnx", *exported(ExportConfig(steps=5), "demo", table=table))
         build_engine(folder / f"{name}.onnx", folder / f"{name}.engine")
 
 

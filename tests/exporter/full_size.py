@@ -1,4 +1,4 @@
-"""Export a DiT-XL/2 of random weights with a W8A8 table; prints seconds, peak memory and bytes as JSON.
+"""Export a DiT of XL/2's width with a W8A8 table; prints seconds, peak memory and bytes as JSON. Weights are random.
 
 Run by test_full_size.py in a process of its own, so that its memory can be measured.
 """
@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ XL = DiTConfig(
 )  # fmt: skip
 
 
-def main(folder: Path) -> None:
-    network = randomize(Network(XL)).eval().requires_grad_(False)
+def main(folder: Path, blocks: int) -> None:
+    network = randomize(Network(replace(XL, depth=blocks))).eval().requires_grad_(False)
     model = published.describe(network, "xl")
     ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
     table = make_table(model, Kind(groups=10), operands=ranges)
@@ -46,4 +47,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -75,6 +75,9 @@ def test_openvino_computes_the_denoiser(file):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", [VARIANTS["simulated W8A8"], VARIANTS["integer W6A6 groups everywhere"]], indirect=True
+)
 def test_polygraphy_inspects_and_sanitizes_it(file, tmp_path):
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     clean = tmp_path / "clean.onnx"

@@ -60,12 +60,12 @@ def test_twice_the_blocks_are_twice_the_work():
 
 def test_it_gives_what_torchs_own_optimizer_gives(network, monkeypatch):
     """torch.onnx calls `optimize_ir` for an opset before 23."""
-    module = Call(network)
-
-    def graph():
-        inputs = {"x": torch.zeros(3, 4, 8, 8), "t": torch.zeros(3, dtype=torch.int64), "y": torch.zeros(3).long()}
-        return ir.to_proto(trace(module, inputs, "prediction")).SerializeToString(deterministic=True)
-
-    ours = graph()
-    monkeypatch.setattr("tqdit.exporter.trace.optimize", optimize_ir)
-    assert graph() == ours
+    graphs = []
+    monkeypatch.setattr("tqdit.exporter.trace.optimize", lambda graph: graphs.extend([graph.clone(), graph.clone()]))
+    inputs = {"x": torch.zeros(3, 4, 8, 8), "t": torch.zeros(3, dtype=torch.int64), "y": torch.zeros(3).long()}
+    plain = trace(Call(network), inputs, "prediction")
+    for each, graph in zip((optimize, optimize_ir), graphs, strict=True):
+        each(graph)
+    ours, theirs = (ir.to_proto(graph).SerializeToString(deterministic=True) for graph in graphs)
+    assert ours == theirs
+    assert len(graphs[0].graph) < len(plain.graph)

@@ -20,7 +20,7 @@ import support
 from tables import Kind, make_table, random_rows
 from tqdit.engines.backends.onnxruntime.library import session_options
 from tqdit.errors import UsageError
-from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.graph import ExportConfig, export_graph, finish_graph, trace_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.passes.quantize import exported_sites
 from tqdit.onnx_file import read_card
@@ -57,10 +57,13 @@ def session(path, optimise=False):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("origin", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("kind", "origin"), [
+    *((kind, "published") for kind in KINDS),
+    *(pytest.param(kind, "diffusers", marks=pytest.mark.slow) for kind in (  # each part of a kind once
+        "W8A8 numerators, 10 groups", "W8A6 dynamic, asymmetric", "W4A8 everything")),
+])  # fmt: skip
 def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, form):
-    model = support.tiny_model(origin)
+    model, kind = support.tiny_model(origin), KINDS[kind]
     table = make_table(model, kind)
     path = tmp_path / "model.onnx"
     write(path, *support.exported(ExportConfig(graph="denoiser", attention=form), origin, table=table))
@@ -73,13 +76,14 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
-def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path, origin, guided):
+@pytest.mark.parametrize(("origin", "sampler", "guided"), [
+    ("published", "ddpm", True), ("published", "ddim", False), ("diffusers", "ddim", True),
+])  # fmt: skip
+def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path, origin, sampler, guided):
     model = support.tiny_model(origin)
     table = make_table(model, KINDS["W8A8 10 groups everywhere, asymmetric"])
     path = tmp_path / "model.onnx"
-    config = ExportConfig("step", guided=guided, attention="float")
+    config = ExportConfig("step", sampler=sampler, guided=guided, attention="float")
     _, card = graph = support.exported(config, origin, table=table)
     write(path, *graph)
     rows = 20
@@ -182,10 +186,11 @@ def test_inlining_the_bodies_changes_nothing(tmp_path, form):
 
 @pytest.mark.slow
 def test_two_exports_give_the_same_bytes(tmp_path):
-    model = support.tiny_model()
+    """Of a step graph, which holds a denoiser graph; one of the traces may be another process's."""
+    model, config = support.tiny_model(), ExportConfig("step", attention="integer")
     table = make_table(model, KINDS["W4A8 everything"])
-    for name in ("a.onnx", "b.onnx"):
-        write(tmp_path / name, *export_graph(model, ExportConfig(attention="integer"), table))
+    write(tmp_path / "a.onnx", *support.exported(config, table=table))
+    write(tmp_path / "b.onnx", *finish_graph(trace_graph(model, config, table), model, config, table))
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
@@ -263,7 +268,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [21, 22, 23])
+@pytest.mark.parametrize("opset", [21, 23])
 def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()
     table = make_table(model, Kind(groups=10))

@@ -26,11 +26,11 @@ from tqdit.sampling.process import Flow
 from tqdit.sampling.schedule import SamplingSpec, Schedule
 
 RNG = np.random.default_rng(0)
-VARIANTS = [
-    (origin, sampler, guided)
-    for origin in ("published", "diffusers")
-    for sampler in ("ddpm", "ddim")
-    for guided in (True, False)
+VARIANTS = [  # each two of origin, sampler and guidance together
+    ("published", "ddpm", True),
+    ("published", "ddim", False),
+    ("diffusers", "ddpm", False),
+    ("diffusers", "ddim", True),
 ]
 
 
@@ -71,7 +71,7 @@ def random_inputs(rows, steps, guided):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 5])
 def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided, rows):
     session, model, card = exported(origin, sampler, guided)
     inputs = random_inputs(rows, card.sampling.steps, guided)
@@ -176,16 +176,16 @@ def test_the_denoiser_graph_is_the_network(tmp_path, origin):
 
 @pytest.mark.slow
 def test_unguided_graphs_have_no_guidance_input_and_noise_always_stays(exported):
-    for _, sampler, guided in VARIANTS:
-        session, _, card = exported("published", sampler, guided)
+    for origin, sampler, guided in VARIANTS:
+        session, _, card = exported(origin, sampler, guided)
         names = [value.name for value in session.get_inputs()]
         assert ("guidance_scale" in names) == guided == (card.guidance is not None)
         assert {"x", "step", "class_labels", "noise"} <= set(names)
 
 
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
-def test_inputs_and_outputs_are_those_of_the_contract(exported, origin):
-    session, _, _ = exported(origin, "ddpm", True)
+@pytest.mark.parametrize(("origin", "sampler"), [("published", "ddpm"), ("diffusers", "ddim")])
+def test_inputs_and_outputs_are_those_of_the_contract(exported, origin, sampler):
+    session, _, _ = exported(origin, sampler, True)
     described = {value.name: (value.type, value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
     image = ["batch", 4, 8, 8]
     assert described == {
@@ -195,19 +195,12 @@ def test_inputs_and_outputs_are_those_of_the_contract(exported, origin):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("graph", ["denoiser", "step"])
-def test_two_exports_give_the_same_bytes(tmp_path, graph):
-    for name in ("a.onnx", "b.onnx"):
-        write(tmp_path / name, *export_graph(support.tiny_model(), ExportConfig(graph)))
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
-
-
-@pytest.mark.parametrize("graph", ["denoiser", "step"])
-def test_the_file_passes_the_full_checker_and_holds_its_card(tmp_path, graph):
+@pytest.mark.parametrize(("graph", "steps"), [("denoiser", 7), ("step", 20)])
+def test_the_file_passes_the_full_checker_and_holds_its_card(tmp_path, graph, steps):
     path = tmp_path / "model.onnx"
-    made, card = support.exported(ExportConfig(graph, steps=7), "diffusers")
+    made, card = support.exported(ExportConfig(graph, steps=steps), "diffusers")
     write(path, made, card)
     onnx.checker.check_model(str(path), full_check=True)
     assert read_card(path) == card
-    assert (card.sampling.steps, card.sampling.sampler, card.sampling.process.spacing) == (7, "ddim", "leading")
+    assert (card.sampling.steps, card.sampling.sampler, card.sampling.process.spacing) == (steps, "ddim", "leading")
     assert OnnxFile.read(path).model.producer_name == "tqdit"

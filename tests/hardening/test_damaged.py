@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from hardening.damage import cuts, flipped
+from support import rounds
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import TqditError
 from tqdit.evaluate.samples import read_images
@@ -22,7 +23,7 @@ READERS = {
     **{name: ["inspect", "--heads", "2"] for name in ("dit.safetensors", "zip.pt", "legacy.pt")},
 }  # fmt: skip
 QUIET = ["--backend", "onnxruntime", "-q"]
-CUTS, FLIPS = 60, 100  # of each kind at most
+CUTS, FLIPS = 60, rounds(100)  # of each kind at most
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_flipped_bits_are_refused_or_read_without_a_crash(inputs, spoilt, run, n
 @pytest.mark.hardening
 def test_the_lint_takes_any_bytes(inputs, spoilt, run):
     data, rng = (inputs / "model.onnx").read_bytes(), np.random.default_rng(0)
-    for bits in np.repeat([1, 10, 100], 60):
+    for bits in np.repeat([1, 10, 100], rounds(60)):
         run("inspect", "--lint", spoilt("model.onnx", flipped(data, rng, bits))).check_answer()
 
 
@@ -193,7 +194,10 @@ def test_shards_with_flipped_bits_are_never_merged_into_other_images(inputs, tmp
 def test_a_spoilt_onnx_file_ends_the_build_in_one_line_or_builds(inputs, tmp_path, commands, bits):
     """Cut (bits 0) or with flipped bits. Each in a child process, which a crash of the backend's compiler would end."""
     data, rng = (inputs / "model.onnx").read_bytes(), np.random.default_rng(3)
-    spoils = [flipped(data, rng, bits) for _ in range(10)] if bits else [data[:n] for n in cuts("model.onnx", data, 10)]
+    spoils = (
+        [flipped(data, rng, bits) for _ in range(rounds(10))] if bits
+        else [data[:length] for length in cuts("model.onnx", data, rounds(10) + 1)]
+    )  # fmt: skip
     for spoil in spoils:
         (tmp_path / "model.onnx").write_bytes(spoil)
         outcome = commands.run("build", tmp_path / "model.onnx", "-o", tmp_path / "model.engine", *QUIET)

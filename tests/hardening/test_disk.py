@@ -10,6 +10,7 @@ import pytest
 from hardening.conftest import Commands, Outcome
 from hardening.damage import CAUSED
 from hardening.test_kill import BUILD, CALIBRATE, EXPORT, SAMPLE, SHEET, digest
+from support import rounds
 
 pytestmark = pytest.mark.hardening
 NPZ = ["sample", "{inputs}/model.engine", "-n", "20", "-o", "{here}/samples.npz", "-q"]
@@ -92,11 +93,11 @@ def others(tmp_path_factory):
 
 
 def test_two_commands_that_write_one_output_both_end_well_or_one_is_refused(inputs, tmp_path, commands, others):
-    for stage, rounds in {"npz": 6, "picture": 3, "build": 3, "shards": 3, "calibrate": 2}.items():
+    for stage, pairs in {"npz": 6, "picture": 3, "build": 3, "shards": 3, "calibrate": 2}.items():
         argv, name, _ = STAGES[stage]
         undisturbed = tmp_path / f"{stage}-alone"
         assert commands.run(*fill(argv, inputs, undisturbed)).code == 0
-        for number in range(rounds):
+        for number in range(rounds(pairs)):
             here = tmp_path / f"{stage}-{number}"
             here.mkdir()
             for each in (commands, others):

@@ -11,6 +11,7 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support import rounds
 from tqdit.calibration.advice import read_advice
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.card import GraphCard
@@ -26,8 +27,8 @@ from tqdit.quantization.granularity import granularity_from_text, granularity_to
 from tqdit.quantization.table import METADATA_KEY, parse
 
 pytestmark = pytest.mark.hardening
-many = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-some = settings(many, max_examples=150)
+many = settings(max_examples=rounds(400), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+some = settings(many, max_examples=rounds(150))
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.integers(-3, 20) | st.floats() | st.text(max_size=5)
     | st.sampled_from(["..", "/etc/passwd", "../x", "step", "ddim", "group:3", "softmax", "\x00"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from support import rounds
 from tqdit.calibration.work import open_search
 from tqdit.engines.run.shards import INDEX, read_index
 
@@ -48,8 +49,10 @@ def test_a_stage_that_was_killed_at_random_ends_with_the_same_bytes(inputs, tmp_
     expected = digest(undisturbed / name)
     rng = np.random.default_rng(len(stage))
     killed = 0
-    for _ in range(kills):
-        outcome = commands.run(*command(here), kill_after=rng.uniform(0, duration))
+    kills = rounds(kills)
+    for number in range(kills):  # one in each of as many parts of the time that the command takes
+        moment = duration * (number + rng.random()) / kills
+        outcome = commands.run(*command(here), kill_after=moment)
         assert outcome.code in (-9, 0), outcome.err
         killed += outcome.code == -9
         if stage == "shards":

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tqdit.errors import UsageError
-from tqdit.models.scheduler import tabulate
+from tqdit.models.scheduler import find_noising, tabulate
 from tqdit.ports import Port, Signature
 from tqdit.sampling import noise
 from tqdit.sampling.chains import Chains, run
-from tqdit.sampling.process import Recorded
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.sampling.process import Diffusion, Flow, Recorded
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 
@@ -137,3 +137,62 @@ def test_a_scheduler_whose_step_takes_more_is_refused():
     scheduler.set_timesteps(STEPS)
     with pytest.raises(UsageError, match=r"CogVideoXDPMScheduler makes no step .*record its network alone"):
         tabulate(scheduler)
+
+
+def test_a_flow_is_recognised_with_its_own_even_steps():
+    """As Flux has it: even u, shifted by the size of the image; the network is told t in 0..1."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS), mu=1.15)
+    table = tabulate(scheduler)
+    found = find_noising(scheduler.config, table, (1e-3, 0.0), 1)
+    assert found == Flow(1.0, found.shift)
+    assert found.shift == pytest.approx(np.exp(1.15), rel=1e-5)
+    np.testing.assert_allclose(found.timesteps(STEPS), 1e-3 * np.array(table.timesteps), rtol=1e-5)
+    ours = SamplingSpec(found, "euler", STEPS).schedule
+    for name in ("state_weights", "output_weights"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(table, name), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [("DDIM", "ddim"), ("DPM++ 2M", "dpm++2m"), ("UniPC", "unipc"), ("DEIS", "deis"), ("flow Euler", "euler"),
+     ("DPM++ 2M, flow", "dpm++2m"), ("UniPC, flow", "unipc")],
+)  # fmt: skip
+def test_our_sampler_at_the_recorded_timesteps_is_the_scheduler(name, sampler):
+    """In its first step. The others agree where the scheduler does nothing of its own about the ends of the chain, as
+    solvers of several steps do; flows that tell the network whole numbers stand up to 5e-4 beside their t."""
+    scheduler = DETERMINISTIC[name]()
+    scheduler.set_timesteps(STEPS)
+    table = tabulate(scheduler)
+    found = find_noising(scheduler.config, table, (1.0, 0.0), 1)
+    assert isinstance(found, Flow if "low" in name else Diffusion)
+    process = Recorded("scheduler", (table,), noising=found)
+    assert {sampler, "recorded"} <= set(samplers_of(process))
+    ours = SamplingSpec(process, sampler, STEPS, table.timesteps).schedule
+    first = ours.state_weights[-1, 0], ours.output_weights[-1, 0]
+    np.testing.assert_allclose(first, (table.state_weights[-1][0], table.output_weights[-1][0]), rtol=2e-3, atol=2e-3)
+    if sampler in ("ddim", "euler"):
+        for weights in ("state_weights", "output_weights"):
+            np.testing.assert_allclose(getattr(ours, weights), getattr(table, weights), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DDIM, v", "Euler", "Euler, Karras", "Heun", "EDM Euler", "flow Heun"])
+def test_what_no_known_process_explains_keeps_its_own_steps(name):
+    scheduler = DETERMINISTIC[name]()
+    scheduler.set_timesteps(STEPS)
+    table = tabulate(scheduler)
+    assert find_noising(scheduler.config, table, (1.0, 0.0), 1) is None
+    process = Recorded("Some", (table,))
+    assert samplers_of(process) == ("recorded",)
+    with pytest.raises(UsageError, match=rf"--steps is {STEPS + 1}.*recorded with {len(table.timesteps)}"):
+        _ = SamplingSpec(process, "recorded", STEPS + 1).schedule
+
+
+def test_another_number_of_steps_names_the_samplers_that_take_it():
+    scheduler = DETERMINISTIC["flow Euler"]()
+    scheduler.set_timesteps(STEPS)
+    table = tabulate(scheduler)
+    process = Recorded("Some", (table,), noising=find_noising(scheduler.config, table, (1.0, 0.0), 1))
+    with pytest.raises(UsageError, match=r"--steps is 7.*--sampler such as dpm\+\+2m"):
+        _ = SamplingSpec(process, "recorded", 7).schedule
+    assert len(SamplingSpec(process, "unipc", 7).schedule) == 7

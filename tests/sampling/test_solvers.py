@@ -7,7 +7,7 @@ import torch
 
 from tqdit.errors import UsageError
 from tqdit.sampling.process import Diffusion, Flow
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")  # arrays of their tensors
 RNG = np.random.default_rng(0)
@@ -122,6 +122,14 @@ def exact_end(process, schedule, x):
 
 EXACT = [(Diffusion(), name) for name in SOLVERS]
 EXACT += [(Flow(shift=shift), name) for shift in (1.0, 3.0) for name in FLOW_SOLVERS]
+
+
+@pytest.mark.parametrize("sampler", samplers_of(Flow()))
+def test_a_flow_whose_network_predicts_the_opposite_has_the_same_chain(sampler):
+    """Z-Image, for one, predicts x_0 - noise."""
+    ours, other = (SamplingSpec(Flow(shift=3.0, sign=sign), sampler, 6).schedule for sign in (1, -1))
+    np.testing.assert_allclose(other.output_weights, -ours.output_weights, rtol=1e-12)
+    np.testing.assert_allclose(other.state_weights, ours.state_weights, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("process", "sampler"), EXACT, ids=str)

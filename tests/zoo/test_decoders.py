@@ -28,7 +28,8 @@ from zoo.test_pipelines import STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")]
 
-DECODED = ("flux", "sd3", "pixart-sigma", "sana", "wan")
+RECORDED = ("flux", "sd3", "pixart-sigma", "sana", "wan")
+DECODED = ("flux", "pixart-sigma", "sana", "wan")  # the decoder of sd3 is of the first one's class
 ENGINES = ("flux", "sana", "wan")
 SEED = 5
 
@@ -50,6 +51,8 @@ def make(name, folder):
     model = recorded_model(pipeline.transformer, recording.interface)
     shape = (1, *model.signature.state.row_shape)
     np.save(folder / "end.npy", calls._runs[0].end.reshape(shape).numpy())
+    if name not in DECODED:
+        return
     if name not in ENGINES:
         ir.save(trace_decoder(load_decoder(pipeline.vae, model), model).model, folder / "model.vae-alone.onnx")
         return
@@ -90,7 +93,7 @@ def test_an_engine_s_images_are_the_pipeline_s(name):
     assert (vae.frames, vae.image_height, vae.image_width) == (5 if name == "wan" else None, *expected.shape[-3:-1])
 
 
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name", RECORDED)
 def test_facts_are_those_of_the_vae(name):
     latents = Recording.load(made(name) / "calls.safetensors").interface.latents
     vae = FAMILIES[name]()[0].vae
@@ -179,7 +182,7 @@ def test_a_sampled_video_is_a_gif_or_a_row_of_frames(tmp_path, capsys):
     with Image.open(tmp_path / "x.gif") as file:
         assert (file.n_frames, file.size) == (5, (64, 64))
     assert read_picture(tmp_path / "x.png").shape == (64, 5 * 64 + 4 * 2, 3)
-    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 5, 32, 32, 3)
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 5, 16, 16, 3)
     still = made("sana")
     arguments[0], arguments[3] = str(still / "model.engine"), str(still / "calls.safetensors")
     capsys.readouterr()

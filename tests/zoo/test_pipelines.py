@@ -5,6 +5,7 @@ Weights are random; the classes, their layout and the pipelines' loops are diffu
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ import tqdit
 from support import made_once
 from tqdit.engines.bundle import read_manifest
 from tqdit.errors import TqditWarning, UsageError
-from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
+from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.models.load import load_model
 from tqdit.models.recording import Recording
@@ -82,9 +83,10 @@ def make(name, folder):
     scales = folder / "scales.safetensors"
     table = tqdit.calibrate(pipeline.transformer, rows=folder / "calls.safetensors", output=scales, **KNOBS)
     model, config = load_model(pipeline.transformer, interface=table.interface), ExportConfig()
-    traced = trace_graph(model, config)  # once for both files
-    write(folder / "float.onnx", *finish_graph(traced.clone(), model, config, None))
-    write(folder / "model.onnx", *finish_graph(traced, model, config, table))
+    for file, scales in (("float", None), ("model", table)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqditWarning)  # of those that take one row a call
+            write(folder / f"{file}.onnx", *export_graph(model, config, scales))
     tqdit.build(folder / "float.onnx", folder / "float.engine", backend="onnxruntime")
     for backend in CPU:
         tqdit.build(folder / "model.onnx", folder / f"{backend}.engine", backend=backend)

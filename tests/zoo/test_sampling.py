@@ -16,6 +16,7 @@ from safetensors.torch import save_file as save_torch_file
 
 import tqdit
 from support import made_once
+from tqdit.calibration import placing
 from tqdit.cli.main import run
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.ray_workers import Worker
@@ -23,7 +24,9 @@ from tqdit.engines.run.requests import read_embeddings
 from tqdit.engines.run.shards import INDEX, describe_job
 from tqdit.files import sha256
 from tqdit.models.recording import Recording
-from zoo.test_pipelines import make
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
+from zoo.pipelines import FAMILIES
+from zoo.test_pipelines import KNOBS, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")]
 
@@ -163,3 +166,29 @@ def test_other_files_and_flags_are_refused(flux, embeddings, tmp_path, capsys):
     assert "no such file" in refused(capsys, [engine, "-o", output, "--embeddings", tmp_path / "none"])
     save_torch_file({"pooled_projections": torch.zeros(3, 32, dtype=torch.bfloat16)}, tmp_path / "half.safetensors")
     assert "BF16" in refused(capsys, [engine, "-o", output, "--embeddings", tmp_path / "half.safetensors"])
+
+
+def test_another_sampler_takes_any_number_of_steps(flux, embeddings, tmp_path):
+    """Euler's steps where the recorded ones lay are the recorded chain, up to float32 of the scheduler."""
+    with tqdit.Sampler.open(flux / "float.engine") as sampler:
+        chain = sampler.card.sampling
+        assert {"euler", "unipc", "dpm++2m"} <= set(samplers_of(chain.process))
+        recorded = sampler.sample_latents(values())
+        times = chain.schedule.timesteps.tolist()
+        again = sampler.sample_latents(values(), sampler="euler", timesteps=times)
+        assert np.square(again - recorded).sum() < 1e-10 * np.square(recorded).sum()
+    found = sampled(flux, tmp_path / "a.npz", "--embeddings", embeddings, "--sampler", "unipc", "--steps", 5)
+    assert all(np.isfinite(array).all() for array in found.values())
+
+
+def test_steps_are_placed_for_a_recorded_pipeline(flux, monkeypatch):
+    """Its chains ask for what was recorded."""
+    monkeypatch.setattr(placing, "LONG", ("dpm++2m", 24))
+    rows = Recording.load(flux / "calls.safetensors")
+    network = FAMILIES["flux"]()[0].transformer
+    knobs = {**KNOBS, "calls": 3}
+    table = tqdit.calibrate(network, rows=rows, **knobs)
+    assert table.placed is not None
+    process = rows.interface.sampling.process
+    spec = SamplingSpec(process, table.placed.sampler, 3, table.placed.timesteps)
+    assert str(spec) == f"3 placed steps of {table.placed.sampler}"

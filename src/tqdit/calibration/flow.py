@@ -254,7 +254,8 @@ class Calibration:
         def meter(images: int) -> None:
             self.meter.forward("placed steps", images * rows_per_image(self.model.guidance))
 
-        placing = Placing(self.model, self.config, self.folder, self.console)
+        requests = self.data.requests if isinstance(self.data, Recording) else None
+        placing = Placing(self.model, self.config, self.folder, self.console, requests)
         return replace(table, placed=placing.run(apply(self.model, table), meter))
 
     def solve(

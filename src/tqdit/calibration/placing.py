@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,11 +60,11 @@ def check_placing(model: LoadedModel, config: QuantizationConfig) -> None:
 
 
 def _process(model: LoadedModel) -> Process:
-    process = model.sampling.process
-    if not isinstance(process, Diffusion | Flow):
+    process = model.sampling.process.noising
+    if process is None:
         raise UsageError(
-            f"--calls places steps of a model that TQDiT samples by itself; {model.signature.family} keeps the "
-            "timesteps that it was recorded with. Leave it out."
+            f"--calls places steps along a known way from noise to data; the one that {model.signature.family} was "
+            "recorded on is not known. Leave it out."
         )
     return process
 
@@ -71,13 +72,19 @@ def _process(model: LoadedModel) -> Process:
 class Placing:
     """One search for the places of the steps, in a work folder that keeps what was done."""
 
-    def __init__(self, model: LoadedModel, config: QuantizationConfig, folder: WorkFolder, console: Console) -> None:
+    def __init__(
+        self, model: LoadedModel, config: QuantizationConfig, folder: WorkFolder, console: Console,
+        requests: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """requests: what the chains are asked for in turn, (n, ...); None: drawn at random."""
         self.model, self.config, self.folder, self.console = model, config, folder, console
         self.process = _process(model)
         assert config.calls is not None
         self.calls = config.calls
         self.images = range(LEARNED + CHECKED)
-        self.requests = random_requests(model.signature, len(self.images), config.seed)
+        if requests is None:
+            requests = random_requests(model.signature, len(self.images), config.seed)
+        self.requests = {name: values[np.arange(len(self.images)) % len(values)] for name, values in requests.items()}
 
     def run(self, quantized: LoadedModel, meter: Callable[[int], object]) -> PlacedSteps:
         """The steps with the least error on the quantized network. meter: told how many images went through a call."""

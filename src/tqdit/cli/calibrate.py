@@ -109,8 +109,6 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     if sum(each is not None for each in (args.prompts, args.rows, args.data)) > 1:
         raise UsageError("--prompts, --rows and --data each say where rows come from. Pass one of them.")
     asked = _pipeline_card(args)
-    if config.calls is not None and (asked.prompts or args.rows is not None):
-        raise UsageError("--calls: a pipeline keeps the timesteps that it was recorded with. Leave it out.")
     for name in ("height", "width", "frames"):
         if (size := getattr(args, name)) is not None:
             check_count(f"--{name}", size, 1, MOST_SIDE)

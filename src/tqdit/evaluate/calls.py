@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.console import Console
+from tqdit.engines.run.requests import Prompts
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.shards import SamplingJob
 from tqdit.errors import UsageError
@@ -50,7 +51,7 @@ class Point:
 
 def check_calls(card_sampling: SamplingSpec, counts: Sequence[int]) -> None:
     """Refuse what cannot be measured, before any work."""
-    if not isinstance(card_sampling.process, Diffusion | Flow):
+    if card_sampling.process.noising is None:
         raise UsageError("--calls compares samplers, and this model keeps the one that it was recorded with.")
     if not counts or not all(2 <= count <= MOST_CALLS for count in counts):
         raise UsageError(f"--calls {','.join(map(str, counts))}: expected numbers from 2 to {MOST_CALLS}.")
@@ -59,13 +60,14 @@ def check_calls(card_sampling: SamplingSpec, counts: Sequence[int]) -> None:
 def measure_calls(
     engine: Sampler, floating: Sampler, job: SamplingJob, counts: Sequence[int], console: Console,
     distance: Distance = lambda _: None, samplers: Sequence[str] = (), also: Sequence[tuple[str, int]] = (),
+    prompts: Prompts | None = None,
 ) -> list[Point]:  # fmt: skip
-    """Every method with every number of calls, each with the noise and the classes of `job`. floating: of the float
-    model, which is the reference. samplers: those to try; (): all deterministic ones. also: samplers with a number of
-    calls and their own spacing."""
-    process = engine.card.sampling.process
-    assert isinstance(process, Diffusion | Flow)
-    methods = _methods(floating, job, counts, samplers or deterministic(process), console)
+    """Every method with every number of calls, each with the noise and the classes or prompts of `job`. floating: of
+    the float model, which is the reference. samplers: those to try; (): all deterministic ones. also: samplers with a
+    number of calls and their own spacing. prompts: those that the job was described with."""
+    process = engine.card.sampling.process.noising
+    assert process is not None
+    methods = _methods(floating, job, counts, samplers or deterministic(process), console, prompts)
     methods |= {(sampler, "uniform", calls): () for sampler, calls in also}
     own = engine.card.sampling
     if own.timesteps:
@@ -74,10 +76,11 @@ def measure_calls(
     with console.bar(total, "calls", "steps") as bar:
         sampler, steps = CONVERGED
         long = replace(job, sampler=sampler, steps=steps, timesteps=dense(process, steps))
-        reference = chains.run(floating, long, bar.update).latents
+        reference = chains.run(floating, long, bar.update, prompts).latents
         points = []
         for (name, spacing, calls), timesteps in methods.items():
-            found = chains.run(engine, replace(job, sampler=name, steps=calls, timesteps=timesteps), bar.update)
+            short = replace(job, sampler=name, steps=calls, timesteps=timesteps)
+            found = chains.run(engine, short, bar.update, prompts)
             errors = relative_errors(reference, found.latents)
             points.append(
                 Point(name, spacing, calls, timesteps, of_mean(errors), float(np.median(errors)), found.seconds,
@@ -93,12 +96,13 @@ def deterministic(process: Diffusion | Flow) -> tuple[str, ...]:
 
 
 def _methods(
-    floating: Sampler, job: SamplingJob, counts: Sequence[int], samplers: Sequence[str], console: Console
-) -> dict[tuple[str, str, int], tuple[float, ...]]:
+    floating: Sampler, job: SamplingJob, counts: Sequence[int], samplers: Sequence[str], console: Console,
+    prompts: Prompts | None,
+) -> dict[tuple[str, str, int], tuple[float, ...]]:  # fmt: skip
     """(sampler, spacing, calls) -> timesteps of each chain to run."""
-    process = floating.card.sampling.process
-    assert isinstance(process, Diffusion | Flow)
-    long = _long_chain(floating, job, process, console)
+    process = floating.card.sampling.process.noising
+    assert process is not None
+    long = _long_chain(floating, job, process, console, prompts)
     found: dict[tuple[str, str, int], tuple[float, ...]] = {}
     for sampler in samplers:
         placed = place(long, process, sampler, counts) if sampler in SPACED else None
@@ -110,12 +114,16 @@ def _methods(
     return found
 
 
-def _long_chain(floating: Sampler, job: SamplingJob, process: Diffusion | Flow, console: Console) -> LongChain:
+def _long_chain(
+    floating: Sampler, job: SamplingJob, process: Diffusion | Flow, console: Console, prompts: Prompts | None
+) -> LongChain:
     """Chains from noise of their own, by which steps are placed."""
     card, (sampler, steps) = floating.card, LONG
     spec = SamplingSpec(process, sampler, steps, dense(process, steps))
     labels = replace(job, count=LEARNED, shard_size=LEARNED).labels(0)
-    _, requests = check_requests(card.signature, LEARNED if labels is None else labels)
+    _, requests = check_requests(
+        card.signature, LEARNED if labels is None else labels if prompts is None else prompts.take(labels)
+    )
     each = Chains(card.signature, card.guidance, LEARNED)
     for image in range(LEARNED):
         request = {name: values[image] for name, values in requests.items()}

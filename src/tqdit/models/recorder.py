@@ -32,11 +32,11 @@ from tqdit.models.calls import DROP_IN_ONLY, Call, Roles, check_alike, find_time
 from tqdit.models.decoding import learn_latents
 from tqdit.models.facts import check_scaled, find_state, fit_guidance, fit_time, fit_weights, is_close
 from tqdit.models.recording import Array, Recording, make_recording
-from tqdit.models.scheduler import tabulate
-from tqdit.sampling.process import Recorded, Table, Unsampled
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.models.scheduler import find_noising, tabulate
+from tqdit.sampling.process import TRAINING_STEPS, Recorded, Table, Unsampled
+from tqdit.sampling.schedule import RECORDED, SamplingSpec
 
-RECORDED = "_tqdit_recorded"  # marks methods that listen
+LISTENS = "_tqdit_listens"  # marks methods that listen
 MOST_PROMPTS = 4  # whose request values are kept to prove text encoders
 PLAIN = (str, int, float, list, dict)  # kinds of settings that a file holds
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # of a fact's residual, relative
@@ -49,7 +49,7 @@ class _Run:
 
     scheduler: str
     table: Table
-    training_steps: int
+    config: Mapping[str, Any]  # of the scheduler
     images: int
     inputs: dict[str, Tensor] = field(default_factory=dict)  # of every step: port -> (roles B, ...)
     changing: str | None = None  # a port for which that does not hold
@@ -85,7 +85,7 @@ class Recorder:
         self._fresh = True
 
     def __enter__(self) -> Recorder:
-        if hasattr(self.scheduler.step, RECORDED):
+        if hasattr(self.scheduler.step, LISTENS):
             raise UsageError(
                 f"{type(self.pipeline).__name__} is being recorded already. Leave the other `record` first."
             )
@@ -151,11 +151,10 @@ class Recorder:
                 f"the pipeline begins at step {start + 1} of its schedule, from an image; an engine's loop begins at "
                 f"step 1, with noise. {DROP_IN_ONLY}"
             )
-        config = getattr(self.scheduler, "config", {})
-        name, training_steps = type(self.scheduler).__name__, config.get("num_train_timesteps", 1000)
+        name, config = type(self.scheduler).__name__, dict(getattr(self.scheduler, "config", {}))
         (prompts, settings), self._heard = self._heard or ((), {}), None
         table = tabulate(self.scheduler)
-        self._runs.append(_Run(name, table, training_steps, len(sample), prompts=prompts, settings=settings))
+        self._runs.append(_Run(name, table, config, len(sample), prompts=prompts, settings=settings))
 
     def _step(self, model_output: Tensor, timestep: float, sample: Tensor) -> None:
         run, calls, self._calls = self._runs[-1], self._calls, []
@@ -223,7 +222,9 @@ class Recorder:
         scale, shift = fit_time([pair for run in runs for pair in run.times], first.tolerance)
         guidance, sign, roles = fit_guidance([np.array(run.weights) for run in runs], first.tolerance)
         requests = _requests(runs, roles)
-        process = Recorded(first.scheduler, (first.table,), scale, shift, sign, first.training_steps)
+        noising = find_noising(first.config, first.table, (scale, shift), sign)
+        training_steps = first.config.get("num_train_timesteps", TRAINING_STEPS)
+        process = Recorded(first.scheduler, (first.table,), scale, shift, sign, training_steps, noising)
         joined = {name: np.concatenate([values[name] for values in requests]) for name in requests[0]}
         images = np.cumsum([0, *(run.images for run in runs)])
         states = np.empty((images[-1], len(first.states), *first.states[0].shape[1:]), np.float32)
@@ -231,7 +232,7 @@ class Recorder:
             for step, state in enumerate(reversed(run.states)):
                 states[start : start + run.images, step] = state.numpy()
         assert first.roles is not None
-        spec = SamplingSpec(process, "recorded", len(first.table.timesteps))
+        spec = SamplingSpec(process, RECORDED, len(first.table.timesteps))
         found = make_recording(
             self.network, first.roles, first.channels, (spec, guidance), first.constants, states, joined
         )
@@ -302,7 +303,7 @@ class NetworkRecorder:
 
 def _replace(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Give an object another method; what is returned gives it back what it had."""
-    setattr(function, RECORDED, True)
+    setattr(function, LISTENS, True)
     attributes, own = vars(owner), name in vars(owner)
     before = attributes.get(name)
     attributes[name] = function

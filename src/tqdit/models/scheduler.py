@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from tqdit.errors import UsageError, first_line
 from tqdit.models.calls import DROP_IN_ONLY
-from tqdit.sampling.process import Table
+from tqdit.sampling.process import BETA_SCHEDULES, TRAINING_STEPS, Diffusion, Flow, Sign, Table
 from tqdit.sampling.schedule import MOST_LAG
 
 ELEMENTS = 512  # of the vectors that a step is fitted on
 TOLERANCE = 2e-6  # relative: schedulers compute in float32
+ROUNDED = 2e-3  # of weights, relative: some schedulers of flows tell the network whole numbers in place of 1000 t
 Float64 = NDArray[np.float64]
 
 
@@ -63,6 +64,50 @@ def tabulate(scheduler: Any) -> Table:
         noise_weight=tuple(row[3] for row in rows[::-1]),
         initial_scale=initial,
     )
+
+
+def find_noising(
+    config: Mapping[str, Any], table: Table, time: tuple[float, float], sign: Sign
+) -> Diffusion | Flow | None:
+    """How the states of a recorded chain were noised, None if its table does not tell.
+
+    The first step of every solver is of first order: x' = (b' / b) x + (a' - a b' / b) x_0, with x = a x_0 + b noise.
+    config: the scheduler's settings. time: factor and shift of what the network is told for the table's timesteps.
+    sign: of the prediction.
+    """
+    scale, shift = time
+    told = scale * np.array(table.timesteps)
+    scaled = table.initial_scale != 1 or set(table.input_scale) != {1.0}
+    if shift or scale <= 0 or scaled or np.any(np.diff(told) <= 0) or told[0] < 0:
+        return None
+    t = told / (scale * TRAINING_STEPS)
+    candidates: list[Diffusion | Flow] = []
+    if 0 < t[0] < t[-1] <= 1:
+        candidates.append(Flow(scale * TRAINING_STEPS, _shift_of(config, t), sign))
+    if config.get("beta_schedule") in BETA_SCHEDULES and t[-1] < 1 and scale == sign == 1 and not np.any(told % 1):
+        candidates.append(Diffusion(config["beta_schedule"], config["beta_start"], config["beta_end"]))
+    return next((each for each in candidates if _begins_with(table, each, told, sign)), None)
+
+
+def _shift_of(config: Mapping[str, Any], t: Float64) -> float:
+    """The scheduler's shift, or where it depends on the size of the image, that with which even u make the times t."""
+    given = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
+    if isinstance(given, int | float) and 0 < given <= 100 and not config.get("use_dynamic_shifting"):
+        return float(given)
+    u = np.arange(1, len(t) + 1) / len(t)
+    inside = (u < 1) & (t < 1)
+    ratios = t[inside] * (1 - u[inside]) / (u[inside] * (1 - t[inside]))
+    return float(np.clip(np.median(ratios), 1e-3, 100)) if len(ratios) else 1.0
+
+
+def _begins_with(table: Table, process: Diffusion | Flow, told: Float64, sign: Sign) -> bool:
+    """Whether the first step of the table is that of a chain of this process."""
+    a, b = (np.append(end, values) for end, values in zip((1.0, 0.0), process.mix(told), strict=True))
+    p, q = (float(values[-1]) for values in process.clean(told))
+    kept = b[-2] / b[-1]
+    gain = a[-2] - a[-1] * kept
+    found = table.state_weights[-1][0], sign * table.output_weights[-1][0]
+    return not table.noise_weight[-1] and np.allclose(found, (kept + gain * p, gain * q), rtol=ROUNDED, atol=ROUNDED)
 
 
 def _step(scheduler: Any, output: Tensor, timestep: Any, x: Tensor) -> Tensor:

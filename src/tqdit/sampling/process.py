@@ -57,6 +57,11 @@ class Diffusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="di
         return 0, TRAINING_STEPS
 
     @property
+    def noising(self) -> Diffusion:
+        """Itself: how states are noised is known."""
+        return self
+
+    @property
     def alphas_cumprod(self) -> Float64:
         """abar_t of the training chain, (1000,)."""
         return np.cumprod(1 - BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end), dtype=np.float64)
@@ -98,14 +103,15 @@ class Diffusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="di
 
 
 class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
-    """Rectified flow (arXiv 2209.03003): x_t = (1 - t) x_0 + t noise, t in 0..1; the network predicts noise - x_0.
+    """Rectified flow (arXiv 2209.03003): x_t = (1 - t) x_0 + t noise, t in 0..1.
 
-    The network is told time_scale t. A chain visits t = shift u / (1 + (shift - 1) u) at even u (SD3, 2403.03206,
-    section 5.3.2).
+    The network is told time_scale t and predicts sign (noise - x_0). A chain visits t = shift u / (1 + (shift - 1) u)
+    at even u (SD3, 2403.03206, section 5.3.2).
     """
 
     time_scale: float = 1000.0
     shift: float = 1.0
+    sign: Sign = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.time_scale <= 1e6 or not 0 < self.shift <= 100:
@@ -115,6 +121,11 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
     def span(self) -> tuple[float, float]:
         """Timesteps lie in span[0] < t <= span[1]."""
         return 0.0, self.time_scale
+
+    @property
+    def noising(self) -> Flow:
+        """Itself: how states are noised is known."""
+        return self
 
     def timesteps(self, steps: int) -> Float64:
         """The timesteps of a chain of T steps, ascending, (T,); the last step ends at t = 0."""
@@ -127,7 +138,7 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
     def clean(self, timesteps: Float64) -> tuple[Float64, Float64]:
         """(p, q) of x_0 = p x_t + q prediction at each timestep."""
         _, t = self.mix(timesteps)
-        return np.ones_like(t), -t
+        return np.ones_like(t), -self.sign * t
 
     def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:
         """(a, b) of x_t = a x_0 + b noise at each timestep."""
@@ -136,7 +147,7 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
 
     def target(self, x0: Float64, noise: Float64) -> Float64:
         """What the network learned to predict."""
-        return noise - x0
+        return self.sign * (noise - x0)
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -151,10 +162,10 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
-    """A process that only its chains are known of, one table for each number of steps.
+    """A process of which chains were recorded, one table for each number of steps.
 
     The network is told time_scale t + time_shift for the table's timestep t, and the table's scheduler takes `sign`
-    times its prediction.
+    times its prediction. noising: how the states were noised, if the table tells; then other samplers fit, too.
     """
 
     scheduler: str  # name of the class, for messages
@@ -163,6 +174,7 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
     time_shift: float = 0.0
     sign: Sign = 1
     training_steps: int = TRAINING_STEPS
+    noising: Diffusion | Flow | None = None
 
     def __post_init__(self) -> None:
         if not self.time_scale or self.training_steps < 1:
@@ -183,26 +195,36 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
             if len(table.timesteps) == steps:
                 return table
         known = ", ".join(str(len(table.timesteps)) for table in self.tables)
+        others = "" if self.noising is None else "a --sampler such as dpm++2m or unipc, "
         raise UsageError(
-            f"--steps is {steps}; chains of {self.scheduler} were recorded with {known} steps. Pass one of these, or "
-            "record a chain of that length."
+            f"--steps is {steps}; chains of {self.scheduler} were recorded with {known} steps. Pass one of these, "
+            f"{others}or record a chain of that length."
         )
 
     def timesteps(self, steps: int) -> Float64:
         """What the network is told in the recorded chain of T steps, (T,)."""
         return self.time_scale * np.array(self.table(steps).timesteps) + self.time_shift
 
-    def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:  # noqa: ARG002 (as its siblings)
-        """Raises UsageError: a recording does not tell how data was noised."""
-        raise UsageError(f"how data was noised for {self.scheduler} was not recorded. Calibrate on recorded rows.")
+    def mix(self, timesteps: Float64) -> tuple[Float64, Float64]:
+        """(a, b) of x_t = a x_0 + b noise at each timestep. Raises UsageError if the recording does not tell."""
+        return self._known().mix(timesteps)
 
-    def target(self, x0: Float64, noise: Float64) -> Float64:  # noqa: ARG002
-        """Raises UsageError, as `mix`."""
-        raise UsageError(f"how data was noised for {self.scheduler} was not recorded. Calibrate on recorded rows.")
+    def target(self, x0: Float64, noise: Float64) -> Float64:
+        """What the network learned to predict. Raises UsageError, as `mix`."""
+        return self._known().target(x0, noise)
+
+    def _known(self) -> Diffusion | Flow:
+        if self.noising is None:
+            raise UsageError(f"how data was noised for {self.scheduler} is not known. Calibrate on recorded rows.")
+        return self.noising
 
 
 class Unsampled(msgspec.Struct, frozen=True, tag="unsampled"):
     """Nothing is known of how the network is sampled: its calls alone were recorded."""
+
+    @property
+    def noising(self) -> None:
+        return None
 
     @property
     def span(self) -> tuple[float, float]:
@@ -224,7 +246,7 @@ Process = Diffusion | Flow | Recorded | Unsampled
 def check_timesteps(process: Process, timesteps: Sequence[float], steps: int) -> None:
     """Refuse timesteps that a chain of T steps cannot visit, ascending."""
     least, most = process.span
-    whole = isinstance(process, Diffusion)
+    whole = isinstance(process.noising, Diffusion)
     inside = [t >= least and t < most and float(t).is_integer() if whole else least < t <= most for t in timesteps]
     if len(timesteps) != steps or not all(inside) or any(a >= b for a, b in pairwise(timesteps)):
         numbers = f"whole numbers from {least:g} to {most - 1:g}" if whole else f"above {least:g}, at most {most:g}"

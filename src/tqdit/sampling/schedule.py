@@ -16,6 +16,7 @@ from tqdit.sampling import samplers
 from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Flow, Process, Recorded, Unsampled, check_timesteps
 
 MOST_LAG = 3
+RECORDED = "recorded"  # the sampler that replays a recorded chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,9 @@ class SamplingSpec:
         """'250 steps of ddpm', '12 placed steps of dpm++2m', or by the scheduler that was recorded."""
         if isinstance(self.process, Unsampled):
             return "no chain"
-        name = self.process.scheduler if isinstance(self.process, Recorded) else self.sampler
+        name = self.sampler
+        if isinstance(self.process, Recorded) and name == RECORDED:
+            name = self.process.scheduler
         interval = self.guidance_interval
         guided = "" if interval is None else f" with guidance from timestep {interval[0]:g} to {interval[1]:g}"
         return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}{guided}"
@@ -139,9 +142,10 @@ class SamplingSpec:
 @lru_cache(maxsize=256)
 def make_schedule(spec: SamplingSpec) -> Schedule:
     module = find_samplers()[spec.sampler]
-    assert not isinstance(spec.process, Unsampled)
-    timesteps = np.array(spec.timesteps) if spec.timesteps else visits(module, spec.process, spec.steps)
-    schedule: Schedule = module.schedule(spec.process, timesteps)
+    process = spec.process if isinstance(spec.process, module.PROCESS) else spec.process.noising
+    assert isinstance(process, module.PROCESS)
+    timesteps = np.array(spec.timesteps) if spec.timesteps else visits(module, process, spec.steps)
+    schedule: Schedule = module.schedule(process, timesteps)
     if spec.guidance_interval is None:
         return schedule
     low, high = spec.guidance_interval
@@ -164,5 +168,8 @@ def sampler_names() -> tuple[str, ...]:
 
 
 def samplers_of(process: Process) -> tuple[str, ...]:
-    """Names of the samplers for a process."""
-    return tuple(name for name, module in find_samplers().items() if isinstance(process, module.PROCESS))
+    """Names of the samplers for a process: of a recorded one those of its noising, too."""
+    kinds = (process, process.noising)
+    return tuple(
+        name for name, module in find_samplers().items() if any(isinstance(kind, module.PROCESS) for kind in kinds)
+    )

@@ -197,7 +197,7 @@ class Sampler:
 
     def steps_for(self, count: int, steps: int | None = None) -> int:
         """Number of callbacks that sampling `count` images makes."""
-        return math.ceil(count / self.batch) * self.card.sampling.choose(steps).steps
+        return math.ceil(count / self.batch) * (self.card.sampling.steps if steps is None else steps)
 
     def close(self) -> None:
         """Free the engine; the sampler cannot be used afterwards."""

@@ -13,4 +13,4 @@ PROCESS = Flow
 def schedule(process: Flow, timesteps: Float64) -> Schedule:
     """x' = x + (t' - t) velocity."""
     t = timesteps / process.time_scale
-    return single_step(timesteps, np.ones_like(t), np.append(0.0, t[:-1]) - t)
+    return single_step(timesteps, np.ones_like(t), process.sign * (np.append(0.0, t[:-1]) - t))

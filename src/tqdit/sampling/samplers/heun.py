@@ -1,7 +1,8 @@
 """Heun's method (EDM, arXiv 2206.00364, algorithm 1). A step is a network call, and most intervals take two.
 
 Along x / a of a diffusion, whose slope over b / a is the predicted noise, or along x of a flow, whose slope is the
-prediction. T calls make T // 2 + 1 intervals; the last one, and the one before if T is even, takes one call (Euler).
+prediction with the flow's sign. T calls make T // 2 + 1 intervals; the last one, and the one before if T is even, takes
+one call (Euler).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def schedule(process: Diffusion | Flow, timesteps: Float64) -> Schedule:
         raise UsageError("'heun' calls the network twice at most timesteps, so its steps cannot be placed.")
     a, b = process.mix(places)
     a, b = np.append(1.0, a), np.append(0.0, b)
-    unit, place = (a, b / a) if isinstance(process, Diffusion) else (np.ones_like(a), b)
+    unit, place = (a, b / a) if isinstance(process, Diffusion) else (np.ones_like(a), process.sign * b)
     visited, states, outputs = [], [], []
     calls = steps
     for start in range(len(places), 0, -1):  # an interval from place[start] to place[start - 1]
