@@ -38,6 +38,7 @@ from tqdit.files import temporary_folder
 from tqdit.golden import relative_errors
 from tqdit.onnx_file import OnnxFile, save
 
+BITS = {"fp16": 11, "bf16": 8}  # of a number's digits
 BLOCK = re.compile(r"blocks\.(\d+)[./]")
 BYTES = {"Int8": 1, "FP8": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 NOT_KERNELS = {"shape_call", "signal", "wait"}
@@ -153,23 +154,25 @@ def print_blocks(target: str, images: int) -> None:
                   f"{found.float32 / 1e6:.1f} |", flush=True)  # fmt: skip
 
 
-def as_on_gpu(source: Path, halved: bool, folder: Path) -> onnx.ModelProto:
-    """The file with its functions inlined, cast to float16 and, if `halved`, with products that are rounded to it."""
+def as_on_gpu(source: Path, bits: int | None, folder: Path) -> onnx.ModelProto:
+    """The file with its functions inlined, cast to float16, and with products rounded to `bits` unless None."""
     file = OnnxFile.read(source)
     model = file.to_ir()
     cast_floats(model, file.own_card, "fp16")
     proto = save(model, folder / source.name)
     rounded = probabilities(proto)
     proto = onnx.inliner.inline_local_functions(proto)
-    if halved:
+    if bits:
         halve_products(proto, folder, rounded)
-        round_products(proto)
+        round_products(proto, bits)
     return proto
 
 
-def round_products(model: onnx.ModelProto) -> int:
-    """Round what rewritten products give to 11 bits, by T. J. Dekker's splitting: c = (2^13 + 1) x, c - (c - x)."""
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(2**13 + 1), "splitter"))
+def round_products(model: onnx.ModelProto, bits: int = 11) -> int:
+    """Round what rewritten products give to `bits` bits, by T. J. Dekker's splitting: c = (2^s + 1) x, c - (c - x) with
+    s = 24 - bits.
+    """
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(2 ** (24 - bits) + 1, np.float32), "splitter"))
     nodes, number = [], 0
     for node in model.graph.node:
         nodes.append(node)
@@ -203,10 +206,11 @@ def print_golden(source: Path) -> None:
         sys.exit(f"{source}: holds no golden calls. Export a quantized denoiser graph of a calibrated table.")
     inputs = {name: np.asarray(array) for name, array in calls.inputs.items()}
     with temporary_folder(Path(tempfile.gettempdir()) / "tensorrt-kernels") as folder:
-        products = [run_on_cpu(as_on_gpu(source, halved, folder), inputs) for halved in (False, True)]
-    errors = [relative_errors(found, calls.prediction).mean() for found in products]
-    apart = relative_errors(products[1], products[0]).mean()
-    print(f"| {source} | {calls.errors.mean():.3e} | {errors[0]:.3e} | {errors[1]:.3e} | {apart:.1e} |", flush=True)
+        found = [run_on_cpu(as_on_gpu(source, bits, folder), inputs) for bits in (None, *BITS.values())]
+    errors = [relative_errors(one, calls.prediction).mean() for one in found]
+    apart = [relative_errors(one, found[0]).mean() for one in found[1:]]
+    figures = [calls.errors.mean(), *errors, *apart]
+    print(f"| {source} | {' | '.join(f'{figure:.2e}' for figure in figures)} |", flush=True)
 
 
 def main() -> None:
@@ -218,7 +222,8 @@ def main() -> None:
     if not arguments.golden:
         print_blocks(arguments.target, arguments.images)
         return
-    print("| file | expected error | products in float32 | in float16 | between the two |\n|---|---|---|---|---|")
+    print("| file | expected | float32 | float16 | bfloat16 | float16 - float32 | bfloat16 - float32 |")
+    print("|---|---|---|---|---|---|---|")
     for source in arguments.golden:
         print_golden(source)
 
