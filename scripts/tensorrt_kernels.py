@@ -12,6 +12,7 @@ rewritten product is rounded to float16 by float32 operations: ONNX Runtime's CP
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import re
 import sys
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -31,9 +32,10 @@ from onnx import helper, numpy_helper
 from tqdit.engines.backends.tensorrt import builder, compiler
 from tqdit.engines.backends.tensorrt.half_products import halve_products, probabilities
 from tqdit.engines.backends.tensorrt.layers import Layer
+from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.config import BatchRange, BuildConfig, Progress
 from tqdit.files import temporary_folder
 from tqdit.golden import relative_errors
 from tqdit.onnx_file import OnnxFile, save
@@ -59,7 +61,7 @@ def build_layers(source: Path, config: BuildConfig, halved: bool = True) -> tupl
     """The layers of the engine that TensorRT-RTX makes of a file."""
     seen: list[tuple[Layer, ...]] = []
 
-    def spy(job: builder.Job, progress: builder.Progress) -> builder.Compiled:
+    def spy(job: Job, progress: Progress) -> Compiled:
         compiled = compiler.run_worker(job, progress)
         seen.append(compiled.layers)
         return compiled
@@ -98,7 +100,6 @@ def figures(layers: Sequence[Layer]) -> Figures:
 def make_files(folder: Path) -> dict[str, Path]:
     """Files of three blocks with random weights: one for each form of attention, and one without two regions in fc2."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from tables import Kind, make_table
     from tqdit.card import AttentionForm
     from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
     from tqdit.exporter.onnx_writer import write
@@ -108,12 +109,13 @@ def make_files(folder: Path) -> dict[str, Path]:
     from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
     from tqdit.quantization.table import ScaleTable, Site
 
+    tables: Any = importlib.import_module("tables")
     config = DiTConfig(
         input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=XL_WIDTH, depth=3,
         mlp_hidden_size=4 * XL_WIDTH, num_classes=1000, num_heads=XL_HEADS,
     )  # fmt: skip
     model = published.describe(randomize(DiT(config)).eval().requires_grad_(False), "stack")
-    ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
+    ranges = {product.name: (np.array([-3, 3], np.float32),) * 2 for product in model.products}
 
     def one_product(site: Site) -> Site:
         if not isinstance(site.quantizer, TwoRegionGelu):
@@ -121,7 +123,8 @@ def make_files(folder: Path) -> dict[str, Path]:
         scale, zero_point = np.asarray(np.float32(3.17 / 255)), np.asarray(np.int32(14))
         return replace(site, quantizer=Asymmetric(8, site.quantizer.granularity, scale, zero_point))
 
-    static, dynamic = (make_table(model, kind, operands=ranges) for kind in (Kind(groups=10), Kind(dynamic=True)))
+    kinds = (tables.Kind(groups=10), tables.Kind(dynamic=True))
+    static, dynamic = (tables.make_table(model, kind, operands=ranges) for kind in kinds)
     single = replace(static, sites=tuple(map(one_product, static.sites)))
     forms: list[tuple[str, AttentionForm, ScaleTable]] = [
         (f"attention {form}", form, static) for form in ("simulated", "integer", "fused", "float")
