@@ -46,8 +46,10 @@ class GoldenCalls:
         counts = {len(array) for array in (*self.inputs.values(), self.prediction, self.errors)}
         arrays = (*self.inputs.values(), self.prediction, self.errors)
         sound = all(array.dtype.kind in "biuf" and np.isfinite(array).all() for array in arrays)
-        if len(counts) != 1 or not sound or self.errors.ndim != 1 or not len(self.errors) or self.errors.min() < 0:
-            raise FileFormatError(f"golden calls of {sorted(counts)} rows; expected finite values, as many of each.")
+        if not sound:
+            raise FileFormatError("golden calls hold NaN or infinite values. Look for them in the model's weights.")
+        if len(counts) != 1 or self.errors.ndim != 1 or not len(self.errors) or self.errors.min() < 0:
+            raise FileFormatError(f"golden calls of {sorted(counts)} rows; expected as many of each, and errors >= 0.")
 
     def __len__(self) -> int:
         return len(self.errors)

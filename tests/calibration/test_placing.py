@@ -144,7 +144,7 @@ def test_a_chain_of_which_nothing_is_known_is_refused(model: LoadedModel, tmp_pa
     table = Table((1.0, 3.0), (1.0, 1.0), ((1.0,), (1.0,)), ((-1.0,), (-1.0,)), (0.0, 0.0), 1.0)
     unknown = replace(model, sampling=SamplingSpec(Recorded("SomeScheduler", (table,)), "recorded", 2))
     with pytest.raises(UsageError, match=r"--calls.*not known"):
-        check_placing(unknown, QuantizationConfig(calls=4))
+        check_placing(unknown.sampling, unknown.signature, QuantizationConfig(calls=4))
 
 
 def test_places_that_no_chain_has_are_refused_by_the_export(model: LoadedModel, tmp_path: Path) -> None:

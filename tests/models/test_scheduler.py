@@ -176,16 +176,21 @@ def test_our_sampler_at_the_recorded_timesteps_is_the_scheduler(name, sampler):
             np.testing.assert_allclose(getattr(ours, weights), getattr(table, weights), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["DDIM, v", "Euler", "Euler, Karras", "Heun", "EDM Euler", "flow Heun"])
-def test_what_no_known_process_explains_keeps_its_own_steps(name):
-    scheduler = DETERMINISTIC[name]()
-    scheduler.set_timesteps(STEPS)
+@pytest.mark.parametrize("steps", [STEPS, 60])
+@pytest.mark.parametrize(
+    "name",
+    ["DDIM, v", "Euler", "Euler, Karras", "Heun", "EDM Euler", "flow Heun", "CogVideoX DDIM", "IPNDM", "DPM++ 2M, SDE"],
+)
+def test_what_no_known_process_explains_keeps_its_own_steps(name, steps):
+    """With many steps, too, each of which is nearly none."""
+    scheduler = {**DETERMINISTIC, **STOCHASTIC}[name]()
+    scheduler.set_timesteps(steps)
     table = tabulate(scheduler)
     assert find_noising(scheduler.config, table, (1.0, 0.0), 1) is None
     process = Recorded("Some", (table,))
     assert samplers_of(process) == ("recorded",)
-    with pytest.raises(UsageError, match=rf"--steps is {STEPS + 1}.*recorded with {len(table.timesteps)}"):
-        _ = SamplingSpec(process, "recorded", STEPS + 1).schedule
+    with pytest.raises(UsageError, match=rf"steps is 7.*recorded with {len(table.timesteps)}"):
+        _ = SamplingSpec(process, "recorded", 7).schedule
 
 
 def test_another_number_of_steps_names_the_samplers_that_take_it():
@@ -193,6 +198,15 @@ def test_another_number_of_steps_names_the_samplers_that_take_it():
     scheduler.set_timesteps(STEPS)
     table = tabulate(scheduler)
     process = Recorded("Some", (table,), noising=find_noising(scheduler.config, table, (1.0, 0.0), 1))
-    with pytest.raises(UsageError, match=r"--steps is 7.*--sampler such as dpm\+\+2m"):
+    with pytest.raises(UsageError, match=r"steps is 7.*sampler such as dpm\+\+2m"):
         _ = SamplingSpec(process, "recorded", 7).schedule
-    assert len(SamplingSpec(process, "unipc", 7).schedule) == 7
+    short = SamplingSpec(process, "unipc", 7)
+    assert len(short.schedule) == 7
+    assert len(short.choose(sampler="recorded").schedule) == STEPS
+
+
+def test_a_scheduler_that_makes_nan_is_refused():
+    scheduler = diffusers.UniPCMultistepScheduler(solver_type="bh1")
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(UsageError, match=r"UniPCMultistepScheduler.*NaN"):
+        tabulate(scheduler)

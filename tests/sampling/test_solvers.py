@@ -126,7 +126,7 @@ EXACT += [(Flow(shift=shift), name) for shift in (1.0, 3.0) for name in FLOW_SOL
 
 @pytest.mark.parametrize("sampler", samplers_of(Flow()))
 def test_a_flow_whose_network_predicts_the_opposite_has_the_same_chain(sampler):
-    """Z-Image, for one, predicts x_0 - noise."""
+    """x_0 - noise in place of noise - x_0."""
     ours, other = (SamplingSpec(Flow(shift=3.0, sign=sign), sampler, 6).schedule for sign in (1, -1))
     np.testing.assert_allclose(other.output_weights, -ours.output_weights, rtol=1e-12)
     np.testing.assert_allclose(other.state_weights, ours.state_weights, rtol=1e-12)

@@ -22,6 +22,7 @@ from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.ray_workers import Worker
 from tqdit.engines.run.requests import read_embeddings
 from tqdit.engines.run.shards import INDEX, describe_job
+from tqdit.errors import UsageError
 from tqdit.files import sha256
 from tqdit.models.recording import Recording
 from tqdit.sampling.schedule import SamplingSpec, samplers_of
@@ -192,3 +193,11 @@ def test_steps_are_placed_for_a_recorded_pipeline(flux, monkeypatch):
     process = rows.interface.sampling.process
     spec = SamplingSpec(process, table.placed.sampler, 3, table.placed.timesteps)
     assert str(spec) == f"3 placed steps of {table.placed.sampler}"
+
+
+def test_a_step_graph_of_a_recorded_pipeline_is_refused(flux, tmp_path):
+    """Its requests have values of their own in unconditional rows, and constants."""
+    rows = Recording.load(flux / "calls.safetensors")
+    network = FAMILIES["flux"]()[0].transformer
+    with pytest.raises(UsageError, match=r"Flux.*--graph denoiser"):
+        tqdit.export(network, tmp_path / "s.onnx", rows=rows, graph="step", sampler="euler", steps=4)

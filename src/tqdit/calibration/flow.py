@@ -115,7 +115,7 @@ class Calibration:
         recorded = self.model.guidance.scale if self.model.guidance and isinstance(self.data, Recording) else scale
         if not math.isclose(scale, recorded, rel_tol=1e-3):
             raise UsageError(f"--guidance-scale is {scale:g}; calls were recorded with {recorded:g}. Leave it out.")
-        check_placing(self.model, self.config)
+        check_placing(self.model.sampling, self.model.signature, self.config)
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
         state = 4 * math.prod(signature.state.row_shape)

@@ -26,6 +26,7 @@ from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.golden import relative_errors
 from tqdit.models.loaded import LoadedModel
+from tqdit.ports import Signature
 from tqdit.quantization.table import PlacedSteps
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.placement import FIRST_IMAGE, KEPT, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
@@ -43,11 +44,16 @@ def solvers_of(config: QuantizationConfig) -> tuple[str, ...]:
     return SOLVERS if config.solver == "auto" else (config.solver,)
 
 
-def check_placing(model: LoadedModel, config: QuantizationConfig) -> None:
+def check_placing(sampling: SamplingSpec, signature: Signature, config: QuantizationConfig) -> None:
     """Refuse a chain whose steps cannot be placed, before any work."""
     if config.calls is None:
         return
-    process = _process(model)
+    process = sampling.process.noising
+    if process is None:
+        raise UsageError(
+            f"--calls places steps along a known way from noise to data; the one that {signature.family} was recorded "
+            "on is not known. Leave it out; or record again, if an earlier version did that."
+        )
     for solver in solvers_of(config):
         spec = SamplingSpec(process, solver, config.calls, spacings(process, config.calls)["log-snr"])
         if spec.schedule.is_stochastic:
@@ -55,18 +61,8 @@ def check_placing(model: LoadedModel, config: QuantizationConfig) -> None:
                 f"--solver {solver} draws noise at each step, so its chains have no end to compare with. Pass a "
                 "deterministic one."
             )
-    size = 2 * LONG[1] * (LEARNED + CHECKED) * 4 * math.prod(model.signature.state.row_shape)
+    size = 2 * LONG[1] * (LEARNED + CHECKED) * 4 * math.prod(signature.state.row_shape)
     check_memory(f"long chains of {LEARNED + CHECKED} images", size, "Leave out --calls.")
-
-
-def _process(model: LoadedModel) -> Process:
-    process = model.sampling.process.noising
-    if process is None:
-        raise UsageError(
-            f"--calls places steps along a known way from noise to data; the one that {model.signature.family} was "
-            "recorded on is not known. Leave it out."
-        )
-    return process
 
 
 class Placing:
@@ -78,7 +74,9 @@ class Placing:
     ) -> None:  # fmt: skip
         """requests: what the chains are asked for in turn, (n, ...); None: drawn at random."""
         self.model, self.config, self.folder, self.console = model, config, folder, console
-        self.process = _process(model)
+        process = model.sampling.process.noising
+        assert process is not None
+        self.process: Process = process
         assert config.calls is not None
         self.calls = config.calls
         self.images = range(LEARNED + CHECKED)

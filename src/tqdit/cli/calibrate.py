@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tqdit.models.model_card import PipelineCard
     from tqdit.models.recording import Recording
 
+RECORDINGS = 2  # version of what a recording tells: those of earlier ones are made again
 SUMMARY = "find the scales that turn a float diffusion transformer into integers"
 EXAMPLES = """\
 examples:
@@ -173,6 +174,7 @@ def _recording(
     """The calls of --rows, or those of a pipeline that runs here with prompts and are kept in the work folder."""
     import torch
 
+    from tqdit.calibration.placing import check_placing
     from tqdit.calibration.rows import boundaries_of
     from tqdit.calibration.work import digest, versions
     from tqdit.models.families.recorded import folder_of, open_pipeline
@@ -185,7 +187,7 @@ def _recording(
         return None
     prompts, chosen, folder = asked.prompts, asked.call, Path(folder_of(args.model))
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*.*"))
-    kept = work / f"calls-{digest([files, prompts, config.seed, chosen, versions()])}.safetensors"
+    kept = work / f"calls-{digest([RECORDINGS, files, prompts, config.seed, chosen, versions()])}.safetensors"
     if kept.is_file():
         console.say(f"recorded calls: kept from an earlier run in {kept}")
         return Recording.load(kept)
@@ -209,8 +211,10 @@ def _recording(
                 raise UsageError(
                     f"{args.model}: {type(pipeline).__name__} refuses {call}: {first_line(error)}"
                 ) from error
-            if not number:  # what cannot be learned or grouped is refused before the other prompts
-                boundaries_of(recorder.recording().interface.sampling, config.groups)
+            if not number:  # what cannot be learned, grouped or placed is refused before the other prompts
+                found = recorder.recording().interface
+                boundaries_of(found.sampling, config.groups)
+                check_placing(found.sampling, found.signature, config)
             bar.update()
     recording = recorder.recording()
     work.mkdir(parents=True, exist_ok=True)

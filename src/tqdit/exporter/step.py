@@ -18,6 +18,7 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import prediction_of
 from tqdit.ports import Port, Signature
 from tqdit.sampling.guidance import Guidance
+from tqdit.sampling.process import Recorded
 from tqdit.sampling.schedule import SamplingSpec
 
 STATE, OUTPUT, NOISE, LOW, SPREAD, INPUT_SCALE = range(6)  # columns of a step's coefficients
@@ -35,6 +36,11 @@ class SamplingStep(nn.Module):
 
     def __init__(self, model: LoadedModel, spec: SamplingSpec, guidance: Guidance | None) -> None:
         super().__init__()
+        if isinstance(spec.process, Recorded):
+            raise UsageError(
+                f"a step graph takes classes and their guidance; {model.signature.family} was recorded in a pipeline. "
+                "Export with --graph denoiser."
+            )
         self.network, self.signature, self.guidance = model.network, model.signature, guidance
         schedule, dtype = spec.schedule, model.signature.time.dtype
         if schedule.lag:

@@ -24,7 +24,7 @@ from tqdit.sampling.schedule import MOST_LAG
 
 ELEMENTS = 512  # of the vectors that a step is fitted on
 TOLERANCE = 2e-6  # relative: schedulers compute in float32
-ROUNDED = 2e-3  # of weights, relative: some schedulers of flows tell the network whole numbers in place of 1000 t
+NEAR = 1e-2  # of the data and the noise in a state: some schedulers of flows tell the network whole numbers for 1000 t
 Float64 = NDArray[np.float64]
 
 
@@ -69,16 +69,17 @@ def tabulate(scheduler: Any) -> Table:
 def find_noising(
     config: Mapping[str, Any], table: Table, time: tuple[float, float], sign: Sign
 ) -> Diffusion | Flow | None:
-    """How the states of a recorded chain were noised, None if its table does not tell.
+    """How the states of a recorded chain were noised, None if no process that is known explains its table.
 
-    The first step of every solver is of first order: x' = (b' / b) x + (a' - a b' / b) x_0, with x = a x_0 + b noise.
     config: the scheduler's settings. time: factor and shift of what the network is told for the table's timesteps.
     sign: of the prediction.
     """
     scale, shift = time
     told = scale * np.array(table.timesteps)
     scaled = table.initial_scale != 1 or set(table.input_scale) != {1.0}
-    if shift or scale <= 0 or scaled or np.any(np.diff(told) <= 0) or told[0] < 0:
+    if shift or scale <= 0 or scaled or any(table.noise_weight) or len(told) < 2:
+        return None
+    if np.any(np.diff(told) <= 0) or told[0] < 0:
         return None
     t = told / (scale * TRAINING_STEPS)
     candidates: list[Diffusion | Flow] = []
@@ -86,7 +87,7 @@ def find_noising(
         candidates.append(Flow(scale * TRAINING_STEPS, _shift_of(config, t), sign))
     if config.get("beta_schedule") in BETA_SCHEDULES and t[-1] < 1 and scale == sign == 1 and not np.any(told % 1):
         candidates.append(Diffusion(config["beta_schedule"], config["beta_start"], config["beta_end"]))
-    return next((each for each in candidates if _begins_with(table, each, told, sign)), None)
+    return next((each for each in candidates if _explains(table, each, told, sign)), None)
 
 
 def _shift_of(config: Mapping[str, Any], t: Float64) -> float:
@@ -100,14 +101,21 @@ def _shift_of(config: Mapping[str, Any], t: Float64) -> float:
     return float(np.clip(np.median(ratios), 1e-3, 100)) if len(ratios) else 1.0
 
 
-def _begins_with(table: Table, process: Diffusion | Flow, told: Float64, sign: Sign) -> bool:
-    """Whether the first step of the table is that of a chain of this process."""
-    a, b = (np.append(end, values) for end, values in zip((1.0, 0.0), process.mix(told), strict=True))
-    p, q = (float(values[-1]) for values in process.clean(told))
-    kept = b[-2] / b[-1]
-    gain = a[-2] - a[-1] * kept
-    found = table.state_weights[-1][0], sign * table.output_weights[-1][0]
-    return not table.noise_weight[-1] and np.allclose(found, (kept + gain * p, gain * q), rtol=ROUNDED, atol=ROUNDED)
+def _explains(table: Table, process: Diffusion | Flow, told: Float64, sign: Sign) -> bool:
+    """Whether a chain with a perfect network stays on the way of this process up to its last step.
+
+    A state is a x_0 + b noise, here (a, b), and the network predicts the process's target at each of them. What comes
+    after the last step is the scheduler's own choice.
+    """
+    way = np.stack(process.mix(told), axis=1)  # (T, 2)
+    prediction = sign * process.target(*np.eye(2))
+    states = [way[-1]]
+    for step in range(len(told) - 1, 0, -1):
+        weights = zip(table.state_weights[step], table.output_weights[step], reversed(states), strict=False)
+        states.append(sum((kept * x + gain * prediction for kept, gain, x in weights), np.zeros(2)))
+        if np.abs(states[-1] - way[step - 1]).max() > NEAR:
+            return False
+    return True
 
 
 def _step(scheduler: Any, output: Tensor, timestep: Any, x: Tensor) -> Tensor:
@@ -127,6 +135,8 @@ def _fit(
     """Weights of the states and the outputs, the latest first, and of the noise, that make x: with the least lag."""
     y = x.flatten().double()
     residual = np.inf
+    if not torch.isfinite(y).all():
+        raise UsageError(f"{name}: a step of it is NaN or infinite. Record with another scheduler, or fewer steps.")
     for lag in range(len(states)):
         features = [*states[: lag + 1], *outputs[: lag + 1], *noise]
         matrix = torch.stack([feature.flatten().double() for feature in features], 1)

@@ -111,7 +111,8 @@ def _hold(made: dict[int, tuple[Tensor, Callable[[], Tensor]]], shape: Any, make
 
 
 def _of_file(path: Path, name: str) -> Tensor:
-    tensor = read_tensor(path, name).to(torch.float32)
+    """In memory of its own."""
+    tensor = read_tensor(path, name).to(torch.float32, copy=True)
     if not is_finite(tensor):
         raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values. Get the directory again.")
     return tensor
@@ -156,7 +157,7 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
         if tensor.shape != expected[name].shape or tensor.dtype not in FLOAT_TYPES:
             return None
         if tensor.numel() < LARGE:
-            values[name] = tensor.to(torch.float32, copy=True)
+            values[name] = _of_file(path, name)
         else:
             values[name] = _hold(made, tensor.shape, partial(_of_file, path, name))
     network.load_state_dict(values, assign=True)

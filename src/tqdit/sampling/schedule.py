@@ -120,6 +120,8 @@ class SamplingSpec:
         sampler stay as they are, else where the sampler puts them.
         """
         placed = None if timesteps is None else tuple(map(float, timesteps))
+        if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
+            steps = len(self.process.tables[0].timesteps)
         steps = (len(placed) if placed else self.steps) if steps is None else steps
         sampler = self.sampler if sampler is None else sampler
         if placed is None:

@@ -31,12 +31,13 @@ def solve(problem: Problem, config: QuantizationConfig) -> Solution:
     left, _ = problem.sides(found.parameters)
     start = found.parameters["weight"]["scale"]  # (E,)
     hessian, cross = _normal_equations(problem, left)
-    factor = torch.linalg.cholesky(hessian)
-    target = operand.x.double() - torch.cholesky_solve(cross, factor).t()
+    order = hessian.diagonal().argsort(descending=True)  # what counts most is rounded first, and mended by all others
+    factor = torch.linalg.cholesky(hessian[order][:, order])
+    target = operand.x[:, order].double() - torch.cholesky_solve(cross[order], factor).t()
     best, scale, codes = torch.full_like(start, torch.inf), start, torch.zeros_like(operand.x)
     for each in FACTORS:
         tried = operand.per_channel(start * each)[:, None]  # (O, 1)
-        rounded = _round(target, tried.double(), factor, operand.plan.bits).float()
+        rounded = _round(target, tried.double(), factor, operand.plan.bits).float()[:, order.argsort()]
         error = operand.entries(problem.error(left, rounded * tried))
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, start * each, scale)
