@@ -222,5 +222,8 @@ DYNAMIC = replace(
     rows_per_group=8, chains=1, alpha=0.4, beta=1.0, candidates=25,
 )  # fmt: skip
 
+# The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
+GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
