@@ -185,6 +185,8 @@ class ImageJob:
                 await asyncio.gather(*ends)
         except asyncio.CancelledError:
             self.is_cancelled = self.refusal is None  # by `cancel`, or because the loop ends; or by `fail`
+        except DeadlineError as error:  # the batcher's, which is a TimeoutError, too
+            self.refusal = self.refusal or refusal_of(error)
         except TimeoutError:
             futures = [row.future for row in self.rows if row.future is not None]
             made = all(each.done() and not each.cancelled() for each in futures)
