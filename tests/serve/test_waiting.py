@@ -18,6 +18,7 @@ from tqdit.serve.engines import MOST_ENCODERS
 from tqdit.serve.settings import Settings
 
 PROMPT = {"prompt": "ab", "steps": 2}
+ALIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture
@@ -311,3 +312,22 @@ def test_a_second_sigterm_does_not_wait(gated):
     assert not running.server.force_exit
     running.server.handle_exit(signal.SIGTERM, None)
     assert running.server.force_exit
+
+
+@pytest.mark.parametrize(
+    ("before", "more"), [(b"", b"\r\n"), (b"", b"x"), (b"", ALIVE), (ALIVE, ALIVE)],
+    ids=["a line", "a byte", "a request", "a third request"],
+)  # fmt: skip
+def test_a_client_that_sends_more_than_its_request_and_leaves_frees_its_row(gated, before, more):
+    """before: a request that comes along with the one for images."""
+    running, gate = gated()
+    gate.call_s = 0.01  # ten seconds for an image
+    body = b'{"class": 1, "steps": 1000}'
+    with running.connect() as client:
+        request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        client.sendall(before + request + (more if before else b""))
+        wait_until(lambda: gate.calls)
+        client.sendall(more)
+        time.sleep(0.1)
+    wait_until(lambda: not running.running(), 5)
+    assert gate.calls < 900

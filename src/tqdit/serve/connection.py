@@ -18,6 +18,7 @@ from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ErrorAnswer
 
 LEAST_BYTES = 20_000  # that a client takes of an answer that waits for it, in each `client_s`
+EARLY_BYTES = 65_536  # that are taken of the requests after the one in work
 
 
 class Connection(H11Protocol):
@@ -36,12 +37,12 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._stop_reading_a_whole_request()
+        self._look_at_a_whole_request()
 
     def on_response_complete(self) -> None:
         self._expect_request()
         super().on_response_complete()  # begins the next request if it came along with this one
-        self._stop_reading_a_whole_request()
+        self._look_at_a_whole_request()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -73,9 +74,12 @@ class Connection(H11Protocol):
             self.refused(refusal.status)
         self.transport.close()
 
-    def _stop_reading_a_whole_request(self) -> None:
+    def _look_at_a_whole_request(self) -> None:
+        """While it is answered, only reading tells that the client has left; uvicorn stops it at what comes early."""
         if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
             self._stop("reading")
+            if len(self.conn.trailing_data[0]) < EARLY_BYTES:
+                self.flow.resume_reading()
 
     def _expect_request(self) -> None:
         self._stop("reading")
