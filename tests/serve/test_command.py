@@ -15,6 +15,7 @@ import pytest
 from support import wait_until
 from tqdit.cli.main import run
 from tqdit.cli.serve import KEY
+from tqdit.serve import on_ray
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +108,10 @@ def test_a_missing_library_comes_with_the_pip_command():
     assert len(done.stderr.splitlines()) == 1
     assert "prometheus_client, which is not installed" in done.stderr
     assert "Run: pip install" in done.stderr
+
+
+def test_listening_for_others_on_ray_without_a_key_is_warned_of(capsys, bundle, monkeypatch):
+    monkeypatch.setattr(on_ray, "serve_on_ray", lambda *_: None)
+    for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
+        assert run("serve", [str(bundle), "--ray", "auto", "--host", host]) == 0
+        assert (KEY in capsys.readouterr().err) == warned

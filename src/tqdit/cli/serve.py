@@ -83,6 +83,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
         raise UsageError("--replicas and --max-replicas belong to --ray.")
     engines = _by_name(args.engines)
+    if settings.api_key is None and not _is_loopback(args.host):
+        console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
     if args.ray is None:
         _serve_here(engines, settings, args.host, args.port, console)
     else:
@@ -100,8 +102,6 @@ def _serve_here(engines: dict[str, Path], settings: Settings, host: str, port: i
         server = Server(app, host, port)
         for number in (signal.SIGINT, signal.SIGTERM):  # also before it runs, and when uvicorn raises them again
             signal.signal(number, server.handle_exit)
-        if settings.api_key is None and not _is_loopback(host):
-            console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
         _tell(app.state.service, listener, console)
         server.run(sockets=[listener])
 
