@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(capsys, bundle, tmp_path, monkeypatch):
         (["--workers", "2"], "--workers is 2"), (["--port", "70000"], "--port is 70000"), (["--queue", "-1"], "queue"),
         (["--deadline", "nan"], "deadline"), (["--most-images", "0"], "images per request"),
         (["--cors-origin", "x"], "origin 'x'"), ([bundle, bundle], "two engines are named 'model'"),
-        (["a b=x"], "'a b' is no name"),
+        (["a b=x"], "'a b' is no name"), (["--ray", "auto", "--port", "0"], "--port is 0"),
     ):  # fmt: skip
         code, line = refused(capsys, *arguments)
         assert code == 2

@@ -82,6 +82,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     )  # fmt: skip
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
         raise UsageError("--replicas and --max-replicas belong to --ray.")
+    if args.ray is not None and args.port == 0:
+        raise UsageError("--port is 0; with --ray expected 1 to 65535, the same on every machine of the cluster.")
     engines = _by_name(args.engines)
     if settings.api_key is None and not _is_loopback(args.host):
         console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
