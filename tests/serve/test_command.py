@@ -115,3 +115,10 @@ def test_listening_for_others_on_ray_without_a_key_is_warned_of(capsys, bundle, 
     for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
         assert run("serve", [str(bundle), "--ray", "auto", "--host", host]) == 0
         assert (KEY in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example"])
+def test_what_can_be_no_name_of_a_host_is_refused_in_one_line(capsys, tmp_path, host):
+    code, line = refused(capsys, tmp_path, "--host", host)
+    assert code == 1
+    assert f"{host}:8000" in line

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tqdit.console import Console
-from tqdit.errors import OutputError, UsageError
+from tqdit.errors import OutputError, UsageError, first_line
 from tqdit.serve.app import make_app
 from tqdit.serve.server import Server
 from tqdit.serve.service import Service
@@ -142,8 +142,9 @@ def _listen(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except OSError as error:
-        raise OutputError(f"{host}:{port}: {error.strerror}. Choose another --host or --port.") from error
+    except (OSError, UnicodeError) as error:  # the latter for what can be no name of a host
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise OutputError(f"{host}:{port}: {reason}. Choose another --host or --port.") from error
     return listener
 
 
