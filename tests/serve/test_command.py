@@ -65,6 +65,8 @@ def test_mistakes_are_one_line(capsys, bundle, tmp_path, monkeypatch):
         assert words in line
     monkeypatch.setenv("WEB_CONCURRENCY", "4")
     assert "WEB_CONCURRENCY is 4" in refused(capsys, bundle)[1]
+    monkeypatch.setenv("WEB_CONCURRENCY", "")  # as if unset
+    assert "no such engine" in refused(capsys, tmp_path / "nothing.engine", "--port", 0)[1]
 
 
 def test_a_key_that_is_set_and_empty_is_refused(capsys, bundle, monkeypatch):

@@ -109,7 +109,7 @@ def _serve_here(engines: dict[str, Path], settings: Settings, host: str, port: i
 
 
 def _check_one_process(workers: int) -> None:
-    named = {"--workers": str(workers), "WEB_CONCURRENCY": os.environ.get("WEB_CONCURRENCY", "1")}
+    named = {"--workers": str(workers), "WEB_CONCURRENCY": os.environ.get("WEB_CONCURRENCY") or "1"}
     for name, value in named.items():
         if value != "1":
             raise UsageError(
