@@ -277,6 +277,7 @@ class KeptJobs:
     def add(self, job: ImageJob) -> None:
         self._prune()
         self._jobs[job.id] = job
+        job.task.add_done_callback(lambda _: self._prune())
 
     def get(self, name: str) -> ImageJob:
         """Raises Refusal if there is none of that name."""
