@@ -68,7 +68,7 @@ def refusal_of(error: BaseException) -> Refusal:
 def bad_json(error: msgspec.DecodeError) -> Refusal:
     """Of a body that is no request."""
     text = str(error)
-    at = re.search(r" - at `\$\.?([^`]*)`", text)
+    at = re.search(r" - at `\$\.?([^`\[]*)", text)
     unknown = re.search(r"unknown field `(\w+)`", text)
     code: ErrorCode = "invalid_value" if isinstance(error, msgspec.ValidationError) else "invalid_json"
     example = '{"prompt": "3", "seed": 7}'
