@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import socket
+import struct
 import sys
 import termios
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import h11
@@ -112,12 +115,19 @@ class Connection(H11Protocol):
             if not self.transport.get_write_buffer_size():
                 return  # the kernel has the rest
             if before - self._untaken() < LEAST_BYTES:
-                self.transport.abort()
+                self._reset()
             else:
                 self._expect_reader()
 
         self._stop("writing")
         self.writing = self.loop.call_later(self.settings.client_s, look)
+
+    def _reset(self) -> None:
+        """Drop what the kernel holds, too, which would otherwise keep the connection as long as nobody takes it."""
+        linger = struct.pack("ii", 1, 0)
+        with suppress(OSError):  # the other side has left
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
 
     def _untaken(self) -> int:
         """Bytes that wait here, and those that the kernel holds for the client: it takes megabytes at once, and asks
@@ -131,10 +141,10 @@ class Connection(H11Protocol):
             setattr(self, name, None)
 
 
-def _bytes_in_kernel(socket: Any) -> int:
+def _bytes_in_kernel(connected: Any) -> int:
     """That the other side has not acknowledged; 0 where the system does not tell, or of a closed socket."""
     try:
-        return int.from_bytes(fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except (OSError, ValueError):
         return 0
 
