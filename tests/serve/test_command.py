@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 
 from support import wait_until
+from tqdit.cli import serve
 from tqdit.cli.main import run
 from tqdit.cli.serve import KEY
 from tqdit.serve import on_ray
@@ -124,3 +125,19 @@ def test_what_can_be_no_name_of_a_host_is_refused_in_one_line(capsys, tmp_path, 
     code, line = refused(capsys, tmp_path, "--host", host)
     assert code == 1
     assert f"{host}:8000" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "names"),
+    [((), None, {"localhost", "127.0.0.1", "[::1]"}), (("--host", "127.0.0.2"), None, {"127.0.0.2", "localhost"}),
+     ((), "a-key-of-this-test", set()), (("--host", "0.0.0.0"), None, set()), (("--ray",), None, set())],
+)  # fmt: skip
+def test_names_are_checked_by_a_server_for_this_machine_without_a_key(bundle, monkeypatch, arguments, key, names):
+    if key:
+        monkeypatch.setenv(KEY, key)
+    found = []
+    for place, name in ((serve, "_serve_here"), (on_ray, "serve_on_ray")):
+        monkeypatch.setattr(place, name, lambda _engines, settings, *_: found.append(settings))
+    assert run("serve", [str(bundle), *arguments, "-q"]) == 0
+    assert set(found[0].hosts) >= names
+    assert bool(found[0].hosts) == bool(names)

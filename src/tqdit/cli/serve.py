@@ -18,6 +18,7 @@ from tqdit.serve.service import Service
 from tqdit.serve.settings import Settings
 
 KEY = "TQDIT_API_KEY"  # environment variable
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 SUMMARY = "serve engine bundles over HTTP, with a page to try them"
 EXAMPLES = """\
@@ -75,17 +76,19 @@ def run(args: argparse.Namespace, console: Console) -> None:
     _check_one_process(args.workers)
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port is {args.port}; expected 0 to 65535.")
+    key, is_local = os.environ.get(KEY), _is_loopback(args.host)
+    hosts = {*LOCAL, args.host.lower()} if is_local and key is None and args.ray is None else ()
     settings = Settings(
         batch=args.batch, threads=args.threads, device=args.device, queue=args.queue, deadline_s=args.deadline,
         most_images=args.most_images, most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
-        cors_origins=tuple(args.cors_origin), api_key=os.environ.get(KEY),
+        cors_origins=tuple(args.cors_origin), api_key=key, hosts=tuple(sorted(hosts)),
     )  # fmt: skip
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
         raise UsageError("--replicas and --max-replicas belong to --ray.")
     if args.ray is not None and args.port == 0:
         raise UsageError("--port is 0; with --ray expected 1 to 65535, the same on every machine of the cluster.")
     engines = _by_name(args.engines)
-    if settings.api_key is None and not _is_loopback(args.host):
+    if key is None and not is_local:
         console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
     if args.ray is None:
         _serve_here(engines, settings, args.host, args.port, console)
