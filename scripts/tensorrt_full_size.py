@@ -16,12 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+BLOCKS = 28
 ROOT = Path(__file__).parent.parent
 BUILDS = [  # attention of the file, precision, float type, targets
     ("simulated", "int8", "fp16", ("8.9",)),
     ("simulated", "int8", "fp16", ("8.0", "8.6", "8.9", "12.0")),
     ("integer", "int8", "fp16", ("8.9",)),
     ("float", "int8", "fp16", ("8.9",)),
+    ("float", "fp8", "fp16", ("8.9",)),
     ("float", "fp16", "fp16", ("8.9",)),
     ("none", "fp32", "fp32", ("8.9",)),
 ]
@@ -63,7 +65,8 @@ def main(folder: Path) -> None:
         source = folder / attention / "model.onnx"
         if not source.is_file():
             source.parent.mkdir(parents=True, exist_ok=True)
-            export = [sys.executable, str(ROOT / "tests" / "exporter" / "full_size.py"), str(source.parent), attention]
+            script = str(ROOT / "tests" / "exporter" / "full_size.py")
+            export = [sys.executable, script, str(source.parent), str(BLOCKS), attention]
             subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
         output = str(folder / "model.engine")
         command = [sys.executable, "-c", BUILD, str(source), output, precision, float_type, *targets]

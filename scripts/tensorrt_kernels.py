@@ -12,6 +12,7 @@ rewritten product is rounded to float16 by float32 operations: ONNX Runtime's CP
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import re
 import sys
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -31,13 +32,15 @@ from onnx import helper, numpy_helper
 from tqdit.engines.backends.tensorrt import builder, compiler
 from tqdit.engines.backends.tensorrt.half_products import halve_products, probabilities
 from tqdit.engines.backends.tensorrt.layers import Layer
+from tqdit.engines.backends.tensorrt.worker import Compiled, Job
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.config import BatchRange, BuildConfig, Progress
 from tqdit.files import temporary_folder
 from tqdit.golden import relative_errors
 from tqdit.onnx_file import OnnxFile, save
 
+BITS = {"fp16": 11, "bf16": 8}  # of a number's digits
 BLOCK = re.compile(r"blocks\.(\d+)[./]")
 BYTES = {"Int8": 1, "FP8": 1, "Half": 2, "BFloat16": 2, "Float": 4, "Int32": 4, "Int64": 8, "Bool": 1}
 NOT_KERNELS = {"shape_call", "signal", "wait"}
@@ -58,7 +61,7 @@ def build_layers(source: Path, config: BuildConfig, halved: bool = True) -> tupl
     """The layers of the engine that TensorRT-RTX makes of a file."""
     seen: list[tuple[Layer, ...]] = []
 
-    def spy(job: builder.Job, progress: builder.Progress) -> builder.Compiled:
+    def spy(job: Job, progress: Progress) -> Compiled:
         compiled = compiler.run_worker(job, progress)
         seen.append(compiled.layers)
         return compiled
@@ -97,7 +100,6 @@ def figures(layers: Sequence[Layer]) -> Figures:
 def make_files(folder: Path) -> dict[str, Path]:
     """Files of three blocks with random weights: one for each form of attention, and one without two regions in fc2."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from tables import Kind, make_table
     from tqdit.card import AttentionForm
     from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
     from tqdit.exporter.onnx_writer import write
@@ -107,12 +109,13 @@ def make_files(folder: Path) -> dict[str, Path]:
     from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
     from tqdit.quantization.table import ScaleTable, Site
 
+    tables: Any = importlib.import_module("tables")
     config = DiTConfig(
         input_size=32, patch_size=2, in_channels=4, out_channels=8, hidden_size=XL_WIDTH, depth=3,
         mlp_hidden_size=4 * XL_WIDTH, num_classes=1000, num_heads=XL_HEADS,
     )  # fmt: skip
     model = published.describe(randomize(DiT(config)).eval().requires_grad_(False), "stack")
-    ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
+    ranges = {product.name: (np.array([-3, 3], np.float32),) * 2 for product in model.products}
 
     def one_product(site: Site) -> Site:
         if not isinstance(site.quantizer, TwoRegionGelu):
@@ -120,7 +123,8 @@ def make_files(folder: Path) -> dict[str, Path]:
         scale, zero_point = np.asarray(np.float32(3.17 / 255)), np.asarray(np.int32(14))
         return replace(site, quantizer=Asymmetric(8, site.quantizer.granularity, scale, zero_point))
 
-    static, dynamic = (make_table(model, kind, operands=ranges) for kind in (Kind(groups=10), Kind(dynamic=True)))
+    kinds = (tables.Kind(groups=10), tables.Kind(dynamic=True))
+    static, dynamic = (tables.make_table(model, kind, operands=ranges) for kind in kinds)
     single = replace(static, sites=tuple(map(one_product, static.sites)))
     forms: list[tuple[str, AttentionForm, ScaleTable]] = [
         (f"attention {form}", form, static) for form in ("simulated", "integer", "fused", "float")
@@ -153,23 +157,25 @@ def print_blocks(target: str, images: int) -> None:
                   f"{found.float32 / 1e6:.1f} |", flush=True)  # fmt: skip
 
 
-def as_on_gpu(source: Path, halved: bool, folder: Path) -> onnx.ModelProto:
-    """The file with its functions inlined, cast to float16 and, if `halved`, with products that are rounded to it."""
+def as_on_gpu(source: Path, bits: int | None, folder: Path) -> onnx.ModelProto:
+    """The file with its functions inlined, cast to float16, and with products rounded to `bits` unless None."""
     file = OnnxFile.read(source)
     model = file.to_ir()
     cast_floats(model, file.own_card, "fp16")
     proto = save(model, folder / source.name)
     rounded = probabilities(proto)
     proto = onnx.inliner.inline_local_functions(proto)
-    if halved:
+    if bits:
         halve_products(proto, folder, rounded)
-        round_products(proto)
+        round_products(proto, bits)
     return proto
 
 
-def round_products(model: onnx.ModelProto) -> int:
-    """Round what rewritten products give to 11 bits, by T. J. Dekker's splitting: c = (2^13 + 1) x, c - (c - x)."""
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(2**13 + 1), "splitter"))
+def round_products(model: onnx.ModelProto, bits: int = 11) -> int:
+    """Round what rewritten products give to `bits` bits, by T. J. Dekker's splitting: c = (2^s + 1) x, c - (c - x) with
+    s = 24 - bits.
+    """
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(2 ** (24 - bits) + 1, np.float32), "splitter"))
     nodes, number = [], 0
     for node in model.graph.node:
         nodes.append(node)
@@ -203,10 +209,11 @@ def print_golden(source: Path) -> None:
         sys.exit(f"{source}: holds no golden calls. Export a quantized denoiser graph of a calibrated table.")
     inputs = {name: np.asarray(array) for name, array in calls.inputs.items()}
     with temporary_folder(Path(tempfile.gettempdir()) / "tensorrt-kernels") as folder:
-        products = [run_on_cpu(as_on_gpu(source, halved, folder), inputs) for halved in (False, True)]
-    errors = [relative_errors(found, calls.prediction).mean() for found in products]
-    apart = relative_errors(products[1], products[0]).mean()
-    print(f"| {source} | {calls.errors.mean():.3e} | {errors[0]:.3e} | {errors[1]:.3e} | {apart:.1e} |", flush=True)
+        found = [run_on_cpu(as_on_gpu(source, bits, folder), inputs) for bits in (None, *BITS.values())]
+    errors = [relative_errors(one, calls.prediction).mean() for one in found]
+    apart = [relative_errors(one, found[0]).mean() for one in found[1:]]
+    figures = [calls.errors.mean(), *errors, *apart]
+    print(f"| {source} | {' | '.join(f'{figure:.2e}' for figure in figures)} |", flush=True)
 
 
 def main() -> None:
@@ -218,7 +225,8 @@ def main() -> None:
     if not arguments.golden:
         print_blocks(arguments.target, arguments.images)
         return
-    print("| file | expected error | products in float32 | in float16 | between the two |\n|---|---|---|---|---|")
+    print("| file | expected | float32 | float16 | bfloat16 | float16 - float32 | bfloat16 - float32 |")
+    print("|---|---|---|---|---|---|---|")
     for source in arguments.golden:
         print_golden(source)
 

@@ -34,6 +34,8 @@ from tqdit.sampling.noise import normal
 from tqdit.sampling.process import Diffusion
 from tqdit.sampling.schedule import SamplingSpec
 
+pytestmark = pytest.mark.slow
+
 CONFIG = QuantizationConfig(
     steps=20, groups=2, rows_per_group=6, chains=2, guidance_scale=1.5, token_share=1.0, fisher="plain",
     patch="all", conditioning="all",

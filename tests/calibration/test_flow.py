@@ -78,6 +78,7 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
     assert set(table.errors) == set(table.by_module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_more_bits_give_less_error(tmp_path: Path, origin: str) -> None:
     model = tiny_model(origin)
@@ -106,6 +107,7 @@ def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> 
     assert sum(rounded.errors.values()) < sum(nearest.errors.values())
 
 
+@pytest.mark.slow
 def test_equalised_channels_leave_less_error_where_channels_differ(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():  # the conditioning makes one channel of fc1's input twenty times as large as the others
@@ -143,6 +145,7 @@ def test_numerators_are_taken_from_a_number_of_keys_on(
     assert plans["blocks.1.attn.scores"].operands["left"].scheme == "symmetric"
 
 
+@pytest.mark.slow
 def test_numerators_are_calibrated_and_leave_less_error_than_probabilities(tmp_path: Path) -> None:
     """Of value products at 4 bits, each in the search's own metric."""
     model, errors = tiny_model(), {}
@@ -156,6 +159,7 @@ def test_numerators_are_calibrated_and_leave_less_error_than_probabilities(tmp_p
     assert sum(errors["numerator"]) < sum(errors["probability"])
 
 
+@pytest.mark.slow
 def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def schemes(threshold: float) -> set[str]:
         monkeypatch.setattr(flow, "TWO_REGIONS_PAY", threshold)
@@ -219,6 +223,7 @@ class KilledError(Exception):
     """Stands for a kill at one write."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_any_of_its_writes_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +297,7 @@ def test_chains_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert resumed.meter.forward_equivalents["rows"] == 4 * (step + 1)
 
 
+@pytest.mark.slow
 def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
     (tmp_path / "search-of-my-life").mkdir()  # the user's: nothing of ours has such a name
@@ -307,6 +313,7 @@ def test_rows_are_kept_for_other_searches_and_the_rest_is_removed(tmp_path: Path
     assert len(list(tmp_path.glob("search-*"))) == 1  # those of other settings are removed
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_rows_is_sampled_again(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
     result = calibrate(model, config, tmp_path)
@@ -317,6 +324,7 @@ def test_a_damaged_file_of_rows_is_sampled_again(tmp_path: Path) -> None:
     assert calibrate(model, config, tmp_path).table == first
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_table(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
     assert calibrate(model, config, tmp_path).table != calibrate(model, replace(config, seed=1), tmp_path).table
@@ -357,6 +365,7 @@ def wide_diffusers_model() -> LoadedModel:
     return replace(model, sampling=model.sampling.choose(20))
 
 
+@pytest.mark.slow
 def test_the_module_of_diffusers_loses_as_little_as_it_did_converted(tmp_path: Path) -> None:
     """Errors of the same weights converted to our DiT, as TQDiT did up to version 0.1: docs/calibration.md."""
     model = wide_diffusers_model()

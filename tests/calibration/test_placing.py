@@ -76,6 +76,7 @@ def test_a_flow_without_guidance_is_placed(two_streams: LoadedModel, tmp_path: P
     assert placed.timesteps[-1] == two_streams.sampling.process.span[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [20, 40])  # in the long chain, and in a short one
 def test_a_stopped_search_goes_on_to_the_same_table(model: LoadedModel, tmp_path: Path, failing: int) -> None:
     expected = found(model, tmp_path / "whole")
@@ -95,6 +96,7 @@ def test_a_stopped_search_goes_on_to_the_same_table(model: LoadedModel, tmp_path
     assert found(model, tmp_path / "stopped") == expected
 
 
+@pytest.mark.slow
 def test_the_file_proposes_the_placed_chain_and_the_published_one_stays(model: LoadedModel, tmp_path: Path) -> None:
     table = found(model, tmp_path / "work")
     assert table.placed is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdit.calibration.capture import Samples
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.layers import LayerPlan, OperandPlan
-from tqdit.calibration.methods import METHODS, search
+from tqdit.calibration.methods import METHODS, gptq, search
 from tqdit.calibration.operands import Weight
 from tqdit.calibration.problem import Problem, make_problem
 from tqdit.models.products import Product
@@ -192,7 +192,7 @@ def test_adjacent_presets_differ_in_one_ingredient() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_error_feedback_rounds_weights_better_than_to_nearest(bits: int) -> None:
+def test_error_feedback_rounds_weights_better_than_to_nearest(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = LayerPlan(
         Product("m", "block"), {"input": OperandPlan("symmetric", 8, 1), "weight": OperandPlan("symmetric", bits, OUT)}
     )
@@ -206,4 +206,7 @@ def test_error_feedback_rounds_weights_better_than_to_nearest(bits: int) -> None
     assert codes.min() >= -(2 ** (bits - 1))
     assert codes.max() <= 2 ** (bits - 1) - 1
     assert torch.equal(codes, codes.round())
-    assert found.parameters["weight"]["scale"].equal(nearest.parameters["weight"]["scale"])
+    ratios = found.parameters["weight"]["scale"] / nearest.parameters["weight"]["scale"]
+    assert {round(ratio, 4) for ratio in ratios.tolist()} <= set(gptq.FACTORS)
+    monkeypatch.setattr(gptq, "FACTORS", (1.0,))  # the scales of the search alone
+    assert found.history[-1] < METHODS["gptq"](problem, CONFIG).history[-1]

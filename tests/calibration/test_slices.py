@@ -15,6 +15,7 @@ from tqdit.quantization.table import read_scale_table
 from zoo.pipelines import FAMILIES
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers about diffusers
 ]

@@ -28,6 +28,8 @@ from tqdit.quantization.fake_quant import apply, weight_codes
 from tqdit.quantization.granularity import PerToken
 from tqdit.quantization.table import read_scale_table
 
+pytestmark = pytest.mark.slow
+
 DYNAMIC = PRESETS["dynamic"]
 
 
@@ -176,7 +178,6 @@ def test_an_export_in_python_builds_and_is_verified(tmp_path: Path, backend: str
         assert sampler.sample([1, 2], seed=3, steps=4).shape == (2, 8, 8, 3)
 
 
-@pytest.mark.slow
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_file: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", "m.onnx", "--model", str(own_file), "--preset", "dynamic", "-q"]) == 0

@@ -25,6 +25,8 @@ from tqdit.lint import lint
 from tqdit.onnx_file import OnnxFile
 from tqdit.quantization.fake_quant import apply
 
+pytestmark = pytest.mark.slow
+
 CPU = ["onnxruntime", "openvino"]
 FLOAT32 = BuildConfig(float_type="fp32")
 EVERY_LINEAR = 10  # of the tiny model: four in each of two blocks, the patch embedding and the final one
@@ -69,7 +71,6 @@ def test_an_engine_is_integer_and_computes_the_fake_quantized_network(tmp_path, 
     support.assert_agrees(run(inputs), expected, bits)
 
 
-@pytest.mark.slow
 def test_tensorrt_rtx_multiplies_integers(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
     for asymmetric, float_type in ((False, "fp16"), (True, "bf16")):

@@ -14,6 +14,8 @@ from tqdit.engines.config import BuildConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.vae import DecoderGraph
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def source(tmp_path):

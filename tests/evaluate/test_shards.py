@@ -16,6 +16,7 @@ import pytest
 import tqdit.evaluate.feature_store as store_module
 from evaluate import commands
 from evaluate.commands import refused
+from support import rounds
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.demo.glyphs import draw
@@ -261,7 +262,7 @@ def test_no_flipped_bit_of_a_kept_file_moves_a_feature(small):
     """Files of zip have checksums: what is read is what was written, or is made again."""
     expected, file = look(small), kept(small)[2]
     data, rng = file.read_bytes(), np.random.default_rng(0)
-    for place in rng.integers(0, 8 * len(data), 300):
+    for place in rng.integers(0, 8 * len(data), rounds(300)):
         spoilt = bytearray(data)
         spoilt[place // 8] ^= 1 << place % 8
         file.write_bytes(bytes(spoilt))

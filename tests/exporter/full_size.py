@@ -1,6 +1,8 @@
 """Export a DiT of XL/2's width with a W8A8 table; prints seconds, peak memory and bytes as JSON. Weights are random.
 
-Run by test_full_size.py in a process of its own, so that its memory can be measured.
+    full_size.py FOLDER BLOCKS [ATTENTION]      # a form of attention, or none: a float file
+
+Run by test_full_size.py and scripts/tensorrt_full_size.py in a process of its own, so that its memory can be measured.
 """
 
 import json
@@ -28,23 +30,25 @@ XL = DiTConfig(
 )  # fmt: skip
 
 
-def main(folder: Path, blocks: int) -> None:
+def main(folder: Path, blocks: int, attention: str = "simulated") -> None:
     network = randomize(Network(replace(XL, depth=blocks))).eval().requires_grad_(False)
     model = published.describe(network, "xl")
     ranges = {product.name: (np.float32([-3, 3]),) * 2 for product in model.products}
     table = make_table(model, Kind(groups=10), operands=ranges)
     started = time.perf_counter()
-    graph, card = export_graph(model, ExportConfig(), table)
+    quantized = attention != "none"
+    config = ExportConfig(attention=attention) if quantized else ExportConfig()
+    graph, card = export_graph(model, config, table if quantized else None)
     write(folder / "model.onnx", graph, card)
     print(json.dumps({
         "seconds": time.perf_counter() - started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "file_bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in network.parameters()),
-        "products": card.quantization.summary,
+        "products": card.quantization and card.quantization.summary,
     }))  # fmt: skip
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

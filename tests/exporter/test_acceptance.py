@@ -17,6 +17,8 @@ from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.lint import lint
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "simulated W8A8": ("simulated", Kind(groups=10)),
     "integer W6A6 groups everywhere": ("integer", Kind(6, 6, groups=10, everywhere=True)),
@@ -74,7 +76,6 @@ def test_openvino_computes_the_denoiser(file):
     support.assert_agrees(compile_for_openvino(path)(inputs)[0], expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", [VARIANTS["simulated W8A8"], VARIANTS["integer W6A6 groups everywhere"]], indirect=True
 )

@@ -19,6 +19,8 @@ from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
 from tqdit.ports import Port
 from tqdit.quantization.fake_quant import apply
 
+pytestmark = pytest.mark.slow
+
 TOKENS, HEADS, ROWS = 6, 2, 24
 attend = F.scaled_dot_product_attention
 

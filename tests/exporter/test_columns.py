@@ -10,6 +10,8 @@ from tables import Kind, make_table, random_rows
 from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
 from tqdit.quantization.fake_quant import apply
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"W8A8": Kind(), "W4A6, 4 groups": Kind(4, 6, groups=4, everywhere=True)}
 
 

@@ -14,6 +14,8 @@ from tqdit.calibration.layers import plan
 from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
 from tqdit.quantization.fake_quant import apply
 
+pytestmark = pytest.mark.slow
+
 ROWS = 24
 ON_PATCHES = {"patches", "expand", "shrink", "pairs", "out"}
 

@@ -30,6 +30,8 @@ from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
 from tqdit.quantization.table import ScaleTable
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "W8A8": Kind(),
     "W8A8 10 softmax groups": Kind(groups=10),

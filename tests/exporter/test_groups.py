@@ -6,6 +6,8 @@ import pytest
 
 from tqdit.exporter.passes.groups import GroupSelector, in_type
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float32])
 def test_boundaries_of_the_graph_divide_timesteps_as_the_table_does(dtype):

@@ -22,6 +22,7 @@ from tqdit.quantization.table import read_scale_table
 from zoo.pipelines import FAMILIES
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers about diffusers
 ]
@@ -84,7 +85,6 @@ def test_recorded_calls_and_scales_together_are_refused(flux, tmp_path, capsys):
         tqdit.export(model, output, scales=scales, rows=calls)
 
 
-@pytest.mark.slow
 def test_a_stage_takes_at_most_one_and_a_half_times_the_file_of_bfloat16(tmp_path):
     """Measured with `--all`: 0.6, 0.6 and 0.8 times the file; beside it, 60 MB whatever the size. From
     memory the float32 weights alone are twice the file; to calibrate, those with rounded weights are as much again."""

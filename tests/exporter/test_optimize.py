@@ -3,12 +3,15 @@
 import sys
 
 import onnx_ir as ir
+import pytest
 import torch
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from tqdit.exporter.optimize import optimize
 from tqdit.exporter.trace import trace
+
+pytestmark = pytest.mark.slow
 
 
 class Call(nn.Module):

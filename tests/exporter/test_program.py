@@ -9,6 +9,8 @@ from torch import nn
 
 from tqdit.exporter.trace import fixed_rows, trace, trace_any_rows
 
+pytestmark = pytest.mark.slow
+
 
 class Module(nn.Module):
     def __init__(self, function):

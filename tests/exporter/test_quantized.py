@@ -56,7 +56,7 @@ def session(path, optimise=False):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "integer")) for form in FORMS])
 @pytest.mark.parametrize(("kind", "origin"), [
     *((kind, "published") for kind in KINDS),
     *(pytest.param(kind, "diffusers", marks=pytest.mark.slow) for kind in (  # each part of a kind once

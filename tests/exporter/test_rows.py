@@ -12,6 +12,8 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.ports import Port
 from tqdit.quantization.fake_quant import apply
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def traced():

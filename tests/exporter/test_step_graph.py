@@ -122,6 +122,7 @@ def test_a_whole_chain_of_20_steps(exported, origin, sampler, guided):
         np.testing.assert_allclose(x, found, rtol=0, atol=2e-4 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_a_flow_model_is_sampled_by_euler(tmp_path):
     """The published tiny model, taken for one that learned a rectified flow and reads a float in 0..1000."""
     model = support.tiny_model()
@@ -183,6 +184,7 @@ def test_unguided_graphs_have_no_guidance_input_and_noise_always_stays(exported)
         assert {"x", "step", "class_labels", "noise"} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("origin", "sampler"), [("published", "ddpm"), ("diffusers", "ddim")])
 def test_inputs_and_outputs_are_those_of_the_contract(exported, origin, sampler):
     session, _, _ = exported(origin, sampler, True)
@@ -195,6 +197,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(exported, origin, sampler)
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("graph", "steps"), [("denoiser", 7), ("step", 20)])
 def test_the_file_passes_the_full_checker_and_holds_its_card(tmp_path, graph, steps):
     path = tmp_path / "model.onnx"

@@ -47,6 +47,7 @@ def test_a_refusal_names_the_check_and_the_module():
         trace_any_rows(network(lambda x: x * 2 if x.sum() > 0 else x), INPUTS, "y", 20)
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_onnx_exporter_names_the_node():
     with pytest.raises(UntraceableError, match=r"torch\.onnx, node %lgamma \(\S*lgamma\S*\), says: "):
         trace(network(torch.lgamma), INPUTS, "y")
@@ -60,6 +61,7 @@ def test_a_child_writes_down_where_its_trace_is(tmp_path, monkeypatch):
     assert place.read_text() == "torch.onnx"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers.*")
 def test_the_classes_that_need_no_child_are_those_of_the_zoo():
     from zoo.pipelines import FAMILIES
@@ -137,6 +139,7 @@ def test_the_end_of_a_child_is_one_line(unknown, tmp_path, monkeypatch, capfd, a
     assert not (tmp_path / "model.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_child_s_own_refusal_is_all_that_is_said(unknown, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tqdit.exporter.watch.export_in_child", lambda *_: 2)
     with pytest.raises(SystemExit) as ended:
@@ -145,11 +148,13 @@ def test_a_child_s_own_refusal_is_all_that_is_said(unknown, tmp_path, monkeypatc
     assert "".join(capsys.readouterr()) == ""
 
 
+@pytest.mark.slow
 def test_a_child_that_fails_before_the_trace_says_so_itself(tmp_path, capfd):
     assert export_in_child(["model.txt"], "Toy", 1.0) == 2
     assert "ends in .onnx" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_child_that_a_library_ends_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -157,6 +162,7 @@ def test_a_child_that_a_library_ends_is_one_line(tmp_path, monkeypatch):
         export_in_child(["model.onnx"], "Toy", 1.0)
 
 
+@pytest.mark.slow
 def test_a_child_ends_with_its_parent(tmp_path):
     """Also if the parent is killed, and cannot end it."""
     sleeping = "import os, time; open('pid', 'w').write(str(os.getpid())); "
@@ -174,6 +180,7 @@ def test_a_child_ends_with_its_parent(tmp_path):
     wait_until(lambda: not Path("/proc", file.read_text(), "exe").exists())
 
 
+@pytest.mark.slow
 def test_the_python_api_traces_in_its_own_process(unknown, tmp_path, monkeypatch):
     from tqdit.quantization.table import read_scale_table
 

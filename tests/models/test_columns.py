@@ -81,6 +81,7 @@ def test_narrower_groups_are_less_error() -> None:
     assert errors[0] > errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_an_engine_multiplies_each_part_as_integers(tmp_path: Path, backend: str) -> None:
     model = tiny_model()

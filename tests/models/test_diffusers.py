@@ -67,6 +67,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_explicit_attention_computes_what_diffusers_does(size, tmp_path):
     theirs = make(**SIZES[size])

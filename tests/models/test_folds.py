@@ -267,6 +267,7 @@ FAMILY_FOLDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 @pytest.mark.parametrize("name", FAMILY_FOLDS)
 def test_families_of_diffusers_have_places_and_compute_the_same(name):

@@ -12,6 +12,8 @@ from tqdit.models.dit import DiT, LabelEmbedder
 from tqdit.models.load import load_model
 from tqdit.models.model_card import ModelCard
 
+pytestmark = pytest.mark.slow
+
 CARD = ModelCard(num_classes=5)
 
 

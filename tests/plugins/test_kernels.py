@@ -243,7 +243,7 @@ def test_every_head_size_in_every_tiling(head, blocks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [256, 300, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [300, pytest.param(1024, marks=pytest.mark.full)])
 def test_attention_over_many_tokens(tokens):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (2, 1, tokens, 72)) for _ in range(3))
@@ -253,7 +253,7 @@ def test_attention_over_many_tokens(tokens):
 
 
 @pytest.mark.parametrize("numerators", [False, True])
-@pytest.mark.parametrize("keys", [1000, pytest.param(4096, marks=pytest.mark.slow), 32_760])
+@pytest.mark.parametrize("keys", [1000, pytest.param(4096, marks=pytest.mark.full), 32_760])
 def test_few_queries_over_many_keys(keys, numerators):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (1, 1, n, 72)) for n in (5, keys, keys))

@@ -29,13 +29,13 @@ TABLES, Bench, Job, Row, Size, Store = module.TABLES, module.Bench, module.Job, 
 lines_of, markdown, sweep, table_csv = module.lines_of, module.markdown, module.sweep, module.table_csv
 
 QUIET = Console(quiet=True)
-SIZE = Size(steps=3, images=48, batch=32)
+SIZE = Size(steps=3, images=64, batch=32)
 
 
 def fake_row(job: Job, seed: int) -> Row:
     """Numbers that tell rows apart."""
     value = job.weight_bits + job.activation_bits / 10 + job.groups / 1000 + seed + (0 if job.preset == "float" else 10)
-    measure = Measure(value, value - 0.2, value + 0.2, 48, "x", 0.1)
+    measure = Measure(value, value - 0.2, value + 0.2, 64, "x", 0.1)
     names = ["frechet_distance", "accuracy", "inception_score"]
     if job.preset != "float":
         names += ["frechet_excess", "final_error", "final_error_median", "eps_error"]
@@ -84,7 +84,7 @@ def test_a_row_of_other_settings_is_another_file(store, tmp_path):
     job = Job("tq-dit")
     others = [
         store.path(job, 1), store.path(replace(job, groups=5), 0), store.path(replace(job, weight_bits=8), 0),
-        Store(tmp_path / "rows", replace(SIZE, images=49), "f" * 64, {"tqdit": "0"}).path(job, 0),
+        Store(tmp_path / "rows", replace(SIZE, images=65), "f" * 64, {"tqdit": "0"}).path(job, 0),
         Store(tmp_path / "rows", SIZE, "e" * 64, {"tqdit": "0"}).path(job, 0),
         Store(tmp_path / "rows", SIZE, "f" * 64, {"tqdit": "1"}).path(job, 0),
     ]  # fmt: skip

@@ -529,26 +529,33 @@ def test_a_file_that_openvino_cannot_take_leaves_no_bundle(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=bfloat16)])
-def test_the_decoder_is_diffusers_own(tmp_path, precision):
-    """Truncation to uint8 moves a value by one; bfloat16 by its eight bits, here up to 3 of 255."""
+@pytest.fixture(scope="module")
+def with_decoder(tmp_path_factory):
+    """A folder with a latent model's file and its VAE."""
+    folder = tmp_path_factory.mktemp("decoder")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
         shift_factor=0.1,
-    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    ).save_pretrained(folder / "vae")  # fmt: skip
     model = support.tiny_model("diffusers", steps=4)
     with pytest.warns(TqditWarning, match=r"scale 0\.5, shift 0\.1"):
-        decoder = load_decoder(tmp_path / "vae", model)
-    write(tmp_path / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
+        decoder = load_decoder(folder / "vae", model)
+    write(folder / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=bfloat16)])
+def test_the_decoder_is_diffusers_own(with_decoder, tmp_path, precision):
+    """Truncation to uint8 moves a value by one; bfloat16 by its eight bits, here up to 3 of 255."""
     config = BuildConfig(precision)
-    manifest = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino", config)
+    manifest = build_engine(with_decoder / "model.onnx", tmp_path / "model.engine", "openvino", config)
     assert set(manifest.files) == {"graph.xml", "graph.bin", "decoder.xml", "decoder.bin"}
     with Sampler.open(tmp_path / "model.engine") as sampler:
         latents = sampler.sample_latents([0, 1, 2], seed=1)
         images = sampler.sample([0, 1, 2], seed=1)
-    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    vae = diffusers.AutoencoderKL.from_pretrained(with_decoder / "vae")
     with torch.no_grad():
         expected = to_pixels(vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy())
     assert images.shape == (3, 16, 16, 3)

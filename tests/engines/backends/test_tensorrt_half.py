@@ -157,21 +157,24 @@ def test_the_network_stays_as_right_as_it_was(tmp_path, kind, form):
 def test_a_module_can_be_kept(tmp_path):
     before, _, number, _ = prepared(tmp_path, *KINDS["two regions"])
     module = "blocks.0.mlp.fc2"  # two products
-    assert halve_products(before, tmp_path, frozenset(), {module, "blocks.0.attn.value_product"}) < number
+    assert halve_products(before, tmp_path, frozenset(), kept={module, "blocks.0.attn.value_product"}) < number
     outputs = {node.output[0] for node in before.graph.node if node.name.startswith(f"{module}/MatMul")}
     assert not [name for name in outputs if name.endswith("/half")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["simulated", "integer", "float"])
-def test_the_compiler_writes_no_activation_in_float32(tmp_path, form):
+@pytest.mark.parametrize(
+    ("form", "float_type", "kind"),
+    [("simulated", "fp16", "Half"), ("integer", "fp16", "Half"), ("float", "bf16", "BFloat16")],
+)
+def test_the_compiler_writes_no_activation_in_float32(tmp_path, form, float_type, kind):
     """As many INT8 products and kernels as with products in float32."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
     path, model = tmp_path / "model.onnx", support.tiny_model()
     write(path, *support.exported(ExportConfig(attention=form), table=make_table(model, Kind(groups=10))))
-    config = BuildConfig(targets=("8.9",), batch=BatchRange(2, 2, 2))
+    config = BuildConfig(targets=("8.9",), batch=BatchRange(2, 2, 2), float_type=float_type)
     wide, half = (script.build_layers(path, config, halved) for halved in (False, True))
-    assert {one.outputs for one in half if one.is_integer} == {("Half",)}
+    assert {one.outputs for one in half if one.is_integer} == {(kind,)}
     assert sum(one.is_integer for one in half) == sum(one.is_integer for one in wide) > 0
     activation = 4 * 16 * 16  # rows, tokens, width
     before, after = (script.block_layers(layers, 0) for layers in (wide, half))

@@ -23,6 +23,8 @@ from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.golden import Verdict
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[2]
 RELEASES = ["10.16", "11.4"]
 

@@ -48,21 +48,15 @@ XL_STACK = DiTConfig(
 )  # fmt: skip
 
 
-def export_all(folder, model, table, forms):
-    """One trace, one file for each form of attention."""
-    trace = trace_graph(model, ExportConfig())
-    for form in forms:
-        (folder / form).mkdir()
-        write(folder / form / "model.onnx", *finish_graph(trace.clone(), model, ExportConfig(attention=form), table))
-    return {form: folder / form / "model.onnx" for form in forms}
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo model, W8A8 with ten groups of timesteps."""
-    model = load_model("demo")
-    table = make_table(model, Kind(groups=10))
-    return export_all(tmp_path_factory.mktemp("demo"), model, table, ("simulated", "integer", "float"))
+    """The demo model, W8A8 with ten groups of timesteps: a file for each form of attention."""
+    folder, table = tmp_path_factory.mktemp("demo"), make_table(load_model("demo"), Kind(groups=10))
+    files = {form: folder / form / "model.onnx" for form in ("simulated", "integer", "float")}
+    for form, file in files.items():
+        file.parent.mkdir()
+        write(file, *support.exported(ExportConfig(attention=form), "demo", table=table))
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,9 @@ def stack(tmp_path_factory):
     network = randomize(DiT(XL_STACK)).eval().requires_grad_(False)
     model = published.describe(network, "stack")
     table = make_table(model, Kind(groups=10), operands=ranges_of(network))
-    return export_all(tmp_path_factory.mktemp("stack"), model, table, ("simulated",))["simulated"]
+    file = tmp_path_factory.mktemp("stack") / "model.onnx"
+    write(file, *finish_graph(trace_graph(model, ExportConfig()), model, ExportConfig(), table))
+    return file
 
 
 def ranges_of(network):

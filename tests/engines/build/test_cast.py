@@ -15,6 +15,8 @@ from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY
 from tqdit.onnx_file import read_card
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "float": None,
     "W8A8": Kind(groups=10),
@@ -40,9 +42,8 @@ def types(path):
     return {value.name: value.type.tensor_type.elem_type for value in known}, model
 
 
-@pytest.mark.parametrize("float_type", ["fp16", "bf16"])
+@pytest.mark.parametrize(("graph", "float_type"), [("step", "fp16"), ("denoiser", "bf16")])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("graph", ["step", "denoiser"])
 def test_it_is_a_valid_file_with_the_same_inputs_and_outputs(tmp_path, kind, float_type, graph):
     path, cast = cast_file(tmp_path, kind, float_type, graph)
     onnx.checker.check_model(str(cast), full_check=True)

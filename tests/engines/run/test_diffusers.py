@@ -35,7 +35,10 @@ from tqdit.sampling.process import Flow
 from tqdit.sampling.schedule import SamplingSpec
 
 # diffusers' schedulers hand NumPy objects of torch whose __array__ is of before NumPy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*"),
+]
 
 CLASSES = 1000  # the pipeline has the null class 1000 written into it
 

@@ -60,6 +60,7 @@ def test_an_int8_image_does_not_change_with_batch_or_threads_bit_for_bit(bundle_
         np.testing.assert_array_equal(one.sample_latents(LABELS, seed=1), other.sample_latents(LABELS, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["simulated", "integer"])
 def test_an_int8_chain_follows_the_fake_quantized_model(bundle_of, attention):
     """20 steps; a code flipped on a rounding tie moves a chain of this coarse model: at most 2 of 7, by 10 %."""
@@ -429,6 +430,7 @@ def test_a_guidance_scale_that_is_no_number_or_has_no_input_is_refused(bundle, b
         sampler.sample([0], 2.0)
 
 
+@pytest.mark.slow
 def test_latents_without_a_decoder_are_no_images(bundle_of):
     with Sampler.open(bundle_of(pixels=False)) as sampler:
         assert not sampler.makes_images

@@ -305,6 +305,7 @@ def slow(bundle_of, tmp_path_factory):
     return bundle, content(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_was_stopped_is_continued_to_the_same_bytes(slow, tmp_path, signal_number):
     (bundle, expected), output = slow, tmp_path / "samples"

@@ -2,7 +2,8 @@
 
 The inputs are quantized and fixed, so the best float weight for them is not W but W* = argmin sum u ||x^ W*^T - z||^2,
 and rounding one column of W* changes what the columns after it should be. u is a sample's g^2, averaged over channels:
-one matrix H = sum u x^ x^^T serves all channels. The result is kept if it lowers the layer's objective.
+one matrix H = sum u x^ x^^T serves all channels. Scales beside the one that is best for rounding to nearest are tried
+as well, and the best one is kept. The result is kept if it lowers the layer's objective.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tqdit.calibration.problem import Problem, Solution
 from tqdit.quantization.rounding import code_range
 
 DAMPING = 0.01  # of H, times its mean diagonal: columns that the samples hardly excite stay near W
+FACTORS = (1.0, 0.92, 1.08)  # of the scale that a search found
 
 
 def solve(problem: Problem, config: QuantizationConfig) -> Solution:
@@ -27,18 +29,27 @@ def solve(problem: Problem, config: QuantizationConfig) -> Solution:
     if not isinstance(operand, Weight):
         return found
     left, _ = problem.sides(found.parameters)
-    scale = operand.per_channel(found.parameters["weight"]["scale"])[:, None]  # (O, 1)
+    start = found.parameters["weight"]["scale"]  # (E,)
     hessian, cross = _normal_equations(problem, left)
     factor = torch.linalg.cholesky(hessian)
     target = operand.x.double() - torch.cholesky_solve(cross, factor).t()
-    codes = _round(target, scale.double(), factor, operand.plan.bits).float()
-    objective = float(problem.error(left, codes * scale).sum(dtype=torch.float64))
+    best, scale, codes = torch.full_like(start, torch.inf), start, torch.zeros_like(operand.x)
+    for each in FACTORS:
+        tried = operand.per_channel(start * each)[:, None]  # (O, 1)
+        rounded = _round(target, tried.double(), factor, operand.plan.bits).float()
+        error = operand.entries(problem.error(left, rounded * tried))
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, start * each, scale)
+        codes = torch.where(operand.per_channel(better)[:, None], rounded, codes)
     samples, (channels, width) = left.numel() // left.shape[-1], operand.x.shape
-    spent = samples * width * (width + 3 * channels) + width**2 * (width + 2 * channels)
+    count = len(FACTORS)
+    spent = samples * width * (width + (2 + count) * channels) + width**2 * (width + (1 + count) * channels)
     found = replace(found, multiply_adds=found.multiply_adds + spent)
+    objective = float(best.sum(dtype=torch.float64))
     if objective >= found.history[-1]:
         return found
-    return replace(found, history=(*found.history, objective), weight_codes=codes)
+    parameters = {**found.parameters, "weight": {**found.parameters["weight"], "scale": scale}}
+    return replace(found, parameters=parameters, history=(*found.history, objective), weight_codes=codes)
 
 
 def _normal_equations(problem: Problem, left: Tensor) -> tuple[Tensor, Tensor]:

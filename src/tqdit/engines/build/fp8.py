@@ -25,7 +25,6 @@ from tqdit.plugins.time_group_select.schema import OP_TYPE as TIME_GROUP_SELECT
 
 E4M3 = ir.DataType.FLOAT8E4M3FN
 BEFORE = ("Clip", "Div", "Sub", "Min", "Max")  # what stands between an input and its QuantizeLinear
-ADVICE = "Export with --attention float, from a table of another --inputs, or build with --precision int8."
 
 
 def quantize_to_fp8(model: ir.Model, card: GraphCard) -> None:
@@ -79,7 +78,10 @@ class _Layer:
         dequantize = _maker(first.inputs[1])
         codes = dequantize.inputs[0]
         if codes is None or codes.const_value is None:
-            raise UsageError(f"--precision fp8: '{self.module}' is a product of attention. {ADVICE}")
+            raise UsageError(
+                f"--precision fp8: '{self.module}' is a product of attention, which stays float with fp8. Export with "
+                "--attention float."
+            )
         x = source.x if source.ratio is None else self._op("Div", source.x, source.ratio)
         zero = self._initializer(f"{self.module}.fp8.zero_point", np.zeros((), np.float32))
         quantized = self._op("QuantizeLinear", x, source.scale, zero)
@@ -106,7 +108,10 @@ class _Layer:
             if node.op_type == "Div":
                 ratio = node.inputs[1]
             if node.op_type == "Sub" and not _is_table(node.inputs[1]):
-                raise UsageError(f"--precision fp8: '{self.module}' has an offset for each token. {ADVICE}")
+                raise UsageError(
+                    f"--precision fp8: '{self.module}' has an offset for each token, which fp8 has no form for. "
+                    "Calibrate with --inputs dynamic."
+                )
             value = node.inputs[0]
             assert value is not None
             node = value.producer()

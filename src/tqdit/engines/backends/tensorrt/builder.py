@@ -17,7 +17,7 @@ from tqdit.card import GraphCard, QuantizationCard
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.constants import fold_numbers
-from tqdit.engines.backends.tensorrt.half_products import halve_products, probabilities
+from tqdit.engines.backends.tensorrt.half_products import TYPES, halve_products, probabilities
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
@@ -90,7 +90,7 @@ def build(
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
-    halved = card.quantization is not None and config.float_type == "fp16"
+    halved = None if card.quantization is None or config.float_type not in TYPES else config.float_type
     job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
 
     def compile_graph(
@@ -176,9 +176,9 @@ class Prepared(NamedTuple):
 
 @contextmanager
 def _prepared(
-    source: OnnxFile, folder: Path, inline: bool, halved: bool = False, spelled_out: Collection[str] = ()
+    source: OnnxFile, folder: Path, inline: bool, halved: str | None = None, spelled_out: Collection[str] = ()
 ) -> Iterator[Prepared | None]:
-    """The file with its functions inlined, its integer products written in float16 (`halved`) and, instead of that, the
+    """The file with its functions inlined, its integer products written in the type `halved` and, instead of that, the
     weights of some modules spelled out; None if those have none.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
@@ -194,7 +194,7 @@ def _prepared(
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
     fold_numbers(model)
     if halved:
-        halve_products(model, source.path.parent, probabilities(source.model), spelled_out)
+        halve_products(model, source.path.parent, probabilities(source.model), halved, spelled_out)
     if spelled_out and not spell_out_weights(model, source.path.parent, spelled_out):
         yield None
         return

@@ -1,4 +1,4 @@
-"""Quantized products that write float16.
+"""Quantized products that write float16 or bfloat16.
 
     DQ(x; s) DQ(W; t), float32   ->   DQ(x; 2^-a) DQ(W; 2^-b), float16   *   s t 2^(a + b), float32
 
@@ -9,10 +9,10 @@ half of the bytes, and the next kernel scales in float32 as before, so the numbe
 Where |x| <= X and |W| <= Y in codes, the sum of K products is at most K X Y. a + b is chosen so that K X Y 2^-(a + b)
 is at most float16's largest number: nothing overflows. The sum is an integer, and a multiple of 2^-24 has no exponent
 that is too small for float16. So a result is rounded once, by at most 2^-11 of itself, and no scale of the table
-changes. Of E4M3 operands (X = Y = 448) sums below 1 may lose more.
+changes. Of E4M3 operands (X = Y = 448) sums below 1 may lose more. bfloat16 takes the same form and rounds by 2^-9.
 
 Simulated products of attention, whose codes are floats, take the same form. Probabilities in two regions, at most 1,
-are rounded to float16 as well.
+are rounded, too.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ LARGEST = 65504.0  # of float16
 LARGEST_CODE = 128  # of int8, in magnitude
 LARGEST_FP8 = 448
 MOST_BITS = 24  # 2^-24 is the least float16
+TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 def probabilities(model: onnx.ModelProto) -> frozenset[str]:
@@ -44,15 +45,15 @@ def probabilities(model: onnx.ModelProto) -> frozenset[str]:
 
 
 def halve_products(
-    model: onnx.ModelProto, folder: Path, rounded: Collection[str], kept: Collection[str] = ()
-) -> int:  # fmt: skip
-    """Requires: a file of ours with float16 around its float32 islands; `rounded` are its `probabilities`, `folder` is
-    where external data lies.
+    model: onnx.ModelProto, folder: Path, rounded: Collection[str], float_type: str = "fp16", kept: Collection[str] = ()
+) -> int:
+    """Requires: a file of ours with `float_type` (fp16 or bf16) around its float32 islands; `rounded` are its
+    `probabilities`, `folder` is where external data lies.
 
-    Ensures: each product of two quantized operands, but for those of the modules `kept`, writes float16. Changes the
-    model in place; returns the number of products. One whose K is not known stays as it was.
+    Ensures: each product of two quantized operands, but for those of the modules `kept`, writes `float_type`. Changes
+    the model in place; returns the number of products. One whose K is not known stays as it was.
     """
-    return _Halver(model, folder, rounded).run(kept)
+    return _Halver(model, folder, rounded, TYPES[float_type]).run(kept)
 
 
 def shift_bits(length: int, left: float = LARGEST_CODE, right: float = LARGEST_CODE) -> int:
@@ -71,8 +72,8 @@ class _Operand:
 
 
 class _Halver:
-    def __init__(self, model: onnx.ModelProto, folder: Path, rounded: Collection[str]) -> None:
-        self.graph, self.folder, self.rounded = model.graph, folder, rounded
+    def __init__(self, model: onnx.ModelProto, folder: Path, rounded: Collection[str], kind: int) -> None:
+        self.graph, self.folder, self.rounded, self.kind = model.graph, folder, rounded, kind
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.makers = {output: node for node in self.graph.node for output in node.output}
         self.lengths = {value.name: _last(value) for value in self.graph.value_info}
@@ -115,16 +116,16 @@ class _Halver:
         yield from (half, _node("Cast", [name], f"{name}.wide", scope, to=TensorProto.FLOAT), scaled)
 
     def _enter(self, operand: _Operand, share: int, name: str, scope: str) -> Iterator[NodeProto]:
-        """The operand's codes times 2^-share in float16."""
+        """The operand's codes times 2^-share."""
         codes, unit = operand.codes, 2.0**-share
         if operand.zero_point is not None:
-            scale = self._constant(f"{name}.unit", np.float16(unit))
-            yield _node("DequantizeLinear", [codes, scale, *operand.zero_point], name, scope)
+            self.graph.initializer.append(helper.make_tensor(f"{name}.unit", self.kind, [], [unit]))
+            yield _node("DequantizeLinear", [codes, f"{name}.unit", *operand.zero_point], name, scope)
             return
         if share:
             yield _node("Mul", [codes, self._constant(f"{name}.unit", np.float32(unit))], f"{name}.small", scope)
             codes = f"{name}.small"
-        yield _node("Cast", [codes], name, scope, to=TensorProto.FLOAT16)
+        yield _node("Cast", [codes], name, scope, to=self.kind)
 
     def _operand(self, name: str) -> _Operand | None:
         """What a value consists of; None if it is no quantized operand in float32."""
