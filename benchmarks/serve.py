@@ -241,7 +241,7 @@ class Soak:
     def leave(self, chance: random.Random) -> str:
         body = json.dumps(self.body(chance) | {"stream": chance.random() < 0.5, "previews": 5}).encode()
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=HANG_S) as client:
-            head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body[: chance.choice([5, None])])
             time.sleep(chance.random() * 0.3)
         return "left"
@@ -326,7 +326,7 @@ def attack(port: int) -> dict[str, Any]:
 
     with ThreadPoolExecutor(SLOW + 6) as pool:
         failed = [each for each in pool.map(one, reversed(hostile(HOSTILE, SLOW))) if each]
-    alive = first_answer(port, b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+    alive = first_answer(port, b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
     return {"requests": HOSTILE, "failed": failed, "alive": alive, "passed": alive and not failed}
 
 

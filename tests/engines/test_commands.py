@@ -197,7 +197,7 @@ def test_a_latent_model_writes_npz_latents_and_refuses_png(bundle_of, tmp_path, 
     ("arguments", "code", "message"),
     [
         (["--classes", "9"], 2, "'class_labels' 9 is out of range; this model knows 0..4"),
-        (["--steps", "0"], 2, "--steps is 0; expected a whole number from 1 to 1000"),
+        (["--steps", "0"], 2, " steps is 0; expected a whole number from 1 to 1000"),
         (["--sampler", "euler"], 2, "sampler 'euler' is unknown, or not one for this model; known are ddim, ddpm"),
         (["-n", "0"], 2, "-n is 0; expected a whole number of at least 1"),
         (["--batch", "0"], 2, "batch is 0"),

@@ -95,7 +95,7 @@ def test_the_demo_model_exports_with_no_arguments():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--steps", "0"], 2, "--steps is 0; expected a whole number from 1 to 1000"),
+        (["--steps", "0"], 2, " steps is 0; expected a whole number from 1 to 1000"),
         (["--opset", "17"], 2, "opset 17 is not possible: exports use 20 (the first with Gelu) to 23"),
         (["--scales", "absent.safetensors"], 2, "absent.safetensors: no such file. Write it with tqdit-calibrate"),
         (["--model", "absent.pt"], 1, "absent.pt: no such file"),

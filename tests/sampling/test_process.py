@@ -107,7 +107,7 @@ def test_an_impossible_process_is_refused(kind, values, message):
 @pytest.mark.parametrize("process", [Diffusion(), Diffusion(spacing="leading"), Flow()])
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_chain_has_1_to_1000_steps(process, steps):
-    with pytest.raises(UsageError, match=rf"--steps is {steps}; expected a whole number from 1 to 1000"):
+    with pytest.raises(UsageError, match=rf"^steps is {steps}; expected a whole number from 1 to 1000"):
         process.timesteps(steps)
 
 

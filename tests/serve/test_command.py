@@ -13,8 +13,10 @@ import urllib.request
 import pytest
 
 from support import wait_until
+from tqdit.cli import serve
 from tqdit.cli.main import run
 from tqdit.cli.serve import KEY
+from tqdit.serve import on_ray
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +59,15 @@ def test_mistakes_are_one_line(capsys, bundle, tmp_path, monkeypatch):
         (["--workers", "2"], "--workers is 2"), (["--port", "70000"], "--port is 70000"), (["--queue", "-1"], "queue"),
         (["--deadline", "nan"], "deadline"), (["--most-images", "0"], "images per request"),
         (["--cors-origin", "x"], "origin 'x'"), ([bundle, bundle], "two engines are named 'model'"),
-        (["a b=x"], "'a b' is no name"),
+        (["a b=x"], "'a b' is no name"), (["--ray", "auto", "--port", "0"], "--port is 0"),
     ):  # fmt: skip
         code, line = refused(capsys, *arguments)
         assert code == 2
         assert words in line
     monkeypatch.setenv("WEB_CONCURRENCY", "4")
     assert "WEB_CONCURRENCY is 4" in refused(capsys, bundle)[1]
+    monkeypatch.setenv("WEB_CONCURRENCY", "")  # as if unset
+    assert "no such engine" in refused(capsys, tmp_path / "nothing.engine", "--port", 0)[1]
 
 
 def test_a_key_that_is_set_and_empty_is_refused(capsys, bundle, monkeypatch):
@@ -107,3 +111,33 @@ def test_a_missing_library_comes_with_the_pip_command():
     assert len(done.stderr.splitlines()) == 1
     assert "prometheus_client, which is not installed" in done.stderr
     assert "Run: pip install" in done.stderr
+
+
+def test_listening_for_others_on_ray_without_a_key_is_warned_of(capsys, bundle, monkeypatch):
+    monkeypatch.setattr(on_ray, "serve_on_ray", lambda *_: None)
+    for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
+        assert run("serve", [str(bundle), "--ray", "auto", "--host", host]) == 0
+        assert (KEY in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example"])
+def test_what_can_be_no_name_of_a_host_is_refused_in_one_line(capsys, tmp_path, host):
+    code, line = refused(capsys, tmp_path, "--host", host)
+    assert code == 1
+    assert f"{host}:8000" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "names"),
+    [((), None, {"localhost", "127.0.0.1", "[::1]"}), (("--host", "127.0.0.2"), None, {"127.0.0.2", "localhost"}),
+     ((), "a-key-of-this-test", set()), (("--host", "0.0.0.0"), None, set()), (("--ray",), None, set())],
+)  # fmt: skip
+def test_names_are_checked_by_a_server_for_this_machine_without_a_key(bundle, monkeypatch, arguments, key, names):
+    if key:
+        monkeypatch.setenv(KEY, key)
+    found = []
+    for place, name in ((serve, "_serve_here"), (on_ray, "serve_on_ray")):
+        monkeypatch.setattr(place, name, lambda _engines, settings, *_: found.append(settings))
+    assert run("serve", [str(bundle), *arguments, "-q"]) == 0
+    assert set(found[0].hosts) >= names
+    assert bool(found[0].hosts) == bool(names)

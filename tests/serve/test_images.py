@@ -106,10 +106,12 @@ BAD = {
     + [{}, {"prompt": "1", "class": 1}],
     "class": [{"class": each} for each in (99, 5, -1, 10**30, "dog", True, 3.5, [3])] + [b'{"class":' + b"[" * 16_000],
     "seed": [{"class": 0, "seed": each} for each in (-1, 10**30, "7", 0.5)],
-    "steps": [{"class": 0, "steps": each} for each in (0, "x", 10**9)],
+    "steps": [{"class": 0, "steps": each} for each in (0, "x", 1001, 10**9)],
     "sampler": [{"class": 0, "sampler": each} for each in ("x", "", 3)],
     "guidance_scale": [{"class": 0, "guidance_scale": each} for each in ("4", True, 1e9)]
     + [b'{"class": 0, "guidance_scale": 1e999}'],
+    "guidance_interval": [{"class": 0, "guidance_interval": each} for each in ([1, "2"], [1], 3)]
+    + [b'{"class": 0, "guidance_interval": [0, 1e999]}'],
     "n": [{"class": 0, "n": each} for each in (0, 17, 10**9, "2")],
     "size": [{"class": 0, "size": "1024x1024"}],
     "response_format": [{"class": 0, "response_format": "gif"}],
@@ -128,6 +130,7 @@ def test_a_bad_request_is_told_the_field_at_fault(quick, path, body, param):
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
     assert answer.error["param"] == param
     assert answer.error["code"] in ("invalid_value", "invalid_json")
+    assert "--" not in answer.error["message"]  # a flag of a command
 
 
 def test_a_misspelt_field_is_named_and_a_right_request_shown(quick):

@@ -236,3 +236,12 @@ def test_an_unknown_job_is_not_found(quick):
 
 def test_a_job_takes_no_stream(quick):
     assert quick.ask("/v1/jobs", {"class": 1, "stream": True}).error["param"] == "stream"
+
+
+def test_jobs_that_are_too_many_go_when_they_end_without_another_request(gated):
+    running, gate = gated(Settings(most_jobs=1))
+    gate.open.clear()
+    ids = [running.ask("/v1/jobs", {"class": 1, "steps": 2}).json["id"] for _ in range(3)]
+    gate.open.set()
+    wait_until(lambda: len([*running.service.jobs]) == 1, 10)
+    assert running.ask(f"/v1/jobs/{ids[-1]}").json["status"] == "completed"

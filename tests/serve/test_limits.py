@@ -12,6 +12,7 @@ import pytest
 
 from serve.client import GENERATIONS, HEAD, Running
 from support import wait_until
+from tqdit.cli.serve import LOCAL
 from tqdit.errors import UsageError
 from tqdit.serve.settings import Settings
 
@@ -273,3 +274,20 @@ def test_the_metrics_count_what_happened(serve, bundle):
     assert float(lines['tqdit_places{model="tiny"}']) == 16
     for route, status in ((GENERATIONS, 200), (GENERATIONS, 400), ("none", 404)):
         assert float(lines[f'tqdit_answers_total{{route="{route}",status="{status}"}}']) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("a.example", 421), ("localhost.a.example:80", 421), ("127.0.0.1:x", 421),
+                         ("LOCALHOST:81", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("", 200)]
+)  # fmt: skip
+def test_a_name_that_leads_here_is_answered_only_if_it_is_ours(local, host, status):
+    for path in ("/v1/models", "/", "/health/live"):
+        answer = local.ask(path, Host=host)
+        assert answer.status == status
+        assert status == 200 or answer.error["code"] == "wrong_host"
+    assert "421" in local.ask("/openapi.json", Host="localhost").json["paths"]["/v1/models"]["get"]["responses"]
+
+
+@pytest.fixture(scope="module")
+def local(serve, bundle):
+    return serve(settings=Settings(hosts=LOCAL), tiny=bundle)

@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -17,7 +18,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from serve.client import pixels, text_app
+from serve.client import echo, pixels, text_app, toy_service
 from support import wait_until
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.sampler import Sampler
@@ -233,3 +234,16 @@ def test_a_key_is_asked_for_before_anything_is_shown(driver, serve, bundle):
     visitor.finish()
     assert len(visitor.pictures("gallery")) == 1
     assert visitor.complaints() == []
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [4.5, 12.25, -1.0])
+def test_the_slider_begins_with_the_engine_s_guidance_whatever_it_is(driver, serve, bundle, scale):
+    card = read_manifest(bundle).card
+    card = replace(card, guidance=replace(card.guidance, scale=scale))
+    running = serve(toy_service(card, echo(card, "class_labels"), Settings()))
+    visitor = Visitor(driver, 1200, 900, running.url)
+    wait_until(lambda: visitor.at("model").text)
+    assert float(visitor.at("guidance").get_attribute("value")) == scale
+    assert f"{scale:g}" in visitor.at("guidance-value").text

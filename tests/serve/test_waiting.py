@@ -18,6 +18,7 @@ from tqdit.serve.engines import MOST_ENCODERS
 from tqdit.serve.settings import Settings
 
 PROMPT = {"prompt": "ab", "steps": 2}
+ALIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture
@@ -165,6 +166,9 @@ class Transport:
     def fileno(self):
         return -1
 
+    def setsockopt(self, *_):
+        pass
+
     def abort(self):
         self.is_open = False
 
@@ -238,6 +242,8 @@ def test_a_slow_reader_is_kept_while_it_reads_and_cut_when_it_stops(gated):
         assert connection in running.server.server_state.connections
         assert connection.transport.get_write_buffer_size()
         wait_until(lambda: not running.server.server_state.connections, 10)
+        with pytest.raises(ConnectionResetError):  # and gets not even what the kernel had
+            list(iter(lambda: client.recv(2**20), b""))
 
 
 def test_a_second_signal_ends_streams_with_their_error_and_leaves_nothing_in_the_log(gated, capsys):
@@ -294,6 +300,10 @@ def test_a_deadline_names_what_was_waited_for(encoding, gated, monkeypatch):
     gate.open.clear()
     assert "call of the engine" in running.ask(GENERATIONS, {"class": 1}).error["message"]
     gate.open.set()
+    gate.call_s = 0.01
+    answer = running.ask(GENERATIONS, {"class": 1, "steps": 1000})
+    assert (answer.status, "at step 9" in answer.error["message"]) == (504, True)
+    gate.call_s = 0.0
     written = threading.Event()
     monkeypatch.setattr(jobs, "to_png", lambda _: written.wait(60))
     answer = running.ask(GENERATIONS, {"class": 1, "steps": 1})
@@ -307,3 +317,22 @@ def test_a_second_sigterm_does_not_wait(gated):
     assert not running.server.force_exit
     running.server.handle_exit(signal.SIGTERM, None)
     assert running.server.force_exit
+
+
+@pytest.mark.parametrize(
+    ("before", "more"), [(b"", b"\r\n"), (b"", b"x"), (b"", ALIVE), (ALIVE, ALIVE)],
+    ids=["a line", "a byte", "a request", "a third request"],
+)  # fmt: skip
+def test_a_client_that_sends_more_than_its_request_and_leaves_frees_its_row(gated, before, more):
+    """before: a request that comes along with the one for images."""
+    running, gate = gated()
+    gate.call_s = 0.01  # ten seconds for an image
+    body = b'{"class": 1, "steps": 1000}'
+    with running.connect() as client:
+        request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        client.sendall(before + request + (more if before else b""))
+        wait_until(lambda: gate.calls)
+        client.sendall(more)
+        time.sleep(0.1)
+    wait_until(lambda: not running.running(), 5)
+    assert gate.calls < 900

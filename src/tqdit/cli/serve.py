@@ -11,13 +11,14 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tqdit.console import Console
-from tqdit.errors import OutputError, UsageError
+from tqdit.errors import OutputError, UsageError, first_line
 from tqdit.serve.app import make_app
 from tqdit.serve.server import Server
 from tqdit.serve.service import Service
 from tqdit.serve.settings import Settings
 
 KEY = "TQDIT_API_KEY"  # environment variable
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 SUMMARY = "serve engine bundles over HTTP, with a page to try them"
 EXAMPLES = """\
@@ -75,14 +76,20 @@ def run(args: argparse.Namespace, console: Console) -> None:
     _check_one_process(args.workers)
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port is {args.port}; expected 0 to 65535.")
+    key, is_local = os.environ.get(KEY), _is_loopback(args.host)
+    hosts = {*LOCAL, args.host.lower()} if is_local and key is None and args.ray is None else ()
     settings = Settings(
         batch=args.batch, threads=args.threads, device=args.device, queue=args.queue, deadline_s=args.deadline,
         most_images=args.most_images, most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
-        cors_origins=tuple(args.cors_origin), api_key=os.environ.get(KEY),
+        cors_origins=tuple(args.cors_origin), api_key=key, hosts=tuple(sorted(hosts)),
     )  # fmt: skip
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
         raise UsageError("--replicas and --max-replicas belong to --ray.")
+    if args.ray is not None and args.port == 0:
+        raise UsageError("--port is 0; with --ray expected 1 to 65535, the same on every machine of the cluster.")
     engines = _by_name(args.engines)
+    if key is None and not is_local:
+        console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
     if args.ray is None:
         _serve_here(engines, settings, args.host, args.port, console)
     else:
@@ -100,14 +107,12 @@ def _serve_here(engines: dict[str, Path], settings: Settings, host: str, port: i
         server = Server(app, host, port)
         for number in (signal.SIGINT, signal.SIGTERM):  # also before it runs, and when uvicorn raises them again
             signal.signal(number, server.handle_exit)
-        if settings.api_key is None and not _is_loopback(host):
-            console.say(f"warning: other machines can use this server without a key; {KEY} sets one")
         _tell(app.state.service, listener, console)
         server.run(sockets=[listener])
 
 
 def _check_one_process(workers: int) -> None:
-    named = {"--workers": str(workers), "WEB_CONCURRENCY": os.environ.get("WEB_CONCURRENCY", "1")}
+    named = {"--workers": str(workers), "WEB_CONCURRENCY": os.environ.get("WEB_CONCURRENCY") or "1"}
     for name, value in named.items():
         if value != "1":
             raise UsageError(
@@ -140,8 +145,9 @@ def _listen(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except OSError as error:
-        raise OutputError(f"{host}:{port}: {error.strerror}. Choose another --host or --port.") from error
+    except (OSError, UnicodeError) as error:  # the latter for what can be no name of a host
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise OutputError(f"{host}:{port}: {reason}. Choose another --host or --port.") from error
     return listener
 
 

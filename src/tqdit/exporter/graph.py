@@ -46,7 +46,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_opset(self.opset)  # before a model is loaded for it
         if self.steps is not None:
-            check_count("--steps", self.steps, 1, TRAINING_STEPS)
+            check_count("steps", self.steps, 1, TRAINING_STEPS)
 
     def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
         """The chain that the file proposes, or that a step graph computes."""

@@ -71,20 +71,20 @@ class Diffusion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="di
 
         `linspace` is DiT's own (improved DDPM's fractional stride), `leading` that of diffusers' DDIMScheduler.
         """
-        check_count("--steps", steps, 1, TRAINING_STEPS)
+        check_count("steps", steps, 1, TRAINING_STEPS)
         if self.spacing == "linspace":
             return np.asarray(np.round(np.linspace(0, TRAINING_STEPS - 1, steps)), np.float64)
         found = np.arange(steps, dtype=np.float64) * (TRAINING_STEPS // steps) + self.steps_offset
         if found[-1] >= TRAINING_STEPS:
             raise UsageError(
                 f"the chain's last timestep is {found[-1]:g}, beyond {TRAINING_STEPS - 1}: the offset of the "
-                f"spacing is too large for {steps} steps. Pass fewer --steps."
+                f"spacing is too large for {steps} steps. Pass fewer steps."
             )
         return found
 
     def noisy_timesteps(self, steps: int) -> Float64:
         """The timesteps of a chain whose last step goes to the data: those of T + 1 steps but the lowest, (T,)."""
-        check_count("--steps", steps, 1, TRAINING_STEPS - 1)
+        check_count("steps", steps, 1, TRAINING_STEPS - 1)
         return self.timesteps(steps + 1)[1:]
 
     def clean(self, timesteps: Float64) -> tuple[Float64, Float64]:
@@ -129,7 +129,7 @@ class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flow"):
 
     def timesteps(self, steps: int) -> Float64:
         """The timesteps of a chain of T steps, ascending, (T,); the last step ends at t = 0."""
-        check_count("--steps", steps, 1, TRAINING_STEPS)
+        check_count("steps", steps, 1, TRAINING_STEPS)
         u = np.arange(1, steps + 1) / steps
         return self.time_scale * self.shift * u / (1 + (self.shift - 1) * u)
 
@@ -195,9 +195,9 @@ class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
             if len(table.timesteps) == steps:
                 return table
         known = ", ".join(str(len(table.timesteps)) for table in self.tables)
-        others = "" if self.noising is None else "a --sampler such as dpm++2m or unipc, "
+        others = "" if self.noising is None else "a sampler such as dpm++2m or unipc, "
         raise UsageError(
-            f"--steps is {steps}; chains of {self.scheduler} were recorded with {known} steps. Pass one of these, "
+            f"steps is {steps}; chains of {self.scheduler} were recorded with {known} steps. Pass one of these, "
             f"{others}or record a chain of that length."
         )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import socket
+import struct
 import sys
 import termios
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import h11
@@ -18,6 +21,7 @@ from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ErrorAnswer
 
 LEAST_BYTES = 20_000  # that a client takes of an answer that waits for it, in each `client_s`
+EARLY_BYTES = 65_536  # that are taken of the requests after the one in work
 
 
 class Connection(H11Protocol):
@@ -36,12 +40,12 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._stop_reading_a_whole_request()
+        self._look_at_a_whole_request()
 
     def on_response_complete(self) -> None:
         self._expect_request()
         super().on_response_complete()  # begins the next request if it came along with this one
-        self._stop_reading_a_whole_request()
+        self._look_at_a_whole_request()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -73,9 +77,12 @@ class Connection(H11Protocol):
             self.refused(refusal.status)
         self.transport.close()
 
-    def _stop_reading_a_whole_request(self) -> None:
+    def _look_at_a_whole_request(self) -> None:
+        """While it is answered, only reading tells that the client has left; uvicorn stops it at what comes early."""
         if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
             self._stop("reading")
+            if len(self.conn.trailing_data[0]) < EARLY_BYTES:
+                self.flow.resume_reading()
 
     def _expect_request(self) -> None:
         self._stop("reading")
@@ -108,12 +115,19 @@ class Connection(H11Protocol):
             if not self.transport.get_write_buffer_size():
                 return  # the kernel has the rest
             if before - self._untaken() < LEAST_BYTES:
-                self.transport.abort()
+                self._reset()
             else:
                 self._expect_reader()
 
         self._stop("writing")
         self.writing = self.loop.call_later(self.settings.client_s, look)
+
+    def _reset(self) -> None:
+        """Drop what the kernel holds, too, which would otherwise keep the connection as long as nobody takes it."""
+        linger = struct.pack("ii", 1, 0)
+        with suppress(OSError):  # the other side has left
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
 
     def _untaken(self) -> int:
         """Bytes that wait here, and those that the kernel holds for the client: it takes megabytes at once, and asks
@@ -127,10 +141,10 @@ class Connection(H11Protocol):
             setattr(self, name, None)
 
 
-def _bytes_in_kernel(socket: Any) -> int:
+def _bytes_in_kernel(connected: Any) -> int:
     """That the other side has not acknowledged; 0 where the system does not tell, or of a closed socket."""
     try:
-        return int.from_bytes(fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except (OSError, ValueError):
         return 0
 

@@ -185,6 +185,8 @@ class ImageJob:
                 await asyncio.gather(*ends)
         except asyncio.CancelledError:
             self.is_cancelled = self.refusal is None  # by `cancel`, or because the loop ends; or by `fail`
+        except DeadlineError as error:  # the batcher's, which is a TimeoutError, too
+            self.refusal = self.refusal or refusal_of(error)
         except TimeoutError:
             futures = [row.future for row in self.rows if row.future is not None]
             made = all(each.done() and not each.cancelled() for each in futures)
@@ -275,6 +277,7 @@ class KeptJobs:
     def add(self, job: ImageJob) -> None:
         self._prune()
         self._jobs[job.id] = job
+        job.task.add_done_callback(lambda _: self._prune())
 
     def get(self, name: str) -> ImageJob:
         """Raises Refusal if there is none of that name."""

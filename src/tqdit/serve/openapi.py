@@ -62,7 +62,7 @@ def _operation(endpoint: Endpoint, references: dict[Any, Any]) -> dict[str, Any]
                 content[each] = {"schema": {"type": "string"}}
         responses[str(status)] = {"description": HTTPStatus(status).phrase, **({"content": content} if content else {})}
     refused = {"application/json": {"schema": references[ErrorAnswer]}}
-    for status in endpoint.refusals:
+    for status in (*endpoint.refusals, 421):  # any path may be asked for under a name that is not ours
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": refused}
     names = re.findall(r"\{(\w+)\}", endpoint.path)
     operation: dict[str, Any] = {

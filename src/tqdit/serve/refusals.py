@@ -18,8 +18,8 @@ log = logging.getLogger("tqdit.serve")
 
 ErrorCode = Literal[
     "invalid_value", "invalid_json", "unknown_model", "not_found", "method_not_allowed", "too_large", "too_slow",
-    "unsupported_media_type", "invalid_api_key", "queue_full", "deadline", "shutting_down", "client_closed",
-    "sampling_failed", "internal",
+    "unsupported_media_type", "wrong_host", "invalid_api_key", "queue_full", "deadline", "shutting_down",
+    "client_closed", "sampling_failed", "internal",
 ]  # fmt: skip
 TYPES: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -68,7 +68,7 @@ def refusal_of(error: BaseException) -> Refusal:
 def bad_json(error: msgspec.DecodeError) -> Refusal:
     """Of a body that is no request."""
     text = str(error)
-    at = re.search(r" - at `\$\.?([^`]*)`", text)
+    at = re.search(r" - at `\$\.?([^`\[]*)", text)
     unknown = re.search(r"unknown field `(\w+)`", text)
     code: ErrorCode = "invalid_value" if isinstance(error, msgspec.ValidationError) else "invalid_json"
     example = '{"prompt": "3", "seed": 7}'

@@ -59,6 +59,7 @@ class Endpoint:
         async def answer(request: Request) -> Response:
             service: Service = request.app.state.service
             try:
+                service.check_host(request.headers.get("host", ""))
                 if not self.is_open:
                     service.check_key(request.headers.get("authorization"))
                 response = await self.handler(service, request)

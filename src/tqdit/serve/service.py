@@ -72,6 +72,12 @@ class Service:
             message = "no or a wrong API key. Send the header 'Authorization: Bearer KEY'."
             raise Refusal(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
+    def check_host(self, host: str) -> None:
+        """Raises Refusal if a browser was led here by another name, as by a web page whose own name changes address."""
+        known = self.settings.hosts
+        if host and known and re.sub(r":\d*$", "", host.lower()) not in known:
+            raise Refusal(421, "wrong_host", f"this server is not '{host:.60}'; it answers to {', '.join(known)}.")
+
     def engine(self, name: str | None) -> ServedEngine:
         """The engine of this name, or the first. Raises Refusal if there is none."""
         if name is None:

@@ -31,6 +31,7 @@ class Settings:
     client_s: float = 20.0  # for a client to send its request, and to take 20 kB of an answer
     connections: int = 256  # open at the same time
     cors_origins: tuple[str, ...] = ()  # web pages of other origins that may call
+    hosts: tuple[str, ...] = ()  # that the Host header may name, in lower case, without a port; (): any
     keeps_jobs: bool | None = None  # False: nothing is kept between requests, so that any of several processes can
     # answer each; None: True unless this is a child process, as of uvicorn --workers
     api_key: str | None = field(default=None, repr=False)

@@ -260,7 +260,7 @@ def test_an_interval_that_an_engine_cannot_do_is_refused(bundle, bundle_of, card
 
 @pytest.mark.parametrize(
     ("chain", "message"),
-    [({"steps": 0}, "--steps is 0"), ({"steps": 1001}, "1 to 1000"), ({"sampler": "euler"}, "known are ddim, ddpm")],
+    [({"steps": 0}, "^steps is 0"), ({"steps": 1001}, "1 to 1000"), ({"sampler": "euler"}, "known are ddim, ddpm")],
 )
 def test_a_chain_that_the_model_does_not_have_is_refused(bundle, chain, message):
     with Sampler.open(bundle) as sampler, pytest.raises(UsageError, match=message):

@@ -16,7 +16,7 @@ def schedule(process: Recorded, timesteps: Float64) -> Schedule:
     table = process.table(len(timesteps))
     if not np.array_equal(timesteps, process.timesteps(len(timesteps))):
         raise UsageError(
-            f"steps of {process.scheduler} lie where they were recorded, and cannot be placed. Pass --steps."
+            f"steps of {process.scheduler} lie where they were recorded, and cannot be placed. Pass a number of steps."
         )
     return Schedule(
         timesteps=timesteps,
