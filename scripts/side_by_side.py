@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="of the text demo: captions that were never trained on")
     parser.add_argument("-o", "--output", type=Path, default=Path("side_by_side.png"))
     args = parser.parse_args()
-    card = read_manifest(args.reference).card
-    prompts = encode(args.reference, card, draw_captions(args.n, args.held_out)) if card.model == "text" else None
+    card = read_manifest(args.other).card  # whose text encoders both engines take
+    prompts = encode(args.other, card, draw_captions(args.n, args.held_out)) if card.model == "text" else None
     manifest = read_manifest(args.reference)
     job = describe_job(args.reference, manifest, prompts, args.seed, args.n, args.n, steps=args.steps)
     results = [sample(engine, job, prompts) for engine in (args.reference, args.other)]
