@@ -59,7 +59,7 @@ CHECKS = {
         check("name", "photo.png", "ends in .onnx"),
         check("place of the output", f"{LONG}.onnx", "File name too long", 1),
         check("output", "theirs.onnx --force", "was not written by tqdit", 1),
-        check("numbers", "m.onnx --steps 0", "--steps is 0"),
+        check("numbers", "m.onnx --steps 0", "steps is 0"),
         check("decoder", "m.onnx --vae nothing", "no config.json in it", 1),
         check("scale table", "m.onnx --scales photo.png", "not a safetensors file", 1),
         check("text encoders", "m.onnx --float --text", "pipeline", 1),
