@@ -205,7 +205,7 @@ def _names(names: Iterable[str]) -> str:
 def _check_values(name: str, port: Port, values: Any) -> NDArray[Any]:
     try:
         array = np.asarray(values)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):  # such as a tensor that NumPy has no type for
         array = np.asarray(None)
     wanted = NUMBERS[port.dtype]
     if array.ndim == 0 or not len(array) or array.shape[1:] != port.row_shape or not np.issubdtype(array.dtype, wanted):

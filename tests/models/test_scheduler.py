@@ -210,3 +210,11 @@ def test_a_scheduler_that_makes_nan_is_refused():
     scheduler.set_timesteps(STEPS)
     with pytest.raises(UsageError, match=r"UniPCMultistepScheduler.*NaN"):
         tabulate(scheduler)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+@pytest.mark.parametrize("name", ["flow Heun", "Heun", "EDM Euler", "DEIS"])
+def test_the_rounding_of_short_chains_is_no_reason_to_refuse(name, steps):
+    scheduler = DETERMINISTIC[name]()
+    scheduler.set_timesteps(steps)
+    assert len(tabulate(scheduler).timesteps) == len(scheduler.timesteps)

@@ -203,3 +203,13 @@ def test_a_table_that_looks_back_before_the_chain_is_refused():
 def test_the_weight_of_an_error_is_that_of_the_prediction():
     schedule = SamplingSpec(Flow(), "euler", 4).schedule
     np.testing.assert_allclose(schedule.error_weights, 0.25)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [{"timesteps": "abc"}, {"timesteps": [None]}, {"guidance_interval": 5}, {"guidance_interval": ("a", "b")}],
+    ids=str,
+)
+def test_what_is_no_number_is_one_line(chain):
+    with pytest.raises(UsageError, match=r"expected (numbers|two timesteps)"):
+        SamplingSpec().choose(**chain)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -165,6 +166,14 @@ def test_in_python_it_is_four_calls(tmp_path):
         tqdit.export(pipeline.transformer, tmp_path / "m.onnx", scales=table)
     tqdit.build(tmp_path / "m.onnx", tmp_path / "m.engine", backend="openvino")
     assert relative(in_pipeline("z-image", tmp_path / "m.engine"), expected) < 1e-2
+
+
+def test_an_argument_that_changes_a_step_is_refused():
+    """The table of DDIM is that of eta = 0."""
+    pipeline, arguments = FAMILIES["pixart-sigma"]()
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    with pytest.raises(UsageError, match=r"DDIMScheduler.*eta = 0\.9"), tqdit.record(pipeline):
+        call(pipeline, {**arguments, "eta": 0.9})
 
 
 @pytest.mark.parametrize("name", NOT_LINEAR)

@@ -94,6 +94,7 @@ class Recorder:
 
         @functools.wraps(step)  # pipelines look at its parameters
         def stepped(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            _check_extras(type(self.scheduler).__name__, args, kwargs)
             if self._fresh:
                 self._begin(sample)
             self._step(model_output.detach(), float(timestep), sample.detach())
@@ -388,6 +389,18 @@ def _latents(runs: list[_Run], decoder: str) -> Latents | None:
     except (UsageError, RuntimeError) as error:  # PyTorch's, for parts of different shapes
         warnings.warn(f"engines of this recording make latents: {error}.", TqditWarning, stacklevel=3)
         return None
+
+
+def _check_extras(scheduler: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what changes a step, such as eta of DDIM: the table of a scheduler is that of its steps without it."""
+    given = {**{str(place): value for place, value in enumerate(args, 4)}, **kwargs}
+    for name, value in given.items():
+        without = value is None or (isinstance(value, bool | int | float) and not value)
+        if not (without or name == "return_dict" or isinstance(value, torch.Generator | list)):
+            raise UsageError(
+                f"the pipeline gives {scheduler}'s step the argument {name} = {value!s:.40}, which an engine's loop "
+                f"does not know. Leave it out, or record with another scheduler. {DROP_IN_ONLY}"
+            )
 
 
 def _holds_numbers(tensor: Tensor) -> bool:

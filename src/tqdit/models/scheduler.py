@@ -23,7 +23,8 @@ from tqdit.sampling.process import BETA_SCHEDULES, TRAINING_STEPS, Diffusion, Fl
 from tqdit.sampling.schedule import MOST_LAG
 
 ELEMENTS = 512  # of the vectors that a step is fitted on
-TOLERANCE = 2e-6  # relative: schedulers compute in float32
+RESIDUAL = 2e-5  # of a fit, relative: schedulers compute in float32, and cancel in short chains
+TOLERANCE = 2e-6  # smaller weights are none
 NEAR = 1e-2  # of the data and the noise in a state: some schedulers of flows tell the network whole numbers for 1000 t
 Float64 = NDArray[np.float64]
 
@@ -142,12 +143,12 @@ def _fit(
         matrix = torch.stack([feature.flatten().double() for feature in features], 1)
         weights = torch.linalg.lstsq(matrix, y[:, None], driver="gelsd").solution[:, 0]
         residual = float((matrix @ weights - y).norm() / y.norm())
-        if residual < TOLERANCE:
+        if residual < RESIDUAL:
             found = np.where(np.abs(weights.numpy()) < TOLERANCE, 0, weights.numpy())
             return found[: lag + 1], found[lag + 1 : 2 * lag + 2], float(found[-1]) if noise else 0.0
     raise UsageError(
         f"{name}: its update is not linear in the last {MOST_LAG + 1} steps (residual {residual:.1e}, expected less "
-        f"than {TOLERANCE:.0e}). Record with another scheduler, without clip_sample and thresholding."
+        f"than {RESIDUAL:.0e}). Record with another scheduler, without clip_sample and thresholding."
     )
 
 

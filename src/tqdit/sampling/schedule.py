@@ -99,7 +99,11 @@ class SamplingSpec:
             )
         if self.timesteps:
             check_timesteps(self.process, self.timesteps, self.steps)
-        if self.guidance_interval is not None and not self.guidance_interval[0] <= self.guidance_interval[1]:
+        try:
+            low, high = map(float, self.guidance_interval or (0, 0))
+        except (TypeError, ValueError):
+            low, high = 1, 0
+        if not low <= high:
             raise UsageError(f"guidance interval {self.guidance_interval}; expected two timesteps, lower first.")
         _ = self.schedule  # which knows what fits together
 
@@ -119,7 +123,10 @@ class SamplingSpec:
         timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
         sampler stay as they are, else where the sampler puts them.
         """
-        placed = None if timesteps is None else tuple(map(float, timesteps))
+        try:
+            placed = None if timesteps is None else tuple(map(float, timesteps))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"timesteps are {timesteps!s:.60}; expected numbers.") from error
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
             steps = len(self.process.tables[0].timesteps)
         steps = (len(placed) if placed else self.steps) if steps is None else steps

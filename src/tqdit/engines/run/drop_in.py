@@ -109,6 +109,8 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
             raise UsageError(f"{self._family}: '{port.name}' holds complex numbers, expected {port.dtype}.")
         if port.kind == "time":
             array = np.broadcast_to(array.reshape(-1), rows) if array.size == 1 else array
+        if port.dtype == "float32" and port.kind != "time" and not np.issubdtype(array.dtype, np.floating):
+            raise UsageError(f"{self._family}: '{port.name}' holds {array.dtype} numbers, expected {port.dtype}.")
         if port.dtype == "int64" and np.issubdtype(array.dtype, np.floating):
             if port.kind != "time":
                 raise UsageError(f"'{port.name}' holds {array.dtype} numbers, expected whole ones.")
