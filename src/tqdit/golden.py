@@ -47,7 +47,9 @@ class GoldenCalls:
         arrays = (*self.inputs.values(), self.prediction, self.errors)
         sound = all(array.dtype.kind in "biuf" and np.isfinite(array).all() for array in arrays)
         if not sound:
-            raise FileFormatError("golden calls hold NaN or infinite values. Look for them in the model's weights.")
+            raise FileFormatError(
+                "golden calls hold NaN or infinite values. Look for them in the model's weights, or get the file again."
+            )
         if len(counts) != 1 or self.errors.ndim != 1 or not len(self.errors) or self.errors.min() < 0:
             raise FileFormatError(f"golden calls of {sorted(counts)} rows; expected as many of each, and errors >= 0.")
 

@@ -211,5 +211,5 @@ def test_the_weight_of_an_error_is_that_of_the_prediction():
     ids=str,
 )
 def test_what_is_no_number_is_one_line(chain):
-    with pytest.raises(UsageError, match=r"expected (numbers|two timesteps)"):
+    with pytest.raises(UsageError, match="expected numbers"):
         SamplingSpec().choose(**chain)

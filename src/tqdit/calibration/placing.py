@@ -52,7 +52,7 @@ def check_placing(sampling: SamplingSpec, signature: Signature, config: Quantiza
     if process is None:
         raise UsageError(
             f"--calls places steps along a known way from noise to data; the one that {signature.family} was recorded "
-            "on is not known. Leave it out; or record again, if an earlier version did that."
+            "on is not known. Leave it out."
         )
     for solver in solvers_of(config):
         spec = SamplingSpec(process, solver, config.calls, spacings(process, config.calls)["log-snr"])

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tqdit.models.model_card import PipelineCard
     from tqdit.models.recording import Recording
 
-RECORDINGS = 2  # version of what a recording tells: those of earlier ones are made again
 SUMMARY = "find the scales that turn a float diffusion transformer into integers"
 EXAMPLES = """\
 examples:
@@ -180,7 +179,7 @@ def _recording(
     from tqdit.calibration.work import digest, versions
     from tqdit.models.families.recorded import folder_of, open_pipeline
     from tqdit.models.recorder import Recorder
-    from tqdit.models.recording import Recording
+    from tqdit.models.recording import FORMAT_VERSION, Recording
 
     if args.rows is not None:
         return Recording.load(args.rows)
@@ -188,7 +187,7 @@ def _recording(
         return None
     prompts, chosen, folder = asked.prompts, asked.call, Path(folder_of(args.model))
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*.*"))
-    kept = work / f"calls-{digest([RECORDINGS, files, prompts, config.seed, chosen, versions()])}.safetensors"
+    kept = work / f"calls-{digest([FORMAT_VERSION, files, prompts, config.seed, chosen, versions()])}.safetensors"
     if kept.is_file():
         console.say(f"recorded calls: kept from an earlier run in {kept}")
         return Recording.load(kept)

@@ -120,10 +120,8 @@ def _long_chain(
     """Chains from noise of their own, by which steps are placed."""
     card, (sampler, steps) = floating.card, LONG
     spec = SamplingSpec(process, sampler, steps, dense(process, steps))
-    labels = replace(job, count=LEARNED, shard_size=LEARNED).labels(0)
-    _, requests = check_requests(
-        card.signature, LEARNED if labels is None else labels if prompts is None else prompts.take(labels)
-    )
+    asked = replace(job, count=LEARNED, shard_size=LEARNED).requests(0, prompts)
+    _, requests = check_requests(card.signature, asked)
     each = Chains(card.signature, card.guidance, LEARNED)
     for image in range(LEARNED):
         request = {name: values[image] for name, values in requests.items()}

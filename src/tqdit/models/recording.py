@@ -30,7 +30,7 @@ from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import Unsampled
 from tqdit.sampling.schedule import SamplingSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since recordings tell how states were noised
 STATES = "states"
 Array = NDArray[Any]
 

@@ -105,8 +105,8 @@ def _shift_of(config: Mapping[str, Any], t: Float64) -> float:
 def _explains(table: Table, process: Diffusion | Flow, told: Float64, sign: Sign) -> bool:
     """Whether a chain with a perfect network stays on the way of this process up to its last step.
 
-    A state is a x_0 + b noise, here (a, b), and the network predicts the process's target at each of them. What comes
-    after the last step is the scheduler's own choice.
+    A state is a x_0 + b noise, here (a, b), and the network predicts the process's target at each of them. Where the
+    last step goes is the scheduler's own choice.
     """
     way = np.stack(process.mix(told), axis=1)  # (T, 2)
     prediction = sign * process.target(*np.eye(2))

@@ -111,8 +111,7 @@ def _hold(made: dict[int, tuple[Tensor, Callable[[], Tensor]]], shape: Any, make
 
 
 def _of_file(path: Path, name: str) -> Tensor:
-    """In memory of its own."""
-    tensor = read_tensor(path, name).to(torch.float32, copy=True)
+    tensor = read_tensor(path, name).to(torch.float32)
     if not is_finite(tensor):
         raise CheckpointError(f"{path}: '{name}' holds NaN or infinite values. Get the directory again.")
     return tensor
@@ -157,7 +156,7 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
         if tensor.shape != expected[name].shape or tensor.dtype not in FLOAT_TYPES:
             return None
         if tensor.numel() < LARGE:
-            values[name] = _of_file(path, name)
+            values[name] = _of_file(path, name).clone()  # in memory of its own
         else:
             values[name] = _hold(made, tensor.shape, partial(_of_file, path, name))
     network.load_state_dict(values, assign=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,12 +100,9 @@ class SamplingSpec:
             )
         if self.timesteps:
             check_timesteps(self.process, self.timesteps, self.steps)
-        try:
-            low, high = map(float, self.guidance_interval or (0, 0))
-        except (TypeError, ValueError):
-            low, high = 1, 0
-        if not low <= high:
-            raise UsageError(f"guidance interval {self.guidance_interval}; expected two timesteps, lower first.")
+        interval = self.guidance_interval
+        if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
+            raise UsageError(f"guidance interval {interval}; expected two timesteps, lower first.")
         _ = self.schedule  # which knows what fits together
 
     @property
@@ -123,17 +121,16 @@ class SamplingSpec:
         timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
         sampler stay as they are, else where the sampler puts them.
         """
-        try:
-            placed = None if timesteps is None else tuple(map(float, timesteps))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"timesteps are {timesteps!s:.60}; expected numbers.") from error
+        placed = None if timesteps is None else _numbers("timesteps", timesteps)
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
             steps = len(self.process.tables[0].timesteps)
         steps = (len(placed) if placed else self.steps) if steps is None else steps
         sampler = self.sampler if sampler is None else sampler
         if placed is None:
             placed = self.timesteps if (steps, sampler) == (self.steps, self.sampler) else ()
-        interval = self.guidance_interval if guidance_interval is None else guidance_interval
+        interval: Any = self.guidance_interval
+        if guidance_interval is not None:
+            interval = _numbers("guidance interval", guidance_interval)
         return replace(self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval)
 
     def __str__(self) -> str:
@@ -146,6 +143,13 @@ class SamplingSpec:
         interval = self.guidance_interval
         guided = "" if interval is None else f" with guidance from timestep {interval[0]:g} to {interval[1]:g}"
         return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}{guided}"
+
+
+def _numbers(what: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{what} {values!s:.60}; expected numbers.") from error
 
 
 @lru_cache(maxsize=256)

@@ -26,7 +26,7 @@ class Builder(Protocol):
     """The module `build` of a backend."""
 
     OPTIONS: frozenset[str]  # fields of BuildConfig that it honours beyond the common ones
-    TAKES_FP8: bool  # it compiles E4M3 products; may be left out
+    TAKES_FP8: bool  # it compiles E4M3 products
     CASTS_FLOATS: bool  # it casts the float parts by itself and takes the file as it was exported
 
     def fitness(self) -> Fitness:

@@ -60,7 +60,7 @@ def build_engine(
     config = replace(config, float_type=chosen)
     float_type: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision not in QUANTIZED
-    if config.precision == "fp8" and not getattr(compiler, "TAKES_FP8", False):
+    if config.precision == "fp8" and not compiler.TAKES_FP8:
         raise UsageError(f"--precision fp8: {backend} has no FP8 products. Use --backend tensorrt-rtx or tensorrt.")
     decoder = None if card.vae is None else OnnxFile.read(source.parent / card.vae.file)
     changed = _prepared(file, card, config.precision, float_type, output)

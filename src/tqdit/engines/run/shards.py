@@ -105,6 +105,13 @@ class SamplingJob:
             return None
         return cycle.take(np.asarray(self.images(shard)) % len(cycle))
 
+    def requests(self, shard: int, prompts: Prompts | None = None) -> Requests:
+        """What the images of one shard ask for. prompts: those that the job was described with."""
+        labels = self.labels(shard)
+        if labels is None:
+            return len(self.images(shard))
+        return labels if prompts is None else prompts.take(labels)
+
     @property
     def chain(self) -> dict[str, Any]:
         """What `SamplingSpec.choose` and `Sampler.sample` take of the chain."""
@@ -124,10 +131,9 @@ class SamplingJob:
         prompts: those that the job was described with.
         """
         labels, images = self.labels(shard), self.images(shard)
-        requests: Requests = len(images) if labels is None else labels if prompts is None else prompts.take(labels)
         sample = sampler.sample if self.content == "images" else sampler.sample_latents
         samples = sample(
-            requests, self.guidance_scale, self.seed, callback,
+            self.requests(shard, prompts), self.guidance_scale, self.seed, callback,
             **self.chain, first_image=images.start,
         )  # fmt: skip
         return {name: array for name, array in zip(self.names, (samples, labels), strict=False) if array is not None}

@@ -36,6 +36,7 @@ GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
 EXTERNAL_DATA_BYTES = 1_000_000_000
 CASTS_FLOATS = False
+TAKES_FP8 = False
 OPTIONS = frozenset({"provider", "batch", "device"})  # batch: of the TensorRT provider's profiles
 # Operators of ONNX Runtime that multiply integers, and those that multiply floats.
 INTEGER_PRODUCTS = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "QLinearConv", "ConvInteger"}

@@ -28,6 +28,7 @@ GRAPH_FILE = "graph.xml"  # its weights lie in graph.bin
 DECODER_FILE = "decoder.xml"
 OPTIONS: frozenset[str] = frozenset()
 CASTS_FLOATS = True  # by its own precision hint; it takes the file as it was exported
+TAKES_FP8 = False
 PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"}  # layers of a compiled model
 INTEGERS = {"i8", "u8"}
 # What OpenVINO calls nodes of its own; ours have a module before a slash.

@@ -178,8 +178,8 @@ class Prepared(NamedTuple):
 def _prepared(
     source: OnnxFile, folder: Path, inline: bool, halved: str | None = None, spelled_out: Collection[str] = ()
 ) -> Iterator[Prepared | None]:
-    """The file with its functions inlined, its integer products written in the type `halved` and, instead of that, the
-    weights of some modules spelled out; None if those have none.
+    """The file with its functions inlined and its integer products rewritten to the type `halved`. Those of the modules
+    `spelled_out` keep theirs and have their weights spelled out; None if they have none.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
     """
