@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from tqdit.bounds import MOST_GUIDANCE, check_count, check_number
@@ -81,6 +81,13 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
                         "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
+    column_search: int = knob(0, "find a number of columns for each layer with so many evaluations of the network, by "
+                              "evolution; 0: none; 500 in Q-DiT", range(100_001))  # fmt: skip
+    column_sizes: str = knob("32,64,96,128,192,288", "numbers of columns that --column-search chooses from")
+    mean_columns: int | None = knob(None, "least mean of the columns of all layers in --column-search (default: 128, or "
+                                    "half of what all layers whole have, if that is less)", range(1, 1 << 16))  # fmt: skip
+    column_objective: str = knob("eps", "error that --column-search lowers: of the prediction, or weighted by what it "
+                                 "does to the next state", ("eps", "step"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
@@ -120,7 +127,7 @@ class QuantizationConfig:
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
 
-    @property
+    @cached_property
     def layer_knobs(self) -> dict[str, dict[str, Any]]:
         """layer -> knob -> value of the overrides."""
         found: dict[str, dict[str, Any]] = {}
@@ -129,26 +136,33 @@ class QuantizationConfig:
             for pair in pairs.split(","):
                 name, _, value = pair.partition("=")
                 name = name.strip().replace("-", "_")
-                if not layer.strip() or name not in LAYER_KNOBS or (name.endswith("bits") and not value.isdecimal()):
+                whole = name.endswith("bits") or name == "columns"
+                if not layer.strip() or name not in LAYER_KNOBS or (whole and not value.isdecimal()):
                     raise UsageError(
                         f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
                     )
-                found.setdefault(layer.strip(), {})[name] = int(value) if name.endswith("bits") else value.strip()
+                found.setdefault(layer.strip(), {})[name] = int(value) if whole else value.strip()
         return found
 
     def with_layer_knobs(self, changes: Iterable[tuple[str, Mapping[str, Any]]]) -> QuantizationConfig:
         """With these knobs (layer, knob -> value) over those that the overrides have."""
-        merged = self.layer_knobs
+        merged = {layer: dict(knobs) for layer, knobs in self.layer_knobs.items()}
         for layer, knobs in changes:
             merged.setdefault(layer, {}).update(knobs)
         entries = ((layer, ",".join(f"{name}={value}" for name, value in knobs.items()))
                    for layer, knobs in merged.items())  # fmt: skip
         return replace(self, overrides=";".join(f"{layer}:{pairs}" for layer, pairs in entries))
 
+    @property
+    def layer_columns(self) -> dict[str, int]:
+        """layer -> its own number of columns, of those that have one."""
+        return {layer: knobs["columns"] for layer, knobs in self.layer_knobs.items() if "columns" in knobs}
+
     def for_layer(self, layer: str) -> QuantizationConfig:
-        """As it is for one layer, its overrides applied."""
-        changes = self.layer_knobs.get(layer)
-        return self if changes is None else replace(self, overrides="", **changes)
+        """As it is for one layer, its overrides applied; a part has those of its layer, and then its own."""
+        found = self.layer_knobs
+        changes = {name: value for each in wholes(layer) for name, value in found.get(each, {}).items()}
+        return replace(self, overrides="", **changes) if changes else self
 
     def for_model(self, model: LoadedModel) -> QuantizationConfig:
         """With the model's own values if none were given; the guidance scale stays None for unguided models."""
@@ -175,11 +189,18 @@ class QuantizationConfig:
         return "\n".join(f"{name:<20} {'none' if value == '' else value}" for name, value in values.items())
 
 
+def wholes(layer: str) -> list[str]:
+    """The layers that a layer is a part of, the largest first, and itself: LAYER, LAYER.columns.N."""
+    pieces = layer.split(".columns.")
+    return [".columns.".join(pieces[: count + 1]) for count in range(len(pieces))]
+
+
 # What can differ from layer to layer.
 LAYER_KNOBS = (
     "weight_bits",
     "activation_bits",
     "outer_bits",
+    "columns",
     "inputs",
     "softmax",
     "gelu",
@@ -225,5 +246,8 @@ DYNAMIC = replace(
 # The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
 GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
 
+# Q-DiT (arXiv 2406.17343): groups of input channels whose sizes evolution finds, ranges per token and group, GPTQ.
+Q_DIT = replace(GPTQ, equalize=False, attention=False, column_search=100)
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "q-dit": Q_DIT, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip

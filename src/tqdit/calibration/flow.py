@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.bounds import check_memory
+from tqdit.calibration import column_search
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter, product_costs
@@ -76,6 +77,7 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
+        run.choose_columns(rows)
         table = run.with_placed_steps(run.with_golden_calls(run.search(rows), rows))
     return Result(table, run.meter, run.folder)
 
@@ -91,9 +93,10 @@ class Calibration:
         console: Console,
         data: DataSet | Recording | None = None,
     ) -> None:
-        model = narrow(model, config.columns)
-        self.model, self.config, self.console, self.data = model, config, console, data
-        self.plans = plan(model, config)
+        self.whole, self.console, self.data = model, console, data
+        self._take(config)
+        model = self.model
+        self.space = column_search.space(self.whole, config) if config.column_search else None
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
         if config.method == "weights":
@@ -108,6 +111,12 @@ class Calibration:
         self.rows_name = f"rows-{digest(row_facts)}"
         self.root = WorkFolder(work, model.device)
         self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, model.device)
+
+    def _take(self, config: QuantizationConfig) -> None:
+        """The settings, and the network in the parts and with the plans that they ask for."""
+        self.config = config
+        self.model = narrow(self.whole, config.columns, config.layer_columns)
+        self.plans = plan(self.model, config)
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
@@ -174,6 +183,12 @@ class Calibration:
         if measured:
             trajectory.place_boundaries()
         return trajectory.renoised_rows() if self.config.fisher == "loss" else trajectory.rows()
+
+    def choose_columns(self, rows: CalibrationRows) -> None:
+        """Find the columns of each layer, if the settings ask for it; all that follows is of the network so divided."""
+        if self.space is not None:
+            objective = column_search.Objective(self.whole, self.config, rows, self.meter)
+            self._take(column_search.run(self.space, self.config, objective, self.folder, self.console))
 
     # phase 2 ---------------------------------------------------------------------------------------------------------
 
@@ -300,6 +315,7 @@ def make_table(
 ) -> ScaleTable:  # fmt: skip
     """The table of what was found under `config`."""
     spec = sampling_of(model, config)
+    own = {"layer_columns": config.layer_columns} if config.layer_columns else {}
     return ScaleTable(
         model=model.source,
         fingerprint=model.fingerprint,
@@ -307,7 +323,7 @@ def make_table(
         sites=tuple(sites),
         seed=config.seed,
         guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
-        settings={**config.to_json(), "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
+        settings={**config.to_json(), **own, "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
         versions=versions(model.device),
         errors=errors,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig
+from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig, wholes
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
@@ -43,7 +43,7 @@ class LayerPlan:
 def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
     """The products that `config` quantizes."""
     names = [product.name for product in model.products]
-    unknown = set(config.layer_knobs) - set(names)
+    unknown = set(config.layer_knobs) - {whole for name in names for whole in wholes(name)}
     if unknown:
         raise UsageError(f"--overrides names '{min(unknown)}', which is no layer of this model. Name one such as "
                          f"'{names[-1]}'.")  # fmt: skip
