@@ -144,16 +144,16 @@ class Calibration:
     # phase 1 ---------------------------------------------------------------------------------------------------------
 
     def rows(self) -> CalibrationRows:
-        """The calibration rows, from disk if an earlier run has left them."""
+        """The calibration rows of the whole network, from disk if an earlier run has left them."""
         found = self.root.load_or_none(self.rows_name)
         if found is not None:
             rows = CalibrationRows.of(found)
             self.console.say(f"calibration rows: {len(rows)}, kept from an earlier run in {self.root.path}")
             return rows
         if isinstance(self.data, Recording):
-            rows = recorded_rows(self.model, self.config, self.data)
+            rows = recorded_rows(self.whole, self.config, self.data)
         elif self.data:
-            rows = data_rows(self.model, self.spec, self.config, self.data)
+            rows = data_rows(self.whole, self.spec, self.config, self.data)
         else:
             rows = self._sample_rows()
         self.root.save(self.rows_name, rows.tensors())
@@ -162,8 +162,8 @@ class Calibration:
 
     def _sample_rows(self) -> CalibrationRows:
         measured = self.config.boundaries == "drift"
-        picks = every_state(self.spec, self.config) if measured else pick(self.model, self.config)
-        trajectory = Trajectory(self.model, self.config, picks)
+        picks = every_state(self.spec, self.config) if measured else pick(self.whole, self.config)
+        trajectory = Trajectory(self.whole, self.config, picks)
         state_name = f"{self.rows_name}-chains"
         state = self.root.load_or_none(state_name)
         if state is not None:
