@@ -97,6 +97,8 @@ class QuantizationConfig:
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
+    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme whose name ends "
+                           "with _bits; one number is that of all groups (default: --activation-bits)")  # fmt: skip
     time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
 
     attention: bool = knob(True, "quantize both products of attention")
@@ -136,7 +138,7 @@ class QuantizationConfig:
             for pair in pairs.split(","):
                 name, _, value = pair.partition("=")
                 name = name.strip().replace("-", "_")
-                whole = name.endswith("bits") or name == "columns"
+                whole = name in LAYER_KNOBS and isinstance(getattr(TQ_DIT, name), int)
                 if not layer.strip() or name not in LAYER_KNOBS or (whole and not value.isdecimal()):
                     raise UsageError(
                         f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
@@ -201,6 +203,7 @@ LAYER_KNOBS = (
     "activation_bits",
     "outer_bits",
     "columns",
+    "group_bits",
     "inputs",
     "softmax",
     "gelu",

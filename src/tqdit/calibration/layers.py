@@ -87,7 +87,19 @@ def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
 
 def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
     scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else config.inputs
-    return OperandPlan(scheme, bits, _groups(layer, config, scheme))
+    groups = _groups(layer, config, scheme)
+    if "group_bits" not in find_schemes()[scheme].tensors:
+        return OperandPlan(scheme, bits, groups)
+    given = config.group_bits if layer.place == "block" and config.group_bits else str(bits)
+    text = given if "/" in given else "/".join([given] * groups)
+    try:
+        found = len(find_schemes()[scheme].fixed(bits, group_bits=text)["group_bits"])
+    except ValueError as error:
+        raise UsageError(f"--group-bits is '{given}': expected numbers of 2..8 such as 8/6/4. Change them.") from error
+    if found != groups:
+        raise UsageError(f"--group-bits '{given}' are {found} numbers; '{layer.name}' has {groups} groups of timesteps. "
+                         "Pass one for each, with --time-groups all.")  # fmt: skip
+    return OperandPlan(scheme, bits, groups, {"group_bits": text})
 
 
 def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
