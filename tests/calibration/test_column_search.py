@@ -170,7 +170,9 @@ def test_an_export_without_rows_refuses_the_search() -> None:
 
 def test_the_weighted_objective_counts_steps(tmp_path: Path) -> None:
     model = tiny_model()
-    tables = [calibrate(model, replace(Q_DIT, column_objective=each), tmp_path / each).table for each in ("eps", "step")]
+    tables = [
+        calibrate(model, replace(Q_DIT, column_objective=each), tmp_path / each).table for each in ("eps", "step")
+    ]
     assert tables[0].settings["column_objective"] != tables[1].settings["column_objective"]
     for table in tables:
         assert np.isfinite(apply(model, table)(random_rows(model.signature, 2))).all()

@@ -53,7 +53,9 @@ def test_a_row_takes_the_bits_of_its_group(scheme: str, entries: list[tuple[int,
     operand = QuantizedOperand(quantizer, rows)
     with rows.set(torch.from_numpy(group)):
         (part,) = operand.parts(torch.from_numpy(x))
-    found = (part.values if part.ratio is None else part.values * part.ratio) + (0 if part.offset is None else part.offset)
+    found = (part.values if part.ratio is None else part.values * part.ratio) + (
+        0 if part.offset is None else part.offset
+    )
     steps = (found.numpy() - expected) / s
     assert np.abs(np.round(steps) - steps).max() < 0.02  # on the same grid,
     assert (np.abs(steps) > 0.5).mean() < 0.02  # and off only where rounding is a tie
@@ -68,8 +70,14 @@ def test_a_search_finds_scales_for_the_bits_of_each_group(tmp_path: Path, scheme
     table = calibrate(model, config, tmp_path / "work").table
     write_scale_table(tmp_path / "scales.safetensors", table)
     assert read_scale_table(tmp_path / "scales.safetensors") == table
-    found = {name: table.by_module[name]["input"].quantizer for name in (LAYER, "blocks.0.mlp.fc2", "final_layer.linear")}
-    assert [quantizer.arrays()["group_bits"].tolist() for quantizer in found.values()] == [[4, 4, 8], [8, 5, 3], [8, 8, 8]]
+    found = {
+        name: table.by_module[name]["input"].quantizer for name in (LAYER, "blocks.0.mlp.fc2", "final_layer.linear")
+    }
+    assert [quantizer.arrays()["group_bits"].tolist() for quantizer in found.values()] == [
+        [4, 4, 8],
+        [8, 5, 3],
+        [8, 8, 8],
+    ]
     assert {type(quantizer) for quantizer in found.values()} == {SCHEMES[scheme]}
     scale = found["blocks.0.mlp.fc2"].arrays()["scale"]
     assert scale[2] > 4 * scale[0]  # of 3 and of 8 bits
@@ -113,7 +121,9 @@ def test_engines_multiply_integers(tmp_path: Path, backend: str, asymmetric: boo
         ({"time_groups": "none"}, "3 numbers; .* has 1 groups"),
     ],
 )
-def test_bits_that_do_not_fit_are_refused_before_any_work(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_bits_that_do_not_fit_are_refused_before_any_work(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         calibrate(tiny_model(), replace(CONFIG, inputs="symmetric_bits", **changes), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -13,29 +13,26 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter
+from tqdit.calibration.end_to_end import EndToEnd
 from tqdit.calibration.layers import plan
 from tqdit.calibration.methods import weights
-from tqdit.calibration.rows import CalibrationRows, sampling_of
+from tqdit.calibration.rows import CalibrationRows
 from tqdit.calibration.work import WorkFolder
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.models.columns import block_widths, narrow, part_widths
 from tqdit.models.loaded import LoadedModel
-from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.schemes import find_schemes
 from tqdit.quantization.table import ScaleTable
-from tqdit.sampling.process import Unsampled
 
 PAPERS_MEAN = 128
 EPOCHS = 10  # of 500 evaluations, by 50 genomes each; with N evaluations there are sqrt(5 N) genomes an epoch
 PARENTS = 0.2  # of an epoch's genomes; each epoch follows from the best of all so far
 MUTATED = 0.1  # of the layers of a mutated genome
 TRIES = 100  # to make a genome that is new
-ROWS, BATCH = 32, 8  # of an evaluation
 FILE = "columns"  # in the work folder
 
 Genome = tuple[int, ...]  # a position among the choices of each layer
@@ -160,49 +157,21 @@ def evolve(space: Space, count: int, seed: int, score: Callable[[Genome], float]
 
 
 class Objective:
-    """The error of a genome: squared, relative, of the predictions on up to ROWS rows, spread over the groups."""
+    """The error of a genome, of a network with four scales tried for each channel of a weight."""
 
     def __init__(self, model: LoadedModel, config: QuantizationConfig, rows: CalibrationRows, meter: Meter) -> None:
-        self.model, self.rows, self.meter = model, rows, meter
+        self.model, self.boundaries = model, rows.boundaries.cpu().numpy()
         self.config = replace(config, attention=False, equalize=False, alpha=0.7, beta=1.0, candidates=4)
-        self.index = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).round().long()
-        self.weights = torch.ones(len(self.index), dtype=torch.float64)
-        spec = sampling_of(model, config)
-        if config.column_objective == "step" and not isinstance(spec.process, Unsampled):
-            factors = torch.from_numpy(spec.schedule.error_weights).double()
-            self.weights = factors[rows.step[self.index].cpu()].square()
-        self._reference: Tensor | None = None
+        self.end_to_end = EndToEnd(model, config, rows, meter, "columns", config.column_objective == "step")
 
     def error(self, columns: dict[str, int]) -> float:
         """Of the network with these columns of its layers."""
-        if self._reference is None:
-            self._reference = self._predict(self.model)
-        found = self._predict(apply(self.model, self._table(columns)))
-        wrong, energy = (
-            (self.weights * x.square().flatten(1).sum(1)).sum() for x in (found - self._reference, self._reference)
-        )
-        error = float(wrong / energy.clamp(min=1e-30))
-        return error if math.isfinite(error) else math.inf
-
-    def _table(self, columns: dict[str, int]) -> ScaleTable:
         config = self.config.with_layer_knobs((name, {"columns": count}) for name, count in columns.items())
         model = narrow(self.model, 0, config.layer_columns)
         sites = tuple(weights.sites(model, plan(model, config), config))
-        return ScaleTable(
-            model.source, model.fingerprint, self.rows.boundaries.cpu().numpy(), sites, config.seed, 1.0,
-            {"layer_columns": config.layer_columns},
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def _predict(self, model: LoadedModel) -> Tensor:
-        """(R, C, ...) float64."""
-        channels = self.rows.target.shape[1]
-        self.meter.forward("columns", len(self.index))
-        found = []
-        for index in self.index.split(BATCH):
-            inputs = {name: tensor[index.to(tensor.device)] for name, tensor in self.rows.inputs.items()}
-            found.append(model.call(inputs)[:, :channels].double().cpu())
-        return torch.cat(found)
+        settings = {"layer_columns": config.layer_columns}
+        table = ScaleTable(model.source, model.fingerprint, self.boundaries, sites, config.seed, 1.0, settings)
+        return self.end_to_end.error(table)
 
 
 def run(
@@ -210,7 +179,9 @@ def run(
 ) -> QuantizationConfig:
     """The settings with the columns that were found. What was evaluated is kept in `folder`."""
     kept = folder.load_or_none(FILE)
-    known = {} if kept is None else dict(zip(map(tuple, kept["genomes"].tolist()), kept["scores"].tolist(), strict=True))
+    known = (
+        {} if kept is None else dict(zip(map(tuple, kept["genomes"].tolist()), kept["scores"].tolist(), strict=True))
+    )
     with console.bar(config.column_search, "columns of each layer", "networks") as bar:
 
         def score(genome: Genome) -> float:

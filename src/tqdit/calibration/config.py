@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # which needs torch; this module does not
 
 
 NUMERATOR_KEYS = 2048  # docs/calibration.md has the measurement
+MOST_TEMPERATURE = 1e6
 MOST_FACTOR = 100  # between a candidate scale and the range-based one
 Choices = tuple[str, ...] | range
 
@@ -68,6 +69,10 @@ class QuantizationConfig:
         "weight in its step and in guidance; step: times that in its step; plain: as they are; loss: of the paper's "
         "loss (eq. 11)", ("guided", "step", "plain", "loss"),
     )  # fmt: skip
+    fisher_temperature: float = knob(
+        0.0, "of a softmax over the gradients of the groups of timesteps, which then weigh the samples of --method gptq; "
+        "0: each sample has its own weight",
+    )  # fmt: skip
     rounds: int = knob(3, "alternating rounds R of the search", range(1, 101))
     candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one",
                            range(2, 10_001))  # fmt: skip
@@ -99,6 +104,9 @@ class QuantizationConfig:
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
     group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme whose name ends "
                            "with _bits; one number is that of all groups (default: --activation-bits)")  # fmt: skip
+    bit_search: bool = knob(False, "find bits of each layer's input in each group, at most --activation-bits in the mean")
+    bit_choices: str = knob("", "bits that --bit-search chooses from, such as 4/6/8 (default: two less, "
+                            "--activation-bits and two more)")  # fmt: skip
     time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
 
     attention: bool = knob(True, "quantize both products of attention")
@@ -126,6 +134,10 @@ class QuantizationConfig:
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
                 f"0 < alpha < beta <= {MOST_FACTOR} and a share in (0, 1]."
             )
+        check_number("--fisher-temperature", self.fisher_temperature, 0, MOST_TEMPERATURE)
+        if self.fisher_temperature and (self.metric != "ho" or self.method != "gptq"):
+            raise UsageError("--fisher-temperature weighs what --method gptq rounds with, by the gradients of --metric ho. "
+                             "Pass both, or leave it out.")  # fmt: skip
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
 
@@ -252,5 +264,8 @@ GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform",
 # Q-DiT (arXiv 2406.17343): groups of input channels whose sizes evolution finds, ranges per token and group, GPTQ.
 Q_DIT = replace(GPTQ, equalize=False, attention=False, column_search=100)
 
+# AdaTSQ (arXiv 2602.09883): bits of each input in each group of timesteps, GPTQ weighted by the gradients over time.
+ADATSQ = replace(GPTQ, inputs="asymmetric_bits", bit_search=True, fisher_temperature=1.0)
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "q-dit": Q_DIT, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "q-dit": Q_DIT, "adatsq": ADATSQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip

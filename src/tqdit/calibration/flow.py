@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.bounds import check_memory
-from tqdit.calibration import column_search
+from tqdit.calibration import bit_search, column_search
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter, product_costs
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
 from tqdit.calibration.drift import check_group_count
+from tqdit.calibration.end_to_end import EndToEnd
 from tqdit.calibration.equalize import choose_divisor
 from tqdit.calibration.fisher import FISHERS
 from tqdit.calibration.layers import LayerPlan, plan, with_one_region
@@ -97,6 +98,7 @@ class Calibration:
         self._take(config)
         model = self.model
         self.space = column_search.space(self.whole, config) if config.column_search else None
+        self.bits = bit_search.space(self.plans, config) if config.bit_search else None
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
         if config.method == "weights":
@@ -240,6 +242,8 @@ class Calibration:
             return self._table(list(weights.sites(self.model, self.plans, self.config)), {}, rows)
         model, divisors = self._folded(rows)
         capture = self.capture(model, rows, self.plans)
+        if self.bits is not None and self.bits.layers:
+            self._take(self._with_bits(self.bits, model, capture, rows))
         parts = []
         with self.console.bar(len(self.plans), "3/3 scales", "layers") as bar:
             for entry in self.plans:
@@ -253,6 +257,23 @@ class Calibration:
                 bar.update()
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    def _with_bits(
+        self, space: bit_search.Space, model: LoadedModel, capture: Capture, rows: CalibrationRows
+    ) -> QuantizationConfig:
+        """The settings with the bits of each layer in each group. model: with its divisors folded."""
+        found = {}
+        with self.console.bar(len(space.layers), "bits of each layer", "layers") as bar:
+            for name, entry in space.layers.items():
+                weight, samples = _weight(model, name), capture.samples(name)
+                assert weight is not None
+                found[name] = []
+                for bits in space.choices:
+                    errors, quantizer, spent = bit_search.measure(entry, samples, weight, rows, bits, self.config)
+                    found[name].append((errors, quantizer))
+                    self.meter.add("bits", spent)
+                bar.update()
+        return bit_search.choose(space, found, rows, EndToEnd(model, self.config, rows, self.meter, "bits"), self.config)
 
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""

@@ -42,9 +42,7 @@ def narrow(model: LoadedModel, most: int, layers: Mapping[str, int] | None = Non
     if unknown := sorted(set(layers) - set(found) - set(whole.values())):
         raise UsageError(f"'{unknown[0]}' cannot be in groups of columns: it is no linear layer of this network's "
                          f"blocks. Name one such as '{max(found, default='none')}'.")  # fmt: skip
-    parts = {
-        name: part_widths(width, layers.get(name, layers.get(whole[name], most))) for name, width in found.items()
-    }
+    parts = {name: part_widths(width, layers.get(name, layers.get(whole[name], most))) for name, width in found.items()}
     parts = {name: widths for name, widths in parts.items() if len(widths) > 1}
     if not parts:
         return model
