@@ -74,7 +74,7 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
     softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
     if preset != "fast":  # which chooses
         assert softmax.scheme == ("symmetric" if preset in ("min-max", "mse", "ho") else "softmax")
-        grouped = preset in ("tq-dit", "paper", "best", "gptq")
+        grouped = preset in ("tq-dit", "paper", "best", "gptq", "adatsq")
         assert softmax.granularity == (PerTimestepGroup(3) if grouped else PerTensor())
     assert set(table.errors) == set(table.by_module)
 

@@ -273,7 +273,9 @@ class Calibration:
                     found[name].append((errors, quantizer))
                     self.meter.add("bits", spent)
                 bar.update()
-        return bit_search.choose(space, found, rows, EndToEnd(model, self.config, rows, self.meter, "bits"), self.config)
+        weighted = self.config.fisher in ("step", "guided")  # as the errors of the layers are
+        whole = EndToEnd(model, self.config, rows, self.meter, "bits", weighted)
+        return bit_search.choose(space, found, rows, whole, self.config)
 
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
