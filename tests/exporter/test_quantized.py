@@ -45,7 +45,7 @@ KINDS = {
     "W8 bits per group": Kind(groups=10, everywhere=True, group_bits=True),
     "W6 bits per group, asymmetric": Kind(
         6, groups=10, everywhere=True, group_bits=True, asymmetric=True, equalised=True
-    ),  # fmt: skip
+    ),
     "W8 bits of one group": Kind(group_bits=True, asymmetric=True),
     "W4A8 everything": Kind(4, 8, asymmetric=True, groups=10, everywhere=True, conditioning_inputs=True),
 }

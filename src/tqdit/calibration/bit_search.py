@@ -57,7 +57,7 @@ def choices_of_bits(config: QuantizationConfig) -> tuple[int, ...]:
         choices = (0,)
     if not (2 <= choices[0] <= mid and mid in choices and choices[-1] <= MOST_BITS):
         raise UsageError(
-            f"--bit-choices is '{text}'; expected numbers of 2..8 with --activation-bits {mid} among them, such as 4/6/8."
+            f"--bit-choices is '{text}'; expected numbers of 2..8 such as 4/6/8, --activation-bits {mid} among them."
         )
     return choices
 
@@ -159,7 +159,10 @@ def choose(
     """The settings with the bits of each layer. found: of each layer, errors and quantizer for each choice."""
     errors = np.stack([np.stack([each.numpy() for each, _ in found[name]], -1) for name in space.layers], 1)
     same = ((space.choices.index(config.activation_bits),) * len(space.layers),) * len(errors)
-    policies = [same, *(each for each in beam(errors, space.choices, config.activation_bits)[:SURVIVORS] if each != same)]
+    policies = [
+        same,
+        *(each for each in beam(errors, space.choices, config.activation_bits)[:SURVIVORS] if each != same),
+    ]
 
     def error(policy: Policy) -> float:
         sites = tuple(

@@ -1,4 +1,4 @@
-"""The columns of each layer by evolution (`--column-search N`): Q-DiT's search over group sizes, arXiv 2406.17343, section 3.2.
+"""The columns of each layer by evolution (`--column-search N`): Q-DiT's search over group sizes, arXiv 2406.17343.
 
 A genome has a choice of columns for each layer. Its error is that of the network with weights rounded to nearest and
 inputs that find their scales while it runs, on a few calibration rows: no chain and no search of scales. The mean of
@@ -115,8 +115,8 @@ def space(model: LoadedModel, config: QuantizationConfig) -> Space | None:
     found = Space(choices, widths, min(PAPERS_MEAN, whole / 2) if config.mean_columns is None else config.mean_columns)
     if found.mean(found.largest) < found.least:
         raise UsageError(
-            f"--column-sizes {config.column_sizes} give layers of this network {found.mean(found.largest):g} columns in "
-            f"the mean at most; --mean-columns is {found.least:g}. Pass larger sizes or a smaller mean."
+            f"--column-sizes {config.column_sizes} give layers of this network {found.mean(found.largest):g} columns "
+            f"in the mean at most; --mean-columns is {found.least:g}. Pass larger sizes or a smaller mean."
         )
     return found
 

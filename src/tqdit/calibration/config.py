@@ -70,7 +70,7 @@ class QuantizationConfig:
         "loss (eq. 11)", ("guided", "step", "plain", "loss"),
     )  # fmt: skip
     fisher_temperature: float = knob(
-        0.0, "of a softmax over the gradients of the groups of timesteps, which then weigh the samples of --method gptq; "
+        0.0, "of a softmax over the gradients of the groups of timesteps, by which --method gptq weighs samples; "
         "0: each sample has its own weight",
     )  # fmt: skip
     rounds: int = knob(3, "alternating rounds R of the search", range(1, 101))
@@ -86,11 +86,11 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
                         "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
-    column_search: int = knob(0, "find a number of columns for each layer with so many evaluations of the network, by "
-                              "evolution; 0: none; 500 in Q-DiT", range(100_001))  # fmt: skip
+    column_search: int = knob(0, "find a number of columns for each layer by evolution, with so many evaluations of "
+                              "the network; 0: none; 500 in Q-DiT", range(100_001))  # fmt: skip
     column_sizes: str = knob("32,64,96,128,192,288", "numbers of columns that --column-search chooses from")
     mean_columns: int | None = knob(None, "least mean of the columns of all layers in --column-search (default: 128, or "
-                                    "half of what all layers whole have, if that is less)", range(1, 1 << 16))  # fmt: skip
+                                    "half of that of whole layers, if less)", range(1, 1 << 16))  # fmt: skip
     column_objective: str = knob("eps", "error that --column-search lowers: of the prediction, or weighted by what it "
                                  "does to the next state", ("eps", "step"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
@@ -102,9 +102,11 @@ class QuantizationConfig:
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
-    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme whose name ends "
-                           "with _bits; one number is that of all groups (default: --activation-bits)")  # fmt: skip
-    bit_search: bool = knob(False, "find bits of each layer's input in each group, at most --activation-bits in the mean")
+    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme named "
+                           "..._bits; one number is that of all groups (default: --activation-bits)")  # fmt: skip
+    bit_search: bool = knob(
+        False, "find bits of each layer's input in each group, at most --activation-bits in the mean"
+    )
     bit_choices: str = knob("", "bits that --bit-search chooses from, such as 4/6/8 (default: two less, "
                             "--activation-bits and two more)")  # fmt: skip
     time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
@@ -136,7 +138,7 @@ class QuantizationConfig:
             )
         check_number("--fisher-temperature", self.fisher_temperature, 0, MOST_TEMPERATURE)
         if self.fisher_temperature and (self.metric != "ho" or self.method != "gptq"):
-            raise UsageError("--fisher-temperature weighs what --method gptq rounds with, by the gradients of --metric ho. "
+            raise UsageError("--fisher-temperature weighs what --method gptq rounds with, by gradients of --metric ho. "
                              "Pass both, or leave it out.")  # fmt: skip
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values

@@ -1,4 +1,4 @@
-"""The error of whole fake-quantized networks on a few calibration rows: what searches over a network's settings lower."""
+"""The error of whole fake-quantized networks on a few calibration rows: what searches over their settings lower."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class EndToEnd:
         self.weights = torch.ones(len(self.index), dtype=torch.float64)
         spec = sampling_of(model, config)
         if weighted and not isinstance(spec.process, Unsampled):
-            self.weights = torch.from_numpy(spec.schedule.error_weights).double()[rows.step[self.index.cpu()].cpu()] ** 2
+            self.weights = (
+                torch.from_numpy(spec.schedule.error_weights).double()[rows.step[self.index.cpu()].cpu()] ** 2
+            )
 
     def error(self, table: ScaleTable) -> float:
         """sum |eps^ - eps|^2 / sum |eps|^2 of the network that `table` describes; infinite if it is no number."""
@@ -55,7 +57,7 @@ class EndToEnd:
         channels = self.rows.target.shape[1]
         self.meter.forward(self.phase, len(self.index))
         found = []
-        for index in self.index.split(BATCH):
+        for index in torch.split(self.index, BATCH):  # type: ignore[no-untyped-call]
             inputs = {name: tensor[index.to(tensor.device)] for name, tensor in self.rows.inputs.items()}
             found.append(model.call(inputs)[:, :channels].double().cpu())
         return torch.cat(found)

@@ -48,6 +48,7 @@ from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import apply, golden_calls
 from tqdit.quantization.fold import fold_divisors
+from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
 
@@ -262,7 +263,7 @@ class Calibration:
         self, space: bit_search.Space, model: LoadedModel, capture: Capture, rows: CalibrationRows
     ) -> QuantizationConfig:
         """The settings with the bits of each layer in each group. model: with its divisors folded."""
-        found = {}
+        found: dict[str, list[tuple[Tensor, Quantizer]]] = {}
         with self.console.bar(len(space.layers), "bits of each layer", "layers") as bar:
             for name, entry in space.layers.items():
                 weight, samples = _weight(model, name), capture.samples(name)

@@ -97,7 +97,7 @@ def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan
     except ValueError as error:
         raise UsageError(f"--group-bits is '{given}': expected numbers of 2..8 such as 8/6/4. Change them.") from error
     if found != groups:
-        raise UsageError(f"--group-bits '{given}' are {found} numbers; '{layer.name}' has {groups} groups of timesteps. "
+        raise UsageError(f"--group-bits '{given}' are {found} numbers; '{layer.name}' has {groups} groups. "
                          "Pass one for each, with --time-groups all.")  # fmt: skip
     return OperandPlan(scheme, bits, groups, {"group_bits": text})
 
