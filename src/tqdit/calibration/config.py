@@ -102,8 +102,8 @@ class QuantizationConfig:
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
-    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme named "
-                           "..._bits; one number is that of all groups (default: --activation-bits)")  # fmt: skip
+    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme named ..._bits; "
+                           "one number is that of all groups (default: --activation-bits)")  # fmt: skip
     bit_search: bool = knob(
         False, "find bits of each layer's input in each group, at most --activation-bits in the mean"
     )

@@ -57,7 +57,7 @@ class EndToEnd:
         channels = self.rows.target.shape[1]
         self.meter.forward(self.phase, len(self.index))
         found = []
-        for index in torch.split(self.index, BATCH):  # type: ignore[no-untyped-call]
+        for index in torch.split(self.index, BATCH):
             inputs = {name: tensor[index.to(tensor.device)] for name, tensor in self.rows.inputs.items()}
             found.append(model.call(inputs)[:, :channels].double().cpu())
         return torch.cat(found)

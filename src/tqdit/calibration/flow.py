@@ -99,6 +99,7 @@ class Calibration:
         self._take(config)
         model = self.model
         self.space = column_search.space(self.whole, config) if config.column_search else None
+        self.carried: dict[str, Tensor] | None = None  # part of a layer -> the error of the parts before it
         self.bits = bit_search.space(self.plans, config) if config.bit_search else None
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
@@ -246,6 +247,8 @@ class Calibration:
         if self.bits is not None and self.bits.layers:
             self._take(self._with_bits(self.bits, model, capture, rows))
         parts = []
+        if self.config.method == "gptq":
+            self.carried = self._forget_halves()
         with self.console.bar(len(self.plans), "3/3 scales", "layers") as bar:
             for entry in self.plans:
                 name = f"table-{entry.name}"
@@ -258,6 +261,15 @@ class Calibration:
                 bar.update()
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    def _forget_halves(self) -> dict[str, Tensor]:
+        """Remove what a kill left of layers in parts: their errors go on from part to part, and are not on disk."""
+        names = [entry.name for entry in self.plans if ".columns." in entry.name]
+        missing = {name.rpartition(".columns.")[0] for name in names if not self.folder.has(f"table-{name}")}
+        for name in names:
+            if name.rpartition(".columns.")[0] in missing:
+                self.folder.remove(f"table-{name}")
+        return {}
 
     def _with_bits(
         self, space: bit_search.Space, model: LoadedModel, capture: Capture, rows: CalibrationRows
@@ -309,6 +321,9 @@ class Calibration:
             if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
                 problem, solution = other, uniform
         error = problem.relative(solution.history[-1])
+        layer, _, part = layer_plan.name.rpartition(".columns.")
+        if layer and self.carried is not None:
+            self.carried = {f"{layer}.columns.{int(part) + 1}": problem.left_over(solution)}
         sites = []
         for role, operand in problem.operands.items():
             quantizer = operand.quantizer(solution.parameters[role])
@@ -325,6 +340,9 @@ class Calibration:
     ) -> tuple[Problem, Solution]:
         """One layer under one plan, by the configured method."""
         problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
+        carried = (self.carried or {}).get(layer_plan.name)
+        if carried is not None and carried.shape == samples.g2.shape:
+            problem = replace(problem, carried=carried)
         solution = METHODS[self.config.method](problem, self.config)
         self.meter.add("search", solution.multiply_adds)
         return problem, solution
