@@ -89,8 +89,8 @@ class QuantizationConfig:
     column_search: int = knob(0, "find a number of columns for each layer by evolution, with so many evaluations of "
                               "the network; 0: none; 500 in Q-DiT", range(100_001))  # fmt: skip
     column_sizes: str = knob("32,64,96,128,192,288", "numbers of columns that --column-search chooses from")
-    mean_columns: int | None = knob(None, "least mean of the columns of all layers in --column-search (default: 128, or "
-                                    "half of that of whole layers, if less)", range(1, 1 << 16))  # fmt: skip
+    mean_columns: int | None = knob(None, "least mean of the layers' columns in --column-search (default: 128, or half "
+                                    "of that of whole layers, if less)", range(1, 1 << 16))  # fmt: skip
     column_objective: str = knob("eps", "error that --column-search lowers: of the prediction, or weighted by what it "
                                  "does to the next state", ("eps", "step"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
@@ -102,11 +102,9 @@ class QuantizationConfig:
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
-    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with a scheme named ..._bits; "
+    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with schemes ..._bits: "
                            "one number is that of all groups (default: --activation-bits)")  # fmt: skip
-    bit_search: bool = knob(
-        False, "find bits of each layer's input in each group, at most --activation-bits in the mean"
-    )
+    bit_search: bool = knob(False, "find bits of each input in each group, at most --activation-bits in the mean")
     bit_choices: str = knob("", "bits that --bit-search chooses from, such as 4/6/8 (default: two less, "
                             "--activation-bits and two more)")  # fmt: skip
     time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
