@@ -13,7 +13,7 @@ import torch
 from support import tiny_model
 from tables import random_rows
 from tqdit.calibration import column_search
-from tqdit.calibration.column_search import Space, evolve, space
+from tqdit.calibration.column_search import ColumnSpace, evolve, space
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
 from tqdit.calibration.without_rows import table_without_rows
@@ -25,7 +25,7 @@ SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates
 Q_DIT = replace(PRESETS["q-dit"], column_sizes="4,8,16,32,64", column_search=12, weight_bits=4, **SMALL)
 LAYERS = {f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
 CHOICES = {f"layer {number}": (32, 64, 128) for number in range(12)}
-SPACE = Space(CHOICES, dict.fromkeys(CHOICES, 128), 80.0)
+SPACE = ColumnSpace(CHOICES, dict.fromkeys(CHOICES, 128), 80.0)
 
 
 def record(tried: list[tuple[int, ...]]) -> Callable[[tuple[int, ...]], float]:
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_genomes_and_another_one_others() -> None:
 
 def test_a_space_that_is_used_up_ends_the_search() -> None:
     tried: list[tuple[int, ...]] = []
-    small = Space({"a": (2, 4), "b": (2, 4)}, {"a": 4, "b": 4}, 3.0)
+    small = ColumnSpace({"a": (2, 4), "b": (2, 4)}, {"a": 4, "b": 4}, 3.0)
     assert evolve(small, 50, 0, record(tried)) in tried
     assert set(tried) == {(0, 1), (1, 0), (1, 1)}
 

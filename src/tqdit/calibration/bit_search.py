@@ -40,7 +40,7 @@ Policy = tuple[tuple[int, ...], ...]  # of each group, of each layer: a position
 
 
 @dataclass(frozen=True)
-class Space:
+class BitSpace:
     """The layers whose bits are searched, by name, and the bits to choose from, in increasing order."""
 
     layers: dict[str, LayerPlan]
@@ -62,7 +62,7 @@ def choices_of_bits(config: QuantizationConfig) -> tuple[int, ...]:
     return choices
 
 
-def space(plans: Iterable[LayerPlan], config: QuantizationConfig) -> Space:
+def space(plans: Iterable[LayerPlan], config: QuantizationConfig) -> BitSpace:
     """Raises UsageError if the settings give no layer bits of its own in each group. Overrides take layers out."""
     if config.group_bits:
         raise UsageError("--group-bits gives all layers the same bits, --bit-search each its own. Pass one of them.")
@@ -78,7 +78,9 @@ def space(plans: Iterable[LayerPlan], config: QuantizationConfig) -> Space:
         and not config.for_layer(entry.name).group_bits
     }  # fmt: skip
     choices = choices_of_bits(config)
-    return Space(layers if choices[-1] > config.activation_bits else {}, choices)  # all the same, if none can have more
+    return BitSpace(
+        layers if choices[-1] > config.activation_bits else {}, choices
+    )  # all the same, if none can have more
 
 
 @torch.no_grad()
@@ -153,7 +155,7 @@ def thinned(states: list[tuple[int, float, Policy]], most: int) -> list[tuple[in
 
 
 def choose(
-    space: Space, found: dict[str, list[tuple[Tensor, Quantizer]]], rows: CalibrationRows, whole: EndToEnd,
+    space: BitSpace, found: dict[str, list[tuple[Tensor, Quantizer]]], rows: CalibrationRows, whole: EndToEnd,
     config: QuantizationConfig,
 ) -> QuantizationConfig:  # fmt: skip
     """The settings with the bits of each layer. found: of each layer, errors and quantizer for each choice."""

@@ -39,7 +39,7 @@ Genome = tuple[int, ...]  # a position among the choices of each layer
 
 
 @dataclass(frozen=True)
-class Space:
+class ColumnSpace:
     """choices: columns of each layer, in increasing order; least: bound of the mean of their columns."""
 
     choices: dict[str, tuple[int, ...]]
@@ -86,7 +86,7 @@ class Space:
         return genome
 
 
-def space(model: LoadedModel, config: QuantizationConfig) -> Space | None:
+def space(model: LoadedModel, config: QuantizationConfig) -> ColumnSpace | None:
     """What there is to choose, None if nothing. Raises UsageError for settings that a search cannot work with.
 
     Layers that the overrides give a number of columns are not part of it.
@@ -112,7 +112,9 @@ def space(model: LoadedModel, config: QuantizationConfig) -> Space | None:
         return None
     choices = {name: _choices(width, sizes) for name, width in widths.items()}
     whole = math.fsum(widths.values()) / len(widths)
-    found = Space(choices, widths, min(PAPERS_MEAN, whole / 2) if config.mean_columns is None else config.mean_columns)
+    found = ColumnSpace(
+        choices, widths, min(PAPERS_MEAN, whole / 2) if config.mean_columns is None else config.mean_columns
+    )
     if found.mean(found.largest) < found.least:
         raise UsageError(
             f"--column-sizes {config.column_sizes} give layers of this network {found.mean(found.largest):g} columns "
@@ -126,7 +128,7 @@ def _choices(width: int, sizes: list[int]) -> tuple[int, ...]:
     return tuple(sorted({part_widths(width, size)[0] for size in sizes}))
 
 
-def evolve(space: Space, count: int, seed: int, score: Callable[[Genome], float]) -> Genome:
+def evolve(space: ColumnSpace, count: int, seed: int, score: Callable[[Genome], float]) -> Genome:
     """The genome with the least score of up to `count`, each scored once. The same scores give the same genomes."""
     rng = np.random.default_rng([seed, 3])
     each = max(2, round(math.sqrt(count * 50 / EPOCHS)))
@@ -175,7 +177,7 @@ class Objective:
 
 
 def run(
-    space: Space, config: QuantizationConfig, objective: Objective, folder: WorkFolder, console: Console
+    space: ColumnSpace, config: QuantizationConfig, objective: Objective, folder: WorkFolder, console: Console
 ) -> QuantizationConfig:
     """The settings with the columns that were found. What was evaluated is kept in `folder`."""
     kept = folder.load_or_none(FILE)

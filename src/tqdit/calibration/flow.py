@@ -272,7 +272,7 @@ class Calibration:
         return {}
 
     def _with_bits(
-        self, space: bit_search.Space, model: LoadedModel, capture: Capture, rows: CalibrationRows
+        self, space: bit_search.BitSpace, model: LoadedModel, capture: Capture, rows: CalibrationRows
     ) -> QuantizationConfig:
         """The settings with the bits of each layer in each group. model: with its divisors folded."""
         found: dict[str, list[tuple[Tensor, Quantizer]]] = {}
