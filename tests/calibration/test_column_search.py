@@ -73,7 +73,7 @@ def test_a_space_that_is_used_up_ends_the_search() -> None:
 
 
 def test_the_choices_of_a_layer_are_different_widths_of_its_parts() -> None:
-    found = space(tiny_model(), replace(Q_DIT, column_sizes="5,6,7,20,64"))
+    found = space(tiny_model(), [], replace(Q_DIT, column_sizes="5,6,7,20,64"))
     assert found is not None
     assert found.choices["blocks.0.attn.qkv"] == (4, 6, 16)  # of 16: 4 parts with at most 5, 3 with 6 or 7, else 1
     assert found.least == (3 * 16 + 64) / 4 / 2  # half of what whole layers have, since that is below 128

@@ -231,3 +231,23 @@ def test_a_table_without_a_calibration_is_diagnosed(tmp_path: Path):
     (first, second) = remedies(diagnosis, [(layer, change) for change in changes], lambda: None)
     assert {first.layer, second.layer} == {layer}
     assert first.gain > 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "change", "expected"),
+    [("q-dit", {"column_sizes": "8,16,32"}, {"activation_bits": 6}), ("adatsq", {}, {"group_bits": "6"})],
+)
+def test_layers_with_columns_or_bits_of_their_own_are_diagnosed(tmp_path: Path, preset, change, expected):
+    config = replace(PRESETS[preset], activation_bits=4, **SMALL, **change)
+    if preset == "q-dit":
+        config = replace(config, column_search=3)
+    model = tiny_model()
+    diagnosis = Diagnosis(model, calibrate(model, config, tmp_path).table, tmp_path, QUIET)
+    layer = next(name for name in diagnosis.products if name.startswith("blocks.0.mlp.fc2"))
+    sites = diagnosis.table.by_module[layer]
+    assert changes_for(diagnosis.products[layer], sites)[0] == expected
+    (found,) = remedies(
+        diagnosis, [(layer, dict.fromkeys(expected, "8" if "group_bits" in expected else 8))], lambda: None
+    )
+    assert found.gain > 0
+    assert found.cost > 0

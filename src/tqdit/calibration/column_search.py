@@ -8,16 +8,16 @@ the columns over the layers has a lower bound, which bounds the work that scalin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.config import QuantizationConfig, wholes
 from tqdit.calibration.cost import Meter
 from tqdit.calibration.end_to_end import EndToEnd
-from tqdit.calibration.layers import plan
+from tqdit.calibration.layers import LayerPlan, plan
 from tqdit.calibration.methods import weights
 from tqdit.calibration.rows import CalibrationRows
 from tqdit.calibration.work import WorkFolder
@@ -86,10 +86,10 @@ class ColumnSpace:
         return genome
 
 
-def space(model: LoadedModel, config: QuantizationConfig) -> ColumnSpace | None:
+def space(model: LoadedModel, plans: Iterable[LayerPlan], config: QuantizationConfig) -> ColumnSpace | None:
     """What there is to choose, None if nothing. Raises UsageError for settings that a search cannot work with.
 
-    Layers that the overrides give a number of columns are not part of it.
+    plans: of the network with the columns that the overrides give; those layers are not part of it.
     """
     if config.columns:
         raise UsageError("--columns gives all layers the same columns, --column-search each its own. Pass one of them.")
@@ -99,15 +99,16 @@ def space(model: LoadedModel, config: QuantizationConfig) -> ColumnSpace | None:
         sizes = [0]
     if sizes[0] < 1:
         raise UsageError(f"--column-sizes is '{config.column_sizes}'; expected whole numbers >= 1 such as 32,64,128.")
-    for entry in plan(model, config):
+    for entry in plans:
         schemes = {operand.scheme for role, operand in entry.operands.items() if role == "input"}
         if any(find_schemes()[scheme].tensors for scheme in schemes):
             raise UsageError(
                 f"--column-search tries networks without calibrated scales; the input of '{entry.name}' has scheme "
                 f"'{min(schemes)}'. Pass --inputs dynamic_asymmetric --gelu uniform."
             )
-    fixed = config.layer_columns
-    widths = {name: width for name, width in block_widths(model).items() if name not in fixed}
+    widths = {
+        name: width for name, width in block_widths(model).items() if not set(wholes(name)) & set(config.layer_columns)
+    }
     if not widths:
         return None
     choices = {name: _choices(width, sizes) for name, width in widths.items()}

@@ -98,7 +98,7 @@ class Calibration:
         self.whole, self.console, self.data = model, console, data
         self._take(config)
         model = self.model
-        self.space = column_search.space(self.whole, config) if config.column_search else None
+        self.space = column_search.space(self.whole, self.plans, config) if config.column_search else None
         self.carried: dict[str, Tensor] | None = None  # part of a layer -> the error of the parts before it
         self.bits = bit_search.space(self.plans, config) if config.bit_search else None
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
