@@ -9,10 +9,12 @@ import numpy as np
 
 from tqdit.quantization.granularity import PerChannel, PerTensor, PerTimestepGroup, PerToken
 from tqdit.quantization.schemes.asymmetric import Asymmetric
+from tqdit.quantization.schemes.asymmetric_bits import AsymmetricBits
 from tqdit.quantization.schemes.dynamic import Dynamic
 from tqdit.quantization.schemes.dynamic_asymmetric import DynamicAsymmetric
 from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.symmetric import Symmetric
+from tqdit.quantization.schemes.symmetric_bits import SymmetricBits
 from tqdit.quantization.schemes.two_region_gelu import TwoRegionGelu
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
 from tqdit.quantization.table import ScaleTable, Site, even_boundaries
@@ -36,6 +38,7 @@ class Kind:
     numerators: bool = False  # two regions of numerators
     equalised: bool = False  # inputs of linear layers have divisors
     dynamic: bool = False  # inputs have a scale per token
+    group_bits: bool = False  # inputs have bits of their own in each group
 
 
 def make_table(
@@ -82,6 +85,8 @@ def make_table(
             quantizer = gelu(values[0], kind, rng)
         else:
             quantizer = (asymmetric if kind.asymmetric else symmetric)(values[0], kind, rng)
+            if kind.group_bits:
+                quantizer = with_group_bits(quantizer, rng)
         sites.append(Site(name, "input", quantizer, divisor=divisors.get(name)))
     span = model.sampling.process.span
     if model.signature.time.dtype == "int64":
@@ -146,6 +151,17 @@ def asymmetric(x: np.ndarray, kind: Kind, rng: np.random.Generator) -> Asymmetri
     scale, granularity = spread((high - low) / (2**bits - 1), kind, rng)
     zero = np.clip(np.round(-low / scale), 0, 2**bits - 1).astype(np.int32)
     return Asymmetric(bits, granularity, scale, zero.reshape(scale.shape))
+
+
+def with_group_bits(quantizer: Symmetric | Asymmetric, rng: np.random.Generator) -> SymmetricBits | AsymmetricBits:
+    """The same ranges with 3 to 8 bits in each group."""
+    bits = rng.integers(3, 9, quantizer.scale.shape).astype(np.int32)
+    steps = (2.0**quantizer.bits - 1) / (2.0**bits - 1)
+    scale, given = (quantizer.scale * steps).astype(np.float32), (quantizer.bits, quantizer.granularity)
+    if isinstance(quantizer, Symmetric):
+        return SymmetricBits(*given, scale, bits)
+    zero = np.round(quantizer.zero_point / steps).astype(np.int32)
+    return AsymmetricBits(*given, scale, zero, bits)
 
 
 def gelu(x: np.ndarray, kind: Kind, rng: np.random.Generator) -> TwoRegionGelu:

@@ -67,13 +67,14 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
     table = calibrate(model, replace(PRESETS[preset], **SMALL), tmp_path).table
     assert eps_error(model, table) < 0.25  # random weights quantize badly
     assert table.groups == 3
-    if preset == "dynamic":  # which has nothing of a search
+    if preset in ("dynamic", "q-dit"):  # attention stays float
         assert not any(site.role in ("left", "right") for site in table.sites)
+        assert bool(table.layer_columns) == (preset == "q-dit")
         return
     softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
     if preset != "fast":  # which chooses
         assert softmax.scheme == ("symmetric" if preset in ("min-max", "mse", "ho") else "softmax")
-        grouped = preset in ("tq-dit", "paper", "best", "gptq")
+        grouped = preset in ("tq-dit", "paper", "best", "gptq", "adatsq")
         assert softmax.granularity == (PerTimestepGroup(3) if grouped else PerTensor())
     assert set(table.errors) == set(table.by_module)
 
@@ -105,6 +106,33 @@ def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> 
     assert codes is not None
     assert codes.shape == (48, 16)
     assert sum(rounded.errors.values()) < sum(nearest.errors.values())
+
+
+def test_parts_of_a_layer_mend_what_the_parts_before_them_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a kill between two of them changes nothing."""
+    model = tiny_model()
+    config = replace(PRESETS["gptq"], columns=4, weight_bits=4, attention=False, **SMALL)
+    together = calibrate(model, config, tmp_path / "a").table
+    solve, calls = flow.Calibration.solve, []
+
+    def dies(self: flow.Calibration, entry: layers.LayerPlan, *given: object) -> object:
+        calls.append(entry.name)
+        if entry.name == "blocks.0.mlp.fc2.columns.7" and calls.count(entry.name) == 1:
+            raise KeyboardInterrupt
+        return solve(self, entry, *given)
+
+    monkeypatch.setattr(flow.Calibration, "solve", dies)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, config, tmp_path / "b")
+    assert calibrate(model, config, tmp_path / "b").table == together
+    assert calls.count("blocks.0.mlp.fc1.columns.3") == 1
+    assert calls.count("blocks.0.mlp.fc2.columns.0") == 2
+
+    monkeypatch.setattr(flow.Problem, "left_over", lambda self, _: torch.zeros_like(self.target))
+    apart = calibrate(model, config, tmp_path / "c").table
+    assert together.golden is not None
+    assert apart.golden is not None
+    assert together.golden.errors.mean() < 0.8 * apart.golden.errors.mean()
 
 
 @pytest.mark.slow

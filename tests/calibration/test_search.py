@@ -210,3 +210,31 @@ def test_error_feedback_rounds_weights_better_than_to_nearest(bits: int, monkeyp
     assert {round(ratio, 4) for ratio in ratios.tolist()} <= set(gptq.FACTORS)
     monkeypatch.setattr(gptq, "FACTORS", (1.0,))  # the scales of the search alone
     assert found.history[-1] < METHODS["gptq"](problem, CONFIG).history[-1]
+
+
+def test_what_earlier_parts_of_a_layer_left_is_a_part_of_the_target() -> None:
+    """Half of the columns each: the second half mends the first one's error, as the whole layer would count it."""
+    config, whole = replace(CONFIG, method="gptq"), linear_problem("asymmetric", 8, 1, OUT, tokens=40)
+    x, weight = whole.left, whole.right
+    assert whole.g2 is not None
+    halves = []
+    for columns in (slice(0, WIDTH // 2), slice(WIDTH // 2, WIDTH)):
+        part = LayerPlan(Product("m", "block"), {"weight": OperandPlan("symmetric", 3, OUT)})
+        samples = Samples(x[..., columns], None, whole.g2, {"left": ranges(x[..., columns])})
+        halves.append(make_problem(part, samples, weight[:, columns], GROUP, config))
+    first, second = halves
+    solution = gptq.solve(first, config)
+    assert solution.weight_codes is not None
+    scale = solution.parameters["weight"]["scale"][:, None]
+    left_over = first.left_over(solution)
+    expected = first.left @ (solution.weight_codes * scale).t() - first.target
+    torch.testing.assert_close(left_over, expected)
+
+    mending = replace(second, carried=left_over)
+    torch.testing.assert_close(mending.target, second.target - left_over)
+    total = []
+    for problem in (second, mending):
+        found = problem.left_over(gptq.solve(problem, config))
+        error = found if problem is mending else found + left_over
+        total.append(float((whole.g2 * error**2).sum()))
+    assert total[1] < total[0]

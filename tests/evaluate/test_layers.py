@@ -231,3 +231,18 @@ def test_a_table_without_a_calibration_is_diagnosed(tmp_path: Path):
     (first, second) = remedies(diagnosis, [(layer, change) for change in changes], lambda: None)
     assert {first.layer, second.layer} == {layer}
     assert first.gain > 0
+
+
+@pytest.mark.parametrize(("preset", "change"), [("q-dit", "activation_bits"), ("adatsq", "group_bits")])
+def test_layers_with_columns_or_bits_of_their_own_are_diagnosed(tmp_path: Path, preset: str, change: str):
+    layer, model = "blocks.0.mlp.fc1", tiny_model()
+    config = replace(PRESETS[preset], activation_bits=4, **SMALL)
+    if preset == "q-dit":  # a part alone would not mend what the others are rounded for
+        config = replace(config, column_search=3, column_sizes="8,16,32", overrides=f"{layer}:columns=0")
+    diagnosis = Diagnosis(model, calibrate(model, config, tmp_path).table, tmp_path, QUIET)
+    assert ("blocks.0.mlp.fc2.columns.0" in diagnosis.products) == (preset == "q-dit")
+    (offered, *_) = changes_for(diagnosis.products[layer], diagnosis.table.by_module[layer])
+    assert offered == {change: 6 if change == "activation_bits" else "6"}
+    (found,) = remedies(diagnosis, [(layer, {change: 8 if change == "activation_bits" else "8"})], lambda: None)
+    assert found.gain > 0
+    assert found.cost > 0

@@ -42,6 +42,11 @@ KINDS = {
     "W8A8 dynamic": Kind(dynamic=True, conditioning_inputs=True),
     "W8A6 dynamic, asymmetric": Kind(8, 6, dynamic=True, asymmetric=True, conditioning_inputs=True),
     "W4A6 dynamic, 10 softmax groups": Kind(4, 6, dynamic=True, groups=10),
+    "W8 bits per group": Kind(groups=10, everywhere=True, group_bits=True),
+    "W6 bits per group, asymmetric": Kind(
+        6, groups=10, everywhere=True, group_bits=True, asymmetric=True, equalised=True
+    ),
+    "W8 bits of one group": Kind(group_bits=True, asymmetric=True),
     "W4A8 everything": Kind(4, 8, asymmetric=True, groups=10, everywhere=True, conditioning_inputs=True),
 }
 FORMS = ["simulated", "integer", "float"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import read_scale_table, write_scale_table
 
 BLOCK = "blocks.0"  # of width 16, its feed-forward layer of 64
+SINGLE = "blocks.0.attn.qkv:columns=8;blocks.0.mlp.fc2:columns=15;blocks.1.mlp.fc2:columns=13"
 
 
 def widths(model: LoadedModel, layer: str) -> list[int]:
@@ -50,6 +52,33 @@ def test_blocks_alone_are_split_and_the_prediction_stays() -> None:
     weight = model.network.get_submodule(f"{BLOCK}.mlp.fc1").weight
     part = narrowed.network.get_submodule(f"{BLOCK}.mlp.fc1.columns.1").weight
     assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()  # no second copy of the weights
+
+
+def test_layers_have_parts_of_their_own() -> None:
+    columns = {f"{BLOCK}.mlp.fc2": 24, f"{BLOCK}.attn.qkv": 0}
+    model = narrow(tiny_model(), 8, columns)
+    assert widths(model, f"{BLOCK}.mlp.fc2") == [22, 22, 20]
+    assert widths(model, f"{BLOCK}.attn.qkv") == []
+    assert widths(model, f"{BLOCK}.attn.proj") == [8, 8]
+    assert narrow(model, 8, columns) is model
+
+
+def test_overrides_of_a_layer_hold_for_its_parts_and_a_part_has_its_own() -> None:
+    bits = f"{BLOCK}.mlp.fc2:columns=32,activation_bits=6;{BLOCK}.mlp.fc2.columns.1:activation_bits=4"
+    table = table_without_rows(tiny_model(), replace(PRESETS["dynamic"], overrides=bits))
+    found = [table.by_module[f"{BLOCK}.mlp.fc2.columns.{part}"]["input"].quantizer.bits for part in (0, 1)]
+    assert found == [6, 4]
+    assert table.by_module[f"{BLOCK}.mlp.fc1"]["input"].quantizer.bits == 8
+
+
+def test_columns_of_single_layers_travel_in_the_file(tmp_path: Path) -> None:
+    model = tiny_model()
+    table = table_without_rows(model, replace(PRESETS["dynamic"], overrides=SINGLE))
+    write_scale_table(tmp_path / "scales.safetensors", table)
+    read = read_scale_table(tmp_path / "scales.safetensors")
+    assert read.layer_columns == {f"{BLOCK}.attn.qkv": 8, f"{BLOCK}.mlp.fc2": 15, "blocks.1.mlp.fc2": 13}
+    inputs = random_rows(model.signature, 2)
+    np.testing.assert_array_equal(apply(model, read)(inputs), apply(model, table)(inputs))
 
 
 def test_splitting_what_is_split_changes_nothing() -> None:
@@ -83,14 +112,24 @@ def test_narrower_groups_are_less_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_engine_multiplies_each_part_as_integers(tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("knobs", "products"),
+    [
+        ({"columns": 16}, 2 * (3 + 4) + 1),  # fc2 has four parts, the other layers of a block one
+        ({"inputs": "dynamic_asymmetric", "overrides": SINGLE}, (2 + 7) + (3 + 5) + 1),
+    ],
+    ids=["all", "each its own"],
+)
+def test_an_engine_multiplies_each_part_as_integers(
+    tmp_path: Path, backend: str, knobs: dict[str, Any], products: int
+) -> None:
     model = tiny_model()
-    table = table_without_rows(model, replace(PRESETS["dynamic"], columns=16))
+    table = table_without_rows(model, replace(PRESETS["dynamic"], **knobs))
     tqdit.export(model, tmp_path / "model.onnx", scales=table)
     manifest = tqdit.build(tmp_path / "model.onnx", tmp_path / "model.engine", backend=backend)
     assert manifest.audit is not None
     assert manifest.audit.fallen_back == ()
-    assert manifest.audit.integer == 2 * (3 + 4) + 1  # fc2 has four parts, the other layers of a block one
+    assert manifest.audit.integer == products
     inputs = random_rows(model.signature, 24)
     with tqdit.Denoiser.open(tmp_path / "model.engine") as denoise:
         assert_agrees(denoise(**inputs), apply(model, table)(inputs))
@@ -116,6 +155,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (-1, "16", 2.5, True, None):
         with pytest.raises(FileFormatError, match="setting 'columns'"):
             apply(model, replace(table, settings={**table.settings, "columns": wrong}))
+    for each in ({BLOCK: 16}, {f"{BLOCK}.attn.scores": 16}, {"no.such": 16}):
+        with pytest.raises(UsageError, match="cannot be in groups of columns"):
+            apply(model, replace(table, settings={**table.settings, "layer_columns": each}))
+    for held in (4, [4], {f"{BLOCK}.mlp.fc2": "4"}):
+        with pytest.raises(FileFormatError, match="setting 'layer_columns"):
+            apply(model, replace(table, settings={**table.settings, "layer_columns": held}))
     for number in (-1, 1 << 16):
         with pytest.raises(UsageError, match="--columns"):
             replace(PRESETS["dynamic"], columns=number)

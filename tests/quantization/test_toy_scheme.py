@@ -37,7 +37,9 @@ def inputs_choices() -> tuple[str, ...]:
 
 
 def test_without_the_file_nobody_knows_the_scheme() -> None:
-    assert inputs_choices() == ("asymmetric", "dynamic", "dynamic_asymmetric", "symmetric", "gelu")
+    assert inputs_choices() == (
+        "asymmetric", "asymmetric_bits", "dynamic", "dynamic_asymmetric", "symmetric", "symmetric_bits", "gelu"
+    )  # fmt: skip
     with pytest.raises(UsageError, match="--inputs is 'power-of-two'; known are"):
         QuantizationConfig(inputs="power-of-two")
 

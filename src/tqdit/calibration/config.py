@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from tqdit.bounds import MOST_GUIDANCE, check_count, check_number
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # which needs torch; this module does not
 
 
 NUMERATOR_KEYS = 2048  # docs/calibration.md has the measurement
+MOST_TEMPERATURE = 1e6
 MOST_FACTOR = 100  # between a candidate scale and the range-based one
 Choices = tuple[str, ...] | range
 
@@ -68,6 +69,10 @@ class QuantizationConfig:
         "weight in its step and in guidance; step: times that in its step; plain: as they are; loss: of the paper's "
         "loss (eq. 11)", ("guided", "step", "plain", "loss"),
     )  # fmt: skip
+    fisher_temperature: float = knob(
+        0.0, "of a softmax over the gradients of the groups of timesteps, by which --method gptq weighs samples; "
+        "0: each sample has its own weight",
+    )  # fmt: skip
     rounds: int = knob(3, "alternating rounds R of the search", range(1, 101))
     candidates: int = knob(100, "candidate scales between --alpha and --beta times the range-based one",
                            range(2, 10_001))  # fmt: skip
@@ -81,6 +86,13 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
                         "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
+    column_search: int = knob(0, "find a number of columns for each layer by evolution, with so many evaluations of "
+                              "the network; 0: none; 500 in Q-DiT", range(100_001))  # fmt: skip
+    column_sizes: str = knob("32,64,96,128,192,288", "numbers of columns that --column-search chooses from")
+    mean_columns: int | None = knob(None, "least mean of the layers' columns in --column-search (default: 128, or half "
+                                    "of that of whole layers, if less)", range(1, 1 << 16))  # fmt: skip
+    column_objective: str = knob("eps", "error that --column-search lowers: of the prediction, or weighted by what it "
+                                 "does to the next state", ("eps", "step"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
@@ -90,6 +102,11 @@ class QuantizationConfig:
     gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
+    group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with schemes ..._bits: "
+                           "one number is that of all groups (default: --activation-bits)")  # fmt: skip
+    bit_search: bool = knob(False, "find bits of each input in each group, at most --activation-bits in the mean")
+    bit_choices: str = knob("", "bits that --bit-search chooses from, such as 4/6/8 (default: two less, "
+                            "--activation-bits and two more)")  # fmt: skip
     time_groups: str = knob("softmax", "which activations have a scale per group", ("none", "softmax", "all"))
 
     attention: bool = knob(True, "quantize both products of attention")
@@ -117,10 +134,14 @@ class QuantizationConfig:
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
                 f"0 < alpha < beta <= {MOST_FACTOR} and a share in (0, 1]."
             )
+        check_number("--fisher-temperature", self.fisher_temperature, 0, MOST_TEMPERATURE)
+        if self.fisher_temperature and (self.metric != "ho" or self.method != "gptq"):
+            raise UsageError("--fisher-temperature weighs what --method gptq rounds with, by gradients of --metric ho. "
+                             "Pass both, or leave it out.")  # fmt: skip
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
 
-    @property
+    @cached_property
     def layer_knobs(self) -> dict[str, dict[str, Any]]:
         """layer -> knob -> value of the overrides."""
         found: dict[str, dict[str, Any]] = {}
@@ -129,26 +150,33 @@ class QuantizationConfig:
             for pair in pairs.split(","):
                 name, _, value = pair.partition("=")
                 name = name.strip().replace("-", "_")
-                if not layer.strip() or name not in LAYER_KNOBS or (name.endswith("bits") and not value.isdecimal()):
+                whole = name in LAYER_KNOBS and isinstance(getattr(TQ_DIT, name), int)
+                if not layer.strip() or name not in LAYER_KNOBS or (whole and not value.isdecimal()):
                     raise UsageError(
                         f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
                     )
-                found.setdefault(layer.strip(), {})[name] = int(value) if name.endswith("bits") else value.strip()
+                found.setdefault(layer.strip(), {})[name] = int(value) if whole else value.strip()
         return found
 
     def with_layer_knobs(self, changes: Iterable[tuple[str, Mapping[str, Any]]]) -> QuantizationConfig:
         """With these knobs (layer, knob -> value) over those that the overrides have."""
-        merged = self.layer_knobs
+        merged = {layer: dict(knobs) for layer, knobs in self.layer_knobs.items()}
         for layer, knobs in changes:
             merged.setdefault(layer, {}).update(knobs)
         entries = ((layer, ",".join(f"{name}={value}" for name, value in knobs.items()))
                    for layer, knobs in merged.items())  # fmt: skip
         return replace(self, overrides=";".join(f"{layer}:{pairs}" for layer, pairs in entries))
 
+    @property
+    def layer_columns(self) -> dict[str, int]:
+        """layer -> its own number of columns, of those that have one."""
+        return {layer: knobs["columns"] for layer, knobs in self.layer_knobs.items() if "columns" in knobs}
+
     def for_layer(self, layer: str) -> QuantizationConfig:
-        """As it is for one layer, its overrides applied."""
-        changes = self.layer_knobs.get(layer)
-        return self if changes is None else replace(self, overrides="", **changes)
+        """As it is for one layer, its overrides applied; a part has those of its layer, and then its own."""
+        found = self.layer_knobs
+        changes = {name: value for each in wholes(layer) for name, value in found.get(each, {}).items()}
+        return replace(self, overrides="", **changes) if changes else self
 
     def for_model(self, model: LoadedModel) -> QuantizationConfig:
         """With the model's own values if none were given; the guidance scale stays None for unguided models."""
@@ -175,11 +203,19 @@ class QuantizationConfig:
         return "\n".join(f"{name:<20} {'none' if value == '' else value}" for name, value in values.items())
 
 
+def wholes(layer: str) -> list[str]:
+    """The layers that a layer is a part of, the largest first, and itself: LAYER, LAYER.columns.N."""
+    pieces = layer.split(".columns.")
+    return [".columns.".join(pieces[: count + 1]) for count in range(len(pieces))]
+
+
 # What can differ from layer to layer.
 LAYER_KNOBS = (
     "weight_bits",
     "activation_bits",
     "outer_bits",
+    "columns",
+    "group_bits",
     "inputs",
     "softmax",
     "gelu",
@@ -225,5 +261,11 @@ DYNAMIC = replace(
 # The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
 GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
 
+# Q-DiT (arXiv 2406.17343): groups of input channels whose sizes evolution finds, ranges per token and group, GPTQ.
+Q_DIT = replace(GPTQ, equalize=False, attention=False, column_search=100)
+
+# AdaTSQ (arXiv 2602.09883): bits of each input in each group of timesteps, GPTQ weighted by the gradients over time.
+ADATSQ = replace(GPTQ, inputs="asymmetric_bits", bit_search=True, fisher_temperature=1.0)
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "q-dit": Q_DIT, "adatsq": ADATSQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.bounds import check_memory
+from tqdit.calibration import bit_search, column_search
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.cost import Meter, product_costs
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
 from tqdit.calibration.drift import check_group_count
+from tqdit.calibration.end_to_end import EndToEnd
 from tqdit.calibration.equalize import choose_divisor
 from tqdit.calibration.fisher import FISHERS
 from tqdit.calibration.layers import LayerPlan, plan, with_one_region
@@ -46,6 +48,7 @@ from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import apply, golden_calls
 from tqdit.quantization.fold import fold_divisors
+from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
 
@@ -76,6 +79,7 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
+        run.choose_columns(rows)
         table = run.with_placed_steps(run.with_golden_calls(run.search(rows), rows))
     return Result(table, run.meter, run.folder)
 
@@ -91,9 +95,12 @@ class Calibration:
         console: Console,
         data: DataSet | Recording | None = None,
     ) -> None:
-        model = narrow(model, config.columns)
-        self.model, self.config, self.console, self.data = model, config, console, data
-        self.plans = plan(model, config)
+        self.whole, self.console, self.data = model, console, data
+        self._take(config)
+        model = self.model
+        self.space = column_search.space(self.whole, self.plans, config) if config.column_search else None
+        self.carried: dict[str, Tensor] | None = None  # part of a layer -> the error of the parts before it
+        self.bits = bit_search.space(self.plans, config) if config.bit_search else None
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
         if config.method == "weights":
@@ -108,6 +115,12 @@ class Calibration:
         self.rows_name = f"rows-{digest(row_facts)}"
         self.root = WorkFolder(work, model.device)
         self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, model.device)
+
+    def _take(self, config: QuantizationConfig) -> None:
+        """The settings, and the network in the parts and with the plans that they ask for."""
+        self.config = config
+        self.model = narrow(self.whole, config.columns, config.layer_columns)
+        self.plans = plan(self.model, config)
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
@@ -135,16 +148,16 @@ class Calibration:
     # phase 1 ---------------------------------------------------------------------------------------------------------
 
     def rows(self) -> CalibrationRows:
-        """The calibration rows, from disk if an earlier run has left them."""
+        """The calibration rows of the whole network, from disk if an earlier run has left them."""
         found = self.root.load_or_none(self.rows_name)
         if found is not None:
             rows = CalibrationRows.of(found)
             self.console.say(f"calibration rows: {len(rows)}, kept from an earlier run in {self.root.path}")
             return rows
         if isinstance(self.data, Recording):
-            rows = recorded_rows(self.model, self.config, self.data)
+            rows = recorded_rows(self.whole, self.config, self.data)
         elif self.data:
-            rows = data_rows(self.model, self.spec, self.config, self.data)
+            rows = data_rows(self.whole, self.spec, self.config, self.data)
         else:
             rows = self._sample_rows()
         self.root.save(self.rows_name, rows.tensors())
@@ -153,8 +166,8 @@ class Calibration:
 
     def _sample_rows(self) -> CalibrationRows:
         measured = self.config.boundaries == "drift"
-        picks = every_state(self.spec, self.config) if measured else pick(self.model, self.config)
-        trajectory = Trajectory(self.model, self.config, picks)
+        picks = every_state(self.spec, self.config) if measured else pick(self.whole, self.config)
+        trajectory = Trajectory(self.whole, self.config, picks)
         state_name = f"{self.rows_name}-chains"
         state = self.root.load_or_none(state_name)
         if state is not None:
@@ -174,6 +187,12 @@ class Calibration:
         if measured:
             trajectory.place_boundaries()
         return trajectory.renoised_rows() if self.config.fisher == "loss" else trajectory.rows()
+
+    def choose_columns(self, rows: CalibrationRows) -> None:
+        """Find the columns of each layer, if the settings ask for it; all that follows is of the network so divided."""
+        if self.space is not None:
+            objective = column_search.Objective(self.whole, self.config, rows, self.meter)
+            self._take(column_search.run(self.space, self.config, objective, self.folder, self.console))
 
     # phase 2 ---------------------------------------------------------------------------------------------------------
 
@@ -225,7 +244,11 @@ class Calibration:
             return self._table(list(weights.sites(self.model, self.plans, self.config)), {}, rows)
         model, divisors = self._folded(rows)
         capture = self.capture(model, rows, self.plans)
+        if self.bits is not None and self.bits.layers:
+            self._take(self._with_bits(self.bits, model, capture, rows))
         parts = []
+        if self.config.method == "gptq":
+            self.carried = self._forget_halves()
         with self.console.bar(len(self.plans), "3/3 scales", "layers") as bar:
             for entry in self.plans:
                 name = f"table-{entry.name}"
@@ -238,6 +261,34 @@ class Calibration:
                 bar.update()
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    def _forget_halves(self) -> dict[str, Tensor]:
+        """Remove what a kill left of layers in parts: their errors go on from part to part, and are not on disk."""
+        names = [entry.name for entry in self.plans if ".columns." in entry.name]
+        missing = {name.rpartition(".columns.")[0] for name in names if not self.folder.has(f"table-{name}")}
+        for name in names:
+            if name.rpartition(".columns.")[0] in missing:
+                self.folder.remove(f"table-{name}")
+        return {}
+
+    def _with_bits(
+        self, space: bit_search.BitSpace, model: LoadedModel, capture: Capture, rows: CalibrationRows
+    ) -> QuantizationConfig:
+        """The settings with the bits of each layer in each group. model: with its divisors folded."""
+        found: dict[str, list[tuple[Tensor, Quantizer]]] = {}
+        with self.console.bar(len(space.layers), "bits of each layer", "layers") as bar:
+            for name, entry in space.layers.items():
+                weight, samples = _weight(model, name), capture.samples(name)
+                assert weight is not None
+                found[name] = []
+                for bits in space.choices:
+                    errors, quantizer, spent = bit_search.measure(entry, samples, weight, rows, bits, self.config)
+                    found[name].append((errors, quantizer))
+                    self.meter.add("bits", spent)
+                bar.update()
+        weighted = self.config.fisher in ("step", "guided")  # as the errors of the layers are
+        whole = EndToEnd(model, self.config, rows, self.meter, "bits", weighted)
+        return bit_search.choose(space, found, rows, whole, self.config)
 
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
@@ -270,6 +321,9 @@ class Calibration:
             if solution.history[-1] > TWO_REGIONS_PAY * uniform.history[-1]:
                 problem, solution = other, uniform
         error = problem.relative(solution.history[-1])
+        layer, _, part = layer_plan.name.rpartition(".columns.")
+        if layer and self.carried is not None:
+            self.carried = {f"{layer}.columns.{int(part) + 1}": problem.left_over(solution)}
         sites = []
         for role, operand in problem.operands.items():
             quantizer = operand.quantizer(solution.parameters[role])
@@ -286,6 +340,9 @@ class Calibration:
     ) -> tuple[Problem, Solution]:
         """One layer under one plan, by the configured method."""
         problem = make_problem(layer_plan, samples, weight, rows.group, self.config)
+        carried = (self.carried or {}).get(layer_plan.name)
+        if carried is not None and carried.shape == samples.g2.shape:
+            problem = replace(problem, carried=carried)
         solution = METHODS[self.config.method](problem, self.config)
         self.meter.add("search", solution.multiply_adds)
         return problem, solution
@@ -300,6 +357,7 @@ def make_table(
 ) -> ScaleTable:  # fmt: skip
     """The table of what was found under `config`."""
     spec = sampling_of(model, config)
+    own = {"layer_columns": config.layer_columns} if config.layer_columns else {}
     return ScaleTable(
         model=model.source,
         fingerprint=model.fingerprint,
@@ -307,7 +365,7 @@ def make_table(
         sites=tuple(sites),
         seed=config.seed,
         guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
-        settings={**config.to_json(), "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
+        settings={**config.to_json(), **own, "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
         versions=versions(model.device),
         errors=errors,
     )

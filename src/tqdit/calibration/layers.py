@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig
+from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig, wholes
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
@@ -43,7 +43,7 @@ class LayerPlan:
 def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
     """The products that `config` quantizes."""
     names = [product.name for product in model.products]
-    unknown = set(config.layer_knobs) - set(names)
+    unknown = set(config.layer_knobs) - {whole for name in names for whole in wholes(name)}
     if unknown:
         raise UsageError(f"--overrides names '{min(unknown)}', which is no layer of this model. Name one such as "
                          f"'{names[-1]}'.")  # fmt: skip
@@ -87,7 +87,19 @@ def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
 
 def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
     scheme = "gelu" if layer.made_by == "gelu" and config.gelu != "uniform" else config.inputs
-    return OperandPlan(scheme, bits, _groups(layer, config, scheme))
+    groups = _groups(layer, config, scheme)
+    if "group_bits" not in find_schemes()[scheme].tensors:
+        return OperandPlan(scheme, bits, groups)
+    given = config.group_bits if layer.place == "block" and config.group_bits else str(bits)
+    text = given if "/" in given else "/".join([given] * groups)
+    try:
+        found = len(find_schemes()[scheme].fixed(bits, group_bits=text)["group_bits"])
+    except ValueError as error:
+        raise UsageError(f"--group-bits is '{given}': expected numbers of 2..8 such as 8/6/4. Change them.") from error
+    if found != groups:
+        raise UsageError(f"--group-bits '{given}' are {found} numbers; '{layer.name}' has {groups} groups. "
+                         "Pass one for each, with --time-groups all.")  # fmt: skip
+    return OperandPlan(scheme, bits, groups, {"group_bits": text})
 
 
 def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tqdit.calibration.layers import OperandPlan
 from tqdit.quantization.granularity import Granularity, PerChannel, PerTensor, PerTimestepGroup, PerToken
-from tqdit.quantization.quantizer import Parameters, Quantizer
+from tqdit.quantization.quantizer import Fixed, Parameters, Quantizer
 from tqdit.quantization.schemes import find_schemes
 
 
@@ -56,7 +56,7 @@ class Operand(ABC):
         return find_schemes()[self.plan.scheme]
 
     @cached_property
-    def fixed(self) -> dict[str, float]:
+    def fixed(self) -> Fixed:
         return self.scheme.fixed(self.plan.bits, **self.plan.options)
 
     @cached_property
@@ -70,7 +70,7 @@ class Operand(ABC):
 
     def _tensors(self, parameters: Parameters) -> Parameters:
         """What the scale table holds, each (E,), or () if no search changes it."""
-        fixed = {name: torch.tensor(value, dtype=torch.float32) for name, value in self.fixed.items()}
+        fixed = {name: self.x.new_tensor(value, dtype=torch.float32) for name, value in self.fixed.items()}
         return self.scheme.resolve({**parameters, **fixed}, self.plan.bits)
 
     def quantize(self, parameters: Parameters) -> Tensor:

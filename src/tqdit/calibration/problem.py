@@ -21,7 +21,8 @@ class Problem:
     """A product left right^T (linear; right (O, K) is the weight) or left right (attention), partly quantized.
 
     The objective is sum g^2 (z^ - z)^2 over every kept element of z (eq. 15 and 16); g2 None means g = 1 (MSE).
-    `operands` are those to quantize, in the order in which a search visits them.
+    `operands` are those to quantize, in the order in which a search visits them. carried: the error that earlier parts
+    of the same layer left in z, which this part can mend.
     """
 
     left: Tensor
@@ -29,11 +30,13 @@ class Problem:
     is_linear: bool
     g2: Tensor | None
     operands: dict[Role, Operand]
+    carried: Tensor | None = None
 
     @cached_property
     def target(self) -> Tensor:
-        """The float product z."""
-        return self.product(self.left, self.right)
+        """The float product z, without what is carried."""
+        z = self.product(self.left, self.right)
+        return z if self.carried is None else z - self.carried
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ (right.t() if self.is_linear else right)
@@ -68,6 +71,14 @@ class Problem:
             energy.mul_(self.g2)
         total = float(energy.sum(dtype=torch.float64))
         return objective / total if total > 0 else 0.0
+
+    def left_over(self, solution: Solution) -> Tensor:
+        """The error z^ - z of a solution, like z."""
+        left, right = self.sides(solution.parameters)
+        weight = self.operands.get("weight")
+        if solution.weight_codes is not None and isinstance(weight, Weight):
+            right = solution.weight_codes * weight.spread(solution.parameters["weight"]["scale"])
+        return self.product(left, right).sub_(self.target)
 
     @property
     def initial(self) -> dict[Role, Parameters]:

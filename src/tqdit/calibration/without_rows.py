@@ -50,7 +50,9 @@ def table_without_rows(
     the network is large or takes requests that are not recorded. Raises UsageError for what needs a calibration.
     """
     config = config.for_model(model)
-    model = narrow(model, config.columns)
+    if config.column_search:
+        raise UsageError("--column-search needs calibration rows, and an export has none. Pass it to tqdit-calibrate.")
+    model = narrow(model, config.columns, config.layer_columns)
     plans = plan(model, config)
     weights.check(plans, config)
     with exact_arithmetic(model.device):

@@ -221,7 +221,9 @@ def changes_for(product: Product, sites: Mapping[str, Site]) -> list[dict[str, A
     activations = [site.quantizer for role, site in sites.items() if role != "weight"]
     weight, left = sites.get("weight"), sites.get("input", sites.get("left"))
     if activations and min(q.bits for q in activations) < 8:
-        found.append({"activation_bits": min(8, min(q.bits for q in activations) + 2)})
+        more = min(8, min(q.bits for q in activations) + 2)
+        grouped = any("group_bits" in q.tensors for q in activations)
+        found.append({"group_bits": str(more)} if grouped else {"activation_bits": more})
     if weight is not None and weight.quantizer.bits < 8:
         found.append({"weight_bits": min(8, weight.quantizer.bits + 2)})
     if product.place == "final" and "input" in sites:
@@ -293,8 +295,10 @@ class BitOperations:
         return (self.of(layer, sites) - self.of(layer, self.table.by_module[layer])) / self.total
 
 
-def _bits(site: Site | None) -> int:
-    return 32 if site is None else site.quantizer.bits
+def _bits(site: Site | None) -> float:
+    if site is None:
+        return 32
+    return float(np.mean(site.quantizer.arrays().get("group_bits", site.quantizer.bits)))
 
 
 def _touches(site: Site) -> bool:

@@ -149,6 +149,9 @@ class QuantizedOperand(nn.Module):
     def maximum(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.maximum(x, y)
 
+    def minimum(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.minimum(x, y)
+
     def absolute(self, x: Tensor) -> Tensor:
         return x.abs()
 

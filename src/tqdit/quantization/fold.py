@@ -29,7 +29,7 @@ def fold(model: LoadedModel, table: ScaleTable) -> tuple[LoadedModel, ScaleTable
 
     Raises UsageError if a divisor belongs to no layer that can be equalised, or does not fit it.
     """
-    model = narrow(model, table.columns)
+    model = narrow(model, table.columns, table.layer_columns)
     divided = {site.module: site.divisor for site in table.sites if site.divisor is not None}
     if not divided:
         return model, table

@@ -28,6 +28,7 @@ Float32 = NDArray[np.float32]
 Shape = tuple[int | None, ...]
 Rounding = Literal["integer", "simulated", "codes"]
 Parameters = dict[str, "Tensor"]
+Fixed = Mapping[str, Any]  # numbers, or tuples of one for each entry
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Arithmetic(Protocol[V]):
     def divide(self, x: V, y: V) -> V: ...
 
     def maximum(self, x: V, y: V) -> V: ...
+
+    def minimum(self, x: V, y: V) -> V: ...
 
     def absolute(self, x: V) -> V: ...
 
@@ -141,7 +144,7 @@ class Quantizer(ABC):
     # the search -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def fixed(cls, bits: int, **options: str) -> dict[str, float]:
+    def fixed(cls, bits: int, **options: str) -> Fixed:
         """Parameters that no search changes; `options` are settings of the calibration for this scheme."""
         return {}
 

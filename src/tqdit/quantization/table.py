@@ -126,10 +126,16 @@ class ScaleTable:
 
         0: layers are whole. Raises FileFormatError for what is no such number.
         """
-        columns = self.settings.get("columns", 0)
-        if type(columns) is not int or columns < 0:
-            raise FileFormatError(f"the setting 'columns' is {columns!r}, expected a whole number >= 0. {AGAIN}")
-        return columns
+        return _columns("columns", self.settings.get("columns", 0))
+
+    @property
+    def layer_columns(self) -> dict[str, int]:
+        """The same for the layers that have a number of their own, by name. Raises FileFormatError like `columns`."""
+        name = "layer_columns"
+        held = self.settings.get(name, {})
+        if not isinstance(held, Mapping):
+            raise FileFormatError(f"the setting '{name}' is {held!r}, expected a number for each layer. {AGAIN}")
+        return {str(layer): _columns(f"{name}.{layer}", columns) for layer, columns in held.items()}
 
     @cached_property
     def by_module(self) -> dict[str, dict[str, Site]]:
@@ -174,6 +180,12 @@ class ScaleTable:
             dict(self.settings), versions, dict(self.errors), entries,
             None if self.interface is None else self.interface.entry, self.placed or msgspec.UNSET,
         )  # fmt: skip
+
+
+def _columns(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise FileFormatError(f"the setting '{name}' is {value!r}, expected a whole number >= 0. {AGAIN}")
+    return value
 
 
 class PlacedSteps(msgspec.Struct, frozen=True):

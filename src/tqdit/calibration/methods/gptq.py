@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.methods import search
-from tqdit.calibration.operands import Weight
+from tqdit.calibration.operands import Activation, Weight
 from tqdit.calibration.problem import Problem, Solution
 from tqdit.quantization.rounding import code_range
 
@@ -30,7 +30,7 @@ def solve(problem: Problem, config: QuantizationConfig) -> Solution:
         return found
     left, _ = problem.sides(found.parameters)
     start = found.parameters["weight"]["scale"]  # (E,)
-    hessian, cross = _normal_equations(problem, left)
+    hessian, cross = _normal_equations(problem, left, config.fisher_temperature)
     order = hessian.diagonal().argsort(descending=True)  # what counts most is rounded first, and mended by all others
     factor = torch.linalg.cholesky(hessian[order][:, order])
     target = operand.x[:, order].double() - torch.cholesky_solve(cross[order], factor).t()
@@ -53,19 +53,35 @@ def solve(problem: Problem, config: QuantizationConfig) -> Solution:
     return replace(found, parameters=parameters, history=(*found.history, objective), weight_codes=codes)
 
 
-def _normal_equations(problem: Problem, left: Tensor) -> tuple[Tensor, Tensor]:
-    """H = sum u x^ x^^T, damped, (K, K), and sum u x^ (x^ W^T - z), (K, O); float64."""
+def _normal_equations(problem: Problem, left: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
+    """H = sum u x^ x^^T, damped, (K, K), and sum u x^ (x^ W^T - z), (K, O); float64. temperature: of u over time."""
     x, z = left.reshape(-1, left.shape[-1]), problem.target.reshape(-1, problem.target.shape[-1])
     u = (
         torch.ones(len(x), 1, device=x.device)
         if problem.g2 is None
         else problem.g2.reshape(z.shape).mean(1, keepdim=True, dtype=torch.float32)
     )
+    operand = problem.operands.get("input")
+    if temperature and isinstance(operand, Activation) and len(operand.own_group) == len(left):
+        samples = operand.own_group.repeat_interleave(len(x) // len(left))
+        u = temporal_weights(u[:, 0], samples, temperature)[:, None]
     u = u / u.mean().clamp(min=torch.finfo(torch.float32).tiny)
     hessian = (x.t() @ (u * x)).double()
     cross = (x.t() @ (u * (x @ problem.right.t() - z))).double()
     damping = DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
     return hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), cross
+
+
+def temporal_weights(u: Tensor, group: Tensor, temperature: float) -> Tensor:
+    """alpha of each sample's group (AdaTSQ): softmax(I / temperature), I the mean of u in a group over that of all.
+
+    u, group (S,): the weight of each sample, and its group of timesteps.
+    """
+    groups = int(group.max()) + 1
+    count = torch.zeros(groups, device=u.device).index_add(0, group, torch.ones_like(u))
+    information = torch.zeros(groups, device=u.device).index_add(0, group, u) / count.clamp(min=1)
+    information = information / information[count > 0].mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.softmax(information / temperature, 0)[group]
 
 
 def _round(weight: Tensor, scale: Tensor, factor: Tensor, bits: int) -> Tensor:

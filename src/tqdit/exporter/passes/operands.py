@@ -55,6 +55,9 @@ class GraphOperand:
     def maximum(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.op("Max", x, y)
 
+    def minimum(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.op("Min", x, y)
+
     def absolute(self, x: ir.Value) -> ir.Value:
         return self.op("Abs", x)
 
