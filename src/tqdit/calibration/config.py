@@ -60,8 +60,10 @@ class QuantizationConfig:
                        lambda: ("auto", *sampler_names()))  # fmt: skip
 
     method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback; "
+                       "reconstruct is one after which each block learns its rounding and scales; "
                        "weights looks at the weights alone, for --inputs dynamic without attention",
-                       ("search", "min-max", "gptq", "weights"))  # fmt: skip
+                       ("search", "min-max", "gptq", "reconstruct", "weights"))  # fmt: skip
+    iterations: int = knob(500, "of --method reconstruct for each block; the papers' is 20000", range(1, 1_000_001))
     metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
     fisher: str = knob(
         "step", "gradients that HO takes its weights from. guided: of random sums of the prediction, times the row's "
@@ -225,5 +227,12 @@ DYNAMIC = replace(
 # The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
 GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
 
+# Reconstruction of blocks, on rows of all timesteps with one scale each, as the papers have it.
+Q_DIFFUSION = replace(
+    TQ_DIT, method="reconstruct", metric="mse", inputs="asymmetric", softmax="uniform", gelu="uniform",
+    time_groups="none",
+)  # fmt: skip
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC,
+           "q-diffusion": Q_DIFFUSION}  # fmt: skip

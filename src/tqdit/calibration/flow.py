@@ -1,8 +1,9 @@
-"""The three phases, in order and resumable (Algorithm 1).
+"""The phases, in order and resumable (Algorithm 1).
 
     rows     (1)  chains of the float model -> calibration rows
     inputs   (2)  one forward and one backward pass -> samples of every product, on disk
     search   (3)  product by product -> a partial scale table each
+    blocks   (4)  of method `reconstruct` alone: rounding and scales learned, unit by unit -> a partial table each
 
 Each phase leaves its results in the work folder, so a killed run loses at most the batch or the product that it was in.
 """
@@ -35,6 +36,7 @@ from tqdit.calibration.methods import METHODS, weights
 from tqdit.calibration.operands import array
 from tqdit.calibration.placing import Placing, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
+from tqdit.calibration.reconstruct import reconstruct, units_of
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
@@ -76,7 +78,8 @@ def calibrate(
     with exact_arithmetic(model.device):
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
-        table = run.with_placed_steps(run.with_golden_calls(run.search(rows), rows))
+        table = run.reconstruct(run.search(rows), rows)
+        table = run.with_placed_steps(run.with_golden_calls(table, rows))
     return Result(table, run.meter, run.folder)
 
 
@@ -238,6 +241,20 @@ class Calibration:
                 bar.update()
         sites = [site for part in parts for site in part.sites]
         return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+
+    # phase 4 ---------------------------------------------------------------------------------------------------------
+
+    def reconstruct(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
+        """The table with rounding and scales learned block by block, if the method says so."""
+        if self.config.method != "reconstruct":
+            return table
+        with self.console.bar(len(units_of(self.model, table)), "4/4 blocks learned", "blocks") as bar:
+
+            def done(multiply_adds: float) -> None:
+                self.meter.add("reconstruction", multiply_adds)
+                bar.update()
+
+            return reconstruct(self.model, table, rows, self.config, self.folder, self.meter.per_row, done)
 
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
