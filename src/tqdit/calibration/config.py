@@ -23,9 +23,9 @@ MOST_FACTOR = 100  # between a candidate scale and the range-based one
 Choices = tuple[str, ...] | range
 
 
-def knob(default: Any, help_text: str, choices: Choices | Callable[[], Choices] = ()) -> Any:
-    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices."""
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+def knob(default: Any, help_text: str, choices: Choices | Callable[[], Choices] = (), alone: str | None = None) -> Any:
+    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices. alone: of a flag without value."""
+    return field(default=default, metadata={"help": help_text, "choices": choices, "alone": alone})
 
 
 def choices_of(knob_field: Field[Any]) -> Choices:
@@ -84,7 +84,9 @@ class QuantizationConfig:
     columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
                         "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
-    equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
+    equalize: str = knob("none", "divide input channels by constants that their weights are multiplied with: by their "
+                         "range (as --equalize alone), or by PTQ4DiT's salience",
+                         ("none", "range", "salience"), alone="range")  # fmt: skip
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
                         f"numerators from {NUMERATOR_KEYS:,} keys on; auto takes two regions if they at least halve "
                         "the layer's error, and else one scale, with which engines make one kernel of an attention",
@@ -105,6 +107,8 @@ class QuantizationConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.equalize, bool):  # in tables and programs of earlier versions
+            object.__setattr__(self, "equalize", "range" if self.equalize else "none")
         for knob_field in fields(self):
             choices, value = choices_of(knob_field), getattr(self, knob_field.name)
             if isinstance(choices, range):
@@ -213,7 +217,7 @@ PAPER = replace(
 )  # fmt: skip
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
-BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
+BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize="range")
 # Two regions only if they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
 
@@ -232,7 +236,8 @@ Q_DIFFUSION = replace(
     TQ_DIT, method="reconstruct", metric="mse", inputs="asymmetric", softmax="uniform", gelu="uniform",
     time_groups="none",
 )  # fmt: skip
+PTQ4DIT = replace(Q_DIFFUSION, equalize="salience")
 
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
            "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC,
-           "q-diffusion": Q_DIFFUSION}  # fmt: skip
+           "q-diffusion": Q_DIFFUSION, "ptq4dit": PTQ4DIT}  # fmt: skip

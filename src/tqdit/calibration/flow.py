@@ -203,7 +203,7 @@ class Calibration:
         plans = tuple(
             entry for entry in self.plans if set(entry.operands) == {"weight", "input"} and entry.name in folds
         )
-        if not self.config.equalize or not plans:
+        if self.config.equalize == "none" or not plans:
             return self.model, {}
         found = self.folder.load_or_none("divisors")
         if found is None:

@@ -40,7 +40,7 @@ from tqdit.quantization.table import ScaleTable, Site
 LOWEST, HIGHEST = -0.1, 1.1  # gamma and zeta of the rectified sigmoid
 SHARPEST, FLATTEST = 20.0, 2.0  # the penalty's exponent, from the end of the warm-up to the end
 WARM_UP = 0.2  # of the iterations, without a penalty
-PENALTY = 0.01
+PENALTY = 2000.0  # of the mean over weights, beside the error relative to that of rounding to nearest
 ROUNDING_RATE, SCALE_RATE = 1e-3, 4e-5  # Adam's, at PAPER_ITERATIONS; with fewer as many times larger
 PAPER_ITERATIONS = 20_000
 BATCH = 16  # rows of an iteration

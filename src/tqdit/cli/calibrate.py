@@ -77,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, str) and choices_of(knob):
             options["choices"] = choices_of(knob)
+            if knob.metadata["alone"]:
+                options |= {"nargs": "?", "const": knob.metadata["alone"]}
         elif isinstance(default, str):
             options["metavar"] = "TEXT"
         else:
