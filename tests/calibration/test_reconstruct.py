@@ -14,9 +14,9 @@ from torch import Tensor
 import tqdit
 from support import assert_agrees, tiny_model
 from tqdit.calibration import reconstruct as phase
+from tqdit.calibration.capture import Samples
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.equalize import salience
-from tqdit.calibration.capture import Samples
 from tqdit.calibration.flow import Calibration, calibrate
 from tqdit.calibration.reconstruct import Learned, Replay, Rounding, StraightThrough, units_of
 from tqdit.calibration.rows import CalibrationRows
@@ -224,7 +224,7 @@ def test_equalize_keeps_the_meaning_of_earlier_versions(capsys: pytest.CaptureFi
     for flags, expected in ((["--equalize"], "range"), (["--equalize", "salience"], "salience"), ([], "none")):
         assert main(["calibrate", "demo", "--print", *flags]) == 0
         assert f"equalize             {expected}\n" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="--equalize is 'smooth'.*range, salience"):
+    with pytest.raises(UsageError, match=r"--equalize is 'smooth'.*range, salience"):
         QuantizationConfig(equalize="smooth")
     with pytest.raises(UsageError, match="--iterations is 0"):
         QuantizationConfig(iterations=0)

@@ -24,7 +24,10 @@ Choices = tuple[str, ...] | range
 
 
 def knob(default: Any, help_text: str, choices: Choices | Callable[[], Choices] = (), alone: str | None = None) -> Any:
-    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices. alone: of a flag without value."""
+    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices.
+
+    alone: what the flag without a value means.
+    """
     return field(default=default, metadata={"help": help_text, "choices": choices, "alone": alone})
 
 

@@ -52,8 +52,9 @@ def divisors(samples: Samples, weight: Tensor) -> list[Tensor]:
 def salience(samples: Samples, weight: Tensor, group: Tensor) -> Tensor:
     """PTQ4DiT's divisors (K,): sqrt(s_j(X) / s_j(W)), with geometric mean 1 (arXiv 2405.16005, eq. 5 to 9).
 
-    s(W) = max |W_j|, s(X) = sum_t w_t s(X^(t)), w = softmax_t(-rho_t), rho_t Spearman's correlation of s(X^(t)) and s(W):
-    timesteps at which the same channels are large on both sides count less. t: groups of timesteps, group (R,) of rows.
+    s(W) = max |W_j|, s(X) = sum_t w_t s(X^(t)), w = softmax_t(-rho_t), rho_t Spearman's correlation of s(X^(t)) and
+    s(W): timesteps at which the same channels are large on both sides count less. t: the groups of timesteps, of which
+    group (R,) has each row's.
     """
     largest = _largest(samples)
     inputs = torch.stack([largest[group == each].amax(0) for each in group.unique()])  # (T, K)

@@ -1,4 +1,4 @@
-"""Phase 4 of the method `reconstruct`: block by block, the rounding of weights and the scales of activations are learned.
+"""Phase 4 of the method `reconstruct`: block by block, rounding of weights and scales of activations are learned.
 
 A block of the fake-quantized network takes the inputs that the quantized blocks before it give, and shall give what the
 float block gives (BRECQ, arXiv 2102.05426; Q-Diffusion, 2302.04304; PTQ4DiT, 2405.16005). Whether a weight is rounded
@@ -152,7 +152,7 @@ def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
 # what a unit is called with ------------------------------------------------------------------------------------------
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Every call of the unit was heard: the network call can end."""
 
 
@@ -173,13 +173,13 @@ def _listen(
     def after(_: nn.Module, __: Any, output: Any) -> None:
         found.append((*arguments.pop(), [tensor.clone() for tensor in floats(output)]))
         if len(found) == most:
-            raise _Enough
+            raise _EnoughError
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
     ]  # fmt: skip
     try:
-        with suppress(_Enough), model.weights.lent():
+        with suppress(_EnoughError), model.weights.lent():
             model.network(**model.arguments(inputs))
     finally:
         for handle in handles:
@@ -197,9 +197,7 @@ def _record(
     for index in batches:
         index = index.to(rows.group.device)
         inputs = {name: tensor[index] for name, tensor in rows.inputs.items()}
-        targets, found = (
-            _listen(each, network.get_submodule(unit.name), inputs, most) for each, network in networks
-        )
+        targets, found = (_listen(each, network.get_submodule(unit.name), inputs, most) for each, network in networks)
         most = len(found)
         calls += [
             Call(rows.group[index], (args, kwargs), target)
