@@ -62,6 +62,9 @@ class QuantizationConfig:
     solver: str = knob("auto", "sampler of these steps; auto: the better one of dpm++2m and unipc",
                        lambda: ("auto", *sampler_names()))  # fmt: skip
 
+    correction: bool = knob(False, "also measure the errors of the quantized network along chains, which sampling at "
+                            "this guidance scale then takes back (PTQD)")  # fmt: skip
+
     method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback; "
                        "reconstruct is one after which each block learns its rounding and scales; "
                        "weights looks at the weights alone, for --inputs dynamic without attention",
@@ -110,8 +113,8 @@ class QuantizationConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.equalize, bool):  # in tables and programs of earlier versions
-            object.__setattr__(self, "equalize", "range" if self.equalize else "none")
+        earlier = {True: "range", False: "none"}  # what tables and programs of earlier versions say
+        object.__setattr__(self, "equalize", earlier.get(self.equalize, self.equalize))  # type: ignore[call-overload]
         for knob_field in fields(self):
             choices, value = choices_of(knob_field), getattr(self, knob_field.name)
             if isinstance(choices, range):
@@ -239,8 +242,9 @@ Q_DIFFUSION = replace(
     TQ_DIT, method="reconstruct", metric="mse", inputs="asymmetric", softmax="uniform", gelu="uniform",
     time_groups="none",
 )  # fmt: skip
+PTQD = replace(Q_DIFFUSION, correction=True)
 PTQ4DIT = replace(Q_DIFFUSION, equalize="salience")
 
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
            "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC,
-           "q-diffusion": Q_DIFFUSION, "ptq4dit": PTQ4DIT}  # fmt: skip
+           "q-diffusion": Q_DIFFUSION, "ptqd": PTQD, "ptq4dit": PTQ4DIT}  # fmt: skip

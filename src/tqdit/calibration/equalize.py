@@ -57,7 +57,7 @@ def salience(samples: Samples, weight: Tensor, group: Tensor) -> Tensor:
     group (R,) has each row's.
     """
     largest = _largest(samples)
-    inputs = torch.stack([largest[group == each].amax(0) for each in group.unique()])  # (T, K)
+    inputs = torch.stack([largest[group == each].amax(0) for each in torch.unique(group)])  # (T, K)
     rho = torch.stack([_spearman(each, weight.abs().amax(0)) for each in inputs])
     return _divisor((torch.softmax(-rho, 0)[:, None] * inputs).sum(0).float(), weight, 0.5)
 
@@ -72,9 +72,8 @@ def _spearman(a: Tensor, b: Tensor) -> Tensor:
 
 def _ranks(values: Tensor) -> Tensor:
     """Equal values share the mean of their ranks."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0)
-    return (last - (count - 1) / 2).double()[place]
+    below = (values[None] < values[:, None]).sum(1)
+    return below + ((values[None] == values[:, None]).sum(1) + 1).double() / 2
 
 
 def _largest(samples: Samples) -> Tensor:

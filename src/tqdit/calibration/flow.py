@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdit.bounds import check_memory
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.correcting import find_correction
 from tqdit.calibration.cost import Meter, product_costs
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
@@ -79,7 +80,7 @@ def calibrate(
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
         table = run.reconstruct(run.search(rows), rows)
-        table = run.with_placed_steps(run.with_golden_calls(table, rows))
+        table = run.with_correction(run.with_placed_steps(run.with_golden_calls(table, rows)))
     return Result(table, run.meter, run.folder)
 
 
@@ -118,6 +119,8 @@ class Calibration:
         recorded = self.model.guidance.scale if self.model.guidance and isinstance(self.data, Recording) else scale
         if not math.isclose(scale, recorded, rel_tol=1e-3):
             raise UsageError(f"--guidance-scale is {scale:g}; calls were recorded with {recorded:g}. Leave it out.")
+        if self.config.correction:
+            _ = self.spec.schedule  # raises if no chain is known
         check_placing(self.model.sampling, self.model.signature, self.config)
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
@@ -274,6 +277,21 @@ class Calibration:
         requests = self.data.requests if isinstance(self.data, Recording) else None
         placing = Placing(self.model, self.config, self.folder, self.console, requests)
         return replace(table, placed=placing.run(apply(self.model, table), meter))
+
+    def with_correction(self, table: ScaleTable) -> ScaleTable:
+        """The table with PTQD's correction, if it is asked for."""
+        if not self.config.correction:
+            return table
+        requests = self.data.requests if isinstance(self.data, Recording) else None
+        with self.console.bar(self.spec.steps, "errors along chains", "steps") as bar:
+
+            def done(images: int) -> None:
+                self.meter.forward("correction", 2 * images * rows_per_image(self.model.guidance))
+                bar.update()
+
+            quantized = apply(self.model, table)
+            found = find_correction(self.model, quantized, self.config, self.folder, done, requests)
+        return replace(table, correction=found)
 
     def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows,

@@ -118,7 +118,7 @@ def _reconstruct_unit(
     assert isinstance(network, QuantizedNetwork)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rows), generator=generator)
-    calls = _record(model, quantized, unit, rows, list(order.split(batch)))
+    calls = _record(model, quantized, unit, rows, list(torch.split(order, batch)))
     replay = Replay(network, unit, quantized)
     sites = [site for product in unit.products for site in table.by_module[product].values()]
     before = replay.error(calls, {})
@@ -192,7 +192,9 @@ def _record(
 ) -> list[Call]:
     """The calls of a unit on batches of row numbers, as many of them as RECORDED_BYTES hold."""
     calls: list[Call] = []
-    networks = (model, model.network), (quantized, quantized.network.network)
+    inner = quantized.network.network
+    assert isinstance(inner, nn.Module)
+    networks = (model, model.network), (quantized, inner)
     most: int | None = None  # calls of the unit in one of the network
     for index in batches:
         index = index.to(rows.group.device)
@@ -318,8 +320,8 @@ class Learned:
         if share < WARM_UP or not self._weights:
             return torch.zeros(())
         exponent = FLATTEST + (SHARPEST - FLATTEST) * (1 - (share - WARM_UP) / (1 - WARM_UP))
-        total = sum((1 - (2 * rounding.soft - 1).abs().pow(exponent)).sum() for _, rounding in self._weights.values())
-        return PENALTY * total / sum(up.numel() for up in self.roundings)
+        undecided = [1 - (2 * rounding.soft - 1).abs().pow(exponent) for _, rounding in self._weights.values()]
+        return PENALTY * torch.cat([each.flatten() for each in undecided]).mean()
 
     def tensors(self, hard: bool = False) -> dict[str, Tensor]:
         """By name in the unit; hard: with every weight rounded, as the table will have it."""
@@ -342,7 +344,7 @@ class Learned:
         if site.name not in self._operands:
             return site
         factor = np.exp(array(self._operands[site.name][2]))
-        scaled = {
+        scaled: dict[str, Any] = {
             name: np.asarray(tensor * factor, np.float32)
             for name, tensor in site.quantizer.arrays().items() if tensor.dtype == np.float32
         }  # fmt: skip
