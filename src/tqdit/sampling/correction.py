@@ -58,10 +58,10 @@ class Correction(msgspec.Struct, frozen=True):
 
         variance = np.square(schedule.error_weights * at(np.array(self.deviation)))
         columns = [1 / (1 + at(np.array(self.slope))), variance, *map(at, np.array(self.bias).T)]
-        found = np.stack(columns, axis=1)
+        found: Float32 = np.stack(columns, axis=1).astype(np.float32)
         if schedule.guided is not None:
             found[~schedule.guided] = nothing(len(self.bias[0]))
-        return found.astype(np.float32)
+        return found
 
 
 def nothing(channels: int) -> Float32:
