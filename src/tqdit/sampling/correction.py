@@ -45,6 +45,10 @@ class Correction(msgspec.Struct, frozen=True):
         if min(*self.slope, *self.deviation) < 0:
             raise ValueError("a correction with slopes or deviations below 0")
 
+    def __str__(self) -> str:
+        """'at guidance scale 1.5, from errors at 250 timesteps'."""
+        return f"at guidance scale {self.guidance_scale:g}, from errors at {len(self.timesteps)} timesteps"
+
     def of(self, schedule: Schedule, scale: float) -> Float32 | None:
         """1 / (1 + k), c^2 sigma_q^2 and b of each step of a chain, (T, 2 + C); None for another guidance scale.
 
