@@ -57,7 +57,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Call:
+class UnitCall:
     """What a unit of the quantized network is called with in one batch, and the tensors that the float unit returns."""
 
     group: Tensor  # (N,) of each row of the batch
@@ -189,9 +189,9 @@ def _listen(
 
 def _record(
     model: LoadedModel, quantized: LoadedModel, unit: Unit, rows: CalibrationRows, batches: list[Tensor]
-) -> list[Call]:
+) -> list[UnitCall]:
     """The calls of a unit on batches of row numbers, as many of them as RECORDED_BYTES hold."""
-    calls: list[Call] = []
+    calls: list[UnitCall] = []
     inner = quantized.network.network
     assert isinstance(inner, nn.Module)
     networks = (model, model.network), (quantized, inner)
@@ -202,7 +202,7 @@ def _record(
         targets, found = (_listen(each, network.get_submodule(unit.name), inputs, most) for each, network in networks)
         most = len(found)
         calls += [
-            Call(rows.group[index], (args, kwargs), target)
+            UnitCall(rows.group[index], (args, kwargs), target)
             for (args, kwargs, _), (_, _, target) in zip(found, targets, strict=True)
         ]
         size = sum(tensor.nbytes for call in calls for tensor in tree_leaves((call.arguments, call.target))
@@ -236,7 +236,7 @@ class Replay:
     unit: Unit
     model: LoadedModel
 
-    def __call__(self, call: Call, tensors: Mapping[str, Tensor]) -> Any:
+    def __call__(self, call: UnitCall, tensors: Mapping[str, Tensor]) -> Any:
         """tensors: by name in the unit, in place of those that it holds."""
         args, kwargs = tree_map_only(Tensor, torch.clone, call.arguments)
         module = self.network.network.get_submodule(self.unit.name)
@@ -244,7 +244,7 @@ class Replay:
             return functional_call(module, dict(tensors), args, kwargs)
 
     @torch.no_grad()
-    def error(self, calls: list[Call], tensors: Mapping[str, Tensor]) -> float:
+    def error(self, calls: list[UnitCall], tensors: Mapping[str, Tensor]) -> float:
         """The mean over all calls."""
         total = sum(float(call.error(self(call, tensors))) * len(call.group) for call in calls)
         return total / sum(len(call.group) for call in calls)

@@ -102,7 +102,7 @@ def export_graph(
         table.check_model(model.fingerprint, model.source)
         if table.correction is not None and config.graph == "step":
             raise UsageError(
-                "the scale table has a correction of the network's errors (--correction), which a step graph does not "
+                "the scale table has a correction of sampling (tqdit-calibrate --correction), which a step graph does not "
                 "compute. Export the denoiser, or calibrate without it."
             )
         model, table = fold(model, table)
