@@ -102,8 +102,8 @@ def export_graph(
         table.check_model(model.fingerprint, model.source)
         if table.correction is not None and config.graph == "step":
             raise UsageError(
-                "the scale table has a correction of sampling (tqdit-calibrate --correction), which a step graph does not "
-                "compute. Export the denoiser, or calibrate without it."
+                "the scale table has a correction of sampling (tqdit-calibrate --correction), which a step graph does "
+                "not compute. Export the denoiser, or calibrate without it."
             )
         model, table = fold(model, table)
     graph, card = finish_graph(trace_graph(model, config, table), model, config, table)

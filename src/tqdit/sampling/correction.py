@@ -58,14 +58,15 @@ class Correction(msgspec.Struct, frozen=True):
             return None
 
         def at(values: Float64) -> Float64:
-            return np.interp(schedule.timesteps, self.timesteps, values)
+            found: Float64 = np.interp(schedule.timesteps, self.timesteps, values)
+            return found
 
         variance = np.square(schedule.error_weights * at(np.array(self.deviation)))
         columns = [1 / (1 + at(np.array(self.slope))), variance, *map(at, np.array(self.bias).T)]
-        found: Float32 = np.stack(columns, axis=1).astype(np.float32)
+        rows: Float32 = np.stack(columns, axis=1).astype(np.float32)
         if schedule.guided is not None:
-            found[~schedule.guided] = nothing(len(self.bias[0]))
-        return found
+            rows[~schedule.guided] = nothing(len(self.bias[0]))
+        return rows
 
 
 def nothing(channels: int) -> Float32:
