@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)")  # fmt: skip
     add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
         "read it; best, all static scales that pay beyond it; gptq, the least error at any bits; fast, two regions "
-        "only if they pay; dynamic, no search, scales at run time; paper, to the letter; q-diffusion, ptq4dit and ptqd, "
-        "after these papers; and the rows of the ablation "
+        "only if they pay; dynamic, no search, scales at run time; paper, to the letter; q-diffusion, ptq4dit and "
+        "ptqd, after these papers; and the rows of the ablation "
         "(default: %(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip

@@ -71,4 +71,6 @@ class Correction(msgspec.Struct, frozen=True):
 
 def nothing(channels: int) -> Float32:
     """A row of `Correction.of` that changes no bit, (2 + C,)."""
-    return np.eye(1, 2 + channels, GAIN, dtype=np.float32)[0]
+    row = np.zeros(2 + channels, np.float32)
+    row[GAIN] = 1
+    return row
