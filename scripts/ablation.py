@@ -50,6 +50,7 @@ from tqdit.files import whole_file
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import write_scale_table
+from tqdit.sampling.correction import Correction
 
 NOISE = 1000  # seed s samples with noise NOISE + s
 HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise
@@ -166,8 +167,9 @@ class Bench:
         self._metrics = Metrics(extractor, self.target, MetricChoice(METRICS, required=True))
         self._float: dict[int, SampledChains] = {}
 
-    def chains(self, model: LoadedModel, seed: int, what: str) -> SampledChains:
-        sampler, job = Sampler(model.card(), model, None, self.size.batch), self.subject.job
+    def chains(self, model: LoadedModel, seed: int, what: str, correction: Correction | None = None) -> SampledChains:
+        card = replace(model.card(), correction=correction)
+        sampler, job = Sampler(card, model, None, self.size.batch), self.subject.job
         with self.console.bar(job.shards * job.steps, what, "steps") as bar:
             return run(sampler, replace(job, seed=NOISE + seed), bar.update, self.subject.prompts)
 
@@ -196,7 +198,7 @@ class Bench:
                 write_scale_table(table, result.table)
             quantized = apply(model, result.table)
             measures["eps_error"] = self._eps_error(quantized)
-            found = self.chains(quantized, seed, f"{job.name}, seed {seed}")
+            found = self.chains(quantized, seed, f"{job.name}, seed {seed}", result.table.correction)
             errors = relative_errors(reference.latents, found.latents)
             measures["final_error"] = of_mean(errors)
             measures["final_error_median"] = Measure(float(np.median(errors)), None, None, len(errors), "none")

@@ -45,6 +45,7 @@ from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
 from tqdit.quantization.schemes.symmetric import Symmetric
 from tqdit.quantization.schemes.two_region_softmax import TwoRegionSoftmax
+from tqdit.sampling.correction import Correction
 
 TABLE_III = ["min-max", "mse", "ho", "ho+mrq", "tq-dit"]
 QUERIES, SLICE = 64, 16  # of --tokens: in all, and at a time, which keeps memory small
@@ -84,15 +85,18 @@ class Judge:
     def _eps(self, model: LoadedModel) -> Tensor:
         return model.call(self.rows.inputs)[:, : model.signature.channels].double()
 
-    def _samples(self, model: LoadedModel) -> NDArray[np.float32]:
+    def _samples(self, model: LoadedModel, correction: Correction | None = None) -> NDArray[np.float32]:
         """x_0 of chains with seeded noise and requests, (images, C, ...)."""
-        sampler = Sampler(model.card(), model, None, self.job.shard_size)
+        card = replace(model.card(), correction=correction)
+        sampler = Sampler(card, model, None, self.job.shard_size)
         return run(sampler, self.job, lambda *_: None, self.subject.prompts).latents
 
-    def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
+    def judge(
+        self, quantized: LoadedModel, correction: Correction | None = None
+    ) -> tuple[float, float, tuple[float, ...]]:
         energy = self.eps.square().flatten(1).sum(1).cpu()
         error = (self._eps(quantized) - self.eps).square().flatten(1).sum(1).cpu()
-        found = self._samples(quantized)
+        found = self._samples(quantized, correction)
         step = float((self.factor * error).sum() / (self.factor * energy).sum())
         return float(error.sum() / energy.sum()), step, tuple(relative_errors(self.samples, found).tolist())
 
@@ -102,7 +106,7 @@ def measure(judge: Judge, name: str, config: QuantizationConfig, work: Path) -> 
     table = calibrate(judge.model, config, work, data=judge.subject.calls).table
     seconds = time.monotonic() - start
     bits = (config.weight_bits, config.activation_bits)
-    return Row(name, bits, config.seed, *judge.judge(apply(judge.model, table)), seconds)
+    return Row(name, bits, config.seed, *judge.judge(apply(judge.model, table), table.correction), seconds)
 
 
 def show(rows: list[Row]) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from tqdit.errors import UsageError
 from tqdit.files import decode_record
 from tqdit.ports import Signature
+from tqdit.sampling.correction import Correction
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
 from tqdit.text import TextCard
@@ -133,6 +134,7 @@ class GraphCard:
     config: dict[str, Any] = field(default_factory=dict)  # settings of the network, as diffusers' pipelines read them
     rows: int | None = None  # of every call of the graph; None: any number
     published: SamplingSpec | None = None  # the chain of the model's origin; None: the one that the file proposes
+    correction: Correction | None = None  # of the quantized network's errors, which a chain takes back
 
     @property
     def rows_per_image(self) -> int:

@@ -32,7 +32,7 @@ from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.granularity import PerTensor, PerTimestepGroup
 from tqdit.quantization.table import ScaleTable, read_scale_table
 
-SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
+SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20, "iterations": 10}
 
 
 def final_samples(model: LoadedModel, **knobs: object) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
         return
     softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
     if preset != "fast":  # which chooses
-        assert softmax.scheme == ("symmetric" if preset in ("min-max", "mse", "ho") else "softmax")
+        assert softmax.scheme == ("symmetric" if PRESETS[preset].softmax == "uniform" else "softmax")
         grouped = preset in ("tq-dit", "paper", "best", "gptq", "adatsq")
         assert softmax.granularity == (PerTimestepGroup(3) if grouped else PerTensor())
     assert set(table.errors) == set(table.by_module)

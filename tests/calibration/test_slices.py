@@ -53,7 +53,8 @@ def calibrated(folder, in_memory, **knobs):
 
 
 def test_the_table_is_that_of_a_calibration_from_memory(folder, monkeypatch):
-    for graph_bytes, knobs in ((capture.GRAPH_BYTES, {}), (1, {"method": "gptq"})):
+    for graph_bytes, knobs in ((capture.GRAPH_BYTES, {}), (1, {"method": "gptq"}),
+                               (1, {"method": "reconstruct", "iterations": 2})):  # fmt: skip
         monkeypatch.setattr(capture, "GRAPH_BYTES", graph_bytes)  # of 1: blocks are computed again
         tables = [calibrated(folder, in_memory, **knobs) for in_memory in (True, False)]
         assert tables[0].to_bytes() == tables[1].to_bytes()

@@ -321,16 +321,16 @@ class Batching:
 
 def choose_batching(model: LoadedModel, inputs: dict[str, Tensor]) -> Batching:
     """As many rows as autograd can keep the intermediate tensors of, measured on one row."""
-    whole = _kept_bytes(model, inputs)
+    whole = kept_bytes(model, inputs)
     if 4 * whole <= GRAPH_BYTES:
         return Batching(min(MOST_ROWS, GRAPH_BYTES // max(1, whole)), recompute=False)
-    blocks = sum(len(blocks) for blocks in _block_lists(model.network)) or 1
+    blocks = len(block_names(model.network)) or 1
     with recomputed(model.network):
-        kept = _kept_bytes(model, inputs) + whole // blocks
+        kept = kept_bytes(model, inputs) + whole // blocks
     return Batching(max(1, min(MOST_ROWS, GRAPH_BYTES // kept)), recompute=True)
 
 
-def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
+def kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     """Of what autograd keeps of a call with one row, without the weights; measured on tensors without memory."""
     network, fake = stand_in(model.network), FakeTensorMode(allow_non_fake_inputs=True)
     parameters: dict[str, Tensor] = {n: fake.from_tensor(t) for n, t in model.network.named_parameters()}
@@ -350,18 +350,17 @@ def _kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def _block_lists(network: nn.Module) -> list[nn.ModuleList]:
-    """The outermost lists of modules: a transformer's blocks."""
+def block_names(network: nn.Module) -> list[str]:
+    """The members of the outermost lists of modules: a transformer's blocks."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    found = [network.get_submodule(name) for name in outermost]
-    return [blocks for blocks in found if isinstance(blocks, nn.ModuleList)]
+    return [f"{name}.{member}" for name in outermost for member, _ in network.get_submodule(name).named_children()]
 
 
 @contextmanager
 def recomputed(network: nn.Module) -> Iterator[None]:
     """Inside, the blocks of the network are computed again in the backward pass, so their tensors need not be kept."""
-    blocks = [block for blocks in _block_lists(network) for block in blocks]
+    blocks = [network.get_submodule(name) for name in block_names(network)]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:

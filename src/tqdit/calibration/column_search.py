@@ -164,7 +164,7 @@ class Objective:
 
     def __init__(self, model: LoadedModel, config: QuantizationConfig, rows: CalibrationRows, meter: Meter) -> None:
         self.model, self.boundaries = model, rows.boundaries.cpu().numpy()
-        self.config = replace(config, attention=False, equalize=False, alpha=0.7, beta=1.0, candidates=4)
+        self.config = replace(config, attention=False, equalize="none", alpha=0.7, beta=1.0, candidates=4)
         self.end_to_end = EndToEnd(model, config, rows, meter, "columns", config.column_objective == "step")
 
     def error(self, columns: dict[str, int]) -> float:

@@ -24,9 +24,12 @@ MOST_FACTOR = 100  # between a candidate scale and the range-based one
 Choices = tuple[str, ...] | range
 
 
-def knob(default: Any, help_text: str, choices: Choices | Callable[[], Choices] = ()) -> Any:
-    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices."""
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+def knob(default: Any, help_text: str, choices: Choices | Callable[[], Choices] = (), alone: str | None = None) -> Any:
+    """A field that is also a flag of `tqdit-calibrate`; `choices_of` gives its choices.
+
+    alone: what the flag without a value means.
+    """
+    return field(default=default, metadata={"help": help_text, "choices": choices, "alone": alone})
 
 
 def choices_of(knob_field: Field[Any]) -> Choices:
@@ -60,9 +63,14 @@ class QuantizationConfig:
     solver: str = knob("auto", "sampler of these steps; auto: the better one of dpm++2m and unipc",
                        lambda: ("auto", *sampler_names()))  # fmt: skip
 
+    correction: bool = knob(False, "also measure the errors of the quantized network along chains, which sampling at "
+                            "this guidance scale then takes back (PTQD)")  # fmt: skip
+
     method: str = knob("search", "how scales are found; gptq is a search that rounds weights with error feedback; "
+                       "reconstruct is one after which each block learns its rounding and scales; "
                        "weights looks at the weights alone, for --inputs dynamic without attention",
-                       ("search", "min-max", "gptq", "weights"))  # fmt: skip
+                       ("search", "min-max", "gptq", "reconstruct", "weights"))  # fmt: skip
+    iterations: int = knob(500, "of --method reconstruct for each block; the papers' is 20000", range(1, 1_000_001))
     metric: str = knob("ho", "what a search minimises: Hessian-weighted or plain squared error", ("ho", "mse"))
     fisher: str = knob(
         "step", "gradients that HO takes its weights from. guided: of random sums of the prediction, times the row's "
@@ -94,7 +102,9 @@ class QuantizationConfig:
     column_objective: str = knob("eps", "error that --column-search lowers: of the prediction, or weighted by what it "
                                  "does to the next state", ("eps", "step"))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
-    equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
+    equalize: str = knob("none", "divide input channels by constants that their weights are multiplied with: by their "
+                         "range (as --equalize alone), or by PTQ4DiT's salience",
+                         ("none", "range", "salience"), alone="range")  # fmt: skip
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
                         f"numerators from {NUMERATOR_KEYS:,} keys on; auto takes two regions if they at least halve "
                         "the layer's error, and else one scale, with which engines make one kernel of an attention",
@@ -120,6 +130,8 @@ class QuantizationConfig:
     )
 
     def __post_init__(self) -> None:
+        earlier = {True: "range", False: "none"}  # what tables and programs of earlier versions say
+        object.__setattr__(self, "equalize", earlier.get(self.equalize, self.equalize))  # type: ignore[call-overload]
         for knob_field in fields(self):
             choices, value = choices_of(knob_field), getattr(self, knob_field.name)
             if isinstance(choices, range):
@@ -247,7 +259,7 @@ PAPER = replace(
 )  # fmt: skip
 
 # Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
-BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize=True)
+BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize="range")
 # Two regions only if they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
 
@@ -261,11 +273,20 @@ DYNAMIC = replace(
 # The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
 GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
 
+# Reconstruction of blocks, on rows of all timesteps with one scale each, as the papers have it.
+Q_DIFFUSION = replace(
+    TQ_DIT, method="reconstruct", metric="mse", inputs="asymmetric", softmax="uniform", gelu="uniform",
+    time_groups="none",
+)  # fmt: skip
+PTQD = replace(Q_DIFFUSION, correction=True)
+PTQ4DIT = replace(Q_DIFFUSION, equalize="salience")
+
 # Q-DiT (arXiv 2406.17343): groups of input channels whose sizes evolution finds, ranges per token and group, GPTQ.
-Q_DIT = replace(GPTQ, equalize=False, attention=False, column_search=100)
+Q_DIT = replace(GPTQ, equalize="none", attention=False, column_search=100)
 
 # AdaTSQ (arXiv 2602.09883): bits of each input in each group of timesteps, GPTQ weighted by the gradients over time.
 ADATSQ = replace(GPTQ, inputs="asymmetric_bits", bit_search=True, fisher_temperature=1.0)
 
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "q-dit": Q_DIT, "adatsq": ADATSQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC, "q-diffusion": Q_DIFFUSION, "ptqd": PTQD, "ptq4dit": PTQ4DIT,
+           "q-dit": Q_DIT, "adatsq": ADATSQ}  # fmt: skip

@@ -2,7 +2,7 @@
 
 A channel with a large range leaves few codes to all others; its weights are often small. Dividing moves range from the
 activation, which has one scale, to the weight, which has one per output channel, and changes nothing in float. Here the
-divisors are chosen; `fold` puts them where they cost nothing.
+divisors are chosen, from ranges or by salience; `fold` puts them where they cost nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def choose_divisor(
     weight (O, K) of the layer; group (R,) of each row of the samples.
     """
     best, found, multiply_adds = float("inf"), None, 0
-    for divisor in (None, *divisors(samples, weight)):
+    by_salience = config.equalize == "salience"
+    for divisor in (None, *([salience(samples, weight, group)] if by_salience else divisors(samples, weight))):
         divided = samples, weight
         if divisor is not None:
             divided = divide(samples, divisor), weight * divisor
@@ -44,13 +45,48 @@ def choose_divisor(
 
 def divisors(samples: Samples, weight: Tensor) -> list[Tensor]:
     """Candidate divisors (K,): (max |x_j| / max |W_j|)^strength, with geometric mean 1."""
+    inputs = _largest(samples).amax(0)
+    return [_divisor(inputs, weight, strength) for strength in STRENGTHS]
+
+
+def salience(samples: Samples, weight: Tensor, group: Tensor) -> Tensor:
+    """PTQ4DiT's divisors (K,): sqrt(s_j(X) / s_j(W)), with geometric mean 1 (arXiv 2405.16005, eq. 5 to 9).
+
+    s(W) = max |W_j|, s(X) = sum_t w_t s(X^(t)), w = softmax_t(-rho_t), rho_t Spearman's correlation of s(X^(t)) and
+    s(W): timesteps at which the same channels are large on both sides count less. t: the groups of timesteps, of which
+    group (R,) has each row's.
+    """
+    largest = _largest(samples)
+    inputs = torch.stack([largest[group == each].amax(0) for each in torch.unique(group)])  # (T, K)
+    rho = torch.stack([_spearman(each, weight.abs().amax(0)) for each in inputs])
+    return _divisor((torch.softmax(-rho, 0)[:, None] * inputs).sum(0).float(), weight, 0.5)
+
+
+def _spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of the ranks of two vectors (K,); 0 if one is constant. Float64."""
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    lengths = ranks.square().sum(1).sqrt()
+    return (ranks[0] * ranks[1]).sum() / (lengths[0] * lengths[1]).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Equal values share the mean of their ranks."""
+    below = (values[None] < values[:, None]).sum(1)
+    return below + ((values[None] == values[:, None]).sum(1) + 1).double() / 2
+
+
+def _largest(samples: Samples) -> Tensor:
+    """max |x_j| of each row and channel, (R, K)."""
     assert samples.channels is not None
     low, high = samples.channels
+    return torch.maximum(low.abs(), high.abs())
+
+
+def _divisor(inputs: Tensor, weight: Tensor, strength: float) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
-    inputs = torch.maximum(low.abs(), high.abs()).amax(0).clamp(min=tiny)
-    weights = weight.abs().amax(0).clamp(min=tiny)
-    ratio = (inputs.log() - weights.log()) - (inputs.log() - weights.log()).mean()
-    return [(strength * ratio).exp().clamp(1 / LIMIT, LIMIT) for strength in STRENGTHS]
+    log = inputs.clamp(min=tiny).log() - weight.abs().amax(0).clamp(min=tiny).log()
+    return (strength * (log - log.mean())).exp().clamp(1 / LIMIT, LIMIT)
 
 
 def divide(samples: Samples, divisor: Tensor) -> Samples:

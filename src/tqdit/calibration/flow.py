@@ -1,8 +1,9 @@
-"""The three phases, in order and resumable (Algorithm 1).
+"""The phases, in order and resumable (Algorithm 1).
 
     rows     (1)  chains of the float model -> calibration rows
     inputs   (2)  one forward and one backward pass -> samples of every product, on disk
     search   (3)  product by product -> a partial scale table each
+    blocks   (4)  of method `reconstruct` alone: rounding and scales learned, unit by unit -> a partial table each
 
 Each phase leaves its results in the work folder, so a killed run loses at most the batch or the product that it was in.
 """
@@ -25,6 +26,7 @@ from tqdit.bounds import check_memory
 from tqdit.calibration import bit_search, column_search
 from tqdit.calibration.capture import Capture, Picker, Samples
 from tqdit.calibration.config import QuantizationConfig
+from tqdit.calibration.correcting import find_correction
 from tqdit.calibration.cost import Meter, product_costs
 from tqdit.calibration.data import DataSet, data_rows
 from tqdit.calibration.device import exact_arithmetic
@@ -37,6 +39,7 @@ from tqdit.calibration.methods import METHODS, weights
 from tqdit.calibration.operands import array
 from tqdit.calibration.placing import Placing, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
+from tqdit.calibration.reconstruct import reconstruct, units_of
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
@@ -80,7 +83,8 @@ def calibrate(
         run = Calibration(model, config.for_model(model), work, console or Console(quiet=True), data)
         rows = run.rows()
         run.choose_columns(rows)
-        table = run.with_placed_steps(run.with_golden_calls(run.search(rows), rows))
+        table = run.reconstruct(run.search(rows), rows)
+        table = run.with_correction(run.with_placed_steps(run.with_golden_calls(table, rows)))
     return Result(table, run.meter, run.folder)
 
 
@@ -128,6 +132,8 @@ class Calibration:
         recorded = self.model.guidance.scale if self.model.guidance and isinstance(self.data, Recording) else scale
         if not math.isclose(scale, recorded, rel_tol=1e-3):
             raise UsageError(f"--guidance-scale is {scale:g}; calls were recorded with {recorded:g}. Leave it out.")
+        if self.config.correction:
+            _ = self.spec.schedule  # raises if no chain is known
         check_placing(self.model.sampling, self.model.signature, self.config)
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
@@ -219,7 +225,7 @@ class Calibration:
         plans = tuple(
             entry for entry in self.plans if set(entry.operands) == {"weight", "input"} and entry.name in folds
         )
-        if not self.config.equalize or not plans:
+        if self.config.equalize == "none" or not plans:
             return self.model, {}
         found = self.folder.load_or_none("divisors")
         if found is None:
@@ -290,6 +296,20 @@ class Calibration:
         whole = EndToEnd(model, self.config, rows, self.meter, "bits", weighted)
         return bit_search.choose(space, found, rows, whole, self.config)
 
+    # phase 4 ---------------------------------------------------------------------------------------------------------
+
+    def reconstruct(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
+        """The table with rounding and scales learned block by block, if the method says so."""
+        if self.config.method != "reconstruct":
+            return table
+        with self.console.bar(len(units_of(self.model, table)), "4/4 blocks learned", "blocks") as bar:
+
+            def done(multiply_adds: float) -> None:
+                self.meter.add("reconstruction", multiply_adds)
+                bar.update()
+
+            return reconstruct(self.model, table, rows, self.config, self.folder, self.meter.per_row, done)
+
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
         golden = golden_calls(self.model, table, some_inputs(rows, CALLS))
@@ -308,6 +328,21 @@ class Calibration:
         requests = self.data.requests if isinstance(self.data, Recording) else None
         placing = Placing(self.model, self.config, self.folder, self.console, requests)
         return replace(table, placed=placing.run(apply(self.model, table), meter))
+
+    def with_correction(self, table: ScaleTable) -> ScaleTable:
+        """The table with PTQD's correction, if it is asked for."""
+        if not self.config.correction:
+            return table
+        requests = self.data.requests if isinstance(self.data, Recording) else None
+        with self.console.bar(self.spec.steps, "errors along chains", "steps") as bar:
+
+            def done(images: int) -> None:
+                self.meter.forward("correction", 2 * images * rows_per_image(self.model.guidance))
+                bar.update()
+
+            quantized = apply(self.model, table)
+            found = find_correction(self.model, quantized, self.config, self.folder, done, requests)
+        return replace(table, correction=found)
 
     def solve(
         self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows,

@@ -292,7 +292,8 @@ def _sampled(card: GraphCard) -> Facts:
     classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
     chain = _chain(card.sampling, card.guidance)
     published = [] if card.published is None else [("as published", str(card.published))]
-    return [*_call(signature), ("state", _space(card)), *classes, *chain, *published]
+    correction = [] if card.correction is None else [("correction", str(card.correction))]
+    return [*_call(signature), ("state", _space(card)), *classes, *chain, *published, *correction]
 
 
 def _call(signature: Signature) -> Facts:

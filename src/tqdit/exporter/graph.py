@@ -100,6 +100,11 @@ def export_graph(
     """
     if table is not None:
         table.check_model(model.fingerprint, model.source)
+        if table.correction is not None and config.graph == "step":
+            raise UsageError(
+                "the scale table has a correction of sampling (tqdit-calibrate --correction), which a step graph does "
+                "not compute. Export the denoiser, or calibrate without it."
+            )
         model, table = fold(model, table)
     graph, card = finish_graph(trace_graph(model, config, table), model, config, table)
     if card.rows is not None:
@@ -136,4 +141,4 @@ def finish_graph(
         if table is None
         else describe(model.products, table, config.attention, calibrated_for(model, table)),
     )
-    return graph, replace(card, rows=fixed_rows(graph))
+    return graph, replace(card, rows=fixed_rows(graph), correction=None if table is None else table.correction)

@@ -34,6 +34,7 @@ def facts(table: ScaleTable) -> list[tuple[str, object]]:
         *_equalised(table),
         ("guidance", f"calibrated at scale {table.guidance_scale}, seed {table.seed}"),
         *_placed(table),
+        *([] if table.correction is None else [("correction", str(table.correction))]),
         ("method", ", ".join(str(settings[key]) for key in ("method", "metric", "fisher") if key in settings)),
         ("error", f"median {np.median(list(table.errors.values())):.2e}" if table.errors else "not recorded"),
         *(("", f"{error:.2e}  {name}") for name, error in worst),

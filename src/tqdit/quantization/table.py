@@ -34,6 +34,7 @@ from tqdit.quantization.checks import (
 from tqdit.quantization.granularity import Role, granularity_from_text, granularity_to_text
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.schemes import find_schemes
+from tqdit.sampling.correction import Correction
 
 FORMAT_VERSION = 4
 METADATA_KEY = "tqdit_scales"
@@ -75,7 +76,8 @@ class ScaleTable:
     boundaries <= t.
     errors: module -> error of its quantized output relative to the output's energy, in the metric of the search.
     interface: of a recorded network, what an export must know besides its weights.
-    placed: where the steps of a short chain lie best, found with these scales.
+    placed: where the steps of a short chain lie best, found with these scales. correction: of the errors of the network
+    with these scales, which a chain takes back.
     """
 
     model: str  # what the user wrote: 'demo' or a path
@@ -90,6 +92,7 @@ class ScaleTable:
     golden: GoldenCalls | None = None
     interface: Interface | None = None
     placed: PlacedSteps | None = None
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         """Raises FileFormatError on the first thing that is wrong."""
@@ -179,6 +182,7 @@ class ScaleTable:
             FORMAT_VERSION, self.model, self.fingerprint, self.seed, self.guidance_scale,
             dict(self.settings), versions, dict(self.errors), entries,
             None if self.interface is None else self.interface.entry, self.placed or msgspec.UNSET,
+            self.correction or msgspec.UNSET,
         )  # fmt: skip
 
 
@@ -230,6 +234,7 @@ class Header(msgspec.Struct):
     sites: list[SiteEntry]
     interface: InterfaceEntry | None = None
     placed: PlacedSteps | msgspec.UnsetType = msgspec.UNSET
+    correction: Correction | msgspec.UnsetType = msgspec.UNSET
 
 
 def even_boundaries(groups: int, span: tuple[float, float] = (0, 1000)) -> NDArray[np.float64]:
@@ -294,7 +299,7 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
-        header.placed or None,
+        header.placed or None, header.correction or None,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdit.errors import BackendError, SamplingError
 from tqdit.ports import NEGATIVE, Signature
 from tqdit.sampling import noise
+from tqdit.sampling.correction import BIAS, GAIN, REDUCED, Correction, nothing
 from tqdit.sampling.guidance import Guidance, column, rows_per_image
 from tqdit.sampling.schedule import MOST_LAG, Schedule
 
@@ -31,8 +32,18 @@ class Chains:
     depend on its place or on its neighbours.
     """
 
-    def __init__(self, signature: Signature, guidance: Guidance | None, capacity: int) -> None:
+    def __init__(
+        self, signature: Signature, guidance: Guidance | None, capacity: int, correction: Correction | None = None
+    ) -> None:
+        """correction: of the network's errors; of chains with another guidance scale nothing is corrected."""
         signature.check_predicts_state()
+        if correction is not None and len(correction.bias[0]) != signature.state.row_shape[0]:
+            raise SamplingError(
+                f"the correction has biases of {len(correction.bias[0])} channels, the state has "
+                f"{signature.state.row_shape[0]}. Calibrate again."
+            )
+        self.correction = correction
+        self._corrections: list[Float32] = []  # (T, 2 + C) or (1, 2 + C), one per chain if there is a correction
         self.signature, self.guidance = signature, guidance
         self.count = 0
         self._capacity = capacity
@@ -87,6 +98,11 @@ class Chains:
         self._step[chain], self._scale[chain] = len(schedule) - 1, scale
         self._schedules.append(schedule)
         self._tables.append(coefficients(schedule))
+        if self.correction is not None:
+            found = self.correction.of(schedule, scale)
+            if found is None:
+                found = np.tile(nothing(self._shape[0]), (len(schedule), 1))
+            self._corrections.append(found)
         self._resize(chain + 1)
         return chain
 
@@ -106,7 +122,9 @@ class Chains:
             )
             for array in arrays:
                 array[chain] = array[last]
-        del self._schedules[last:], self._tables[last:]
+            if self._corrections:
+                self._corrections[chain] = self._corrections[last]
+        del self._schedules[last:], self._tables[last:], self._corrections[last:]
         self._resize(last)
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
@@ -154,7 +172,8 @@ class Chains:
             np.copyto(prediction, output[:, : self._shape[0]])
         else:
             self.guidance.combine(output, self._scale[:count], prediction, self._guided)
-        noise_part = self._noise_of(rows, output[:count, self._shape[0] :])
+        reduced = self._correct(prediction)
+        noise_part = self._noise_of(rows, output[:count, self._shape[0] :], reduced)
         self._update(prediction, [column(weight, x.ndim) for weight in rows[:, SPREAD + 1 :].T])
         if noise_part is not None:
             x += noise_part
@@ -183,6 +202,17 @@ class Chains:
                 self._current = np.stack([table[step] for table, step in zip(self._tables, steps, strict=True)])
         return self._current
 
+    def _correct(self, prediction: Float32) -> Float32 | None:
+        """Take back what is known of the prediction's error; the variances (count,) by which the steps' noise falls."""
+        if not self._corrections:
+            return None
+        steps = self._step[: self.count].tolist()
+        found = np.stack([table[step] for table, step in zip(self._corrections, steps, strict=True)])
+        bias = found[:, BIAS:]
+        prediction -= bias.reshape(*bias.shape, *[1] * (prediction.ndim - 2))
+        prediction *= column(found[:, GAIN], prediction.ndim)
+        return found[:, REDUCED]
+
     def _update(self, prediction: Float32, weights: list[Float32]) -> None:
         """x = the weighted states and predictions of this step and of the steps before."""
         x, states, predictions = self.x, self._states, self._predictions
@@ -203,8 +233,9 @@ class Chains:
         np.multiply(values, weight, out=product)
         self._x[: self.count] += product
 
-    def _noise_of(self, rows: Float32, learned: Float32) -> Float32 | None:
-        """sigma noise of each chain; None if no chain adds any. rows: the coefficients of each chain's step."""
+    def _noise_of(self, rows: Float32, learned: Float32, reduced: Float32 | None) -> Float32 | None:
+        """sigma noise of each chain; None if no chain adds any. rows: the coefficients of each chain's step; reduced
+        (count,): what sigma^2 falls by, to 0 at the lowest."""
         weights = rows[:, NOISE]
         if not weights.any():
             return None
@@ -225,8 +256,14 @@ class Chains:
             # in float64, since float32 ones of two libraries differ in the last bit (docs/engine-bundle.md)
             np.exp(factor, out=factor, dtype=np.float64, casting="same_kind")
             drawn *= factor
+        else:
+            factor[...] = 1
         if not np.all(weights == 1):
             drawn *= column(weights, drawn.ndim)
+        if reduced is not None:  # a share of 1 changes no bit
+            sigma = factor * column(weights, drawn.ndim)
+            lost = np.divide(column(reduced, drawn.ndim), sigma * sigma, out=np.zeros_like(sigma), where=sigma != 0)
+            drawn *= np.sqrt(np.maximum(1 - lost, 0))
         return drawn
 
     def _grow(self, lag: int) -> None:

@@ -14,6 +14,7 @@ METHODS: dict[str, Method] = {
     "search": search.solve,
     "min-max": min_max.solve,
     "gptq": gptq.solve,
+    "reconstruct": search.solve,  # phase 4 begins with it
     "weights": weights.solve,
 }
 

@@ -46,7 +46,7 @@ def nearest(operand: Weight) -> Parameters:
 
 def check(plans: tuple[LayerPlan, ...], config: QuantizationConfig) -> None:
     """Refuse, before any work, what needs calibration rows."""
-    if config.equalize:
+    if config.equalize != "none":
         raise UsageError("--equalize needs calibration rows, and --method weights takes none. Leave one of them out.")
     for entry in plans:
         for role, operand in entry.operands.items():

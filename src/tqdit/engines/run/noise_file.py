@@ -38,6 +38,11 @@ def check_noise_file(path: Path) -> None:
 
 def check_size(path: Path, card: GraphCard, spec: SamplingSpec, count: int) -> None:
     """Refuse a file that is too large to be useful, or for its disk."""
+    if card.correction is not None:
+        raise UsageError(
+            "--save-noise: this engine's chains take back the network's errors (tqdit-calibrate --correction), which "
+            "the file cannot tell. Calibrate without it."
+        )
     rows = _rows(spec)
     size = 4 * count * rows * math.prod(card.state_shape)
     if size > MOST_BYTES:

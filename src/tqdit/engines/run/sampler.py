@@ -231,7 +231,7 @@ class Sampler:
         callback: Callback | None,
     ) -> NDArray[np.float32]:  # fmt: skip
         """One batch from noise to the end: (B, ...)."""
-        batch = Chains(self.card.signature, self.card.guidance, len(images))
+        batch = Chains(self.card.signature, self.card.guidance, len(images), self.card.correction)
         for row, image in enumerate(images):
             batch.add(spec.schedule, {name: values[row] for name, values in requests.items()}, scale, seed, image)
 

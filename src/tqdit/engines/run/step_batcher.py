@@ -145,7 +145,8 @@ class StepBatcher:
         self.card = self._sampler.card
         self.batch = batch
         self.queue = queue
-        self._chains = Chains(self.card.signature, self.card.guidance, batch)  # the worker's own, like the list below
+        card = self.card
+        self._chains = Chains(card.signature, card.guidance, batch, card.correction)  # the worker's own, like the list
         self._running: list[_Request] = []  # one per chain
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[_Request] = deque()
