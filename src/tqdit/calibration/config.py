@@ -7,7 +7,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tqdit.bounds import MOST_GUIDANCE, check_count, check_number
+from tqdit.bounds import BLOCKS, MOST_GUIDANCE, check_count, check_number
 from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
 from tqdit.sampling.guidance import check_scale
@@ -81,8 +81,17 @@ class QuantizationConfig:
                                    ("channel", "tensor"))  # fmt: skip
     columns: int = knob(0, "most input channels of a product: a wider linear layer of a block becomes a sum of "
                         "products, each with scales of its own; 0: layers stay whole", range(1 << 16))  # fmt: skip
+    rotate: int = knob(
+        0,
+        "rotate the input channels of the linear layers of blocks in groups of so many, 4, 16, 64 or "
+        "256; a layer takes the largest of these up to N that divides its width; 0: none",
+        range(257),
+    )
+    rank: int = knob(0, "rank of a float branch beside each linear layer of a block, at most an eighth of the layer's "
+                     "inputs and outputs; 0: none", range(1 << 12))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: bool = knob(False, "divide input channels by constants that their weights are multiplied with")
+    equalize_all: bool = knob(False, "with --equalize, also where nothing can divide in advance: the engine does")
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
                         f"numerators from {NUMERATOR_KEYS:,} keys on; auto takes two regions if they at least halve "
                         "the layer's error, and else one scale, with which engines make one kernel of an attention",
@@ -117,6 +126,10 @@ class QuantizationConfig:
                 f"--alpha {self.alpha}, --beta {self.beta}, --token-share {self.token_share}: expected "
                 f"0 < alpha < beta <= {MOST_FACTOR} and a share in (0, 1]."
             )
+        if self.rotate not in (0, *BLOCKS):
+            raise UsageError(f"--rotate is {self.rotate}; expected {', '.join(map(str, BLOCKS))}, or 0 for none.")
+        if self.equalize_all and not self.equalize:
+            raise UsageError("--equalize-all says where --equalize divides. Pass both.")
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
 
@@ -191,7 +204,7 @@ LAYER_KNOBS = (
 
 def presets_without_rows() -> list[str]:
     """Names of the presets that need no calibration: what an export can take in place of a scale table."""
-    return [name for name, config in PRESETS.items() if config.method == "weights"]
+    return [name for name, config in PRESETS.items() if config.method == "weights" and not config.equalize]
 
 
 def flag(knob_field: Field[Any]) -> str:
@@ -225,5 +238,11 @@ DYNAMIC = replace(
 # The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
 GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
 
+# As published, but for what docs/calibration.md says. Both leave attention float.
+VIDIT_Q = replace(
+    DYNAMIC, inputs="dynamic_asymmetric", equalize=True, equalize_all=True, rotate=64, rows_per_group=64, chains=2
+)
+SVDQUANT = replace(DYNAMIC, equalize=True, equalize_all=True, rank=32, columns=64, rows_per_group=64, chains=2)
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC}  # fmt: skip
+           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC, "vidit-q": VIDIT_Q, "svdquant": SVDQUANT}  # fmt: skip

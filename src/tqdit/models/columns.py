@@ -14,6 +14,12 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import SumOfColumns, stand_in
 
 
+def widths_of(width: int, most: int) -> tuple[int, ...]:
+    """Of the parts of a layer of `width` input channels; one if it stays whole."""
+    step = -(-width // -(-width // most)) if most else width
+    return tuple(min(step, width - start) for start in range(0, width, step))
+
+
 def narrow(model: LoadedModel, most: int) -> LoadedModel:
     """The model with the linear layers of its blocks as sums of parts of at most `most` input channels; 0: as it is.
 
@@ -30,8 +36,7 @@ def narrow(model: LoadedModel, most: int) -> LoadedModel:
     network = stand_in(model.network)
     parts = {}
     for name, width in wide.items():
-        step = -(-width // -(-width // most))
-        widths = tuple(min(step, width - start) for start in range(0, width, step))
+        widths = widths_of(width, most)
         linear = network.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         network.set_submodule(name, SumOfColumns(linear, widths))

@@ -29,6 +29,7 @@ from tqdit.quantization.checks import (
     check_boundaries,
     check_codes,
     check_divisor,
+    check_layer,
     check_quantizer,
 )
 from tqdit.quantization.granularity import Role, granularity_from_text, granularity_to_text
@@ -38,6 +39,7 @@ from tqdit.quantization.schemes import find_schemes
 FORMAT_VERSION = 4
 METADATA_KEY = "tqdit_scales"
 GOLDEN = "golden."  # begins the names of the tensors of golden calls
+LAYER = "layer."  # and of those that rewrites of layers need
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -76,6 +78,8 @@ class ScaleTable:
     errors: module -> error of its quantized output relative to the output's energy, in the metric of the search.
     interface: of a recorded network, what an export must know besides its weights.
     placed: where the steps of a short chain lie best, found with these scales.
+    layers: module -> tensors of its rewrites (tqdit.models.rewrites), which sites then describe: divisor float32 (K,),
+    up float16 (O, r) and down float16 (r, K).
     """
 
     model: str  # what the user wrote: 'demo' or a path
@@ -90,6 +94,7 @@ class ScaleTable:
     golden: GoldenCalls | None = None
     interface: Interface | None = None
     placed: PlacedSteps | None = None
+    layers: Mapping[str, Arrays] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises FileFormatError on the first thing that is wrong."""
@@ -104,6 +109,8 @@ class ScaleTable:
                 check_divisor(f"{site.name}.divisor", site.role, site.divisor)
             if site.codes is not None:
                 check_codes(f"{site.name}.codes", site.role, site.quantizer, site.codes)
+        for module, arrays in self.layers.items():
+            check_layer(f"{LAYER}{module}", arrays)
         if not math.isfinite(self.guidance_scale):
             raise FileFormatError(f"the guidance scale is {self.guidance_scale}, expected a finite number. {AGAIN}")
         for module, error in self.errors.items():
@@ -120,16 +127,15 @@ class ScaleTable:
     def groups(self) -> int:
         return len(self.boundaries) + 1
 
-    @property
-    def columns(self) -> int:
-        """Most input channels of a product: wider layers of the network are sums of parts, as sites name them.
+    def count(self, setting: str) -> int:
+        """A setting that decides how layers are rewritten, and so how sites name them; 0: not at all.
 
-        0: layers are whole. Raises FileFormatError for what is no such number.
+        Raises FileFormatError for what is no such number.
         """
-        columns = self.settings.get("columns", 0)
-        if type(columns) is not int or columns < 0:
-            raise FileFormatError(f"the setting 'columns' is {columns!r}, expected a whole number >= 0. {AGAIN}")
-        return columns
+        count = self.settings.get(setting, 0)
+        if type(count) is not int or count < 0:
+            raise FileFormatError(f"the setting '{setting}' is {count!r}, expected a whole number >= 0. {AGAIN}")
+        return count
 
     @cached_property
     def by_module(self) -> dict[str, dict[str, Site]]:
@@ -156,6 +162,8 @@ class ScaleTable:
             tensors |= {f"{site.name}.{key}": np.asarray(array, order="C") for key, array in site.arrays().items()}
         if self.golden is not None:
             tensors |= {f"{GOLDEN}{key}": np.asarray(array, order="C") for key, array in self.golden.arrays().items()}
+        for module, arrays in self.layers.items():
+            tensors |= {f"{LAYER}{module}.{key}": np.asarray(array, order="C") for key, array in arrays.items()}
         if self.interface is not None:
             tensors |= self.interface.arrays
         text = msgspec.json.encode(self._header(), order="sorted").decode()
@@ -273,16 +281,20 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
     known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
     golden = {name.removeprefix(GOLDEN): array for name, array in tensors.items() if name.startswith(GOLDEN)}
-    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT, EXAMPLE)))
+    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, LAYER, CONSTANT, EXAMPLE)))
     if unknown:
         raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
+    layers: dict[str, dict[str, NDArray[Any]]] = {}
+    for name in sorted(name for name in set(tensors) - known if name.startswith(LAYER)):
+        module, _, key = name.removeprefix(LAYER).rpartition(".")
+        layers.setdefault(module, {})[key] = tensors[name]
     interface = None if header.interface is None else Interface.of(header.interface, tensors)
     if interface is not None:
         interface.check("recorded calls")
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
-        header.placed or None,
+        header.placed or None, layers,
     )  # fmt: skip
 
 
