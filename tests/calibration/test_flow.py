@@ -67,7 +67,7 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
     table = calibrate(model, replace(PRESETS[preset], **SMALL), tmp_path).table
     assert eps_error(model, table) < 0.25  # random weights quantize badly
     assert table.groups == 3
-    if preset == "dynamic":  # which has nothing of a search
+    if preset in ("dynamic", "vidit-q", "svdquant"):  # which have nothing of a search
         assert not any(site.role in ("left", "right") for site in table.sites)
         return
     softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer

@@ -19,6 +19,7 @@ from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
 from tqdit.calibration.low_rank import find_branch
 from tqdit.calibration.without_rows import table_without_rows
+from tqdit.cli.main import main
 from tqdit.console import Console
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.evaluate.layers import Diagnosis
@@ -260,6 +261,17 @@ def test_a_rotation_and_a_branch_help_where_channels_are_uneven() -> None:
         errors[tuple(knobs)] = golden.errors.mean()
     assert errors["rotate",] < 0.7 * errors[()]
     assert errors["rank",] < 0.7 * errors[()]
+
+
+def test_inspecting_tells_of_rewrites(
+    calibrated: Calibrated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, table = calibrated
+    write_scale_table(tmp_path / "scales.safetensors", table)
+    assert main(["inspect", str(tmp_path / "scales.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert ("of up to 64 channels" in said) == bool(table.settings["rotate"])
+    assert ("beside 8 layer(s), of rank 2 to 2, float" in said) == bool(table.settings["rank"])
 
 
 def test_layers_of_a_rewritten_network_are_diagnosed(calibrated: Calibrated, tmp_path: Path) -> None:
