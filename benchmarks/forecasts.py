@@ -1,13 +1,14 @@
 """What forecasts of a network's blocks are worth: error against full calls, beside the same solvers without them.
 
     python benchmarks/forecasts.py [--scales scales.safetensors] [--spacing log-snr] [-n 32] [--json forecasts.json]
+    python benchmarks/forecasts.py text [--scales text.safetensors]       the text demo, on captions never trained on
 
 A call is full, or a forecast: then the tokens get d, extrapolated from earlier full calls, in place of the blocks.
 d = the tokens after the last block less those before the first one; the extrapolation is linear in the timestep, its
 slope times --damping (0 repeats the last d). A forecast costs the embeddings and the final layer, about 1 % of a
 DiT-XL/2. The first two calls and the last one are full, and every k-th of those between.
 
-Of the demo model in PyTorch, float and with --scales. Deterministic chains are compared with 500 calls of
+Of a demo model in PyTorch, float and with --scales. Deterministic chains are compared with 500 calls of
 DPM-Solver++ 2M of the float model, those of DDPM with the chain of all full calls: |x - x_ref|^2 / |x_ref|^2 of the
 last states of one noise, median and mean over the images.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,20 @@ from torch import Tensor, nn
 
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.tools import processor
-from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
+from tqdit.ports import check_requests
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import read_scale_table
 from tqdit.sampling import chains
 from tqdit.sampling.chains import Chains, Float32
+from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.placement import spacings
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from ablation_subjects import STEPS, SUBJECTS
+
 CONVERGED = ("dpm++2m", 500)
+BLOCKS = ("blocks", "transformer_blocks")  # what the two networks call them
 
 
 class Forecasts(nn.Module):
@@ -45,18 +52,19 @@ class Forecasts(nn.Module):
         super().__init__()
         self._model, self._full, self._damping = model, full, damping
         network = getattr(model.network, "network", model.network)  # a quantized one has it inside
-        self._owner, self._blocks = [network], [*network.blocks]
+        self._owner, self._name = [network], next(name for name in BLOCKS if hasattr(network, name))
+        self._blocks = [*getattr(network, self._name)]
         self._call = 0
         self._known: list[tuple[float, Tensor]] = []  # timestep and d of the last two full calls
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Float32:
         self._time = float(inputs[self._model.signature.time.name][0])
-        (owner,), kept = self._owner, self._owner[0].blocks
-        owner.blocks = nn.ModuleList([self._stand_in()])
+        (owner,), kept = self._owner, getattr(self._owner[0], self._name)
+        setattr(owner, self._name, nn.ModuleList([self._stand_in()]))
         try:
             return self._model(inputs)
         finally:
-            owner.blocks = kept
+            setattr(owner, self._name, kept)
             self._call += 1
 
     def _stand_in(self) -> nn.Module:
@@ -64,14 +72,14 @@ class Forecasts(nn.Module):
         found.forward = self._full_blocks if self._full[self._call] else self._forecast  # type: ignore[method-assign]
         return found
 
-    def _full_blocks(self, tokens: Tensor, *rest: Any) -> Tensor:
+    def _full_blocks(self, tokens: Tensor, *rest: Any, **named: Any) -> Tensor:
         after = tokens
         for block in self._blocks:
-            after = block(after, *rest)
+            after = block(after, *rest, **named)
         self._known = [(self._time, after - tokens), *self._known[:1]]
         return after
 
-    def _forecast(self, tokens: Tensor, *_: Any) -> Tensor:
+    def _forecast(self, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
         (time, d), (before, d_before) = self._known
         return tokens + d + self._damping * (self._time - time) / (time - before) * (d - d_before)
 
@@ -85,8 +93,9 @@ def every(calls: int, gap: int) -> NDArray[np.bool_]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scales", type=Path, help="also with these scales of the demo model")
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="default: %(default)s")
+    parser.add_argument("model", nargs="?", choices=list(SUBJECTS), default="demo")
+    parser.add_argument("--scales", type=Path, help="also with these scales of the model")
+    parser.add_argument("--guidance-scale", type=float, help="default: 1.5, and the text demo's own")
     parser.add_argument("-n", type=int, default=32, help="images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spacing", choices=("uniform", "karras", "log-snr"), default="uniform", help="of dpm++2m's "
@@ -95,25 +104,32 @@ def main() -> None:
     parser.add_argument("--ddpm", action="store_true", help="also DDPM's chain of 250 steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model = load_model("demo")
+    if args.ddpm and args.model != "demo":
+        parser.error("--ddpm: the text demo has no such chain")
+    subject = SUBJECTS[args.model](STEPS[args.model], args.n, args.n)
+    model = subject.model
+    _, requests = check_requests(model.signature, subject.job.requests(0, subject.prompts))
+    scale = check_scale(
+        model.guidance, 1.5 if args.guidance_scale is None and args.model == "demo" else args.guidance_scale
+    )
     models = {"float": model}
     if args.scales:
         table = read_scale_table(args.scales)
         models["W8A8"] = apply(model, table)
-    classes = np.arange(args.n) % 16
 
     def sample(model: LoadedModel, sampler: str, calls: int, gap: int = 1, damping: float = 1.0) -> Float32:
         batch = Chains(model.signature, model.guidance, args.n)
         spec = model.sampling.choose(calls, sampler)
         if sampler == CONVERGED[0] and calls < CONVERGED[1]:
-            spec = spec.choose(timesteps=spacings(spec.process, calls)[args.spacing])  # type: ignore[arg-type]
+            assert spec.process.noising is not None
+            spec = spec.choose(timesteps=spacings(spec.process.noising, calls)[args.spacing])
         for image in range(args.n):
-            request = {"class_labels": classes[image : image + 1][0]}
-            batch.add(spec.schedule, request, args.guidance_scale, args.seed, image)
+            request = {name: values[image] for name, values in requests.items()}
+            batch.add(spec.schedule, request, scale, args.seed, image)
         network = model if gap == 1 else Forecasts(model, every(calls, gap), damping)
         return chains.run(batch, network).copy()
 
-    print(f"{args.n} images, guidance {args.guidance_scale:g}, seed {args.seed}, spacing {args.spacing}; {processor()}")
+    print(f"{args.model}: {args.n} images, guidance {scale:g}, seed {args.seed}, spacing {args.spacing}; {processor()}")
     print("| chain | full calls | model | forecasts | median | mean |")
     print("|---|---|---|---|---|---|")
     rows = []
@@ -144,7 +160,9 @@ def main() -> None:
                 for damping in args.damping:
                     report(kind, whole, "ddpm", 250, gap, damping)
     if args.json:
-        args.json.write_text(json.dumps({"images": args.n, "seed": args.seed, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"model": args.model, "images": args.n, "seed": args.seed, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python scripts/ingredients.py                           W8A8, then the rows of Table III at W6A6
     python scripts/ingredients.py --bits 6 6 --presets ho tq-dit --seeds 0 1 2 --json rows.json
+    python scripts/ingredients.py text --presets tq-dit best --bits 8 8      the text demo, captions never trained on
     python scripts/ingredients.py --tokens 64 1024 4608     attention on random logits: schemes of the softmax
 
 Columns, all relative squared errors against the float model, averaged over seeds of the calibration:
@@ -28,15 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from ablation_subjects import STEPS, SUBJECTS, Subject
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
-from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, sampling_of
+from tqdit.calibration.rows import CalibrationRows, random_requests, sampling_of
 from tqdit.calibration.work import versions
+from tqdit.engines.run.sampler import Sampler
+from tqdit.evaluate.chains import run
 from tqdit.evaluate.paired import relative_errors
-from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.schemes.softmax_numerator import SoftmaxNumerator
@@ -64,18 +67,18 @@ class Row:
 class Judge:
     """Float references: held-out rows and final samples."""
 
-    def __init__(self, model: LoadedModel, steps: int, images: int) -> None:
-        self.model, self.steps = model, steps
-        held_out = QuantizationConfig(rows_per_group=16, chains=4, seed=HELD_OUT_SEED).for_model(model)
-        trajectory = Trajectory(model, held_out, pick(model, held_out))
-        trajectory.run()
-        self.rows: CalibrationRows = trajectory.rows()
-        weights = trajectory.spec.schedule.error_weights
+    def __init__(self, subject: Subject, images: int) -> None:
+        self.subject, self.model, label = subject, subject.model, subject.model.signature.label
+        config = QuantizationConfig(rows_per_group=16, chains=4, seed=HELD_OUT_SEED).for_model(self.model)
+        self.rows: CalibrationRows = subject.held_out(config)
+        weights = sampling_of(self.model, config).schedule.error_weights
         self.factor = torch.from_numpy(weights[self.rows.step.cpu()]).square()
-        self.images = images
-        self.guidance_scale = held_out.guidance_scale or 1.0
-        self.samples = self._samples(model)
-        self.eps = self._eps(model)
+        self.job = replace(subject.job, seed=HELD_OUT_SEED)
+        if label is not None:
+            drawn = random_requests(self.model.signature, images, HELD_OUT_SEED)[label.name]
+            self.job = replace(self.job, classes=tuple(drawn.tolist()))
+        self.samples = self._samples(self.model)
+        self.eps = self._eps(self.model)
 
     @torch.no_grad()
     def _eps(self, model: LoadedModel) -> Tensor:
@@ -83,12 +86,8 @@ class Judge:
 
     def _samples(self, model: LoadedModel) -> NDArray[np.float32]:
         """x_0 of chains with seeded noise and requests, (images, C, ...)."""
-        config = QuantizationConfig(
-            steps=self.steps, chains=self.images, guidance_scale=self.guidance_scale, seed=HELD_OUT_SEED
-        )
-        trajectory = Trajectory(model, config, every_state(sampling_of(model, config), config))
-        trajectory.run()
-        return trajectory.chains.x.copy()
+        sampler = Sampler(model.card(), model, None, self.job.shard_size)
+        return run(sampler, self.job, lambda *_: None, self.subject.prompts).latents
 
     def judge(self, quantized: LoadedModel) -> tuple[float, float, tuple[float, ...]]:
         energy = self.eps.square().flatten(1).sum(1).cpu()
@@ -100,7 +99,7 @@ class Judge:
 
 def measure(judge: Judge, name: str, config: QuantizationConfig, work: Path) -> Row:
     start = time.monotonic()
-    table = calibrate(judge.model, config, work).table
+    table = calibrate(judge.model, config, work, data=judge.subject.calls).table
     seconds = time.monotonic() - start
     bits = (config.weight_bits, config.activation_bits)
     return Row(name, bits, config.seed, *judge.judge(apply(judge.model, table)), seconds)
@@ -121,11 +120,11 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("model", nargs="?", choices=list(SUBJECTS), default="demo")
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), metavar="PRESET", default=None)
     parser.add_argument("--bits", nargs=2, type=int, metavar=("W", "A"), default=None)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=100, help="of the judging chains (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of the judging chains (default: 100, and 28 of the text demo)")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="change a knob of every preset")
     parser.add_argument("--work", type=Path, help="keep calibration rows there (default: a temporary folder)")
@@ -133,17 +132,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", nargs="+", type=int, help="of attention on random logits, without a model")
     args = parser.parse_args()
+    facts: dict[str, Any] = {"versions": versions(torch.device(args.device))}
     if args.tokens:
         found = show_attention(args.tokens, (args.bits or (8, 8))[1], args.seeds)
         if args.json:
-            facts = {"versions": versions(torch.device("cpu")), "rows": found}
-            args.json.write_text(json.dumps(facts, indent=1) + "\n")
+            args.json.write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n")
         return
     jobs = [(name, tuple(args.bits or (6, 6))) for name in args.presets or TABLE_III]
     if args.bits is None and args.presets is None:
         jobs.insert(0, ("tq-dit", (8, 8)))
     changes = dict(entry.split("=", 1) for entry in args.set)
-    judge = Judge(load_model(args.model).to(args.device), args.steps, args.images)
+    steps = args.steps or {"demo": 100, "text": STEPS["text"]}[args.model]
+    subject = SUBJECTS[args.model](steps, args.images, args.images)
+    judge = Judge(replace(subject, model=subject.model.to(args.device)), args.images)
     print("preset           bits  eps       step      x0                 median    median of each seed")
     done: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -156,7 +157,7 @@ def main() -> None:
             show(rows)
             done += rows
     if args.json:
-        facts = {"versions": versions(judge.model.device), "steps": args.steps, "rows": [asdict(row) for row in done]}
+        facts |= {"model": args.model, "steps": steps, "rows": [asdict(row) for row in done]}
         args.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

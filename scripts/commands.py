@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Commands of tqdit in one process, one a line of standard input: PyTorch and diffusers are imported once for all.
+
+    echo "tqdit-export model.onnx" | python scripts/commands.py
+
+Each is shown and does what it does alone; the first one that fails ends the process with its exit code.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from itertools import chain
+from pathlib import Path
+
+from tqdit.cli.main import run
+
+
+def main() -> None:
+    for line in sys.stdin:
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        print("\n$", line.strip(), file=sys.stderr, flush=True)
+        found = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words[1:]]
+        code = run(words[0].removeprefix("tqdit-"), list(chain(*found)))
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
