@@ -25,6 +25,7 @@ MOST_SEEDS = 1000
 MOST_SIDE = 16384  # pixels
 MOST_TEXT_BYTES = 2**24  # of a file of prompts, or of all prompts of a command
 MOST_GUIDANCE = 1000.0  # beyond it, float32 states overflow
+BLOCKS = (4, 16, 64, 256)  # of channels that a rotation takes (tqdit.models.rotation)
 DEFLATE_RATIO = 1032  # bytes that one compressed byte can unpack to at most, by the format
 
 

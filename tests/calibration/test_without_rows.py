@@ -119,7 +119,6 @@ def test_no_chain_runs_and_no_layer_is_captured(monkeypatch: pytest.MonkeyPatch)
         ({"inputs": "symmetric"}, "qkv.input' has scheme 'symmetric'.*--inputs dynamic"),
         ({"gelu": "two-region"}, "fc2.input' has scheme 'gelu'.*--gelu uniform"),
         ({"attention": True}, "scores.left' has scheme 'symmetric'.*--no-attention"),
-        ({"equalize": True}, "--equalize needs calibration rows"),
     ],
 )
 def test_what_needs_rows_is_refused_before_any_work(
@@ -132,6 +131,15 @@ def test_what_needs_rows_is_refused_before_any_work(
         table_without_rows(tiny_model(), config)
     with pytest.raises(UsageError, match=words):
         calibrate(tiny_model(), config, tmp_path)
+
+
+def test_channels_of_weights_without_a_search_are_equalised_on_rows_alone(tmp_path: Path) -> None:
+    model, config = tiny_model(), replace(DYNAMIC, equalize=True, steps=12)
+    with pytest.raises(UsageError, match="--equalize needs calibration rows"):
+        table_without_rows(model, config)
+    found = calibrate(model, config, tmp_path)
+    assert {site.module for site in found.table.sites if site.divisor is not None} & {"blocks.0.mlp.fc1"}
+    assert set(found.meter.spent) == {"rows", "inputs", "gradients", "search", "golden calls"}
 
 
 def test_bits_that_do_not_fit_are_refused() -> None:

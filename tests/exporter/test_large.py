@@ -66,6 +66,21 @@ def test_the_file_is_that_of_an_export_from_memory(flux, streamed, tmp_path):
     assert (tmp_path / "memory.onnx").read_bytes() == (tmp_path / "streamed.onnx").read_bytes()
 
 
+def test_rewritten_layers_of_weights_in_their_file(flux, streamed, tmp_path):
+    """Balanced, rotated, with branches and in groups of columns: the same bytes as from memory."""
+    knobs = {"preset": "svdquant", "rows_per_group": 2, "chains": 1, "rotate": 16, "columns": 16, "candidates": 4}
+    interface = read_scale_table(flux / "scales.safetensors").interface
+    content = []
+    for in_memory in (True, False):
+        model = load_model(flux / "transformer", interface=interface, in_memory=in_memory)
+        table = tqdit.calibrate(model, rows=flux / "calls.safetensors", work=tmp_path / f"{in_memory}", **knobs)
+        assert any("divisor" in own for own in table.layers.values())
+        assert any("proj_out.columns.1.core" in site.module for site in table.sites)
+        tqdit.export(model, tmp_path / "model.onnx", scales=table, force=True)
+        content.append((tmp_path / "model.onnx").read_bytes())
+    assert content[0] == content[1]
+
+
 def test_an_export_without_scales_learns_the_inputs_from_recorded_calls(flux, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["-q", "m.onnx", "--model", str(flux / "transformer"), "--float"]

@@ -7,7 +7,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from tqdit.bounds import MOST_GUIDANCE, check_count, check_number
+from tqdit.bounds import BLOCKS, MOST_GUIDANCE, check_count, check_number
 from tqdit.errors import UsageError
 from tqdit.quantization.schemes import schemes_of
 from tqdit.sampling.guidance import check_scale
@@ -101,10 +101,19 @@ class QuantizationConfig:
                                     "of that of whole layers, if less)", range(1, 1 << 16))  # fmt: skip
     column_objective: str = knob("eps", "error that --column-search lowers: of the prediction, or weighted by what it "
                                  "does to the next state", ("eps", "step"))  # fmt: skip
+    rotate: int = knob(
+        0,
+        "rotate the input channels of the linear layers of blocks in groups of so many, 4, 16, 64 or "
+        "256; a layer takes the largest of these up to N that divides its width; 0: none",
+        range(257),
+    )
+    rank: int = knob(0, "rank of a float branch beside each linear layer of a block, at most an eighth of the layer's "
+                     "inputs and outputs; 0: none", range(1 << 12))  # fmt: skip
     inputs: str = knob("symmetric", "scheme of the inputs of linear layers", partial(schemes_of, "input"))
     equalize: str = knob("none", "divide input channels by constants that their weights are multiplied with: by their "
                          "range (as --equalize alone), or by PTQ4DiT's salience",
                          ("none", "range", "salience"), alone="range")  # fmt: skip
+    equalize_all: bool = knob(False, "with --equalize, also where nothing can divide in advance: the engine does")
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
                         f"numerators from {NUMERATOR_KEYS:,} keys on; auto takes two regions if they at least halve "
                         "the layer's error, and else one scale, with which engines make one kernel of an attention",
@@ -150,6 +159,12 @@ class QuantizationConfig:
         if self.fisher_temperature and (self.metric != "ho" or self.method != "gptq"):
             raise UsageError("--fisher-temperature weighs what --method gptq rounds with, by gradients of --metric ho. "
                              "Pass both, or leave it out.")  # fmt: skip
+        if self.rotate not in (0, *BLOCKS):
+            raise UsageError(f"--rotate is {self.rotate}; expected {', '.join(map(str, BLOCKS))}, or 0 for none.")
+        if self.equalize_all and self.equalize == "none":
+            raise UsageError("--equalize-all says where --equalize divides. Pass both.")
+        if self.column_search and (self.rotate or self.rank or self.equalize_all):
+            raise UsageError("--column-search does not go with --rotate, --rank or --equalize-all. Leave one out.")
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
 
@@ -239,7 +254,7 @@ LAYER_KNOBS = (
 
 def presets_without_rows() -> list[str]:
     """Names of the presets that need no calibration: what an export can take in place of a scale table."""
-    return [name for name, config in PRESETS.items() if config.method == "weights"]
+    return [name for name, config in PRESETS.items() if config.method == "weights" and config.equalize == "none"]
 
 
 def flag(knob_field: Field[Any]) -> str:
@@ -287,6 +302,12 @@ Q_DIT = replace(GPTQ, equalize="none", attention=False, column_search=100)
 # AdaTSQ (arXiv 2602.09883): bits of each input in each group of timesteps, GPTQ weighted by the gradients over time.
 ADATSQ = replace(GPTQ, inputs="asymmetric_bits", bit_search=True, fisher_temperature=1.0)
 
+# As published, but for what docs/calibration.md says. Both leave attention float.
+VIDIT_Q = replace(
+    DYNAMIC, inputs="dynamic_asymmetric", equalize="range", equalize_all=True, rotate=64, rows_per_group=64, chains=2
+)
+SVDQUANT = replace(DYNAMIC, equalize="range", equalize_all=True, rank=32, columns=64, rows_per_group=64, chains=2)
+
 PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
            "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC, "q-diffusion": Q_DIFFUSION, "ptqd": PTQD, "ptq4dit": PTQ4DIT,
-           "q-dit": Q_DIT, "adatsq": ADATSQ}  # fmt: skip
+           "q-dit": Q_DIT, "adatsq": ADATSQ, "vidit-q": VIDIT_Q, "svdquant": SVDQUANT}  # fmt: skip

@@ -16,6 +16,7 @@ from tqdit.calibration.capture import Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.layers import LayerPlan
 from tqdit.calibration.problem import make_problem
+from tqdit.models.rotation import hadamard, rotate
 
 STRENGTHS = (0.25, 0.5, 0.75)  # 0.5 gives input and weight the same range in each channel
 LIMIT = 100.0  # of a divisor, against channels that the samples hardly excite
@@ -23,18 +24,21 @@ LIMIT = 100.0  # of a divisor, against channels that the samples hardly excite
 
 @torch.no_grad()
 def choose_divisor(
-    plan: LayerPlan, samples: Samples, weight: Tensor, group: Tensor, config: QuantizationConfig
+    plan: LayerPlan, samples: Samples, weight: Tensor, group: Tensor, config: QuantizationConfig, block: int = 0
 ) -> tuple[Tensor | None, int]:
     """The divisors (K,) with which range-based scales do best, None if none helps; and the multiply-adds it took.
 
-    weight (O, K) of the layer; group (R,) of each row of the samples.
+    weight (O, K) of the layer; group (R,) of each row of the samples; block: of the rotation after the division.
     """
+    matrix = hadamard(block).to(weight.device) if block else None
     best, found, multiply_adds = float("inf"), None, 0
     by_salience = config.equalize == "salience"
     for divisor in (None, *([salience(samples, weight, group)] if by_salience else divisors(samples, weight))):
         divided = samples, weight
         if divisor is not None:
             divided = divide(samples, divisor), weight * divisor
+        if matrix is not None:
+            divided = rotated(divided[0], matrix), rotate(divided[1], matrix)
         problem = make_problem(plan, *divided, group, config)
         multiply_adds += problem.multiply_adds
         error = problem.objective(problem.initial)
@@ -94,3 +98,13 @@ def divide(samples: Samples, divisor: Tensor) -> Samples:
     assert samples.channels is not None
     low, high = (channel / divisor for channel in samples.channels)
     return replace(samples, left=samples.left / divisor, ranges={"left": (low.amin(1), high.amax(1))})
+
+
+def rotated(samples: Samples, matrix: Tensor) -> Samples:
+    """The samples of x H; ranges are those of the kept tokens, of all rows where only some rows are kept."""
+    left = rotate(samples.left, matrix)
+    low, high = left.flatten(1).amin(1), left.flatten(1).amax(1)
+    if samples.rows is not None:
+        rows = len(samples.ranges["left"][0])
+        low, high = low.amin().expand(rows), high.amax().expand(rows)
+    return replace(samples, left=left, ranges={"left": (low, high)})

@@ -11,7 +11,7 @@ Each phase leaves its results in the work folder, so a killed run loses at most 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from tqdit.calibration.drift import check_group_count
 from tqdit.calibration.end_to_end import EndToEnd
 from tqdit.calibration.equalize import choose_divisor
 from tqdit.calibration.fisher import FISHERS
-from tqdit.calibration.layers import LayerPlan, plan, with_one_region
+from tqdit.calibration.layers import LayerPlan, plan, rewrites_of, with_one_region
+from tqdit.calibration.low_rank import find_branches
 from tqdit.calibration.methods import METHODS, weights
-from tqdit.calibration.operands import array
 from tqdit.calibration.placing import Placing, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.reconstruct import reconstruct, units_of
@@ -45,12 +45,13 @@ from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.golden import CALLS, MOST_BYTES
-from tqdit.models.columns import narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
+from tqdit.models.rewrites import Rewrites, Tensors, rewrite
+from tqdit.models.rotation import block_of
 from tqdit.quantization.fake_quant import apply, golden_calls
-from tqdit.quantization.fold import fold_divisors
+from tqdit.quantization.fold import fold_layers
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
@@ -99,16 +100,15 @@ class Calibration:
         console: Console,
         data: DataSet | Recording | None = None,
     ) -> None:
-        self.whole, self.console, self.data = model, console, data
+        self.model, self.console, self.data = model, console, data
         self._take(config)
-        model = self.model
-        self.space = column_search.space(self.whole, self.plans, config) if config.column_search else None
+        self.space = column_search.space(model, self.plans, config) if config.column_search else None
         self.carried: dict[str, Tensor] | None = None  # part of a layer -> the error of the parts before it
         self.bits = bit_search.space(self.plans, config) if config.bit_search else None
         self.meter = Meter({name: cost.multiply_adds for name, cost in product_costs(model).items()})
         self.spec = sampling_of(model, config)
         if config.method == "weights":
-            weights.check(self.plans, config)
+            weights.check(self.plans)
         self._check()
         row_facts = {
             "fingerprint": model.fingerprint, "sampling": str(self.spec), "versions": versions(model.device),
@@ -121,10 +121,10 @@ class Calibration:
         self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, model.device)
 
     def _take(self, config: QuantizationConfig) -> None:
-        """The settings, and the network in the parts and with the plans that they ask for."""
+        """The settings, and the rewrites and plans that they ask for."""
         self.config = config
-        self.model = narrow(self.whole, config.columns, config.layer_columns)
-        self.plans = plan(self.model, config)
+        self.rewrites = rewrites_of(config)
+        self.plans = plan(rewrite(self.model, self.rewrites), config)
 
     def _check(self) -> None:
         """Refuse what the phases cannot do, before the chains run: they are most of a calibration's time."""
@@ -161,9 +161,9 @@ class Calibration:
             self.console.say(f"calibration rows: {len(rows)}, kept from an earlier run in {self.root.path}")
             return rows
         if isinstance(self.data, Recording):
-            rows = recorded_rows(self.whole, self.config, self.data)
+            rows = recorded_rows(self.model, self.config, self.data)
         elif self.data:
-            rows = data_rows(self.whole, self.spec, self.config, self.data)
+            rows = data_rows(self.model, self.spec, self.config, self.data)
         else:
             rows = self._sample_rows()
         self.root.save(self.rows_name, rows.tensors())
@@ -172,8 +172,8 @@ class Calibration:
 
     def _sample_rows(self) -> CalibrationRows:
         measured = self.config.boundaries == "drift"
-        picks = every_state(self.spec, self.config) if measured else pick(self.whole, self.config)
-        trajectory = Trajectory(self.whole, self.config, picks)
+        picks = every_state(self.spec, self.config) if measured else pick(self.model, self.config)
+        trajectory = Trajectory(self.model, self.config, picks)
         state_name = f"{self.rows_name}-chains"
         state = self.root.load_or_none(state_name)
         if state is not None:
@@ -197,7 +197,7 @@ class Calibration:
     def choose_columns(self, rows: CalibrationRows) -> None:
         """Find the columns of each layer, if the settings ask for it; all that follows is of the network so divided."""
         if self.space is not None:
-            objective = column_search.Objective(self.whole, self.config, rows, self.meter)
+            objective = column_search.Objective(self.model, self.config, rows, self.meter)
             self._take(column_search.run(self.space, self.config, objective, self.folder, self.console))
 
     # phase 2 ---------------------------------------------------------------------------------------------------------
@@ -219,36 +219,57 @@ class Calibration:
         self.meter.backward("gradients", recorded)
         return found
 
-    def _folded(self, rows: CalibrationRows) -> tuple[LoadedModel, dict[str, Tensor]]:
-        """The model with divisors if they help and cost nothing at run time, and the divisors."""
-        folds = {product.name for product in self.model.products if product.folds}
-        plans = tuple(
-            entry for entry in self.plans if set(entry.operands) == {"weight", "input"} and entry.name in folds
-        )
-        if self.config.equalize == "none" or not plans:
-            return self.model, {}
-        found = self.folder.load_or_none("divisors")
-        if found is None:
-            capture, found = self.capture(self.model, rows, plans, "equalize"), {}
-            for entry in plans:
-                weight = _weight(self.model, entry.name)
-                assert weight is not None
-                samples = capture.samples(entry.name)
-                divisor, spent = choose_divisor(entry, samples, weight, rows.group, self.config)
+    def _layers(self, rows: CalibrationRows) -> dict[str, Tensors]:
+        """What rewrites take, layer by layer: divisors if they help, and branches of low rank."""
+        found: dict[str, dict[str, Tensor]] = {name: {"divisor": each} for name, each in self._divisors(rows).items()}
+        branches = self.folder.load_or_none("branches")
+        if branches is None:
+            branches = {}
+            for name, tensors, spent in find_branches(self.model, self.rewrites, found, self.config):
+                branches |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
                 self.meter.add("search", spent)
-                if divisor is not None:
-                    found[entry.name] = divisor
-            self.folder.save("divisors", found)
-            capture.delete()
-        return fold_divisors(self.model, found), found
+            self.folder.save("branches", branches)
+        for key, tensor in branches.items():
+            name, _, key = key.rpartition("|")
+            found.setdefault(name, {})[key] = tensor
+        return {**found}
+
+    def _divisors(self, rows: CalibrationRows) -> dict[str, Tensor]:
+        """The divisors (K,) of the inputs that they help, if they cost nothing at run time or may."""
+        config, rewrites = self.config, self.rewrites
+        if config.equalize == "none":
+            return {}
+        found = self.folder.load_or_none("divisors")
+        if found is not None:
+            return found
+        places = {product.name: block_of(product.columns, rewrites.rotate) if product.place == "block" else 0
+                  for product in self.model.products
+                  if product.folds or (product.place == "block" and rewrites.divide)}  # fmt: skip
+        if rewrites != Rewrites():  # overrides name rewritten layers
+            config = replace(config, overrides="", gelu="uniform" if rewrites.rotate else config.gelu)
+        plans = tuple(entry for entry in plan(self.model, config)
+                      if set(entry.operands) == {"weight", "input"} and entry.name in places)  # fmt: skip
+        capture, found = self.capture(self.model, rows, plans, "equalize"), {}
+        for entry in plans:
+            weight = _weight(self.model, entry.name)
+            assert weight is not None
+            samples, block = capture.samples(entry.name), places[entry.name]
+            divisor, spent = choose_divisor(entry, samples, weight, rows.group, config, block)
+            self.meter.add("search", spent)
+            if divisor is not None:
+                found[entry.name] = divisor
+        self.folder.save("divisors", found)
+        capture.delete()
+        return found
 
     # phase 3 ---------------------------------------------------------------------------------------------------------
 
     def search(self, rows: CalibrationRows) -> ScaleTable:
         """Capture every product and search its scales; the whole table, sites in the order of the network's calls."""
+        layers = self._layers(rows)
+        model = fold_layers(self.model, self.rewrites, layers)
         if self.config.method == "weights":
-            return self._table(list(weights.sites(self.model, self.plans, self.config)), {}, rows)
-        model, divisors = self._folded(rows)
+            return self._table(list(weights.sites(model, self.plans, self.config)), {}, rows, layers)
         capture = self.capture(model, rows, self.plans)
         if self.bits is not None and self.bits.layers:
             self._take(self._with_bits(self.bits, model, capture, rows))
@@ -260,13 +281,13 @@ class Calibration:
                 name = f"table-{entry.name}"
                 if not self.folder.has(name):
                     weight = _weight(model, entry.name)
-                    samples, divisor = capture.samples(entry.name), divisors.get(entry.name)
-                    sites, error = self.solve(entry, samples, weight, rows, divisor)
+                    sites, error = self.solve(entry, capture.samples(entry.name), weight, rows)
                     self.folder.save_table(name, self._table(sites, {entry.name: error}, rows))
                 parts.append(self.folder.load_table(name))
                 bar.update()
         sites = [site for part in parts for site in part.sites]
-        return self._table(sites, {name: error for part in parts for name, error in part.errors.items()}, rows)
+        errors = {name: error for part in parts for name, error in part.errors.items()}
+        return self._table(sites, errors, rows, layers)
 
     def _forget_halves(self) -> dict[str, Tensor]:
         """Remove what a kill left of layers in parts: their errors go on from part to part, and are not on disk."""
@@ -308,7 +329,9 @@ class Calibration:
                 self.meter.add("reconstruction", multiply_adds)
                 bar.update()
 
-            return reconstruct(self.model, table, rows, self.config, self.folder, self.meter.per_row, done)
+            costs = product_costs(rewrite(self.model, self.rewrites))
+            per_row = {name: cost.multiply_adds for name, cost in costs.items()}
+            return reconstruct(self.model, table, rows, self.config, self.folder, per_row, done)
 
     def with_golden_calls(self, table: ScaleTable, rows: CalibrationRows) -> ScaleTable:
         """The table with a few rows, spread over the groups, that prove an engine; and what was recorded."""
@@ -345,10 +368,9 @@ class Calibration:
         return replace(table, correction=found)
 
     def solve(
-        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows,
-        divisor: Tensor | None = None,
-    ) -> tuple[list[Site], float]:  # fmt: skip
-        """The sites of one product, and its error relative to its energy. divisor (K,): of the samples' input."""
+        self, layer_plan: LayerPlan, samples: Samples, weight: Tensor | None, rows: CalibrationRows
+    ) -> tuple[list[Site], float]:
+        """The sites of one product, and its error relative to its energy."""
         problem, solution = self.solve_plan(layer_plan, samples, weight, rows)
         one_region = with_one_region(layer_plan, self.config.for_layer(layer_plan.name))
         if one_region is not None:
@@ -365,8 +387,7 @@ class Calibration:
             codes = None
             if role == "weight" and solution.weight_codes is not None and weight is not None:
                 codes = solution.weight_codes.reshape(weight.shape).to(torch.int8).cpu().numpy()
-            divided = array(divisor) if role == "input" and divisor is not None else None
-            sites.append(Site(layer_plan.name, role, quantizer, codes, divided))
+            sites.append(Site(layer_plan.name, role, quantizer, codes))
         return sites, error
 
     @torch.no_grad()
@@ -382,17 +403,25 @@ class Calibration:
         self.meter.add("search", solution.multiply_adds)
         return problem, solution
 
-    def _table(self, sites: list[Site], errors: dict[str, float], rows: CalibrationRows) -> ScaleTable:
-        return make_table(self.model, self.config, rows.boundaries.cpu().numpy(), sites, errors)
+    def _table(
+        self, sites: list[Site], errors: dict[str, float], rows: CalibrationRows,
+        layers: Mapping[str, Tensors] | None = None,
+    ) -> ScaleTable:  # fmt: skip
+        return make_table(self.model, self.config, rows.boundaries.cpu().numpy(), sites, errors, layers or {})
 
 
 def make_table(
     model: LoadedModel, config: QuantizationConfig, boundaries: NDArray[np.float64], sites: Iterable[Site],
-    errors: dict[str, float],
+    errors: dict[str, float], layers: Mapping[str, Tensors],
 ) -> ScaleTable:  # fmt: skip
-    """The table of what was found under `config`."""
+    """The table of what was found under `config`. layers: as `fold_layers` takes them."""
     spec = sampling_of(model, config)
     own = {"layer_columns": config.layer_columns} if config.layer_columns else {}
+    arrays = {name: {key: tensor.cpu().numpy() for key, tensor in own.items()} for name, own in layers.items()}
+    sites = list(sites)
+    for index, site in enumerate(sites):  # a layer that is not rewritten keeps its divisor beside its input's scale
+        if site.role == "input" and site.module in arrays:
+            sites[index] = replace(site, divisor=arrays.pop(site.module)["divisor"])
     return ScaleTable(
         model=model.source,
         fingerprint=model.fingerprint,
@@ -403,6 +432,7 @@ def make_table(
         settings={**config.to_json(), **own, "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
         versions=versions(model.device),
         errors=errors,
+        layers=arrays,
     )
 
 

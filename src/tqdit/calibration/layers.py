@@ -11,6 +11,7 @@ from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig, wholes
 from tqdit.errors import UsageError
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
+from tqdit.models.rewrites import Rewrites
 from tqdit.quantization.granularity import Role
 from tqdit.quantization.schemes import find_schemes
 
@@ -40,8 +41,13 @@ class LayerPlan:
         return self.layer.name
 
 
+def rewrites_of(config: QuantizationConfig) -> Rewrites:
+    """How the layers of a network are rewritten before anything is quantized."""
+    return Rewrites(config.columns, config.rotate, config.rank, config.equalize_all, config.layer_columns)
+
+
 def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
-    """The products that `config` quantizes."""
+    """The products that `config` quantizes, of a model whose layers are rewritten as it says."""
     names = [product.name for product in model.products]
     unknown = set(config.layer_knobs) - {whole for name in names for whole in wholes(name)}
     if unknown:

@@ -13,15 +13,17 @@ from tqdit.calibration.config import PRESETS, QuantizationConfig, presets_withou
 from tqdit.calibration.cost import product_costs
 from tqdit.calibration.device import exact_arithmetic
 from tqdit.calibration.flow import make_table, some_inputs
-from tqdit.calibration.layers import plan
+from tqdit.calibration.layers import plan, rewrites_of
+from tqdit.calibration.low_rank import find_branches
 from tqdit.calibration.methods import weights
 from tqdit.calibration.rows import boundaries_of, noise_rows, recorded_rows, sampling_of
 from tqdit.errors import TqditWarning, UsageError
 from tqdit.golden import GoldenCalls
-from tqdit.models.columns import narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.recording import Recording
+from tqdit.models.rewrites import rewrite
 from tqdit.quantization.fake_quant import golden_calls
+from tqdit.quantization.fold import fold_layers
 from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.guidance import rows_per_image
 
@@ -52,12 +54,16 @@ def table_without_rows(
     config = config.for_model(model)
     if config.column_search:
         raise UsageError("--column-search needs calibration rows, and an export has none. Pass it to tqdit-calibrate.")
-    model = narrow(model, config.columns, config.layer_columns)
-    plans = plan(model, config)
-    weights.check(plans, config)
+    if config.equalize != "none":
+        raise UsageError("--equalize needs calibration rows, and an export has none. Run tqdit-calibrate.")
+    rewrites = rewrites_of(config)
+    plans = plan(rewrite(model, rewrites), config)
+    weights.check(plans)
     with exact_arithmetic(model.device):
         boundaries = boundaries_of(sampling_of(model, config), config.groups)
-        table = make_table(model, config, boundaries, weights.sites(model, plans, config), {})
+        layers = {name: branch for name, branch, _ in find_branches(model, rewrites, {}, config)}
+        sites = weights.sites(fold_layers(model, rewrites, layers), plans, config)
+        table = make_table(model, config, boundaries, sites, {}, layers)
         golden = _golden_calls(model, config, table, recording)
     return replace(table, golden=golden, interface=None if recording is None else recording.interface)
 

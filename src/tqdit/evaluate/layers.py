@@ -84,7 +84,7 @@ class Diagnosis:
         self.products = {product.name: product for product in model.products}
         config = QuantizationConfig.of_settings(table.settings)
         method = "search" if config.method == "weights" else config.method  # a remedy needs rows, and they are here
-        self.config = replace(config, equalize="none", method=method).for_model(model)
+        self.config = replace(config, equalize="none", equalize_all=False, method=method).for_model(model)
         self.calibration = Calibration(model, self.config, work, console)
         self.every_row = self.calibration.rows()
         self.rows_per_image = rows_per_image(model.guidance)

@@ -5,6 +5,7 @@ The reader of a file puts the file's name in front.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,15 @@ def check_divisor(name: str, role: Role, divisor: NDArray[np.float32]) -> None:
     if role != "input":
         raise FileFormatError(f"'{name}' belongs to an input, not to a {role}. {AGAIN}")
     check_array(name, divisor, "float32", (None,))
+
+
+def check_layer(name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """The tensors of a layer's rewrites, under `name`."""
+    if not arrays or not set(arrays) <= {"divisor", "up", "down"} or ("up" in arrays) != ("down" in arrays):
+        raise FileFormatError(f"'{name}' has {', '.join(sorted(arrays))}, expected divisor, or up and down. {AGAIN}")
+    if "divisor" in arrays:
+        check_array(f"{name}.divisor", arrays["divisor"], "float32", (None,))
+    for key in sorted({"up", "down"} & set(arrays)):
+        check_array(f"{name}.{key}", arrays[key], "float16", (None, None))
+        if not np.all(np.isfinite(arrays[key])):
+            raise FileFormatError(f"'{name}.{key}' holds NaN or infinite values, expected numbers. {AGAIN}")

@@ -16,26 +16,44 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
-from tqdit.models.columns import narrow
 from tqdit.models.folds import Fold
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import stand_in
+from tqdit.models.rewrites import Rewrites, Tensors, rewrite
 from tqdit.models.weights import Changes
-from tqdit.quantization.table import ScaleTable
+from tqdit.quantization.table import Arrays, ScaleTable
 
 
 def fold(model: LoadedModel, table: ScaleTable) -> tuple[LoadedModel, ScaleTable]:
-    """The network that a table's sites describe, with its layers in parts, and the table without its divisors.
+    """The network that a table's sites describe, its layers rewritten, and the table without what that took.
 
-    Raises UsageError if a divisor belongs to no layer that can be equalised, or does not fit it.
+    Raises UsageError if a divisor belongs to no layer that can be equalised, or anything does not fit its layer.
     """
-    model = narrow(model, table.columns, table.layer_columns)
-    divided = {site.module: site.divisor for site in table.sites if site.divisor is not None}
-    if not divided:
+    counts = (table.count(name) for name in ("columns", "rotate", "rank"))
+    rewrites = Rewrites(*counts, table.settings.get("equalize_all") is True, table.layer_columns)
+    layers = {
+        name: {key: torch.from_numpy(np.array(array)).to(model.device) for key, array in arrays.items()}
+        for name, arrays in (*table.layers.items(), *_divided(table).items())
+    }
+    if not layers and rewrites == Rewrites():
         return model, table
-    divisors = {name: torch.from_numpy(np.array(divisor)).to(model.device) for name, divisor in divided.items()}
     sites = tuple(replace(site, divisor=None) for site in table.sites)
-    return fold_divisors(model, divisors), replace(table, sites=sites)
+    return fold_layers(model, rewrites, layers), replace(table, sites=sites, layers={})
+
+
+def _divided(table: ScaleTable) -> dict[str, Arrays]:
+    return {site.module: {"divisor": site.divisor} for site in table.sites if site.divisor is not None}
+
+
+def fold_layers(
+    model: LoadedModel, rewrites: Rewrites, layers: Mapping[str, Tensors], complete: bool = True
+) -> LoadedModel:
+    """The model with divisors folded, then rewritten (`tqdit.models.rewrites`). layers: module -> its tensors."""
+    places = {product.name for product in model.products if product.folds or not rewrites.divide}
+    rest = {name: dict(tensors) for name, tensors in layers.items()}
+    divisors = {name: own.pop("divisor") for name, own in rest.items() if "divisor" in own and name in places}
+    rest = {name: own for name, own in rest.items() if own}
+    return rewrite(fold_divisors(model, divisors), rewrites, rest, complete)
 
 
 def fold_divisors(model: LoadedModel, divisors: Mapping[str, Tensor]) -> LoadedModel:

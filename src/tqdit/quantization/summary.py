@@ -32,6 +32,7 @@ def facts(table: ScaleTable) -> list[tuple[str, object]]:
         *(("", f"{count} x {kind}") for kind, count in sorted(kinds.items())),
         ("time groups", f"{table.groups}, on {grouped} tensors; boundaries [{boundaries}]"),
         *_equalised(table),
+        *_rewritten(table),
         ("guidance", f"calibrated at scale {table.guidance_scale}, seed {table.seed}"),
         *_placed(table),
         *([] if table.correction is None else [("correction", str(table.correction))]),
@@ -55,11 +56,21 @@ def _placed(table: ScaleTable) -> list[tuple[str, object]]:
 
 def _equalised(table: ScaleTable) -> list[tuple[str, object]]:
     divisors = [site.divisor for site in table.sites if site.divisor is not None]
+    divisors += [own["divisor"] for own in table.layers.values() if "divisor" in own]
     if not divisors:
         return []
     every = np.concatenate(divisors)
     reach = f"{every.min():.2g} to {every.max():.2g}"
     return [("equalised", f"inputs of {len(divisors)} layer(s), by divisors from {reach}")]
+
+
+def _rewritten(table: ScaleTable) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    if rotate := table.count("rotate"):
+        found.append(("rotated", f"inputs of blocks, in groups of up to {rotate} channels"))
+    if ranks := [own["up"].shape[1] for own in table.layers.values() if "up" in own]:
+        found.append(("branches", f"beside {len(ranks)} layer(s), of rank {min(ranks)} to {max(ranks)}, float"))
+    return found
 
 
 def plot(table: ScaleTable, path: Path) -> None:

@@ -29,6 +29,7 @@ from tqdit.quantization.checks import (
     check_boundaries,
     check_codes,
     check_divisor,
+    check_layer,
     check_quantizer,
 )
 from tqdit.quantization.granularity import Role, granularity_from_text, granularity_to_text
@@ -39,6 +40,7 @@ from tqdit.sampling.correction import Correction
 FORMAT_VERSION = 4
 METADATA_KEY = "tqdit_scales"
 GOLDEN = "golden."  # begins the names of the tensors of golden calls
+LAYER = "layer."  # and of those that rewrites of layers need
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -78,6 +80,8 @@ class ScaleTable:
     interface: of a recorded network, what an export must know besides its weights.
     placed: where the steps of a short chain lie best, found with these scales. correction: of the errors of the network
     with these scales, which a chain takes back.
+    layers: module -> tensors of its rewrites (tqdit.models.rewrites), which sites then describe: divisor float32 (K,),
+    up float16 (O, r) and down float16 (r, K).
     """
 
     model: str  # what the user wrote: 'demo' or a path
@@ -93,6 +97,7 @@ class ScaleTable:
     interface: Interface | None = None
     placed: PlacedSteps | None = None
     correction: Correction | None = None
+    layers: Mapping[str, Arrays] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises FileFormatError on the first thing that is wrong."""
@@ -107,6 +112,8 @@ class ScaleTable:
                 check_divisor(f"{site.name}.divisor", site.role, site.divisor)
             if site.codes is not None:
                 check_codes(f"{site.name}.codes", site.role, site.quantizer, site.codes)
+        for module, arrays in self.layers.items():
+            check_layer(f"{LAYER}{module}", arrays)
         if not math.isfinite(self.guidance_scale):
             raise FileFormatError(f"the guidance scale is {self.guidance_scale}, expected a finite number. {AGAIN}")
         for module, error in self.errors.items():
@@ -123,22 +130,21 @@ class ScaleTable:
     def groups(self) -> int:
         return len(self.boundaries) + 1
 
-    @property
-    def columns(self) -> int:
-        """Most input channels of a product: wider layers of the network are sums of parts, as sites name them.
+    def count(self, setting: str) -> int:
+        """A setting that decides how layers are rewritten, and so how sites name them; 0: not at all.
 
-        0: layers are whole. Raises FileFormatError for what is no such number.
+        Raises FileFormatError for what is no such number.
         """
-        return _columns("columns", self.settings.get("columns", 0))
+        return _count(setting, self.settings.get(setting, 0))
 
     @property
     def layer_columns(self) -> dict[str, int]:
-        """The same for the layers that have a number of their own, by name. Raises FileFormatError like `columns`."""
+        """The setting `columns` of the layers that have their own, by name. Raises FileFormatError like `count`."""
         name = "layer_columns"
         held = self.settings.get(name, {})
         if not isinstance(held, Mapping):
             raise FileFormatError(f"the setting '{name}' is {held!r}, expected a number for each layer. {AGAIN}")
-        return {str(layer): _columns(f"{name}.{layer}", columns) for layer, columns in held.items()}
+        return {str(layer): _count(f"{name}.{layer}", columns) for layer, columns in held.items()}
 
     @cached_property
     def by_module(self) -> dict[str, dict[str, Site]]:
@@ -165,6 +171,8 @@ class ScaleTable:
             tensors |= {f"{site.name}.{key}": np.asarray(array, order="C") for key, array in site.arrays().items()}
         if self.golden is not None:
             tensors |= {f"{GOLDEN}{key}": np.asarray(array, order="C") for key, array in self.golden.arrays().items()}
+        for module, arrays in self.layers.items():
+            tensors |= {f"{LAYER}{module}.{key}": np.asarray(array, order="C") for key, array in arrays.items()}
         if self.interface is not None:
             tensors |= self.interface.arrays
         text = msgspec.json.encode(self._header(), order="sorted").decode()
@@ -186,7 +194,7 @@ class ScaleTable:
         )  # fmt: skip
 
 
-def _columns(name: str, value: Any) -> int:
+def _count(name: str, value: Any) -> int:
     if type(value) is not int or value < 0:
         raise FileFormatError(f"the setting '{name}' is {value!r}, expected a whole number >= 0. {AGAIN}")
     return value
@@ -290,16 +298,20 @@ def parse(metadata: Mapping[str, str], tensors: Arrays) -> ScaleTable:
     sites = tuple(_read_site(entry, schemes, tensors) for entry in header.sites)
     known = {BOUNDARIES} | {f"{site.name}.{key}" for site in sites for key in site.arrays()}
     golden = {name.removeprefix(GOLDEN): array for name, array in tensors.items() if name.startswith(GOLDEN)}
-    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, CONSTANT, EXAMPLE)))
+    unknown = sorted(name for name in set(tensors) - known if not name.startswith((GOLDEN, LAYER, CONSTANT, EXAMPLE)))
     if unknown:
         raise FileFormatError(f"'{unknown[0]}' belongs to no site that the metadata lists. {AGAIN}")
+    layers: dict[str, dict[str, NDArray[Any]]] = {}
+    for name in sorted(name for name in set(tensors) - known if name.startswith(LAYER)):
+        module, _, key = name.removeprefix(LAYER).rpartition(".")
+        layers.setdefault(module, {})[key] = tensors[name]
     interface = None if header.interface is None else Interface.of(header.interface, tensors)
     if interface is not None:
         interface.check("recorded calls")
     return ScaleTable(
         header.model, header.fingerprint, tensors[BOUNDARIES], sites, header.seed, header.guidance_scale,
         header.settings, header.versions, header.errors, GoldenCalls.of(golden) if golden else None, interface,
-        header.placed or None, header.correction or None,
+        header.placed or None, header.correction or None, layers,
     )  # fmt: skip
 
 
