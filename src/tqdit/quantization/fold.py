@@ -29,8 +29,8 @@ def fold(model: LoadedModel, table: ScaleTable) -> tuple[LoadedModel, ScaleTable
 
     Raises UsageError if a divisor belongs to no layer that can be equalised, or anything does not fit its layer.
     """
-    counts = (table.count(name) for name in ("columns", "rotate", "rank"))
-    rewrites = Rewrites(*counts, table.settings.get("equalize_all") is True)
+    columns, rotate, rank = (table.count(name) for name in ("columns", "rotate", "rank"))
+    rewrites = Rewrites(columns, rotate, rank, table.settings.get("equalize_all") is True)
     layers = {
         name: {key: torch.from_numpy(np.array(array)).to(model.device) for key, array in arrays.items()}
         for name, arrays in (*table.layers.items(), *_divided(table).items())
