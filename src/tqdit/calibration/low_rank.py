@@ -40,7 +40,7 @@ def find_branches(
             columns = rewrites.layer_columns.get(f"{name}.core", rewrites.columns)
             bits = config.for_layer(f"{name}.core").weight_bits
             up, down = find_branch(weight, rank, bits, part_widths(weight.shape[1], columns))
-            yield name, {"up": up, "down": down}, multiply_adds(*weight.shape, rank)
+            yield name, {"up": up, "down": down}, multiply_adds(weight.numel(), rank)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def find_branch(weight: Tensor, rank: int, bits: int, widths: Sequence[int]) -> 
     for _ in range(ROUNDS):
         basis, up, down = _strongest(target, basis, rank)
         rest = weight - up.float() @ down.float()
-        nearest = torch.cat([_nearest(part, bits) for part in rest.split(list(widths), 1)], 1)
+        nearest = torch.cat([_nearest(part, bits) for part in torch.split(rest, list(widths), 1)], 1)
         error = float((rest - nearest).square().sum(dtype=torch.float64))
         if error < best:
             best, found = error, (up, down)
@@ -66,9 +66,9 @@ def find_branch(weight: Tensor, rank: int, bits: int, widths: Sequence[int]) -> 
     return found
 
 
-def multiply_adds(channels: int, width: int, rank: int) -> int:
-    """That `find_branch` takes."""
-    return ROUNDS * channels * width * (2 * POWERS + 3) * (rank + SPARE)
+def multiply_adds(elements: int, rank: int) -> int:
+    """That `find_branch` takes for a weight of so many elements."""
+    return ROUNDS * elements * (2 * POWERS + 3) * (rank + SPARE)
 
 
 def _strongest(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -143,7 +143,7 @@ def _change(rotation: Tensor | None, tensors: Tensors) -> Callable[[Tensor], Ten
 def _check(name: str, linear: nn.Linear, rank: int, divides: bool, tensors: Tensors) -> None:
     """Refuse tensors that a layer has no use for, lacks, or that do not fit it. A divisor is optional."""
     width, channels = linear.in_features, linear.out_features
-    expected = {"up": (channels, rank), "down": (rank, width)} if rank else {}
+    expected: dict[str, tuple[int, ...]] = {"up": (channels, rank), "down": (rank, width)} if rank else {}
     if divides and "divisor" in tensors:
         expected["divisor"] = (width,)
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
