@@ -216,7 +216,7 @@ def _typed(changes: dict[str, str]) -> dict[str, Any]:
     default, typed = QuantizationConfig(), {}
     for knob, text in changes.items():
         name = knob.replace("-", "_")
-        kind = {"steps": int, "guidance_scale": float}.get(name) or type(getattr(default, name))
+        kind = {"steps": int, "mean_columns": int, "guidance_scale": float}.get(name) or type(getattr(default, name))
         typed[name] = text.lower() == "true" if kind is bool else kind(text)
     return typed
 

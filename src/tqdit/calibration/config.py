@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tqdit.bounds import BLOCKS, MOST_GUIDANCE, check_count, check_number
@@ -168,22 +168,10 @@ class QuantizationConfig:
         for layer in self.layer_knobs:
             self.for_layer(layer)  # which checks the values
 
-    @cached_property
-    def layer_knobs(self) -> dict[str, dict[str, Any]]:
+    @property
+    def layer_knobs(self) -> Mapping[str, Mapping[str, Any]]:
         """layer -> knob -> value of the overrides."""
-        found: dict[str, dict[str, Any]] = {}
-        for entry in filter(None, self.overrides.split(";")):
-            layer, _, pairs = entry.partition(":")
-            for pair in pairs.split(","):
-                name, _, value = pair.partition("=")
-                name = name.strip().replace("-", "_")
-                whole = name in LAYER_KNOBS and isinstance(getattr(TQ_DIT, name), int)
-                if not layer.strip() or name not in LAYER_KNOBS or (whole and not value.isdecimal()):
-                    raise UsageError(
-                        f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
-                    )
-                found.setdefault(layer.strip(), {})[name] = int(value) if whole else value.strip()
-        return found
+        return _parse_overrides(self.overrides)
 
     def with_layer_knobs(self, changes: Iterable[tuple[str, Mapping[str, Any]]]) -> QuantizationConfig:
         """With these knobs (layer, knob -> value) over those that the overrides have."""
@@ -234,6 +222,23 @@ def wholes(layer: str) -> list[str]:
     """The layers that a layer is a part of, the largest first, and itself: LAYER, LAYER.columns.N."""
     pieces = layer.split(".columns.")
     return [".columns.".join(pieces[: count + 1]) for count in range(len(pieces))]
+
+
+@lru_cache(maxsize=16)
+def _parse_overrides(text: str) -> Mapping[str, Mapping[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in filter(None, text.split(";")):
+        layer, _, pairs = entry.partition(":")
+        for pair in pairs.split(","):
+            name, _, value = pair.partition("=")
+            name = name.strip().replace("-", "_")
+            whole = name in LAYER_KNOBS and isinstance(getattr(TQ_DIT, name), int)
+            if not layer.strip() or name not in LAYER_KNOBS or (whole and not value.isdecimal()):
+                raise UsageError(
+                    f"--overrides '{entry}': expected LAYER:KNOB=VALUE,... with knobs {', '.join(LAYER_KNOBS)}."
+                )
+            found.setdefault(layer.strip(), {})[name] = int(value) if whole else value.strip()
+    return found
 
 
 # What can differ from layer to layer.

@@ -275,7 +275,8 @@ class Calibration:
             self._take(self._with_bits(self.bits, model, capture, rows))
         parts = []
         if self.config.method == "gptq":
-            self.carried = self._forget_halves()
+            self._forget_halves()
+            self.carried = {}
         with self.console.bar(len(self.plans), "3/3 scales", "layers") as bar:
             for entry in self.plans:
                 name = f"table-{entry.name}"
@@ -289,14 +290,13 @@ class Calibration:
         errors = {name: error for part in parts for name, error in part.errors.items()}
         return self._table(sites, errors, rows, layers)
 
-    def _forget_halves(self) -> dict[str, Tensor]:
+    def _forget_halves(self) -> None:
         """Remove what a kill left of layers in parts: their errors go on from part to part, and are not on disk."""
         names = [entry.name for entry in self.plans if ".columns." in entry.name]
         missing = {name.rpartition(".columns.")[0] for name in names if not self.folder.has(f"table-{name}")}
         for name in names:
             if name.rpartition(".columns.")[0] in missing:
                 self.folder.remove(f"table-{name}")
-        return {}
 
     def _with_bits(
         self, space: bit_search.BitSpace, model: LoadedModel, capture: Capture, rows: CalibrationRows
