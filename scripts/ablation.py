@@ -1,31 +1,33 @@
-"""The paper's Table III and a sweep over bits and groups of timesteps, on the demo models.
+"""The paper's Table III, sweeps over bits and groups of timesteps, and every preset at every width: the demo models.
 
     scripts/ablation                         every row that is not there yet, then tables and plots into docs/results
     scripts/ablation --model text            the text demo, on captions that it was never trained on
     scripts/ablation --only III --images 64  a part of it, smaller
     scripts/ablation --list                  what there is to do
+    scripts/ablation --only presets --engines     also each preset as engines: integer products, milliseconds per step
 
 Each row is one calibration (preset, bits, groups, seed), sampled as the fake-quantized model on the noise of its seed,
-and one file in --rows: a run that is stopped goes on where it was. Adjacent rows of Table III differ in one ingredient.
-Sweeps over groups keep the number of calibration rows.
+and one file in --rows, its scale table beside it: a run that is stopped goes on where it was. Adjacent rows of Table
+III differ in one ingredient. Sweeps over groups keep the number of calibration rows. --engines times calls; let nothing
+else run beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablation_engines import BACKENDS, IMAGES, EngineBench, EngineRow
 from ablation_subjects import STEPS, SUBJECTS, Subject
 from numpy.typing import NDArray
 
@@ -40,13 +42,14 @@ from tqdit.evaluate.bootstrap import Measure, Z, number, of_mean
 from tqdit.evaluate.chains import SampledChains, run
 from tqdit.evaluate.evaluation import MetricChoice, Metrics, ReferenceFeatures, describe_reference
 from tqdit.evaluate.observe import Observed, observe
-from tqdit.evaluate.paired import relative_errors
+from tqdit.evaluate.paired import psnr, relative_errors
 from tqdit.evaluate.samples import Images, Reference
 from tqdit.evaluate.tools import processor
 from tqdit.extras import need
 from tqdit.files import whole_file
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import apply
+from tqdit.quantization.table import write_scale_table
 
 NOISE = 1000  # seed s samples with noise NOISE + s
 HELD_OUT = 10_000  # seed of the chains whose states judge the predicted noise
@@ -87,13 +90,12 @@ class Job:
         )  # fmt: skip
 
 
+BITS = ((8, 8), (6, 6), (4, 8), (4, 4))
 TABLES: dict[str, tuple[Job, ...]] = {
     "III": (Job("float"), Job("mse"), Job("ho"), Job("ho+mrq"), Job("tq-dit")),
-    "bits": tuple(Job("tq-dit", *bits) for bits in ((8, 8), (6, 6), (4, 8), (4, 4))),
+    "bits": tuple(Job("tq-dit", *bits) for bits in BITS),
     "groups": tuple(Job("tq-dit", groups=groups) for groups in (1, 2, 5, 10, 20)),
-    "presets": tuple(
-        Job(preset, *bits) for bits in ((8, 8), (6, 6), (4, 8)) for preset in ("fast", "tq-dit", "best", "dynamic")
-    ),
+    "presets": tuple(Job(preset, *bits) for bits in BITS for preset in PRESETS),
 }
 
 
@@ -115,6 +117,8 @@ class Row:
     measures: dict[str, Measure]
     cpu_seconds: float
     seconds: float
+    calibration_cpu_seconds: float = 0.0
+    forward_equivalents: float = 0.0  # of the calibration
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "measures": {name: measure.to_json() for name, measure in self.measures.items()}}
@@ -122,7 +126,7 @@ class Row:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Row:
         measures = {name: Measure(**entry) for name, entry in values["measures"].items()}
-        return cls(Job(**values["job"]), values["seed"], measures, values["cpu_seconds"], values["seconds"])
+        return cls(**{**values, "job": Job(**values["job"]), "measures": measures})
 
 
 class Store:
@@ -134,6 +138,10 @@ class Store:
     def path(self, job: Job, seed: int) -> Path:
         settings = None if job.preset == "float" else job.config(1, seed).to_json()
         return self.folder / f"{job.name}-s{seed}-{digest([*self._facts, settings])}.json"
+
+    def table(self, job: Job, seed: int) -> Path:
+        """Where the scale table of a row lies."""
+        return self.path(job, seed).with_suffix(".safetensors")
 
     def load(self, job: Job, seed: int) -> Row | None:
         """None where the row is not there, or is not whole."""
@@ -152,6 +160,7 @@ class Bench:
 
     def __init__(self, subject: Subject, size: Size, work: Path, console: Console) -> None:
         self.subject, self.size, self.work, self.console = subject, size, work, console
+        work.mkdir(parents=True, exist_ok=True)
         extractor, data = subject.extractor, subject.data
         self.target: ReferenceFeatures = describe_reference(Reference(data.source, data), extractor, console)
         self._metrics = Metrics(extractor, self.target, MetricChoice(METRICS, required=True))
@@ -168,16 +177,24 @@ class Bench:
             self._float[seed] = self.chains(self.subject.model, seed, f"float, seed {seed}")
         return self._float[seed]
 
-    def measure(self, job: Job, seed: int) -> Row:
-        """Calibrate, sample and judge one row."""
+    def measure(self, job: Job, seed: int, table: Path | None = None) -> Row:
+        """Calibrate, sample and judge one row. table: where its scale table is kept."""
         started, cpu = time.monotonic(), time.process_time()
+        calibration = forwards = 0.0
         reference = self.float_chains(seed)
         measures: dict[str, Measure] = {}
         found = reference
         if job.preset != "float":
             config = job.config(self.size.steps, seed)
             model = self.subject.model
-            quantized = apply(model, calibrate(model, config, self.work, self.console, self.subject.calls).table)
+            begun = time.process_time()
+            with tempfile.TemporaryDirectory(dir=self.work) as work:  # of its own, so that all of its cost is counted
+                result = calibrate(model, config, Path(work), self.console, self.subject.calls)
+            calibration = time.process_time() - begun
+            forwards = sum(result.meter.forward_equivalents.values())
+            if table is not None:
+                write_scale_table(table, result.table)
+            quantized = apply(model, result.table)
             measures["eps_error"] = self._eps_error(quantized)
             found = self.chains(quantized, seed, f"{job.name}, seed {seed}")
             errors = relative_errors(reference.latents, found.latents)
@@ -186,10 +203,14 @@ class Bench:
         images = self._observe(found, job.name)
         measures |= self._metrics.measure(images)
         if job.preset != "float":
-            excess = self._metrics.excess(images, self._observe(reference, "float"))
+            floating = self._observe(reference, "float")
+            excess = self._metrics.excess(images, floating)
             assert excess is not None
             measures["frechet_excess"] = excess
-        return Row(job, seed, measures, time.process_time() - cpu, time.monotonic() - started)
+            measures["psnr_db"] = psnr(to_pixels(reference.latents), to_pixels(found.latents))
+            measures["feature_distance"] = of_mean(cosine_distances(floating, images))
+        spent = time.process_time() - cpu, time.monotonic() - started
+        return Row(job, seed, measures, *spent, calibration, forwards)
 
     def _observe(self, chains: SampledChains, name: str) -> Observed:
         pixels = to_pixels(chains.latents)  # the state of both demo models is an image
@@ -214,6 +235,15 @@ class Bench:
         return rows, np.square(model.sampling.choose(self.size.steps).schedule.error_weights[rows.step.cpu().numpy()])
 
 
+def cosine_distances(reference: Observed, found: Observed) -> NDArray[np.float64]:
+    """1 - cos of the angle between the judge's features of each pair of images (N,): near LPIPS in kind, whose weights
+    are not at hand."""
+    a, b = (each.features.pooled.astype(np.float64) for each in (reference, found))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines: NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return 1 - cosines
+
+
 def _predict(model: LoadedModel, rows: CalibrationRows) -> NDArray[np.float64]:
     import torch
 
@@ -224,7 +254,7 @@ def _predict(model: LoadedModel, rows: CalibrationRows) -> NDArray[np.float64]:
 
 
 def sweep(
-    jobs: Sequence[Job], seeds: Sequence[int], store: Store, measure: Callable[[Job, int], Row], console: Console,
+    jobs: Sequence[Job], seeds: Sequence[int], store: Store, measure: Callable[[Job, int, Path], Row], console: Console,
     limit: int | None = None,
 ) -> list[Row]:  # fmt: skip
     """Every job under every seed; what the store holds is not measured again. At most `limit` new rows."""
@@ -235,7 +265,7 @@ def sweep(
             if row is None:
                 if limit is not None and new >= limit:
                     continue
-                row = measure(job, seed)
+                row = measure(job, seed, store.table(job, seed))
                 store.save(row)
                 new += 1
                 console.say(f"{job.name}, seed {seed}: {row.cpu_seconds:.0f} s of CPU")
@@ -253,14 +283,18 @@ class Line:
     job: Job
     seeds: int
     measures: dict[str, Measure]  # means; an interval joins those of the seeds
+    calibration_cpu_seconds: float
+    forward_equivalents: float
 
     @classmethod
     def of(cls, job: Job, rows: Sequence[Row]) -> Line:
-        names = rows[0].measures
-        return cls(job, len(rows), {name: _join(name, [row.measures[name] for row in rows]) for name in names})
+        measures = {name: _join(name, [row.measures[name] for row in rows]) for name in rows[0].measures}
+        seconds = float(np.mean([row.calibration_cpu_seconds for row in rows]))
+        return cls(job, len(rows), measures, seconds, float(np.mean([row.forward_equivalents for row in rows])))
 
 
-BOUNDS = {"frechet_excess": (-math.inf, math.inf), "accuracy": (0.0, 1.0)}  # of intervals; others are positive
+REAL = (-math.inf, math.inf)
+BOUNDS = {"frechet_excess": REAL, "psnr_db": REAL, "accuracy": (0.0, 1.0)}  # of intervals; others are positive
 
 
 def _join(name: str, measures: Sequence[Measure]) -> Measure:
@@ -286,12 +320,14 @@ COLUMNS = {
     "accuracy": "recognised", "final_error": "error of x_0, mean",
     "final_error_median": "median", "eps_error": "error of eps, step-weighted",
 }  # fmt: skip
+MORE_COLUMNS = {"psnr_db": "PSNR to float, dB", "feature_distance": "distance of the judge's features to float"}
 
 
 def markdown(
-    rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: str, model: str = "demo", chain: str = "DDPM"
-) -> str:
-    """All tables as one document. chain: the steps and the sampler, in words."""
+    rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: str, model: str = "demo", chain: str = "DDPM",
+    engines: Mapping[Job, Sequence[EngineRow]] | None = None,
+) -> str:  # fmt: skip
+    """All tables as one document. chain: the steps and the sampler, in words. engines: what was built of a job."""
     seeds = sorted({row.seed for row in rows})
     parts = [
         f"# Ablation and sweep, {WORDS[model]}\n",
@@ -308,13 +344,35 @@ def markdown(
         "III": "Rows of the paper's Table III",
         "bits": "Bits, full method",
         "groups": "Groups, full method, W6A6",
-        "presets": "Presets; dynamic has no calibration, and attention in float",
+        "presets": "Presets",
     }
     for name, jobs in TABLES.items():
         lines = lines_of(jobs, rows)
-        if lines:
-            parts += [f"## {titles[name]}\n", _markdown_table(name, lines, model), ""]
+        if not lines:
+            continue
+        table = _presets_table(lines, engines or {}) if name == "presets" else _markdown_table(name, lines, model)
+        parts += [f"## {titles[name]}\n", table, ""]
     return "\n".join(parts)
+
+
+def _presets_table(lines: Sequence[Line], engines: Mapping[Job, Sequence[EngineRow]]) -> str:
+    """Every preset at every width: errors, what the calibration cost, and what became of it as an engine."""
+    columns = {**COLUMNS, **MORE_COLUMNS}
+    head = ["", "bits", *columns.values(), "calibration, CPU s", "forward-equivalents of one row"]
+    for backend in BACKENDS:
+        head += [f"{backend}: products", f"ms per step of {IMAGES} images", "times faster than float"]
+    body = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines:
+        cells = [str(line.measures[column]) if column in line.measures else "" for column in columns]
+        cells += [f"{line.calibration_cpu_seconds:.0f}", f"{line.forward_equivalents:,.0f}"]
+        built = {row.backend: row for row in engines.get(line.job, ())}
+        for backend in BACKENDS:
+            row = built.get(backend)
+            cells.append(row.audit.removeprefix("quantized products: ") if row else "")
+            times = (row.milliseconds, row.against_float) if row else (None, None)
+            cells += ["" if value is None else number(value) for value in times]
+        body.append("| " + " | ".join([line.job.preset, line.job.bits, *cells]) + " |")
+    return "\n".join(body)
 
 
 def _markdown_table(name: str, lines: Sequence[Line], model: str) -> str:
@@ -331,19 +389,40 @@ def _markdown_table(name: str, lines: Sequence[Line], model: str) -> str:
     return "\n".join(body)
 
 
-def table_csv(rows: Sequence[Row]) -> str:
-    """One line per row and measure."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["preset", "weight_bits", "activation_bits", "groups", "seed", "measure", "value", "low", "high", "n"]
-    )
-    for row in rows:
-        job = row.job
-        for name, m in row.measures.items():
-            writer.writerow([job.preset, job.weight_bits, job.activation_bits, job.groups, row.seed, name, m.value,
-                             m.low, m.high, m.count])  # fmt: skip
-    return buffer.getvalue()
+def to_json(rows: Sequence[Row], facts: Mapping[str, Any], engines: Mapping[Job, Sequence[EngineRow]]) -> str:
+    """Every row, seed by seed, and the engines of the jobs that were built."""
+    built = [{"job": asdict(job), **asdict(row)} for job, found in engines.items() for row in found]
+    document = {**facts, "rows": [row.to_json() for row in rows], "engines": built}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def plot_front(rows: Sequence[Row], engines: Mapping[Job, Sequence[EngineRow]], path: Path) -> None:
+    """Error of eps against milliseconds per step of each preset, one panel a backend; the front is a line."""
+    need("matplotlib", "evaluate", "the plots")
+    from matplotlib.figure import Figure
+
+    lines = lines_of(TABLES["presets"], rows)
+    figure = Figure(figsize=(7 * len(BACKENDS), 6), layout="constrained")
+    panels = figure.subplots(1, len(BACKENDS), squeeze=False)[0]
+    for axis, backend in zip(panels, BACKENDS, strict=True):
+        for bits in BITS:
+            points = [
+                (row.milliseconds, line.measures["eps_error"].value or 0.0, line.job.preset)
+                for line in lines if (line.job.weight_bits, line.job.activation_bits) == bits
+                for row in engines.get(line.job, ()) if row.backend == backend and row.milliseconds is not None
+            ]  # fmt: skip
+            if not points:
+                continue
+            drawn = axis.plot(*zip(*[point[:2] for point in points], strict=True), "o", label="W{}A{}".format(*bits))
+            front = [p for p in sorted(points) if all(q[1] >= p[1] for q in points if q[0] <= p[0])]
+            axis.plot(*zip(*[p[:2] for p in front], strict=True), "-", lw=1, color=drawn[0].get_color())
+            for milliseconds, error, preset in points:
+                axis.annotate(preset, (milliseconds, error), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=backend, xlabel=f"ms per step of {IMAGES} images", ylabel=COLUMNS["eps_error"], yscale="log")
+        if axis.lines:
+            axis.legend()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -396,6 +475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=Size.batch, help="images per forward pass (default: %(default)s)")
     add("--rows", type=Path, default=Path("build/ablation"), help="folder of the rows (default: %(default)s)")
     add("-o", "--output", type=Path, default=Path("docs/results"), help="default: %(default)s")
+    add("--engines", action="store_true", help="also build the presets' tables of the first seed, and time them")
     add("--limit", type=int, metavar="N", help="measure at most N rows that are not there yet")
     add("--list", action="store_true", help="say which rows there are to do, and stop")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -428,13 +508,30 @@ def _run(args: argparse.Namespace) -> int:
     bench = Bench(subject, size, args.rows / "work", Console(quiet=True))
     rows = sweep(jobs, args.seeds, store, bench.measure, console, args.limit)
     name = "ablation" if args.model == "demo" else f"ablation-{args.model}"
-    text = markdown(rows, size, kinds, processor(), args.model, str(subject.model.sampling.choose(size.steps)))
-    for suffix, content in ((".md", text), (".csv", table_csv(rows))):
+    engines = _engines(subject, store, args, console)
+    chain = str(subject.model.sampling.choose(size.steps))
+    facts = {"size": asdict(size), "versions": kinds, "processor": processor(), "chain": chain}
+    text = markdown(rows, size, kinds, processor(), args.model, chain, engines)
+    for suffix, content in ((".md", text), (".json", to_json(rows, facts, engines))):
         with whole_file(args.output / f"{name}{suffix}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     plot(rows, args.output / f"{name}.png")
+    if engines:
+        plot_front(rows, engines, args.output / f"{name}-front.png")
     sys.stdout.write(f"{args.output / name}.md\n")
     return 0
+
+
+def _engines(subject: Subject, store: Store, args: argparse.Namespace, console: Console) -> dict[Job, list[EngineRow]]:
+    """Of each preset whose table of the first seed is there."""
+    bench = EngineBench(subject, args.rows / f"engines-{args.model}")
+    found = {}
+    for job in TABLES["presets"]:
+        table = store.table(job, args.seeds[0])
+        if table.is_file() and (args.engines or bench.is_kept(table)):
+            found[job] = bench.rows(table)
+            console.say(f"{job.name}: " + "; ".join(f"{row.backend}: {row.audit}" for row in found[job]))
+    return found
 
 
 if __name__ == "__main__":

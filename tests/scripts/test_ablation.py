@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import itertools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tqdit.calibration.config import PRESETS
 from tqdit.console import Console
 from tqdit.evaluate.bootstrap import Measure
+from tqdit.quantization.table import write_scale_table
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablation.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -26,20 +26,21 @@ module = sys.modules["ablation"] = importlib.util.module_from_spec(SPEC)  # data
 SPEC.loader.exec_module(module)
 subjects = sys.modules["ablation_subjects"]
 TABLES, Bench, Job, Row, Size, Store = module.TABLES, module.Bench, module.Job, module.Row, module.Size, module.Store
-lines_of, markdown, sweep, table_csv = module.lines_of, module.markdown, module.sweep, module.table_csv
+EngineRow = sys.modules["ablation_engines"].EngineRow
+lines_of, markdown, sweep = module.lines_of, module.markdown, module.sweep
 
 QUIET = Console(quiet=True)
 SIZE = Size(steps=3, images=64, batch=32)
 
 
-def fake_row(job: Job, seed: int) -> Row:
+def fake_row(job: Job, seed: int, table: Path | None = None) -> Row:
     """Numbers that tell rows apart."""
     value = job.weight_bits + job.activation_bits / 10 + job.groups / 1000 + seed + (0 if job.preset == "float" else 10)
     measure = Measure(value, value - 0.2, value + 0.2, 64, "x", 0.1)
     names = ["frechet_distance", "accuracy", "inception_score"]
     if job.preset != "float":
         names += ["frechet_excess", "final_error", "final_error_median", "eps_error"]
-    return Row(job, seed, dict.fromkeys(names, measure), 1.0, 1.0)
+    return Row(job, seed, dict.fromkeys(names, measure), 1.0, 1.0, 7.0, 40.0)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def store(tmp_path: Path) -> Store:
 def test_an_interrupted_sweep_goes_on_where_it_was(store):
     jobs, calls = TABLES["bits"], []
 
-    def interrupted(job: Job, seed: int) -> Row:
+    def interrupted(job: Job, seed: int, table: Path) -> Row:
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append((job, seed))
@@ -61,7 +62,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(store):
     assert len(list(store.folder.iterdir())) == 3
     again: list[tuple[Job, int]] = []
 
-    def measure(job: Job, seed: int) -> Row:
+    def measure(job: Job, seed: int, table: Path) -> Row:
         again.append((job, seed))
         return fake_row(job, seed)
 
@@ -94,12 +95,12 @@ def test_a_row_of_other_settings_is_another_file(store, tmp_path):
 def test_a_configuration_that_two_tables_share_is_measured_once(store):
     calls: list[Job] = []
 
-    def measure(job: Job, seed: int) -> Row:
+    def measure(job: Job, seed: int, table: Path) -> Row:
         calls.append(job)
         return fake_row(job, seed)
 
     sweep([job for jobs in TABLES.values() for job in jobs], [0], store, measure, QUIET)
-    assert len(calls) == len(set(calls)) == 21
+    assert len(calls) == len(set(calls)) == len({job for jobs in TABLES.values() for job in jobs})
 
 
 def test_adjacent_rows_of_table_iii_differ_in_one_ingredient():
@@ -134,11 +135,14 @@ def test_tables_say_what_the_rows_say():
     text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor", "text", "28 steps of euler")
     assert "28 steps of euler" in text
     assert "8.58" not in text  # the paper has classes
-    read = list(csv.DictReader(io.StringIO(table_csv(rows))))
-    assert len(read) == sum(len(row.measures) for row in rows)
-    assert {"preset": "tq-dit", "groups": "20", "seed": "1"}.items() <= next(
-        r for r in read if r["groups"] == "20" and r["seed"] == "1"
-    ).items()
+    engines = {Job("fast", 8, 8): [EngineRow("openvino", "quantized products: 25 int8", 4.5, 1.7)]}
+    text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor", engines=engines)
+    assert next(line for line in text.splitlines() if line.startswith("| fast | W8A8 |")).endswith(
+        "| 7 | 40 | 25 int8 | 4.5 | 1.7 |  |  |  |"
+    )
+    read = json.loads(module.to_json(rows, {"size": {}}, engines))
+    assert [Row.from_json(row) for row in read["rows"]] == rows
+    assert [(row["job"]["preset"], row["milliseconds"]) for row in read["engines"]] == [("fast", 4.5)]
 
 
 @pytest.mark.slow
@@ -161,8 +165,33 @@ def test_a_real_row_and_its_float_row(model, tmp_path, monkeypatch):
 
 
 def test_plots_are_drawn(tmp_path):
-    rows = [fake_row(job, 0) for jobs in TABLES.values() for job in jobs]
-    module.plot(rows, tmp_path / "a.png")
     from support import read_picture
 
+    rows = [fake_row(job, 0) for jobs in TABLES.values() for job in jobs]
+    module.plot(rows, tmp_path / "a.png")
     assert read_picture(tmp_path / "a.png").std() > 5
+    module.plot_front(rows, {}, tmp_path / "empty.png")
+    engines = {job: [EngineRow("openvino", "", 4.0 + job.weight_bits, 1.7)] for job in TABLES["presets"]}
+    module.plot_front(rows, engines, tmp_path / "front.png")
+    empty, drawn = (read_picture(tmp_path / name) for name in ("empty.png", "front.png"))
+    assert (drawn != empty).mean() > 0.005
+
+
+@pytest.mark.slow
+def test_a_table_is_built_timed_and_kept(tmp_path):
+    from support import tiny_model
+    from tables import Kind, make_table
+
+    model = tiny_model(pixels=True)
+    table = tmp_path / "row.safetensors"
+    write_scale_table(table, make_table(model, Kind()))
+    bench = sys.modules["ablation_engines"].EngineBench(SimpleNamespace(model=model, calls=None), tmp_path / "engines")
+    assert not bench.is_kept(table)
+    rows = bench.rows(table)
+    assert bench.is_kept(table)
+    assert [row.backend for row in rows] == ["openvino", "onnxruntime"]
+    for row in rows:
+        assert "0 fallen back" in row.audit
+        assert row.milliseconds > 0
+        assert 0.05 < row.against_float < 20
+    assert bench.rows(table) == rows  # which times nothing again
