@@ -468,6 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="tables (default: all)")
+    add("--bits", nargs="+", choices=[Job("", *bits).bits for bits in BITS], help="of the presets (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--model", choices=list(SUBJECTS), default="demo", help="default: %(default)s")
     add("--steps", type=int, help="of chains and calibrations (default: 50, and 28 of the text demo)")
@@ -498,7 +499,8 @@ def _run(args: argparse.Namespace) -> int:
     subject = replace(subject, model=subject.model.to(args.device))
     kinds = versions(subject.model.device)
     store = Store(args.rows, size, subject.model.fingerprint, kinds)
-    jobs = [job for name in args.only for job in TABLES[name]]
+    jobs = [job for name in args.only for job in TABLES[name]
+            if args.bits is None or name != "presets" or job.bits in args.bits]  # fmt: skip
     missing = [(job, seed) for job in dict.fromkeys(jobs) for seed in args.seeds if store.load(job, seed) is None]
     console.say(f"{len(missing)} of {len(set(jobs)) * len(args.seeds)} rows are to do")
     if args.list:
