@@ -85,7 +85,7 @@ def calibrate(
         rows = run.rows()
         run.choose_columns(rows)
         table = run.reconstruct(run.search(rows), rows)
-        table = run.with_correction(run.with_placed_steps(run.with_golden_calls(table, rows)))
+        table = run.with_placed_steps(run.with_correction(run.with_golden_calls(table, rows)))
     return Result(table, run.meter, run.folder)
 
 
@@ -349,7 +349,7 @@ class Calibration:
             self.meter.forward("placed steps", images * rows_per_image(self.model.guidance))
 
         requests = self.data.requests if isinstance(self.data, Recording) else None
-        placing = Placing(self.model, self.config, self.folder, self.console, requests)
+        placing = Placing(self.model, self.config, self.folder, self.console, requests, table.correction)
         return replace(table, placed=placing.run(apply(self.model, table), meter))
 
     def with_correction(self, table: ScaleTable) -> ScaleTable:
