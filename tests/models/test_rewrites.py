@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,6 +299,20 @@ def test_layers_of_a_rewritten_network_are_diagnosed(calibrated: Calibrated, tmp
 def test_knobs_that_cannot_be_are_refused(knobs: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         QuantizationConfig(**knobs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name", "meant"),
+    [
+        ({"rank": 2}, "blocks.0.attn.qkv:weight_bits=4", "blocks.0.attn.qkv.core"),
+        ({"rank": 2}, "blocks.1.mlp.fc2:columns=4", "blocks.1.mlp.fc2.core"),
+        ({}, "blocks.1.mlp.fc2.core:columns=4", "blocks.1.mlp.fc2"),
+        ({"columns": 8}, "blocks.0.attn.proj.columns.7:weight_bits=4", "blocks.0.attn.proj.columns.0"),
+    ],
+)
+def test_a_wrong_name_of_a_layer_is_answered_with_the_nearest_one(knobs: dict[str, Any], name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"'{meant}'"):
+        table_without_rows(tiny_model(), replace(PRESETS["dynamic"], overrides=name, **knobs))
 
 
 def test_presets_that_divide_need_a_calibration() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import reference
 from sampling.test_chains import DDPM, SCHEDULES, SHAPE, network, request, signature
+from tqdit.errors import UsageError
 from tqdit.sampling import noise
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.correction import Correction
