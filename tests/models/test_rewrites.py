@@ -29,6 +29,7 @@ from tqdit.models.rewrites import Rewrites, rewrite
 from tqdit.models.rotation import block_of, hadamard, rotate
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.fold import fold
+from tqdit.quantization.summary import facts
 from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
 
 SMALL = {"steps": 12, "groups": 1, "rows_per_group": 8, "chains": 2, "candidates": 20}
@@ -273,6 +274,12 @@ def test_inspecting_tells_of_rewrites(
     said = capsys.readouterr().out
     assert ("of up to 64 channels" in said) == bool(table.settings["rotate"])
     assert ("beside 8 layer(s), of rank 2 to 2, float" in said) == bool(table.settings["rank"])
+    assert "columns  " not in said  # these layers are narrower than a group
+
+
+def test_inspecting_tells_of_groups_of_columns() -> None:
+    table = table_without_rows(tiny_model(), replace(PRESETS["dynamic"], rank=2, columns=8))
+    assert "8 layer(s), each a sum of 2 to 8 products" in dict(facts(table))["columns"]
 
 
 def test_layers_of_a_rewritten_network_are_diagnosed(calibrated: Calibrated, tmp_path: Path) -> None:
