@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import tqdit
+from networks import Parallel, Tokens, described
 from support import assert_agrees, tiny_model
 from tables import random_rows
 from tqdit.bounds import BLOCKS
 from tqdit.calibration.config import PRESETS, QuantizationConfig
-from tqdit.calibration.flow import calibrate
+from tqdit.calibration.flow import Calibration, calibrate
 from tqdit.calibration.low_rank import find_branch
 from tqdit.calibration.without_rows import table_without_rows
 from tqdit.cli.main import main
@@ -249,6 +250,17 @@ def test_every_method_works_on_rewritten_layers(tmp_path: Path, knobs: dict[str,
     assert table.golden.errors.mean() < 0.2
     assert calibrate(model, config, tmp_path / "work").table == table  # from what the first run left on disk
     assert calibrate(model, config, tmp_path / "other").table == table
+
+
+def test_parts_of_a_networks_own_are_rewritten_and_mend_one_another(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = described(Tokens(Parallel()), (4, 6))
+    config = replace(PRESETS["gptq"], **{**SMALL, "rows_per_group": 4}, rank=2)
+    run = Calibration(model, config, tmp_path, Console(quiet=True))
+    table = run.search(run.rows())
+    assert {f"body.proj_out.columns.{part}.core" for part in (0, 1)} <= set(table.by_module)
+    assert run.carried is not None
+    assert list(run.carried) == ["body.proj_out.columns.2.core"]  # what is left after the last part
 
 
 def test_a_rotation_and_a_branch_help_where_channels_are_uneven() -> None:

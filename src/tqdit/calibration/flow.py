@@ -380,7 +380,9 @@ class Calibration:
         error = problem.relative(solution.history[-1])
         layer, _, part = layer_plan.name.rpartition(".columns.")
         if layer and self.carried is not None:
-            self.carried = {f"{layer}.columns.{int(part) + 1}": problem.left_over(solution)}
+            number, *core = part.split(".")  # 'core' of a rewritten part that is the network's own
+            after = ".".join([str(int(number) + 1), *core])
+            self.carried = {f"{layer}.columns.{after}": problem.left_over(solution)}
         sites = []
         for role, operand in problem.operands.items():
             quantizer = operand.quantizer(solution.parameters[role])
