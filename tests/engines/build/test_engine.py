@@ -1,5 +1,7 @@
 """The builder around the backends: float types and the audit."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 import support
 from tables import Kind, make_table
-from tqdit.card import QuantizationCard
+from tqdit.card import METADATA_KEY, GraphCard, QuantizationCard
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.engine import build_engine
@@ -19,6 +21,7 @@ from tqdit.errors import BackendError, FileFormatError, UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY, Scopes
+from tqdit.sampling.correction import Correction
 from tqdit.sampling.schedule import SamplingSpec
 
 
@@ -220,3 +223,17 @@ def test_a_file_whose_nodes_lost_their_metadata_is_refused(quantized, tmp_path):
     onnx.save(model, quantized)
     with pytest.raises(FileFormatError, match=r"model\.onnx: no node says to which module.*tqdit\.scope.*Export again"):
         build_engine(quantized, tmp_path / "model.engine")
+
+
+def test_a_correction_is_of_the_errors_of_integers_alone(quantized, tmp_path):
+    model = onnx.load(quantized)
+    entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    card = GraphCard.from_json(entry.value, "test")
+    channels = card.state_shape[0]
+    correction = Correction((0.0, 999.0), 1.5, (0.1, 0.1), ((0.0,) * channels,) * 2, (0.0, 0.0))
+    entry.value = json.dumps(replace(card, correction=correction).to_json())
+    onnx.save(model, tmp_path / "corrected.onnx")
+    for precision, kept in ((None, correction), ("fp32", None)):
+        config = BuildConfig(precision=precision)
+        manifest = build_engine(tmp_path / "corrected.onnx", tmp_path / f"{precision}.engine", config=config)
+        assert manifest.card.correction == kept

@@ -66,6 +66,8 @@ def build_engine(
     changed = _prepared(file, card, config.precision, float_type, output)
     with whole_folder(output, check_overwrite) as folder, changed as (prepared, golden):
         card = replace(card, quantization=None) if strip else card
+        if config.precision != "int8":  # a correction is of the errors of these integers
+            card = replace(card, correction=None)
         if golden is not None:
             golden.save(folder / CALLS_FILE)
         for name in card.text.files if card.text else ():
