@@ -252,6 +252,16 @@ def test_every_method_works_on_rewritten_layers(tmp_path: Path, knobs: dict[str,
     assert calibrate(model, config, tmp_path / "other").table == table
 
 
+def test_a_table_computes_the_same_bits_before_it_is_written_and_after(tmp_path: Path) -> None:
+    model = tiny_model()
+    table = table_without_rows(model, replace(PRESETS["dynamic"], rank=2, weight_bits=4))
+    write_scale_table(tmp_path / "scales.safetensors", table)
+    read = read_scale_table(tmp_path / "scales.safetensors")
+    assert all(array.flags.c_contiguous for own in table.layers.values() for array in own.values())
+    inputs = random_rows(model.signature, 8)
+    np.testing.assert_array_equal(apply(model, table)(inputs), apply(model, read)(inputs))
+
+
 def test_parts_of_a_networks_own_are_rewritten_and_mend_one_another(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = described(Tokens(Parallel()), (4, 6))
