@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from itertools import chain
-from pathlib import Path
 
 from tqdit.cli.main import run
 
@@ -22,8 +20,7 @@ def main() -> None:
         if not words:
             continue
         print("\n$", line.strip(), file=sys.stderr, flush=True)
-        found = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words[1:]]
-        code = run(words[0].removeprefix("tqdit-"), list(chain(*found)))
+        code = run(words[0].removeprefix("tqdit-"), words[1:])
         if code:
             sys.exit(code)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import tqdit
 from support import ALL
 from tqdit.cli.main import run
 from tqdit.demo import captions
@@ -12,6 +13,7 @@ from tqdit.demo.weights import shipped_pipeline
 from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.model_card import read_pipeline_card
+from tqdit.onnx_file import OnnxFile
 from tqdit.quantization.table import read_scale_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -51,3 +53,12 @@ def test_the_name_is_all_that_a_user_must_know(tmp_path, monkeypatch, capsys):
     assert table.model == "text"
     assert load_model("text", interface=table.interface).source == "text"
     assert table.interface.text.prompts == ("a bold red A on blue", "two green 7s on black")
+
+
+def test_the_name_alone_loads_it_and_exports_it_in_float(tmp_path):
+    model = tqdit.load_model("text")
+    assert (model.source, model.sampling.steps) == ("text", 28)
+    path = tqdit.export(model, tmp_path / "text.onnx")
+    card = OnnxFile.read(path).own_card
+    assert card.quantization is None
+    assert card.guidance == model.guidance

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tqdit.demo.weights import TEXT, shipped_pipeline
@@ -17,6 +18,7 @@ from tqdit.interface import Interface
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
 from tqdit.models.making import bounded
+from tqdit.models.model_card import read_pipeline_card
 from tqdit.models.recorded import recorded_model
 from tqdit.models.state import check_places, is_finite, read_json
 from tqdit.models.weights import IN_MEMORY, Weights, open_network
@@ -48,7 +50,21 @@ def folder_of(source: str) -> str:
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
+    if source == TEXT:
+        return load_recorded(source, _shipped_interface())
     raise UsageError(f"{name_of(source)}: a {_kind(source)}. {RECORD}")
+
+
+def _shipped_interface() -> Interface:
+    """How the text demo's pipeline calls its network, learned of the first two prompts of its card."""
+    from tqdit.models.recorder import Recorder  # which imports this package's loaders
+
+    pipeline, card = open_pipeline(TEXT), read_pipeline_card(shipped_pipeline())
+    pipeline.set_progress_bar_config(disable=True)
+    with Recorder(pipeline) as recorder:
+        for number, prompt in enumerate(card.prompts[:2]):
+            pipeline(prompt, generator=torch.Generator().manual_seed(number), output_type="np", **card.call)
+    return recorder.recording().interface
 
 
 def load_recorded(source: Source, interface: Interface, in_memory: bool = True) -> LoadedModel:
