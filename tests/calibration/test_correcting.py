@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,10 +15,11 @@ from tqdit.calibration import correcting
 from tqdit.calibration.config import PRESETS
 from tqdit.calibration.correcting import fit
 from tqdit.calibration.flow import calibrate
+from tqdit.calibration.placing import Placing
 from tqdit.cli.main import main
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import FileFormatError, SamplingError, UsageError
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
 
@@ -115,3 +117,41 @@ def test_an_export_carries_the_correction_and_a_step_graph_is_refused(table: Sca
     flags = ["-n", "1", "-o", str(tmp_path / "out.npz"), "--save-noise", str(path)]
     assert main(["sample", str(tmp_path / "model.engine"), *flags]) == 2
     assert not path.exists()
+
+
+def test_a_chain_with_two_calls_at_a_timestep_has_the_mean_of_both(tmp_path: Path) -> None:
+    model = tiny_model()
+    model = replace(model, sampling=replace(model.sampling, sampler="heun", steps=11))
+    correction = calibrate(model, replace(CONFIG, steps=11), tmp_path).table.correction
+    assert correction is not None
+    assert len(correction.timesteps) == 6
+    assert min(correction.deviation) > 0
+
+
+def test_a_quantized_network_that_predicts_no_numbers_is_refused(
+    table: ScaleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(correcting, "fit", lambda *_: (0.0, np.full(4, np.nan), 0.0))
+    with pytest.raises(SamplingError, match="quantized network"):
+        calibrate(tiny_model(), CONFIG, tmp_path)
+
+
+def test_biases_of_other_channels_are_refused_by_an_export(table: ScaleTable, tmp_path: Path) -> None:
+    assert table.correction is not None
+    bias = tuple(row[:2] for row in table.correction.bias)
+    altered = replace(table, correction=msgspec.structs.replace(table.correction, bias=bias))
+    with pytest.raises(UsageError, match="2 channels"):
+        tqdit.export(tiny_model(), tmp_path / "model.onnx", scales=altered)
+
+
+def test_placed_steps_are_checked_with_the_correction_that_an_engine_has(
+    table: ScaleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def run(self: Placing, quantized: object, meter: object) -> None:
+        given.append(self.correction)
+
+    monkeypatch.setattr(Placing, "run", run)
+    calibrate(tiny_model(), replace(CONFIG, calls=3), tmp_path)
+    assert given == [table.correction]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import tqdit
+from networks import Parallel, Tokens, described
 from support import assert_agrees, tiny_model
 from tables import random_rows
 from tqdit.bounds import BLOCKS
 from tqdit.calibration.config import PRESETS, QuantizationConfig
-from tqdit.calibration.flow import calibrate
+from tqdit.calibration.flow import Calibration, calibrate
 from tqdit.calibration.low_rank import find_branch
 from tqdit.calibration.without_rows import table_without_rows
 from tqdit.cli.main import main
@@ -28,6 +30,7 @@ from tqdit.models.rewrites import Rewrites, rewrite
 from tqdit.models.rotation import block_of, hadamard, rotate
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.fold import fold
+from tqdit.quantization.summary import facts
 from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
 
 SMALL = {"steps": 12, "groups": 1, "rows_per_group": 8, "chains": 2, "candidates": 20}
@@ -249,6 +252,27 @@ def test_every_method_works_on_rewritten_layers(tmp_path: Path, knobs: dict[str,
     assert calibrate(model, config, tmp_path / "other").table == table
 
 
+def test_a_table_computes_the_same_bits_before_it_is_written_and_after(tmp_path: Path) -> None:
+    model = tiny_model()
+    table = table_without_rows(model, replace(PRESETS["dynamic"], rank=2, weight_bits=4))
+    write_scale_table(tmp_path / "scales.safetensors", table)
+    read = read_scale_table(tmp_path / "scales.safetensors")
+    assert all(array.flags.c_contiguous for own in table.layers.values() for array in own.values())
+    inputs = random_rows(model.signature, 8)
+    np.testing.assert_array_equal(apply(model, table)(inputs), apply(model, read)(inputs))
+
+
+def test_parts_of_a_networks_own_are_rewritten_and_mend_one_another(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = described(Tokens(Parallel()), (4, 6))
+    config = replace(PRESETS["gptq"], **{**SMALL, "rows_per_group": 4}, rank=2)
+    run = Calibration(model, config, tmp_path, Console(quiet=True))
+    table = run.search(run.rows())
+    assert {f"body.proj_out.columns.{part}.core" for part in (0, 1)} <= set(table.by_module)
+    assert run.carried is not None
+    assert list(run.carried) == ["body.proj_out.columns.2.core"]  # what is left after the last part
+
+
 def test_a_rotation_and_a_branch_help_where_channels_are_uneven() -> None:
     """A network with large channels, without a calibration: the errors of its golden calls at 4 bits."""
     model = tiny_model()
@@ -272,6 +296,12 @@ def test_inspecting_tells_of_rewrites(
     said = capsys.readouterr().out
     assert ("of up to 64 channels" in said) == bool(table.settings["rotate"])
     assert ("beside 8 layer(s), of rank 2 to 2, float" in said) == bool(table.settings["rank"])
+    assert "columns  " not in said  # these layers are narrower than a group
+
+
+def test_inspecting_tells_of_groups_of_columns() -> None:
+    table = table_without_rows(tiny_model(), replace(PRESETS["dynamic"], rank=2, columns=8))
+    assert "8 layer(s), each a sum of 2 to 8 products" in dict(facts(table))["columns"]
 
 
 def test_layers_of_a_rewritten_network_are_diagnosed(calibrated: Calibrated, tmp_path: Path) -> None:
@@ -298,6 +328,20 @@ def test_layers_of_a_rewritten_network_are_diagnosed(calibrated: Calibrated, tmp
 def test_knobs_that_cannot_be_are_refused(knobs: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         QuantizationConfig(**knobs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name", "meant"),
+    [
+        ({"rank": 2}, "blocks.0.attn.qkv:weight_bits=4", "blocks.0.attn.qkv.core"),
+        ({"rank": 2}, "blocks.1.mlp.fc2:columns=4", "blocks.1.mlp.fc2.core"),
+        ({}, "blocks.1.mlp.fc2.core:columns=4", "blocks.1.mlp.fc2"),
+        ({"columns": 8}, "blocks.0.attn.proj.columns.7:weight_bits=4", "blocks.0.attn.proj.columns.0"),
+    ],
+)
+def test_a_wrong_name_of_a_layer_is_answered_with_the_nearest_one(knobs: dict[str, Any], name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"'{meant}'"):
+        table_without_rows(tiny_model(), replace(PRESETS["dynamic"], overrides=name, **knobs))
 
 
 def test_presets_that_divide_need_a_calibration() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import reference
 from sampling.test_chains import DDPM, SCHEDULES, SHAPE, network, request, signature
-from tqdit.errors import SamplingError
+from tqdit.errors import UsageError
 from tqdit.sampling import noise
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.correction import Correction
@@ -121,7 +121,7 @@ def test_steps_without_guidance_are_left_alone() -> None:
     [
         {"slope": (0.1,) * 11}, {"slope": (-0.1,) * 12}, {"deviation": (np.nan,) * 12}, {"bias": ((0.0,) * 3,) * 13},
         {"bias": (((0.0,) * 3,) * 11) + ((0.0,) * 2,)}, {"timesteps": TIMESTEPS[::-1]}, {"timesteps": ()},
-        {"guidance_scale": np.inf},
+        {"guidance_scale": np.inf}, {"bias": ((1e30,) * 3,) * 12}, {"deviation": (1e300,) * 12},
     ],
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(wrong: dict) -> None:
@@ -133,7 +133,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong: dict) -> None:
 
 def test_biases_of_other_channels_are_refused() -> None:
     found = Correction(TIMESTEPS, 1.5, (0.0,) * 12, ((0.0,) * 4,) * 12, (0.0,) * 12)
-    with pytest.raises(SamplingError, match="4 channels, the state has 3"):
+    with pytest.raises(UsageError, match="4 channels, the state has 3"):
         Chains(signature(), Guidance(1.5), 1, found)
 
 

@@ -307,7 +307,7 @@ Q_DIT = replace(GPTQ, equalize="none", attention=False, column_search=100)
 # AdaTSQ (arXiv 2602.09883): bits of each input in each group of timesteps, GPTQ weighted by the gradients over time.
 ADATSQ = replace(GPTQ, inputs="asymmetric_bits", bit_search=True, fisher_temperature=1.0)
 
-# As published, but for what docs/calibration.md says. Both leave attention float.
+# As published, but for what docs/methods.md says. Both leave attention float.
 VIDIT_Q = replace(
     DYNAMIC, inputs="dynamic_asymmetric", equalize="range", equalize_all=True, rotate=64, rows_per_group=64, chains=2
 )

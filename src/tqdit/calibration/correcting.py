@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.rows import random_requests, sampling_of
 from tqdit.calibration.work import WorkFolder
+from tqdit.errors import SamplingError
 from tqdit.models.loaded import LoadedModel
 from tqdit.sampling.chains import Chains
-from tqdit.sampling.correction import Correction
+from tqdit.sampling.correction import MOST, Correction
 from tqdit.sampling.process import Float64
 
 IMAGES = 16
@@ -30,7 +31,8 @@ def find_correction(
     """Both networks on the same states; the chains go on with the float prediction. Continued from the work folder.
 
     requests: what the chains are asked for in turn, (n, ...); None: drawn at random. done: told the number of chains
-    after each step. Raises SamplingError if a chain becomes NaN or infinite.
+    after each step. Raises SamplingError if a chain becomes NaN or infinite, or the quantized network's
+    errors are beyond `MOST`.
     """
     spec = sampling_of(model, config)
     scale = 1.0 if config.guidance_scale is None else config.guidance_scale
@@ -59,12 +61,18 @@ def find_correction(
             model.guidance.combine(wrong, np.full(IMAGES, scale, np.float32), prediction)
         slope, bias, deviation = fit(chains.prediction, prediction)
         found[step] = slope, deviation, *bias
+        if not (np.abs(found[step]) <= MOST).all():
+            raise SamplingError(
+                f"the quantized network predicts NaN or values beyond {MOST:g} at step {step} of {spec.steps}. "
+                "Calibrate with more bits, or check the model."
+            )
         if step % max(1, spec.steps // SAVES) == 0:
             arrays = {**chains.snapshot(), "found": found}
             folder.save("correction", {name: torch.from_numpy(array) for name, array in arrays.items()})
         done(IMAGES)
-    order = np.argsort(spec.schedule.timesteps)
-    found, timesteps = found[order], spec.schedule.timesteps[order]
+    timesteps, places = np.unique(spec.schedule.timesteps, return_inverse=True)
+    of_step = places == np.arange(len(timesteps))[:, None]  # a sampler may call the network twice at a timestep
+    found = of_step @ found / of_step.sum(1, keepdims=True)
     biases = tuple(map(tuple, found[:, 2:].tolist()))
     return Correction(
         tuple(timesteps.tolist()), scale, tuple(found[:, 0].tolist()), biases, tuple(found[:, 1].tolist())

@@ -5,6 +5,9 @@
     search   (3)  product by product -> a partial scale table each
     blocks   (4)  of method `reconstruct` alone: rounding and scales learned, unit by unit -> a partial table each
 
+Settings add searches by errors of the whole network: of columns before (2), of bits before (3). After the table come
+golden calls, errors along chains and placed steps, of the fake-quantized network.
+
 Each phase leaves its results in the work folder, so a killed run loses at most the batch or the product that it was in.
 """
 
@@ -85,7 +88,7 @@ def calibrate(
         rows = run.rows()
         run.choose_columns(rows)
         table = run.reconstruct(run.search(rows), rows)
-        table = run.with_correction(run.with_placed_steps(run.with_golden_calls(table, rows)))
+        table = run.with_placed_steps(run.with_correction(run.with_golden_calls(table, rows)))
     return Result(table, run.meter, run.folder)
 
 
@@ -119,6 +122,10 @@ class Calibration:
         self.rows_name = f"rows-{digest(row_facts)}"
         self.root = WorkFolder(work, model.device)
         self.folder = open_search(work, {"rows": row_facts, "config": config.to_json()}, model.device)
+
+    @property
+    def phases(self) -> int:
+        return 4 if self.config.method == "reconstruct" else 3
 
     def _take(self, config: QuantizationConfig) -> None:
         """The settings, and the rewrites and plans that they ask for."""
@@ -181,7 +188,7 @@ class Calibration:
         steps = trajectory.next_step + 1
         self.meter.forward("rows", self.config.chains * rows_per_image(self.model.guidance) * steps)
         save_every = max(1, self.spec.steps // SAVES_PER_TRAJECTORY)
-        with self.console.bar(self.spec.steps, "1/3 rows from chains", "steps") as bar:
+        with self.console.bar(self.spec.steps, f"1/{self.phases} rows from chains", "steps") as bar:
             bar.update(self.spec.steps - steps)
 
             def after(step: int) -> None:
@@ -213,7 +220,7 @@ class Calibration:
         picker = Picker(len(rows), self.config.token_share, self.config.seed)
         names = tuple(entry.name for entry in plans)
         found = Capture(model, names, rows.inputs, picker, cotangent, self.folder, label)
-        with self.console.bar(len(rows), "2/3 inputs and gradients", "rows") as bar:
+        with self.console.bar(len(rows), f"2/{self.phases} inputs and gradients", "rows") as bar:
             recorded = found.run(bar.update)
         self.meter.forward("inputs", found.forward_passes * recorded)
         self.meter.backward("gradients", recorded)
@@ -277,7 +284,7 @@ class Calibration:
         if self.config.method == "gptq":
             self._forget_halves()
             self.carried = {}
-        with self.console.bar(len(self.plans), "3/3 scales", "layers") as bar:
+        with self.console.bar(len(self.plans), f"3/{self.phases} scales", "layers") as bar:
             for entry in self.plans:
                 name = f"table-{entry.name}"
                 if not self.folder.has(name):
@@ -349,7 +356,7 @@ class Calibration:
             self.meter.forward("placed steps", images * rows_per_image(self.model.guidance))
 
         requests = self.data.requests if isinstance(self.data, Recording) else None
-        placing = Placing(self.model, self.config, self.folder, self.console, requests)
+        placing = Placing(self.model, self.config, self.folder, self.console, requests, table.correction)
         return replace(table, placed=placing.run(apply(self.model, table), meter))
 
     def with_correction(self, table: ScaleTable) -> ScaleTable:
@@ -380,7 +387,9 @@ class Calibration:
         error = problem.relative(solution.history[-1])
         layer, _, part = layer_plan.name.rpartition(".columns.")
         if layer and self.carried is not None:
-            self.carried = {f"{layer}.columns.{int(part) + 1}": problem.left_over(solution)}
+            number, *core = part.split(".")  # 'core' of a rewritten part that is the network's own
+            after = ".".join([str(int(number) + 1), *core])
+            self.carried = {f"{layer}.columns.{after}": problem.left_over(solution)}
         sites = []
         for role, operand in problem.operands.items():
             quantizer = operand.quantizer(solution.parameters[role])

@@ -9,6 +9,7 @@ from torch import nn
 
 from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig, wholes
 from tqdit.errors import UsageError
+from tqdit.models.columns import nearest
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
 from tqdit.models.rewrites import Rewrites
@@ -48,11 +49,12 @@ def rewrites_of(config: QuantizationConfig) -> Rewrites:
 
 def plan(model: LoadedModel, config: QuantizationConfig) -> tuple[LayerPlan, ...]:
     """The products that `config` quantizes, of a model whose layers are rewritten as it says."""
-    names = [product.name for product in model.products]
-    unknown = set(config.layer_knobs) - {whole for name in names for whole in wholes(name)}
+    known = {whole: None for product in model.products for whole in wholes(product.name)}
+    unknown = set(config.layer_knobs) - set(known)
     if unknown:
-        raise UsageError(f"--overrides names '{min(unknown)}', which is no layer of this model. Name one such as "
-                         f"'{names[-1]}'.")  # fmt: skip
+        name = min(unknown)
+        raise UsageError(f"--overrides names '{name}', which is no layer of this model. Name one such as "
+                         f"'{nearest(name, known)}'.")  # fmt: skip
     plans = (
         _plan_layer(model.network.get_submodule(product.name), product, config.for_layer(product.name))
         for product in model.products

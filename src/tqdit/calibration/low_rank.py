@@ -19,7 +19,7 @@ from tqdit.models.rewrites import Rewrites, Rewritten, Tensors
 from tqdit.quantization.fold import fold_layers
 from tqdit.quantization.rounding import range_scale, rounded
 
-ROUNDS = 10  # docs/calibration.md
+ROUNDS = 10  # docs/methods.md
 POWERS = 4  # of W W^T, between two orthonormalisations of the subspace
 SPARE = 8  # directions beside those that are kept, which make the kept ones exact sooner
 
@@ -63,7 +63,8 @@ def find_branch(weight: Tensor, rank: int, bits: int, widths: Sequence[int]) -> 
             best, found = error, (up, down)
         target = weight - nearest
     assert found is not None
-    return found
+    up, down = found  # in the order that a file holds them in: a product's last bits depend on it
+    return up.contiguous(), down.contiguous()
 
 
 def multiply_adds(elements: int, rank: int) -> int:

@@ -29,6 +29,7 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.ports import Signature
 from tqdit.quantization.table import PlacedSteps
 from tqdit.sampling.chains import Chains, run
+from tqdit.sampling.correction import Correction
 from tqdit.sampling.placement import FIRST_IMAGE, KEPT, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
 from tqdit.sampling.process import Diffusion, Flow
 from tqdit.sampling.schedule import SamplingSpec
@@ -70,9 +71,12 @@ class Placing:
 
     def __init__(
         self, model: LoadedModel, config: QuantizationConfig, folder: WorkFolder, console: Console,
-        requests: Mapping[str, NDArray[Any]] | None = None,
+        requests: Mapping[str, NDArray[Any]] | None = None, correction: Correction | None = None,
     ) -> None:  # fmt: skip
-        """requests: what the chains are asked for in turn, (n, ...); None: drawn at random."""
+        """requests: what the chains are asked for in turn, (n, ...); None: drawn at random. correction: that
+        engines apply to the chains of the quantized network.
+        """
+        self.correction = correction
         self.model, self.config, self.folder, self.console = model, config, folder, console
         process = model.sampling.process.noising
         assert process is not None
@@ -128,14 +132,14 @@ class Placing:
         """Geometric mean of the images' errors: a mean is decided by the few whose content changes."""
         found = self.folder.load_or_none(f"short-chain {name}")
         if found is None:
-            x = run(self._chains(spec, self.images[LEARNED:]), quantized)
+            x = run(self._chains(spec, self.images[LEARNED:], self.correction), quantized)
             found = {"errors": torch.from_numpy(relative_errors(x, ends))}
             self.folder.save(f"short-chain {name}", found)
         return float(found["errors"].clamp(1e-30, 1e30).log().mean().exp())
 
-    def _chains(self, spec: SamplingSpec, images: range) -> Chains:
+    def _chains(self, spec: SamplingSpec, images: range, correction: Correction | None = None) -> Chains:
         scale = 1.0 if self.config.guidance_scale is None else self.config.guidance_scale
-        chains = Chains(self.model.signature, self.model.guidance, len(images))
+        chains = Chains(self.model.signature, self.model.guidance, len(images), correction)
         for image in images:
             request = {name: values[image] for name, values in self.requests.items()}
             chains.add(spec.schedule, request, scale, self.config.seed, FIRST_IMAGE + image)

@@ -105,6 +105,8 @@ def export_graph(
                 "the scale table has a correction of sampling (tqdit-calibrate --correction), which a step graph does "
                 "not compute. Export the denoiser, or calibrate without it."
             )
+        if table.correction is not None:
+            table.correction.check_channels(model.signature.channels)
         model, table = fold(model, table)
     graph, card = finish_graph(trace_graph(model, config, table), model, config, table)
     if card.rows is not None:

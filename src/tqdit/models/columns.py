@@ -6,8 +6,9 @@ knows nothing of groups. The parts' weights are views of the layer's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import SequenceMatcher
 
 from torch import nn
 
@@ -23,6 +24,11 @@ def block_widths(model: LoadedModel) -> dict[str, int]:
         for product in model.products
         if product.place == "block" and isinstance(module := model.network.get_submodule(product.name), nn.Linear)
     }  # fmt: skip
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of the known names the one most like a wrong one, for messages."""
+    return max(known, key=lambda other: SequenceMatcher(None, name, other).ratio(), default="none")
 
 
 def part_widths(width: int, most: int) -> tuple[int, ...]:
@@ -41,7 +47,7 @@ def narrow(model: LoadedModel, most: int, layers: Mapping[str, int] | None = Non
     whole = {name: name.rpartition(".columns.")[0] for name in found}  # '' of a layer that is no part
     if unknown := sorted(set(layers) - set(found) - set(whole.values())):
         raise UsageError(f"'{unknown[0]}' cannot be in groups of columns: it is no linear layer of this network's "
-                         f"blocks. Name one such as '{max(found, default='none')}'.")  # fmt: skip
+                         f"blocks. Name one such as '{nearest(unknown[0], found)}'.")  # fmt: skip
     parts = {name: part_widths(width, layers.get(name, layers.get(whole[name], most))) for name, width in found.items()}
     parts = {name: widths for name, widths in parts.items() if len(widths) > 1}
     if not parts:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tqdit.errors import UsageError
-from tqdit.models.columns import narrow
+from tqdit.models.columns import block_widths, narrow
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, stand_in
 from tqdit.models.rotation import block_of, hadamard, rotate
@@ -89,11 +89,8 @@ def rewrite(
 
 
 def _wrapped(model: LoadedModel, rewrites: Rewrites, given: Mapping[str, Tensors], complete: bool) -> LoadedModel:
-    blocks = {
-        product.name: product
-        for product in model.products
-        if product.place == "block" and isinstance(model.network.get_submodule(product.name), nn.Linear)
-    }
+    widths = block_widths(model)
+    blocks = {product.name: product for product in model.products if product.name in widths}
     for name in given.keys() - blocks.keys():
         raise UsageError(f"'layer.{name}': this network has no such layer in a block. Calibrate this model.")
     matrix = cache(lambda size: hadamard(size).to(model.device))  # one of each size

@@ -66,6 +66,10 @@ def _equalised(table: ScaleTable) -> list[tuple[str, object]]:
 
 def _rewritten(table: ScaleTable) -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
+    parts = Counter(layer for name in table.by_module for layer, _, _ in [name.rpartition(".columns.")] if layer)
+    if parts:
+        found.append(("columns", f"{len(parts)} layer(s), each a sum of {min(parts.values())} to {max(parts.values())} "
+                                 "products of fewer input channels"))  # fmt: skip
     if rotate := table.count("rotate"):
         found.append(("rotated", f"inputs of blocks, in groups of up to {rotate} channels"))
     if ranks := [own["up"].shape[1] for own in table.layers.values() if "up" in own]:

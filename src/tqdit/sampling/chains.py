@@ -37,11 +37,8 @@ class Chains:
     ) -> None:
         """correction: of the network's errors; of chains with another guidance scale nothing is corrected."""
         signature.check_predicts_state()
-        if correction is not None and len(correction.bias[0]) != signature.state.row_shape[0]:
-            raise SamplingError(
-                f"the correction has biases of {len(correction.bias[0])} channels, the state has "
-                f"{signature.state.row_shape[0]}. Calibrate again."
-            )
+        if correction is not None:
+            correction.check_channels(signature.channels)
         self.correction = correction
         self._corrections: list[Float32] = []  # (T, 2 + C) or (1, 2 + C), one per chain if there is a correction
         self.signature, self.guidance = signature, guidance

@@ -14,11 +14,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.errors import UsageError
 from tqdit.sampling.process import Float64
 from tqdit.sampling.schedule import Schedule
 
 Float32 = NDArray[np.float32]
 GAIN, REDUCED, BIAS = range(3)  # columns of `Correction.of`; those from BIAS on are of the channels
+MOST = 1e6  # of any number; what is computed with them then fits into float32
 
 
 class Correction(msgspec.Struct, frozen=True):
@@ -40,14 +42,24 @@ class Correction(msgspec.Struct, frozen=True):
         lengths = {steps, len(self.slope), len(self.bias), len(self.deviation)}
         channels = {len(row) for row in self.bias}
         ascending = sorted(set(self.timesteps)) == [*self.timesteps]
-        if not steps or len(lengths) > 1 or len(channels) > 1 or not ascending or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"a correction at {steps} timesteps; expected as many finite numbers, timesteps ascending")
+        small = all(abs(number) <= MOST for number in numbers)  # which NaN is not
+        if not steps or len(lengths) > 1 or len(channels) > 1 or not ascending or not small:
+            raise ValueError(
+                f"a correction at {steps} timesteps; expected as many numbers, at most {MOST:g}, timesteps ascending"
+            )
         if min(*self.slope, *self.deviation) < 0:
             raise ValueError("a correction with slopes or deviations below 0")
 
     def __str__(self) -> str:
         """'at guidance scale 1.5, from errors at 250 timesteps'."""
         return f"at guidance scale {self.guidance_scale:g}, from errors at {len(self.timesteps)} timesteps"
+
+    def check_channels(self, channels: int) -> None:
+        """Raises UsageError if it belongs to another state."""
+        if len(self.bias[0]) != channels:
+            raise UsageError(
+                f"the correction has biases of {len(self.bias[0])} channels, the state has {channels}. Calibrate again."
+            )
 
     def of(self, schedule: Schedule, scale: float) -> Float32 | None:
         """1 / (1 + k), c^2 sigma_q^2 and b of each step of a chain, (T, 2 + C); None for another guidance scale.
