@@ -4,10 +4,12 @@ import multiprocessing
 import re
 import subprocess
 import sys
+from urllib.error import URLError
 
 import pytest
 
 from serve.client import GENERATIONS, Client
+from support import wait_until
 from tqdit.serve.settings import Settings
 
 
@@ -19,6 +21,13 @@ def test_a_child_process_keeps_jobs_only_if_it_is_told_to(gated, monkeypatch, sa
     assert running.ask("/v1/jobs", {"class": 1}).status == (202 if kept else 400)
     assert running.ask(GENERATIONS, {"class": 1, "response_format": "url"}).status == (200 if kept else 400)
     assert running.ask(GENERATIONS, {"class": 1}).status == 200
+
+
+def listens(client):
+    try:
+        return client.ask("/health/ready").status == 200
+    except URLError:
+        return False
 
 
 def test_several_worker_processes_of_uvicorn_serve(bundle, tmp_path):
@@ -34,6 +43,7 @@ def test_several_worker_processes_of_uvicorn_serve(bundle, tmp_path):
                 assert told[-1], "".join(told)
                 url = re.search(r"http://[\d.:]+", told[-1]) or url
             client = Client(url[0])
+            wait_until(lambda: listens(client))  # a moment after its start is complete
             assert [client.ask(GENERATIONS, {"class": 1}).status for _ in range(4)] == [200] * 4
             assert client.ask("/v1/jobs", {"class": 1}).status == 400
             process.terminate()

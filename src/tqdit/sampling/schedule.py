@@ -102,7 +102,8 @@ class SamplingSpec:
             check_timesteps(self.process, self.timesteps, self.steps)
         interval = self.guidance_interval
         if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
-            raise UsageError(f"guidance interval {interval}; expected two timesteps, lower first.")
+            found = ", ".join(f"{value:g}" for value in interval)
+            raise UsageError(f"guidance interval ({found}); expected two timesteps, lower first.")
         _ = self.schedule  # which knows what fits together
 
     @property
