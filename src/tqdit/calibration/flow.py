@@ -425,7 +425,7 @@ def make_table(
 ) -> ScaleTable:  # fmt: skip
     """The table of what was found under `config`. layers: as `fold_layers` takes them."""
     spec = sampling_of(model, config)
-    own = {"layer_columns": config.layer_columns} if config.layer_columns else {}
+    columns = {"layer_columns": config.layer_columns} if config.layer_columns else {}
     arrays = {name: {key: tensor.cpu().numpy() for key, tensor in own.items()} for name, own in layers.items()}
     sites = list(sites)
     for index, site in enumerate(sites):  # a layer that is not rewritten keeps its divisor beside its input's scale
@@ -438,7 +438,7 @@ def make_table(
         sites=tuple(sites),
         seed=config.seed,
         guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
-        settings={**config.to_json(), **own, "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
+        settings={**config.to_json(), **columns, "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
         versions=versions(model.device),
         errors=errors,
         layers=arrays,

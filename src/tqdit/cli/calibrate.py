@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
         "read it; best, all static scales that pay beyond it; gptq, the least error at any bits; fast, two regions "
         "only if they pay; dynamic, no search, scales at run time; paper, to the letter; q-diffusion, ptqd, ptq4dit, "
-        "q-dit and adatsq, after these papers; and the rows of the ablation (default: %(default)s)")  # fmt: skip
+        "q-dit, adatsq, vidit-q and svdquant, after these papers; and the rows of the ablation (default: "
+        "%(default)s)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
         "known noise, instead of the model's own chains")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="run the pipeline of the diffusers directory MODEL with each line "
