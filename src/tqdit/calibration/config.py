@@ -290,7 +290,8 @@ DYNAMIC = replace(
     rows_per_group=8, chains=1, alpha=0.4, beta=1.0, candidates=25,
 )  # fmt: skip
 
-# The least error that was found, at any number of bits: scales per token, weights rounded by what all tokens say.
+# The least error of eps at 8 and 4 bits of weights with all of attention in integers (docs/results/presets.md): scales
+# per token, weights rounded by what all tokens say.
 GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
 
 # Reconstruction of blocks, on rows of all timesteps with one scale each, as the papers have it.

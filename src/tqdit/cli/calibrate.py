@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, default=Path("scales.safetensors"), help="scale table to write (default: "
         "%(default)s)")  # fmt: skip
     add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
-        "read it; best, all static scales that pay beyond it; gptq, the least error at any bits; fast, two regions "
+        "read it; best, all static scales that pay beyond it; gptq, scales per token and GPTQ; fast, two regions "
         "only if they pay; dynamic, no search, scales at run time; paper, to the letter; q-diffusion, ptqd, ptq4dit, "
         "q-dit, adatsq, vidit-q and svdquant, after these papers; and the rows of the ablation (default: "
         "%(default)s)")  # fmt: skip
