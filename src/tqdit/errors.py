@@ -21,6 +21,9 @@ exits with 1, or with 2 if the command line is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
 
 class TqditError(Exception):
     """Base of every error that TQDiT raises on purpose."""
@@ -80,6 +83,11 @@ class DeadlineError(SamplingError, TimeoutError):
 
 class TqditWarning(UserWarning):
     """Something was assumed, or is not as a user may expect; the result may differ from what was meant."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of the known names the one most like a wrong one, for messages."""
+    return max(known, key=lambda other: SequenceMatcher(None, name, other).ratio(), default="none")
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from tqdit.calibration.config import NUMERATOR_KEYS, QuantizationConfig, wholes
-from tqdit.errors import UsageError
-from tqdit.models.columns import nearest
+from tqdit.errors import UsageError, nearest
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Place, Product, Scores, ValueProduct, is_linear
 from tqdit.models.rewrites import Rewrites

@@ -6,13 +6,12 @@ knows nothing of groups. The parts' weights are views of the layer's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from difflib import SequenceMatcher
 
 from torch import nn
 
-from tqdit.errors import UsageError
+from tqdit.errors import UsageError, nearest
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import SumOfColumns, stand_in
 
@@ -24,11 +23,6 @@ def block_widths(model: LoadedModel) -> dict[str, int]:
         for product in model.products
         if product.place == "block" and isinstance(module := model.network.get_submodule(product.name), nn.Linear)
     }  # fmt: skip
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Of the known names the one most like a wrong one, for messages."""
-    return max(known, key=lambda other: SequenceMatcher(None, name, other).ratio(), default="none")
 
 
 def part_widths(width: int, most: int) -> tuple[int, ...]:
