@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude-lean-runtime", action="store_true", help="with --version-compatible: leave the lean runtime out")
     add("--device", type=int, metavar="N", help="index of the GPU to build on (default: the current one)")
     add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
+    add("--refit", action="store_true", help="TensorRT: an engine whose weights can be replaced; if OUTPUT is such an "
+        "engine of the same graph and this machine has its GPU, replace them in place of compiling")  # fmt: skip
+    add("--weight-streaming", action="store_true", help="TensorRT: weights may stay in the host's memory; "
+        "--weight-budget of the commands that run it says how many")  # fmt: skip
     add(
         "--optimum", type=Path, metavar="DIR", help="OpenVINO: also write DIR/transformer for optimum-intel's pipelines"
     )
@@ -86,6 +90,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         manifest = build_engine(args.model, output, backend, config, progress)
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
+    if manifest.weights == "refitted":
+        console.say("replaced the weights of the engine that was there; its layers, and so its audit, are as before")
     if manifest.audit is not None:
         console.say(manifest.audit.line)
     if manifest.verified is not None:
@@ -136,4 +142,6 @@ def _config(args: argparse.Namespace) -> BuildConfig:
         lean_runtime="exclude" if args.exclude_lean_runtime else "embed",
         device=args.device,
         plugins=not args.no_plugins,
+        refit=args.refit,
+        weight_streaming=args.weight_streaming,
     )

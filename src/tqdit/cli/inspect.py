@@ -17,6 +17,7 @@ from tqdit.card import SHIPPED, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, Verified, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.gpu import Gpu
 from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.engines.run.verify import verify_bundle
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "code 1 if the engine is wrong")  # fmt: skip
     parser.add_argument("--device", type=int, metavar="N", help="with --verify: index of the GPU (default: the current "
         "one)")  # fmt: skip
+    parser.add_argument("--weight-budget", type=float, metavar="MIB", help="with --verify: weights on the GPU at most, "
+        "if the engine was built with --weight-streaming (default: all)")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         folder = Path(args.file)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
-        verdict = verify_bundle(folder, manifest, args.device)
+        verdict = verify_bundle(folder, manifest, Gpu.with_budget(args.device, args.weight_budget))
         verdict.check(str(folder))
         print(Verified.of(verdict).line)
         return None

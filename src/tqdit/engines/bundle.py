@@ -11,7 +11,7 @@ import platform
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -81,6 +81,7 @@ class Artefact:
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
     verified: Verified | None = None  # None: no golden calls, or they cannot run where it was built
+    weights: Literal["fixed", "refittable", "refitted"] = "fixed"  # can be replaced, and were since it was compiled
 
 
 @dataclass(frozen=True, kw_only=True)
