@@ -69,6 +69,16 @@ class Verified:
         return f"golden calls: {self.calls}, error against float {self.error:.1e} (expected {self.expected:.1e})"
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How fast the engine of one file was where several were built and the fastest was kept."""
+
+    file: str
+    attention: str | None  # its form; None: a float graph
+    median_ms: float  # of a call
+    rows: int  # of that call
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
     """What a backend compiled."""
@@ -92,6 +102,7 @@ class _Facts(Artefact):
     precision: str
     float_type: str = "fp32"  # of what is not integer
     files: dict[str, BundlePart] = field(default_factory=dict)
+    measured: tuple[Timing, ...] = ()  # of the files that the engine was chosen from; (): one file, or not measured
 
 
 @dataclass(frozen=True, kw_only=True)

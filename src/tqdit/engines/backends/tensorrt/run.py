@@ -315,8 +315,8 @@ def open_engine(
     """
     if weight_budget is not None and STREAMING not in manifest.target:
         raise UsageError(
-            f"{folder}: --weight-budget: all its weights lie on the GPU. Build it with tqdit-build --weight-streaming, or "
-            "leave it out."
+            f"{folder}: --weight-budget: all its weights lie on the GPU. Build it with tqdit-build --weight-streaming, "
+            "or leave it out."
         )
     trt = library.load("this engine")
     gpu = cuda.find_device(device)
