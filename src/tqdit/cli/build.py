@@ -28,7 +28,7 @@ The bundle is a folder with all that an edge server needs: compiled graph, decod
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="*", type=Path, default=[Path("model.onnx")], help="file that tqdit-export wrote (default: "
-        "model.onnx); of several, such as forms of attention, the one that is fastest on this machine is kept")  # fmt: skip
+        "model.onnx); of several, such as forms of attention, the fastest on this machine is kept")  # fmt: skip
     add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
     add("--backend", choices=["auto", *backend_names()], default="auto", help="default: the best one that is installed "
         "and runs on this machine")  # fmt: skip
@@ -119,8 +119,8 @@ def _timings(manifest: Manifest) -> Iterator[str]:
     quantization = manifest.card.quantization
     if quantization is not None and not manifest.measured and manifest.backend.startswith("tensorrt"):
         yield (
-            f"attention {quantization.attention}: not measured against other forms; pass a file of each (--attention of "
-            "tqdit-export) on the machine with the GPU, and the fastest is kept"
+            f"attention {quantization.attention}: not measured against other forms; pass a file of each (--attention "
+            "of tqdit-export) on the machine with the GPU, and the fastest is kept"
         )
 
 

@@ -556,7 +556,7 @@ def test_the_engine_of_another_backend_is_refused(manifest, plan):
         run.TensorRTEngine.open(plan.parent)
 
 
-@pytest.mark.parametrize("opened", [Sampler, Denoiser])
+@pytest.mark.parametrize("opened", [Sampler, Denoiser, run.TensorRTEngine])
 def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkeypatch, opened, tmp_path):
     """At the first opening on a GPU, if the engine was built where it could not run."""
     monkeypatch.setattr(type(TENSORRT), "load", lambda *_: trt)
@@ -579,7 +579,9 @@ def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkey
     assert calls() > 0
     assert calls() == 0
     (record,) = (tmp_path / "cache" / "tqdit" / "verified").iterdir()
-    assert "NVIDIA L4 8.9, TensorRT 11.4.0" in record.read_text()
+    assert "NVIDIA L4 8.9, 58 multiprocessors, driver of CUDA 12.8, TensorRT 11.4.0" in record.read_text()
+    gpu.version = 13000
+    assert calls() > 0
     gpu.names[0] = "NVIDIA L40S"
     assert calls() > 0
     bundle(compute(fed), verified=Verified(3, 1e-3, 1e-3))  # on another machine

@@ -1,4 +1,4 @@
-"""Several files of one network, such as its forms of attention: build each, time them on this machine, keep the fastest.
+"""Several files of one network, such as its forms of attention: build each, time them here, keep the fastest.
 
 Which form is the fastest depends on the machine, the backend and the batch, so nothing chooses one unmeasured.
 """
@@ -89,8 +89,8 @@ def _check_alike(files: Sequence[Path]) -> None:
 
 
 def _not_measured(files: Sequence[Path], why: str) -> None:
-    warnings.warn(f"not measured ({why.rstrip('.')}): keeping {files[0]}, the first of {len(files)} files.", TqditWarning,
-                  stacklevel=3)  # fmt: skip
+    text = f"not measured ({why.rstrip('.')}): keeping {files[0]}, the first of {len(files)} files."
+    warnings.warn(text, TqditWarning, stacklevel=3)
 
 
 def _timed(

@@ -29,6 +29,7 @@ from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
 from tqdit.engines.gpu import Device, Gpu
 from tqdit.engines.process import Process
+from tqdit.engines.run.verify import verify_once
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
 from tqdit.files import cache_folder
 
@@ -74,9 +75,9 @@ class TensorRTEngine:
     ) -> None:  # fmt: skip
         self._library, self._trt, self._file = library, trt, file
         self._device = cuda.find_device(device)
-        self.place = f"{self._device.name} {self._device.capability}, {library.title} {trt.__version__}"
+        self.place = f"{self._device.kind}, {library.title} {trt.__version__}"
         self._captures = not library.is_rtx
-        self._cache = RuntimeCache(_cache_file(manifest, file, self._device)) if library.is_rtx else None
+        self._cache = RuntimeCache(_cache_file(manifest, file, self.place)) if library.is_rtx else None
         self._lock, self._process = threading.Lock(), Process()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         is_entry = file.name == manifest.entry  # the decoder has one row for each image
@@ -100,8 +101,9 @@ class TensorRTEngine:
     def open(cls, path: str | Path, device: Device = None) -> TensorRTEngine:
         """Open the graph of a bundle of `tensorrt` or `tensorrt-rtx`, after checking every file of it.
 
-        For `run_on_device`; `Sampler.open` samples. device: index of the GPU, or a `Gpu`; None: the
-        current one. Raises FileFormatError for a damaged bundle, BackendError if it cannot run here.
+        For `run_on_device`; `Sampler.open` samples. device: index of the GPU, or a `Gpu`; None: the current one. Golden
+        calls run once for each GPU. Raises FileFormatError for a damaged bundle, BackendError if it cannot run here,
+        VerificationError if it is wrong.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -109,9 +111,15 @@ class TensorRTEngine:
         if manifest.backend not in LIBRARIES:
             raise UsageError(f"{folder}: built for {manifest.backend}, expected {' or '.join(LIBRARIES)}.")
         gpu, library = Gpu.of(device), LIBRARIES[manifest.backend]
-        return open_engine(
+        engine = open_engine(
             library, folder, manifest, manifest.entry, device=gpu.index, weight_budget=gpu.weight_budget_bytes
         )
+        try:
+            verify_once(folder, manifest, engine)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """NumPy in, NumPy out. Rows are filled up to the next bucket with copies of the last one."""
@@ -290,10 +298,10 @@ class TensorRTEngine:
         return self._pool.allocate(size_bytes, stream=self._stream)
 
 
-def _cache_file(manifest: Manifest, file: Path, device: cuda.Device) -> Path:
-    """Where what TensorRT-RTX compiles for one plan and one kind of GPU is kept."""
+def _cache_file(manifest: Manifest, file: Path, place: str) -> Path:
+    """Where what TensorRT-RTX compiles for one plan, kind of GPU, driver and release is kept."""
     plan = manifest.files[file.name].sha256 if file.name in manifest.files else file.name
-    kind = re.sub(r"\W+", "-", f"{device.name} {device.capability}").strip("-")
+    kind = re.sub(r"\W+", "-", place).strip("-")
     return cache_folder("tensorrt-rtx") / f"{plan[:32]}-{kind}.cache"
 
 
