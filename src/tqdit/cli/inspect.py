@@ -17,7 +17,7 @@ from tqdit.card import SHIPPED, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, Verified, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.gpu import Gpu
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.engines.run.verify import verify_bundle
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         folder = Path(args.file)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
-        verdict = verify_bundle(folder, manifest, Gpu.with_budget(args.device, args.weight_budget))
+        verdict = verify_bundle(folder, manifest, GpuShare.with_budget(args.device, args.weight_budget))
         verdict.check(str(folder))
         print(Verified.of(verdict).line)
         return None
@@ -138,6 +138,8 @@ def _bundle(path: Path) -> Facts:
             [("custom ops", ", ".join(f"{op}: {what}" for op, what in manifest.plugins.items()))]
             * bool(manifest.plugins)
         ),
+        *([] if manifest.weights == "fixed" else [("weights", manifest.weights)]),
+        *[(f"{timing.median_ms:.2f} ms", f"{timing.rows} rows, {timing.file}") for timing in manifest.measured],
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
         *([] if manifest.card.text is None else [("text encoders", manifest.card.text.summary)]),

@@ -12,7 +12,7 @@ from tqdit.bounds import check_count
 from tqdit.card import GraphCard
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
-from tqdit.engines.gpu import Gpu
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import FRAMES_PER_S, check_output, kind_of, write_images, write_npz
 from tqdit.engines.run.noise_file import check_noise_file, check_size, write_noise
@@ -210,7 +210,7 @@ def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
 
 
 def _open(args: argparse.Namespace) -> Sampler:
-    gpu = Gpu.with_budget(args.device, args.weight_budget)
+    gpu = GpuShare.with_budget(args.device, args.weight_budget)
     return Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=gpu)
 
 

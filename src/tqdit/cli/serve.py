@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tqdit.console import Console
-from tqdit.engines.gpu import Gpu
+from tqdit.engines.gpu import GpuShare
 from tqdit.errors import OutputError, UsageError, first_line
 from tqdit.serve.app import make_app
 from tqdit.serve.server import Server
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     key, is_local = os.environ.get(KEY), _is_loopback(args.host)
     hosts = {*LOCAL, args.host.lower()} if is_local and key is None and args.ray is None else ()
     settings = Settings(
-        batch=args.batch, threads=args.threads, device=Gpu.with_budget(args.device, args.weight_budget),
+        batch=args.batch, threads=args.threads, device=GpuShare.with_budget(args.device, args.weight_budget),
         queue=args.queue, deadline_s=args.deadline, most_images=args.most_images,
         most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
         cors_origins=tuple(args.cors_origin), api_key=key, hosts=tuple(sorted(hosts)),

@@ -92,6 +92,7 @@ class Artefact:
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
     verified: Verified | None = None  # None: no golden calls, or they cannot run where it was built
     weights: Literal["fixed", "refittable", "refitted"] = "fixed"  # can be replaced, and were since it was compiled
+    streams_weights: bool = False  # some may stay in the host's memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,9 @@ class BuildConfig:
     refit: bool = (
         False  # an engine whose weights can be replaced; those of one that is there are, if nothing else differs
     )
-    weight_streaming: bool = False  # an engine whose weights may stay in the host's memory (Gpu.weight_budget_bytes)
+    weight_streaming: bool = (
+        False  # an engine whose weights may stay in the host's memory (GpuShare.weight_budget_bytes)
+    )
     base: Path | None = None  # with refit, the bundle whose weights may be replaced; chosen by `build_engine`
 
     def refuse_unknown(self, backend: str, honoured: frozenset[str]) -> None:

@@ -10,7 +10,7 @@ MOST_MIB = 2**24
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuShare:
     """index: of the GPU; None: the current one.
 
     weight_budget_bytes: weights on the GPU at most, of an engine of TensorRT or TensorRT-RTX that was built with
@@ -28,15 +28,15 @@ class Gpu:
             check_count("weight budget", self.weight_budget_bytes, 0)
 
     @classmethod
-    def of(cls, device: Device) -> Gpu:
-        return device if isinstance(device, Gpu) else cls(device)
+    def of(cls, device: GpuChoice) -> GpuShare:
+        return device if isinstance(device, GpuShare) else cls(device)
 
     @classmethod
-    def with_budget(cls, index: int | None, mebibytes: float | None) -> Device:
+    def with_budget(cls, index: int | None, mebibytes: float | None) -> GpuChoice:
         """From `--device` and `--weight-budget`; None if neither is given."""
         if mebibytes is None:
             return index
         return cls(index, int(check_number("--weight-budget", mebibytes, 0, MOST_MIB) * 2**20))
 
 
-Device = int | Gpu | None  # an index alone is enough
+GpuChoice = int | GpuShare | None  # an index alone is enough

@@ -195,6 +195,8 @@ def test_the_command_says_what_it_did(release, source, tuned, tmp_path, capsys):
         assert cli.run("build", [str(file), "--backend", "tensorrt", "--refit", "-o", str(bundle)]) == 0
     told = capsys.readouterr()
     assert (told.out + told.err).count("replaced the weights of the engine that was there") == 1
+    assert cli.main(["inspect", str(bundle)]) == 0
+    assert "refitted" in capsys.readouterr().out
 
 
 def test_refit_and_a_version_compatible_plan_are_refused(release, source, tmp_path):
@@ -204,7 +206,7 @@ def test_refit_and_a_version_compatible_plan_are_refused(release, source, tmp_pa
 
 def test_weights_are_streamed_by_a_flag(release, source, tmp_path):
     config = BuildConfig(weight_streaming=True, plugins=False)
-    build_engine(source, tmp_path / "a.engine", "tensorrt", config)
+    assert build_engine(source, tmp_path / "a.engine", "tensorrt", config).streams_weights
     assert "WEIGHT_STREAMING" in {call.get("flag") for call in release()}
 
 

@@ -16,7 +16,7 @@ from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange
-from tqdit.engines.gpu import Gpu
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.verify import verify_bundle
@@ -192,8 +192,8 @@ def test_a_decoder_keeps_its_weights(gpu, manifest, plan):
 def test_a_budget_that_cannot_be_kept_is_refused(gpu, manifest, plan, monkeypatch):
     def opened(trt, built_for_it=True):
         monkeypatch.setattr("tqdit.engines.backends.tensorrt.library.need", lambda *_: trt)
-        target = manifest.target | ({"weight_streaming": "yes"} if built_for_it else {})
-        run.open_engine(TENSORRT, plan.parent, replace(manifest, target=target), "engine.plan", weight_budget=0).close()
+        built = replace(manifest, streams_weights=built_for_it)
+        run.open_engine(TENSORRT, plan.parent, built, "engine.plan", weight_budget=0).close()
 
     opened(FakeTensorRT(gpu))
     with pytest.raises(
@@ -210,9 +210,9 @@ def test_a_budget_that_cannot_be_kept_is_refused(gpu, manifest, plan, monkeypatc
 
 
 def test_a_gpu_may_have_a_budget():
-    assert Gpu.with_budget(1, None) == 1
-    assert Gpu.with_budget(None, 1.5) == Gpu(None, 3 * 2**19)
-    for made in (lambda: Gpu(-1), lambda: Gpu(0, -1), lambda: Gpu.with_budget(0, -2.0)):
+    assert GpuShare.with_budget(1, None) == 1
+    assert GpuShare.with_budget(None, 1.5) == GpuShare(None, 3 * 2**19)
+    for made in (lambda: GpuShare(-1), lambda: GpuShare(0, -1), lambda: GpuShare.with_budget(0, -2.0)):
         with pytest.raises(UsageError):
             made()
 

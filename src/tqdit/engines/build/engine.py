@@ -26,7 +26,7 @@ from tqdit.engines.bundle import (
     write_manifest,
 )
 from tqdit.engines.config import LAYERS_FILE, PRECISIONS, QUANTIZED, BuildConfig, FloatType, Progress, silent
-from tqdit.engines.gpu import Gpu
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import BackendError, FileFormatError, TqditWarning, UsageError, VerificationError
 from tqdit.files import bring, sha256, temporary_folder, whole_folder
@@ -141,7 +141,7 @@ def _verified(
     if CALLS_FILE not in manifest.files or not runs_here:
         return manifest
     try:
-        verdict = verify_bundle(folder, manifest, Gpu(config.device, 0 if config.weight_streaming else None))
+        verdict = verify_bundle(folder, manifest, GpuShare(config.device, 0 if config.weight_streaming else None))
     except BackendError:
         if not config.targets:
             raise

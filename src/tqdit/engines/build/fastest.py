@@ -19,7 +19,7 @@ from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import Manifest, Timing, check_overwrite, write_manifest
 from tqdit.engines.config import BuildConfig, Progress, silent
-from tqdit.engines.gpu import Gpu
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
 from tqdit.files import temporary_folder, whole_folder
@@ -97,7 +97,7 @@ def _timed(
     files: Sequence[Path], folders: Sequence[Path], manifests: Sequence[Manifest], config: BuildConfig
 ) -> tuple[Timing, ...]:
     """Milliseconds of a call of each engine."""
-    device = Gpu(config.device) if config.device is not None else None
+    device = GpuShare(config.device) if config.device is not None else None
     rows = _rows(manifests[0])
     inputs = _inputs(manifests[0].card.signature, rows)
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from tqdit.bounds import MOST_THREADS, check_count
 from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
-from tqdit.engines.gpu import Device, Gpu
+from tqdit.engines.gpu import GpuChoice, GpuShare
 from tqdit.engines.process import Process
 from tqdit.errors import BackendError, UsageError
 
@@ -62,10 +62,10 @@ class InParts:
 
 
 def open_engine(
-    folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: Device = None
+    folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: GpuChoice = None
 ) -> Engine:
     """One compiled file of a bundle, for any number of rows that it was built for. device: of a GPU."""
-    side, gpu = runner(manifest.backend), Gpu.of(device)
+    side, gpu = runner(manifest.backend), GpuShare.of(device)
     chosen = {} if gpu.index is None else {"device": gpu.index}
     if chosen and not getattr(side, "TAKES_DEVICE", False):
         raise UsageError(f"{folder}: --device is the index of a GPU; {manifest.backend} engines run on the CPU.")
@@ -120,16 +120,16 @@ def check_threads(threads: int | None) -> None:
 
 
 def open_bundle(
-    path: str | Path, threads: int | None, device: Device = None
+    path: str | Path, threads: int | None, device: GpuChoice = None
 ) -> tuple[Manifest, Callable[[str], Engine]]:
     """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
 
     threads: CPU threads per call; None leaves it to the backend. device: index of the GPU that runs it, or a
-    `Gpu`. Raises FileFormatError for a damaged bundle, UsageError for a step graph; opening a file raises BackendError
-    if it cannot run here.
+    `GpuShare`. Raises FileFormatError for a damaged bundle, UsageError for a step graph; opening a file raises
+    BackendError if it cannot run here.
     """
     check_threads(threads)
-    device = Gpu.of(device)
+    device = GpuShare.of(device)
     folder = Path(path)
     manifest = read_manifest(folder)
     check_graph(manifest.card, f"{folder}:")

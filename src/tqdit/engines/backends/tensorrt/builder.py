@@ -159,6 +159,7 @@ def build(
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
         weights="fixed" if record is None else "refittable",
+        streams_weights=config.weight_streaming,
     )
 
 
@@ -294,8 +295,6 @@ def _target(library: Library, targets: tuple[str, ...], config: BuildConfig) -> 
     target = {"compute_capabilities": ",".join(targets)}
     if not library.is_rtx:
         target["machine"] = platform.machine()
-    if config.weight_streaming:
-        target["weight_streaming"] = "yes"
     return target | ({"version_compatible": config.lean_runtime} if config.version_compatible else {})
 
 

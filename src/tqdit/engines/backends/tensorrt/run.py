@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log, RuntimeCache
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
-from tqdit.engines.gpu import Device, Gpu
+from tqdit.engines.gpu import GpuChoice, GpuShare
 from tqdit.engines.process import Process
 from tqdit.engines.run.verify import verify_once
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
@@ -36,7 +36,6 @@ from tqdit.files import cache_folder
 SHAPES_KEPT = 16  # buckets of rows whose buffers and graph are kept; the longest unused one goes first
 ALLOW_CODE = "TQDIT_ALLOW_ENGINE_CODE"
 LEAN_LIBRARY = "TQDIT_TENSORRT_LEAN"
-STREAMING = "weight_streaming"  # in the target of a bundle that was built for it
 
 
 @dataclass(frozen=True)
@@ -98,19 +97,19 @@ class TensorRTEngine:
             self._scratch = self._allocate(max(1, int(self._engine.device_memory_size_v2)))
 
     @classmethod
-    def open(cls, path: str | Path, device: Device = None) -> TensorRTEngine:
+    def open(cls, path: str | Path, device: GpuChoice = None) -> TensorRTEngine:
         """Open the graph of a bundle of `tensorrt` or `tensorrt-rtx`, after checking every file of it.
 
-        For `run_on_device`; `Sampler.open` samples. device: index of the GPU, or a `Gpu`; None: the current one. Golden
-        calls run once for each GPU. Raises FileFormatError for a damaged bundle, BackendError if it cannot run here,
-        VerificationError if it is wrong.
+        For `run_on_device`; `Sampler.open` samples. device: index of the GPU, or a `GpuShare`; None: the current one.
+        Golden calls run once for each GPU. Raises FileFormatError for a damaged bundle, BackendError if it cannot run
+        here, VerificationError if it is wrong.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
         if manifest.backend not in LIBRARIES:
             raise UsageError(f"{folder}: built for {manifest.backend}, expected {' or '.join(LIBRARIES)}.")
-        gpu, library = Gpu.of(device), LIBRARIES[manifest.backend]
+        gpu, library = GpuShare.of(device), LIBRARIES[manifest.backend]
         engine = open_engine(
             library, folder, manifest, manifest.entry, device=gpu.index, weight_budget=gpu.weight_budget_bytes
         )
@@ -321,7 +320,7 @@ def open_engine(
     `threads` has no meaning for a GPU. device: its index; None: the current one. weight_budget: bytes of weights on
     it at most; None: all.
     """
-    if weight_budget is not None and STREAMING not in manifest.target:
+    if weight_budget is not None and not manifest.streams_weights:
         raise UsageError(
             f"{folder}: --weight-budget: all its weights lie on the GPU. Build it with tqdit-build --weight-streaming, "
             "or leave it out."
