@@ -84,6 +84,18 @@ def test_an_engine_for_another_gpu_is_not_measured(forms, tmp_path, monkeypatch)
     assert (manifest.measured, manifest.card.quantization.attention) == ((), "float")
 
 
+def test_what_the_compiler_said_of_a_refused_one_is_kept(forms, tmp_path, monkeypatch):
+    def refuse(source, output, *_):
+        kept = output.with_name(f"{output.name}.layers.txt")
+        kept.write_text("layers")
+        raise BackendError(f"2 products would run in float. The compiler's own list of layers: {kept}")
+
+    monkeypatch.setattr(fastest, "build_engine", refuse)
+    with pytest.raises(BackendError, match=rf"list of layers: {tmp_path}/a\.engine\.layers\.txt$"):
+        build_fastest(forms, tmp_path / "a.engine")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.engine.layers.txt"]
+
+
 def test_files_of_different_networks_are_refused(forms, tmp_path):
     write(tmp_path / "other.onnx", *support.exported(ExportConfig(), pixels=True))
     with pytest.raises(UsageError, match=r"other\.onnx: of another network than .*float\.onnx"):

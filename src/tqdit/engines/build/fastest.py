@@ -8,8 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import Manifest, Timing, check_overwrite, write_manifest
-from tqdit.engines.config import BuildConfig, Progress, silent
+from tqdit.engines.config import LAYERS_FILE, BuildConfig, Progress, silent
 from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
@@ -61,10 +61,12 @@ def build_fastest(
         temporary_folder(output.with_name(f"{output.name}.forms")) as place,
     ):
         folders = [place / str(number) for number in range(len(files))]
-        manifests = [
-            build_engine(file, made, backend, config, progress) for file, made in zip(files, folders, strict=True)
-        ]
-        best, measured = 0, ()
+        with _layers_kept(place, output):
+            manifests = [
+                build_engine(file, made, backend, config, progress) for file, made in zip(files, folders, strict=True)
+            ]
+        best = 0
+        measured: tuple[Timing, ...] = ()
         try:
             measured = _timed(files, folders, manifests, config)
             best = min(range(len(files)), key=lambda number: measured[number].median_ms)
@@ -75,6 +77,18 @@ def build_fastest(
         manifest = replace(manifests[best], measured=measured)
         write_manifest(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _layers_kept(place: Path, output: Path) -> Iterator[None]:
+    """What a compiler said of a refused engine goes from the temporary folder to where a build of one file keeps it."""
+    try:
+        yield
+    except BackendError as error:
+        for file in place.glob(f"*.{LAYERS_FILE}"):
+            kept = file.replace(output.with_name(f"{output.name}.{LAYERS_FILE}"))
+            raise BackendError(str(error).replace(str(file), str(kept))) from error
+        raise
 
 
 def _check_alike(files: Sequence[Path]) -> None:
