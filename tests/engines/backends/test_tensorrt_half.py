@@ -138,8 +138,8 @@ def test_every_quantized_product_of_a_network_writes_float16(tmp_path, kind, for
 @pytest.mark.parametrize(("kind", "form"), KINDS.values(), ids=KINDS)
 def test_the_network_stays_as_right_as_it_was(tmp_path, kind, form):
     """Exactly computed it is the same network but for the order of float32's factors, which may flip a code of one row
-    or two (which ones depends on the processor). Rounded, codes flip behind the products of this coarse model (3 % of the
-    output, relative L2), but its error against the float network stays.
+    or two (which ones depends on the processor). Rounded, codes flip behind the products of this coarse model (3 % of
+    the output, relative L2), but its error against the float network stays.
     """
     before, after, number, _ = prepared(tmp_path, kind, form)
     write(tmp_path / "float.onnx", *support.exported())
