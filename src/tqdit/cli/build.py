@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
     add("--refit", action="store_true", help="TensorRT: an engine whose weights can be replaced; if OUTPUT is such an "
         "engine of the same graph and this machine has its GPU, replace them in place of compiling")  # fmt: skip
-    add("--weight-streaming", action="store_true", help="TensorRT: weights may stay in the host's memory; "
-        "--weight-budget of the commands that run it says how many")  # fmt: skip
+    add("--weight-streaming", action="store_true", help="TensorRT: weights may stay in the host's memory "
+        "(tqdit-sample --weight-budget)")  # fmt: skip
     add(
         "--optimum", type=Path, metavar="DIR", help="OpenVINO: also write DIR/transformer for optimum-intel's pipelines"
     )
@@ -119,8 +119,8 @@ def _timings(manifest: Manifest) -> Iterator[str]:
     quantization = manifest.card.quantization
     if quantization is not None and not manifest.measured and manifest.backend.startswith("tensorrt"):
         yield (
-            f"attention {quantization.attention}: not measured against other forms; pass a file of each (--attention "
-            "of tqdit-export) on the machine with the GPU, and the fastest is kept"
+            f"attention {quantization.attention}: not measured against other forms; pass a file of each "
+            "(tqdit-export --attention) on the machine with the GPU, and the fastest is kept"
         )
 
 

@@ -322,8 +322,8 @@ def open_engine(
     """
     if weight_budget is not None and not manifest.streams_weights:
         raise UsageError(
-            f"{folder}: --weight-budget: all its weights lie on the GPU. Build it with tqdit-build --weight-streaming, "
-            "or leave it out."
+            f"{folder}: cannot be sampled with --weight-budget, since all its weights lie on the GPU. Leave it out, or "
+            "build the engine with --weight-streaming."
         )
     trt = library.load("this engine")
     gpu = cuda.find_device(device)
@@ -348,7 +348,7 @@ def open_engine(
 def _limit_weights(engine: Any, budget: int, file: Path, release: str) -> None:
     """Leave all but `budget` bytes of the weights in the host's memory. Raises UsageError if the library cannot."""
     if not hasattr(engine, "weight_streaming_budget_v2"):
-        raise UsageError(f"--weight-budget: {release} has no weight_streaming_budget_v2. Leave it out.")
+        raise UsageError(f"sampling with --weight-budget: {release} has no weight_streaming_budget_v2. Leave it out.")
     size = int(engine.streamable_weights_size)  # 0 of a network whose weights are all too small
     engine.weight_streaming_budget_v2 = min(budget, size)
     if int(engine.weight_streaming_budget_v2) != min(budget, size):
