@@ -1,6 +1,6 @@
 """What the compiler makes of the block shapes of fused attention, of float16 and of int8, with or without a GPU.
 
-    python benchmarks/kernel_resources.py [--head 72] [--tokens 256 1024] [--json resources.json]
+    python benchmarks/kernel_resources.py [--kinds fp16 int8] [--head 72] [--tokens 256 1024] [--json resources.json]
 
 Registers and spilled bytes of a thread, shared memory of a block, warps that fit one multiprocessor, and where the
 scores stay on chip (straight-line code, so the static count is what runs) the instructions of one thread per score.
@@ -27,6 +27,7 @@ from tqdit.plugins.multi_region_attention import plan
 from tqdit.plugins.multi_region_integer_attention import plan as integer_plan
 
 SHARED = {(8, 0): 167936, (8, 9): 102400, (9, 0): 233472, (12, 0): 102400}  # bytes of one multiprocessor
+KINDS = ("fp16", "int8")
 REGISTERS = 65536  # of one multiprocessor
 SHARED_OF_A_BLOCK = 1024  # what the driver takes for itself
 
@@ -80,12 +81,13 @@ def resources(kind: str, capability: tuple[int, int], head: int, tokens: int, bl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--head", type=int, default=72)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = []
-    for kind, tokens, capability in itertools.product(("fp16", "int8"), args.tokens, SHARED):
+    for kind, tokens, capability in itertools.product(args.kinds, args.tokens, SHARED):
         for blocks in shapes_of(kind, args.head, tokens):
             found.append(resources(kind, capability, args.head, tokens, blocks))
             print(" ".join(f"{key}={value:.1f}" if isinstance(value, float) else f"{key}={value}"
