@@ -99,7 +99,7 @@ def test_shapes_and_types(contract):
     assert contract["TimeGroupSelect"]["out_shapes"] == [[70, 1, 1, 3]]
     assert contract["MultiRegionSoftmax"]["out_shapes"] == [[3, 2, 50, 50]]
     assert contract["MultiRegionNumerator"]["out_shapes"] == [[3, 2, 50, 50], [3, 2, 50, 1]]
-    for name in (*ATTENTIONS, *INTEGER_CASES):
+    for name in (*ATTENTIONS, *INTEGER_ATTENTIONS):
         assert contract[name]["out_shapes"] == [[3, 2, 200, 72]]
     kinds = {name: result["out_types"] for name, result in contract.items()}
     assert kinds["TimeGroupSelect"] == ["DataType.FLOAT"]
@@ -130,7 +130,7 @@ def test_launches_take_the_symbolic_batch(contract):
             (2, 3, 3, int(np.float32(0.01).view(np.int32)))
         }
     candidates = integer_attention.candidates(72, 200)
-    for name in INTEGER_CASES:
+    for name in INTEGER_ATTENTIONS:
         launches = [kernel["launch"] for kernel in contract[name]["kernels"]]
         assert [launch["grid_x"] for launch in launches] == [6 * -(-200 // each.queries) for each in candidates]
         assert [launch["block_x"] for launch in launches] == [32 * each.warps for each in candidates]

@@ -1,9 +1,8 @@
 """MultiRegionIntegerAttention(q int8[B,H,N,d], k int8[B,H,M,d], v int8[B,H,d,M], mask float[B,H,N,M], scale float[B],
 low_step float[B], out_scale float[B], out_shift float[B]; bits, high_step, out_type) -> out_type[B,H,N,d].
 
-`out_type` is a number of ONNX: FLOAT, FLOAT16, BFLOAT16 or INT8. The body computes in float32. A DequantizeLinear with
-the scale 1 is the exact conversion from int8 that every engine has. Its zero point is spelled out: ONNX Runtime 1.31
-moves a Transpose through one that has none as if the codes were uint8.
+`out_type` is a number of ONNX: FLOAT, FLOAT16, BFLOAT16 or INT8. The body computes in float32. It has no DequantizeLinear:
+TensorRT's parser gives those of two calls of a function one name, and refuses the second.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ INPUTS = """
     <bits, high_step, out_type> (q, k, v, mask, scale, low_step, out_scale, out_shift) => (attended)
 """
 MASKED_SCORES = """
-    unit = Constant <value_float: float = 1.0> ()
-    zero = Constant <value: tensor = int8 {0}> ()
-    k_columns_int8 = Transpose <perm: ints = [0, 1, 3, 2]> (k)
-    v_rows_int8 = Transpose <perm: ints = [0, 1, 3, 2]> (v)
-    q_float = DequantizeLinear (q, unit, zero)
-    k_columns = DequantizeLinear (k_columns_int8, unit, zero)
-    v_rows = DequantizeLinear (v_rows_int8, unit, zero)
+    q_float = Cast <to: int = 1> (q)
+    k_float = Cast <to: int = 1> (k)
+    v_float = Cast <to: int = 1> (v)
+    k_columns = Transpose <perm: ints = [0, 1, 3, 2]> (k_float)
+    v_rows = Transpose <perm: ints = [0, 1, 3, 2]> (v_float)
     product = MatMul (q_float, k_columns)
     of_image = Constant <value_ints: ints = [-1, 1, 1, 1]> ()
     factor = Reshape (scale, of_image)
