@@ -1,6 +1,7 @@
 """Our search against a straightforward exhaustive one, on the same rows: objective, multiply-adds, seconds.
 
     python benchmarks/calibration.py [--weight-bits 6 ...] [--json calibration.json]
+    python benchmarks/calibration.py text       the text demo, on rows of its pipeline's chains
 
 The exhaustive search tries every candidate of every parameter in every round. Both start from the same samples of each
 layer. Prints one line per layer and the median ratio of the objectives; the budget is 1 %.
@@ -12,6 +13,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -30,6 +32,9 @@ from tqdit.calibration.rows import CalibrationRows
 from tqdit.calibration.work import versions
 from tqdit.console import Console
 from tqdit.models.load import load_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from ablation_subjects import STEPS, SUBJECTS
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep intermediate results there (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write everything there")
     args = parser.parse_args()
-    model = load_model(args.model)
+    if args.model in SUBJECTS:
+        subject = SUBJECTS[args.model](STEPS[args.model], 1, 1)
+        model, data = subject.model, subject.calls
+    else:
+        model, data = load_model(args.model), None
     config = replace(
         PRESETS[args.preset], weight_bits=args.weight_bits, activation_bits=args.activation_bits, steps=args.steps,
         seed=args.seed, coarse=args.coarse,
     ).for_model(model)  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
-        run = ComparingCalibration(model, config, args.work or Path(temporary), Console())
+        run = ComparingCalibration(model, config, args.work or Path(temporary), Console(), data)
         run.comparisons = []
         run.search(run.rows())
         run.folder.delete()

@@ -66,6 +66,19 @@ class TextJudgeExtractor:
         return Features.join(parts)
 
 
+def class_data(count: int, seed: int) -> Images:
+    """Pictures such as the class demo was trained on, classes in turn."""
+    return Images(*draw(count, seed), f"{count} drawings, seed {seed}")
+
+
+def text_data(count: int, seed: int) -> Images:
+    """Pictures such as the text demo was trained on; their labels are the letters."""
+    rng = np.random.default_rng(seed)
+    scenes = captions.draw_scenes(count, rng)
+    pixels = captions.colour(captions.draw_masks(scenes, rng), scenes, rng)
+    return Images(pixels, truth(scenes)["letter"], f"{count} drawings, seed {seed}")
+
+
 def class_demo(steps: int, images: int, batch: int) -> Subject:
     model = load_model("demo")
     label = model.signature.label
@@ -75,14 +88,13 @@ def class_demo(steps: int, images: int, batch: int) -> Subject:
         guidance_scale=None, seed=0, count=images, shard_size=batch,
     )  # fmt: skip
     labels = np.resize(np.array(job.classes), images)
-    source = f"{DATA_COUNT} drawings, seed {DATA_SEED}"
 
     def held_out(config: QuantizationConfig) -> CalibrationRows:
         trajectory = Trajectory(model, config, pick(model, config))
         trajectory.run()
         return trajectory.rows()
 
-    data = Images(*draw(DATA_COUNT, DATA_SEED), source)
+    data = class_data(DATA_COUNT, DATA_SEED)
     return Subject(model, job, None, labels, None, held_out, JudgeExtractor(), data)
 
 
@@ -102,13 +114,9 @@ def text_demo(steps: int, images: int, batch: int) -> Subject:
         engine=model.fingerprint, steps=steps, sampler=model.sampling.sampler, classes=(), guidance_scale=None, seed=0,
         count=images, shard_size=batch, prompts=prompts.source,
     )  # fmt: skip
-    rng = np.random.default_rng(DATA_SEED)
-    drawn = captions.draw_scenes(DATA_COUNT, rng)
-    pixels = captions.colour(captions.draw_masks(drawn, rng), drawn, rng)
-    data = Images(pixels, truth(drawn)["letter"], f"{DATA_COUNT} drawings, seed {DATA_SEED}")
     return Subject(
         model, job, prompts, truth(scenes)["letter"], calls, lambda config: recorded_rows(model, config, few),
-        TextJudgeExtractor(), data,
+        TextJudgeExtractor(), text_data(DATA_COUNT, DATA_SEED),
     )  # fmt: skip
 
 
@@ -124,3 +132,5 @@ def _record(folder: Path, texts: tuple[str, ...] | list[str], steps: int, first_
 
 
 SUBJECTS = {"demo": class_demo, "text": text_demo}
+DATA: dict[str, Callable[[int, int], Images]] = {"demo": class_data, "text": text_data}  # count, seed
+EXTRACTORS: dict[str, Callable[[], Extractor]] = {"demo": JudgeExtractor, "text": TextJudgeExtractor}

@@ -1,8 +1,8 @@
 """Whether the interval of a Frechet distance says how far the distance really moves from seed to seed.
 
-    python scripts/interval_check.py
+    python scripts/interval_check.py [demo | text]
 
-Draws sets of the demo model's data with many seeds (no model is sampled), and compares the spread of their distances
+Draws sets of a demo model's data with many seeds (no model is sampled), and compares the spread of their distances
 with the standard errors that each set alone gives: by the jackknife that tqdit-evaluate uses, and by the bootstrap.
 """
 
@@ -12,27 +12,29 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
+from ablation_subjects import DATA, EXTRACTORS
 from numpy.typing import NDArray
 
-from tqdit.demo.glyphs import CLASSES, draw
 from tqdit.evaluate.bootstrap import around, jackknife
-from tqdit.evaluate.extractors import JudgeExtractor
 from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=list(DATA), default="demo")
     parser.add_argument("--counts", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--seeds", type=int, default=24, help="sets of each count (default: %(default)s)")
     parser.add_argument("--checked", type=int, default=8, help="sets whose standard error is computed (%(default)s)")
     args = parser.parse_args()
-    extractor = JudgeExtractor()
-    distance = frechet_to(Gaussian.of(extractor(draw(4096, 20_000)[0]).pooled))
+    extractor, draw = EXTRACTORS[args.model](), DATA[args.model]
+    distance = frechet_to(Gaussian.of(extractor(draw(4096, 20_000).pixels).pooled))
     print("samples   mean distance   spread over seeds   jackknife   bootstrap within classes")
     for count in args.counts:
-        sets = [extractor(draw(count, seed)[0]).pooled.astype(np.float64) for seed in range(args.seeds)]
+        drawn = [draw(count, seed) for seed in range(args.seeds)]
+        sets = [extractor(each.pixels).pooled.astype(np.float64) for each in drawn]
         values = [distance(Gaussian.of(x)) for x in sets]
-        labels = np.arange(count, dtype=np.int64) % len(CLASSES)
+        # Classes of the demo come in turn, so that resampling stays within them; letters are drawn at random.
+        labels = drawn[0].labels if args.model == "demo" else None
         errors = np.array([standard_errors(x, labels, distance) for x in sets[: args.checked]]).mean(axis=0)
         print(
             f"{count:>7}   {np.mean(values):>13.4f}   {np.std(values, ddof=1):>17.4f}   {errors[0]:>9.4f}   "
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def standard_errors(
-    x: NDArray[np.float64], labels: NDArray[np.int64], distance: Callable[[Gaussian], float]
+    x: NDArray[np.float64], labels: NDArray[np.int64] | None, distance: Callable[[Gaussian], float]
 ) -> tuple[float, float]:
     """Of the distance of one set (N, D): by the jackknife, by the bootstrap."""
     jack = jackknife(lambda weights: distance(Gaussian.of(x, weights)), len(x), 200, labels).standard_error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_TEXT_BYTES
-from tqdit.errors import FileFormatError, InputError, UsageError, first_line
+from tqdit.errors import FileFormatError, InputError, TqditWarning, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import explain, sha256
 
 AGAIN = "Export it again."
+UNKNOWN = ("<unk>", "[UNK]")  # what tokenizers call a word that they do not know
 MOST_TOKENS = 2**16  # of a prompt
 Fold = Literal["as it is", "stripped", "lower"]
 FOLDS: dict[Fold, Callable[[str], str]] = {
@@ -145,16 +147,22 @@ class TextEncoder:
 
 
 def tokenize(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long."""
+    """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long; warns (`TqditWarning`) of words
+    that the tokenizer does not know, which say nothing to the network."""
     if not isinstance(prompt, str) or any("\ud800" <= each <= "\udfff" for each in prompt):  # bytes of no encoding
         raise UsageError(f"a prompt is {prompt!r:.60}; expected a text of whole Unicode characters.")
     text = f"{tokens.prefix}{FOLDS[tokens.fold](prompt)}{tokens.suffix}"
     try:
-        found = tokenizer.encode(text, add_special_tokens=tokens.special).ids
+        encoding = tokenizer.encode(text, add_special_tokens=tokens.special)
     except BaseException as error:  # the library's panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise FileFormatError(f"{tokens.file}: its tokenizer fails ({first_line(error)}). {AGAIN}") from error
+    found, names = encoding.ids, encoding.tokens
+    if unknown := [text[slice(*encoding.offsets[i])] for i, name in enumerate(names) if name in UNKNOWN]:
+        words = ", ".join(f"'{word[:20]}'" for word in dict.fromkeys(unknown[:8]))
+        warnings.warn(f"the text encoder does not know {words} of the prompt {prompt[:60]!r}. Use other words.",
+                      TqditWarning, stacklevel=2)  # fmt: skip
     if len(found) > tokens.length:
         raise UsageError(f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}.")
     place = slice(tokens.length - len(found), None) if tokens.left else slice(len(found))

@@ -10,11 +10,13 @@ from tqdit.cli.main import run
 from tqdit.demo import captions
 from tqdit.demo.text_judge import load_text_judge, recognised
 from tqdit.demo.weights import shipped_pipeline
+from tqdit.errors import TqditWarning
 from tqdit.models.families.recorded import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.model_card import read_pipeline_card
 from tqdit.onnx_file import OnnxFile
 from tqdit.quantization.table import read_scale_table
+from tqdit.text import Tokens, tokenize
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -53,6 +55,15 @@ def test_the_name_is_all_that_a_user_must_know(tmp_path, monkeypatch, capsys):
     assert table.model == "text"
     assert load_model("text", interface=table.interface).source == "text"
     assert table.interface.text.prompts == ("a bold red A on blue", "two green 7s on black")
+
+
+def test_words_that_its_tokenizer_does_not_know_are_named():
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(shipped_pipeline() / "tokenizer" / "tokenizer.json"))
+    tokens = Tokens("tokenizer.json", "ids", "mask", 16, 0, False, True, "", "", "as it is")
+    tokenize(tokenizer, tokens, "a bold red A on blue")  # no warning, which would be an error
+    with pytest.warns(TqditWarning, match="'mauve', 'Ω' of the prompt 'a mauve Ω on blue'"):
+        tokenize(tokenizer, tokens, "a mauve Ω on blue")
 
 
 def test_the_name_alone_loads_it_and_exports_it_in_float(tmp_path):

@@ -286,6 +286,38 @@ def test_a_pipeline_directory_goes_from_prompts_to_pictures(tmp_path, monkeypatc
     np.testing.assert_array_equal(next(tqdit.read_shards("s"))["arr_0"][:1], found)
 
 
+def test_an_engine_of_text_is_evaluated_on_prompts(tmp_path, monkeypatch, capsys):
+    """Against a float engine of the directory that its card names; the layers on the calls that were kept."""
+    folder = made_once("texts-sd3", make_by_commands)
+    monkeypatch.chdir(folder)  # which the directory's name is relative to
+    line = [
+        "model.engine",
+        "--scales",
+        "t.safetensors",
+        "-n",
+        "2",
+        "--float-seeds",
+        "0",
+        "-q",
+        "-o",
+        str(tmp_path / "e.json"),
+    ]
+    assert run("evaluate", line) == 2
+    assert "--prompts FILE" in capsys.readouterr().err
+    assert run("evaluate", [*line, "--prompts", "prompts.txt", "--layers", "--diagnosed", "1"]) == 0
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["subject"]["prompts"] == "; ".join(PROMPTS)
+    assert 0 < found["paired"]["final_error"]["value"] < 1
+    assert max(map(max, found["layers"]["errors"].values())) > 0
+    assert (tmp_path / "diagnosis.json").is_file()
+    assert run("evaluate", [*line, "--embeddings", "calls.safetensors", "--alone"]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["paired"] is None
+    shutil.copy("t.safetensors", tmp_path)  # without the calls beside it
+    line[2] = str(tmp_path / "t.safetensors")
+    assert run("evaluate", [*line, "--prompts", "prompts.txt", "--layers"]) == 2
+    assert "--rows FILE" in capsys.readouterr().err
+
+
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """The prompts that the pipeline `dir` has drawn so far; `prompts.txt` holds PROMPTS."""
@@ -460,6 +492,9 @@ def test_a_pipeline_of_classes_takes_no_prompts(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a letter")
     assert run("calibrate", ["dir", "--prompts", "prompts.txt", "-o", "t.safetensors"]) == 2
     assert "takes no prompt" in capsys.readouterr().err
+    for model in ("demo", "dir"):
+        assert run("export", ["m.onnx", "--float", "--model", model, "--text"]) == 2
+        assert "has no text encoders" in capsys.readouterr().err
 
 
 def test_an_engine_of_classes_asks_for_classes():

@@ -18,6 +18,7 @@ from tqdit.evaluate.tables import summary
 from tqdit.extras import need
 from tqdit.files import check_writable, whole_file
 from tqdit.sampling.schedule import sampler_names
+from tqdit.text import read_prompts
 
 if TYPE_CHECKING:  # which need torch
     from tqdit.evaluate.subjects import EngineOptions, Evaluation
@@ -33,6 +34,7 @@ examples:
                                                       folders of shards; the same command continues after a stop
   tqdit-evaluate --calls 8,12,16,25,50 --report report.html
                                                       which sampler and spacing needs the fewest network calls
+  tqdit-evaluate text.engine --prompts prompts.txt --against text-float.engine
   tqdit-evaluate --layers                             which layers cost most, and what would mend them
 
 Numbers are written as JSON, each with its sample count and 95 % interval. Nothing is downloaded: Inception's weights
@@ -54,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--float-seeds", type=int, default=1, metavar="K", help="other seeds of the float model, which show its own "
         "noise (default: %(default)s)")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="what to show, one in each line, in turn; of an engine with text "
+        "encoders")  # fmt: skip
+    add("--embeddings", type=Path, metavar="FILE", help="as for tqdit-sample, of any model of text")
     add("--guidance-scale", type=float, metavar="S", help="default: the engine's own")
     add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="as for tqdit-sample (default: all)")
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
@@ -77,6 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--scales", type=Path, metavar="FILE", help="scale table of the engine, for its scales over time and --layers "
         "(default: scales.safetensors beside the engine, if it is for this model)")  # fmt: skip
+    add("--rows", type=Path, metavar="FILE", help="recorded calls of a diffusers directory, which --layers takes rows "
+        "from (default: those that tqdit-calibrate kept beside the table)")  # fmt: skip
     add("--report", type=Path, metavar="HTML", help="also write one self-contained page")
     add("-o", "--output", type=Path, default=Path("evaluation.json"), help="default: %(default)s")
 
@@ -110,7 +117,18 @@ def _evaluate(args: argparse.Namespace, console: Console) -> Evaluation:
 
     if (args.subject / MANIFEST).is_file() or not args.subject.exists():
         return evaluate_engine(args.subject, _engine_options(args), _measurement(args), console)
-    for flag in ("against", "layers", "scales", "steps", "sampler", "guidance_interval", "calls"):
+    for flag in (
+        "against",
+        "layers",
+        "scales",
+        "steps",
+        "sampler",
+        "guidance_interval",
+        "calls",
+        "prompts",
+        "embeddings",
+        "rows",
+    ):
         if getattr(args, flag):
             named = flag.replace("_", "-")
             raise UsageError(f"--{named} needs an engine; {args.subject} holds images. Pass the engine that made them.")
@@ -149,6 +167,8 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
         calls=args.calls, batch=args.batch, threads=args.threads, scales=args.scales,
         lpips_weights=None if args.lpips_weights is None else tuple(args.lpips_weights),
         layer_errors=args.report is not None, diagnosed=args.diagnosed if args.layers else None,
+        prompts=() if args.prompts is None else tuple(read_prompts(args.prompts)), embeddings=args.embeddings,
+        rows=args.rows,
     )  # fmt: skip
 
 
@@ -162,5 +182,7 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None:
             check_count(flag, value, least, most)
     check_threads(args.threads)
+    if args.prompts is not None and args.embeddings is not None:
+        raise UsageError("--prompts and --embeddings each say what the images show. Pass one of them.")
     if args.alone and args.against is not None:
         raise UsageError("--alone and --against ENGINE exclude each other. Pass one of them.")

@@ -30,6 +30,7 @@ from tqdit.quantization import summary as scale_table_summary
 from tqdit.quantization.table import is_scale_table, read_scale_table
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec, samplers_of
+from tqdit.text import TextCard
 
 SUMMARY = "say what a file is: checkpoint, recorded calls, scale table, ONNX file, engine bundle or samples"
 EXAMPLES = """\
@@ -137,11 +138,15 @@ def _bundle(path: Path) -> Facts:
         ),
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
-        *([] if manifest.card.text is None else [("text encoders", manifest.card.text.summary)]),
+        *([] if manifest.card.text is None else _text(manifest.card.text)),
         *([] if manifest.audit is None else [("audit", manifest.audit.line)]),
         *([] if manifest.verified is None else [("verified", manifest.verified.line)]),
         *_card(manifest.card),
     ]
+
+
+def _text(text: TextCard) -> Facts:
+    return [("text encoders", text.summary), ("prompts", "tqdit-sample --prompt TEXT, tqdit-evaluate --prompts FILE")]
 
 
 def _batch(batch: BatchRange) -> str:

@@ -16,6 +16,7 @@ from tqdit.engines.run.sampler import Sampler, StepReport
 from tqdit.engines.run.shards import SamplingJob
 from tqdit.errors import UsageError
 from tqdit.evaluate.paired import relative_errors
+from tqdit.interface import Interface
 from tqdit.sampling.guidance import Guidance
 
 Advance = Callable[[], object]
@@ -37,15 +38,15 @@ def run(sampler: Sampler, job: SamplingJob, advance: Advance, prompts: Prompts |
 
 
 def run_pair(
-    reference: Sampler, other: Sampler, job: SamplingJob, advance: Advance
+    reference: Sampler, other: Sampler, job: SamplingJob, advance: Advance, prompts: Prompts | None = None
 ) -> tuple[SampledChains, SampledChains]:
-    """The same chains of both, shard by shard: the trajectories of one shard are in memory."""
+    """The same chains of both, shard by shard: the trajectories of one shard are in memory. prompts: the job's."""
     check_comparable(reference.card, other.card)
     ours, theirs = [], []
     for shard in range(job.shards):
-        chains, states = _shard(reference, job, shard, None, advance, keep=True)
+        chains, states = _shard(reference, job, shard, None, advance, keep=True, prompts=prompts)
         ours.append(chains)
-        theirs.append(_shard(other, job, shard, states, advance)[0])
+        theirs.append(_shard(other, job, shard, states, advance, prompts=prompts)[0])
     return _join(ours), _join(theirs)
 
 
@@ -108,8 +109,8 @@ def _join(parts: list[SampledChains]) -> SampledChains:
     )
 
 
-def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
-    """A float engine of the model that a card names, in `folder`.
+def float_engine(card: GraphCard, folder: Path, backend: str, interface: Interface | None = None) -> Path:
+    """A float engine of the model that a card names, in `folder`. interface: what was learned of a recorded model.
 
     Raises UsageError if the model has changed since.
     """
@@ -118,7 +119,7 @@ def float_engine(card: GraphCard, folder: Path, backend: str) -> Path:
     from tqdit.exporter.onnx_writer import write
     from tqdit.models.load import load_model
 
-    model = load_model(card.model)
+    model = load_model(card.model, interface=interface)
     if model.fingerprint != card.fingerprint:
         raise UsageError(
             f"'{card.model}' (fingerprint {model.fingerprint[:12]}) is not the model of the engine "

@@ -31,6 +31,7 @@ from tqdit.console import Console
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, prediction_of, watched
+from tqdit.models.recording import Recording
 from tqdit.quantization.fake_quant import QuantizedNetwork, find_module, quantize_module
 from tqdit.quantization.fold import fold
 from tqdit.quantization.granularity import PerTimestepGroup, PerToken, Role
@@ -76,8 +77,9 @@ class Diagnosis:
     """A model, its scale table, and rows that judge both."""
 
     def __init__(
-        self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, images: int = IMAGES
-    ) -> None:
+        self, model: LoadedModel, table: ScaleTable, work: Path, console: Console, images: int = IMAGES,
+        calls: Recording | None = None,
+    ) -> None:  # fmt: skip
         table.check_model(model.fingerprint, model.source)
         model, table = fold(model, table)  # a layer that is searched again keeps the divisors of its neighbours
         self.model, self.table, self.console = model, table, console
@@ -85,7 +87,8 @@ class Diagnosis:
         config = QuantizationConfig.of_settings(table.settings)
         method = "search" if config.method == "weights" else config.method  # a remedy needs rows, and they are here
         self.config = replace(config, equalize="none", equalize_all=False, method=method).for_model(model)
-        self.calibration = Calibration(model, self.config, work, console)
+        self.calls = calls  # what the calibration took its rows from; None: chains of the model
+        self.calibration = Calibration(model, self.config, work, console, calls)
         self.every_row = self.calibration.rows()
         self.rows_per_image = rows_per_image(model.guidance)
         self.rows = _some(self.every_row, images, self.rows_per_image)
@@ -263,7 +266,7 @@ def _search(diagnosis: Diagnosis, capture: Capture, layer: str, change: dict[str
     config = diagnosis.config.with_layer_knobs([(layer, change)])
     weight: Tensor | None = getattr(find_module(diagnosis.model.network, layer), "weight", None)
     with tempfile.TemporaryDirectory() as folder:
-        run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True))
+        run = Calibration(diagnosis.model, config, Path(folder), Console(quiet=True), diagnosis.calls)
     entry = next(entry for entry in run.plans if entry.name == layer)
     sites, _ = run.solve(entry, capture.samples(layer), weight, diagnosis.every_row)
     return {site.role: site for site in sites}
@@ -343,18 +346,20 @@ def advice(found: list[Remedy]) -> list[dict[str, Any]]:
 
 
 def look_inside(
-    table: ScaleTable, card: GraphCard, kept_rows: Path, diagnosed: int | None, console: Console
-) -> dict[str, Any]:
+    table: ScaleTable, card: GraphCard, kept_rows: Path, diagnosed: int | None, console: Console,
+    calls: Recording | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Errors of the layers and, with a number of layers to try remedies on, the diagnosis; None without one.
 
-    kept_rows: the folder in which the calibration kept its rows; without it they are sampled again.
+    kept_rows: the folder in which the calibration kept its rows; without it they are sampled again. calls: recorded
+    ones, of a model that is known by them.
     """
-    model = load_model(card.model)
+    model = load_model(card.model, interface=table.interface)
     with tempfile.TemporaryDirectory() as temporary:
         # copies: a calibration that was stopped there must find everything as it left it
         for rows in kept_rows.glob("rows-*.safetensors"):
             shutil.copy(rows, temporary)
-        diagnosis = Diagnosis(model, table, Path(temporary), console)
+        diagnosis = Diagnosis(model, table, Path(temporary), console, calls=calls)
         return {
             "layers": {"boundaries": table.boundaries.tolist(), "errors": layer_errors(diagnosis)},
             "diagnosis": None if diagnosed is None else diagnose(diagnosis, diagnosed, console),

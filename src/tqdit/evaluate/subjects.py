@@ -17,6 +17,7 @@ from tqdit.bounds import check_memory
 from tqdit.card import GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import Manifest, read_manifest
+from tqdit.engines.run.requests import Prompts, encode, read_embeddings
 from tqdit.engines.run.sampler import Sampler, bytes_per_image, image_size
 from tqdit.engines.run.shards import SamplingJob, describe_job
 from tqdit.errors import MissingLibraryError, UsageError
@@ -31,6 +32,9 @@ from tqdit.evaluate.lpips import Lpips
 from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.samples import SHOWN, Images, read_images
 from tqdit.evaluate.tools import MeasurementOptions, choose_metrics, describe, write_reference
+from tqdit.interface import Interface
+from tqdit.models.families import recorded
+from tqdit.models.recording import Recording
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
 
 SCALES = "scales.safetensors"
@@ -97,6 +101,9 @@ class EngineOptions:
     calls: tuple[int, ...] = ()  # numbers of network calls that samplers and spacings are compared at
     layer_errors: bool = False
     diagnosed: int | None = None  # layers that remedies are tried on; None: no diagnosis
+    prompts: tuple[str, ...] = ()  # of an engine with text encoders, in turn
+    embeddings: Path | None = None  # what an engine of text takes of each prompt, in turn
+    rows: Path | None = None  # recorded calls; None: those that the calibration kept beside the table
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,8 +118,9 @@ def evaluate_engine(
     """Sample an engine beside its float model, and measure both."""
     manifest = read_manifest(path)
     card, size = manifest.card, image_size(manifest.card)
+    prompts = _prompts(path, card, options)
     job = describe_job(
-        path, manifest, None, options.seed, options.count, options.batch,
+        path, manifest, prompts, options.seed, options.count, options.batch,
         guidance_scale=options.guidance_scale, steps=options.steps, sampler=options.sampler,
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
@@ -122,18 +130,52 @@ def evaluate_engine(
     if remark := card.remark(card.sampling.choose(**job.chain)):
         console.say(remark)
     table = _scale_table(path, manifest, options, console)
+    calls = _recorded_calls(path, card, options)
+    interface = next((each.interface for each in (calls, table) if each is not None), None)
     lpips = None if options.lpips_weights is None else Lpips(*options.lpips_weights)  # refuses a bad file at once
     make_metrics = None if size is None else choose_metrics(measurement, console, size, card)
     with contextlib.ExitStack() as stack:
         sampler = stack.enter_context(Sampler.open(path, batch=options.batch, threads=options.threads))
         subject = _Engine(str(path), manifest, sampler)
-        floating = None if options.alone else stack.enter_context(_float_engine(options, manifest, console))
+        floating = None if options.alone else stack.enter_context(_float_engine(options, manifest, interface, console))
         metrics = None if make_metrics is None else make_metrics()
         if metrics is not None:
             metrics.choose(Outline(str(path), job.count, bool(job.classes)))
-        comparison = _Comparison(subject, floating, options, job, console, lpips, metrics)
+        comparison = _Comparison(subject, floating, options, job, prompts, console, lpips, metrics)
         evaluation = comparison.evaluate(measurement.write_reference)
-    return replace(evaluation, facts=evaluation.facts | _look_inside(path, manifest, table, options, console))
+    return replace(evaluation, facts=evaluation.facts | _look_inside(path, manifest, table, calls, options, console))
+
+
+def _prompts(path: Path, card: GraphCard, options: EngineOptions) -> Prompts | None:
+    """What the images of an engine of text show; None: of another engine."""
+    if options.prompts:
+        return encode(path, card, options.prompts)
+    if options.embeddings is not None:
+        return read_embeddings(options.embeddings, card.signature)
+    if card.text is not None and card.signature.label is None:
+        raise UsageError(f"{path}: images of this engine show prompts. Pass --prompts FILE, one in each line.")
+    return None
+
+
+def _recorded_calls(path: Path, card: GraphCard, options: EngineOptions) -> Recording | None:
+    """The calls that rows of a recorded model are taken from: of --rows, or the latest that a calibration kept; None
+    if neither is there, and for any other model."""
+    if options.rows is not None:
+        return Recording.load(options.rows)
+    if not recorded.matches(card.model):
+        return None
+    folder = _work_folder(path, options)
+    kept = sorted(folder.glob("calls-*.safetensors"), key=lambda file: file.stat().st_mtime)
+    if options.diagnosed is not None and not kept:
+        raise UsageError(
+            f"--layers needs recorded calls of {card.model}; there are none in {folder}. Pass --rows FILE."
+        )
+    return Recording.load(kept[-1]) if kept else None
+
+
+def _work_folder(path: Path, options: EngineOptions) -> Path:
+    """Where the calibration kept its rows, unless it was told another place."""
+    return (options.scales or path.parent / SCALES).with_suffix(".safetensors.work")
 
 
 def _check_memory(card: GraphCard, job: SamplingJob, options: EngineOptions) -> None:
@@ -156,7 +198,9 @@ class _Engine:
 
 
 @contextlib.contextmanager
-def _float_engine(options: EngineOptions, manifest: Manifest, console: Console) -> Iterator[_Engine | None]:
+def _float_engine(
+    options: EngineOptions, manifest: Manifest, interface: Interface | None, console: Console
+) -> Iterator[_Engine | None]:
     """The engine to compare with: the one given, one built from the checkpoint, or none for a float engine."""
     card = manifest.card
     with contextlib.ExitStack() as stack:
@@ -168,7 +212,7 @@ def _float_engine(options: EngineOptions, manifest: Manifest, console: Console) 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             console.say(f"building a float engine of {card.model} to compare with")
             try:
-                path = chains.float_engine(card, folder, manifest.backend)
+                path = chains.float_engine(card, folder, manifest.backend, interface)
             except MissingLibraryError as error:
                 raise MissingLibraryError(f"{error} Or pass a float engine with --against, or --alone.") from error
         sampler = stack.enter_context(Sampler.open(path, batch=options.batch, threads=options.threads))
@@ -184,6 +228,7 @@ class _Comparison:
     floating: _Engine | None
     options: EngineOptions
     job: SamplingJob
+    prompts: Prompts | None  # of the job
     console: Console
     lpips: Lpips | None
     metrics: Metrics | None
@@ -225,8 +270,9 @@ class _Comparison:
             return metrics.distance(self._observe(run, metrics.extractor))
 
         points = measure_calls(
-            self.subject.sampler, floating.sampler, self.job, self.options.calls, self.console, distance
-        )
+            self.subject.sampler, floating.sampler, self.job, self.options.calls, self.console, distance,
+            prompts=self.prompts,
+        )  # fmt: skip
         return to_json(points)
 
     @property
@@ -240,12 +286,12 @@ class _Comparison:
         total = job.shards * job.steps * (1 + (self.floating is not None) + len(others))
         with self.console.bar(total, "sampling", "steps") as bar:
             if self.floating is None:
-                runs = {"subject": chains.run(subject, job, bar.update)}
+                runs = {"subject": chains.run(subject, job, bar.update, self.prompts)}
             else:
-                reference, found = chains.run_pair(self.floating.sampler, subject, job, bar.update)
+                reference, found = chains.run_pair(self.floating.sampler, subject, job, bar.update, self.prompts)
                 runs = {"subject": found, "float": reference}
             of_float = subject if self.floating is None else self.floating.sampler
-            runs |= {name: chains.run(of_float, other, bar.update) for name, other in others.items()}
+            runs |= {name: chains.run(of_float, other, bar.update, self.prompts) for name, other in others.items()}
         return runs, self._pair_up(runs) if self.floating is not None else None
 
     @property
@@ -285,7 +331,7 @@ class _Comparison:
         return {
             "name": self.subject.name, "kind": "engine", "count": job.count, "model": card.model,
             "fingerprint": card.fingerprint, "sampler": job.sampler, "steps": job.steps,
-            "guidance_scale": job.guidance_scale,
+            "guidance_scale": job.guidance_scale, "prompts": None if job.prompts is None else str(job.prompts),
             "quantization": None if card.quantization is None else card.quantization.summary,
         }  # fmt: skip
 
@@ -311,16 +357,19 @@ def _to_json(measures: Mapping[str, Measure]) -> Facts:
 
 
 def _look_inside(
-    path: Path, manifest: Manifest, table: ScaleTable | None, options: EngineOptions, console: Console
-) -> Facts:
+    path: Path, manifest: Manifest, table: ScaleTable | None, calls: Recording | None, options: EngineOptions,
+    console: Console,
+) -> Facts:  # fmt: skip
     """Scales over time, layer errors and the diagnosis, if there is a scale table."""
     facts: Facts = {"scales": [], "layers": None, "diagnosis": None}
     if table is None:
         return facts
     facts["scales"] = scales_over_time(table)
+    card, kept = manifest.card, _work_folder(path, options)
+    if calls is None and recorded.matches(card.model) and options.diagnosed is None:
+        return facts  # the report goes without errors of layers
     if options.layer_errors or options.diagnosed is not None:
-        kept_rows = (options.scales or path.parent / SCALES).with_suffix(".safetensors.work")
-        facts |= look_inside(table, manifest.card, kept_rows, options.diagnosed, console)
+        facts |= look_inside(table, card, kept, options.diagnosed, console, calls)
     return facts
 
 

@@ -47,7 +47,9 @@ class Prompts:
 def open_texts(folder: Path, card: GraphCard) -> TextEncoder:
     """The text encoders of a bundle. Raises UsageError if it has none."""
     if card.signature.label is not None:
-        raise UsageError(f"{folder}: this engine shows classes and takes no --prompt. Pass --classes 0,1,...")
+        raise UsageError(
+            f"{folder}: this engine shows classes and takes no prompts. Leave them out; tqdit-sample takes --classes."
+        )
     if card.text is None:
         raise UsageError(
             f"{folder}: this engine has no text encoders. Pass --embeddings FILE, or export again with --text."

@@ -182,9 +182,9 @@ def _classes(card: GraphCard, chosen: list[int] | None) -> tuple[int, ...]:
     if signature.requests:
         ports = ", ".join(f"'{name}' {list(port.row_shape)}" for name, port in signature.request_values.items())
         raise UsageError(
-            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass them to tqdit-sample "
-            f"--embeddings FILE{' (or a text to --prompt TEXT)' * (card.text is not None)}, or in Python as a dict of "
-            "arrays to Sampler.sample."
+            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass --embeddings "
+            f"FILE{' (or a text with --prompt or --prompts)' * (card.text is not None)}, or in Python a dict of arrays "
+            "to Sampler.sample."
         )
     if chosen is not None:
         raise UsageError(f"{signature.family} is unconditional and takes no --classes. Leave it out.")
