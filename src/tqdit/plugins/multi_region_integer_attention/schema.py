@@ -1,8 +1,8 @@
 """MultiRegionIntegerAttention(q int8[B,H,N,d], k int8[B,H,M,d], v int8[B,H,d,M], mask float[B,H,N,M], scale float[B],
 low_step float[B], out_scale float[B], out_shift float[B]; bits, high_step, out_type) -> out_type[B,H,N,d].
 
-`out_type` is a number of ONNX: FLOAT, FLOAT16, BFLOAT16 or INT8. The body computes in float32. It has no DequantizeLinear:
-TensorRT's parser gives those of two calls of a function one name, and refuses the second.
+`out_type` is a number of ONNX: FLOAT, FLOAT16, BFLOAT16 or INT8. The body computes in float32. It has no
+DequantizeLinear: TensorRT's parser gives those of two calls of a function one name, and refuses the second.
 """
 
 from __future__ import annotations
