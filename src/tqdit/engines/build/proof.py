@@ -114,7 +114,7 @@ def kernel_cases() -> Iterator[Case]:
             shapes = (2, 2, tokens, HEAD), (2, 2, tokens, HEAD), (2, 2, HEAD, tokens)
             codes = [rng.normal(0, 40, shape).round().clip(-128, 127).astype(np.int8) for shape in shapes]
             mask, by_image = rng.normal(0, 1, (2, 1, 1, tokens)).astype(np.float32), np.array([1, 2], np.float32)
-            inputs = (*codes, mask, 1e-4 * by_image, low, 4 * by_image, 8 * by_image)
+            inputs: tuple[Array, ...] = (*codes, mask, 1e-4 * by_image, low, 4 * by_image, 8 * by_image)
             expected = references[name](*inputs, BITS, step, INT8)
             for tactic, blocks in enumerate(integer_attention.candidates(HEAD, tokens), 1):
                 kernel = integer_attention.kernel(

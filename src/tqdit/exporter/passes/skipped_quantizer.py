@@ -50,7 +50,7 @@ def following_quantizer(value: ir.Value) -> FollowingQuantizer | None:
             node = _only_user(value)
     if node is None or node.op_type != "QuantizeLinear" or node.inputs[0] is not value:
         return None
-    scale, zero_point = (each and _numbers(each) for each in node.inputs[1:3])
+    scale, zero_point = (_numbers(each) for each in (*node.inputs, None)[1:3])  # ONNX's zero point is optional
     if scale is None or scale.ndim or zero_point is None or zero_point.dtype != np.int8 or zero_point:
         return None
     return FollowingQuantizer(tuple(moved), node.outputs[0], np.asarray(scale * ratio, np.float32), offset)
