@@ -114,8 +114,9 @@ def test_codes_of_probabilities_stay_in_their_registers(capability):
     product = "wgmma.mma_async.sync.aligned.m64n" if capability == (9, 0) else "mma.sync.aligned.m16n8k32"
     assert re.search(rf"{re.escape(product)}.*s32\.s8\.s8", ptx)
     assert "f16" not in "".join(line for line in ptx.splitlines() if "mma" in line)
-    stores = re.findall(r"st\.shared\.\S+|stmatrix\.\S+", ptx)
-    assert len(stores) <= 8, stores
+    # Bytes that pass shared memory: the 32 results of a thread on their way out, in pairs. 64 codes would be more.
+    assert len(re.findall(r"st\.shared\.v2\.b8", ptx)) <= 16
+    assert not re.findall(r"stmatrix|st\.shared\.b8|st\.shared\.v4\.b8", ptx)
 
 
 def test_the_largest_block_shapes_fit_a_small_chip():
