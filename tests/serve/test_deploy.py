@@ -121,7 +121,7 @@ def test_systemd_takes_the_unit_and_finds_little_exposed(tmp_path):
 def test_the_server_needs_no_place_to_write(bundle, tmp_path):
     """As in a container whose root is read-only: no home, no folder for temporary files, no standard input."""
     program = f"""
-import sys, threading, os, signal, builtins
+import sys, threading, os, signal, time
 opened = []
 def watch(event, arguments):
     if event == "open" and isinstance(arguments[0], str) and arguments[1] and set(arguments[1]) & set("wax+"):
@@ -129,7 +129,12 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 sys.dont_write_bytecode = True
 from tqdit.cli.main import run
-threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+def stop():
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # until the server has its own
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop, daemon=True).start()
 code = run("serve", [{str(bundle)!r}, "--port", "0"])
 print(code, [name for name in opened if not name.startswith("/dev/")])
 """

@@ -64,6 +64,7 @@ def address(bundle):
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.skipif(not HAS_RAY_SERVE, reason="Ray Serve is not installed: pip install 'ray[serve]' (110 MB)")
 def test_replicas_make_the_images_of_the_sampler_and_keep_no_jobs(address, bundle):
     with Sampler.open(bundle) as sampler:

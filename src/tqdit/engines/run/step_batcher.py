@@ -287,9 +287,10 @@ class StepBatcher:
             if request.cancelled():
                 self._remove(place)
             elif request.expires <= now:
-                step = self._chains.step_of(place)
+                steps = len(request.schedule.timesteps)
+                done = steps - 1 - self._chains.step_of(place)
                 self._remove(place)
-                self._resolve(request, _late(f"at step {step}"))
+                self._resolve(request, _late(f"after {done} of {steps} steps"))
         with self._changed:
             while not (self._waiting or self._running or self._closing):
                 self._changed.wait()
