@@ -9,12 +9,13 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import reference
@@ -39,6 +40,19 @@ ALL = "TQDIT_TEST_ALL" in os.environ  # set by `scripts/test --all`
 def rounds(full: int) -> int:
     """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, at least twice."""
     return full if ALL else min(full, max(2, full // 10))
+
+
+def few(cases: Iterable[object], *kept: object) -> list[object]:
+    """The cases of a parametrised test with a mark on those that are not kept: they take the code of a case that is,
+    and only `scripts/test --all` runs them.
+    """
+    cases = list(cases)
+    unknown = [case for case in kept if case not in cases]
+    assert not unknown, f"no cases: {unknown}"
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)
+        for case in cases
+    ]
 
 
 def wait_until(met: Callable[[], object], seconds: float = 60) -> None:

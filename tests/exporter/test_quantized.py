@@ -61,12 +61,19 @@ def session(path, optimise=False):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "integer")) for form in FORMS])
-@pytest.mark.parametrize(("kind", "origin"), [
-    *((kind, "published") for kind in KINDS),
-    *(pytest.param(kind, "diffusers", marks=pytest.mark.slow) for kind in (  # each part of a kind once
-        "W8A8 numerators, 10 groups", "W8A6 dynamic, asymmetric", "W4A8 everything")),
-])  # fmt: skip
+PARTS = ("W8A8 numerators, 10 groups", "W8A6 dynamic, asymmetric", "W4A8 everything")  # each part of a kind once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "origin", "form"), support.few(
+    [
+        *((kind, "published", form) for kind in KINDS for form in FORMS),
+        *((kind, "diffusers", form) for kind in PARTS for form in FORMS),
+    ],
+    *((kind, "published", "integer") for kind in KINDS),
+    *((kind, "published", form) for kind in PARTS for form in FORMS),
+    *((kind, "diffusers", "integer") for kind in PARTS),
+))  # fmt: skip
 def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, form):
     model, kind = support.tiny_model(origin), KINDS[kind]
     table = make_table(model, kind)
@@ -81,9 +88,10 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("origin", "sampler", "guided"), [
-    ("published", "ddpm", True), ("published", "ddim", False), ("diffusers", "ddim", True),
-])  # fmt: skip
+@pytest.mark.parametrize(("origin", "sampler", "guided"), support.few(
+    [("published", "ddpm", True), ("published", "ddim", False), ("diffusers", "ddim", True)],
+    ("published", "ddpm", True), ("published", "ddim", False),
+))  # fmt: skip
 def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path, origin, sampler, guided):
     model = support.tiny_model(origin)
     table = make_table(model, KINDS["W8A8 10 groups everywhere, asymmetric"])
@@ -273,7 +281,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [21, 23])
+@pytest.mark.parametrize("opset", support.few([21, 23], 23))
 def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()
     table = make_table(model, Kind(groups=10))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tqdit
-from support import assert_agrees, tiny_model
+from support import assert_agrees, few, tiny_model
 from tables import random_rows
 from tqdit.calibration.config import PRESETS
 from tqdit.calibration.flow import calibrate
@@ -111,7 +111,7 @@ def test_narrower_groups_are_less_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", few(["onnxruntime", "openvino"], "openvino"))
 @pytest.mark.parametrize(
     ("knobs", "products"),
     [

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import tqdit
-from support import made_once, read_picture
+from support import few, made_once, read_picture
 from tqdit.card import Layout
 from tqdit.cli.main import run
 from tqdit.errors import CheckpointError, TqditWarning, UsageError
@@ -66,7 +66,7 @@ def made(name):
     return made_once(f"decoder-{name}", lambda folder: make(name, folder))
 
 
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name", few(DECODED, *ENGINES))
 def test_a_decoder_s_graph_makes_the_pipeline_s_image(name):
     """2e-5 of images in 0..1: the same float32 convolutions in another library, and a learned scale."""
     folder = made(name)
@@ -93,7 +93,7 @@ def test_an_engine_s_images_are_the_pipeline_s(name):
     assert (vae.frames, vae.image_height, vae.image_width) == (5 if name == "wan" else None, *expected.shape[-3:-1])
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", few(RECORDED, *ENGINES, "sd3"))
 def test_facts_are_those_of_the_vae(name):
     latents = Recording.load(made(name) / "calls.safetensors").interface.latents
     vae = FAMILIES[name]()[0].vae
