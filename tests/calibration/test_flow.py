@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 
-from support import tiny_model
+from support import few, tiny_model
 from tqdit.calibration import capture, flow, layers
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
@@ -61,7 +61,11 @@ def eps_error(model: LoadedModel, table: ScaleTable) -> float:
     return float((a - b).square().sum() / a.square().sum())
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+LIKE_OTHERS = {"ho", "ho+mrq", "mse", "paper", "ptqd"}  # presets whose every method another preset has, too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", few(PRESETS, *(name for name in PRESETS if name not in LIKE_OTHERS)))
 def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> None:
     model = tiny_model()
     table = calibrate(model, replace(PRESETS[preset], **SMALL), tmp_path).table
@@ -203,7 +207,7 @@ def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: 
     assert schemes(0.0) == {"asymmetric", "symmetric"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) -> None:
     model = load_model("demo")
     errors = []

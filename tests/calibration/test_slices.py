@@ -57,7 +57,7 @@ def calibrated(folder, in_memory, **knobs):
 
 @pytest.mark.parametrize(("folder", "method"), few(
     [(family, method) for family in FOLDERS for method in ("search", "gptq", "reconstruct")],
-    ("flux", "gptq"), ("flux", "reconstruct"), ("sd3", "search"),
+    ("flux", "reconstruct"), ("sd3", "search"),
 ), indirect=["folder"])  # fmt: skip
 def test_the_table_is_that_of_a_calibration_from_memory(folder, method, monkeypatch):
     if method != "search":

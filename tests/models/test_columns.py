@@ -115,7 +115,7 @@ def test_narrower_groups_are_less_error() -> None:
 @pytest.mark.parametrize(
     ("knobs", "products"),
     [
-        ({"columns": 16}, 2 * (3 + 4) + 1),  # fc2 has four parts, the other layers of a block one
+        pytest.param({"columns": 16}, 2 * (3 + 4) + 1, marks=pytest.mark.full),  # fc2 has four parts, others one
         ({"inputs": "dynamic_asymmetric", "overrides": SINGLE}, (2 + 7) + (3 + 5) + 1),
     ],
     ids=["all", "each its own"],

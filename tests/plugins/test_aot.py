@@ -105,6 +105,7 @@ def test_what_tensorrt_is_offered_needs_no_more_shared_memory_than_every_launche
         assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks
 
 
+@pytest.mark.full
 def test_the_largest_block_shapes_fit_a_small_chip():
     """Those that a benchmark tries as well."""
     candidates = attention.candidates("fp16", 128, 1024, large=True)

@@ -61,7 +61,7 @@ def test_a_sampling_loop_of_a_thousand_steps_leaks_nothing(bundle_of, kind):
         assert resident_growth(lambda: sampler.sample(labels)) < LEAK_BYTES
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_leak_test_would_see_states_that_are_kept(bundle):
     with Sampler.open(bundle, batch=8, threads=1) as sampler:
         kept, engine = [], sampler.predict
