@@ -38,6 +38,7 @@ def test_nothing_in_the_package_names_the_toys():
     assert "adams_bashforth" not in sampler_names()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toys")
 def test_a_two_step_sampler_is_of_second_order():
     """Twice the steps, a sixteenth of the squared error; for Euler's method a quarter."""

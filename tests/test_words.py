@@ -21,6 +21,7 @@ def public_classes() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_two_public_classes_have_one_name():
     classes = public_classes()
     assert len(classes) > 50

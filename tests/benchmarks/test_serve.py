@@ -20,6 +20,7 @@ from tqdit.serve.settings import Settings
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_two_hundred_hostile_requests_each_get_one_line(bundle, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     spec = importlib.util.spec_from_file_location("serve_benchmark", FOLDER / "serve.py")

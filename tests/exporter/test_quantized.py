@@ -136,6 +136,7 @@ def test_a_boundary_timestep_uses_the_later_scale(tmp_path):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS["W8A8"], KINDS["W4A8 10 softmax groups"]])
 def test_weight_codes_are_the_tables_or_rounded_to_nearest(tmp_path, kind):
     model = support.tiny_model()
@@ -179,6 +180,7 @@ def test_no_float_weight_survives_beside_its_integers(tmp_path):
     assert largest_float <= 256  # biases, scales, timestep frequencies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_inlining_the_bodies_changes_nothing(tmp_path, form):
     model = support.tiny_model()
@@ -222,6 +224,7 @@ def test_names_follow_the_module_tree_and_hold_nothing_of_this_machine(tmp_path)
     assert b".py" not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_quantized(tmp_path):
     model = support.tiny_model()
     path = tmp_path / "model.onnx"
@@ -235,6 +238,7 @@ def test_the_card_says_what_was_quantized(tmp_path):
     assert card.products["blocks.0.adaLN_modulation.1"] == "weight-only"
 
 
+@pytest.mark.slow
 def test_a_table_of_another_model_is_refused():
     table = make_table(support.tiny_model(seed=1), Kind())
     with pytest.raises(UsageError, match=r"calibrated for model 'tiny'.*Calibrate this model"):
@@ -264,6 +268,7 @@ def test_a_table_that_does_not_fit_the_network_is_refused(module, role, kept, me
         support.exported(table=broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["simulated", "integer"])
 def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     """With the session options of our engine (`session_options` says why), in which products run as integers."""

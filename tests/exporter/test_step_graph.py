@@ -146,6 +146,7 @@ def test_a_flow_model_is_sampled_by_euler(tmp_path):
     np.testing.assert_allclose(x, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_schedule_that_looks_back_is_refused_in_one_line(monkeypatch):
     made = support.tiny_model().sampling.schedule
     lagging = Schedule(
@@ -158,6 +159,7 @@ def test_a_schedule_that_looks_back_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_the_denoiser_graph_is_the_network(tmp_path, origin):
     model = support.tiny_model(origin)

@@ -53,6 +53,7 @@ def test_a_refusal_of_the_onnx_exporter_names_the_node():
         trace(network(torch.lgamma), INPUTS, "y")
 
 
+@pytest.mark.slow
 def test_a_child_writes_down_where_its_trace_is(tmp_path, monkeypatch):
     seen, place = [], tmp_path / "place"
     monkeypatch.setenv(PLACE, str(place))

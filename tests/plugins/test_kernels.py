@@ -77,6 +77,7 @@ def test_time_group_select(data):
     np.testing.assert_array_equal(out, time_group_select(timestep, boundaries, table))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_multi_region_softmax(data):
@@ -192,6 +193,7 @@ TILES = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_multi_region_attention(data):
@@ -262,6 +264,7 @@ def test_attention_over_many_tokens(tokens):
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numerators", [False, True])
 @pytest.mark.parametrize("keys", [1000, pytest.param(4096, marks=pytest.mark.full), 32_760])
 def test_few_queries_over_many_keys(keys, numerators):

@@ -85,6 +85,7 @@ def test_placed_steps_err_less_than_published_ones(sampler):
     assert error(placed) < min(map(error, spacings(process, 8).values())) / 1.3
 
 
+@pytest.mark.slow
 def test_a_flow_is_placed_too():
     process = Flow(shift=3.0)
     found = place(long_chain(process), process, "euler", (6,))[6]

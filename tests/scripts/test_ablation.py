@@ -165,6 +165,7 @@ def test_a_real_row_and_its_float_row(model, tmp_path, monkeypatch):
     assert Row.from_json(row.to_json()) == row
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(tmp_path):
     from support import read_picture
 

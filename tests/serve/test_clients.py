@@ -29,6 +29,7 @@ def client(running):
         yield client
 
 
+@pytest.mark.slow
 def test_openai_s_client_makes_images(client, bundle_of):
     made = client.images.generate(
         model="tiny", prompt="3", n=2, size="8x8", response_format="b64_json",
@@ -45,6 +46,7 @@ def test_openai_s_client_lists_the_models(client):
     assert client.models.retrieve("tiny").steps == 1000
 
 
+@pytest.mark.slow
 def test_openai_s_client_sees_partial_images(client):
     with client.images.generate(prompt="3", stream=True, partial_images=3) as stream:
         events = list(stream)
@@ -82,6 +84,7 @@ def test_openai_s_client_that_gives_up_frees_the_places(client, running):
     wait_until(lambda: running.running() == 0, 5)
 
 
+@pytest.mark.slow
 def test_serving_loads_neither_torch_nor_onnx_nor_diffusers(bundle):
     program = f"""
 import sys

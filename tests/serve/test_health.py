@@ -80,6 +80,7 @@ def test_an_encoder_that_fails_whatever_it_is_asked_is_not_ready(serve, bundle, 
     assert running.ask(GENERATIONS, {"prompt": "ab"}).status == 200
 
 
+@pytest.mark.slow
 def test_answers_that_the_application_does_not_give_are_counted(serve, bundle):
     running = serve(settings=Settings(client_s=0.3), tiny=bundle)
     for sent in (b"NONSENSE\r\n\r\n", b"POST /v1", HEAD + b"Content-Length: 99\r\n\r\n{"):

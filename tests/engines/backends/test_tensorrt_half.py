@@ -159,6 +159,7 @@ def test_the_network_stays_as_right_as_it_was(tmp_path, name):
     assert np.linalg.norm(rounded - network) <= 1.05 * error
 
 
+@pytest.mark.slow
 def test_a_module_can_be_kept(tmp_path):
     before, _, number, _ = prepared(tmp_path, *KINDS["two regions"])
     module = "blocks.0.mlp.fc2"  # two products
@@ -198,6 +199,7 @@ def float32_sizes(layers):
     return [math.prod(shape) for kind, shape in outputs if kind == "Float"]
 
 
+@pytest.mark.slow
 def test_scales_that_lie_beside_the_file_are_found(tmp_path):
     """As in large models, of which only the graph is in memory."""
     before, _, number, _ = prepared(tmp_path, *KINDS["two regions"])

@@ -55,6 +55,7 @@ def run(model, inputs, names=None):
 SHOWN = support.few(KINDS, "zero points", "per token", "inputs of the conditioning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_each_layer_is_one_product_of_e4m3(tmp_path, name):
     file, path = files(tmp_path, KINDS[name])
@@ -80,6 +81,7 @@ def test_each_layer_is_one_product_of_e4m3(tmp_path, name):
         assert float(numpy_helper.to_array(constants[quantize.input[1]])) == max(scales)
 
 
+@pytest.mark.slow
 def test_a_layer_equals_numpy(tmp_path):
     """fc2 behind its GELU: E4M3(x / s) s times E4M3(c) t; E4M3 ties to even, and so does ml_dtypes."""
     _, path = files(tmp_path, KINDS["two regions"])
@@ -113,6 +115,7 @@ def test_the_network_stays_near_the_float_one(tmp_path, name):
     assert not np.array_equal(int8, fp8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form", "message"),
     [
@@ -125,6 +128,7 @@ def test_what_has_no_form_in_fp8_is_refused(tmp_path, kind, form, message):
         files(tmp_path, kind, form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "targets", "message"),
     [
@@ -139,6 +143,7 @@ def test_what_cannot_run_fp8_is_refused(quantized, tmp_path, backend, targets, m
     assert not (tmp_path / "a.engine").exists()
 
 
+@pytest.mark.slow
 def test_a_float_file_has_no_fp8(tmp_path):
     write(tmp_path / "float.onnx", *support.exported())
     with pytest.raises(UsageError, match="holds a float graph, asked for fp8"):

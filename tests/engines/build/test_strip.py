@@ -89,6 +89,7 @@ def test_nothing_of_the_quantization_is_left(tmp_path, origin, attention):
     assert names == sorted(f"{module}/MatMul.float" for module in modules)  # each once, whatever its regions were
 
 
+@pytest.mark.slow
 def test_a_form_that_it_does_not_know_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     write(path, *support.exported(table=make_table(support.tiny_model(), Kind())))

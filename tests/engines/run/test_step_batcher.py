@@ -386,6 +386,7 @@ def test_closing_without_drain_while_busy_fails_all_that_is_open(held):
     assert stats.waiting == stats.running == 0
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_with_block_does_not_wait_for_the_queue(card):
     engine, futures = FakeEngine(), []
 
@@ -547,6 +548,7 @@ class Ignored(list):
         pass
 
 
+@pytest.mark.slow
 def test_a_forgotten_batcher_does_not_keep_the_interpreter_from_ending(bundle):
     program = (
         "import sys\nfrom tqdit.engines.run.step_batcher import StepBatcher\n"
@@ -651,6 +653,7 @@ def ending(future, wish, label):
     return "image"
 
 
+@pytest.mark.slow
 def test_random_arrivals_and_cancels_on_a_real_engine(bundle_of):
     """The same with ONNX Runtime and int8: 120 requests, a third of them cancelled, from four threads."""
     with Sampler.open(bundle_of(kind=Kind(groups=10)), threads=1) as sampler, StepBatcher(sampler, batch=4) as batcher:
