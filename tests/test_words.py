@@ -6,6 +6,8 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 import tqdit
 
 PACKAGE = Path(tqdit.__file__).parent

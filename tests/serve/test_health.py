@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from serve.client import GENERATIONS, HEAD, text_app
 from serve.test_limits import everything
 from support import wait_until

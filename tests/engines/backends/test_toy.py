@@ -1,6 +1,7 @@
 """A new backend is one folder: nothing else names the toy of tests/toys/backends."""
 
 import numpy as np
+import pytest
 
 from tqdit.cli.main import main
 from tqdit.engines.backends import backend_names
