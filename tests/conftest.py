@@ -70,6 +70,14 @@ def traces_are_made_once():
         graph.trace_graph = support.trace_once(graph.trace_graph)
 
 
+@pytest.fixture(autouse=True)
+def products_are_found_once():
+    """Of the DiTs that tests load, of which most have one configuration."""
+    published = sys.modules.get("tqdit.models.families.published")
+    if published is not None and published.products_of.__module__ != "support":
+        published.products_of = support.products_once(published.products_of)
+
+
 @pytest.fixture
 def network():
     """A tiny DiT in the published layout: two blocks of width 16, random non-zero weights."""
