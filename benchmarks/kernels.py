@@ -1,7 +1,8 @@
-"""The plugins' Triton kernels against PyTorch on a CUDA GPU: eager, torch.compile, and unrounded flash attention.
+"""The plugins' Triton kernels on a CUDA GPU against PyTorch, eager and compiled, and against attention that does not
+round: flash attention, cuDNN's, and TensorRT's own where tensorrt is installed.
 
     python benchmarks/kernels.py [--json kernels.json]
-    python benchmarks/kernels.py --sweep             # every block shape of the fused attention, to choose the defaults
+    python benchmarks/kernels.py --sweep [--int8]    # every block shape of the fused attention, to choose the defaults
     python benchmarks/kernels.py --dry-run           # tiny shapes in Triton's CPU interpreter; its times mean nothing
 
 Shapes of DiT-XL/2: 16 heads of 72, float16, 256 and 1,024 tokens; an image with guidance is two rows, so batch 8 is 16
@@ -33,12 +34,14 @@ if DRY_RUN:
 
 import torch
 import triton
+from tensorrt_attention import tensorrt_attention
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tqdit.plugins import kernels
 from tqdit.plugins.multi_region_attention import plan as attention_plan
+from tqdit.plugins.multi_region_integer_attention import plan as integer_plan
 from tqdit.plugins.multi_region_softmax import plan as softmax_plan
 from tqdit.plugins.time_group_select import plan as select_plan
 
@@ -48,6 +51,7 @@ TOP = kernels.top_code(BITS)
 HIGH_STEP = 1 / TOP
 BATCHES, TOKENS = ((1,), (40, 150)) if DRY_RUN else ((1, 8, 32), (256, 1024))
 SEED = 0
+OUT_STEP = 0.5  # of int8 results, whose values of attention are a few units of v's codes
 SETS_BYTES = 200e6  # of all input sets together: several times the L2 cache of current chips
 
 
@@ -157,20 +161,69 @@ def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None, nu
     return call
 
 
-def check_attention(call: Call, tokens: int, numerators: bool = False) -> float:
-    """Relative L2 error against float64; the rounding of the output to float16 alone is about 2e-4."""
+def as_int8(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> tuple[Tensor, ...]:
+    """The same inputs as integer attention takes them: v as columns."""
+    return q.to(torch.int8), k.to(torch.int8), v.mT.contiguous().to(torch.int8), low_step
+
+
+def integer_attention(
+    tokens: int, out: str = "fp16", blocks: attention_plan.Blocks | None = None, numerators: bool = False
+) -> Call:
+    """out: 'fp16', or 'i8' in steps of OUT_STEP."""
+    kernel = integer_plan.kernel(out, tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
+    no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
+    scale, out_scale, out_shift = (
+        torch.tensor([number], device=DEVICE) for number in (SCALE, 1 / OUT_STEP if out == "i8" else 1.0, 0.0)
+    )
+
+    def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
+        launch = integer_plan.launch(kernel, len(q), HEADS, 1, 1, len(low_step), 1, 1)
+        result = torch.empty(q.shape, dtype=torch.int8 if out == "i8" else torch.float16, device=DEVICE)
+        return kernels.run(kernel, launch, (q, k, v, no_mask, scale, low_step, out_scale, out_shift), result)
+
+    return call
+
+
+def check_attention(call: Call, tokens: int, numerators: bool = False, int8: bool = False, step: float = 1.0) -> float:
+    """Relative L2 error against float64; the rounding of the output to float16 alone is about 2e-4.
+
+    int8: the call takes int8. step: of an int8 result, whose rounding is then allowed for.
+    """
     q, k, v, low_step = attention_inputs(2, tokens)
     expected = quantize(q.double() @ k.double().mT * SCALE, low_step, numerators) @ v.double()
-    out = call(q, k, v, low_step).double()
-    error = float((out - expected).norm() / expected.norm())
-    if not error < 3e-3:
-        raise SystemExit(f"fused attention over {tokens} tokens: relative error {error:.2e}, expected below 3e-3")
+    out = call(*(as_int8(q, k, v, low_step) if int8 else (q, k, v, low_step)))
+    allowed = 3e-3
+    if out.dtype == torch.int8:
+        expected = expected.clamp(-128 * step, 127 * step)
+        allowed += step / 2 * math.sqrt(expected.numel()) / float(expected.norm())
+    error = float((out.double() * step - expected).norm() / expected.norm())
+    if not error < allowed:
+        raise SystemExit(f"fused attention over {tokens} tokens: relative error {error:.2e}, expected below "
+                         f"{allowed:.0e}")  # fmt: skip
     return error
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, scale=SCALE)
+def not_rounded(backend: SDPBackend) -> Call:
+    """PyTorch's attention by one backend; the interpreter's machine has cuDNN's in name alone."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH if DRY_RUN else backend):
+            return F.scaled_dot_product_attention(q, k, v, scale=SCALE)
+
+    return call
+
+
+flash_attention = not_rounded(SDPBackend.FLASH_ATTENTION)
+
+
+def runs(name: str, call: Call, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a variant of a library takes these inputs; one that does not is named."""
+    try:
+        call(*inputs)
+    except RuntimeError as error:
+        print(f"no row '{name}': {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 def attention_timings(batch: int, tokens: int) -> list[Timing]:
@@ -187,13 +240,26 @@ def attention_timings(batch: int, tokens: int) -> list[Timing]:
         "eager": eager,
         "torch.compile": compiled(eager),
         "flash, not rounded": flash_attention,
-        "fused, again": fused_attention(tokens),
     }
+    cudnn, tensorrt = not_rounded(SDPBackend.CUDNN_ATTENTION), tensorrt_attention(rows, HEADS, tokens, HEAD, SCALE)
+    if runs("cuDNN, not rounded", cudnn, sets[0]):
+        variants["cuDNN, not rounded"] = cudnn
+    if tensorrt is not None:
+        print(f"batch {batch}, {tokens} tokens: TensorRT's layers {', '.join(tensorrt.layers)}")
+        variants["TensorRT, not rounded"] = tensorrt
+    variants["fused, again"] = fused_attention(tokens)
     flops = 4 * rows * HEADS * tokens * tokens * HEAD
-    return [
+    found = [
         Timing("MultiRegionAttention", name, batch, tokens, *time_call(call, sets), 4 * 2 * elements, flops)
         for name, call in variants.items()
     ]
+    int8_sets = [as_int8(*each) for each in sets]  # as many: half of the bytes, but still beyond the cache
+    for name, out, numerators in (("int8 in", "fp16", False), ("int8 in and out", "i8", False),
+                                  ("int8 in and out, numerators", "i8", True)):  # fmt: skip
+        timed = time_call(integer_attention(tokens, out, numerators=numerators), int8_sets)
+        moved = (4 if out == "i8" else 5) * elements
+        found.append(Timing("MultiRegionAttention", f"fused, {name}", batch, tokens, *timed, moved, flops))
+    return found
 
 
 def softmax_timings(batch: int, tokens: int) -> list[Timing]:
@@ -255,18 +321,22 @@ def ceilings() -> tuple[float, float]:
     return 2 * big.nbytes / copy_us * 1e6, 2 * n**3 / product_us * 1e6
 
 
-def usable(tokens: int, blocks: attention_plan.Blocks) -> bool:
+def usable(tokens: int, blocks: attention_plan.Blocks, int8: bool) -> bool:
     """Compile it and compare it with the reference; a shape that does not fit the chip is named."""
     try:
-        check_attention(fused_attention(tokens, blocks), tokens)
+        check_attention(swept(tokens, blocks, int8), tokens, int8=int8, step=OUT_STEP if int8 else 1.0)
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         print(f"{tokens} tokens, {blocks}: {str(error).splitlines()[0]}")
         return False
     return True
 
 
-def sweep(tokens: list[int], batches: list[int]) -> list[dict[str, object]]:
-    """Times of every block shape."""
+def swept(tokens: int, blocks: attention_plan.Blocks, int8: bool) -> Call:
+    return integer_attention(tokens, "i8", blocks) if int8 else fused_attention(tokens, blocks)
+
+
+def sweep(tokens: list[int], batches: list[int], int8: bool) -> list[dict[str, object]]:
+    """Times of every block shape, of the kernel whose inputs and result are int8 or float16."""
     found: list[dict[str, object]] = []
     for count in tokens:
         shapes = [
@@ -275,12 +345,13 @@ def sweep(tokens: list[int], batches: list[int]) -> list[dict[str, object]]:
             if shape[1] <= count and (2 * shape[1] < count or shape[3] == 1)  # tiles are in flight in a loop alone
         ]
         start = time.time()
-        shapes = [blocks for blocks in shapes if usable(count, blocks)]
+        shapes = [blocks for blocks in shapes if usable(count, blocks, int8)]
         print(f"{count} tokens: {len(shapes)} block shapes compiled in {time.time() - start:.0f} s")
         for batch in batches:
             sets = input_sets(functools.partial(attention_inputs, 2 * batch, count))
             flash = time_call(flash_attention, sets, 20)[0]
-            timed = [(time_call(fused_attention(count, blocks), sets, 20)[0], blocks) for blocks in shapes]
+            sets = [as_int8(*each) for each in sets] if int8 else sets
+            timed = [(time_call(swept(count, blocks, int8), sets, 20)[0], blocks) for blocks in shapes]
             timed.sort(key=lambda each: each[0])
             print(f"batch {batch}, {count} tokens: flash {flash:.1f} us")
             for us, blocks in timed[:8]:
@@ -292,22 +363,25 @@ def sweep(tokens: list[int], batches: list[int]) -> list[dict[str, object]]:
 
 def report(timings: list[Timing], copy_rate: float, product_rate: float) -> None:
     print(f"\ncopy {copy_rate / 1e12:.2f} TB/s, float16 product {product_rate / 1e12:.0f} TFLOP/s")
-    print(f"{'kernel':<21} {'variant':<21} {'batch':>5} {'tokens':>6} {'median us':>10} {'p10':>9} {'p90':>9} "
+    print(f"{'kernel':<21} {'variant':<34} {'batch':>5} {'tokens':>6} {'median us':>10} {'p10':>9} {'p90':>9} "
           f"{'roofline':>8}")  # fmt: skip
     for t in timings:
         floor = max(t.bytes / copy_rate, t.flops / product_rate) * 1e6
-        print(f"{t.kernel:<21} {t.variant:<21} {t.batch:5d} {t.tokens:6d} {t.median_us:10.1f} {t.p10_us:9.1f} "
+        print(f"{t.kernel:<21} {t.variant:<34} {t.batch:5d} {t.tokens:6d} {t.median_us:10.1f} {t.p10_us:9.1f} "
               f"{t.p90_us:9.1f} {floor / t.median_us:8.1%}")  # fmt: skip
     by_name = {(t.variant, t.batch, t.tokens): t.median_us for t in timings if t.kernel == "MultiRegionAttention"}
-    for batch, tokens in itertools.product(BATCHES, TOKENS):
-        if ("fused", batch, tokens) in by_name:
-            ratio = by_name["fused", batch, tokens] / by_name["flash, not rounded", batch, tokens]
-            print(f"fused attention over flash attention, batch {batch}, {tokens} tokens: {ratio:.2f}x")
+    ours = ("fused", "fused, int8 in and out")
+    theirs = ("flash, not rounded", "cuDNN, not rounded", "TensorRT, not rounded")
+    for batch, tokens, one, other in itertools.product(BATCHES, TOKENS, ours, theirs):
+        if (one, batch, tokens) in by_name and (other, batch, tokens) in by_name:
+            ratio = by_name[one, batch, tokens] / by_name[other, batch, tokens]
+            print(f"'{one}' over '{other}', batch {batch}, {tokens} tokens: {ratio:.2f}x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="sweep the kernel whose inputs and result are int8")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
@@ -322,11 +396,15 @@ def main() -> None:
         "heads": HEADS, "head": HEAD, "bits": BITS, "type": "float16",
     }  # fmt: skip
     if args.sweep:
-        facts["sweep"] = sweep(args.tokens, args.batches)
+        facts["sweep"] = sweep(args.tokens, args.batches, args.int8)
     else:
         errors = {tokens: check_attention(fused_attention(tokens), tokens) for tokens in args.tokens}
         for tokens in args.tokens:
             check_attention(fused_attention(tokens, numerators=True), tokens, numerators=True)
+            check_attention(integer_attention(tokens), tokens, int8=True)
+            for numerators in (False, True):
+                check_attention(integer_attention(tokens, "i8", numerators=numerators), tokens, numerators, True,
+                                OUT_STEP)  # fmt: skip
         print("relative error of the fused attention against float64:", errors)
         copy_rate, product_rate = ceilings()
         timings = [t for batch in args.batches for t in select_timings(batch)]

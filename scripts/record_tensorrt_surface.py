@@ -20,9 +20,9 @@ from pathlib import Path
 CLASSES = [
     "Builder", "BuilderFlag", "DataType", "EngineInspector", "ExecutionContextAllocationStrategy", "IBuilderConfig",
     "ICudaEngine", "IExecutionContext", "IHostMemory", "ILayer", "ILogger", "INetworkDefinition",
-    "IOptimizationProfile", "IProgressMonitor", "ITimingCache", "LayerInformationFormat", "LayerType", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserFlag", "ProfilingVerbosity", "Runtime",
-    "TensorIOMode",
+    "IOptimizationProfile", "IProgressMonitor", "ISerializationConfig", "ITimingCache", "LayerInformationFormat",
+    "LayerType", "Logger", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserFlag",
+    "OnnxParserRefitter", "ProfilingVerbosity", "Refitter", "Runtime", "SerializationFlag", "TensorIOMode",
 ]  # fmt: skip
 ENTRY_POINTS = [
     "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",

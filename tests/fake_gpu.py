@@ -248,7 +248,7 @@ class FakeTensorRT:
             "prediction": (np.float32, (-1, 2 * shape[0], *shape[1:])),
         }  # fmt: skip
         self.contexts: list[FakeContext] = []
-        self.opens = True
+        self.opens = self.streams = True
 
     def nptype(self, dtype):
         return dtype
@@ -277,11 +277,28 @@ class FakeTensorRT:
 
 
 class FakeEngine:
-    device_memory_size_v2 = 256
+    """Its weights are 4096 bytes; those beyond the budget need scratch memory."""
+
+    streamable_weights_size = 4096
 
     def __init__(self, trt: FakeTensorRT) -> None:
         self.trt, self.names = trt, list(trt.tensors)
         self.num_io_tensors = len(self.names)
+        self._budget = self.streamable_weights_size
+
+    @property
+    def weight_streaming_budget_v2(self):
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget):
+        assert not self.trt.contexts, "the real one refuses a budget while there are contexts"
+        self.trt.cuda.calls.append(f"budget[{budget}]")
+        self._budget = budget if self.trt.streams else self._budget
+
+    @property
+    def device_memory_size_v2(self):
+        return 256 + (self.streamable_weights_size - self._budget) // 4
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -318,6 +335,7 @@ class FakeContext:
 
     def set_device_memory(self, address, size):
         assert address in self.trt.cuda.memory
+        assert len(self.trt.cuda.memory[address]) >= size
         self.scratch = address
 
     def set_input_shape(self, name, shape):

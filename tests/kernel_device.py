@@ -11,6 +11,7 @@ import torch
 
 from tqdit.plugins import kernels
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
@@ -19,7 +20,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 NO_MASK = np.zeros((1, 1, 1, 1), np.float32)
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
+UNWRITTEN = {"i8": -99}
 
 
 def tensor(array: np.ndarray, floats: str | None = None) -> torch.Tensor:
@@ -28,13 +30,14 @@ def tensor(array: np.ndarray, floats: str | None = None) -> torch.Tensor:
 
 
 def launched(kernel, launch, inputs, shape, floats) -> np.ndarray:
-    """The result as float32; what the kernel does not write stays 12345."""
+    """The result as float32; what the kernel does not write stays 12345, of int8 -99."""
     return launched_with(kernel, launch, inputs, [(shape, floats)])[0]
 
 
 def launched_with(kernel, launch, inputs, outputs) -> list[np.ndarray]:
     """As above, several results of these shapes and types."""
-    out = tuple(torch.full(shape, 12345.0, dtype=TYPES[floats], device=DEVICE) for shape, floats in outputs)
+    out = tuple(torch.full(shape, UNWRITTEN.get(floats, 12345.0), dtype=TYPES[floats], device=DEVICE)
+                for shape, floats in outputs)  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter computes -inf - -inf in NumPy
         kernels.run(kernel, launch, inputs, out)
@@ -72,6 +75,18 @@ def run_attention(q, k, v, mask, low_step, bits, high_step, scale, floats="fp32"
     launch = attention.launch(kernel, images, heads, len(low_step), scale, len(mask))
     inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(mask), tensor(low_step))
     return launched(kernel, launch, inputs, q.shape, floats)
+
+
+def run_integer_attention(inputs, bits, high_step, out="fp32", blocks=None, numerators=False):
+    """inputs: those of the op by name, in its order; q, k and v of any type that holds their codes."""
+    q, k, mask = inputs["q"], inputs["k"], inputs["mask"]
+    images, heads, queries, head = q.shape
+    kernel = integer_attention.kernel(out, queries, k.shape[2], head, bits, high_step, blocks, mask.shape[1:],
+                                      numerators)  # fmt: skip
+    rows = (len(inputs[name]) for name in ("mask", "scale", "low_step", "out_scale", "out_shift"))
+    launch = integer_attention.launch(kernel, images, heads, *rows)
+    tensors = tuple(tensor(each, "i8" if name in "qkv" else None) for name, each in inputs.items())
+    return launched(kernel, launch, tensors, q.shape, out)
 
 
 def regions(

@@ -14,6 +14,7 @@ neither torch nor onnx.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -169,23 +170,25 @@ def export(
 
 
 def build(
-    source: str | Path, output: str | Path | None = None, *, backend: str = "auto", config: BuildConfig | None = None,
-    force: bool = False,
+    source: str | Path | Sequence[str | Path], output: str | Path | None = None, *, backend: str = "auto",
+    config: BuildConfig | None = None, force: bool = False,
 ) -> Manifest:  # fmt: skip
     """Compile an ONNX file of ours into an engine bundle, prove that it is integer, and return its manifest.
 
-    output: the folder to write; None: the file's name with .engine. backend: 'auto' is the best one that is installed
+    source: of several files of one network, such as forms of attention, the fastest on this machine is kept. output:
+    the folder to write; None: the (first) file's name with .engine. backend: 'auto' is the best one that is installed
     and runs here. force: replace the engine of another version of tqdit. Raises BackendError if a quantized product
     would run in float.
     """
     need("onnx", "build", "tqdit.build")
-    from tqdit.engines.build.engine import build_engine
+    from tqdit.engines.build.fastest import build_fastest
     from tqdit.engines.bundle import check_overwrite
 
-    folder = Path(source).with_suffix(".engine") if output is None else Path(output)
+    files = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
+    folder = files[0].with_suffix(".engine") if output is None else Path(output)
     check_writable(folder)
     check_overwrite(folder, force)
-    return build_engine(Path(source), folder, backend, config)
+    return build_fastest(files, folder, backend, config)
 
 
 def _need_stage(extra: str, what: str) -> None:

@@ -21,6 +21,7 @@ from tqdit.files import explain, sha256
 
 AGAIN = "Export it again."
 UNKNOWN = ("<unk>", "[UNK]")  # what tokenizers call a word that they do not know
+UNKNOWN_WORDS = "the text encoder does not know "  # a warning begins with it, and goes on with parts of the prompt
 MOST_TOKENS = 2**16  # of a prompt
 Fold = Literal["as it is", "stripped", "lower"]
 FOLDS: dict[Fold, Callable[[str], str]] = {
@@ -161,7 +162,7 @@ def tokenize(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[NDArray[np.in
     found, names = encoding.ids, encoding.tokens
     if unknown := [text[slice(*encoding.offsets[i])] for i, name in enumerate(names) if name in UNKNOWN]:
         words = ", ".join(f"'{word[:20]}'" for word in dict.fromkeys(unknown[:8]))
-        warnings.warn(f"the text encoder does not know {words} of the prompt {prompt[:60]!r}. Use other words.",
+        warnings.warn(f"{UNKNOWN_WORDS}{words} of the prompt {prompt[:60]!r}. Use other words.",
                       TqditWarning, stacklevel=2)  # fmt: skip
     if len(found) > tokens.length:
         raise UsageError(f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}.")

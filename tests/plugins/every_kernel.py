@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kernel_device
 from tqdit.plugins.multi_region_attention.plan import candidates
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 
 
 def main():
@@ -24,6 +25,11 @@ def main():
         for blocks in candidates("fp16", head, tokens):
             for numerators in (False, True):
                 kernel_device.run_attention(q, k, v, mask, low, 8, 1 / 127, 1e-4, "fp16", blocks, numerators)
+        inputs = {"q": q, "k": k, "v": v.swapaxes(-1, -2), "mask": mask, "scale": low / 100, "low_step": low,
+                  "out_scale": low * 100, "out_shift": low}  # fmt: skip
+        for blocks in integer_attention.candidates(head, tokens):
+            for numerators in (False, True):
+                kernel_device.run_integer_attention(inputs, 8, 1 / 127, "i8", blocks, numerators)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,13 @@ def main():
         results[name] = drive(name, kinds, (half,), shapes, attention, {0, 1, 2, 3, 4})
         other = drive(name, kinds, (half,), shapes, attention | {"scale": 0.02}, {0, 1, 2, 3, 4})
         results[name]["of_another_scale"] = other["kernels"]
+    for name in ("MultiRegionIntegerAttention", "MultiRegionNumeratorIntegerAttention"):
+        kinds = (trt.DataType.INT8,) * 3 + (single,) * 5
+        cases = (("", 200, 3, trt.DataType.INT8), (" half", 50, 10, half))  # 50 tokens: one tactic to compile
+        for label, tokens, out_type, out_kind in cases:
+            shapes = [(3, 2, tokens, 72)] * 2 + [(3, 2, 72, tokens), (3, 1, 1, tokens), (3,), (1,), (3,), (3,)]
+            attributes = {"bits": 8, "high_step": 1 / 127, "out_type": out_type}
+            results[f"{name}{label}"] = drive(name, kinds, (out_kind,), shapes, attributes, {0, 1, 2, 3, 4, 6, 7})
     sys.stdout.write(json.dumps(results) + "\n")
 
 

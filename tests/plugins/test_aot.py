@@ -14,6 +14,7 @@ from support import few
 from tqdit.errors import BackendError
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
@@ -33,6 +34,9 @@ def kernels_of(floats):
         attention.kernel(floats, 32_760, 32_760, 128, 8, 1 / 127, numerators=True),
         softmax.kernel(floats, 32_760, 8, 1 / 127, numerators=True),
         attention.kernel(floats, 256, 256, 72, 8, 1 / 127, mask=(1, 1, 256)),
+        integer_attention.kernel(floats, 256, 256, 72, 8, 1 / 127),
+        integer_attention.kernel("i8", 1024, 1024, 72, 8, 1 / 127),
+        integer_attention.kernel("i8", 300, 77, 128, 8, 1 / 127, mask=(1, 1, 77), numerators=True),
     ]
 
 
@@ -62,11 +66,12 @@ def assemble(compiled, folder):
 
 
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), (12, 0)]
+KERNELS = range(len(kernels_of("fp16")))
 
 
 @pytest.mark.parametrize(("index", "capability"), few(
-    itertools.product(range(6), CAPABILITIES),
-    *((0, capability) for capability in CAPABILITIES), *((index, (9, 0)) for index in range(1, 6)),
+    itertools.product(KERNELS, CAPABILITIES),
+    *((0, capability) for capability in CAPABILITIES), *((index, (9, 0)) for index in KERNELS),
 ))  # fmt: skip
 def test_kernels_compile_for_every_capability(index, capability, tmp_path):
     kernel = kernels_of("fp16")[index]
@@ -87,7 +92,7 @@ def test_kernels_compile_for_every_capability(index, capability, tmp_path):
 
 
 @pytest.mark.parametrize(("floats", "index"), few(
-    itertools.product(["bf16", "fp32"], range(7)), ("bf16", 0), ("bf16", 6), ("fp32", 1), ("fp32", 2)
+    itertools.product(["bf16", "fp32"], KERNELS), ("bf16", 0), ("bf16", 6), ("bf16", 7), ("fp32", 1), ("fp32", 2)
 ))  # fmt: skip
 def test_kernels_compile_for_every_type(floats, index):
     kernel = kernels_of(floats)[index]
@@ -103,6 +108,29 @@ def test_what_tensorrt_is_offered_needs_no_more_shared_memory_than_every_launche
     for blocks in attention.candidates(floats, head, tokens):
         kernel = attention.kernel(floats, tokens, tokens, head, 8, 1 / 127, blocks)
         assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks
+
+
+@pytest.mark.parametrize(
+    ("head", "tokens"), few([(72, 256), (80, 1024), (128, 256), (128, 1024)], (72, 256), (128, 256))
+)
+def test_the_same_of_integer_attention(head, tokens):
+    for blocks in integer_attention.candidates(head, tokens):
+        kernel = integer_attention.kernel("i8", tokens, tokens, head, 8, 1 / 127, blocks)
+        assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_codes_of_probabilities_stay_in_their_registers(capability):
+    """The products are int8, and nothing between them passes shared memory or another thread but a row's maximum and
+    sum: the order of the keys is chosen for this (see the kernel)."""
+    kernel = integer_attention.kernel("i8", 1024, 1024, 64, 8, 1 / 127)
+    ptx = aot.compile_kernel(kernel, capability).ptx
+    product = "wgmma.mma_async.sync.aligned.m64n" if capability == (9, 0) else "mma.sync.aligned.m16n8k32"
+    assert re.search(rf"{re.escape(product)}.*s32\.s8\.s8", ptx)
+    assert "f16" not in "".join(line for line in ptx.splitlines() if "mma" in line)
+    # Bytes that pass shared memory: the 32 results of a thread on their way out, in pairs. 64 codes would be more.
+    assert len(re.findall(r"st\.shared\.v2\.b8", ptx)) <= 16
+    assert not re.findall(r"stmatrix|st\.shared\.b8|st\.shared\.v4\.b8", ptx)
 
 
 @pytest.mark.full

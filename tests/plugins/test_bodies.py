@@ -1,17 +1,13 @@
 """The function bodies in ONNX Runtime equal their NumPy references, and onnx's own inliner keeps them so."""
 
 import numpy as np
-import onnx
-import onnx.inliner
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from kernel_device import regions, run_attention, run_numerator, run_softmax
-from tqdit.plugins import DOMAIN, VERSION
-from tqdit.plugins.function import PLUGIN_ATTRIBUTES
+from op_bodies import run
 from tqdit.plugins.multi_region_attention import schema as attention_schema
 from tqdit.plugins.multi_region_attention.reference import multi_region_attention
 from tqdit.plugins.multi_region_numerator import schema as numerator_schema
@@ -22,28 +18,6 @@ from tqdit.plugins.multi_region_softmax import schema as softmax_schema
 from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
 from tqdit.plugins.time_group_select import schema as select_schema
 from tqdit.plugins.time_group_select.reference import time_group_select
-
-
-def run(schema, inputs, attributes, rank=4, inline=False, out_kind=TensorProto.FLOAT, outputs=1):
-    """One node of a custom op, with its body, in ONNX Runtime without optimisations."""
-    names = ["out", "out_2"][:outputs]
-    node = helper.make_node(schema.OP_TYPE, list(inputs), names, domain=DOMAIN, **attributes, **PLUGIN_ATTRIBUTES)
-    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64,
-             np.dtype(np.float16): TensorProto.FLOAT16}  # fmt: skip
-    values = [helper.make_tensor_value_info(k, kinds[v.dtype], [None] * v.ndim) for k, v in inputs.items()]
-    made = [helper.make_tensor_value_info(name, out_kind, [None] * rank) for name in names]
-    graph = helper.make_graph([node], "g", values, made)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[schema.body()], ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    if inline:
-        model = onnx.inliner.inline_local_functions(model)
-        assert not model.functions
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found = session.run(None, inputs)
-    return found[0] if outputs == 1 else found
 
 
 @settings(max_examples=25, deadline=None)

@@ -13,6 +13,7 @@ import torch
 from kernel_device import regions
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -64,6 +65,30 @@ def test_the_compiled_attention_runs_with_its_visible_parameters(tokens, portabl
         inputs = (q, k, v, mask, low_step)
         out = launch_ptx(aot.compile_kernel(kernel, capability), launch, inputs, torch.full_like(q, np.nan))
         assert (np.abs(out - p @ values) <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [256, 1000])
+@pytest.mark.parametrize("portable", [True, False])
+def test_the_compiled_integer_attention_runs_with_its_visible_parameters(tokens, portable):
+    capability = aot.PORTABLE if portable else aot.best_capability(torch.cuda.get_device_capability())
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = (2, 3, tokens, 72), (2, 3, tokens, 72), (2, 3, 72, tokens)
+    q, k, v = (
+        (torch.randn(shape, device="cuda", generator=generator) * 40).round().clamp(-128, 127).to(torch.int8)
+        for shape in shapes
+    )
+    numbers = [torch.tensor(each, device="cuda") for each in ([2e-4], [1 / 127 / 8, 1 / 127 / 50], [2.0, 5.0], [3.0])]
+    mask = torch.randn(2, 1, 1, tokens, device="cuda", generator=generator)
+    scores = (q.double() @ k.double().mT * 2e-4 + mask).cpu().numpy()
+    p, off = regions(scores, numbers[1].cpu().numpy(), 8, np.float32(1 / 127))
+    values, scale = v.double().mT.cpu().numpy(), np.array([2.0, 5.0]).reshape(2, 1, 1, 1)
+    expected = np.clip(p @ values * scale + 3, -128, 127)
+    bound = 0.5 + 2e-6 * (p @ np.abs(values) * scale + 3) + 1.001 * (off @ np.abs(values)) * scale + 1e-5
+    for blocks in integer_attention.candidates(72, tokens):
+        kernel = integer_attention.kernel("i8", tokens, tokens, 72, 8, 1 / 127, blocks, mask.shape[1:])
+        launch = integer_attention.launch(kernel, 2, 3, 2, 1, 2, 2, 1)
+        out = launch_ptx(aot.compile_kernel(kernel, capability), launch, (q, k, v, mask, *numbers), torch.empty_like(q))
+        assert (np.abs(out - expected) <= bound).all()
 
 
 def test_the_compiled_softmax_runs_with_its_visible_parameters():

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
@@ -69,6 +70,21 @@ def test_attention_covers_every_query_and_key_once(images, heads, queries, keys,
             np.testing.assert_array_equal(image, np.repeat(np.arange(images), heads))
 
 
+@given(SIZES, SIZES, st.integers(1, 700), st.integers(1, 700), st.sampled_from([8, 64, 72, 88, 128]))
+def test_integer_attention_covers_every_query_once(images, heads, queries, keys, head):
+    for blocks in integer_attention.candidates(head, keys):
+        kernel = integer_attention.kernel("i8", queries, keys, head, 8, 1 / 127, blocks)
+        launch = integer_attention.launch(kernel, images, heads, 1, images, 1, 1, images)
+        per_head = -(-queries // blocks.queries)
+        visits = np.zeros((images * heads, queries), int)
+        for program in range(launch.programs):
+            query = program % per_head * blocks.queries + np.arange(blocks.queries)
+            visits[program // per_head, query[query < queries]] += 1
+        assert (visits == 1).all()
+        assert blocks.keys >= integer_attention.LEAST_SUM
+        assert launch.scalars == (heads, 1, images, 1, 1, images)
+
+
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_select_covers_every_element_once(rows, size):
     launch = select.launch(rows, size)
@@ -80,9 +96,14 @@ def test_symbolic_sizes_give_the_same_launch():
     """As a dynamic batch does in TensorRT."""
     one = softmax.kernel("fp16", 256, 8, 1 / 127)
     two = attention.kernel("fp16", 200, 200, 72, 8, 1 / 127)
+    three = integer_attention.kernel("i8", 200, 200, 72, 8, 1 / 127)
     for launch, symbolic in (
         (softmax.launch(one, 3, 16, 256, 3), softmax.launch(one, Symbol(3), Symbol(16), Symbol(256), Symbol(3))),
         (attention.launch(two, 3, 16, 3, 0.1), attention.launch(two, Symbol(3), Symbol(16), Symbol(3), 0.1)),
+        (
+            integer_attention.launch(three, 3, 16, 3, 1, 3, 1, 1),
+            integer_attention.launch(three, Symbol(3), Symbol(16), Symbol(3), 1, Symbol(3), 1, 1),
+        ),
         (select.launch(70, 3), select.launch(Symbol(70), Symbol(3))),
     ):
         assert int(symbolic.programs) == launch.programs
@@ -101,3 +122,6 @@ def test_a_split_covers_its_head(head):
     main, rest = attention.split_head(head)
     assert main + rest >= head
     assert all(each == 0 or (each >= 16 and each & (each - 1) == 0) for each in (main, rest))
+    summed = integer_attention.summed_split(main, rest)
+    assert sum(summed) >= head
+    assert all(each == 0 or (each >= 32 and each & (each - 1) == 0) for each in summed)

@@ -19,11 +19,14 @@ import pytest
 from support import ALL
 from tqdit.plugins import aot, tensorrt
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 
 pytestmark = pytest.mark.slow
 TACTICS = None if ALL else 2  # of each kernel of attention
 
 ATTENTIONS = ("MultiRegionAttention", "MultiRegionNumeratorAttention")
+INTEGER_ATTENTIONS = ("MultiRegionIntegerAttention", "MultiRegionNumeratorIntegerAttention")
+INTEGER_CASES = tuple(f"{name}{label}" for name in INTEGER_ATTENTIONS for label in ("", " half"))
 
 # What the bindings need of TensorRT's libraries to be loaded; none of it is called.
 SYMBOLS = (
@@ -58,7 +61,7 @@ def contract(tmp_path_factory):
 
 
 def test_the_plugins_register_under_their_names(contract):
-    assert sorted(contract) == sorted(tensorrt.NAMES)
+    assert {name.removesuffix(" half") for name in contract} == set(tensorrt.NAMES)
 
 
 def test_every_attribute_is_passed_in_order(contract):
@@ -67,6 +70,8 @@ def test_every_attribute_is_passed_in_order(contract):
         assert contract[name]["attributes"] == ["bits", "high_step"]
     for name in ATTENTIONS:
         assert contract[name]["attributes"] == ["bits", "high_step", "scale"]
+    for name in INTEGER_CASES:
+        assert contract[name]["attributes"] == ["bits", "high_step", "out_type"]
 
 
 def test_attributes_are_arrays(contract):
@@ -99,14 +104,20 @@ def test_shapes_and_types(contract):
     assert contract["TimeGroupSelect"]["out_shapes"] == [[70, 1, 1, 3]]
     assert contract["MultiRegionSoftmax"]["out_shapes"] == [[3, 2, 50, 50]]
     assert contract["MultiRegionNumerator"]["out_shapes"] == [[3, 2, 50, 50], [3, 2, 50, 1]]
-    for name in ATTENTIONS:
+    for name in (*ATTENTIONS, *INTEGER_ATTENTIONS):
         assert contract[name]["out_shapes"] == [[3, 2, 200, 72]]
     kinds = {name: result["out_types"] for name, result in contract.items()}
     assert kinds["TimeGroupSelect"] == ["DataType.FLOAT"]
     for name in ("MultiRegionSoftmax", *ATTENTIONS):
         assert kinds[name] == ["DataType.HALF"]
     assert kinds["MultiRegionNumerator"] == ["DataType.HALF", "DataType.FLOAT"]
-    assert {result["combinations"] for result in contract.values()} == {3}  # float, float16, bfloat16
+    for name in INTEGER_ATTENTIONS:
+        assert kinds[name] == ["DataType.INT8"]
+        assert kinds[f"{name} half"] == ["DataType.HALF"]
+    # float, float16, bfloat16; the types of integer attention are those of its attribute
+    assert {name: result["combinations"] for name, result in contract.items()} == {
+        name: 1 if name in INTEGER_CASES else 3 for name in contract
+    }
 
 
 def test_launches_take_the_symbolic_batch(contract):
@@ -123,11 +134,19 @@ def test_launches_take_the_symbolic_batch(contract):
         assert {tuple(kernel["scalars"]) for kernel in contract[name]["kernels"]} == {
             (2, 3, 3, int(np.float32(0.01).view(np.int32)))
         }
+    candidates = integer_attention.candidates(72, 200)
+    for name in INTEGER_ATTENTIONS:
+        launches = [kernel["launch"] for kernel in contract[name]["kernels"]]
+        assert [launch["grid_x"] for launch in launches] == [6 * -(-200 // each.queries) for each in candidates]
+        assert [launch["block_x"] for launch in launches] == [32 * each.warps for each in candidates]
+        # heads, and images of the mask, the scales, low steps, result's scales and shifts
+        assert {tuple(kernel["scalars"]) for kernel in contract[name]["kernels"]} == {(2, 3, 3, 1, 3, 3)}
 
 
 def test_entries_take_what_tensorrt_passes(contract):
     """Inputs, integers, outputs, and nothing else."""
-    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionNumerator": 2, **dict.fromkeys(ATTENTIONS, 5)}
+    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionNumerator": 2, **dict.fromkeys(ATTENTIONS, 5),
+              **dict.fromkeys(INTEGER_CASES, 8)}  # fmt: skip
     for name, result in contract.items():
         for kernel in result["kernels"]:
             assert kernel["parameters"] == inputs[name] + len(kernel["scalars"]) + len(result["out_types"])

@@ -339,3 +339,17 @@ def test_a_client_that_sends_more_than_its_request_and_leaves_frees_its_row(gate
         time.sleep(0.1)
     wait_until(lambda: not running.running(), 5)
     assert gate.calls < 900
+
+
+@pytest.mark.parametrize("more", [b"x" * 300_000, ALIVE * 3000], ids=["no request", "requests"])
+def test_a_client_that_sends_too_much_before_its_answer_is_refused_and_frees_its_row(gated, more):
+    running, gate = gated()
+    gate.call_s = 0.01
+    body = b'{"class": 1, "steps": 1000}'
+    with running.connect() as client:
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: gate.calls)
+        with contextlib.suppress(OSError):  # the connection ends while it sends
+            client.sendall(more)
+        wait_until(lambda: not running.running(), 5)
+    assert gate.calls < 900

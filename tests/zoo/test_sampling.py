@@ -160,7 +160,7 @@ def test_a_wrong_file_is_one_line_before_the_engine_is_opened(flux, tmp_path, ca
 
 def test_other_files_and_flags_are_refused(flux, embeddings, tmp_path, capsys):
     engine, output = flux / "onnxruntime.engine", tmp_path / "x.npz"
-    assert "tqdit-sample --embeddings FILE" in refused(capsys, [engine, "-o", output], 2)
+    assert "--embeddings FILE" in refused(capsys, [engine, "-o", output], 2)
     assert "--classes, --embeddings" in refused(
         capsys, [engine, "-o", output, "--classes", "1", "--embeddings", embeddings], 2
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdit.bounds import check_number
 from tqdit.console import Console
 from tqdit.engines.backends import backend_names
-from tqdit.engines.bundle import CALLS_FILE, check_overwrite
+from tqdit.engines.bundle import CALLS_FILE, Manifest, check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
 from tqdit.errors import UsageError
 from tqdit.files import check_writable
@@ -20,14 +20,15 @@ EXAMPLES = """\
 examples:
   tqdit-build                                   model.onnx -> model.engine
   tqdit-build --precision int8 dit.onnx -o dit.engine
+  tqdit-build float.onnx fused.onnx             two forms of attention -> the faster one as float.engine
 
 The bundle is a folder with all that an edge server needs: compiled graph, decoder, shapes, schedule, checksums."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", nargs="?", type=Path, default=Path("model.onnx"), help="file that tqdit-export wrote (default: "
-        "%(default)s)")  # fmt: skip
+    add("model", nargs="*", type=Path, default=[Path("model.onnx")], help="file that tqdit-export wrote (default: "
+        "model.onnx); of several, such as forms of attention, the fastest on this machine is kept")  # fmt: skip
     add("-o", "--output", type=Path, help="folder to write (default: the model's name with .engine)")
     add("--backend", choices=["auto", *backend_names()], default="auto", help="default: the best one that is installed "
         "and runs on this machine")  # fmt: skip
@@ -46,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude-lean-runtime", action="store_true", help="with --version-compatible: leave the lean runtime out")
     add("--device", type=int, metavar="N", help="index of the GPU to build on (default: the current one)")
     add("--no-plugins", action="store_true", help="TensorRT: standard ops in place of the custom ops' kernels")
+    add("--refit", action="store_true", help="TensorRT: an engine whose weights can be replaced; if OUTPUT is such an "
+        "engine of the same graph and this machine has its GPU, replace them in place of compiling")  # fmt: skip
+    add("--weight-streaming", action="store_true", help="TensorRT: weights may stay in the host's memory "
+        "(tqdit-sample --weight-budget)")  # fmt: skip
     add(
         "--optimum", type=Path, metavar="DIR", help="OpenVINO: also write DIR/transformer for optimum-intel's pipelines"
     )
@@ -58,10 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     # onnx is an optional library; these modules answer its absence
     from tqdit.engines.build.backend import choose_backend
-    from tqdit.engines.build.engine import build_engine
+    from tqdit.engines.build.fastest import build_fastest
     from tqdit.onnx_file import OnnxFile
 
-    output: Path = args.output or args.model.with_suffix(".engine")
+    model: Path = args.model[0]
+    output: Path = args.output or model.with_suffix(".engine")
     check_writable(output)
     check_overwrite(output, args.force)
     config = _config(args)
@@ -75,17 +81,21 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         from tqdit.engines.backends.openvino.optimum import check_optimum, write_optimum
 
         check_writable(args.optimum / "transformer")
-        check_optimum(OnnxFile.read(args.model).own_card, args.optimum)
+        check_optimum(OnnxFile.read(model).own_card, args.optimum)
     if args.triton is not None:
         from tqdit.engines.build.triton import check_triton, write_triton
 
         check_writable(args.triton / output.stem)
         check_triton(args.triton, output.stem)
-    console.say(f"compiling {args.model} for {backend}")
+    console.say(f"compiling {', '.join(map(str, args.model))} for {backend}")
     with _progress_bar(console) as progress:
-        manifest = build_engine(args.model, output, backend, config, progress)
+        manifest = build_fastest(args.model, output, backend, config, progress)
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
+    for line in _timings(manifest):
+        console.say(line)
+    if manifest.weights == "refitted":
+        console.say("replaced the weights of the engine that was there; its layers, and so its audit, are as before")
     if manifest.audit is not None:
         console.say(manifest.audit.line)
     if manifest.verified is not None:
@@ -99,6 +109,19 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if args.triton is not None:
         console.say(f"wrote {write_triton(output, manifest, args.triton, output.stem)} for Triton Inference Server")
     return output
+
+
+def _timings(manifest: Manifest) -> Iterator[str]:
+    """What was measured of several files; of one file for NVIDIA's GPUs that its form of attention was not."""
+    for timing in manifest.measured:
+        form = "float graph" if timing.attention is None else f"attention {timing.attention}"
+        yield f"{timing.file} ({form}): {timing.median_ms:.2f} ms for {timing.rows} rows"
+    quantization = manifest.card.quantization
+    if quantization is not None and not manifest.measured and manifest.backend.startswith("tensorrt"):
+        yield (
+            f"attention {quantization.attention}: not measured against other forms; pass a file of each "
+            "(tqdit-export --attention) on the machine with the GPU, and the fastest is kept"
+        )
 
 
 @contextmanager
@@ -136,4 +159,6 @@ def _config(args: argparse.Namespace) -> BuildConfig:
         lean_runtime="exclude" if args.exclude_lean_runtime else "embed",
         device=args.device,
         plugins=not args.no_plugins,
+        refit=args.refit,
+        weight_streaming=args.weight_streaming,
     )

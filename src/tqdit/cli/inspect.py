@@ -17,6 +17,7 @@ from tqdit.card import SHIPPED, GraphCard
 from tqdit.console import Console
 from tqdit.engines.bundle import MANIFEST, Verified, check_parts, read_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.sampler import has_pixels
 from tqdit.engines.run.shards import INDEX, read_index
 from tqdit.engines.run.verify import verify_bundle
@@ -56,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "code 1 if the engine is wrong")  # fmt: skip
     parser.add_argument("--device", type=int, metavar="N", help="with --verify: index of the GPU (default: the current "
         "one)")  # fmt: skip
+    parser.add_argument("--weight-budget", type=float, metavar="MIB", help="with --verify: weights on the GPU at most, "
+        "if the engine was built with --weight-streaming (default: all)")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw a scale table: scales against the group "
         "of timesteps, and the error of each layer")  # fmt: skip
 
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         folder = Path(args.file)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
-        verdict = verify_bundle(folder, manifest, args.device)
+        verdict = verify_bundle(folder, manifest, GpuShare.with_budget(args.device, args.weight_budget))
         verdict.check(str(folder))
         print(Verified.of(verdict).line)
         return None
@@ -136,6 +139,8 @@ def _bundle(path: Path) -> Facts:
             [("custom ops", ", ".join(f"{op}: {what}" for op, what in manifest.plugins.items()))]
             * bool(manifest.plugins)
         ),
+        *([] if manifest.weights == "fixed" else [("weights", manifest.weights)]),
+        *[(f"{timing.median_ms:.2f} ms", f"{timing.rows} rows, {timing.file}") for timing in manifest.measured],
         ("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"),
         ("decoder", "inside" if manifest.decoder else "none"),
         *([] if manifest.card.text is None else _text(manifest.card.text)),

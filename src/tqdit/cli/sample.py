@@ -12,6 +12,7 @@ from tqdit.bounds import check_count
 from tqdit.card import GraphCard
 from tqdit.console import Bar, Console
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.backend import check_threads
 from tqdit.engines.run.images import FRAMES_PER_S, check_output, kind_of, write_images, write_npz
 from tqdit.engines.run.noise_file import check_noise_file, check_size, write_noise
@@ -86,6 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="CPU threads, of each worker with --ray (default: the backend's choice; with "
         "--ray 1)")  # fmt: skip
     add("--device", type=int, metavar="N", help="index of the GPU (default: the current one)")
+    add("--weight-budget", type=float, metavar="MIB", help="weights on the GPU at most, if the engine was built "
+        "with --weight-streaming (default: all)")  # fmt: skip
     add("-o", "--output", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz or a folder; of "
         "videos also a .gif or .mp4 (default: %(default)s)")  # fmt: skip
     add("--fps", type=int, default=FRAMES_PER_S, metavar="N", help="frames per second of videos (default: %(default)s)")
@@ -167,8 +170,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("format", "shard_size", "ray", "workers"):
         if getattr(args, name) is not None and (kind := kind_of(args.output)) != "folder":
             raise UsageError(f"--{name.replace('_', '-')} belongs to a folder as output, '{args.output}' is a .{kind}.")
-    if args.device is not None and args.ray is not None:
-        raise UsageError("--device: Ray chooses the GPU of each worker. Leave it out.")
+    for flag in ("device", "weight_budget"):
+        if getattr(args, flag) is not None and args.ray is not None:
+            raise UsageError(f"--{flag.replace('_', '-')}: Ray chooses the GPU of each worker. Leave it out.")
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers belongs to --ray.")
     if args.ray is not None:
@@ -205,12 +209,17 @@ def _wants_shards(args: argparse.Namespace, manifest: Manifest) -> bool:
     return bool(needs) or not makes_images(manifest) or args.n > MOST_PICTURES or (args.output / INDEX).is_file()
 
 
+def _open(args: argparse.Namespace) -> Sampler:
+    gpu = GpuShare.with_budget(args.device, args.weight_budget)
+    return Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=gpu)
+
+
 def _sample_at_once(
     args: argparse.Namespace, manifest: Manifest, job: SamplingJob, prompts: Prompts | None, console: Console
 ) -> Path:
     """All samples in memory, then one output."""
     output: Path = args.output
-    with Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=args.device) as sampler:
+    with _open(args) as sampler:
         calls = sampler.steps_for(job.count, job.steps)
         started = time.perf_counter()
         with console.bar(calls, "sampling", "steps") as bar:
@@ -261,7 +270,7 @@ def _sample_shards(
 
 
 def _work_here(args: argparse.Namespace, prompts: Prompts | None, stack: ExitStack) -> Work:
-    sampler = stack.enter_context(Sampler.open(args.engine, batch=args.batch, threads=args.threads, device=args.device))
+    sampler = stack.enter_context(_open(args))
 
     def work(folder: ShardFolder, pending: list[int], bar: Bar) -> None:
         def advance(report: StepReport) -> None:

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tqdit.console import Console
+from tqdit.engines.gpu import GpuShare
 from tqdit.errors import OutputError, UsageError, first_line
 from tqdit.serve.app import make_app
 from tqdit.serve.server import Server
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fewer)")  # fmt: skip
     add("--threads", type=int, help="CPU threads of each engine (default: the backend's choice)")
     add("--device", type=int, metavar="N", help="index of the GPU of every engine (default: the current one)")
+    add("--weight-budget", type=float, metavar="MIB", help="weights of each engine on the GPU at most; all were "
+        "built with --weight-streaming (default: all)")  # fmt: skip
     limits = parser.add_argument_group("limits")
     add = limits.add_argument
     add("--queue", type=int, default=defaults.queue, metavar="N", help="images of an engine that may wait; more are "
@@ -79,8 +82,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
     key, is_local = os.environ.get(KEY), _is_loopback(args.host)
     hosts = {*LOCAL, args.host.lower()} if is_local and key is None and args.ray is None else ()
     settings = Settings(
-        batch=args.batch, threads=args.threads, device=args.device, queue=args.queue, deadline_s=args.deadline,
-        most_images=args.most_images, most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
+        batch=args.batch, threads=args.threads, device=GpuShare.with_budget(args.device, args.weight_budget),
+        queue=args.queue, deadline_s=args.deadline, most_images=args.most_images,
+        most_previews=args.most_previews, shutdown_s=args.shutdown_seconds,
         cors_origins=tuple(args.cors_origin), api_key=key, hosts=tuple(sorted(hosts)),
     )  # fmt: skip
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):

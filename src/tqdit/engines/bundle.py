@@ -11,7 +11,7 @@ import platform
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -69,6 +69,16 @@ class Verified:
         return f"golden calls: {self.calls}, error against float {self.error:.1e} (expected {self.expected:.1e})"
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How fast the engine of one file was where several were built and the fastest was kept."""
+
+    file: str
+    attention: str | None  # its form; None: a float graph
+    median_ms: float  # of a call
+    rows: int  # of that call
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
     """What a backend compiled."""
@@ -81,6 +91,8 @@ class Artefact:
     batch: BatchRange | None = None  # images per call that it was built for; None: any number
     plugins: dict[str, str] = field(default_factory=dict)  # custom op -> 'plugin', or 'body: ' and why
     verified: Verified | None = None  # None: no golden calls, or they cannot run where it was built
+    weights: Literal["fixed", "refittable", "refitted"] = "fixed"  # can be replaced, and were since it was compiled
+    streams_weights: bool = False  # some may stay in the host's memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +103,7 @@ class _Facts(Artefact):
     precision: str
     float_type: str = "fp32"  # of what is not integer
     files: dict[str, BundlePart] = field(default_factory=dict)
+    measured: tuple[Timing, ...] = ()  # of the files that the engine was chosen from; (): one file, or not measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from tqdit.extras import missing
 from tqdit.plugins import aot
 
 NAMES = (
-    "MultiRegionAttention", "MultiRegionNumerator", "MultiRegionNumeratorAttention", "MultiRegionSoftmax",
-    "TimeGroupSelect",
+    "MultiRegionAttention", "MultiRegionIntegerAttention", "MultiRegionNumerator", "MultiRegionNumeratorAttention",
+    "MultiRegionNumeratorIntegerAttention", "MultiRegionSoftmax", "TimeGroupSelect",
 )  # fmt: skip
 
 

@@ -18,12 +18,15 @@ from tqdit.plugins import DOMAIN
 from tqdit.plugins.aot import compile_kernel
 from tqdit.plugins.kernels import Kernel, Launch
 from tqdit.plugins.multi_region_attention import plan as attention
+from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
 from tqdit.plugins.multi_region_softmax import plan as softmax
 from tqdit.plugins.time_group_select import plan as select
 
 Integers = NDArray[np.int32]
 Reals = NDArray[np.float32]
 FLOATS = "FP32|FP16|BF16"  # '|': the same of them wherever it stands in a combination
+TYPES = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16, "i8": trt.DataType.INT8}
+NAMES_OF_TYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "i8": "INT8"}  # in a combination
 Compiled = Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymIntExprs]  # noqa: UP006, UP007
 
 
@@ -36,6 +39,7 @@ def define(capability: tuple[int, int], lazy: bool = False) -> None:
     _define_multi_region_numerator(capability, lazy)
     for numerators in (False, True):
         _define_multi_region_attention(capability, lazy, numerators)
+        _define_multi_region_integer_attention(capability, lazy, numerators)
 
 
 def _define_time_group_select(capability: tuple[int, int], lazy: bool) -> None:
@@ -164,6 +168,49 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
         return _compiled(kernel, launch, capability)
 
 
+def _define_multi_region_integer_attention(capability: tuple[int, int], lazy: bool, numerators: bool) -> None:
+    name = f"{DOMAIN}::MultiRegion{'Numerator' if numerators else ''}IntegerAttention"
+
+    @trtp.register(name, lazy_register=lazy)
+    def describe(
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc, scale: trtp.TensorDesc,
+        low_step: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
+        bits: Integers, high_step: Reals, out_type: Integers,
+    ) -> trtp.TensorDesc:  # fmt: skip
+        attended = q.like()
+        attended.dtype = TYPES[_out_type(out_type, name)]
+        return attended
+
+    @trtp.autotune(name)
+    def combinations(
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc, scale: trtp.TensorDesc,
+        low_step: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
+        bits: Integers, high_step: Reals, out_type: Integers, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+    ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
+        tactics = integer_attention.candidates(_static(q.shape_expr[3], name), _static(k.shape_expr[2], name))
+        types = ["INT8"] * 3 + ["FP32"] * 5 + [NAMES_OF_TYPES[_out_type(out_type, name)]]
+        return [trtp.AutoTuneCombination(", ".join(types), "LINEAR", list(range(1, len(tactics) + 1)))]
+
+    @trtp.aot_impl(name)
+    def implementation(
+        q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc, scale: trtp.TensorDesc,
+        low_step: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
+        bits: Integers, high_step: Reals, out_type: Integers,
+        outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
+    ) -> Compiled:  # fmt: skip
+        images, heads, queries, head = q.shape_expr
+        masks, *lengths = mask.shape_expr
+        heads_of_mask, rows_of_mask, columns_of_mask = (_static(length, name) for length in lengths)
+        keys, columns = _static(k.shape_expr[2], name), _static(head, name)
+        blocks = integer_attention.candidates(columns, keys)[tactic - 1]
+        kernel = integer_attention.kernel(
+            _out_type(out_type, name), _static(queries, name), keys, columns, int(bits[0]), float(high_step[0]),
+            blocks, (heads_of_mask, rows_of_mask, columns_of_mask), numerators,
+        )  # fmt: skip
+        rows = [each.shape_expr[0] for each in (scale, low_step, out_scale, out_shift)]
+        return _compiled(kernel, integer_attention.launch(kernel, images, heads, masks, *rows), capability)
+
+
 def _compiled(kernel: Kernel, launch: Launch, capability: tuple[int, int]) -> Compiled:
     compiled = compile_kernel(kernel, capability)
     parameters = trtp.KernelLaunchParams(
@@ -174,7 +221,15 @@ def _compiled(kernel: Kernel, launch: Launch, capability: tuple[int, int]) -> Co
 
 
 def _float_type(tensor: Any) -> str:
-    return {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}[tensor.dtype]
+    return {kind: name for name, kind in TYPES.items()}[tensor.dtype]
+
+
+def _out_type(number: Integers, name: str) -> str:
+    found = integer_attention.OUT_TYPES.get(int(number[0]))
+    if found is None:
+        known = ", ".join(map(str, integer_attention.OUT_TYPES))
+        raise UsageError(f"{name}: 'out_type' is {int(number[0])}, expected one of {known}. Export the file again.")
+    return found
 
 
 def _static(size: Any, name: str) -> int:

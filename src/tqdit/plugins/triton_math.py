@@ -1,4 +1,4 @@
-"""What the Triton kernels share: rounding half to even and the two regions of a rounded softmax.
+"""What the Triton kernels share: tiles, rounding half to even and the two regions of a rounded softmax.
 
 The functions run on the GPU, in Triton's ahead-of-time compiler and in its CPU interpreter (TRITON_INTERPRET=1).
 """
@@ -10,6 +10,7 @@ import triton.language as tl
 # does. Exact for |x| <= 2^22; larger x stay larger than any code, which is all that the regions ask.
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LEAST_MASK: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -23,3 +24,16 @@ def two_regions(low_code, high_code, s1, TOP: tl.constexpr, HIGH_STEP: tl.conste
     """Quantized values from the rounded quotients p / s1 and p / s2; NaN stays NaN."""
     high = tl.minimum(high_code, TOP * 1.0, propagate_nan=tl.PropagateNan.ALL) * HIGH_STEP
     return tl.where(low_code <= TOP, low_code * s1, high)
+
+
+@triton.jit
+def tile(base, row, column, rows, COLUMNS: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """Rows `row` and columns `column` of a contiguous (rows, COLUMNS) matrix; zeros outside."""
+    offset = row[:, None] * COLUMNS + column[None, :]
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(base + offset, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+    if MASK_ROWS:
+        return tl.load(base + offset, mask=(row < rows)[:, None], other=0.0)
+    if MASK_COLUMNS:
+        return tl.load(base + offset, mask=(column < COLUMNS)[None, :], other=0.0)
+    return tl.load(base + offset)

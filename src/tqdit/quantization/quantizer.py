@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 V = TypeVar("V")  # a value: a tensor of torch, or a value of an ONNX graph
 Float32 = NDArray[np.float32]
 Shape = tuple[int | None, ...]
-Rounding = Literal["integer", "simulated", "codes"]
+Rounding = Literal["integer", "simulated", "codes", "int8"]
 Parameters = dict[str, "Tensor"]
 Fixed = Mapping[str, Any]  # numbers, or tuples of one for each entry
 
@@ -51,6 +51,7 @@ class RegionOps:
 
     softmax: str
     attention: str  # with both products of attention in one node
+    integer_attention: str  # the same of int8
     low: str = "low_scale"
     high: str = "high_scale"
     outputs: int = 1  # of the first op
@@ -97,7 +98,8 @@ class GraphArithmetic(Arithmetic[V], Protocol[V]):
 
     @property
     def rounding(self) -> Rounding:
-        """integer: QuantizeLinear and DequantizeLinear; simulated: float operations; codes: these, not yet scaled."""
+        """integer: QuantizeLinear and DequantizeLinear; simulated: float operations; codes: these, not yet scaled;
+        int8: QuantizeLinear alone."""
 
     def op(self, op_type: str, *inputs: V) -> V:
         """Add a node of the standard operators; returns its output."""

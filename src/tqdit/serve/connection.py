@@ -21,7 +21,7 @@ from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ErrorAnswer
 
 LEAST_BYTES = 20_000  # that a client takes of an answer that waits for it, in each `client_s`
-EARLY_BYTES = 65_536  # that are taken of the requests after the one in work
+EARLY_BYTES = 65_536  # that a client may send of the requests after the one in work
 
 
 class Connection(H11Protocol):
@@ -81,8 +81,11 @@ class Connection(H11Protocol):
         """While it is answered, only reading tells that the client has left; uvicorn stops it at what comes early."""
         if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
             self._stop("reading")
-            if len(self.conn.trailing_data[0]) < EARLY_BYTES:
+            if len(self.conn.trailing_data[0]) <= EARLY_BYTES:
                 self.flow.resume_reading()
+            else:  # a connection that is not read does not tell that the client has left
+                self._leave_unfinished()
+                self._refuse(Refusal(413, "too_large", f"more than {EARLY_BYTES} bytes came before the answer."))
 
     def _expect_request(self) -> None:
         self._stop("reading")
@@ -100,11 +103,15 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         if works:  # the application waits for the rest of a body; it is told that the client has left
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            self._leave_unfinished()
         seconds = f"{self.settings.client_s:g}"
         self._refuse(Refusal(408, "too_slow", f"the request was not complete after {seconds} s."))
         self.reading = self.loop.call_later(self.settings.client_s, self.transport.abort)  # if it is not taken
+
+    def _leave_unfinished(self) -> None:
+        """Tell the application that the client of the request in work has left."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
 
     def _expect_reader(self) -> None:
         """Look again later whether the client has taken something of what waits for it."""

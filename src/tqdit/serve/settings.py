@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from tqdit.bounds import MOST_BATCH, check_count, check_number
+from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import check_threads
 from tqdit.errors import UsageError
 
@@ -18,7 +19,7 @@ class Settings:
 
     batch: int | None = None  # images per engine call; None: the engine's choice
     threads: int | None = None  # CPU threads of each engine; None: the backend's choice
-    device: int | None = None  # index of the GPU of every engine; None: the current one
+    device: GpuChoice = None  # index of the GPU of every engine, or a GpuShare; None: the current one
     queue: int = 64  # images that may wait for a place in an engine's batch
     deadline_s: float = 600.0  # from a request to its last image
     most_images: int = 16  # of one request

@@ -10,6 +10,7 @@ from tqdit.engines.backends.onnxruntime import build, providers, run
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
@@ -91,6 +92,10 @@ def test_engines_of_cpus_have_no_device(floating, tmp_path, backend):
         cli.run("sample", [str(tmp_path / "m.engine"), "-n", "1", "--device", "0", "-o", str(tmp_path / "a.npz")]) == 2
     )
     assert cli.run("inspect", [str(tmp_path / "m.engine"), "--verify", "--device", "0"]) == 2
+    with pytest.raises(UsageError, match=f"--weight-budget has no meaning for {backend}"):
+        Sampler.open(tmp_path / "m.engine", device=GpuShare(weight_budget_bytes=0))
+    for command in (["sample"], ["inspect", "--verify"]):
+        assert cli.run(command[0], [str(tmp_path / "m.engine"), *command[1:], "--weight-budget", "8"]) == 2
 
 
 def test_a_cuda_bundle_is_not_opened_where_the_library_has_no_cuda(floating, tmp_path, gpu_library, monkeypatch):

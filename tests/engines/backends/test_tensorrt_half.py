@@ -142,8 +142,9 @@ def test_every_quantized_product_of_a_network_writes_float16(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_the_network_stays_as_right_as_it_was(tmp_path, name):
-    """Exactly computed it is the same network but for the order of float32's factors. Rounded, codes flip behind the
-    products of this coarse model (3 % of the output, relative L2), but its error against the float network stays.
+    """Exactly computed it is the same network but for the order of float32's factors, which may flip a code of one row
+    or two (which ones depends on the processor). Rounded, codes flip behind the products of this coarse model (3 % of
+    the output, relative L2), but its error against the float network stays.
     """
     before, after, number, _ = prepared(tmp_path, *KINDS[name])
     write(tmp_path / "float.onnx", *support.exported())
@@ -154,7 +155,9 @@ def test_the_network_stays_as_right_as_it_was(tmp_path, name):
     assert script.round_products(after) == number
     rounded = script.run_on_cpu(after, inputs)
     size, error = np.linalg.norm(expected), np.linalg.norm(expected - network)
-    assert np.linalg.norm(exact - expected) <= 1e-4 * size
+    off = np.linalg.norm((exact - expected).reshape(16, -1), axis=1)
+    assert (off <= 1e-4 * size / 4).sum() >= 14  # a row has a quarter of the size of all sixteen
+    assert np.linalg.norm(off) <= 0.03 * size
     assert 0 < np.linalg.norm(rounded - expected) <= 0.03 * size
     assert np.linalg.norm(rounded - network) <= 1.05 * error
 

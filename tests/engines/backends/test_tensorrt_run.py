@@ -16,6 +16,7 @@ from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.verify import verify_bundle
@@ -169,6 +170,53 @@ def test_the_longest_unused_shape_is_forgotten(engine, gpu, monkeypatch):
     assert len(gpu.graphs) == 2
     fed = inputs(8, 9)
     assert np.array_equal(engine(fed), compute(fed))
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(0, 0), (1000, 1000), (10**9, 4096)])
+def test_a_budget_leaves_weights_to_the_host_before_anything_is_allocated(gpu, manifest, plan, budget, kept):
+    trt = FakeTensorRT(gpu)
+    engine = run.TensorRTEngine(TENSORRT, plan, manifest, trt, None, budget)
+    assert engine._engine.weight_streaming_budget_v2 == kept
+    made = [call for call in gpu.calls if call.startswith(("budget", "allocate"))]
+    assert made == [f"budget[{kept}]", "allocate device"]
+    for seed in range(3):
+        fed = inputs(2, seed)
+        assert np.array_equal(engine(fed), compute(fed))
+    assert "begin_building" not in gpu.calls
+    engine.close()
+
+
+def test_a_decoder_keeps_its_weights(gpu, manifest, plan):
+    decoder = plan.with_name("decoder.plan")
+    decoder.write_bytes(b"plan")
+    run.TensorRTEngine(TENSORRT, decoder, manifest, FakeTensorRT(gpu), None, 0).close()
+    assert not [call for call in gpu.calls if call.startswith("budget")]
+
+
+def test_a_budget_that_cannot_be_kept_is_refused(gpu, manifest, plan, monkeypatch):
+    def opened(trt, built_for_it=True):
+        monkeypatch.setattr("tqdit.engines.backends.tensorrt.library.need", lambda *_: trt)
+        built = replace(manifest, streams_weights=built_for_it)
+        run.open_engine(TENSORRT, plan.parent, built, "engine.plan", weight_budget=0).close()
+
+    opened(FakeTensorRT(gpu))
+    with pytest.raises(UsageError, match=r"all its weights lie on the GPU.*build the engine with --weight-streaming"):
+        opened(FakeTensorRT(gpu), built_for_it=False)
+    trt = FakeTensorRT(gpu)
+    trt.streams = False
+    with pytest.raises(BackendError, match=r"TensorRT 11\.4\.0 refused to leave 4096 bytes of weights to the host"):
+        opened(trt)
+    monkeypatch.delattr(fake_gpu.FakeEngine, "weight_streaming_budget_v2")
+    with pytest.raises(UsageError, match=r"--weight-budget: TensorRT 11\.4\.0 has no weight_streaming_budget_v2"):
+        opened(FakeTensorRT(gpu))
+
+
+def test_a_gpu_may_have_a_budget():
+    assert GpuShare.with_budget(1, None) == 1
+    assert GpuShare.with_budget(None, 1.5) == GpuShare(None, 3 * 2**19)
+    for made in (lambda: GpuShare(-1), lambda: GpuShare(0, -1), lambda: GpuShare.with_budget(0, -2.0)):
+        with pytest.raises(UsageError):
+            made()
 
 
 def test_rtx_captures_by_itself(gpu, manifest, plan):
@@ -511,7 +559,7 @@ def test_the_engine_of_another_backend_is_refused(manifest, plan):
         run.TensorRTEngine.open(plan.parent)
 
 
-@pytest.mark.parametrize("opened", [Sampler, Denoiser])
+@pytest.mark.parametrize("opened", [Sampler, Denoiser, run.TensorRTEngine])
 def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkeypatch, opened, tmp_path):
     """At the first opening on a GPU, if the engine was built where it could not run."""
     monkeypatch.setattr(type(TENSORRT), "load", lambda *_: trt)
@@ -534,7 +582,9 @@ def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkey
     assert calls() > 0
     assert calls() == 0
     (record,) = (tmp_path / "cache" / "tqdit" / "verified").iterdir()
-    assert "NVIDIA L4 8.9, TensorRT 11.4.0" in record.read_text()
+    assert "NVIDIA L4 8.9, 58 multiprocessors, driver of CUDA 12.8, TensorRT 11.4.0" in record.read_text()
+    gpu.version = 13000
+    assert calls() > 0
     gpu.names[0] = "NVIDIA L40S"
     assert calls() > 0
     bundle(compute(fed), verified=Verified(3, 1e-3, 1e-3))  # on another machine

@@ -120,6 +120,7 @@ def test_the_network_stays_near_the_float_one(tmp_path, name):
     ("kind", "form", "message"),
     [
         (Kind(groups=10), "integer", r"'blocks\.0\.attn\.scores' is a product of attention.*--attention float"),
+        (Kind(groups=10), "fused", r"'blocks\.0\.attn\.proj' takes int8 from a fused attention.*--attention float"),
         (Kind(dynamic=True, asymmetric=True), "float", r"'.*' has an offset for each token.*--inputs"),
     ],
 )

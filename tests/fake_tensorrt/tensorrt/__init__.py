@@ -3,10 +3,12 @@
 The environment says which release (TQDIT_TEST_SURFACE: a file of tests/data/tensorrt_surfaces) and where to note what
 was asked (TQDIT_TEST_CALLS). Touching an attribute that the release lacks is an AttributeError, as there. A "plan" is
 JSON; the inspector shows one layer for each product of the parsed ONNX file: Int8 where both operands come from a
-DequantizeLinear, in the words of that release.
+DequantizeLinear, in the words of that release. A plan also holds a digest of each weight. Of one that was built to be
+refitted all can be replaced but those whose names begin with TQDIT_TEST_FOLDED.
 """
 
 import enum
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +22,8 @@ __version__ = SURFACE["version"]
 _MAJOR = int(__version__.split(".")[0])
 _ENUMS = (
     "BuilderFlag", "DataType", "ExecutionContextAllocationStrategy", "LayerInformationFormat", "LayerType",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParserFlag", "ProfilingVerbosity", "TensorIOMode",
+    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParserFlag", "ProfilingVerbosity", "SerializationFlag",
+    "TensorIOMode",
 )  # fmt: skip
 for _name in _ENUMS:
     _members = [
@@ -105,7 +108,8 @@ class Builder(_Guarded):
         if refused:
             self._logger.log(Logger.ERROR, refused)
             return None
-        return IHostMemory(json.dumps(network._layers).encode())
+        plan = {"layers": network._layers, "weights": network._weights, "refit": "REFIT" in config._flags}
+        return IHostMemory(json.dumps(plan).encode())
 
 
 class IHostMemory(bytes):
@@ -139,7 +143,7 @@ class ITimingCache(_Guarded):
 class IBuilderConfig(_Guarded):
     def __init__(self):
         object.__setattr__(self, "_monitor", None)
-        self._cache = None
+        self._cache, self._flags = None, set()
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -147,6 +151,7 @@ class IBuilderConfig(_Guarded):
             object.__setattr__(self, "_monitor", value)
 
     def set_flag(self, flag):
+        self._flags.add(flag.name)
         _note(flag=flag.name)
 
     def get_flag(self, flag):
@@ -172,7 +177,7 @@ class IBuilderConfig(_Guarded):
 
 class INetworkDefinition(_Guarded):
     def __init__(self):
-        self._layers, self._inputs, self._nodes, self._custom = [], [], [], set()
+        self._layers, self._inputs, self._nodes, self._custom, self._weights = [], [], [], set(), {}
 
     @property
     def num_inputs(self):
@@ -226,6 +231,7 @@ class OnnxParser(_Guarded):
                 operands = [makers.get(name) for name in node.input[:2]]
                 integer = all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands)
                 network._layers.append((node.name, "Int8" if integer else "Half"))
+        network._weights = _digests(graph)
         network._custom = {node.op_type for node in graph.node if node.domain == "tqdit"}
         _note(functions=len(network._custom))
         return True
@@ -239,12 +245,65 @@ class Runtime(_Guarded):
         return ICudaEngine(json.loads(bytes(plan)))
 
 
+def _digests(graph):
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+
+
 class ICudaEngine(_Guarded):
-    def __init__(self, layers):
-        self._layers = layers
+    def __init__(self, plan):
+        self._plan = plan
 
     def create_engine_inspector(self):
-        return EngineInspector(self._layers)
+        return EngineInspector(self._plan["layers"])
+
+    def create_serialization_config(self):
+        return ISerializationConfig()
+
+    def serialize_with_config(self, config):
+        return IHostMemory(json.dumps(self._plan | {"refit": "INCLUDE_REFIT" in config._flags}).encode())
+
+
+class ISerializationConfig(_Guarded):
+    def __init__(self):
+        self._flags = set()
+
+    def set_flag(self, flag):
+        self._flags.add(flag.name)
+
+    def clear_flag(self, flag):
+        self._flags.discard(flag.name)
+
+
+class Refitter(_Guarded):
+    def __init__(self, engine, logger):
+        assert engine._plan["refit"], "the real one raises for a plan that was not built for it"
+        self._engine, self._logger, self._new = engine, logger, {}
+
+    def get_all_weights(self):
+        folded = os.environ.get("TQDIT_TEST_FOLDED")
+        return [name for name in self._engine._plan["weights"] if not (folded and name.startswith(folded))]
+
+    def get_missing_weights(self):
+        return sorted(set(self.get_all_weights()) - set(self._new)) if self._new else []
+
+    def refit_cuda_engine(self):
+        self._engine._plan["weights"] |= {name: self._new[name] for name in self.get_all_weights()}
+        _note(refitted=len(self._new))
+        return True
+
+
+class OnnxParserRefitter(_Guarded):
+    def __init__(self, refitter, logger):
+        self._refitter, self._logger = refitter, logger
+
+    def refit_from_file(self, path):
+        refused = os.environ.get("TQDIT_TEST_REFUSE_WEIGHTS")
+        if refused:
+            self._logger.log(Logger.ERROR, refused)
+            return False
+        self._refitter._new = _digests(onnx.load(path).graph)
+        return True
 
 
 class EngineInspector(_Guarded):

@@ -17,8 +17,10 @@ from tqdit.errors import UsageError
 from tqdit.graph_names import scope_of
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
+from tqdit.plugins.multi_region_integer_attention import schema as multi_region_integer_attention
 from tqdit.plugins.multi_region_numerator import schema as multi_region_numerator
 from tqdit.plugins.multi_region_numerator_attention import schema as multi_region_numerator_attention
+from tqdit.plugins.multi_region_numerator_integer_attention import schema as multi_region_numerator_integer_attention
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 
 FloatType = Literal["fp16", "bf16"]
@@ -29,6 +31,9 @@ MASK = 1e30
 NO_BFLOAT16 = {"Conv"}  # in opset 20
 ATTENTIONS = {multi_region_attention.OP_TYPE, multi_region_numerator_attention.OP_TYPE}
 QKV = 3  # of their inputs take the network's type; mask and low step stay float32
+# Their inputs stay int8 and float32; a result that is not int8 takes the network's type, which an attribute says.
+INTEGER_ATTENTIONS = {multi_region_integer_attention.OP_TYPE, multi_region_numerator_integer_attention.OP_TYPE}
+OUT_TYPE = "out_type"
 SOFTMAXES = {"Softmax", multi_region_softmax.OP_TYPE, multi_region_numerator.OP_TYPE}
 MASKING = {"Add", "Where"}  # of scores, with values such as -1e30
 
@@ -39,8 +44,8 @@ def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None
     Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes and the masks
     of their scores, the angles of the timestep, and the sampling step. Inputs and outputs keep their types; functions
-    and Q/DQ see float32 only, but for the attention ops, whose q, k, v and result have `float_type` (integer codes
-    are exact in it).
+    and Q/DQ see float32 only, but for the attention ops, whose result has `float_type` if it is no int8, and so have
+    their q, k and v (integer codes are exact in it).
     Raises UsageError if a constant does not fit into float16.
     """
     ShapeInferencePass()(model)  # types of the values that our passes added
@@ -77,9 +82,10 @@ class _Caster:
 
     def run(self) -> None:
         small = [node for node in self.graph if self._is_cast_down(node)]
-        fused = [node for node in self.graph if node.domain == DOMAIN and node.op_type in ATTENTIONS]
+        own = [node for node in self.graph if node.domain == DOMAIN]
+        fused = [node for node in own if node.op_type in ATTENTIONS | INTEGER_ATTENTIONS]
         chosen = {id(node) for node in small}
-        mixed = {id(node) for node in fused}
+        mixed = {id(node) for node in fused if node.op_type in ATTENTIONS}
         low = {id(value) for node in (*small, *fused) for value in node.outputs if value.dtype == FLOAT32}
         for node in list(self.graph):
             for index, value in enumerate(node.inputs):
@@ -98,6 +104,8 @@ class _Caster:
             for value in node.outputs:
                 if value.dtype == FLOAT32:
                     value.dtype = self.target
+                    if OUT_TYPE in node.attributes:
+                        node.attributes[OUT_TYPE] = ir.AttrInt64(OUT_TYPE, int(self.target))
 
     def _is_cast_down(self, node: ir.Node) -> bool:
         scope = scope_of(node)

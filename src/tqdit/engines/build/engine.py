@@ -16,8 +16,17 @@ from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.cast import cast_floats
 from tqdit.engines.build.fp8 import expect, quantize_to_fp8
 from tqdit.engines.build.strip import strip_quantization
-from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified, check_overwrite, describe_parts, write_manifest
+from tqdit.engines.bundle import (
+    CALLS_FILE,
+    Manifest,
+    Verified,
+    check_overwrite,
+    describe_parts,
+    read_manifest,
+    write_manifest,
+)
 from tqdit.engines.config import LAYERS_FILE, PRECISIONS, QUANTIZED, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import BackendError, FileFormatError, TqditWarning, UsageError, VerificationError
 from tqdit.files import bring, sha256, temporary_folder, whole_folder
@@ -57,7 +66,7 @@ def build_engine(
             f"--batch: the graph of {source} takes {card.rows} row a call and no other number. Leave it out."
         )
     chosen = _check_float_type(backend, compiler, config)
-    config = replace(config, float_type=chosen)
+    config = replace(config, float_type=chosen, base=output if config.refit and _is_bundle(output) else None)
     float_type: FloatType = "fp32" if compiler.CASTS_FLOATS else chosen
     strip = card.quantization is not None and config.precision not in QUANTIZED
     if config.precision == "fp8" and not compiler.TAKES_FP8:
@@ -80,16 +89,35 @@ def build_engine(
             facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
             return Manifest(backend=backend, precision=precision, float_type=chosen, card=card, files=files, **facts)
 
-        manifest = compiled(config)
-        try:
-            manifest = _verified(folder, manifest, config, compiler, output)
-        except VerificationError as error:
-            if "plugin" not in manifest.plugins.values():
-                raise
-            warnings.warn(f"{error} Building it again without plugins.", TqditWarning, stacklevel=2)
-            manifest = _verified(folder, compiled(replace(config, plugins=False)), config, compiler, output)
+        while True:
+            manifest = compiled(config)
+            try:
+                manifest = _verified(folder, manifest, config, compiler, output)
+                break
+            except VerificationError as error:
+                config = _another_way(error, manifest, config)
         write_manifest(folder, manifest)
     return manifest
+
+
+def _another_way(error: VerificationError, manifest: Manifest, config: BuildConfig) -> BuildConfig:
+    """How to build an engine again that is wrong; raises the error if there is no other way."""
+    if manifest.weights == "refitted":
+        warnings.warn(f"{error} Compiling it.", TqditWarning, stacklevel=3)
+        return replace(config, base=None)
+    if "plugin" in manifest.plugins.values():
+        warnings.warn(f"{error} Building it again without plugins.", TqditWarning, stacklevel=3)
+        return replace(config, base=None, plugins=False)
+    raise error
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether an engine of this version of tqdit is there, whole or not."""
+    try:
+        read_manifest(folder)
+    except FileFormatError:
+        return False
+    return True
 
 
 @contextmanager
@@ -113,7 +141,7 @@ def _verified(
     if CALLS_FILE not in manifest.files or not runs_here:
         return manifest
     try:
-        verdict = verify_bundle(folder, manifest, config.device)
+        verdict = verify_bundle(folder, manifest, GpuShare(config.device, 0 if config.weight_streaming else None))
     except BackendError:
         if not config.targets:
             raise

@@ -99,6 +99,11 @@ class _Layer:
     def _input(self, dequantize: ir.Node) -> _Input:
         """What the quantizer of a region takes, without its clipping and its offset."""
         quantize = _maker(dequantize.inputs[0])
+        if quantize.op_type != "QuantizeLinear":
+            raise UsageError(
+                f"--precision fp8: '{self.module}' takes int8 from a fused attention, which has no form for fp8. "
+                "Export with --attention float."
+            )
         value, scale = quantize.inputs[0], quantize.inputs[1]
         assert value is not None
         assert scale is not None

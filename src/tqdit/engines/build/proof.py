@@ -64,8 +64,13 @@ def kernel_cases() -> Iterator[Case]:
     """Small inputs for every kernel: odd sizes, several heads, a mask."""
     from tqdit.plugins.multi_region_attention import plan as attention
     from tqdit.plugins.multi_region_attention.reference import multi_region_attention
+    from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
+    from tqdit.plugins.multi_region_integer_attention.reference import INT8, multi_region_integer_attention
     from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
     from tqdit.plugins.multi_region_numerator_attention.reference import multi_region_numerator_attention
+    from tqdit.plugins.multi_region_numerator_integer_attention.reference import (
+        multi_region_numerator_integer_attention,
+    )
     from tqdit.plugins.multi_region_softmax import plan as softmax
     from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
     from tqdit.plugins.time_group_select import plan as select
@@ -75,6 +80,8 @@ def kernel_cases() -> Iterator[Case]:
         "MultiRegionSoftmax": multi_region_softmax, "MultiRegionNumerator": multi_region_numerator,
         "MultiRegionAttention": multi_region_attention,
         "MultiRegionNumeratorAttention": multi_region_numerator_attention,
+        "MultiRegionIntegerAttention": multi_region_integer_attention,
+        "MultiRegionNumeratorIntegerAttention": multi_region_numerator_integer_attention,
     }  # fmt: skip
     rng, step = np.random.default_rng(0), np.float32(HIGH_STEP)
     low = np.array([1 / 127 / 8, 1 / 127 / 64], np.float32)
@@ -101,6 +108,21 @@ def kernel_cases() -> Iterator[Case]:
                 yield Case(
                     f"{name}, {tokens} tokens, tactic {tactic}", kernel,
                     attention.launch(kernel, 2, 2, 2, scale, 2), (q, k, v, mask, low), (expected,),
+                )  # fmt: skip
+    for name, numerators in (("MultiRegionIntegerAttention", False), ("MultiRegionNumeratorIntegerAttention", True)):
+        for tokens in (SHORT, LONG):
+            shapes = (2, 2, tokens, HEAD), (2, 2, tokens, HEAD), (2, 2, HEAD, tokens)
+            codes = [rng.normal(0, 40, shape).round().clip(-128, 127).astype(np.int8) for shape in shapes]
+            mask, by_image = rng.normal(0, 1, (2, 1, 1, tokens)).astype(np.float32), np.array([1, 2], np.float32)
+            inputs: tuple[Array, ...] = (*codes, mask, 1e-4 * by_image, low, 4 * by_image, 8 * by_image)
+            expected = references[name](*inputs, BITS, step, INT8)
+            for tactic, blocks in enumerate(integer_attention.candidates(HEAD, tokens), 1):
+                kernel = integer_attention.kernel(
+                    "i8", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, (1, 1, tokens), numerators
+                )
+                yield Case(
+                    f"{name}, {tokens} tokens, tactic {tactic}", kernel,
+                    integer_attention.launch(kernel, 2, 2, 2, 2, 2, 2, 2), inputs, (expected,),
                 )  # fmt: skip
 
 

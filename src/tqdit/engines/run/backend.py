@@ -14,6 +14,7 @@ from tqdit.bounds import MOST_THREADS, check_count
 from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.engines.gpu import GpuChoice, GpuShare
 from tqdit.engines.process import Process
 from tqdit.errors import BackendError, UsageError
 
@@ -32,12 +33,14 @@ class Engine(Protocol):
 class Runner(Protocol):
     """The module `run` of a backend.
 
-    It may also say TAKES_DEVICE = True (`load` takes the index of a GPU), NEEDS_GPU = True, and the MODULES of the
-    libraries that it imports, for `tqdit-doctor`.
+    It may also say TAKES_DEVICE = True (`load` takes the index of a GPU), STREAMS_WEIGHTS = True (and a budget for
+    weights), NEEDS_GPU = True, and the MODULES of the libraries that it imports, for `tqdit-doctor`.
     """
 
-    def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None, **device: int) -> Engine:
-        """Open one compiled file of a bundle. device=INDEX chooses a GPU if the module says TAKES_DEVICE = True."""
+    def load(self, folder: Path, manifest: Manifest, file: str, threads: int | None, **gpu: int) -> Engine:
+        """Open one compiled file of a bundle. device=INDEX chooses a GPU if the module says TAKES_DEVICE = True, and
+        weight_budget=BYTES limits its weights there if it says STREAMS_WEIGHTS = True.
+        """
         ...
 
 
@@ -59,12 +62,20 @@ class InParts:
 
 
 def open_engine(
-    folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: int | None = None
+    folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: GpuChoice = None
 ) -> Engine:
-    """One compiled file of a bundle, for any number of rows that it was built for. device: index of a GPU."""
-    side, chosen = runner(manifest.backend), {} if device is None else {"device": device}
+    """One compiled file of a bundle, for any number of rows that it was built for. device: of a GPU."""
+    side, gpu = runner(manifest.backend), GpuShare.of(device)
+    chosen = {} if gpu.index is None else {"device": gpu.index}
     if chosen and not getattr(side, "TAKES_DEVICE", False):
         raise UsageError(f"{folder}: --device is the index of a GPU; {manifest.backend} engines run on the CPU.")
+    if gpu.weight_budget_bytes is not None:
+        if not getattr(side, "STREAMS_WEIGHTS", False):
+            raise UsageError(
+                f"{folder}: --weight-budget has no meaning for {manifest.backend}; engines of tensorrt and "
+                "tensorrt-rtx have it. Leave it out."
+            )
+        chosen["weight_budget"] = gpu.weight_budget_bytes
     engine, card = side.load(folder, manifest, file, threads, **chosen), manifest.card
     part = card if file == manifest.entry else card.vae
     rows = part.rows if part else None
@@ -109,17 +120,16 @@ def check_threads(threads: int | None) -> None:
 
 
 def open_bundle(
-    path: str | Path, threads: int | None, device: int | None = None
+    path: str | Path, threads: int | None, device: GpuChoice = None
 ) -> tuple[Manifest, Callable[[str], Engine]]:
     """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
 
-    threads: CPU threads per call; None leaves it to the backend. device: index of the GPU that runs it. Raises
-    FileFormatError for a damaged bundle, UsageError for a step graph; opening a file raises BackendError if it cannot
-    run here.
+    threads: CPU threads per call; None leaves it to the backend. device: index of the GPU that runs it, or a
+    `GpuShare`. Raises FileFormatError for a damaged bundle, UsageError for a step graph; opening a file raises
+    BackendError if it cannot run here.
     """
     check_threads(threads)
-    if device is not None:
-        check_count("device", device, 0)
+    device = GpuShare.of(device)
     folder = Path(path)
     manifest = read_manifest(folder)
     check_graph(manifest.card, f"{folder}:")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.card import GraphCard
+from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import Engine, check_graph, open_bundle
 from tqdit.engines.run.verify import verify_once
 from tqdit.errors import UsageError
@@ -32,11 +33,11 @@ class Denoiser:
         self._engine: Engine | None = engine
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None, device: int | None = None) -> Denoiser:
+    def open(cls, path: str | Path, *, threads: int | None = None, device: GpuChoice = None) -> Denoiser:
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
-        threads: CPU threads per call; None leaves it to the backend. device: index of the GPU. Golden calls run once
-        for each GPU. Raises FileFormatError for a damaged bundle,
+        threads: CPU threads per call; None leaves it to the backend. device: index of the GPU, or a `GpuShare`.
+        Golden calls run once for each GPU. Raises FileFormatError for a damaged bundle,
         VerificationError if they are wrong, BackendError if it cannot run here, UsageError for a step graph.
         """
         manifest, load = open_bundle(path, threads, device)

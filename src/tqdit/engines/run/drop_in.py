@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.errors import UsageError, first_line
 from tqdit.extras import need
@@ -67,7 +68,7 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # has the dtype and device of .to(...)
 
     @classmethod
-    def open(cls, path: str | Path, *, threads: int | None = None, device: int | None = None) -> DropIn:
+    def open(cls, path: str | Path, *, threads: int | None = None, device: GpuChoice = None) -> DropIn:
         """Open a bundle; arguments and errors as for `Denoiser.open`."""
         return cls(Denoiser.open(path, threads=threads, device=device))
 

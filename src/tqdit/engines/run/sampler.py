@@ -15,6 +15,7 @@ from tqdit.bounds import MOST_BATCH, check_count, check_memory
 from tqdit.card import GraphCard
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
+from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.engines.run.requests import open_texts, read_embeddings
 from tqdit.engines.run.verify import verify_engine, verify_once
@@ -73,14 +74,14 @@ class Sampler:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, device: int | None = None,
+        cls, path: str | Path, *, batch: int | None = None, threads: int | None = None, device: GpuChoice = None,
         verify: bool | None = None,
     ) -> Sampler:  # fmt: skip
         """Open a bundle that tqdit-build wrote, after checking every file of it.
 
         batch: images per engine call at most; None: 16, or fewer if the engine was built for fewer. threads: CPU
-        threads per call; None leaves it to the backend. device: index of the GPU; None: the current one. verify: run
-        the bundle's golden calls first, on this machine; None: once for each GPU, and not on a CPU.
+        threads per call; None leaves it to the backend. device: index of the GPU, or a `GpuShare`; None: the current
+        one. verify: run the bundle's golden calls first, on this machine; None: once for each GPU, and not on a CPU.
         Raises VerificationError if they are wrong or if there are none to run, FileFormatError for a damaged
         bundle, BackendError if it cannot run here, UsageError for a step graph.
         """

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.process import Process
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import DeadlineError, QueueFullError, SamplingError, SamplingStopped, TqditError, UsageError
@@ -119,11 +120,12 @@ class StepBatcher:
 
     def __init__(
         self, sampler: Sampler | str | Path, *, batch: int | None = None, queue: int = 256, threads: int | None = None,
-        device: int | None = None,
+        device: GpuChoice = None,
     ) -> None:  # fmt: skip
         """sampler: an open one, which stays the caller's to close, or the path of a bundle, which this object opens
         and closes. batch: images per engine call at most; None: as many as `Sampler.open` chooses. queue: how many
-        requests may wait for a place. threads: CPU threads, device: index of the GPU of an engine that is opened here.
+        requests may wait for a place. threads: CPU threads, device: index of the GPU (or a `GpuShare`) of an engine
+        that is opened here.
 
         Raises UsageError for impossible numbers and, for a path, what `Sampler.open` raises.
         """

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified
+from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.errors import FileFormatError, OutputError, UsageError, VerificationError
 from tqdit.files import cache_folder, read_npz, whole_file
@@ -20,7 +21,7 @@ from tqdit.golden import GoldenCalls, Verdict, verify
 from tqdit.ports import check_call
 
 
-def verify_bundle(folder: Path, manifest: Manifest, device: int | None = None) -> Verdict:
+def verify_bundle(folder: Path, manifest: Manifest, device: GpuChoice = None) -> Verdict:
     """Load the engine and run its golden calls. Raises VerificationError if there are none, BackendError if it cannot
     run here.
     """

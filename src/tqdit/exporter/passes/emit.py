@@ -66,7 +66,14 @@ def dequantize(emit: Emitter, name: str, stored: ir.Value, scale: NDArray[np.flo
 
 
 def quantize_dequantize(emit: Emitter, x: ir.Value, name: str, scale: np.float32, bits: int) -> ir.Value:
-    """s clip(round(x / s), -q, q - 1) as Q/DQ with a constant scale: what engines turn into integers.
+    """s clip(round(x / s), -q, q - 1) as Q/DQ with a constant scale: what engines turn into integers."""
+    stored = int8_codes(emit, x, name, scale, bits)
+    zero = emit.constant(f"{name}.zero_point", np.int8(0))
+    return emit.op("DequantizeLinear", stored, emit.constant(f"{name}.scale", np.float32(scale)), zero)
+
+
+def int8_codes(emit: Emitter, x: ir.Value, name: str, scale: np.float32, bits: int) -> ir.Value:
+    """clip(round(x / s), -q, q - 1) as int8.
 
     Below 8 bits the values are clipped before, which gives the same codes: both ends of the range are codes themselves.
     """
@@ -76,7 +83,7 @@ def quantize_dequantize(emit: Emitter, x: ir.Value, name: str, scale: np.float32
         low, high = code_range(bits)
         x = emit.op("Clip", x, emit.constant(f"{name}.low", np.float32(low) * np.float32(scale)),
                     emit.constant(f"{name}.high", np.float32(high) * np.float32(scale)))  # fmt: skip
-    return emit.op("DequantizeLinear", emit.op("QuantizeLinear", x, scales, zero), scales, zero)
+    return emit.op("QuantizeLinear", x, scales, zero)
 
 
 def simulate(emit: Emitter, x: ir.Value, name: str, scale: np.float32, bits: int) -> ir.Value:

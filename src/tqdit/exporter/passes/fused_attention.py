@@ -10,9 +10,10 @@ import onnx_ir as ir
 from tqdit.errors import UsageError
 from tqdit.exporter.passes.emit import Emitter
 from tqdit.exporter.passes.groups import GroupSelector
-from tqdit.exporter.passes.operands import GraphOperand, low_scales, rank_of, replace
+from tqdit.exporter.passes.operands import GraphOperand, by_image, rank_of, replace
 from tqdit.exporter.passes.scopes import scope_of
-from tqdit.quantization.quantizer import Float32, Part
+from tqdit.exporter.passes.skipped_quantizer import following_quantizer
+from tqdit.quantization.quantizer import Float32, Part, Quantizer, RegionOps, Rounding
 from tqdit.quantization.table import ScaleTable, Site
 
 RANK = 4  # of q, k and v
@@ -22,38 +23,98 @@ LARGEST_FLOAT16 = 65504
 
 def fuse_attention(graph: ir.Graph, product: ir.Node, name: str, table: ScaleTable, groups: GroupSelector) -> str:
     """Requires: `product` multiplies a Softmax of scaled scores with v, and stands in the module `name`; its left
-    quantizer has custom ops for a `softmax`. Scores may be masked by an Add or a Where.
+    quantizer has custom ops for a `softmax`. Scores may be masked by an Add or a Where. Linear layers are quantized.
 
-    Ensures: in its place stands one node of its attention op. Quantized q, k and v enter as their integer codes, which
-    are exact in float16 and bfloat16 too: constant scales of q and k are part of its scale, those of v multiply its
-    result, and scales that follow the timestep multiply the codes of q. Returns the name of the scores' module, whose
-    sites are used here.
+    Ensures: in its place stands one node of its attention op. If q, k and v are quantized it takes their codes as int8,
+    and all scales as inputs; its result is int8 as well if nothing but a transpose and a reshape stands before the
+    quantizer of a linear layer, which goes. If q or k is not quantized it takes floats. Returns the name of the scores'
+    module, whose sites are used here.
     """
     probabilities, v = product.inputs
     assert probabilities is not None
     assert v is not None
-    softmax = table.by_module[name]["left"].quantizer
-    assert softmax.softmax is not None
-    low, high = (softmax.constants()[scale] for scale in (softmax.softmax.low, softmax.softmax.high))
-    _check_range(low, high, softmax.bits, name)
     emit = Emitter(graph, product, name)
     scores = f"{name.rpartition('.')[0]}.scores"
     made = _scores_of(emit, probabilities, name, scores)
-    left, right = (_codes(emit, value, table.by_module.get(scores, {}).get(role), role, groups)
-                   for value, role in ((made.q, "left"), (made.k, "right")))  # fmt: skip
+    sites = _Sites(table.by_module[name]["left"].quantizer, table.by_module[name]["right"],
+                   *(table.by_module.get(scores, {}).get(role) for role in ("left", "right")))  # fmt: skip
+    if sites.q is None or sites.k is None:
+        replace(graph, product, _float_attention(emit, made, v, sites, name, groups))
+    else:
+        _integer_attention(emit, product, made, v, sites, groups)
+    return scores
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """What is known of the operands; q or k may be float."""
+
+    softmax: Quantizer
+    v: Site
+    q: Site | None
+    k: Site | None
+
+    @property
+    def ops(self) -> RegionOps:
+        assert self.softmax.softmax is not None
+        return self.softmax.softmax
+
+    @property
+    def steps(self) -> tuple[Float32, Float32]:
+        """(low, high), () or (G,), and ()."""
+        low, high = (self.softmax.constants()[scale] for scale in (self.ops.low, self.ops.high))
+        return low, high
+
+
+def _integer_attention(
+    emit: Emitter, product: ir.Node, made: _Scores, v: ir.Value, sites: _Sites, groups: GroupSelector
+) -> None:
+    """Codes that are int8, in the place of the product."""
+    assert sites.q is not None
+    assert sites.k is not None
+    q, k, columns = (
+        _codes(emit, value, site, role, groups, "int8").values
+        for value, site, role in ((made.q, sites.q, "left"), (made.k, sites.k, "right"),
+                                  (_transpose(emit, v), sites.v, "value"))
+    )  # fmt: skip
+    q_scale, k_scale, v_scale = (site.quantizer.constants()["scale"] for site in (sites.q, sites.k, sites.v))
+    low, high = sites.steps
+    following = following_quantizer(product.outputs[0])
+    out_type, out_scale, out_shift = ir.DataType.FLOAT, v_scale, np.zeros((), np.float32)
+    if following is not None:
+        out_type = ir.DataType.INT8
+        out_scale, out_shift = v_scale / following.scale, -following.offset / following.scale
+    numbers = {"scale": q_scale * k_scale * np.float32(made.factor), "low_step": low, "out_scale": out_scale,
+               "out_shift": out_shift}  # fmt: skip
+    (y,) = emit.custom(
+        sites.ops.integer_attention, q, k, columns, made.mask,
+        *(by_image(emit, name, np.asarray(number, np.float32), groups) for name, number in numbers.items()),
+        bits=sites.softmax.bits, high_step=float(high), out_type=int(out_type),
+    )  # fmt: skip
+    replace(emit.graph, product, y)
+    if following is not None:
+        following.skip(y)
+
+
+def _float_attention(
+    emit: Emitter, made: _Scores, v: ir.Value, sites: _Sites, name: str, groups: GroupSelector
+) -> ir.Value:
+    """Codes that are floats, which are exact in float16 and bfloat16 too: constant scales of q and k are part of the
+    node's scale, those of v multiply its result, and scales that follow the timestep multiply the codes of q."""
+    low, high = sites.steps
+    _check_range(low, high, sites.softmax.bits, name)
+    left, right = (_codes(emit, value, site, role, groups, "codes")
+                   for value, site, role in ((made.q, sites.q, "left"), (made.k, sites.k, "right")))  # fmt: skip
     q = left.values
     for ratio in (left.ratio, right.ratio):
         q = q if ratio is None else emit.op("Mul", q, ratio)
-    value = _codes(emit, v, table.by_module[name]["right"], "value", groups)
+    value = _codes(emit, v, sites.v, "value", groups, "codes")
     (y,) = emit.custom(
-        softmax.softmax.attention, q, right.values, value.values, made.mask, low_scales(emit, low, groups),
-        bits=softmax.bits, high_step=float(high), scale=left.unit * right.unit * made.factor,
+        sites.ops.attention, q, right.values, value.values, made.mask, by_image(emit, "low_step", low, groups),
+        bits=sites.softmax.bits, high_step=float(high), scale=left.unit * right.unit * made.factor,
     )  # fmt: skip
     y = emit.op("Mul", y, emit.constant("value.scale", np.float32(value.unit)))
-    if value.ratio is not None:
-        y = emit.op("Mul", y, value.ratio)
-    replace(graph, product, y)
-    return scores
+    return y if value.ratio is None else emit.op("Mul", y, value.ratio)
 
 
 def _check_range(low: Float32, high: Float32, bits: int, name: str) -> None:
@@ -67,11 +128,13 @@ def _check_range(low: Float32, high: Float32, bits: int, name: str) -> None:
         )
 
 
-def _codes(emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: GroupSelector) -> Part[ir.Value]:
+def _codes(
+    emit: Emitter, x: ir.Value, site: Site | None, name: str, groups: GroupSelector, rounding: Rounding
+) -> Part[ir.Value]:
     """The one part of a tensor, as integer codes. A tensor without a site is its own code."""
     if site is None:
         return Part(x)
-    (part,) = GraphOperand(emit, site.quantizer, name, RANK, groups, "codes").parts(x)
+    (part,) = GraphOperand(emit, site.quantizer, name, RANK, groups, rounding).parts(x)
     return part
 
 
@@ -133,7 +196,7 @@ def _maker_of(node: ir.Node | None, index: int) -> ir.Node | None:
 
 
 def _transpose(emit: Emitter, transposed: ir.Value) -> ir.Value:
-    """k of kᵀ. The exporter may have merged other transposes into the one of the scores; they become one here too."""
+    """k of kᵀ, and vᵀ of v. Where the exporter merged other transposes into one, they become one here, too."""
     node = transposed.producer()
     order: tuple[int, ...] = TRANSPOSED
     if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from tqdit.exporter.passes.emit import Emitter, codes, quantize_dequantize, simulate
+from tqdit.exporter.passes.emit import Emitter, codes, int8_codes, quantize_dequantize, simulate
 from tqdit.exporter.passes.groups import GroupSelector
 from tqdit.quantization.quantizer import Float32, Part, Quantizer, RegionOps, Rounding, factor_scales
 
-ROUNDINGS = {"integer": quantize_dequantize, "simulated": simulate, "codes": codes}
+ROUNDINGS = {"integer": quantize_dequantize, "simulated": simulate, "codes": codes, "int8": int8_codes}
+CODES = ("codes", "int8")  # what these make is not scaled yet
 
 
 class GraphOperand:
@@ -87,7 +88,7 @@ class GraphOperand:
         ratio = self.groups.select(self.emit, f"{name}.ratio", ratios, self.rank) if array.ndim else None
         divided = x if ratio is None else self.op("Div", x, ratio)
         values = ROUNDINGS[self.rounding](self.emit, divided, name, np.float32(reference), self.quantizer.code_bits)
-        return Part(values, ratio, unit=float(reference) if self.rounding == "codes" else 1.0)
+        return Part(values, ratio, unit=float(reference) if self.rounding in CODES else 1.0)
 
     def softmax_in_regions(self, probabilities: ir.Value, ops: RegionOps) -> Sequence[ir.Value]:
         softmax = probabilities.producer()
@@ -96,18 +97,18 @@ class GraphOperand:
         scores = softmax.inputs[0]
         assert scores is not None
         emit = Emitter(self.emit.graph, softmax, f"{self.emit.scope.rpartition('.')[0]}.softmax")
-        low_scale = low_scales(emit, self.constants[ops.low], self.groups)
+        low_scale = by_image(emit, "low_step", self.constants[ops.low], self.groups)
         bits, high_scale = self.quantizer.bits, float(self.constants[ops.high])
         outputs = emit.custom(ops.softmax, scores, low_scale, bits=bits, high_step=high_scale, outputs=ops.outputs)
         replace(emit.graph, softmax, outputs[0])
         return outputs
 
 
-def low_scales(emit: Emitter, scales: Float32, groups: GroupSelector) -> ir.Value:
-    """The input `low_step` (1,) or (B,) of the ops that round probabilities in two regions."""
-    if scales.ndim:
-        return groups.select(emit, "low_step", scales, rank=1)
-    return emit.constant("low_step", scales.reshape(1))
+def by_image(emit: Emitter, name: str, values: Float32, groups: GroupSelector) -> ir.Value:
+    """Numbers () or (G,) as an input (1,) or (B,) of a custom op, such as `low_step`."""
+    if values.ndim:
+        return groups.select(emit, name, values, rank=1)
+    return emit.constant(name, values.reshape(1))
 
 
 def multiply(

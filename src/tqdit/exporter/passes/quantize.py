@@ -19,8 +19,10 @@ from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Product, Scores, ValueProduct
 from tqdit.plugins import DOMAIN, VERSION
 from tqdit.plugins.multi_region_attention import schema as multi_region_attention
+from tqdit.plugins.multi_region_integer_attention import schema as multi_region_integer_attention
 from tqdit.plugins.multi_region_numerator import schema as multi_region_numerator
 from tqdit.plugins.multi_region_numerator_attention import schema as multi_region_numerator_attention
+from tqdit.plugins.multi_region_numerator_integer_attention import schema as multi_region_numerator_integer_attention
 from tqdit.plugins.multi_region_softmax import schema as multi_region_softmax
 from tqdit.plugins.time_group_select import schema as time_group_select
 from tqdit.quantization.fake_quant import find_module
@@ -28,8 +30,8 @@ from tqdit.quantization.table import ScaleTable
 from tqdit.sampling.schedule import SamplingSpec
 
 SCHEMAS = (
-    multi_region_attention, multi_region_numerator, multi_region_numerator_attention, multi_region_softmax,
-    time_group_select,
+    multi_region_attention, multi_region_integer_attention, multi_region_numerator, multi_region_numerator_attention,
+    multi_region_numerator_integer_attention, multi_region_softmax, time_group_select,
 )  # fmt: skip
 
 

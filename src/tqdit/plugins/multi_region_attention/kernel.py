@@ -9,22 +9,7 @@ Numerators need the maximum alone, so that their first pass has no exponentials.
 import triton
 import triton.language as tl
 
-from tqdit.plugins.triton_math import LOG2_E, MAGIC
-
-LEAST_MASK: tl.constexpr = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _head_tile(base, row, column, rows, HEAD: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
-    """Rows `row` and columns `column` of a contiguous (rows, HEAD) matrix; zeros outside."""
-    offset = row[:, None] * HEAD + column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(base + offset, mask=(row < rows)[:, None] & (column < HEAD)[None, :], other=0.0)
-    if MASK_ROWS:
-        return tl.load(base + offset, mask=(row < rows)[:, None], other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(base + offset, mask=(column < HEAD)[None, :], other=0.0)
-    return tl.load(base + offset)
+from tqdit.plugins.triton_math import LEAST_MASK, LOG2_E, MAGIC, tile
 
 
 @triton.jit
@@ -34,10 +19,10 @@ def _scores(
 ):  # fmt: skip
     """q k^T for one tile of keys, float32; scaled and masked if there is a mask; -inf beyond the last key."""
     main = tl.arange(0, MAIN)
-    k_main = _head_tile(k, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+    k_main = tile(k, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
     s = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
     if REST > 0:
-        k_rest = _head_tile(k, key, MAIN + tl.arange(0, REST), KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+        k_rest = tile(k, key, MAIN + tl.arange(0, REST), KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
         s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision=PRECISION)
     if MASKED:
         added = tl.load(mask_row + key[None, :], mask=(key < KEYS)[None, :], other=0.0)
@@ -103,13 +88,13 @@ def multi_region_attention_kernel(
     low_inverse = tl.math.div_rn(1.0, s1)
     ratio = tl.math.div_rn(HIGH_STEP, s1)
 
-    q_main = _head_tile(q_base, query, main, QUERIES, HEAD, MASK_QUERIES, MAIN > HEAD)
+    q_main = tile(q_base, query, main, QUERIES, HEAD, MASK_QUERIES, MAIN > HEAD)
     sums = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
     q_rest = q_main
     rest_sums = sums
     if REST > 0:
         rest = MAIN + tl.arange(0, REST)
-        q_rest = _head_tile(q_base, query, rest, QUERIES, HEAD, MASK_QUERIES, MAIN + REST > HEAD)
+        q_rest = tile(q_base, query, rest, QUERIES, HEAD, MASK_QUERIES, MAIN + REST > HEAD)
         rest_sums = tl.zeros([BLOCK_QUERIES, REST], tl.float32)
 
     if KEYS <= 2 * BLOCK_KEYS:
@@ -133,17 +118,17 @@ def multi_region_attention_kernel(
             total += tl.sum(second, 1)
         low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         codes = _codes(s, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
-        v_main = _head_tile(v_base, key, main, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN > HEAD)
+        v_main = tile(v_base, key, main, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN > HEAD)
         sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
         if REST > 0:
-            v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN + REST > HEAD)
+            v_rest = tile(v_base, key, rest, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN + REST > HEAD)
             rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
         if KEYS > BLOCK_KEYS:
             codes = _codes(second, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
-            v_main = _head_tile(v_base, later, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+            v_main = tile(v_base, later, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
             sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
             if REST > 0:
-                v_rest = _head_tile(v_base, later, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+                v_rest = tile(v_base, later, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
                 rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
     else:
         largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -164,14 +149,14 @@ def multi_region_attention_kernel(
             s = _scores(
                 q_main, q_rest, k_base, mask_row, key, HEAD, MAIN, REST, KEYS, MASK_KEYS, MASKED, scale, PRECISION
             )
-            v_main = _head_tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
+            v_main = tile(v_base, key, main, KEYS, HEAD, MASK_KEYS, MAIN > HEAD)
             exponent = tl.exp2(s * factor - (largest * factor)[:, None])
             if NUMERATORS:
                 total += tl.sum(exponent, 1)
             codes = _codes(exponent, low_rate, high_rate, ratio, TOP, CLIP).to(v_main.dtype)
             sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
             if REST > 0:
-                v_rest = _head_tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
+                v_rest = tile(v_base, key, rest, KEYS, HEAD, MASK_KEYS, MAIN + REST > HEAD)
                 rest_sums = tl.dot(codes, v_rest, rest_sums, input_precision=PRECISION)
 
     unit = s1

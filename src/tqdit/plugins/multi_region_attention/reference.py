@@ -24,6 +24,6 @@ def multi_region_attention(
     return attended
 
 
-def masked_scores(q: Float32, k: Float32, mask: Float32, scale: float) -> Float32:
-    scores: Float32 = (q @ k.swapaxes(-1, -2)) * np.float32(scale) + np.maximum(mask, LEAST_MASK)
+def masked_scores(q: Float32, k: Float32, mask: Float32, scale: float | Float32) -> Float32:
+    scores: Float32 = (q @ k.swapaxes(-1, -2)) * np.asarray(scale, np.float32) + np.maximum(mask, LEAST_MASK)
     return scores

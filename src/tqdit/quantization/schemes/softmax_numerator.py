@@ -25,7 +25,9 @@ class SoftmaxNumerator(TwoRegionSoftmax):
     """The scales are those of e: `low_scale` s1, at most `high_scale` s2."""
 
     scheme = "softmax_numerator"
-    softmax = RegionOps("MultiRegionNumerator", "MultiRegionNumeratorAttention", outputs=2)
+    softmax = RegionOps(
+        "MultiRegionNumerator", "MultiRegionNumeratorAttention", "MultiRegionNumeratorIntegerAttention", outputs=2
+    )
 
     @classmethod
     def fake_quantize(cls, x: Tensor, bits: int, tensors: Parameters) -> Tensor:

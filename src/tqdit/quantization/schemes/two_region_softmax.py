@@ -36,7 +36,7 @@ class TwoRegionSoftmax(Quantizer):
     roles = ("left",)
     tensors: ClassVar = {"low_scale": "float32", "high_scale": "float32"}
     plotted = "low_scale"
-    softmax = RegionOps("MultiRegionSoftmax", "MultiRegionAttention")
+    softmax = RegionOps("MultiRegionSoftmax", "MultiRegionAttention", "MultiRegionIntegerAttention")
 
     low_scale: Float32
     high_scale: Float32

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from tqdit.engines.backends.tensorrt.constants import fold_numbers
 from tqdit.engines.backends.tensorrt.half_products import TYPES, halve_products, probabilities
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import Library
+from tqdit.engines.backends.tensorrt.refit import Content, Record, open_base, settings_of
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
 from tqdit.engines.backends.tensorrt.worker import FIRST_FP8, Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
@@ -79,6 +81,8 @@ def build(
     need("polygraphy", library.backend, f"--backend {library.backend}")
     if config.lean_runtime == "exclude" and not config.version_compatible:
         raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
+    if config.refit and config.version_compatible:
+        raise UsageError("--refit does not go with --version-compatible. Leave one of them out.")
     config = replace(config, targets=_checked(config.targets))
     device = None if library.cross_compiles else cuda.find_device(config.device)
     if device is not None and device.capability == BLACKWELL_ULTRA and config.precision == "int8":
@@ -92,17 +96,27 @@ def build(
     no_plugins = _why_no_plugins(library, config)
     halved = None if card.quantization is None or config.float_type not in TYPES else config.float_type
     job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
+    if config.base is not None:
+        replaced = _refitted(library, source, card, folder, config, halved, job, progress)
+        if replaced is not None:
+            return replaced
+    record: Record | None = None
 
     def compile_graph(
         plugins_for: str | None, spelled_out: Collection[str] = ()
     ) -> tuple[Compiled, Audit | None, Custom] | None:
-        with _prepared(source, folder, plugins_for is None, halved, spelled_out) as prepared:
+        nonlocal record
+        with _prepared(source, folder, plugins_for is None, halved, spelled_out, config.refit) as prepared:
             if prepared is None:
                 return None
             compiled = _compile(replace(job, plugins_for=plugins_for), prepared.file, progress)
             report = audit_layers(
                 compiled.layers, card.quantization, source.scopes, prepared.products, config.precision
             )
+            if prepared.content is not None:
+                settings = settings_of(config, rows)
+                record = Record(**vars(prepared.content), settings=settings, plugins_for=plugins_for,
+                                spelled_out=tuple(spelled_out))  # fmt: skip
             return compiled, report, prepared.custom
 
     targets_of_plugins = () if no_plugins or device is None else _plugin_targets(source, device.capability)
@@ -128,8 +142,13 @@ def build(
         with _prepared(decoder, folder, inline=True) as inlined:
             assert inlined is not None
             # one image at a time, in float32: decoders of this kind overflow float16
-            _compile(replace(job, plan=str(folder / DECODER_FILE), batch=(1, 1, 1)), inlined.file, progress)
+            plain = replace(config, refit=False, weight_streaming=False)
+            _compile(
+                replace(job, plan=str(folder / DECODER_FILE), batch=(1, 1, 1), config=plain), inlined.file, progress
+            )
     (folder / LAYERS_FILE).unlink(missing_ok=True)
+    if record is not None:
+        record.write(folder)
     targets = compiled.targets if device is None else (device.capability,)
     return Artefact(
         entry=PLAN_FILE,
@@ -139,7 +158,38 @@ def build(
         audit=report,
         batch=batch,
         plugins=_kernels(custom, compiled.plugins, no_plugins),
+        weights="fixed" if record is None else "refittable",
+        streams_weights=config.weight_streaming,
     )
+
+
+def _refitted(
+    library: Library, source: OnnxFile, card: GraphCard, folder: Path, config: BuildConfig, halved: str | None,
+    job: Job, progress: Progress,
+) -> Artefact | None:  # fmt: skip
+    """The engine at `config.base` with the weights of `source`; None, with a warning, if it has to be compiled."""
+    assert config.base is not None
+    try:
+        base = open_base(config.base, library.backend, card, config.device)
+        manifest, before = base.manifest, base.record
+        with _prepared(source, folder, before.plugins_for is None, halved, before.spelled_out, True) as prepared:
+            if prepared is None or prepared.content is None:
+                raise BackendError("the file holds another graph")
+            record, changed = before.replaced_by(prepared.content, settings_of(config, job.batch))
+            plan = str(config.base / manifest.entry)
+            refit = replace(job, plugins_for=before.plugins_for, base=plan, changed=changed)
+            compiled = run_worker(replace(refit, source=str(prepared.file)), progress)
+    except TqditError as error:
+        warnings.warn(f"{config.base}: its weights are not replaced, since {str(error).rstrip('.')}. Compiling it.",
+                      TqditWarning, stacklevel=2)  # fmt: skip
+        return None
+    if manifest.audit is not None and not config.allow_fallback:
+        check_audit(manifest.audit, library.backend, CAUSE)
+    if manifest.decoder is not None:
+        shutil.copyfile(config.base / manifest.decoder, folder / manifest.decoder)  # no link: it may be written again
+    record.write(folder)
+    facts = {field.name: getattr(manifest, field.name) for field in fields(Artefact)}
+    return Artefact(**facts | {"versions": {library.module: compiled.version}, "verified": None, "weights": "refitted"})
 
 
 def _check_fp8(config: BuildConfig, device: cuda.Device | None) -> None:
@@ -172,14 +222,16 @@ class Prepared(NamedTuple):
     file: Path
     products: list[str]  # names of its products
     custom: Custom
+    content: Content | None = None  # for --refit
 
 
 @contextmanager
 def _prepared(
-    source: OnnxFile, folder: Path, inline: bool, halved: str | None = None, spelled_out: Collection[str] = ()
-) -> Iterator[Prepared | None]:
+    source: OnnxFile, folder: Path, inline: bool, halved: str | None = None, spelled_out: Collection[str] = (),
+    digest: bool = False,
+) -> Iterator[Prepared | None]:  # fmt: skip
     """The file with its functions inlined and its integer products rewritten to the type `halved`. Those of the modules
-    `spelled_out` keep theirs and have their weights spelled out; None if they have none.
+    `spelled_out` keep theirs and have their weights spelled out; None if they have none. digest: describe its content.
 
     Functions are inlined beforehand: TensorRT-RTX reads attributes of nested ones as 0 without a word.
     """
@@ -189,7 +241,8 @@ def _prepared(
         if node.domain == DOMAIN:
             custom.setdefault(node.op_type, []).append(node.name)
     if not ((inline and model.functions) or halved or spelled_out):
-        yield Prepared(source.path, _products(model), custom)
+        content = Content.of(model, source.path.parent) if digest else None
+        yield Prepared(source.path, _products(model), custom, content)
         return
     model = onnx.inliner.inline_local_functions(model) if inline else source.copy()
     fold_numbers(model)
@@ -199,10 +252,11 @@ def _prepared(
         yield None
         return
     products = _products(model)
+    content = Content.of(model, source.path.parent) if digest else None
     with temporary_folder(folder.with_name(f"{folder.name}.inlined")) as place:
         path = source.save_copy(model, place)
         del model  # its weights are read again by the compiler
-        yield Prepared(path, products, custom)
+        yield Prepared(path, products, custom, content)
 
 
 def audit_layers(

@@ -48,6 +48,13 @@ class Device:
         """What the manifest of a plan says of the GPU that it was made on."""
         return {"device": self.name, "multiprocessors": str(self.multiprocessors)} if self.name else {}
 
+    @property
+    def kind(self) -> str:
+        """What kernels that were compiled or checked here depend on, but for the library: the chip and its driver."""
+        _, version = driver().cuDriverGetVersion()
+        cuda = f"{version // 1000}.{version % 1000 // 10}"
+        return f"{self.name} {self.capability}, {self.multiprocessors} multiprocessors, driver of CUDA {cuda}"
+
 
 def find_device(index: int | None = None) -> Device:
     """A GPU by its index, or the one that is current in this thread; BackendError in one line without a driver or GPU.

@@ -7,6 +7,7 @@
 | strongly typed networks | by a flag | by a flag | always; the flag is kept and ignored |
 | plugins | none: the parser aborts on a registered one | yes | yes |
 | timing cache, optimisation level | kept without effect | yes | yes |
+| weights of an engine replaced, or left in the host's memory | by flags | by flags | by flags |
 | engine runs on another release | never | the same major version, if built so | same |
 | proof of a layer's precision | layers in the detailed build log | engine inspector, `Layers` | same |
 | CUDA graphs | its own, chosen by runtime configuration | captured by us | captured by us |
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import util
@@ -27,11 +29,16 @@ from typing import Any
 
 from tqdit.engines.backends.tensorrt.layers import HEADING, Layer, from_inspector, from_log
 from tqdit.engines.bundle import release_numbers
-from tqdit.errors import BackendError, OutputError
+from tqdit.engines.config import BuildConfig
+from tqdit.errors import BackendError, OutputError, UsageError
 from tqdit.extras import need
 from tqdit.files import whole_file
 
 RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read by Polygraphy once, when it is imported
+FEATURES = {  # field of BuildConfig -> what the library must have
+    "refit": ("BuilderFlag.REFIT", "Refitter", "OnnxParserRefitter"),
+    "weight_streaming": ("BuilderFlag.WEIGHT_STREAMING",),
+}
 
 
 class Log:
@@ -54,6 +61,11 @@ class Log:
                     log.listings.append(message)
 
         self.logger = Logger()
+
+    @property
+    def reason(self) -> str:
+        """The first error in brackets, '' if there is none."""
+        return f" ({' '.join(self.errors[0].split())})" if self.errors else ""
 
 
 class RuntimeCache:
@@ -123,6 +135,41 @@ class Library:
         settings.pop("compute_capabilities", None)
         return CreateConfig(tf32=True, **settings)  # float32 islands are small; TF32 is what RTX does by default
 
+    def check_offers(self, trt: ModuleType, config: BuildConfig) -> None:
+        """Refuse what this release has no setting for."""
+        for field, names in FEATURES.items():
+            missing = [name for name in names if not _has(trt, name)]
+            if getattr(config, field) and missing:
+                raise UsageError(
+                    f"--{field.replace('_', '-')}: {self.title} {trt.__version__} has no {missing[0]}. Leave it "
+                    "out, or install another release."
+                )
+
+    def refit(self, trt: ModuleType, plan: bytes, source: str, changed: Collection[str]) -> Any:
+        """The plan with the weights of an ONNX file, as the library serializes it again. Takes the GPU.
+
+        changed: the weights that differ from those that the plan holds, by the names of the file. Raises BackendError
+        if one of them is not among those that the library can replace: its value is part of the compiled code then.
+        """
+        log = Log(trt)
+        runtime = trt.Runtime(log.logger)
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"{self.title} {trt.__version__} cannot open it{log.reason}")
+        refitter = trt.Refitter(engine, log.logger)
+        fixed = sorted(set(changed) - set(refitter.get_all_weights()))
+        if fixed:
+            shown = ", ".join(fixed[:3]) + (", ..." if len(fixed) > 3 else "")
+            raise BackendError(f"{len(fixed)} value(s) that differ are part of its compiled code ({shown})")
+        parser = trt.OnnxParserRefitter(refitter, log.logger)
+        if not parser.refit_from_file(source) or refitter.get_missing_weights() or not refitter.refit_cuda_engine():
+            raise BackendError(f"{self.title} {trt.__version__} refused the weights{log.reason}")
+        config = engine.create_serialization_config()
+        config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+        if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):  # older releases keep a plan refittable unasked
+            config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+        return engine.serialize_with_config(config)
+
     def targets(self, trt: ModuleType) -> tuple[str, ...]:
         """Compute capabilities that an engine can be made for, such as ('8.0', '12.0')."""
         if not self.cross_compiles:
@@ -168,6 +215,14 @@ class Library:
         return engine.create_execution_context(config)
 
 
+def _has(trt: ModuleType, name: str) -> bool:
+    """Whether the module has an attribute such as 'BuilderFlag.REFIT'."""
+    found: Any = trt
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not None
+
+
 TENSORRT_RTX = Library(
     backend="tensorrt-rtx",
     module="tensorrt_rtx",
@@ -175,7 +230,7 @@ TENSORRT_RTX = Library(
     cross_compiles=True,
     takes_plugins=False,
     is_rtx=True,
-    options=frozenset({"batch", "targets", "workspace_bytes", "plugins"}),
+    options=frozenset({"batch", "targets", "workspace_bytes", "plugins", "refit", "weight_streaming"}),
 )
 TENSORRT = Library(
     backend="tensorrt",
@@ -185,6 +240,6 @@ TENSORRT = Library(
     takes_plugins=True,
     is_rtx=False,
     options=frozenset({"batch", "workspace_bytes", "timing_cache", "optimization_level", "plugins"})
-    | {"version_compatible", "lean_runtime", "device"},
+    | {"version_compatible", "lean_runtime", "device", "refit", "weight_streaming"},
 )
 LIBRARIES = {library.backend: library for library in (TENSORRT_RTX, TENSORRT)}

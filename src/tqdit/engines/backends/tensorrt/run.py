@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log, RuntimeCache
 from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
+from tqdit.engines.gpu import GpuChoice, GpuShare
 from tqdit.engines.process import Process
+from tqdit.engines.run.verify import verify_once
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
 from tqdit.files import cache_folder
 
@@ -67,13 +69,14 @@ class TensorRTEngine:
     """One plan. Safe to call from several threads: they take turns, as the GPU would have them do anyway."""
 
     def __init__(
-        self, library: Library, file: Path, manifest: Manifest, trt: ModuleType, device: int | None = None
-    ) -> None:
+        self, library: Library, file: Path, manifest: Manifest, trt: ModuleType, device: int | None = None,
+        weight_budget: int | None = None,
+    ) -> None:  # fmt: skip
         self._library, self._trt, self._file = library, trt, file
         self._device = cuda.find_device(device)
-        self.place = f"{self._device.name} {self._device.capability}, {library.title} {trt.__version__}"
+        self.place = f"{self._device.kind}, {library.title} {trt.__version__}"
         self._captures = not library.is_rtx
-        self._cache = RuntimeCache(_cache_file(manifest, file, self._device)) if library.is_rtx else None
+        self._cache = RuntimeCache(_cache_file(manifest, file, self.place)) if library.is_rtx else None
         self._lock, self._process = threading.Lock(), Process()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         is_entry = file.name == manifest.entry  # the decoder has one row for each image
@@ -85,24 +88,37 @@ class TensorRTEngine:
             self._least = self._most = manifest.card.rows
         with cuda.on_device(self._device):
             self._engine, *self._kept = _open_plan(library, trt, file, manifest)
+            if weight_budget is not None and is_entry:  # before contexts and their memory, whose size depends on it
+                _limit_weights(self._engine, weight_budget, file, f"{library.title} {trt.__version__}")
+                self._captures = False  # whether a graph may hold copies of weights is not documented
             self._inputs, (self._output,) = _tensors(trt, self._engine)
             self._pool = cuda.make_pool(self._device)
             self._stream = self._device.handle.create_stream()  # neither it nor the default stream waits for the other
             self._scratch = self._allocate(max(1, int(self._engine.device_memory_size_v2)))
 
     @classmethod
-    def open(cls, path: str | Path, device: int | None = None) -> TensorRTEngine:
+    def open(cls, path: str | Path, device: GpuChoice = None) -> TensorRTEngine:
         """Open the graph of a bundle of `tensorrt` or `tensorrt-rtx`, after checking every file of it.
 
-        For `run_on_device`; `Sampler.open` samples. device: index of the GPU; None: the current one. Raises
-        FileFormatError for a damaged bundle, BackendError if it cannot run here.
+        For `run_on_device`; `Sampler.open` samples. device: index of the GPU, or a `GpuShare`; None: the current one.
+        Golden calls run once for each GPU. Raises FileFormatError for a damaged bundle, BackendError if it cannot run
+        here, VerificationError if it is wrong.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         check_parts(folder, manifest)
         if manifest.backend not in LIBRARIES:
             raise UsageError(f"{folder}: built for {manifest.backend}, expected {' or '.join(LIBRARIES)}.")
-        return open_engine(LIBRARIES[manifest.backend], folder, manifest, manifest.entry, device=device)
+        gpu, library = GpuShare.of(device), LIBRARIES[manifest.backend]
+        engine = open_engine(
+            library, folder, manifest, manifest.entry, device=gpu.index, weight_budget=gpu.weight_budget_bytes
+        )
+        try:
+            verify_once(folder, manifest, engine)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """NumPy in, NumPy out. Rows are filled up to the next bucket with copies of the last one."""
@@ -281,10 +297,10 @@ class TensorRTEngine:
         return self._pool.allocate(size_bytes, stream=self._stream)
 
 
-def _cache_file(manifest: Manifest, file: Path, device: cuda.Device) -> Path:
-    """Where what TensorRT-RTX compiles for one plan and one kind of GPU is kept."""
+def _cache_file(manifest: Manifest, file: Path, place: str) -> Path:
+    """Where what TensorRT-RTX compiles for one plan, kind of GPU, driver and release is kept."""
     plan = manifest.files[file.name].sha256 if file.name in manifest.files else file.name
-    kind = re.sub(r"\W+", "-", f"{device.name} {device.capability}").strip("-")
+    kind = re.sub(r"\W+", "-", place).strip("-")
     return cache_folder("tensorrt-rtx") / f"{plan[:32]}-{kind}.cache"
 
 
@@ -297,12 +313,18 @@ def _begin(buffer: Any, size_bytes: int) -> Any:
 
 def open_engine(
     library: Library, folder: Path, manifest: Manifest, file: str, threads: int | None = None,
-    device: int | None = None,
+    device: int | None = None, weight_budget: int | None = None,
 ) -> TensorRTEngine:  # fmt: skip
     """Open one file of a bundle; refuses another GPU, another release of the library and another kind of machine.
 
-    `threads` has no meaning for a GPU. device: its index; None: the current one.
+    `threads` has no meaning for a GPU. device: its index; None: the current one. weight_budget: bytes of weights on
+    it at most; None: all.
     """
+    if weight_budget is not None and not manifest.streams_weights:
+        raise UsageError(
+            f"{folder}: cannot be sampled with --weight-budget, since all its weights lie on the GPU. Leave it out, or "
+            "build the engine with --weight-streaming."
+        )
     trt = library.load("this engine")
     gpu = cuda.find_device(device)
     offered = manifest.target.get("compute_capabilities", "").split(",")
@@ -320,7 +342,19 @@ def open_engine(
             f"{folder}: built by {library.title} {built_by}, installed is {trt.__version__}. Build the engine "
             f"again, or run: pip install {library.module.replace('_', '-')}=={built_by}"
         )
-    return TensorRTEngine(library, folder / file, manifest, trt, device)
+    return TensorRTEngine(library, folder / file, manifest, trt, device, weight_budget)
+
+
+def _limit_weights(engine: Any, budget: int, file: Path, release: str) -> None:
+    """Leave all but `budget` bytes of the weights in the host's memory. Raises UsageError if the library cannot."""
+    if not hasattr(engine, "weight_streaming_budget_v2"):
+        raise UsageError(f"sampling with --weight-budget: {release} has no weight_streaming_budget_v2. Leave it out.")
+    size = int(engine.streamable_weights_size)  # 0 of a network whose weights are all too small
+    engine.weight_streaming_budget_v2 = min(budget, size)
+    if int(engine.weight_streaming_budget_v2) != min(budget, size):
+        raise BackendError(
+            f"{file}: {release} refused to leave {size - min(budget, size)} bytes of weights to the host."
+        )
 
 
 def _check_device(folder: Path, manifest: Manifest, gpu: cuda.Device) -> None:
@@ -339,7 +373,7 @@ def _check_device(folder: Path, manifest: Manifest, gpu: cuda.Device) -> None:
                   TqditWarning, stacklevel=2)  # fmt: skip
 
 
-TAKES_DEVICE = NEEDS_GPU = True
+TAKES_DEVICE = STREAMS_WEIGHTS = NEEDS_GPU = True
 MODULES = (TENSORRT.module, "cuda.core")
 load = partial(open_engine, TENSORRT)
 

@@ -44,6 +44,8 @@ class Job:
     config: BuildConfig = field(default_factory=BuildConfig)
     plugins_for: str | None = None  # compute capability; None: the custom ops get no plugins
     device: int | None = None  # GPU that TensorRT compiles on; None: no GPU is asked for
+    base: str | None = None  # plan whose weights are to be replaced by those of the file; None: compile
+    changed: tuple[str, ...] = ()  # with base: the weights that differ
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self, enc_hook=str)  # of the one path in it
@@ -64,9 +66,12 @@ class Compiled:
 
 
 def compile_job(job: Job, tell: Tell) -> Compiled:
-    """Compile, write the plan and describe it."""
+    """Compile, write the plan and describe it; with a base, replace its weights instead, which changes no layer."""
     library, config = LIBRARIES[job.backend], job.config
     trt = library.load(f"--backend {job.backend}")
+    library.check_offers(trt, config)
+    if job.base is not None:
+        return _refit(job, library, trt, tell)
     targets = choose_targets(library, library.targets(trt), config.targets, config.precision)
     if job.device is not None:
         cuda.find_device(job.device).handle.set_current()
@@ -86,6 +91,10 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
             "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
             "progress_monitor": _monitor(trt, tell),
         }
+        if config.refit:
+            settings["refittable"] = True
+        if config.weight_streaming:
+            settings["weight_streaming"] = True
         if targets:
             settings["compute_capabilities"] = [_order(target) for target in targets]
         timings = None if config.timing_cache is None else str(config.timing_cache)
@@ -106,6 +115,18 @@ def compile_job(job: Job, tell: Tell) -> Compiled:
     Path(job.plan).write_bytes(memoryview(plan))
     Path(job.plan).with_name(LAYERS_FILE).write_text(report, encoding="utf-8")
     return Compiled(trt.__version__, targets, library.layers(report), _plugin_layers(trt, network))
+
+
+def _refit(job: Job, library: Library, trt: ModuleType, tell: Tell) -> Compiled:
+    tell({"kind": "progress", "what": "Replacing weights", "done": 0, "total": 1})
+    if job.device is not None:
+        cuda.find_device(job.device).handle.set_current()
+    if job.plugins_for is not None:
+        register_plugins(_order(job.plugins_for))
+    assert job.base is not None
+    plan = library.refit(trt, Path(job.base).read_bytes(), job.source, job.changed)
+    Path(job.plan).write_bytes(memoryview(plan))
+    return Compiled(trt.__version__, (), (), ())
 
 
 def choose_targets(
@@ -178,6 +199,8 @@ def _reason(library: Library, version: str, errors: list[str], targets: tuple[st
         advice = " Compute capability 7.5 has no float32 products, which quantized files need: leave it out."
     elif "HW-specific datatypes" in text:
         advice = f" A type of this file does not exist on one of {', '.join(targets)}; choose another --float-type."
+    elif "graph_jit" in text and "CUDA_SUCCESS" in text:  # TensorRT-RTX 1.7.1, with any weight that can be replaced
+        advice = " With --refit it needs a GPU and NVIDIA's driver to compile, too: build there, or leave --refit out."
     elif "workspace limit" in text:
         advice = " Raise --workspace or leave it out."
     return f"{library.title} {version} cannot compile it ({text}).{advice}"

@@ -1,0 +1,101 @@
+"""What rounding of numerators costs an engine, beside rounding of probabilities: one block, by number of tokens.
+
+    python benchmarks/softmax_schemes.py [--tokens 256 1024 2304 4096] [--json softmax.json]
+
+A block of a DiT with four heads of 72 channels and random weights, two rows to a call. Both tables have the same search
+settings; they differ in the scheme of the softmax alone. Engines take turns. Milliseconds of a call, median with
+quartiles, and the median over rounds of numerators over probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines import BACKENDS, float_chain, machine, ours, soon
+from tqdit.calibration.flow import calibrate
+from tqdit.exporter.graph import ExportConfig, export_graph
+from tqdit.exporter.onnx_writer import write
+from tqdit.models.dit import DiT, DiTConfig, randomize
+from tqdit.models.families.published import describe
+
+SCHEMES = ("probability", "numerator")
+STEPS = 2  # of the chain that rows are taken from: speed does not depend on the scales
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tokens", nargs="+", type=int, default=[256, 1024, 2304, 4096], help="square numbers (default: %(default)s)")
+    add("--attention", nargs="+", default=["simulated", "integer"])
+    add("--images", type=int, default=1, help="per call; each is two rows with guidance")
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=15)
+    add("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.chain = STEPS
+    print(f"{args.rounds} rounds, {args.threads} threads; {machine()}\n")
+    print("| tokens | engine | probabilities, ms | numerators, ms | ratio |\n|---|---|---|---|---|")
+    rows = [row for tokens in args.tokens for row in measure(tokens, args)]
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        args.json.write_text(json.dumps({"settings": settings, "machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    side = math.isqrt(tokens)
+    assert side * side == tokens, f"{tokens} is no square"
+    config = DiTConfig(
+        input_size=2 * side, patch_size=2, in_channels=4, out_channels=8, hidden_size=288, depth=1,
+        mlp_hidden_size=1152, num_classes=1000, num_heads=4,
+    )  # fmt: skip
+    model = describe(randomize(DiT(config)).eval().requires_grad_(False), f"one block, {tokens} tokens")
+    chain, rows = float_chain(args, model), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tables = {
+            scheme: calibrate(
+                model, replace(soon("tq-dit"), steps=STEPS, groups=1, softmax=scheme), folder / "work"
+            ).table
+            for scheme in SCHEMES
+        }
+        for attention in args.attention:
+            for backend in BACKENDS:
+                engines = []
+                for scheme, table in tables.items():
+                    path = folder / f"{scheme}-{attention}.onnx"
+                    write(path, *export_graph(model, ExportConfig(steps=STEPS, attention=attention), table))
+                    engines.append(ours(path, backend, args.threads))
+                times: list[list[float]] = [[], []]
+                for number in range(args.rounds + 1):
+                    for found, engine in zip(times, engines, strict=True):
+                        engine(chain.inputs[0])  # threads of the engine before it may still spin
+                        started = time.perf_counter()
+                        engine(chain.inputs[0])
+                        found += [1000 * (time.perf_counter() - started)] * bool(number)  # the first warms up
+                ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
+                name = f"{backend}, {attention} attention"
+                print(f"| {tokens:,} | {name} | {told(times[0])} | {told(times[1])} | {ratio:.2f} |", flush=True)
+                rows.append(
+                    {"tokens": tokens, "engine": name, **dict(zip(SCHEMES, times, strict=True)), "ratio": ratio}
+                )
+    return rows
+
+
+def told(times: list[float]) -> str:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":
+    main()
