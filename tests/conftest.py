@@ -6,6 +6,7 @@ tests/test_noise.py` starts in a second.
 
 import ctypes
 import os
+import re
 import sys
 import tempfile
 
@@ -42,6 +43,16 @@ def pytest_configure(config):
         os.environ["TQDIT_TEST_SHARED"] = folder.name
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`scripts/test --fast` does not even import a file of which it runs no test: many import diffusers."""
+    expression = config.option.markexpr
+    if collection_path.suffix != ".py" or not re.fullmatch(r"not \w+( and not \w+)*", expression):
+        return None
+    left_out = "|".join(re.findall(r"not (\w+)", expression))
+    first = rf"^pytestmark = \[?\s*pytest\.mark\.({left_out})\b"
+    return True if re.search(first, collection_path.read_text(), re.MULTILINE) else None
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers(request):
     """A test sees the same numbers whichever tests run before it: torch's and those of its module's `RNG`."""
@@ -57,6 +68,14 @@ def traces_are_made_once():
     graph = sys.modules.get("tqdit.exporter.graph")
     if graph is not None and graph.trace_graph.__module__ != "support":
         graph.trace_graph = support.trace_once(graph.trace_graph)
+
+
+@pytest.fixture(autouse=True)
+def products_are_found_once():
+    """Of the DiTs that tests load, of which most have one configuration."""
+    published = sys.modules.get("tqdit.models.families.published")
+    if published is not None and published.products_of.__module__ != "support":
+        published.products_of = support.products_once(published.products_of)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import reference
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from tqdit.card import GraphCard
     from tqdit.exporter.graph import ExportConfig
-    from tqdit.models.dit import DiTConfig
+    from tqdit.models.dit import DiT, DiTConfig
     from tqdit.models.loaded import LoadedModel
+    from tqdit.models.products import Product
     from tqdit.quantization.table import ScaleTable
     from tqdit.sampling.schedule import SamplingSpec
 
@@ -39,6 +41,19 @@ ALL = "TQDIT_TEST_ALL" in os.environ  # set by `scripts/test --all`
 def rounds(full: int) -> int:
     """How often a test repeats itself: `full` times with `scripts/test --all`, else a tenth of it, at least twice."""
     return full if ALL else min(full, max(2, full // 10))
+
+
+def few(cases: Iterable[object], *kept: object) -> list[object]:
+    """The cases of a parametrised test with a mark on those that are not kept: they take the code of a case that is,
+    and only `scripts/test --all` runs them.
+    """
+    cases = list(cases)
+    unknown = [case for case in kept if case not in cases]
+    assert not unknown, f"no cases: {unknown}"
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)
+        for case in cases
+    ]
 
 
 def wait_until(met: Callable[[], object], seconds: float = 60) -> None:
@@ -154,6 +169,19 @@ def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
         content = (made_once(f"trace-{digest_of(model, config, table)}", make) / "trace.onnx").read_bytes()
         return ir.from_proto(onnx.ModelProto.FromString(content))
 
+    return once
+
+
+def products_once(products_of: Callable[[DiT], tuple[Product, ...]]) -> Callable[[DiT], tuple[Product, ...]]:
+    """`products_of` that observes one DiT of each configuration: half a second for the tiniest."""
+    found: dict[DiTConfig, tuple[Product, ...]] = {}
+
+    def once(network: DiT) -> tuple[Product, ...]:
+        if network.config not in found:
+            found[network.config] = products_of(network)
+        return found[network.config]
+
+    once.__module__ = __name__
     return once
 
 

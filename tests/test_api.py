@@ -80,6 +80,7 @@ def test_importing_the_package_loads_no_stage():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_an_unknown_preset_or_knob_is_refused_by_name(place):
     with pytest.raises(UsageError, match=r"'fastest'.*tq-dit.*fast"):
         tqdit.calibrate("tiny.safetensors", preset="fastest")
@@ -88,6 +89,7 @@ def test_an_unknown_preset_or_knob_is_refused_by_name(place):
     assert {path.name for path in place.iterdir()} == {"tiny.safetensors", "tiny.json"}
 
 
+@pytest.mark.slow
 def test_a_file_of_another_program_is_overwritten_by_force_alone(place):
     from tqdit.errors import OutputError
 

@@ -150,6 +150,7 @@ def test_a_lack_of_memory_is_one_line(verb, capsys, error):
     assert capsys.readouterr().err.startswith(f"tqdit-export: out of memory{detail}. Ask for less")
 
 
+@pytest.mark.slow
 def test_a_path_that_the_terminal_cannot_show_is_printed_in_another_way():
     program = "import sys; from tqdit.cli import main, sample; sample.run = lambda args, _: args.output; "
     command = [sys.executable, "-c", f"{program}sys.exit(main.run('sample', sys.argv[1:]))", "-o", "\u00fcber.npz"]
@@ -205,6 +206,7 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
+@pytest.mark.slow
 def test_a_real_process_fails_with_one_line(tmp_path):
     done = run("inspect", tmp_path / "missing.npz")
     assert (done.returncode, done.stdout) == (2, "")
@@ -213,6 +215,7 @@ def test_a_real_process_fails_with_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_real_process_shows_its_traceback_with_debug(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"bad")
     done = run("inspect", tmp_path / "bad.npz", "--debug")
@@ -234,17 +237,20 @@ def without(libraries, *arguments):
 HEAVY = ["torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "safetensors"]
 
 
+@pytest.mark.slow
 def test_the_help_needs_only_the_libraries_of_the_runtime():
     done = without(HEAVY, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "  sample     sample images" in done.stdout
 
 
+@pytest.mark.slow
 def test_sampling_needs_only_the_libraries_of_the_runtime():
     done = without(HEAVY, "sample", "--help")
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch", "onnx_ir"])
 def test_a_missing_library_is_answered_with_the_pip_command(library):
     done = without([library], "export")
@@ -256,6 +262,7 @@ def test_a_missing_library_is_answered_with_the_pip_command(library):
     assert {name.split(">")[0] for name in shlex.split(command)} >= {"torch", "onnx", "onnx-ir", "onnxscript"}
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     import numpy as np
 

@@ -44,6 +44,7 @@ def files(wheel):
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module(wheel):
     sources = (ROOT / "src" / "tqdit").rglob("*")
     assert files(wheel) == {
@@ -56,6 +57,7 @@ def runtime(tmp_path_factory):
     return built(ROOT / "runtime", ["pyproject.toml", "LICENSE", "src"], tmp_path_factory.mktemp("runtime"))
 
 
+@pytest.mark.slow
 def test_the_runtime_s_wheel_is_lean(runtime):
     assert runtime.stat().st_size < 300_000
     assert not {name for name in files(runtime) if name.startswith(("tqdit/models/", "tqdit/engines/build/"))}
@@ -105,6 +107,7 @@ def test_the_projects_have_one_version_and_one_set_of_requirements():
         assert requirements == expected
 
 
+@pytest.mark.slow
 def test_the_demo_s_wheel_holds_the_weights(tmp_path):
     wheel = built(ROOT / "demo-weights", ["pyproject.toml", "LICENSE", "tqdit_demo"], tmp_path)
     assert files(wheel) == {f"tqdit_demo/{name}" for name in ("__init__.py", *DIGESTS)}

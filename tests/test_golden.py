@@ -66,6 +66,7 @@ def wrong_op(graph):
     node.op_type = "Tanh"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_an_engine_that_is_right_passes(file, tmp_path, backend):
     manifest = build_engine(file, tmp_path / "model.engine", backend)

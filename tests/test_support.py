@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PROGRAM = """
 import sys, pytest
 code = pytest.main(sys.argv[1:])
@@ -14,10 +12,12 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("file", ["sampling/test_noise.py", "sampling/test_chains.py", "evaluate/test_statistics.py"])
-def test_a_test_file_without_torch_runs_without_torch(file):
+def test_test_files_without_torch_run_without_torch():
     tests = Path(__file__).parent
-    command = [sys.executable, "-c", PROGRAM, str(tests / file), "-p", "no:cacheprovider", "-n", "0"]
+    files = [
+        tests / name for name in ("sampling/test_noise.py", "sampling/test_chains.py", "evaluate/test_statistics.py")
+    ]
+    command = [sys.executable, "-c", PROGRAM, *map(str, files), "-p", "no:cacheprovider", "-n", "0", "-m", "not slow"]
     done = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "loaded:"

@@ -38,6 +38,7 @@ def test_nothing_in_the_package_names_the_toys():
     assert "adams_bashforth" not in sampler_names()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toys")
 def test_a_two_step_sampler_is_of_second_order():
     """Twice the steps, a sixteenth of the squared error; for Euler's method a quarter."""
@@ -56,7 +57,7 @@ def test_a_two_step_sampler_is_of_second_order():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("toys")
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "plain"])
+@pytest.mark.parametrize("backend", support.few(["onnxruntime", "openvino", "plain"], "onnxruntime", "plain"))
 def test_a_network_of_another_shape_takes_the_whole_flow(tmp_path, backend):
     """Two token streams, a float timestep, no guidance, flow matching."""
     import tqdit
@@ -85,7 +86,7 @@ def test_a_network_of_another_shape_takes_the_whole_flow(tmp_path, backend):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("toys")
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", support.few(["onnxruntime", "openvino"], "openvino"))
 def test_a_network_of_another_shape_needs_no_calibration(tmp_path, backend):
     import tqdit
 

@@ -6,6 +6,8 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 import tqdit
 
 PACKAGE = Path(tqdit.__file__).parent
@@ -21,6 +23,7 @@ def public_classes() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_two_public_classes_have_one_name():
     classes = public_classes()
     assert len(classes) > 50

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_TEXT_BYTES
-from tqdit.errors import FileFormatError, InputError, TqditWarning, UsageError, first_line
+from tqdit.errors import FileFormatError, InputError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import explain, sha256
 
 AGAIN = "Export it again."
 UNKNOWN = ("<unk>", "[UNK]")  # what tokenizers call a word that they do not know
-UNKNOWN_WORDS = "the text encoder does not know "  # a warning begins with it, and goes on with parts of the prompt
 MOST_TOKENS = 2**16  # of a prompt
 Fold = Literal["as it is", "stripped", "lower"]
 FOLDS: dict[Fold, Callable[[str], str]] = {
@@ -139,6 +137,11 @@ class TextEncoder:
             ) from error
         return {name: np.concatenate([row[index] for row in rows]) for index, name in enumerate(self.card.values)}
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words that none of the tokenizers knows."""
+        found = [unknown_words(*each, prompt) for each in zip(self._tokenizers, self.card.tokens, strict=True)]
+        return [word for word in found[0] if all(word in each for each in found)]
+
     def _tokenize(self, prompt: str) -> dict[str, NDArray[np.int64]]:
         feed: dict[str, NDArray[np.int64]] = {}
         for tokenizer, tokens in zip(self._tokenizers, self.card.tokens, strict=True):
@@ -148,25 +151,31 @@ class TextEncoder:
 
 
 def tokenize(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long; warns (`TqditWarning`) of words
-    that the tokenizer does not know, which say nothing to the network."""
-    if not isinstance(prompt, str) or any("\ud800" <= each <= "\udfff" for each in prompt):  # bytes of no encoding
-        raise UsageError(f"a prompt is {prompt!r:.60}; expected a text of whole Unicode characters.")
-    text = f"{tokens.prefix}{FOLDS[tokens.fold](prompt)}{tokens.suffix}"
-    try:
-        encoding = tokenizer.encode(text, add_special_tokens=tokens.special)
-    except BaseException as error:  # the library's panics are no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise FileFormatError(f"{tokens.file}: its tokenizer fails ({first_line(error)}). {AGAIN}") from error
-    found, names = encoding.ids, encoding.tokens
-    if unknown := [text[slice(*encoding.offsets[i])] for i, name in enumerate(names) if name in UNKNOWN]:
-        words = ", ".join(f"'{word[:20]}'" for word in dict.fromkeys(unknown[:8]))
-        warnings.warn(f"{UNKNOWN_WORDS}{words} of the prompt {prompt[:60]!r}. Use other words.",
-                      TqditWarning, stacklevel=2)  # fmt: skip
+    """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long."""
+    found = _encode(tokenizer, tokens, prompt)[0].ids
     if len(found) > tokens.length:
         raise UsageError(f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}.")
     place = slice(tokens.length - len(found), None) if tokens.left else slice(len(found))
     ids, mask = np.full((1, tokens.length), tokens.pad, np.int64), np.zeros((1, tokens.length), np.int64)
     ids[0, place], mask[0, place] = found, 1
     return ids, mask
+
+
+def unknown_words(tokenizer: Any, tokens: Tokens, prompt: str) -> list[str]:
+    """The words that a tokenizer does not know. They say nothing to the network."""
+    encoding, text = _encode(tokenizer, tokens, prompt)
+    places = [place for name, place in zip(encoding.tokens, encoding.offsets, strict=True) if name in UNKNOWN]
+    return list(dict.fromkeys(text[slice(*place)] for place in places))
+
+
+def _encode(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[Any, str]:
+    """The library's encoding, and the text that its offsets are of."""
+    if not isinstance(prompt, str) or any("\ud800" <= each <= "\udfff" for each in prompt):  # bytes of no encoding
+        raise UsageError(f"a prompt is {prompt!r:.60}; expected a text of whole Unicode characters.")
+    text = f"{tokens.prefix}{FOLDS[tokens.fold](prompt)}{tokens.suffix}"
+    try:
+        return tokenizer.encode(text, add_special_tokens=tokens.special), text
+    except BaseException as error:  # the library's panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise FileFormatError(f"{tokens.file}: its tokenizer fails ({first_line(error)}). {AGAIN}") from error

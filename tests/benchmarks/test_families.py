@@ -35,7 +35,7 @@ def test_a_network_of_each_family_takes_its_calls(benchmark, family):
     assert published[1] * published[2] in (1152, 1536, 3072, 2240)  # the published width
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_engine_of_a_family_is_timed_and_right(benchmark, tmp_path, monkeypatch, capsys):
     arguments = ["--tiny", "--size", "64", "--rounds", "3", "--threads", "1", "--only", "flux"]

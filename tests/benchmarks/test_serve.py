@@ -20,6 +20,7 @@ from tqdit.serve.settings import Settings
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_two_hundred_hostile_requests_each_get_one_line(bundle, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     spec = importlib.util.spec_from_file_location("serve_benchmark", FOLDER / "serve.py")
@@ -35,7 +36,7 @@ def test_two_hundred_hostile_requests_each_get_one_line(bundle, monkeypatch):
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_part_is_measured_and_passed(bundle, tmp_path):
     command = [
         sys.executable, FOLDER / "serve.py", bundle, "--images", "8", "--steps", "5", "--rounds", "1", "--seconds", "1",

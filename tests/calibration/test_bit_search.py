@@ -117,6 +117,7 @@ def test_errors_are_those_of_the_product_of_a_float_weight_by_group() -> None:
     np.testing.assert_array_equal(mixed["scale"], [found[b][1].scale[g] for g, b in enumerate((1, 0, 1))])
 
 
+@pytest.mark.slow
 def test_a_table_has_at_most_the_bits_of_the_budget_and_its_settings_give_it_again(tmp_path: Path) -> None:
     model = tiny_model()
     table = calibrate(model, replace(ADATSQ, equalize=False), tmp_path / "a").table
@@ -127,6 +128,7 @@ def test_a_table_has_at_most_the_bits_of_the_budget_and_its_settings_give_it_aga
     assert calibrate(model, QuantizationConfig.of_settings(table.settings), tmp_path / "b").table == table
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_with_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, whole = tiny_model(), bit_search.choose
     expected = calibrate(model, ADATSQ, tmp_path / "a").table
@@ -141,6 +143,7 @@ def test_a_killed_search_ends_with_the_same_table(tmp_path: Path, monkeypatch: p
     assert calibrate(model, ADATSQ, tmp_path / "b").table == expected
 
 
+@pytest.mark.slow
 def test_the_whole_network_decides_between_survivors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it prefers the first policy, that with the same bits everywhere, all inputs have those."""
     errors = iter(range(100))
@@ -150,17 +153,20 @@ def test_the_whole_network_decides_between_survivors(tmp_path: Path, monkeypatch
     assert 2 <= next(errors) <= bit_search.SURVIVORS + 1
 
 
+@pytest.mark.slow
 def test_with_as_many_bits_as_there_are_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(bit_search, "measure")
     found = bits_of(calibrate(tiny_model(), replace(ADATSQ, activation_bits=8), tmp_path).table)
     assert {each for bits in found.values() for each in bits} == {8}
 
 
+@pytest.mark.slow
 def test_layers_with_bits_of_their_own_keep_them(tmp_path: Path) -> None:
     config = replace(ADATSQ, overrides="blocks.0.mlp.fc1:group_bits=3/4/5")
     assert bits_of(calibrate(tiny_model(), config, tmp_path).table)["blocks.0.mlp.fc1"] == [3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks import Convolutions, Folded, Tokens, described
-from support import tiny_model
+from support import few, tiny_model
 from tqdit.calibration import capture as capture_module
 from tqdit.calibration.capture import Picker, Samples, choose
 from tqdit.calibration.config import QuantizationConfig
@@ -233,7 +233,8 @@ def gradients_of(model: LoadedModel, inputs: dict[str, Tensor], cotangent: Tenso
     return found
 
 
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", few(["published", "diffusers"], "published"))
 @pytest.mark.parametrize("fisher", ["plain", "step", "guided", "loss"])
 def test_samples_hold_the_gradients_of_the_whole_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fisher: str, origin: str
@@ -434,7 +435,7 @@ def test_many_rows_of_long_sequences_keep_fewer_heads(tmp_path: Path, monkeypatc
     assert right.shape == (12, 1, 8, 16)
 
 
-@pytest.mark.parametrize("most_rows", [1, 5, 64])
+@pytest.mark.parametrize("most_rows", few([1, 5, 64], 5))
 def test_sequences_too_long_for_a_head_of_every_row_keep_some_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
 ) -> None:

@@ -48,6 +48,7 @@ def test_no_genome_is_below_the_bound_or_tried_twice(seed: int) -> None:
     assert best == min(tried, key=record([]))
 
 
+@pytest.mark.slow
 def test_evolution_is_better_than_as_many_random_genomes() -> None:
     found, random = [], []
     for seed in range(5):
@@ -80,6 +81,7 @@ def test_the_choices_of_a_layer_are_different_widths_of_its_parts() -> None:
     assert part_widths(16, 6) == (6, 6, 4)
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_and_gives_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, evaluate = tiny_model(), column_search.Objective.error
     whole = calibrate(model, Q_DIT, tmp_path / "whole").table
@@ -102,6 +104,7 @@ def test_a_killed_search_continues_and_gives_the_same_table(tmp_path: Path, monk
     assert len(calls) == Q_DIT.column_search
 
 
+@pytest.mark.slow
 def test_settings_of_a_table_give_it_again_without_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     table = calibrate(model, Q_DIT, tmp_path / "a").table
@@ -109,6 +112,7 @@ def test_settings_of_a_table_give_it_again_without_a_search(tmp_path: Path, monk
     assert calibrate(model, QuantizationConfig.of_settings(table.settings), tmp_path / "b").table == table
 
 
+@pytest.mark.slow
 def test_what_was_found_has_less_error_than_the_uniform_choice(tmp_path: Path) -> None:
     model, errors = tiny_model(), []
     for count in (1, 40):
@@ -118,6 +122,7 @@ def test_what_was_found_has_less_error_than_the_uniform_choice(tmp_path: Path) -
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_a_group_has_its_own_range_per_token_and_its_own_scale_per_channel() -> None:
     """The layer against ten lines of NumPy."""
     model, bits = tiny_model(), 4
@@ -168,6 +173,7 @@ def test_an_export_without_rows_refuses_the_search() -> None:
         table_without_rows(tiny_model(), replace(PRESETS["dynamic"], column_search=5))
 
 
+@pytest.mark.slow
 def test_the_weighted_objective_counts_steps(tmp_path: Path) -> None:
     model = tiny_model()
     tables = [

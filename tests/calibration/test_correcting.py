@@ -49,6 +49,7 @@ def test_the_fit_is_the_regression_of_the_error_on_the_prediction() -> None:
     assert fit(0 * eps, found)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_table_with_a_correction_comes_back_from_its_file(table: ScaleTable, tmp_path: Path) -> None:
     correction = table.correction
     assert correction is not None
@@ -64,6 +65,7 @@ def test_a_table_with_a_correction_comes_back_from_its_file(table: ScaleTable, t
         read_scale_table(tmp_path / "damaged.safetensors")
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on_and_ends_with_the_same_bytes(
     table: ScaleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_killed_measurement_goes_on_and_ends_with_the_same_bytes(
     assert calls[0] == 12 + 1
 
 
+@pytest.mark.slow
 def test_sampler_and_batcher_take_the_same_errors_back_at_the_scale_that_they_were_measured_at(
     table: ScaleTable,
 ) -> None:
@@ -104,6 +107,7 @@ def test_sampler_and_batcher_take_the_same_errors_back_at_the_scale_that_they_we
         np.testing.assert_array_equal(np.stack([future.result() for future in futures]), found)
 
 
+@pytest.mark.slow
 def test_an_export_carries_the_correction_and_a_step_graph_is_refused(table: ScaleTable, tmp_path: Path) -> None:
     model = tiny_model()
     tqdit.export(model, tmp_path / "model.onnx", scales=table)
@@ -119,6 +123,7 @@ def test_an_export_carries_the_correction_and_a_step_graph_is_refused(table: Sca
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_a_chain_with_two_calls_at_a_timestep_has_the_mean_of_both(tmp_path: Path) -> None:
     model = tiny_model()
     model = replace(model, sampling=replace(model.sampling, sampler="heun", steps=11))
@@ -128,6 +133,7 @@ def test_a_chain_with_two_calls_at_a_timestep_has_the_mean_of_both(tmp_path: Pat
     assert min(correction.deviation) > 0
 
 
+@pytest.mark.slow
 def test_a_quantized_network_that_predicts_no_numbers_is_refused(
     table: ScaleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +150,7 @@ def test_biases_of_other_channels_are_refused_by_an_export(table: ScaleTable, tm
         tqdit.export(tiny_model(), tmp_path / "model.onnx", scales=altered)
 
 
+@pytest.mark.slow
 def test_placed_steps_are_checked_with_the_correction_that_an_engine_has(
     table: ScaleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_every_step_is_measured_and_every_group_gets_its_rows():
         assert (rows.inputs["timestep"][2 * index] >= rows.boundaries).sum() == rows.group[2 * index]
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_boundaries_and_a_resumed_run_the_same(tmp_path: Path, monkeypatch):
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **{**vars(SMALL), "time_groups": "all"})
     table = calibrate(model, config, tmp_path / "a").table

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 
-from support import tiny_model
+from support import few, tiny_model
 from tqdit.calibration import capture, flow, layers
 from tqdit.calibration.config import PRESETS, QuantizationConfig
 from tqdit.calibration.flow import calibrate
@@ -61,7 +61,11 @@ def eps_error(model: LoadedModel, table: ScaleTable) -> float:
     return float((a - b).square().sum() / a.square().sum())
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+LIKE_OTHERS = {"ho", "ho+mrq", "mse", "paper", "ptqd"}  # presets whose every method another preset has, too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", few(PRESETS, *(name for name in PRESETS if name not in LIKE_OTHERS)))
 def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> None:
     model = tiny_model()
     table = calibrate(model, replace(PRESETS[preset], **SMALL), tmp_path).table
@@ -90,6 +94,7 @@ def test_more_bits_give_less_error(tmp_path: Path, origin: str) -> None:
     assert errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.slow
 def test_the_chain_of_a_quantized_model_stays_close_to_the_float_one(tmp_path: Path) -> None:
     model = tiny_model()
     table = calibrate(model, replace(PRESETS["tq-dit"], **SMALL), tmp_path).table
@@ -98,6 +103,7 @@ def test_the_chain_of_a_quantized_model_stays_close_to_the_float_one(tmp_path: P
     assert 0 < relative_errors(reference, found).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> None:
     model, config = tiny_model(), replace(PRESETS["tq-dit"], weight_bits=4, token_share=1.0, **SMALL)
     nearest = calibrate(model, config, tmp_path).table
@@ -108,6 +114,7 @@ def test_weights_rounded_with_error_feedback_travel_as_codes(tmp_path: Path) -> 
     assert sum(rounded.errors.values()) < sum(nearest.errors.values())
 
 
+@pytest.mark.slow
 def test_parts_of_a_layer_mend_what_the_parts_before_them_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a kill between two of them changes nothing."""
     model = tiny_model()
@@ -203,7 +210,7 @@ def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: 
     assert schemes(0.0) == {"asymmetric", "symmetric"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) -> None:
     model = load_model("demo")
     errors = []
@@ -225,6 +232,7 @@ def sites(model: LoadedModel, tmp_path: Path, **knobs: object) -> dict[str, int]
     return {site.name: site.quantizer.bits for site in calibrate(model, config, tmp_path).table.sites}
 
 
+@pytest.mark.slow
 def test_the_default_quantizes_what_the_design_says(tmp_path: Path) -> None:
     found = sites(tiny_model(), tmp_path, weight_bits=4, activation_bits=6)
     linear = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -238,6 +246,7 @@ def test_the_default_quantizes_what_the_design_says(tmp_path: Path) -> None:
     assert found == block | attention | outer | {f"{name}.weight": 8 for name in conditioning}
 
 
+@pytest.mark.slow
 def test_switches_leave_parts_float(tmp_path: Path) -> None:
     found = sites(tiny_model(), tmp_path, attention=False, patch="all", final="none", conditioning="none")
     assert not any("scores" in name or "adaLN" in name or "final" in name for name in found)
@@ -289,6 +298,7 @@ def test_a_run_killed_before_any_of_its_writes_resumes_to_the_same_bytes(
     assert sum(name.startswith("table-") for name in written) == len(model.products)
 
 
+@pytest.mark.slow
 def test_resuming_costs_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MOST_ROWS", 5)
     model, config = tiny_model(), replace(PRESETS["tq-dit"], **SMALL)
@@ -303,6 +313,7 @@ def test_resuming_costs_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "rows" not in rest.spent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 7])
 def test_chains_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Every step is saved where there are fewer steps than saves."""
@@ -358,6 +369,7 @@ def test_another_seed_gives_another_table(tmp_path: Path) -> None:
     assert calibrate(model, config, tmp_path).table != calibrate(model, replace(config, seed=1), tmp_path).table
 
 
+@pytest.mark.slow
 def test_another_family_calibrates(two_streams: LoadedModel, tmp_path: Path) -> None:
     config = replace(PRESETS["best"], **SMALL | {"rows_per_group": 3})
     table = calibrate(two_streams, config, tmp_path).table
@@ -375,6 +387,7 @@ def test_another_family_calibrates(two_streams: LoadedModel, tmp_path: Path) -> 
     assert eps_error_of(two_streams, table, rows) < 0.02
 
 
+@pytest.mark.slow
 def test_an_unguided_model_has_no_guidance_scale(tmp_path: Path) -> None:
     model = replace(tiny_model(), guidance=None)
     config = replace(PRESETS["min-max"], **SMALL | {"rows_per_group": 3})
@@ -425,6 +438,7 @@ def test_unusable_settings_are_refused(knobs: dict[str, object], message: str) -
         QuantizationConfig(**knobs)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_more_rows_than_fit_into_memory_are_refused_before_the_chains_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +448,7 @@ def test_more_rows_than_fit_into_memory_are_refused_before_the_chains_run(
         calibrate(tiny_model(), config, tmp_path)
 
 
+@pytest.mark.slow
 def test_states_that_boundaries_are_placed_by_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps of all chains are held: 12 * 2 states of 256 float32 numbers."""
     config = replace(PRESETS["tq-dit"], **SMALL)
@@ -456,6 +471,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_names_it_last(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -472,6 +488,7 @@ def test_the_command_writes_a_table_and_names_it_last(
     assert "exists and is not a scale table" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -43,6 +43,7 @@ def found(model: LoadedModel, folder: Path, **knobs: Any) -> ScaleTable:
     return calibrate(model, QuantizationConfig(**{**SMALL, **knobs}), folder).table
 
 
+@pytest.mark.slow
 def test_the_steps_with_the_least_error_on_the_quantized_network_are_kept(model: LoadedModel, tmp_path: Path) -> None:
     table = found(model, tmp_path / "work")
     placed = table.placed
@@ -59,6 +60,7 @@ def test_the_steps_with_the_least_error_on_the_quantized_network_are_kept(model:
     assert sum("error of 16 images" in str(line) for line in facts) == 8
 
 
+@pytest.mark.slow
 def test_a_sampler_can_be_named(model: LoadedModel, tmp_path: Path) -> None:
     placed = found(model, tmp_path, solver="ddim").placed
     assert placed is not None
@@ -66,10 +68,12 @@ def test_a_sampler_can_be_named(model: LoadedModel, tmp_path: Path) -> None:
     assert set(placed.errors) == {f"ddim {spacing}" for spacing in SPACINGS}
 
 
+@pytest.mark.slow
 def test_without_calls_no_step_is_placed(model: LoadedModel, tmp_path: Path) -> None:
     assert found(model, tmp_path, calls=None).placed is None
 
 
+@pytest.mark.slow
 def test_a_flow_without_guidance_is_placed(two_streams: LoadedModel, tmp_path: Path) -> None:
     placed = found(two_streams, tmp_path, solver="euler").placed
     assert placed is not None
@@ -114,6 +118,7 @@ def test_the_file_proposes_the_placed_chain_and_the_published_one_stays(model: L
     assert "20 steps of ddpm" in told
 
 
+@pytest.mark.slow
 def test_an_export_may_propose_another_chain(model: LoadedModel, tmp_path: Path) -> None:
     table = found(model, tmp_path / "work", solver="dpm++2m")
     assert ExportConfig(steps=6).sampling(model, table) == model.sampling.choose(6, "dpm++2m")
@@ -147,12 +152,14 @@ def test_a_chain_of_which_nothing_is_known_is_refused(model: LoadedModel, tmp_pa
         check_placing(unknown.sampling, unknown.signature, QuantizationConfig(calls=4))
 
 
+@pytest.mark.slow
 def test_places_that_no_chain_has_are_refused_by_the_export(model: LoadedModel, tmp_path: Path) -> None:
     table = replace(found(model, tmp_path / "work", calls=None), placed=PlacedSteps("unipc", (5.0, 3.0), {}, 1))
     with pytest.raises(FileFormatError, match=r"placed steps.*5, 3"):
         ExportConfig().sampling(model, table)
 
 
+@pytest.mark.slow
 def test_a_damaged_error_is_refused(model: LoadedModel, tmp_path: Path) -> None:
     table = replace(found(model, tmp_path / "work", calls=None), placed=PlacedSteps("ddim", (3.0,), {"x": 1.5}, 1))
     write_scale_table(tmp_path / "t.safetensors", table)

@@ -31,6 +31,7 @@ def run(model: LoadedModel, config: QuantizationConfig) -> tuple[Trajectory, Cal
     return trajectory, trajectory.rows()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_chains_are_those_of_the_sampler(origin: str) -> None:
     model = tiny_model(origin)
@@ -70,6 +71,7 @@ def unguided() -> LoadedModel:
     return replace(tiny_model(), guidance=None)
 
 
+@pytest.mark.slow
 def test_the_rows_of_an_unguided_model_are_single_and_may_be_odd() -> None:
     _, rows = run(unguided(), replace(SMALL, rows_per_group=5, guidance_scale=None))
     assert len(rows) == 20
@@ -78,6 +80,7 @@ def test_the_rows_of_an_unguided_model_are_single_and_may_be_odd() -> None:
         pick(tiny_model(), replace(SMALL, rows_per_group=5))
 
 
+@pytest.mark.slow
 def test_states_enter_the_network_as_the_sampler_scales_them() -> None:
     model = tiny_model()
     schedule = model.sampling.choose(20).schedule
@@ -123,6 +126,7 @@ def test_many_rows_of_a_group_spread_over_its_steps_and_all_chains() -> None:
         assert set(picks.chain[members]) == set(range(8))
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_rows() -> None:
     model = tiny_model()
     first, again, other = (run(model, replace(SMALL, seed=seed))[1] for seed in (0, 0, 1))
@@ -143,10 +147,12 @@ def assert_chains_resume(model: LoadedModel, config: QuantizationConfig) -> None
     assert torch.equal(second.rows().inputs[state], run(model, config)[1].inputs[state])
 
 
+@pytest.mark.slow
 def test_chains_go_on_from_a_saved_state() -> None:
     assert_chains_resume(tiny_model(), SMALL)
 
 
+@pytest.mark.slow
 def test_chains_that_look_back_go_on_from_a_saved_state(
     two_streams: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +161,7 @@ def test_chains_that_look_back_go_on_from_a_saved_state(
     assert_chains_resume(model, replace(SMALL, steps=12, guidance_scale=None))
 
 
+@pytest.mark.slow
 def test_renoised_rows_have_the_noise_that_they_say() -> None:
     model = tiny_model()
     spec, picks = sampling_of(model, SMALL), pick(model, SMALL)
@@ -167,6 +174,7 @@ def test_renoised_rows_have_the_noise_that_they_say() -> None:
     assert rows.inputs["class_labels"][0::2].tolist() == [[1, 3][chain] for chain in picks.chain]
 
 
+@pytest.mark.slow
 def test_renoised_rows_of_a_rectified_flow_lead_from_noise_to_data(two_streams: LoadedModel) -> None:
     config = replace(SMALL, steps=12, guidance_scale=None)
     spec, picks = sampling_of(two_streams, config), pick(two_streams, config)
@@ -179,6 +187,7 @@ def test_renoised_rows_of_a_rectified_flow_lead_from_noise_to_data(two_streams: 
     assert rows.inputs["words"].shape == (24, 4)
 
 
+@pytest.mark.slow
 def test_requests_of_real_numbers_cannot_be_drawn(two_streams: LoadedModel) -> None:
     text = Port("text", "request", "float32", (None, 3, 4))
     signature = replace(two_streams.signature, ports=(*two_streams.signature.ports, text))
@@ -186,6 +195,7 @@ def test_requests_of_real_numbers_cannot_be_drawn(two_streams: LoadedModel) -> N
         random_requests(signature, 2, 0)
 
 
+@pytest.mark.slow
 def test_a_data_set_gives_rows_of_its_own_images(tmp_path: Path) -> None:
     model = tiny_model(pixels=True)
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
@@ -201,6 +211,7 @@ def test_a_data_set_gives_rows_of_its_own_images(tmp_path: Path) -> None:
         np.testing.assert_allclose(rows.inputs["x"][row], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_data_are_for_models_of_classes(tmp_path: Path, two_streams: LoadedModel) -> None:
     np.savez(tmp_path / "data.npz", latents=np.zeros((2, 5, 12), np.float32), labels=np.zeros(2, int))
     with pytest.raises(UsageError, match="--data is for models of classes; TwoStreams"):
@@ -224,6 +235,7 @@ def test_a_data_set_that_does_not_fit_is_refused(tmp_path: Path, arrays: dict[st
         read_data(tmp_path / "data.npz", tiny_model(pixels=True))
 
 
+@pytest.mark.slow
 def test_a_damaged_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.npz").write_bytes(b"PK\x03\x04 no more")
     with pytest.raises(FileFormatError, match="damaged"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tqdit
-from support import made_once
+from support import few, made_once
 from tqdit.calibration import capture
 from tqdit.models import weights
 from tqdit.models.load import load_model
@@ -27,7 +27,10 @@ def streamed(monkeypatch):
     monkeypatch.setattr(weights, "LARGE", 64)
 
 
-@pytest.fixture(params=["flux", "sd3"])  # sd3 has a large buffer
+FOLDERS = ["flux", "sd3"]  # sd3 has a large buffer
+
+
+@pytest.fixture(params=FOLDERS)
 def folder(request):
     return made_once(f"slices-{request.param}", lambda folder: make(folder, request.param))
 
@@ -52,13 +55,16 @@ def calibrated(folder, in_memory, **knobs):
     return tqdit.calibrate(loaded(folder, in_memory), rows=folder / "calls.safetensors", **KNOBS | knobs)
 
 
-def test_the_table_is_that_of_a_calibration_from_memory(folder, monkeypatch):
-    for graph_bytes, knobs in ((capture.GRAPH_BYTES, {}), (1, {"method": "gptq"}),
-                               (1, {"method": "reconstruct", "iterations": 2})):  # fmt: skip
-        monkeypatch.setattr(capture, "GRAPH_BYTES", graph_bytes)  # of 1: blocks are computed again
-        tables = [calibrated(folder, in_memory, **knobs) for in_memory in (True, False)]
-        assert tables[0].to_bytes() == tables[1].to_bytes()
-        assert tables[0].golden.errors.max() > 0
+@pytest.mark.parametrize(("folder", "method"), few(
+    [(family, method) for family in FOLDERS for method in ("search", "gptq", "reconstruct")],
+    ("flux", "reconstruct"), ("sd3", "search"),
+), indirect=["folder"])  # fmt: skip
+def test_the_table_is_that_of_a_calibration_from_memory(folder, method, monkeypatch):
+    if method != "search":
+        monkeypatch.setattr(capture, "GRAPH_BYTES", 1)  # blocks are computed again
+    tables = [calibrated(folder, in_memory, method=method, iterations=2) for in_memory in (True, False)]
+    assert tables[0].to_bytes() == tables[1].to_bytes()
+    assert tables[0].golden.errors.max() > 0
 
 
 @pytest.mark.parametrize("folder", ["flux"], indirect=True)
@@ -68,6 +74,7 @@ def test_an_equalised_table_is_that_of_a_calibration_from_memory(folder):
     assert tables[0].to_bytes() == tables[1].to_bytes()
 
 
+@pytest.mark.parametrize("folder", few(FOLDERS, "sd3"), indirect=True)
 def test_a_directory_is_calibrated_without_loading_it_whole(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", None)
     output = tmp_path / "scales.safetensors"

@@ -35,6 +35,7 @@ def refusal(file, error, heads=None):
     return str(refused.value).removeprefix(f"{file}: ")
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_described():
     said = facts("demo")
     assert said["kind"] == "diffusion transformer, origin 'demo'"
@@ -65,6 +66,7 @@ def test_a_checkpoint_of_unusual_width_asks_for_heads(checkpoint):
     assert "Pass --heads, or tell" in refusal(checkpoint, CheckpointError)
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_described_by_its_index(own_file):
     index = own_file.with_name("own.safetensors.index.json")
     names = load_file(own_file)
@@ -76,6 +78,7 @@ def test_a_file_of_ours_needs_no_heads(own_file):
     assert "num_heads=2" in facts(own_file)["configuration"]
 
 
+@pytest.mark.slow
 def test_a_diffusers_directory_is_described(diffusers_folder):
     said = facts(diffusers_folder)
     assert said["kind"] == "diffusion transformer, origin 'diffusers'"
@@ -207,6 +210,7 @@ def exported(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_described_without_onnx(exported):
     code, said, error = inspected_without(RUNTIME, str(exported))
     assert (code, error) == (0, "")
@@ -220,6 +224,7 @@ def test_an_onnx_file_is_described_without_onnx(exported):
 ONLY_ONNX_KNOWS = ("size", "opsets", "nodes", "inputs", "outputs")
 
 
+@pytest.mark.slow
 def test_a_scale_table_is_described_without_the_libraries_of_calibration(capsys):
     golden = Path(__file__).parents[1] / "data" / "scales.safetensors"
     code, said, error = inspected_without(RUNTIME, str(golden))
@@ -228,6 +233,7 @@ def test_a_scale_table_is_described_without_the_libraries_of_calibration(capsys)
     assert said == capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch", "safetensors"])
 def test_a_checkpoint_needs_libraries_and_says_which(own_file, library):
     code, said, error = inspected_without([library], str(own_file))

@@ -29,6 +29,7 @@ def test_the_judge_knows_fresh_drawings():
     assert recognised(images, labels, load_judge()).mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_the_model_is_what_its_page_says():
     model = load_model("demo")
     config = model.network.config

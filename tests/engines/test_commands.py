@@ -33,6 +33,7 @@ def test_importing_the_runtime_loads_no_torch_onnx_or_diffusers():
     assert python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_whole_sampling_run_loads_no_torch_onnx_or_diffusers(bundle, tmp_path):
     code = (
         "import sys; from tqdit.cli.main import run\n"
@@ -44,6 +45,7 @@ def test_a_whole_sampling_run_loads_no_torch_onnx_or_diffusers(bundle, tmp_path)
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_build_then_sample_by_command(tmp_path, capsys, monkeypatch):
     """The default names chain: model.onnx -> model.engine -> samples.png, with no arguments."""
     monkeypatch.chdir(tmp_path)
@@ -139,6 +141,7 @@ def test_chains_that_cannot_be_are_refused(bundle, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_another_chain_than_the_scales_were_found_for_gets_a_remark(bundle, bundle_of, tmp_path, capsys):
     output, quantized = ["-n", "1", "-o", str(tmp_path / "s.npz")], str(bundle_of(kind=Kind()))
     for engine, flags, lines in [

@@ -193,6 +193,7 @@ def test_a_machine_on_which_nothing_runs_is_an_error(capsys, monkeypatch):
     assert "pip install" in error
 
 
+@pytest.mark.slow
 def test_it_needs_neither_torch_nor_onnx(tmp_path):
     """And says what building lacks."""
     code = (
@@ -222,6 +223,7 @@ def test_an_engine_is_built_verified_and_compared(quantized, gpu, monkeypatch):
     assert str(Path.cwd()) not in compared.detail
 
 
+@pytest.mark.slow
 def test_a_backend_that_cannot_build_is_one_failed_step(quantized, monkeypatch):
     monkeypatch.setattr(cuda, "find_device", lambda *_: (_ for _ in ()).throw(BackendError("no usable NVIDIA GPU")))
     (check,) = proof.prove_engine(quantized, "tensorrt")

@@ -37,6 +37,7 @@ def diagnosis(tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
     return Diagnosis(model, calibrate(model, config, work).table, work, QUIET)
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_predicted_noise_weighted_by_the_step(diagnosis):
     """Under DDPM an error of the predicted noise enters the next state times beta / sqrt((1 - abar) alpha)."""
     rows, chain = diagnosis.rows, reference.timesteps(12)
@@ -86,6 +87,7 @@ def test_a_layers_error_is_that_of_its_own_quantization(diagnosis):
     assert min(errors["blocks.0.attn.qkv"]) > 10 * max(errors["t_embedder.mlp.0"])
 
 
+@pytest.mark.slow
 def test_the_diagnosis_is_one_that_a_calibration_can_take(diagnosis, tmp_path: Path):
     found = diagnose(diagnosis, 3, QUIET)
     assert [r["gain_per_cost"] for r in found["remedies"]] == sorted(
@@ -105,6 +107,7 @@ def test_the_diagnosis_is_one_that_a_calibration_can_take(diagnosis, tmp_path: P
     assert mended.base.mean() < 0.9 * diagnosis.base.mean()
 
 
+@pytest.mark.slow
 def test_a_table_with_equalised_channels_is_diagnosed_in_the_folded_network(tmp_path: Path):
     model, work = tiny_model(), tmp_path / "work"
     config = replace(PRESETS["best"], weight_bits=4, activation_bits=6, **SMALL)
@@ -129,6 +132,7 @@ def test_a_change_is_offered_only_where_there_is_something_to_change(diagnosis):
     assert changes("t_embedder.mlp.0") == []  # 8-bit weights alone
 
 
+@pytest.mark.slow
 def test_two_regions_are_offered_for_what_a_softmax_or_a_gelu_makes(tmp_path: Path):
     model = tiny_model()
     config = replace(PRESETS["ho"], softmax="uniform", gelu="uniform", **SMALL)
@@ -147,6 +151,7 @@ def test_two_regions_are_offered_for_what_a_softmax_or_a_gelu_makes(tmp_path: Pa
     assert two_regions.cost > 0  # a second product
 
 
+@pytest.mark.slow
 def test_a_network_that_is_no_dit_is_diagnosed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Two token streams, a float timestep, no guidance and flow matching: each row is an image of its own."""
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(Path(__file__).parents[1] / "toys/families")])
@@ -220,6 +225,7 @@ def test_a_diagnosis_of_another_model_is_refused(tmp_path):
         read_advice(path).check_model("b" * 64, "demo")
 
 
+@pytest.mark.slow
 def test_a_table_without_a_calibration_is_diagnosed(tmp_path: Path):
     model = tiny_model()
     table = table_without_rows(model, replace(PRESETS["dynamic"], weight_bits=4, activation_bits=6))
@@ -233,6 +239,7 @@ def test_a_table_without_a_calibration_is_diagnosed(tmp_path: Path):
     assert first.gain > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "change"), [("q-dit", "activation_bits"), ("adatsq", "group_bits")])
 def test_layers_with_columns_or_bits_of_their_own_are_diagnosed(tmp_path: Path, preset: str, change: str):
     layer, model = "blocks.0.mlp.fc1", tiny_model()

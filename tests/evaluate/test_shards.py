@@ -125,6 +125,7 @@ def test_shards_of_other_sizes_differ_by_rounding_alone(tmp_path):
     assert found.features.spatial is None
 
 
+@pytest.mark.slow
 def test_the_first_images_are_those_of_the_merged_file(drawn):
     extractor, file = JudgeExtractor(), merged(drawn)
     for count in (200, 200, 128, 320, 200):  # before and after the whole shards are kept
@@ -134,6 +135,7 @@ def test_the_first_images_are_those_of_the_merged_file(drawn):
         np.testing.assert_array_equal(found.labels, expected.labels)
 
 
+@pytest.mark.slow
 def test_a_folder_of_shards_serves_as_the_reference_as_well(drawn, reference, tmp_path):
     with np.load(reference) as content:
         shards = write_shards(tmp_path / "reference", content["arr_0"], content["arr_1"], 64)
@@ -143,6 +145,7 @@ def test_a_folder_of_shards_serves_as_the_reference_as_well(drawn, reference, tm
     assert (tmp_path / "reference.features").is_dir()
 
 
+@pytest.mark.slow
 def test_a_folder_is_at_distance_zero_from_itself_and_from_the_statistics_it_left(drawn, tmp_path):
     stored = tmp_path / "stored.npz"
     found = evaluate(drawn, "--reference", drawn, "--write-reference", stored)["sets"]["samples"]
@@ -327,7 +330,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_keeping_alone(small, capsys, 
     assert extractor.calls == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_evaluations_at_once_both_end_well(drawn, reference, tmp_path):
     arguments = ["--reference", reference, "--metrics", "accuracy", "precision"]
     expected = evaluate(merged(drawn), *arguments)["sets"]
@@ -409,6 +412,7 @@ def test_an_unfinished_job_says_how_far_it_is_and_what_can_be_had(tmp_path, caps
     assert "holds 96 images, -n asks for 97" in refused(capsys, folder, "-n", 97)
 
 
+@pytest.mark.slow
 def test_the_finished_beginning_of_an_unfinished_job_can_be_measured(tmp_path, reference):
     pixels, labels = draw(256, 2)
     folder = write_shards(tmp_path / "samples", pixels, labels, 64, [0, 1, 3])

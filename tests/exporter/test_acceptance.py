@@ -80,7 +80,12 @@ def test_openvino_computes_the_denoiser(file):
 
 
 @pytest.mark.parametrize(
-    "file", [VARIANTS["simulated W8A8"], VARIANTS["integer W6A6 groups everywhere"]], indirect=True
+    "file",
+    [
+        pytest.param(VARIANTS["simulated W8A8"], marks=pytest.mark.full),
+        VARIANTS["integer W6A6 groups everywhere"],
+    ],
+    indirect=True,
 )
 def test_polygraphy_inspects_and_sanitizes_it(file, tmp_path):
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}

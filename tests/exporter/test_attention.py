@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from networks import WIDTH, Tokens, described, run_graph
-from support import assert_agrees
+from support import assert_agrees, few
 from tables import Kind, make_table, random_rows
 from tqdit.engines.build.cast import cast_floats
 from tqdit.exporter.graph import ExportConfig, finish_graph, trace_graph
@@ -106,7 +106,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("form", ["simulated", "fused", "integer"])
+@pytest.mark.parametrize("form", few(["simulated", "fused", "integer"], "fused", "integer"))
 def test_each_form_equals_the_fake_quantized_network(traced, form, kind):
     model, trace = traced
     inputs = some_rows(model)
@@ -120,8 +120,10 @@ def test_each_form_equals_the_fake_quantized_network(traced, form, kind):
     assert len(fused) == (len(ATTENTIONS) + 2 if form == "fused" else 0)
 
 
-@pytest.mark.parametrize("numerators", [False, True])
-@pytest.mark.parametrize("form", ["simulated", "fused"])
+@pytest.mark.parametrize(("form", "numerators"), few(
+    [(form, numerators) for form in ("simulated", "fused") for numerators in (False, True)],
+    ("simulated", False), ("fused", True),
+))  # fmt: skip
 def test_masks_stay_float32_in_a_float16_graph(traced, form, numerators):
     """-1e30 is beyond float16. 5 % of the output (relative L2) leaves room for flipped codes of nine attentions."""
     model, trace = traced

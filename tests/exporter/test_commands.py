@@ -44,6 +44,7 @@ def test_a_published_checkpoint_exports_as_its_origin_samples(checkpoint, tmp_pa
     assert (card.origin, card.latents, card.guidance) == ("published", Latents(0.18215), Guidance(1.5, channels=3))
 
 
+@pytest.mark.slow
 def test_steps_and_sampler_are_what_the_file_proposes_and_unguided_files_have_no_guidance(checkpoint, tmp_path):
     output = tmp_path / "model.onnx"
     wanted = ["--steps", "20", "--sampler", "ddim", "--unguided"]
@@ -52,6 +53,7 @@ def test_steps_and_sampler_are_what_the_file_proposes_and_unguided_files_have_no
     assert (card.sampling.steps, card.sampling.sampler, card.guidance) == (20, "ddim", None)
 
 
+@pytest.mark.slow
 def test_a_chain_other_than_that_of_the_scales_is_said(checkpoint, tmp_path, capsys):
     """The file proposes the chain that the scales were found for, unless the command says otherwise."""
     table = make_table(load_model(str(checkpoint), heads=2), Kind())
@@ -73,6 +75,7 @@ def test_a_chain_other_than_that_of_the_scales_is_said(checkpoint, tmp_path, cap
     assert "100 steps of ddpm; sampling 50 steps of ddim" in card.remark(card.sampling)  # which tqdit-sample says
 
 
+@pytest.mark.slow
 def test_scales_of_another_process_are_said(checkpoint):
     """A model card that was edited after the calibration."""
     model = load_model(str(checkpoint), heads=2)
@@ -139,6 +142,7 @@ def test_scales_lie_beside_and_their_model_is_taken(checkpoint, tmp_path, monkey
     assert "holds a float graph, asked for int8. Export it with a scale table" in err
 
 
+@pytest.mark.slow
 def test_a_table_of_another_model_and_a_missing_model_are_refused(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_scale_table(tmp_path / "scales.safetensors", make_table(support.tiny_model(seed=3), Kind()))

@@ -33,6 +33,7 @@ def run(path):
     return session.run(None, {"x": np.ones((1, 4, 8, 8), np.float32), "timestep": one, "class_labels": one})
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_file_and_compute_the_same(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
     large = tmp_path / "large" / "model.onnx"
@@ -55,6 +56,7 @@ def test_a_replaced_export_takes_its_side_files_with_it(tmp_path, monkeypatch):
     run(path)
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_old_one_untouched(exported, monkeypatch):
     before = exported.read_bytes()
 
@@ -68,6 +70,7 @@ def test_a_failed_export_leaves_the_old_one_untouched(exported, monkeypatch):
     assert names(exported.parent) == ["model.onnx"]
 
 
+@pytest.mark.slow
 def test_only_our_own_files_are_overwritten(exported, tmp_path):
     check_overwrite(exported, force=False)
     foreign = tmp_path / "foreign.onnx"
@@ -112,6 +115,7 @@ def test_a_foreign_onnx_file_is_refused(tmp_path):
         read_card(path)
 
 
+@pytest.mark.slow
 def test_weights_outside_the_folder_are_refused(exported, monkeypatch):
     monkeypatch.setattr(onnx_file, "EXTERNAL_DATA_BYTES", 1000)
     write(exported, *support.exported())
@@ -133,6 +137,7 @@ def with_weights(exported, monkeypatch):
     return exported, weights
 
 
+@pytest.mark.slow
 def test_weights_behind_a_link_out_of_the_folder_are_refused(with_weights):
     path, weights = with_weights
     target = path.parent.parent / f"{path.parent.name}-secret"
@@ -146,6 +151,7 @@ def test_weights_behind_a_link_out_of_the_folder_are_refused(with_weights):
     assert OnnxFile.read(path).weight_files == (weights,)
 
 
+@pytest.mark.slow
 def test_weights_in_the_cache_of_a_model_hub_are_read(with_weights, tmp_path):
     (blobs := tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
     (snapshot := tmp_path / "models--a--b" / "snapshots" / "0a1b").mkdir(parents=True)

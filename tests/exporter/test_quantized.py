@@ -61,12 +61,19 @@ def session(path, optimise=False):
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "integer")) for form in FORMS])
-@pytest.mark.parametrize(("kind", "origin"), [
-    *((kind, "published") for kind in KINDS),
-    *(pytest.param(kind, "diffusers", marks=pytest.mark.slow) for kind in (  # each part of a kind once
-        "W8A8 numerators, 10 groups", "W8A6 dynamic, asymmetric", "W4A8 everything")),
-])  # fmt: skip
+PARTS = ("W8A8 numerators, 10 groups", "W8A6 dynamic, asymmetric", "W4A8 everything")  # each part of a kind once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "origin", "form"), support.few(
+    [
+        *((kind, "published", form) for kind in KINDS for form in FORMS),
+        *((kind, "diffusers", form) for kind in PARTS for form in FORMS),
+    ],
+    *((kind, "published", "integer") for kind in KINDS),
+    *((kind, "published", form) for kind in PARTS for form in FORMS),
+    *((kind, "diffusers", "integer") for kind in PARTS),
+))  # fmt: skip
 def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, form):
     model, kind = support.tiny_model(origin), KINDS[kind]
     table = make_table(model, kind)
@@ -81,9 +88,10 @@ def test_the_denoiser_equals_the_fake_quantized_model(tmp_path, kind, origin, fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("origin", "sampler", "guided"), [
-    ("published", "ddpm", True), ("published", "ddim", False), ("diffusers", "ddim", True),
-])  # fmt: skip
+@pytest.mark.parametrize(("origin", "sampler", "guided"), support.few(
+    [("published", "ddpm", True), ("published", "ddim", False), ("diffusers", "ddim", True)],
+    ("published", "ddpm", True), ("published", "ddim", False),
+))  # fmt: skip
 def test_a_step_with_rows_at_different_steps_takes_each_rows_own_group(tmp_path, origin, sampler, guided):
     model = support.tiny_model(origin)
     table = make_table(model, KINDS["W8A8 10 groups everywhere, asymmetric"])
@@ -128,6 +136,7 @@ def test_a_boundary_timestep_uses_the_later_scale(tmp_path):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS["W8A8"], KINDS["W4A8 10 softmax groups"]])
 def test_weight_codes_are_the_tables_or_rounded_to_nearest(tmp_path, kind):
     model = support.tiny_model()
@@ -171,6 +180,7 @@ def test_no_float_weight_survives_beside_its_integers(tmp_path):
     assert largest_float <= 256  # biases, scales, timestep frequencies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_inlining_the_bodies_changes_nothing(tmp_path, form):
     model = support.tiny_model()
@@ -214,6 +224,7 @@ def test_names_follow_the_module_tree_and_hold_nothing_of_this_machine(tmp_path)
     assert b".py" not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_quantized(tmp_path):
     model = support.tiny_model()
     path = tmp_path / "model.onnx"
@@ -227,6 +238,7 @@ def test_the_card_says_what_was_quantized(tmp_path):
     assert card.products["blocks.0.adaLN_modulation.1"] == "weight-only"
 
 
+@pytest.mark.slow
 def test_a_table_of_another_model_is_refused():
     table = make_table(support.tiny_model(seed=1), Kind())
     with pytest.raises(UsageError, match=r"calibrated for model 'tiny'.*Calibrate this model"):
@@ -256,6 +268,7 @@ def test_a_table_that_does_not_fit_the_network_is_refused(module, role, kept, me
         support.exported(table=broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["simulated", "integer"])
 def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
     """With the session options of our engine (`session_options` says why), in which products run as integers."""
@@ -273,7 +286,7 @@ def test_all_optimisations_of_onnxruntime_compute_the_same(tmp_path, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [21, 23])
+@pytest.mark.parametrize("opset", support.few([21, 23], 23))
 def test_later_opsets_compute_the_same(tmp_path, opset):
     model = support.tiny_model()
     table = make_table(model, Kind(groups=10))

@@ -32,6 +32,7 @@ VARIANTS = [  # each two of origin, sampler and guidance together
     ("diffusers", "ddpm", False),
     ("diffusers", "ddim", True),
 ]
+SHOWN = support.few(VARIANTS, ("published", "ddpm", True), ("published", "ddim", False), ("diffusers", "ddim", True))
 
 
 def open_session(path, graph, card):
@@ -70,7 +71,7 @@ def random_inputs(rows, steps, guided):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
+@pytest.mark.parametrize(("origin", "sampler", "guided"), SHOWN)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_one_step_with_rows_at_different_steps(exported, origin, sampler, guided, rows):
     session, model, card = exported(origin, sampler, guided)
@@ -110,7 +111,7 @@ def run_loop(model, card, seed, requests, scale, count=3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("origin", "sampler", "guided"), VARIANTS)
+@pytest.mark.parametrize(("origin", "sampler", "guided"), SHOWN)
 def test_a_whole_chain_of_20_steps(exported, origin, sampler, guided):
     session, model, card = exported(origin, sampler, guided)
     labels, scale = np.array([0, 4, 5]), 2.0 if guided else None
@@ -145,6 +146,7 @@ def test_a_flow_model_is_sampled_by_euler(tmp_path):
     np.testing.assert_allclose(x, expected, rtol=0, atol=2e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_schedule_that_looks_back_is_refused_in_one_line(monkeypatch):
     made = support.tiny_model().sampling.schedule
     lagging = Schedule(
@@ -157,6 +159,7 @@ def test_a_schedule_that_looks_back_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["published", "diffusers"])
 def test_the_denoiser_graph_is_the_network(tmp_path, origin):
     model = support.tiny_model(origin)

@@ -53,6 +53,7 @@ def test_a_refusal_of_the_onnx_exporter_names_the_node():
         trace(network(torch.lgamma), INPUTS, "y")
 
 
+@pytest.mark.slow
 def test_a_child_writes_down_where_its_trace_is(tmp_path, monkeypatch):
     seen, place = [], tmp_path / "place"
     monkeypatch.setenv(PLACE, str(place))
@@ -122,8 +123,11 @@ def test_a_class_that_nobody_tried_is_exported_by_a_child(unknown, tmp_path, mon
 @pytest.mark.parametrize(
     ("action", "minutes", "found"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "9",
-         "PRXTransformer2DModel was ended by signal 11 (SIGSEGV) in torch.export, module 'network.blocks.0'. "),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGSEGV)", "9",
+            "PRXTransformer2DModel was ended by signal 11 (SIGSEGV) in torch.export, module 'network.blocks.0'. ",
+            marks=pytest.mark.full,
+        ),
         ("time.sleep(600)", "0.05", "took longer than 0.05 minutes (--trace-minutes) in "),  # where: as far as it came
     ],
     ids=["crash", "endless"],

@@ -39,6 +39,7 @@ def spoilt(inputs, tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_that_was_cut_anywhere_is_refused(inputs, spoilt, run, name):
     data = (inputs / name).read_bytes()

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torchmetrics  # noqa: F401 (another user may not import it, nor what is looked up below)
 from PIL import Image
 
-codecs.lookup("cp437")  # of zip files
 NOBODY = 65534
 # file -> the command that reads it
 READERS = {
@@ -38,6 +36,9 @@ HASHED = ("model.engine/graph.onnx", "shards/shard-00001.npz")  # any change of 
 @pytest.fixture(scope="module")
 def place(inputs):
     """One good file of each kind, where other users may look."""
+    import torchmetrics  # noqa: F401 (another user may not import it, nor what is looked up below)
+
+    codecs.lookup("cp437")  # of zip files
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder, "files")
         shutil.copytree(inputs, here)

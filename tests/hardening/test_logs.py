@@ -22,6 +22,7 @@ def fill(argv, inputs, here):
     return [part.format(inputs=inputs, here=here) for part in argv]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quiet_command_prints_its_output_and_nothing_else(inputs, tmp_path, run, name):
     argv, output = COMMANDS[name]

@@ -64,6 +64,7 @@ def test_what_we_export_in_float_has_no_findings():
     assert lint(ir.to_proto(model)) == ()
 
 
+@pytest.mark.slow
 def test_five_thousand_nodes_take_a_second():
     chain = "".join(
         f"a{i} = QuantizeLinear(x{i}, s, zero) b{i} = DequantizeLinear(a{i}, s, zero) c{i} = DequantizeLinear(w, ws) "

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tqdit
-from support import assert_agrees, tiny_model
+from support import assert_agrees, few, tiny_model
 from tables import random_rows
 from tqdit.calibration.config import PRESETS
 from tqdit.calibration.flow import calibrate
@@ -71,6 +71,7 @@ def test_overrides_of_a_layer_hold_for_its_parts_and_a_part_has_its_own() -> Non
     assert table.by_module[f"{BLOCK}.mlp.fc1"]["input"].quantizer.bits == 8
 
 
+@pytest.mark.slow
 def test_columns_of_single_layers_travel_in_the_file(tmp_path: Path) -> None:
     model = tiny_model()
     table = table_without_rows(model, replace(PRESETS["dynamic"], overrides=SINGLE))
@@ -86,6 +87,7 @@ def test_splitting_what_is_split_changes_nothing() -> None:
     assert narrow(model, 16) is model
 
 
+@pytest.mark.slow
 def test_each_part_has_scales_of_its_own_in_a_file(tmp_path: Path) -> None:
     model = tiny_model()
     config = replace(PRESETS["dynamic"], columns=16, weight_bits=4)
@@ -101,6 +103,7 @@ def test_each_part_has_scales_of_its_own_in_a_file(tmp_path: Path) -> None:
         assert (share < 1.01).all()
 
 
+@pytest.mark.slow
 def test_narrower_groups_are_less_error() -> None:
     errors = []
     for columns in (0, 4):
@@ -111,11 +114,11 @@ def test_narrower_groups_are_less_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", few(["onnxruntime", "openvino"], "openvino"))
 @pytest.mark.parametrize(
     ("knobs", "products"),
     [
-        ({"columns": 16}, 2 * (3 + 4) + 1),  # fc2 has four parts, the other layers of a block one
+        pytest.param({"columns": 16}, 2 * (3 + 4) + 1, marks=pytest.mark.full),  # fc2 has four parts, others one
         ({"inputs": "dynamic_asymmetric", "overrides": SINGLE}, (2 + 7) + (3 + 5) + 1),
     ],
     ids=["all", "each its own"],
@@ -135,6 +138,7 @@ def test_an_engine_multiplies_each_part_as_integers(
         assert_agrees(denoise(**inputs), apply(model, table)(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["search", "gptq"])
 def test_a_search_goes_part_by_part(tmp_path: Path, method: str) -> None:
     small = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
@@ -146,6 +150,7 @@ def test_a_search_goes_part_by_part(tmp_path: Path, method: str) -> None:
     assert table.golden.errors.mean() < 0.2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused() -> None:
     model = tiny_model()
     table = table_without_rows(model, replace(PRESETS["dynamic"], columns=16))

@@ -1,6 +1,7 @@
 """diffusers directories: diffusers' own module, in every form that save_pretrained writes, with attention explicit."""
 
 import copy
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support import normal_rows
+from support import few, normal_rows
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.models.families.diffusers import describe
@@ -82,6 +83,7 @@ def test_explicit_attention_computes_what_diffusers_does(size, tmp_path):
             assert names.count(f"transformer_blocks.{block}.attn1.{part}") == 1
 
 
+@pytest.mark.slow
 def test_products_are_placed_by_what_they_multiply(theirs):
     products = {product.name: product for product in describe(theirs, "tiny").products}
     assert {name for name, product in products.items() if product.place == "patch"} == {"pos_embed.proj"}
@@ -109,6 +111,7 @@ def test_a_copy_of_the_network_keeps_its_attention_explicit(theirs):
     assert seen == [1]
 
 
+@pytest.mark.slow
 def test_sampling_equals_diffusers_pipeline(tmp_path, monkeypatch):
     """DDIM from the same noise: the latents before the decoder. The pipeline's null class is always 1000."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
@@ -134,6 +137,7 @@ def test_sampling_equals_diffusers_pipeline(tmp_path, monkeypatch):
     np.testing.assert_allclose(run(chains, model), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "bin", "sharded safetensors", "sharded bin"])
 def test_every_form_of_weights_gives_the_same_model(theirs, diffusers_folder, tmp_path, form):
     sharded = {"max_shard_size": "20KB"} if form.startswith("sharded") else {}
@@ -146,8 +150,11 @@ def test_every_form_of_weights_gives_the_same_model(theirs, diffusers_folder, tm
     assert model.fingerprint == load_model(str(diffusers_folder)).fingerprint
 
 
-@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
-@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded safetensors"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "variant"), few(
+    itertools.product(["safetensors", "bin", "sharded safetensors"], ["fp16", "bf16", "non_ema"]),
+    ("safetensors", "fp16"), ("bin", "non_ema"), ("sharded safetensors", "bf16"),
+))  # fmt: skip
 def test_weights_saved_as_a_variant_are_found(theirs, diffusers_folder, tmp_path, form, variant):
     sharded = {"max_shard_size": "20KB"} if form.startswith("sharded") else {}
     folder = tmp_path / "other"
@@ -156,6 +163,7 @@ def test_weights_saved_as_a_variant_are_found(theirs, diffusers_folder, tmp_path
     assert load_model(folder).fingerprint == load_model(diffusers_folder).fingerprint
 
 
+@pytest.mark.slow
 def test_weights_without_a_variant_go_first_and_two_variants_are_refused(theirs, diffusers_folder):
     fingerprint = load_model(diffusers_folder).fingerprint
     copy.deepcopy(theirs).half().save_pretrained(diffusers_folder, variant="fp16")
@@ -177,6 +185,7 @@ def hub_cache(folder, root):
     return snapshot
 
 
+@pytest.mark.slow
 def test_a_pipeline_in_the_cache_of_a_model_hub_loads(pipeline, tmp_path):
     snapshot = hub_cache(pipeline, tmp_path / "hub")
     assert (snapshot / "transformer" / WEIGHTS).is_symlink()
@@ -216,6 +225,7 @@ def edit_config(folder, **changes):
     file.write_text(json.dumps({name: value for name, value in settings.items() if value != "absent"}))
 
 
+@pytest.mark.slow
 def test_the_old_class_name_loads_as_well(theirs, diffusers_folder):
     edit_config(diffusers_folder, _class_name="Transformer2DModel", _diffusers_version="0.12.0.dev0")
     assert_same_outputs(theirs, load_model(str(diffusers_folder)))
@@ -255,6 +265,7 @@ def test_a_bare_transformer_samples_as_the_stock_pipeline(diffusers_folder):
     assert (model.sampling.sampler, model.sampling.steps, model.guidance.channels) == ("ddim", 50, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "latents"),
     [
@@ -277,6 +288,7 @@ def edit_scheduler(root, **changes):
     file.write_text(json.dumps({name: value for name, value in settings.items() if value != "absent"}))
 
 
+@pytest.mark.slow
 def test_the_schedule_of_a_pipeline_is_its_own(pipeline):
     edit_scheduler(pipeline, beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.012, steps_offset=1)
     assert load_model(str(pipeline)).sampling.process == Diffusion(
@@ -284,6 +296,7 @@ def test_the_schedule_of_a_pipeline_is_its_own(pipeline):
     )
 
 
+@pytest.mark.slow
 def test_a_ddpm_scheduler_with_learned_variance_is_ours(pipeline):
     edit_scheduler(pipeline, _class_name="DDPMScheduler", variance_type="learned_range")
     assert load_model(str(pipeline)).sampling == replace(SAMPLING, sampler="ddpm")

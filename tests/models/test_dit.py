@@ -45,6 +45,7 @@ def test_the_family_has_the_published_sizes(width, depth, heads, patch, millions
     assert sum(p.numel() for p in meta(config).parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
+@pytest.mark.slow
 def test_xl_2_has_the_published_shapes():
     shapes = {name: tuple(tensor.shape) for name, tensor in meta(XL_2).state_dict().items()}
     assert shapes["blocks.27.adaLN_modulation.1.weight"] == (6912, 1152)

@@ -21,6 +21,7 @@ def refusal(source):
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_demo_is_the_model_that_ships_with_the_package():
     model = load_model("demo")
     assert (model.origin, model.source, model.latents) == ("demo", "demo", None)
@@ -31,6 +32,7 @@ def test_demo_is_the_model_that_ships_with_the_package():
     assert load_model("demo").fingerprint == model.fingerprint
 
 
+@pytest.mark.slow
 def test_the_demo_takes_its_heads_from_its_file_unless_told_otherwise():
     heads = load_model("demo").network.config.num_heads
     assert load_model("demo", heads=2 * heads).network.config.num_heads == 2 * heads
@@ -110,6 +112,7 @@ def test_one_changed_weight_changes_the_fingerprint(network):
     assert fingerprint(network, None) != before
 
 
+@pytest.mark.slow
 def test_a_new_kind_of_model_is_one_file_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(
         "from dataclasses import replace\n"

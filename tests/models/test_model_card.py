@@ -74,6 +74,7 @@ def test_a_card_tells_that_the_last_row_is_the_null_class(save):
     assert (model.signature.label.null, model.signature.label.choices, model.guidance.channels) == (5, 5, 3)
 
 
+@pytest.mark.slow
 def test_without_a_null_row_every_class_is_a_class_and_nothing_is_guided(save):
     path = save({"num_classes": 6})
     model = load_model(path)
@@ -99,6 +100,7 @@ def test_a_network_without_classes_is_unconditional(save, rows):
     assert torch.equal(prediction, network.unpatchify(network.final_layer(tokens, c)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "space"), [(1, "pixels"), (3, "pixels"), (16, "latents")])
 def test_the_space_of_unusual_channels_is_assumed_and_said_unless_a_card_tells_it(save, channels, space):
     path = save({"num_classes": 5}, in_channels=channels, out_channels=channels)
@@ -111,12 +113,14 @@ def test_the_space_of_unusual_channels_is_assumed_and_said_unless_a_card_tells_i
         assert load_model(path).latents == (None if told == "pixels" else Latents(0.18215))
 
 
+@pytest.mark.slow
 def test_a_diffusers_transformer_of_three_channels_is_taken_for_pixels_and_this_is_said(tmp_path):
     support.diffusers_dit(3).save_pretrained(tmp_path)
     with pytest.warns(TqditWarning, match=r"its 3 channels are taken for pixels.*'space' in '.*model\.json'"):
         assert load_model(tmp_path).latents is None
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_and_the_demo_assume_nothing(save):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -152,12 +156,14 @@ def test_more_guided_channels_than_there_are_is_one_line(save):
         load_model(save({"num_classes": 5, "guidance_channels": 9}))
 
 
+@pytest.mark.slow
 def test_guidance_of_chosen_channels_or_none(save):
     assert load_model(save({"num_classes": 5, "guidance_channels": 4})).guidance == Guidance(1.5, 4)
     model = load_model(save({"num_classes": 5, "guidance_scale": None}))
     assert (model.guidance, model.signature.label.choices) == (None, 5)
 
 
+@pytest.mark.slow
 def test_what_the_caller_says_goes_before_the_card_and_the_card_before_the_file_beside_it(save):
     path = save({"num_classes": 5})
     assert load_model(path, heads=4).network.config.num_heads == 4

@@ -64,6 +64,7 @@ def test_dit_s_8_loads(suffix, tmp_path):
     assert outputs(model.network, 32, 1000).std() > 0
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FORMS = {
     "flat": lambda tensors, path: torch.save(tensors, path),
     "under ema": lambda tensors, path: torch.save(nested(tensors), path),
@@ -73,8 +74,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dtype", "form"), support.few(  # each form and each type
+    [(dtype, form) for dtype in DTYPES for form in FORMS],
+    *((torch.float32, form) for form in FORMS), *((dtype, "flat") for dtype in DTYPES[1:]),
+))  # fmt: skip
 def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path, network):
     tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
     FORMS[form](tensors, tmp_path / "dit.pt")
@@ -87,6 +90,7 @@ def test_every_form_of_file_gives_the_same_float32_weights(form, dtype, tmp_path
         assert torch.equal(tensor, tensors[name].float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "millions"), [(2, 53.6), pytest.param(28, 675.13, marks=pytest.mark.full)])
 def test_dit_xl_2_of_full_size_loads_without_a_copy_of_its_weights(tmp_path, depth, millions):
     path, config = tmp_path / "DiT-XL-2-256x256.pt", replace(XL_2, depth=depth)
@@ -148,6 +152,7 @@ def test_the_published_network_equals_diffusers_module_after_undoing_their_diffe
         torch.testing.assert_close(published(x, t, y), theirs(x, t, y).sample, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_that_of_the_weights_not_of_the_file(checkpoint, own_file, tmp_path, network):
     flat = load_model(str(checkpoint), heads=2).fingerprint
     torch.save(nested(dict(network.state_dict())), tmp_path / "nested.pt")
@@ -155,6 +160,7 @@ def test_the_fingerprint_is_that_of_the_weights_not_of_the_file(checkpoint, own_
     assert load_model(str(tmp_path / "nested.pt"), 2, CARD).fingerprint == flat
 
 
+@pytest.mark.slow
 def test_the_fingerprint_tells_weights_and_heads_apart(checkpoint, tmp_path):
     torch.save(randomize(DiT(support.TINY), seed=1, scale=0.3).state_dict(), tmp_path / "other.pt")
     prints = {load_model(str(path), heads, CARD).fingerprint for path, heads in (
@@ -163,6 +169,7 @@ def test_the_fingerprint_tells_weights_and_heads_apart(checkpoint, tmp_path):
     assert len(prints) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
 def test_the_heads_of_the_published_family_are_known(width, heads, tmp_path):
     config = replace(support.TINY, hidden_size=width, mlp_hidden_size=4 * width, depth=1)
@@ -248,6 +255,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, value, dtype):
     assert change(checkpoint, edit) == "'blocks.0.mlp.fc1.weight' holds NaN or infinite values. Use another checkpoint."
 
 
+@pytest.mark.slow
 def test_large_finite_weights_whose_sum_overflows_are_not_refused(tmp_path, network):
     tensors = {name: tensor.half() for name, tensor in network.state_dict().items()}
     tensors["blocks.0.mlp.fc1.weight"] = torch.full((64, 16), 60000.0, dtype=torch.float16)

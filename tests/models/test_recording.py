@@ -97,6 +97,7 @@ def engine(tmp_path_factory):
     return folder / "model.engine", network, calls
 
 
+@pytest.mark.slow
 def test_an_engine_of_recorded_calls_computes_the_network(engine):
     path, network, _ = engine
     text, x, time = rows(3, seed=9)
@@ -248,6 +249,7 @@ def test_calls_are_taken_once_their_recording_has_ended(tmp_path):
                 tqdit.calibrate(pipeline.transformer, rows=calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["recorder", "recording", "file"])
 def test_recorded_calls_are_taken_in_each_form(kind, tmp_path):
     pipeline = Loop()

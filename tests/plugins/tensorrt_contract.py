@@ -1,10 +1,11 @@
 """A program: drives our plugins through NVIDIA's own `tensorrt.plugin`, without TensorRT's libraries or a GPU.
 
-    LD_LIBRARY_PATH=STUBS python tests/plugins/tensorrt_contract.py
+    LD_LIBRARY_PATH=STUBS python tests/plugins/tensorrt_contract.py [TACTICS]
 
 The Python half of the plugin machinery is in the bindings wheel; here it calls our functions as TensorRT would: types,
 symbolic shapes, combinations, tactics, then the kernel and its launch. What TensorRT's C++ half supplies, symbolic
-integers and descriptors, is replaced by the few Python objects below. Prints one JSON text.
+integers and descriptors, is replaced by the few Python objects below. Prints one JSON text. TACTICS is how many
+tactics of a plugin are tried, of which each is compiled; without it all are.
 """
 
 import importlib
@@ -21,6 +22,8 @@ sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plug
 from tensorrt_bindings.plugin import _lib, _tensor, _validate  # noqa: E402
 
 from tqdit.plugins import tensorrt_definitions  # noqa: E402
+
+TACTICS = int(sys.argv[1]) if len(sys.argv) > 1 else None
 
 
 class Size(trt.IDimensionExpr):
@@ -109,7 +112,7 @@ def drive(name, kinds, out_kinds, shapes, attributes, dynamic):
     plugin.configure_plugin(inputs, outputs)
     tactics = sorted(plugin.get_valid_tactics())
     kernels = []
-    for tactic in tactics or [0]:
+    for tactic in tactics[:TACTICS] or [0]:
         plugin.set_tactic(tactic)
         launch, scalars = SimpleNamespace(), Setter()
         plugin.get_launch_params(sizes, in_out, len(kinds), launch, scalars, Builder())

@@ -1,6 +1,7 @@
 """Kernels compile to PTX without a GPU, once, with exactly the parameters that TensorRT passes."""
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support import few
 from tqdit.errors import BackendError
 from tqdit.plugins import aot
 from tqdit.plugins.multi_region_attention import plan as attention
@@ -63,8 +65,14 @@ def assemble(compiled, folder):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-@pytest.mark.parametrize("index", range(len(kernels_of("fp16"))))
+CAPABILITIES = [(8, 0), (8, 9), (9, 0), (12, 0)]
+KERNELS = range(len(kernels_of("fp16")))
+
+
+@pytest.mark.parametrize(("index", "capability"), few(
+    itertools.product(KERNELS, CAPABILITIES),
+    *((0, capability) for capability in CAPABILITIES), *((index, (9, 0)) for index in KERNELS),
+))  # fmt: skip
 def test_kernels_compile_for_every_capability(index, capability, tmp_path):
     kernel = kernels_of("fp16")[index]
     compiled = aot.compile_kernel(kernel, capability)
@@ -83,14 +91,18 @@ def test_kernels_compile_for_every_capability(index, capability, tmp_path):
     assert str(Path(aot.__file__).parent) not in compiled.ptx  # nothing of this machine
 
 
-@pytest.mark.parametrize("floats", ["bf16", "fp32"])
-def test_kernels_compile_for_every_type(floats):
-    for kernel in kernels_of(floats):
-        assert aot.compile_kernel(kernel, (8, 0)).threads == 32 * kernel.num_warps
+@pytest.mark.parametrize(("floats", "index"), few(
+    itertools.product(["bf16", "fp32"], KERNELS), ("bf16", 0), ("bf16", 6), ("bf16", 7), ("fp32", 1), ("fp32", 2)
+))  # fmt: skip
+def test_kernels_compile_for_every_type(floats, index):
+    kernel = kernels_of(floats)[index]
+    assert aot.compile_kernel(kernel, (8, 0)).threads == 32 * kernel.num_warps
 
 
-@pytest.mark.parametrize(("floats", "head", "tokens"), [("fp16", 80, 1024), ("fp16", 128, 1024), ("fp16", 128, 256),
-                                                          ("fp16", 96, 256), ("fp32", 128, 256)])  # fmt: skip
+@pytest.mark.parametrize(("floats", "head", "tokens"), few(
+    [("fp16", 80, 1024), ("fp16", 128, 1024), ("fp16", 128, 256), ("fp16", 96, 256), ("fp32", 128, 256)],
+    ("fp16", 128, 256), ("fp32", 128, 256),
+))  # fmt: skip
 def test_what_tensorrt_is_offered_needs_no_more_shared_memory_than_every_launcher_gives(floats, head, tokens):
     """Beyond 48 KiB a launcher must ask the driver first. Tensor cores of 9.0 read from there, so it takes the most."""
     for blocks in attention.candidates(floats, head, tokens):
@@ -98,14 +110,16 @@ def test_what_tensorrt_is_offered_needs_no_more_shared_memory_than_every_launche
         assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks
 
 
-@pytest.mark.parametrize(("head", "tokens"), [(72, 256), (80, 1024), (128, 256), (128, 1024)])
+@pytest.mark.parametrize(
+    ("head", "tokens"), few([(72, 256), (80, 1024), (128, 256), (128, 1024)], (72, 256), (128, 256))
+)
 def test_the_same_of_integer_attention(head, tokens):
     for blocks in integer_attention.candidates(head, tokens):
         kernel = integer_attention.kernel("i8", tokens, tokens, head, 8, 1 / 127, blocks)
         assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_all_products_of_integer_attention_are_int8(capability):
     """On 9.0 no byte passes shared memory between them: the order of the keys is chosen for this (see the kernel)."""
     kernel = integer_attention.kernel("i8", 1024, 1024, 64, 8, 1 / 127)
@@ -117,6 +131,7 @@ def test_all_products_of_integer_attention_are_int8(capability):
         assert not re.findall(r"stmatrix|st\.shared\S*b8", ptx)
 
 
+@pytest.mark.full
 def test_the_largest_block_shapes_fit_a_small_chip():
     """Those that a benchmark tries as well."""
     candidates = attention.candidates("fp16", 128, 1024, large=True)

@@ -180,6 +180,7 @@ def test_each_row_takes_the_group_of_its_own_timestep() -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_timestep_on_a_boundary_uses_the_later_scale() -> None:
     model = tiny_model()
     batch = inputs([400])
@@ -204,6 +205,7 @@ def test_the_float_model_is_not_touched_and_its_other_weights_are_shared() -> No
     torch.testing.assert_close(model.call(batch), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_threads_do_not_see_each_others_groups() -> None:
     model = tiny_model()
     quantized = apply(model, table_for(model)).network

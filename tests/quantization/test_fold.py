@@ -58,12 +58,14 @@ def operands_of(model: LoadedModel) -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
+@pytest.mark.slow
 @origins
 def test_the_products_that_can_be_equalised_are_those_whose_input_is_linear_in_a_weight(origin: str) -> None:
     model = tiny_model(origin)
     assert sorted(product.name for product in model.products if product.folds) == sorted(EQUALISED[origin])
 
 
+@pytest.mark.slow
 @origins
 def test_the_folded_network_computes_the_same(origin: str) -> None:
     model = tiny_model(origin)
@@ -91,6 +93,7 @@ def test_inputs_come_divided_and_weights_are_multiplied(origin: str) -> None:
         torch.testing.assert_close(after[name][0], before[name][0] / divisor, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("origin", "linear", "product"),
     [
@@ -126,6 +129,7 @@ def test_layers_that_nothing_divides_share_their_weights() -> None:
     assert fold_divisors(model, {}) is model
 
 
+@pytest.mark.slow
 @origins
 def test_a_table_with_divisors_is_one_without_for_the_folded_network(origin: str) -> None:
     model = tiny_model(origin)
@@ -138,6 +142,7 @@ def test_a_table_with_divisors_is_one_without_for_the_folded_network(origin: str
         torch.testing.assert_close(apply(model, table).call(inputs), apply(folded, plain).call(inputs), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_equalisation_adds_no_node_to_the_exported_graph() -> None:
     config = ExportConfig("denoiser", attention="integer")
     model = tiny_model()

@@ -63,6 +63,7 @@ def test_a_row_takes_the_bits_of_its_group(scheme: str, entries: list[tuple[int,
         assert len(np.unique(np.round((found.numpy() / s)[group == each] * 8) / 8)) <= 2 ** int(bits[each])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_search_finds_scales_for_the_bits_of_each_group(tmp_path: Path, scheme: str) -> None:
     model = tiny_model()
@@ -83,6 +84,7 @@ def test_a_search_finds_scales_for_the_bits_of_each_group(tmp_path: Path, scheme
     assert scale[2] > 4 * scale[0]  # of 3 and of 8 bits
 
 
+@pytest.mark.slow
 def test_the_same_bits_everywhere_give_the_scheme_without(tmp_path: Path) -> None:
     model, tables = tiny_model(), []
     inputs = random_rows(model.signature, 12)

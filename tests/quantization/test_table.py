@@ -267,6 +267,7 @@ def test_a_table_in_memory_is_validated_too() -> None:
         replace(small_table(), sites=(site,))
 
 
+@pytest.mark.slow
 def test_inspecting_a_table_tells_what_is_in_it_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

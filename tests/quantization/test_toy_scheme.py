@@ -44,6 +44,7 @@ def test_without_the_file_nobody_knows_the_scheme() -> None:
         QuantizationConfig(inputs="power-of-two")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize("time_groups", ["none", "all"])
 def test_one_file_takes_a_scheme_through_the_whole_flow(tmp_path: Path, time_groups: str) -> None:
@@ -85,6 +86,7 @@ def test_one_file_takes_a_scheme_through_the_whole_flow(tmp_path: Path, time_gro
     assert np.linalg.norm(expected - plain) > 1e-3 * np.linalg.norm(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_the_scheme_checks_its_own_values(tmp_path: Path) -> None:
     scheme = schemes.find_schemes()["power-of-two"]

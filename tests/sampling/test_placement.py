@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from support import few
 from tqdit.errors import UsageError
 from tqdit.sampling.placement import LongChain, dense, place, spacings
 from tqdit.sampling.process import Diffusion, Flow, Recorded, Table
@@ -69,7 +70,8 @@ def test_karras_spacing_is_even_in_the_seventh_root_of_the_noise():
     np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / 19, rtol=0.1)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "unipc"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", few(["ddim", "dpm++2m", "unipc"], "dpm++2m"))
 def test_placed_steps_err_less_than_published_ones(sampler):
     """On a network whose errors are known, and from noise that the search has not seen."""
     process = Diffusion()
@@ -83,6 +85,7 @@ def test_placed_steps_err_less_than_published_ones(sampler):
     assert error(placed) < min(map(error, spacings(process, 8).values())) / 1.3
 
 
+@pytest.mark.slow
 def test_a_flow_is_placed_too():
     process = Flow(shift=3.0)
     found = place(long_chain(process), process, "euler", (6,))[6]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from support import few
 from tqdit.calibration.config import PRESETS
 from tqdit.console import Console
 from tqdit.evaluate.bootstrap import Measure
@@ -146,7 +147,7 @@ def test_tables_say_what_the_rows_say():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["demo", "text"])
+@pytest.mark.parametrize("model", few(["demo", "text"], "demo"))
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of diffusers and its schedulers
 def test_a_real_row_and_its_float_row(model, tmp_path, monkeypatch):
     """Few steps, few rows, W8A8: near float, and again the same."""
@@ -164,6 +165,7 @@ def test_a_real_row_and_its_float_row(model, tmp_path, monkeypatch):
     assert Row.from_json(row.to_json()) == row
 
 
+@pytest.mark.slow
 def test_plots_are_drawn(tmp_path):
     from support import read_picture
 

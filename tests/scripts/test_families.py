@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "PriorTransformer"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_class_goes_through_the_flow_and_its_row_says_so(tmp_path, monkeypatch, capfd):
     """The child process is a call here, since it would import for as long as it works."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_error_of_each_scheme_is_written_for_each_seed(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "scripts" / "ingredients.py", "--tokens", "64", "512", "--seeds", "0", "1"]
     done = subprocess.run([*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True, check=True)

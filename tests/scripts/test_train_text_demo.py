@@ -75,6 +75,7 @@ def run(script, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_with_the_same_weights(script, run, monkeypatch):
     def train(folder: str) -> dict[str, torch.Tensor]:
         return torch.load(run("model", folder, "--samples", "32") / "model.pt", weights_only=True)["ema"]
@@ -97,6 +98,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(script, run, monkeyp
     assert any(value.any() for name, value in whole.items() if name.endswith("proj_out.weight"))
 
 
+@pytest.mark.slow
 def test_the_package_is_a_pipeline_that_diffusers_runs_and_a_judge(run, tmp_path, capsys):
     import diffusers
     from safetensors.torch import load_file

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import openai
 import pytest
 
 from serve.client import pixels
@@ -24,11 +23,20 @@ def running(serve, bundle_of):
 
 
 @pytest.fixture(scope="module")
-def client(running):
+def openai():
+    """Imported by the first test that needs it: it takes seconds."""
+    import openai
+
+    return openai
+
+
+@pytest.fixture(scope="module")
+def client(running, openai):
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0) as client:
         yield client
 
 
+@pytest.mark.slow
 def test_openai_s_client_makes_images(client, bundle_of):
     made = client.images.generate(
         model="tiny", prompt="3", n=2, size="8x8", response_format="b64_json",
@@ -40,11 +48,13 @@ def test_openai_s_client_makes_images(client, bundle_of):
     assert made.seed == 7
 
 
+@pytest.mark.slow
 def test_openai_s_client_lists_the_models(client):
     assert [each.id for each in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").steps == 1000
 
 
+@pytest.mark.slow
 def test_openai_s_client_sees_partial_images(client):
     with client.images.generate(prompt="3", stream=True, partial_images=3) as stream:
         events = list(stream)
@@ -55,7 +65,8 @@ def test_openai_s_client_sees_partial_images(client):
     assert pixels(base64.b64decode(last.b64_json)).shape == (8, 8, 3)
 
 
-def test_openai_s_client_knows_our_refusals(client, running):
+@pytest.mark.slow
+def test_openai_s_client_knows_our_refusals(client, running, openai):
     wrong = {
         openai.BadRequestError: {"prompt": "no such class"},
         openai.NotFoundError: {"prompt": "3", "model": "dall-e-3"},
@@ -76,12 +87,14 @@ def test_openai_s_client_knows_our_refusals(client, running):
     wait_until(lambda: running.running() == 0)
 
 
-def test_openai_s_client_that_gives_up_frees_the_places(client, running):
+@pytest.mark.slow
+def test_openai_s_client_that_gives_up_frees_the_places(client, running, openai):
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.1).images.generate(prompt="3", n=5)
     wait_until(lambda: running.running() == 0, 5)
 
 
+@pytest.mark.slow
 def test_serving_loads_neither_torch_nor_onnx_nor_diffusers(bundle):
     program = f"""
 import sys

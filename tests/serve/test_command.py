@@ -25,6 +25,7 @@ def no_settings_of_this_machine(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_says_what_it_serves_and_ends_when_it_is_told_to(bundle, number):
     command = [sys.executable, "-m", "tqdit", "serve", f"digits={bundle}", str(bundle), "--port", "0"]
@@ -86,6 +87,7 @@ def test_an_address_that_is_taken_is_refused_before_the_engine_is_opened(capsys,
     assert refused(capsys, tmp_path, "--host", "192.0.2.1")[0] == 1
 
 
+@pytest.mark.slow
 def test_listening_for_others_without_a_key_is_warned_of(bundle):
     command = [sys.executable, "-m", "tqdit", "serve", str(bundle), "--port", "0", "--host", "0.0.0.0"]
     for key, warned in (("", True), ("a-key-of-this-test", False)):

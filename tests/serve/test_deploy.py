@@ -118,6 +118,7 @@ def test_systemd_takes_the_unit_and_finds_little_exposed(tmp_path):
     assert rated.returncode == 0, rated.stdout[-300:]
 
 
+@pytest.mark.slow
 def test_the_server_needs_no_place_to_write(bundle, tmp_path):
     """As in a container whose root is read-only: no home, no folder for temporary files, no standard input."""
     program = f"""

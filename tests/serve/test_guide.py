@@ -19,6 +19,7 @@ GUIDE = (ROOT / "docs" / "guides" / "serve.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8000"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_shell_commands_run(serve, bundle_of, tmp_path):
     running = serve(model=bundle_of(steps=1000))

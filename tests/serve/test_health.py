@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from serve.client import GENERATIONS, HEAD, text_app
 from serve.test_limits import everything
 from support import wait_until
@@ -80,6 +82,7 @@ def test_an_encoder_that_fails_whatever_it_is_asked_is_not_ready(serve, bundle, 
     assert running.ask(GENERATIONS, {"prompt": "ab"}).status == 200
 
 
+@pytest.mark.slow
 def test_answers_that_the_application_does_not_give_are_counted(serve, bundle):
     running = serve(settings=Settings(client_s=0.3), tiny=bundle)
     for sent in (b"NONSENSE\r\n\r\n", b"POST /v1", HEAD + b"Content-Length: 99\r\n\r\n{"):

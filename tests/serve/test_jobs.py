@@ -84,6 +84,7 @@ def test_events_of_an_ended_job_are_its_images_and_its_end(quick):
         assert [name for name, _ in events] == ["image_generation.completed", "job.completed"]
 
 
+@pytest.mark.slow
 def test_previews_are_the_states_of_the_chain(serve, bundle_of):
     """Each is what the sampler's callback sees after the same step."""
     bundle = bundle_of(steps=1000)
@@ -157,6 +158,7 @@ def test_a_stream_ends_with_its_images_and_its_client_s_leaving_frees_the_places
     assert gate.calls < calls + 900  # the server sees that the client left some calls later
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_its_stream_frees_the_places(gated):
     """It does not close the connection; what is sent to it fills every buffer until it is disconnected."""
     running, gate = gated(Settings(client_s=0.3, most_previews=900))
@@ -238,6 +240,7 @@ def test_a_job_takes_no_stream(quick):
     assert quick.ask("/v1/jobs", {"class": 1, "stream": True}).error["param"] == "stream"
 
 
+@pytest.mark.slow
 def test_jobs_that_are_too_many_go_when_they_end_without_another_request(gated):
     running, gate = gated(Settings(most_jobs=1))
     gate.open.clear()

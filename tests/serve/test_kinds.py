@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +13,11 @@ from PIL import Image, ImageSequence
 from serve.client import GENERATIONS, echo, pixels, text_app, toy_service
 from tqdit.card import Latents, VaeCard
 from tqdit.engines.bundle import read_manifest
-from tqdit.errors import FileFormatError, TqditWarning, UsageError
+from tqdit.errors import FileFormatError, UsageError
 from tqdit.ports import Port
 from tqdit.serve.app import make_app
 from tqdit.serve.engines import kind_of_engine
 from tqdit.serve.settings import Settings
-from tqdit.text import UNKNOWN_WORDS
 
 NAMES = ("tench, Tinca tinca", "Golden Retriever", "crane", "crane", "7")
 
@@ -69,14 +67,6 @@ def test_a_prompt_is_encoded_once_and_drawn(texts):
 def test_a_prompt_that_is_missing_or_too_long_is_refused(texts, body):
     answer = texts.ask(GENERATIONS, body)
     assert (answer.status, answer.error["param"]) == (400, "prompt")
-
-
-def test_a_prompt_s_unknown_words_are_not_logged(serve, manifest):
-    def warn():
-        warnings.warn(f"{UNKNOWN_WORDS}'ab'.", TqditWarning, stacklevel=2)
-
-    running = serve(text_app(manifest, before=warn))
-    assert running.ask(GENERATIONS, {"prompt": "ab"}).status == 200  # a warning that is shown is an error in tests
 
 
 def test_a_class_is_no_prompt_and_an_encoder_s_failure_shows_no_path(texts):

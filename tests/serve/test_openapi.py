@@ -78,6 +78,7 @@ def test_refusals_are_as_it_says(document, quick):
         check(document, "/v1/jobs/{job}", method, quick.ask("/v1/jobs/x", method=method.upper()))
 
 
+@pytest.mark.slow
 def test_events_are_as_it_says(document, quick):
     stream = document["paths"]["/v1/jobs/{job}/events"]["get"]["responses"]["200"]["content"]["text/event-stream"]
     validator = jsonschema.Draft202012Validator({"oneOf": stream["x-events"], "components": document["components"]})

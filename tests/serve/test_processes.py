@@ -30,6 +30,7 @@ def listens(client):
         return False
 
 
+@pytest.mark.slow
 def test_several_worker_processes_of_uvicorn_serve(bundle, tmp_path):
     (tmp_path / "served.py").write_text(
         f"from tqdit.serve.app import make_app\napp = make_app({{'tiny': {str(bundle)!r}}})\n"

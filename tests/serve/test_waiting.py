@@ -229,6 +229,7 @@ def test_a_kept_job_does_not_hold_what_was_made_of_its_prompt(encoding):
     assert job.order.content is None
 
 
+@pytest.mark.slow
 def test_a_slow_reader_is_kept_while_it_reads_and_cut_when_it_stops(gated):
     """The kernel takes megabytes at once, and asks for more when a third is gone: after three times `client_s` here."""
     running, _ = gated(Settings(client_s=0.7))
@@ -246,6 +247,7 @@ def test_a_slow_reader_is_kept_while_it_reads_and_cut_when_it_stops(gated):
             list(iter(lambda: client.recv(2**20), b""))
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_streams_with_their_error_and_leaves_nothing_in_the_log(gated, capsys):
     running, gate = gated(batch=4)
     gate.call_s = 0.01  # ten seconds for an image
@@ -287,6 +289,7 @@ def test_prompts_that_are_being_encoded_delay_no_other_engine(encoding, bundle):
     assert [found[0].status for _, found in [*asked, (None, quick)]] == [200] * (len(asked) + 1)
 
 
+@pytest.mark.slow
 def test_a_deadline_names_what_was_waited_for(encoding, gated, monkeypatch):
     running, go = encoding(Settings(deadline_s=0.3))
     asked = [in_background(running.ask, GENERATIONS, PROMPT) for _ in range(MOST_ENCODERS + 1)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tqdit
-from support import made_once
+from support import few, made_once
 from tqdit.cli.main import run
 from tqdit.engines.backends.openvino.optimum import check_optimum
 from tqdit.engines.bundle import read_manifest
@@ -34,7 +34,7 @@ FED = {
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # the ov_config that the guide names
 
 
-@pytest.fixture(scope="module", params=FED)
+@pytest.fixture(scope="module", params=few(FED, "flux", "sana"))
 def written(request, tmp_path_factory):
     """A family's name, its folder and the one for optimum-intel."""
     folder, place = (

@@ -370,9 +370,12 @@ def find_products(
     """
     rows = len(next(iter(example.values()))) if rows is None else rows
     seen = _observe(network, example)
-    for name, call in seen.products.items():
-        if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1:
-            _split_columns(network, name, tuple(width for width, _ in call.columns))
+    joined = [
+        name for name, call in seen.products.items()
+        if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1
+    ]  # fmt: skip
+    for name in joined:
+        _split_columns(network, name, tuple(width for width, _ in seen.products[name].columns))
     for name, count in seen.attention.items():
         owner = network.get_submodule(name)
         for number in range(count):
@@ -380,7 +383,8 @@ def find_products(
         local = _Local()
         owner.register_forward_pre_hook(local.enter)
         owner.register_forward_hook(local.leave, always_call=True)
-    seen = _observe(network, example)
+    if joined or seen.attention:
+        seen = _observe(network, example)
     called = seen.products
     on_tokens = [name for name, call in called.items() if not _is_conditioning(call, rows)]
 

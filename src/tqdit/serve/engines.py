@@ -9,7 +9,6 @@ import math
 import re
 import secrets
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,14 +24,13 @@ from tqdit.engines.bundle import Manifest, read_manifest
 from tqdit.engines.run.backend import check_graph
 from tqdit.engines.run.sampler import image_size, makes_images, no_images
 from tqdit.engines.run.step_batcher import Progress, ProgressCallback, StepBatcher
-from tqdit.errors import DeadlineError, QueueFullError, SamplingStopped, TqditWarning, UsageError
+from tqdit.errors import DeadlineError, QueueFullError, SamplingStopped, UsageError
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.sampling.schedule import samplers_of
 from tqdit.serve.refusals import Refusal
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ImageRequest, ModelEntry, size_of
-from tqdit.text import UNKNOWN_WORDS
 
 log = logging.getLogger("tqdit.serve")
 
@@ -114,8 +112,6 @@ class ServedEngine:
         height, width = image_size(self.batcher.card) or (0, 0)
         self.size = size_of(height, width)
         self._classes = _class_numbers(self.batcher.card.class_names)
-        if self.kind == "text":  # for good: catch_warnings is not safe among threads
-            warnings.filterwarnings("ignore", re.escape(UNKNOWN_WORDS), TqditWarning)  # prompts are not logged
         # Threads of this engine and of one kind of work, so that nothing waits for what is slower.
         self._encoders = ThreadPoolExecutor(MOST_ENCODERS, "tqdit-encoder")
         self.decoders = ThreadPoolExecutor(MOST_DECODERS, "tqdit-decoder")

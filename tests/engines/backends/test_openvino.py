@@ -1,5 +1,6 @@
 """OpenVINO: what it computes, that it stays integer, and that it refuses what it cannot run."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -106,12 +107,17 @@ def opened(folder, threads=1):
     return load(folder, manifest, manifest.entry, threads)
 
 
-@pytest.mark.parametrize(("kind", "form"), [
-    *((kind, form) for kind in ("10 groups", "W4A8 everything") for form in ATTENTION_FORMS),
-    *(("W6A6 equalised", form) for form in ("simulated", "integer", "float")),
-    ("W8A8 numerators, 10 groups", "integer"), ("W8A8 numerators, 10 groups", "fused"),
-    ("one group", "simulated"), ("one group", "fused"), ("asymmetric", "integer"),
-])  # fmt: skip
+@pytest.mark.parametrize(("kind", "form"), support.few(
+    [
+        *((kind, form) for kind in ("10 groups", "W4A8 everything") for form in ATTENTION_FORMS),
+        *(("W6A6 equalised", form) for form in ("simulated", "integer", "float")),
+        ("W8A8 numerators, 10 groups", "integer"), ("W8A8 numerators, 10 groups", "fused"),
+        ("one group", "simulated"), ("one group", "fused"), ("asymmetric", "integer"),
+    ],
+    *(("W4A8 everything", form) for form in ATTENTION_FORMS),
+    ("10 groups", "integer"), ("W6A6 equalised", "float"), ("W8A8 numerators, 10 groups", "integer"),
+    ("one group", "simulated"),
+))  # fmt: skip
 def test_a_call_is_what_the_file_says(engine_of, kind, form):
     """Every row to 1e-5 but for single flipped codes (`support.assert_agrees`), rows at different timesteps.
 
@@ -125,12 +131,16 @@ def test_a_call_is_what_the_file_says(engine_of, kind, form):
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [
-        ("one group", {}),
+    support.few(
+        [
+            ("one group", {}),
+            ("W4A8 everything", {"attention": "integer"}),
+            ("10 groups", {"guided": False, "sampler": "ddim"}),
+            ("one group", {"origin": "diffusers"}),
+        ],
         ("W4A8 everything", {"attention": "integer"}),
         ("10 groups", {"guided": False, "sampler": "ddim"}),
-        ("one group", {"origin": "diffusers"}),
-    ],
+    ),
     ids=str,
 )
 def test_a_step_graph_is_what_the_file_says(engine_of, kind, config):
@@ -183,8 +193,11 @@ def errors(x, expected):
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [("10 groups", "simulated"), ("10 groups", "integer"), ("W4A8 everything", "integer"), ("one group", "float")],
-)
+    support.few(
+        [("10 groups", "simulated"), ("10 groups", "integer"), ("W4A8 everything", "integer"), ("one group", "float")],
+        ("10 groups", "simulated"), ("W4A8 everything", "integer"),
+    ),
+)  # fmt: skip
 def test_an_int8_chain_follows_the_fake_quantized_model(engine_of, kind, form):
     """20 steps. Codes that flip on rounding ties move some images, by up to 0.6 % here; quantization all by 11 %."""
     model = support.tiny_model(pixels=True)
@@ -228,7 +241,7 @@ def on_openvino(demo, folder, table, form, config):
 
 
 @pytest.mark.parametrize("float_type", ["fp32", pytest.param("bf16", marks=bfloat16)])
-@pytest.mark.parametrize("form", ["simulated", "integer"])
+@pytest.mark.parametrize("form", support.few(["simulated", "integer"], "integer"))
 def test_the_demo_model_in_int8_agrees_with_the_fake_quantized_one(demo, tmp_path, form, float_type):
     """A network evaluation. One flipped code moves all that follows, so rows agree exactly or up to quantization noise.
 
@@ -279,7 +292,7 @@ def test_threads_are_tied_to_no_core(engine):
 
 
 @pytest.mark.parametrize("form", ATTENTION_FORMS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", support.few([1, 2], 2))
 def test_an_image_does_not_change_with_batch_or_threads_bit_for_bit(engine_of, form, threads):
     folder = engine_of(KINDS["W4A8 everything"], attention=form)
     with Sampler.open(folder, batch=7) as one, Sampler.open(folder, batch=2, threads=threads) as other:
@@ -386,9 +399,9 @@ def test_a_closed_engine_says_so_and_can_be_opened_again(engine):
     ("integer", "14 int8, 0 simulated by choice, 5 weight-only by choice, 0 fallen back"),
     ("float", "10 int8, 0 simulated by choice, 5 weight-only by choice, 0 fallen back"),
 ])  # fmt: skip
-@pytest.mark.parametrize("kind", [KINDS["10 groups"], KINDS["W6A6 equalised"]], ids=["10 groups", "W6A6 equalised"])
+@pytest.mark.parametrize("kind", support.few(["10 groups", "W6A6 equalised"], "10 groups"))
 def test_a_build_proves_its_products_integer(engine_of, kind, form, line):
-    report = read_manifest(engine_of(kind, attention=form)).audit
+    report = read_manifest(engine_of(KINDS[kind], attention=form)).audit
     assert report.line == f"quantized products: {line}"
 
 
@@ -409,8 +422,10 @@ def broken(path, module, how):
     onnx.save(model, path)
 
 
-@pytest.mark.parametrize("how", ["no rounding", "run-time scale"])
-@pytest.mark.parametrize("module", ["blocks.1.mlp.fc1", "final_layer.linear"])
+@pytest.mark.parametrize(("module", "how"), support.few(
+    itertools.product(["blocks.1.mlp.fc1", "final_layer.linear"], ["no rounding", "run-time scale"]),
+    ("blocks.1.mlp.fc1", "no rounding"), ("final_layer.linear", "run-time scale"),
+))  # fmt: skip
 def test_a_product_that_fell_back_fails_the_audit_by_name(quantized, tmp_path, module, how):
     broken(quantized, module, how)
     with pytest.raises(BackendError, match=rf"1 quantized product\(s\) would run in float on openvino: {module}\."):

@@ -71,6 +71,7 @@ def test_a_cuda_bundle_asks_for_cuda_when_built_and_when_opened(floating, tmp_pa
     assert gpu_library == [["CUDAExecutionProvider", providers.CPU]] * 2
 
 
+@pytest.mark.slow
 def test_the_gpu_of_an_index_is_asked_for(floating, quantized, tmp_path, gpu_library):
     build_engine(floating, tmp_path / "m.engine", config=BuildConfig(provider="cuda", precision="fp32", device=1))
     Sampler.open(tmp_path / "m.engine", device=2).close()
@@ -126,6 +127,7 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
         Sampler.open(tmp_path / "m.engine", batch=9)
 
 
+@pytest.mark.slow
 def test_integers_that_nothing_proves_are_refused(quantized, tmp_path, gpu_library):
     with pytest.raises(BackendError, match=r"would run in float on onnxruntime.*hides the compiled layers"):
         build_engine(quantized, tmp_path / "m.engine", config=BuildConfig(provider="tensorrt"))

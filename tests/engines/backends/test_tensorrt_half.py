@@ -116,9 +116,13 @@ def prepared(tmp_path, kind, form):
     return before, after, halve_products(after, tmp_path, probabilities(proto)), card
 
 
-@pytest.mark.parametrize(("kind", "form"), KINDS.values(), ids=KINDS)
-def test_every_quantized_product_of_a_network_writes_float16(tmp_path, kind, form):
-    before, after, number, card = prepared(tmp_path, kind, form)
+SHOWN = support.few(KINDS, "groups everywhere", "per token", "numerators")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN)
+def test_every_quantized_product_of_a_network_writes_float16(tmp_path, name):
+    before, after, number, card = prepared(tmp_path, *KINDS[name])
     onnx.checker.check_model(after, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(after, strict_mode=True).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
@@ -135,13 +139,14 @@ def test_every_quantized_product_of_a_network_writes_float16(tmp_path, kind, for
     assert all(math.frexp(float(unit))[0] == 0.5 for unit in units)  # powers of two
 
 
-@pytest.mark.parametrize(("kind", "form"), KINDS.values(), ids=KINDS)
-def test_the_network_stays_as_right_as_it_was(tmp_path, kind, form):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_network_stays_as_right_as_it_was(tmp_path, name):
     """Exactly computed it is the same network but for the order of float32's factors, which may flip a code of one row
     or two (which ones depends on the processor). Rounded, codes flip behind the products of this coarse model (3 % of
     the output, relative L2), but its error against the float network stays.
     """
-    before, after, number, _ = prepared(tmp_path, kind, form)
+    before, after, number, _ = prepared(tmp_path, *KINDS[name])
     write(tmp_path / "float.onnx", *support.exported())
     inputs = random_rows(support.tiny_model().signature, 16)
     network, expected, exact = (
@@ -157,6 +162,7 @@ def test_the_network_stays_as_right_as_it_was(tmp_path, kind, form):
     assert np.linalg.norm(rounded - network) <= 1.05 * error
 
 
+@pytest.mark.slow
 def test_a_module_can_be_kept(tmp_path):
     before, _, number, _ = prepared(tmp_path, *KINDS["two regions"])
     module = "blocks.0.mlp.fc2"  # two products
@@ -168,8 +174,11 @@ def test_a_module_can_be_kept(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "float_type", "kind"),
-    [("simulated", "fp16", "Half"), ("integer", "fp16", "Half"), ("float", "bf16", "BFloat16")],
-)
+    support.few(
+        [("simulated", "fp16", "Half"), ("integer", "fp16", "Half"), ("float", "bf16", "BFloat16")],
+        ("integer", "fp16", "Half"), ("float", "bf16", "BFloat16"),
+    ),
+)  # fmt: skip
 def test_the_compiler_writes_no_activation_in_float32(tmp_path, form, float_type, kind):
     """As many INT8 products and kernels as with products in float32."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 only")
@@ -193,6 +202,7 @@ def float32_sizes(layers):
     return [math.prod(shape) for kind, shape in outputs if kind == "Float"]
 
 
+@pytest.mark.slow
 def test_scales_that_lie_beside_the_file_are_found(tmp_path):
     """As in large models, of which only the graph is in memory."""
     before, _, number, _ = prepared(tmp_path, *KINDS["two regions"])

@@ -81,12 +81,14 @@ def inputs(rows, seed=0):
     }
 
 
+@pytest.mark.slow
 def test_it_computes_what_the_engine_computes_at_any_batch(engine):
     for seed, rows in enumerate((1, 3, 1, 16, 3)):
         fed = inputs(rows, seed)
         assert np.array_equal(engine(fed), compute(fed))
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_process_is_refused(engine, monkeypatch):
     for call in (lambda: engine(inputs(1)), lambda: engine.run_on_device({})):
         with monkeypatch.context() as patch:
@@ -126,6 +128,7 @@ def test_every_number_of_rows_meets_one_of_a_few_graphs(engine, gpu):
     assert len(gpu.graphs) == 5
 
 
+@pytest.mark.slow
 def test_a_bucket_stays_within_the_plan(gpu, manifest, plan):
     trt = FakeTensorRT(gpu, batch=(4, 12))
     engine = run.TensorRTEngine(TENSORRT, plan, replace(manifest, batch=BatchRange(2, 2, 6)), trt)
@@ -138,6 +141,7 @@ def test_a_bucket_stays_within_the_plan(gpu, manifest, plan):
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["begin_building", "end_building", "complete"])
 def test_an_engine_whose_graph_cannot_be_captured_warns_once_and_goes_on(engine, gpu, call):
     gpu.fails[call] = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
@@ -505,6 +509,7 @@ def test_a_plan_without_its_lean_runtime_asks_for_it(gpu, manifest, plan, monkey
     load(TENSORRT, excluded, plan, FakeTensorRT(gpu, "11.4.0"), monkeypatch).close()
 
 
+@pytest.mark.slow
 def test_a_plan_that_the_library_cannot_open_is_one_line(gpu, manifest, plan, monkeypatch):
     trt = FakeTensorRT(gpu)
     trt.opens = False

@@ -1,6 +1,7 @@
 """A new backend is one folder: nothing else names the toy of tests/toys/backends."""
 
 import numpy as np
+import pytest
 
 from tqdit.cli.main import main
 from tqdit.engines.backends import backend_names
@@ -10,6 +11,7 @@ from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.sampler import Sampler
 
 
+@pytest.mark.slow
 def test_a_backend_in_one_folder_builds_and_samples(quantized, tmp_path, plain_backend):
     build_engine(quantized, tmp_path / "toy.engine", "plain", BuildConfig(float_type="fp32"))
     build_engine(quantized, tmp_path / "usual.engine")
@@ -19,6 +21,7 @@ def test_a_backend_in_one_folder_builds_and_samples(quantized, tmp_path, plain_b
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_a_backend_in_one_folder_is_known_to_the_command_and_to_auto(quantized, tmp_path, plain_backend, capsys):
     assert backend_names() == ("onnxruntime", "openvino", "plain", "tensorrt", "tensorrt-rtx")
     assert "plain: a toy" in choose_backend()[1]

@@ -25,6 +25,7 @@ from tqdit.sampling.correction import Correction
 from tqdit.sampling.schedule import SamplingSpec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("choice", "expected"), [("auto", "fp16"), ("fp16", "fp16"), ("fp32", "fp32")])
 def test_the_builder_casts_the_file_to_the_type_that_the_backend_likes(
     quantized, tmp_path, plain_backend, choice, expected
@@ -37,12 +38,14 @@ def test_the_builder_casts_the_file_to_the_type_that_the_backend_likes(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.engine", "model.onnx"]
 
 
+@pytest.mark.slow
 def test_a_type_that_the_backend_only_emulates_is_refused(quantized, tmp_path):
     with pytest.raises(UsageError, match="--float-type fp16: onnxruntime would only emulate it here; it has fp32"):
         build_engine(quantized, tmp_path / "model.engine", config=BuildConfig(float_type="fp16"))
     assert not (tmp_path / "model.engine").exists()
 
 
+@pytest.mark.slow
 def test_a_build_proves_its_products_integer(quantized, tmp_path):
     manifest = build_engine(quantized, tmp_path / "model.engine")
     assert manifest.audit is not None
@@ -51,6 +54,7 @@ def test_a_build_proves_its_products_integer(quantized, tmp_path):
     assert manifest.audit.line.endswith("0 fallen back")
 
 
+@pytest.mark.slow
 def test_products_with_numerators_are_integer(tmp_path):
     """Both products of attention; fused and simulated attention simulate them."""
     table = make_table(support.tiny_model(), Kind(groups=10, numerators=True))
@@ -62,6 +66,7 @@ def test_products_with_numerators_are_integer(tmp_path):
         assert (found.integer, found.simulated, found.fallen_back) == (integer, 14 - integer, ())
 
 
+@pytest.mark.slow
 def test_a_product_that_lost_its_quantized_input_fails_the_audit_by_name(quantized, tmp_path):
     model = onnx.load(quantized)
     target = "blocks.1.mlp.fc1"
@@ -103,6 +108,7 @@ def test_batch_ranges_are_read():
     assert BatchRange.parse("4") == BatchRange(4, 4, 4)
 
 
+@pytest.mark.slow
 def test_an_option_that_the_backend_does_not_know_is_refused(quantized, tmp_path):
     with pytest.raises(UsageError, match="--target has no meaning for onnxruntime"):
         build_engine(quantized, tmp_path / "model.engine", config=BuildConfig(targets=("8.9",)))
@@ -114,6 +120,7 @@ def test_auto_takes_a_backend_that_runs_here_and_says_why():
     assert why.startswith(builder(name).fitness().reason)
 
 
+@pytest.mark.slow
 def test_a_float_precision_strips_a_quantized_file(quantized, tmp_path):
     integer = build_engine(quantized, tmp_path / "int8.engine")
     floating = build_engine(quantized, tmp_path / "fp32.engine", config=BuildConfig(precision="fp32"))
@@ -126,6 +133,7 @@ def test_a_float_precision_strips_a_quantized_file(quantized, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fp32.engine", "int8.engine", "model.onnx"]
 
 
+@pytest.mark.slow
 def test_a_float_precision_is_the_float_type_too(quantized, tmp_path, plain_backend):
     manifest = build_engine(quantized, tmp_path / "model.engine", "plain", BuildConfig(precision="fp16"))
     assert read_manifest(tmp_path / "model.engine").float_type == "fp16"
@@ -150,6 +158,7 @@ def test_integers_of_a_float_file_are_refused(tmp_path):
         build_engine(tmp_path / "float.onnx", tmp_path / "b", config=BuildConfig(precision="int8"))
 
 
+@pytest.mark.slow
 def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so(quantized, tmp_path):
     """Unlike OpenVINO and TensorRT-RTX, where such a file fails the audit (test_openvino.py, test_tensorrt_rtx.py): its
     integer product takes the scale of a tensor as an input."""
@@ -165,6 +174,7 @@ def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so
     assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
 
 
+@pytest.mark.slow
 def test_a_run_time_scale_per_row_loses_integers_in_onnxruntime_and_fails_the_audit(quantized, tmp_path):
     """What time-grouped scales would be without the factoring of our export: one step for each row of the batch."""
     model = onnx.load(quantized)
@@ -204,6 +214,7 @@ def test_weights_beside_a_small_file_come_into_the_bundle(tmp_path):
     np.testing.assert_array_equal(*images)
 
 
+@pytest.mark.slow
 def test_a_stripped_file_takes_the_weights_along_that_lay_beside_it(quantized, tmp_path):
     beside = {"save_as_external_data": True, "location": "weights.data", "size_threshold": 200}
     (tmp_path / "edited").mkdir()
@@ -216,6 +227,7 @@ def test_a_stripped_file_takes_the_weights_along_that_lay_beside_it(quantized, t
     np.testing.assert_array_equal(*latents)
 
 
+@pytest.mark.slow
 def test_a_file_whose_nodes_lost_their_metadata_is_refused(quantized, tmp_path):
     model = onnx.load(quantized)
     for node in model.graph.node:
@@ -225,6 +237,7 @@ def test_a_file_whose_nodes_lost_their_metadata_is_refused(quantized, tmp_path):
         build_engine(quantized, tmp_path / "model.engine")
 
 
+@pytest.mark.slow
 def test_a_correction_is_of_the_errors_of_integers_alone(quantized, tmp_path):
     model = onnx.load(quantized)
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)

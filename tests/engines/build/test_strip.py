@@ -1,5 +1,6 @@
 """A quantized file without its quantization: the float network with quantized weights."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -42,10 +43,14 @@ def stripped_file(tmp_path, table, attention="simulated", origin="published", gr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "attention"), [
-    *((kind, "simulated") for kind in KINDS),
-    *((kind, attention) for kind in ("groups everywhere", "asymmetric") for attention in ("integer", "float")),
-])  # fmt: skip
+@pytest.mark.parametrize(("kind", "attention"), support.few(
+    [
+        *((kind, "simulated") for kind in KINDS),
+        *((kind, attention) for kind in ("groups everywhere", "asymmetric") for attention in ("integer", "float")),
+    ],
+    ("numerators, 10 groups", "simulated"), ("asymmetric", "integer"), ("groups everywhere", "float"),
+    ("equalised", "simulated"), ("W4A6", "simulated"), ("dynamic, asymmetric", "simulated"),
+))  # fmt: skip
 def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attention):
     """Float sums in another order: 1e-4 of the output, relative."""
     import onnxruntime as ort
@@ -66,8 +71,10 @@ def test_it_computes_the_network_with_quantized_weights(tmp_path, kind, attentio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["simulated", "integer"])
-@pytest.mark.parametrize("origin", ["published", "diffusers"])
+@pytest.mark.parametrize(("origin", "attention"), support.few(
+    itertools.product(["published", "diffusers"], ["simulated", "integer"]), ("published", "simulated"),
+    ("published", "integer"),
+))  # fmt: skip
 def test_nothing_of_the_quantization_is_left(tmp_path, origin, attention):
     table = make_table(support.tiny_model(origin), Kind(asymmetric=True, groups=3, everywhere=True))
     path = stripped_file(tmp_path, table, attention, origin, "step")
@@ -82,6 +89,7 @@ def test_nothing_of_the_quantization_is_left(tmp_path, origin, attention):
     assert names == sorted(f"{module}/MatMul.float" for module in modules)  # each once, whatever its regions were
 
 
+@pytest.mark.slow
 def test_a_form_that_it_does_not_know_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     write(path, *support.exported(table=make_table(support.tiny_model(), Kind())))

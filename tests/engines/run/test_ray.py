@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support import few
 from tqdit.cli.main import run
 from tqdit.console import Console
 from tqdit.engines.bundle import read_manifest
@@ -93,7 +94,7 @@ def test_a_cluster_that_the_command_starts_makes_the_same_bytes(bundle, expected
     assert content(tmp_path / "s") == expected
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", few([1, 2], 2))
 def test_the_bytes_do_not_depend_on_the_number_of_workers(bundle, expected, tmp_path, machines, count):
     more = ["--ray", machines.address, "--workers", str(count), "--batch", str(count)]
     assert run("sample", command(bundle, tmp_path / "s", *more)) == 0
@@ -116,6 +117,7 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(bundle, expected, tmp_pa
     assert content(tmp_path / "s") == expected
 
 
+@pytest.mark.full
 def test_workers_join_and_leave_with_the_machines(bundle, expected, tmp_path, machines):
     """A worker takes both CPUs of a machine. The first one stands still until that of a new machine has joined."""
     nodes, still, most = [], [], []

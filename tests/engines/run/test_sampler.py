@@ -52,6 +52,7 @@ def test_an_image_does_not_change_with_batch_or_threads_bit_for_bit(bundle_of, g
         np.testing.assert_array_equal(one.sample_latents(LABELS, seed=1), other.sample_latents(LABELS, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["simulated", "integer"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_int8_image_does_not_change_with_batch_or_threads_bit_for_bit(bundle_of, attention, threads):
@@ -100,6 +101,7 @@ def test_workers_in_parallel_threads_give_the_images_of_one(bundle):
     np.testing.assert_array_equal(np.stack([results[index] for index in range(len(LABELS))]), expected)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_a_network_too():
     """Without an engine: the same images as the reference's chain."""
     model = support.tiny_model("diffusers", pixels=True)
@@ -172,6 +174,7 @@ def test_what_an_engine_is_fed_does_not_depend_on_the_batch(card):
                 np.testing.assert_array_equal(value, noise.normal(9, image, noise.INITIAL, card.state_shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "sampler"), [(7, None), (None, "ddim"), (250, "ddim"), (50, "ddpm")])
 def test_steps_and_sampler_are_chosen_per_call(bundle, card, steps, sampler):
     """Against the papers' formulas around the PyTorch network; the next call is as the card proposes again."""
@@ -187,6 +190,7 @@ def test_steps_and_sampler_are_chosen_per_call(bundle, card, steps, sampler):
 PLACED = (40.0, 310.0, 620.0, 999.0)
 
 
+@pytest.mark.slow
 def test_placed_steps_of_the_card_are_the_default_and_another_chain_is_chosen_by_name(bundle, card):
     placed = replace(card, sampling=card.sampling.choose(sampler="ddim", timesteps=PLACED), published=card.sampling)
     model, labels = support.tiny_model(pixels=True), np.array([0, 3])

@@ -328,6 +328,7 @@ def test_a_run_that_was_stopped_is_continued_to_the_same_bytes(slow, tmp_path, s
     assert ((output / "shard-00000.npz").stat().st_mtime_ns == first) >= listed  # what is listed is not made again
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_finished_shards_and_the_next_run_goes_on(bundle, folder, whole, capsys):
     """A file of the run cannot grow: the third shard is lost, the first two are not."""
     (folder / "shard-00002.npz").unlink()

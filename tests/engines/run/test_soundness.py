@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
+from support import few
 from tables import Kind
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
@@ -18,7 +19,7 @@ LEAK_BYTES = 4 << 20  # allocators move a little; 8 states of 768 B kept in each
 
 
 def resident_growth(work):
-    """Growth of the process's resident memory over 1,000 steps, after as many to warm up: the least of three times.
+    """Growth of the process's resident memory over 1,000 steps, after as many to warm up: the least of two times.
 
     A leak grows each time. What other tests of the process left to the allocator and the collector moves it once.
     """
@@ -30,7 +31,7 @@ def resident_growth(work):
         gc.collect()
         return process.memory_info().rss
 
-    marks = [resident() for _ in range(4)]
+    marks = [resident() for _ in range(3)]
     return min(after - before for before, after in pairwise(marks))
 
 
@@ -52,7 +53,7 @@ def in_threads(count, work):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, Kind(groups=10)], ids=["float", "int8"])
+@pytest.mark.parametrize("kind", few([None, Kind(groups=10)], None), ids=["float", "int8"])
 def test_a_sampling_loop_of_a_thousand_steps_leaks_nothing(bundle_of, kind):
     with Sampler.open(bundle_of(kind=kind), batch=8, threads=1) as sampler:
         labels = [number % 5 for number in range(8)]
@@ -60,7 +61,7 @@ def test_a_sampling_loop_of_a_thousand_steps_leaks_nothing(bundle_of, kind):
         assert resident_growth(lambda: sampler.sample(labels)) < LEAK_BYTES
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_leak_test_would_see_states_that_are_kept(bundle):
     with Sampler.open(bundle, batch=8, threads=1) as sampler:
         kept, engine = [], sampler.predict

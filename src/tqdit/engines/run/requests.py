@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from tqdit import safetensors_file
 from tqdit.card import GraphCard
-from tqdit.errors import FileFormatError, UsageError
+from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.files import SAFETENSORS, reading, sha256
 from tqdit.interface import RECORDING_KEY, REQUEST
 from tqdit.ports import Signature, check_requests
@@ -58,8 +59,15 @@ def open_texts(folder: Path, card: GraphCard) -> TextEncoder:
 
 
 def encode(folder: Path, card: GraphCard, texts: Sequence[str]) -> Prompts:
-    """The request values of prompts, by a bundle's own text encoders."""
-    _, values = check_requests(card.signature, open_texts(folder, card)(texts))
+    """The request values of prompts, by a bundle's own text encoders. Warns (`TqditWarning`) of words that they do not
+    know."""
+    encoder = open_texts(folder, card)
+    _, values = check_requests(card.signature, encoder(texts))
+    for text in texts:
+        if words := encoder.unknown_words(text):
+            named = ", ".join(f"'{word[:20]}'" for word in words[:8])
+            warnings.warn(f"the text encoders do not know {named} of the prompt {text[:60]!r}. Use other words.",
+                          TqditWarning, stacklevel=2)  # fmt: skip
     return Prompts(PromptSource(len(texts), tuple(texts)), values)
 
 
