@@ -183,7 +183,7 @@ def _classes(card: GraphCard, chosen: list[int] | None) -> tuple[int, ...]:
         ports = ", ".join(f"'{name}' {list(port.row_shape)}" for name, port in signature.request_values.items())
         raise UsageError(
             f"{signature.family} takes {ports} of each prompt, which are not classes. Pass --embeddings "
-            f"FILE{' (or a text with --prompt or --prompts)' * (card.text is not None)}, or in Python a dict of arrays "
+            f"FILE{' (or texts to --prompt TEXT or --prompts FILE)' * (card.text is not None)}, or in Python a dict of arrays "
             "to Sampler.sample."
         )
     if chosen is not None:
