@@ -183,8 +183,8 @@ def _classes(card: GraphCard, chosen: list[int] | None) -> tuple[int, ...]:
         ports = ", ".join(f"'{name}' {list(port.row_shape)}" for name, port in signature.request_values.items())
         raise UsageError(
             f"{signature.family} takes {ports} of each prompt, which are not classes. Pass --embeddings "
-            f"FILE{' (or texts to --prompt TEXT or --prompts FILE)' * (card.text is not None)}, or in Python a dict of arrays "
-            "to Sampler.sample."
+            f"FILE{' (or texts to --prompt TEXT or --prompts FILE)' * (card.text is not None)}, or in Python a dict of "
+            "arrays to Sampler.sample."
         )
     if chosen is not None:
         raise UsageError(f"{signature.family} is unconditional and takes no --classes. Leave it out.")
