@@ -117,8 +117,8 @@ def _evaluate(args: argparse.Namespace, console: Console) -> Evaluation:
 
     if (args.subject / MANIFEST).is_file() or not args.subject.exists():
         return evaluate_engine(args.subject, _engine_options(args), _measurement(args), console)
-    of_engines = ("against", "layers", "scales", "steps", "sampler", "guidance_interval", "calls", "prompts", "embeddings",
-                  "rows")  # fmt: skip
+    of_engines = ("against", "layers", "scales", "steps", "sampler", "guidance_interval", "calls", "prompts",
+                  "embeddings", "rows")  # fmt: skip
     for flag in of_engines:
         if getattr(args, flag):
             named = flag.replace("_", "-")
