@@ -17,6 +17,7 @@ import torch
 import tqdit.calibration.flow
 import tqdit.engines.backends.onnxruntime.build
 import tqdit.engines.backends.onnxruntime.run
+import tqdit.engines.build.fastest
 import tqdit.exporter
 import tqdit.lint
 import tqdit.models  # noqa: F401

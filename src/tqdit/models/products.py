@@ -370,12 +370,13 @@ def find_products(
     """
     rows = len(next(iter(example.values()))) if rows is None else rows
     seen = _observe(network, example)
-    joined = [
-        name for name, call in seen.products.items()
-        if call.columns and not _is_conditioning(call, rows) and len({origin for _, origin in call.columns}) > 1
-    ]  # fmt: skip
-    for name in joined:
-        _split_columns(network, name, tuple(width for width, _ in seen.products[name].columns))
+    joined = {
+        name: columns for name, call in seen.products.items()
+        if (columns := call.columns) and not _is_conditioning(call, rows)
+        and len({origin for _, origin in columns}) > 1
+    }  # fmt: skip
+    for name, columns in joined.items():
+        _split_columns(network, name, tuple(width for width, _ in columns))
     for name, count in seen.attention.items():
         owner = network.get_submodule(name)
         for number in range(count):

@@ -9,18 +9,20 @@ import onnx
 import pytest
 
 import support
-from tables import Kind, make_table
+from tables import Kind, make_table, random_rows
 from tqdit.card import METADATA_KEY, GraphCard, QuantizationCard
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
+from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import BackendError, FileFormatError, UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.graph_names import SCOPE_KEY, Scopes
+from tqdit.quantization.fake_quant import apply
 from tqdit.sampling.correction import Correction
 from tqdit.sampling.schedule import SamplingSpec
 
@@ -52,6 +54,18 @@ def test_a_build_proves_its_products_integer(quantized, tmp_path):
     promised = [form for form in manifest.card.quantization.products.values() if form == "integer"]
     assert manifest.audit.integer == len(promised) == 10
     assert manifest.audit.line.endswith("0 fallen back")
+
+
+@pytest.mark.slow
+def test_an_engine_rounds_what_fused_attention_hands_on(tmp_path):
+    """ONNX Runtime gets a quantizer in the place of the op's int8 result; images are those of the fake-quantized model."""
+    model = support.tiny_model()
+    table = make_table(model, Kind(groups=10))
+    write(tmp_path / "m.onnx", *support.exported(ExportConfig(attention="fused"), table=table))
+    manifest = build_engine(tmp_path / "m.onnx", tmp_path / "m.engine")
+    inputs = random_rows(model.signature, 32)
+    engine = open_engine(tmp_path / "m.engine", manifest, manifest.entry)
+    support.assert_agrees(engine(inputs), apply(model, table)(inputs))
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ from tqdit.errors import UsageError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import SCOPE_KEY, Scopes, scope_of
 from tqdit.onnx_file import OnnxFile, parse_model
+from tqdit.plugins.multi_region_integer_attention import schema as multi_region_integer_attention
+from tqdit.plugins.multi_region_numerator_integer_attention import schema as multi_region_numerator_integer_attention
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
@@ -45,7 +47,8 @@ CAUSES = {
     "cuda": "its CUDA provider has no int8 products; take --backend tensorrt, or --precision fp16 here",
     "tensorrt": NOT_AUDITED,
 }
-FIRST_AXIS = "tqdit.first_axis"
+FIRST_AXIS, ONE, NO_OFFSET = "tqdit.first_axis", "tqdit.one", "tqdit.no_offset"
+INTEGER_ATTENTIONS = {multi_region_integer_attention.OP_TYPE, multi_region_numerator_integer_attention.OP_TYPE}
 FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"}
 
 
@@ -107,11 +110,14 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, provider: str) -> A
 
 @contextmanager
 def _prepared(source: OnnxFile, card: GraphCard, folder: Path) -> Iterator[Path]:
-    """The file, or a temporary one with the float weights kept apart."""
+    """The file, or a temporary one with float weights kept apart and quantizers written out."""
     model = _float_weights_kept_apart(source, card)
-    if model is None:
+    results = [node for node in (model or source.model).graph.node if _makes_codes(node)]
+    if model is None and not results:
         yield source.path
         return
+    model = model or source.copy()
+    _quantize_results(model.graph)
     with temporary_folder(folder / "apart") as apart:
         path = source.save_copy(model, apart)
         del model  # up to 2 GB that the compiler may need
@@ -147,6 +153,41 @@ def _keep_apart(graph: onnx.GraphProto, modules: Collection[str]) -> None:
             graph.node.insert(position, pair)
             position += 1
     graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), FIRST_AXIS))
+
+
+def _makes_codes(node: onnx.NodeProto) -> bool:
+    """Whether it is an attention whose result is int8."""
+    types = [each.i for each in node.attribute if each.name == "out_type"]
+    return node.op_type in INTEGER_ATTENTIONS and types == [onnx.TensorProto.INT8]
+
+
+def _quantize_results(graph: onnx.GraphProto) -> None:
+    """Let an attention whose result is int8 give the float that it would round, and a QuantizeLinear round it.
+
+    Both round half to even. ONNX Runtime makes an integer product only of codes that come from a QuantizeLinear.
+    """
+    results = [node for node in graph.node if _makes_codes(node)]
+    moved: set[str] = set()
+    for node in results:
+        next(each for each in node.attribute if each.name == "out_type").i = onnx.TensorProto.FLOAT
+        value = node.output[0]
+        moved.add(value)
+        (user,) = (each for each in graph.node if value in each.input)
+        while user.op_type in ("Transpose", "Reshape"):
+            value = user.output[0]
+            moved.add(value)
+            (user,) = (each for each in graph.node if value in each.input)
+        rounded = onnx.helper.make_node(
+            "QuantizeLinear", [value, ONE, NO_OFFSET], [f"{value}.codes"], name=f"{node.name}/QuantizeLinear.result"
+        )
+        rounded.metadata_props.extend(node.metadata_props)
+        user.input[0] = f"{value}.codes"
+        graph.node.insert(list(graph.node).index(user), rounded)
+    for info in [info for info in graph.value_info if info.name in moved]:
+        info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    if results:
+        numbers = {ONE: np.float32(1), NO_OFFSET: np.int8(0)}
+        graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(each), name) for name, each in numbers.items())
 
 
 def _keeps_weights_beside(source: OnnxFile) -> bool:
