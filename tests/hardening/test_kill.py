@@ -51,9 +51,7 @@ def test_a_stage_that_was_killed_at_random_ends_with_the_same_bytes(inputs, tmp_
     killed = 0
     kills = rounds(kills)
     for number in range(kills):  # one in each of as many parts of the time that the command takes
-        moment = (
-            0.7 * duration * (number + rng.random()) / kills
-        )  # the first one, which was timed, may have been slower
+        moment = 0.7 * duration * (number + rng.random()) / kills  # the timed one may have been slower
         outcome = commands.run(*command(here), kill_after=moment)
         assert outcome.code in (-9, 0), outcome.err
         killed += outcome.code == -9

@@ -58,7 +58,7 @@ def test_a_build_proves_its_products_integer(quantized, tmp_path):
 
 @pytest.mark.slow
 def test_an_engine_rounds_what_fused_attention_hands_on(tmp_path):
-    """ONNX Runtime gets a quantizer in the place of the op's int8 result; images are those of the fake-quantized model."""
+    """ONNX Runtime gets a quantizer in the place of the op's int8 result; the fake-quantized model agrees."""
     model = support.tiny_model()
     table = make_table(model, Kind(groups=10))
     write(tmp_path / "m.onnx", *support.exported(ExportConfig(attention="fused"), table=table))
