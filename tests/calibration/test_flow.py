@@ -210,7 +210,7 @@ def test_two_regions_are_taken_only_where_they_pay(tmp_path: Path, monkeypatch: 
     assert schemes(0.0) == {"asymmetric", "symmetric"}
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_demo_models_chain_at_8_bits_stays_at_the_float_one(tmp_path: Path) -> None:
     model = load_model("demo")
     errors = []

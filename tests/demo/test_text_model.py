@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import tqdit
 from support import ALL
@@ -57,8 +58,7 @@ def test_the_name_is_all_that_a_user_must_know(tmp_path, monkeypatch, capsys):
 
 
 def test_words_that_its_tokenizer_does_not_know_are_named():
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer.from_file(str(shipped_pipeline() / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(shipped_pipeline() / "tokenizer" / "tokenizer.json"))
     tokens = Tokens("tokenizer.json", "ids", "mask", 16, 0, False, True, "", "", "as it is")
     assert unknown_words(tokenizer, tokens, "a bold red A on blue") == []
     assert unknown_words(tokenizer, tokens, "a mauve Ω on mauve") == ["mauve", "Ω"]
@@ -69,7 +69,7 @@ def test_the_name_alone_loads_it():
     assert (model.source, model.sampling.steps) == ("text", 28)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_name_alone_exports_it_in_float(tmp_path):
     model = tqdit.load_model("text")
     path = tqdit.export(model, tmp_path / "text.onnx")

@@ -330,7 +330,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_keeping_alone(small, capsys, 
     assert extractor.calls == 2
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_two_evaluations_at_once_both_end_well(drawn, reference, tmp_path):
     arguments = ["--reference", reference, "--metrics", "accuracy", "precision"]
     expected = evaluate(merged(drawn), *arguments)["sets"]

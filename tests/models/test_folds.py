@@ -299,7 +299,7 @@ def test_families_of_diffusers_have_places_and_compute_the_same(name):
         assert float((model.call(inputs) - before).norm() / before.norm()) > 1e-3
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 def test_an_equalised_family_is_built_and_proved(tmp_path):
     from zoo.pipelines import FAMILIES

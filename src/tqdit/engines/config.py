@@ -72,12 +72,8 @@ class BuildConfig:
     lean_runtime: Literal["embed", "exclude"] = "embed"  # of a version-compatible plan
     device: int | None = None  # index of the GPU to build on; None: the current one
     plugins: bool = True  # use kernels for the custom ops if the backend takes them
-    refit: bool = (
-        False  # an engine whose weights can be replaced; those of one that is there are, if nothing else differs
-    )
-    weight_streaming: bool = (
-        False  # an engine whose weights may stay in the host's memory (GpuShare.weight_budget_bytes)
-    )
+    refit: bool = False  # weights can be replaced; those of an engine that is there are, if nothing else differs
+    weight_streaming: bool = False  # weights may stay in the host's memory (GpuShare.weight_budget_bytes)
     base: Path | None = None  # with refit, the bundle whose weights may be replaced; chosen by `build_engine`
 
     def refuse_unknown(self, backend: str, honoured: frozenset[str]) -> None:

@@ -37,3 +37,10 @@ def tile(base, row, column, rows, COLUMNS: tl.constexpr, MASK_ROWS: tl.constexpr
     if MASK_COLUMNS:
         return tl.load(base + offset, mask=(column < COLUMNS)[None, :], other=0.0)
     return tl.load(base + offset)
+
+
+@triton.jit
+def rates(total, low_inverse, HIGH_STEP: tl.constexpr, NUMERATORS: tl.constexpr):
+    """What exponentials are multiplied with to get codes: 1 / (sum s1) and 1 / (sum s2), of numerators without sum."""
+    rate = tl.full(total.shape, 1.0, tl.float32) if NUMERATORS else tl.math.div_rn(1.0, total)
+    return (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]

@@ -140,7 +140,9 @@ def test_a_damaged_engine_is_compiled(release, source, tuned, tmp_path):
     build_engine(source, tmp_path / "a.engine", "tensorrt", REFIT)
     (tmp_path / "a.engine" / "engine.plan").write_text("x")
     with pytest.warns(TqditWarning, match="truncated or altered"):
-        build_engine(tuned, tmp_path / "a.engine", "tensorrt", REFIT)
+        manifest = build_engine(tuned, tmp_path / "a.engine", "tensorrt", REFIT)
+    assert manifest.weights == "refittable"
+    assert ended(release) == ["compiled", "compiled"]
 
 
 def test_another_graph_is_compiled(release, source, tmp_path):
@@ -148,7 +150,9 @@ def test_another_graph_is_compiled(release, source, tmp_path):
     build_engine(source, bundle, "tensorrt", REFIT)
     write(other, *support.exported(ExportConfig(attention="float"), table=make_table(support.tiny_model(), Kind())))
     with pytest.warns(TqditWarning, match="since (other products are quantized|the file holds another graph)"):
-        build_engine(other, bundle, "tensorrt", REFIT)
+        manifest = build_engine(other, bundle, "tensorrt", REFIT)
+    assert manifest.weights == "refittable"
+    assert ended(release) == ["compiled", "compiled"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,9 @@ def test_an_engine_of_another_gpu_is_compiled(release, source, tuned, tmp_path, 
     build_engine(source, tmp_path / "a.engine", "tensorrt", REFIT)
     monkeypatch.setattr(cuda, "find_device", lambda *_: gpu)
     with pytest.warns(TqditWarning, match=message):
-        build_engine(tuned, tmp_path / "a.engine", "tensorrt", REFIT)
+        manifest = build_engine(tuned, tmp_path / "a.engine", "tensorrt", REFIT)
+    assert manifest.weights == "refittable"
+    assert ended(release) == ["compiled", "compiled"]
 
 
 def test_a_refitted_engine_that_is_wrong_is_compiled(release, source, tuned, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ Numerators need the maximum alone, so that their first pass has no exponentials.
 import triton
 import triton.language as tl
 
-from tqdit.plugins.triton_math import LEAST_MASK, LOG2_E, MAGIC, tile
+from tqdit.plugins.triton_math import LEAST_MASK, LOG2_E, MAGIC, rates, tile
 
 
 @triton.jit
@@ -33,17 +33,10 @@ def _scores(
 
 
 @triton.jit
-def _rates(total, low_inverse, HIGH_STEP: tl.constexpr, NUMERATORS: tl.constexpr):
-    """What exponentials are multiplied with to get codes: 1 / (sum s1) and 1 / (sum s2), of numerators without sum."""
-    rate = tl.full(total.shape, 1.0, tl.float32) if NUMERATORS else tl.math.div_rn(1.0, total)
-    return (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
-
-
-@triton.jit
 def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.constexpr):
     """Quantized probabilities in units of the low step: the low code, or the high code times s2 / s1.
 
-    exponent = exp(score - maximum), ratio = s2 / s1; rates of `_rates`.
+    exponent = exp(score - maximum), ratio = s2 / s1; rates of `rates`.
     """
     low = (exponent * low_rate + MAGIC) - MAGIC
     high = (exponent * high_rate + MAGIC) - MAGIC
@@ -116,7 +109,7 @@ def multi_region_attention_kernel(
         if KEYS > BLOCK_KEYS:
             second = tl.exp2(second * factor - offset)
             total += tl.sum(second, 1)
-        low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
+        low_rate, high_rate = rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         codes = _codes(s, low_rate, high_rate, ratio, TOP, CLIP).to(q_main.dtype)
         v_main = tile(v_base, key, main, KEYS, HEAD, KEYS < BLOCK_KEYS, MAIN > HEAD)
         sums = tl.dot(codes, v_main, sums, input_precision=PRECISION)
@@ -143,7 +136,7 @@ def multi_region_attention_kernel(
                 exponent = tl.exp2(s * factor - (grown * factor)[:, None])
                 total = total * tl.exp2((largest - grown) * factor) + tl.sum(exponent, 1)
             largest = grown
-        low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
+        low_rate, high_rate = rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         for first in range(0, KEYS, BLOCK_KEYS):
             key = first + tl.arange(0, BLOCK_KEYS)
             s = _scores(

@@ -94,21 +94,30 @@ def kernel(
             ("HEAD", head),
             ("MAIN", main),
             ("REST", rest),
-            ("NUMERATORS", numerators),
-            ("MASKED", mask[2] > 1),
-            ("IMAGE_STRIDE", math.prod(mask)),
-            ("HEAD_STRIDE", mask[1] * mask[2] if mask[0] > 1 else 0),
-            ("QUERY_STRIDE", mask[2] if mask[1] > 1 else 0),
-            ("TOP", top_code(bits)),
-            ("HIGH_STEP", high_step),
-            # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
-            ("CLIP", round(1 / high_step) > top_code(bits)),
-            ("BLOCK_QUERIES", blocks.queries),
-            ("BLOCK_KEYS", blocks.keys),
+            *shared_constants(mask, bits, high_step, numerators, blocks),
             ("PRECISION", "tf32x3" if floats == "fp32" else "tf32"),
         ),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+    )
+
+
+def shared_constants(
+    mask: tuple[int, int, int], bits: int, high_step: float, numerators: bool, blocks: Blocks
+) -> tuple[tuple[str, int | float | str], ...]:
+    """What the kernels of float and of integer attention are both told."""
+    return (
+        ("NUMERATORS", numerators),
+        ("MASKED", mask[2] > 1),
+        ("IMAGE_STRIDE", math.prod(mask)),
+        ("HEAD_STRIDE", mask[1] * mask[2] if mask[0] > 1 else 0),
+        ("QUERY_STRIDE", mask[2] if mask[1] > 1 else 0),
+        ("TOP", top_code(bits)),
+        ("HIGH_STEP", high_step),
+        # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
+        ("CLIP", round(1 / high_step) > top_code(bits)),
+        ("BLOCK_QUERIES", blocks.queries),
+        ("BLOCK_KEYS", blocks.keys),
     )
 
 

@@ -14,7 +14,7 @@ passes through shared memory.
 import triton
 import triton.language as tl
 
-from tqdit.plugins.triton_math import LEAST_MASK, LOG2_E, MAGIC, tile
+from tqdit.plugins.triton_math import LEAST_MASK, LOG2_E, MAGIC, rates, tile
 
 # Bits of the float32 MAGIC. An integer n of at most 2^22 in magnitude, added to the bits, adds n to the number: this
 # converts between int32 and float32 by an addition, where instructions for it run at a quarter of the rate or less.
@@ -61,15 +61,8 @@ def _scores(
 
 
 @triton.jit
-def _rates(total, low_inverse, HIGH_STEP: tl.constexpr, NUMERATORS: tl.constexpr):
-    """What exponentials are multiplied with to get codes: 1 / (sum s1) and 1 / (sum s2), of numerators without sum."""
-    rate = tl.full(total.shape, 1.0, tl.float32) if NUMERATORS else tl.math.div_rn(1.0, total)
-    return (rate * low_inverse)[:, None], (rate * (1.0 / HIGH_STEP))[:, None]
-
-
-@triton.jit
 def _codes(exponent, low_rate, high_rate, TOP: tl.constexpr, CLIP: tl.constexpr):
-    """(low codes, high codes) int8 of exponent = exp(score - maximum), by rates of `_rates`; ascending keys.
+    """(low codes, high codes) int8 of exponent = exp(score - maximum), by `rates`; ascending keys.
 
     Bits of positive floats are ordered as they are, and the lowest byte of a raised code is the code.
     """
@@ -177,7 +170,7 @@ def multi_region_integer_attention_kernel(
         if KEYS > BLOCK_KEYS:
             second = tl.exp2((second - largest[:, None]) * factor)
             total += tl.sum(second, 1)
-        low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
+        low_rate, high_rate = rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         low, high = _codes(s, low_rate, high_rate, TOP, CLIP)
         low_main, high_main, low_rest, high_rest = _add_products(
             low, high, v_base, ascending, low_main, high_main, low_rest, high_rest, HEAD, MAIN, REST, KEYS, FIRST_MASKED
@@ -199,7 +192,7 @@ def multi_region_integer_attention_kernel(
                 exponent = tl.exp2((s - grown[:, None]) * factor)
                 total = total * tl.exp2((largest - grown) * factor) + tl.sum(exponent, 1)
             largest = grown
-        low_rate, high_rate = _rates(total, low_inverse, HIGH_STEP, NUMERATORS)
+        low_rate, high_rate = rates(total, low_inverse, HIGH_STEP, NUMERATORS)
         for first in range(0, KEYS, BLOCK_KEYS):
             s = _scores(q_main, q_rest, k_base, mask_row, first + ordered, HEAD, SUMMED_MAIN, SUMMED_REST, KEYS,
                         MASK_KEYS, MASKED, factor_of_scores)  # fmt: skip

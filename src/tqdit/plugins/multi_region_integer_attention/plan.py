@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from tqdit.errors import UsageError
-from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two, top_code
-from tqdit.plugins.multi_region_attention.plan import MAX_HEAD, Blocks, split_head
+from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two
+from tqdit.plugins.multi_region_attention.plan import MAX_HEAD, Blocks, shared_constants, split_head
 
 MAX_KEYS = 1 << 17  # 127 * 128 of each still sum up in int32
 LEAST_SUM = 32  # columns or keys that an 8-bit product sums at once
@@ -79,17 +77,7 @@ def kernel(
             ("REST", rest),
             ("SUMMED_MAIN", summed_main),
             ("SUMMED_REST", summed_rest),
-            ("NUMERATORS", numerators),
-            ("MASKED", mask[2] > 1),
-            ("IMAGE_STRIDE", math.prod(mask)),
-            ("HEAD_STRIDE", mask[1] * mask[2] if mask[0] > 1 else 0),
-            ("QUERY_STRIDE", mask[2] if mask[1] > 1 else 0),
-            ("TOP", top_code(bits)),
-            ("HIGH_STEP", high_step),
-            # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
-            ("CLIP", round(1 / high_step) > top_code(bits)),
-            ("BLOCK_QUERIES", blocks.queries),
-            ("BLOCK_KEYS", blocks.keys),
+            *shared_constants(mask, bits, high_step, numerators, blocks),
         ),
         num_warps=blocks.warps,
         num_stages=blocks.stages,

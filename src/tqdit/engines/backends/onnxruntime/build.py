@@ -25,14 +25,13 @@ from tqdit.engines.backends.onnxruntime.providers import (
 )
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
+from tqdit.engines.build.cast import INTEGER_ATTENTIONS, OUT_TYPE
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import UsageError
 from tqdit.files import temporary_folder
 from tqdit.graph_names import SCOPE_KEY, Scopes, scope_of
 from tqdit.onnx_file import OnnxFile, parse_model
-from tqdit.plugins.multi_region_integer_attention import schema as multi_region_integer_attention
-from tqdit.plugins.multi_region_numerator_integer_attention import schema as multi_region_numerator_integer_attention
 
 GRAPH_FILE = "graph.onnx"
 DECODER_FILE = "decoder.onnx"
@@ -47,8 +46,8 @@ CAUSES = {
     "cuda": "its CUDA provider has no int8 products; take --backend tensorrt, or --precision fp16 here",
     "tensorrt": NOT_AUDITED,
 }
+MOVING = ("Transpose", "Reshape")  # what may stand between an attention and the next quantizer
 FIRST_AXIS, ONE, NO_OFFSET = "tqdit.first_axis", "tqdit.one", "tqdit.no_offset"
-INTEGER_ATTENTIONS = {multi_region_integer_attention.OP_TYPE, multi_region_numerator_integer_attention.OP_TYPE}
 FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"}
 
 
@@ -157,8 +156,11 @@ def _keep_apart(graph: onnx.GraphProto, modules: Collection[str]) -> None:
 
 def _makes_codes(node: onnx.NodeProto) -> bool:
     """Whether it is an attention whose result is int8."""
-    types = [each.i for each in node.attribute if each.name == "out_type"]
-    return node.op_type in INTEGER_ATTENTIONS and types == [onnx.TensorProto.INT8]
+    return node.op_type in INTEGER_ATTENTIONS and _out_type(node).i == onnx.TensorProto.INT8
+
+
+def _out_type(node: onnx.NodeProto) -> onnx.AttributeProto:
+    return next(each for each in node.attribute if each.name == OUT_TYPE)
 
 
 def _quantize_results(graph: onnx.GraphProto) -> None:
@@ -169,11 +171,9 @@ def _quantize_results(graph: onnx.GraphProto) -> None:
     results = [node for node in graph.node if _makes_codes(node)]
     moved: set[str] = set()
     for node in results:
-        next(each for each in node.attribute if each.name == "out_type").i = onnx.TensorProto.FLOAT
-        value = node.output[0]
-        moved.add(value)
-        (user,) = (each for each in graph.node if value in each.input)
-        while user.op_type in ("Transpose", "Reshape"):
+        _out_type(node).i = onnx.TensorProto.FLOAT
+        user, value = node, node.output[0]
+        while user is node or user.op_type in MOVING:
             value = user.output[0]
             moved.add(value)
             (user,) = (each for each in graph.node if value in each.input)
@@ -183,8 +183,9 @@ def _quantize_results(graph: onnx.GraphProto) -> None:
         rounded.metadata_props.extend(node.metadata_props)
         user.input[0] = f"{value}.codes"
         graph.node.insert(list(graph.node).index(user), rounded)
-    for info in [info for info in graph.value_info if info.name in moved]:
-        info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for info in graph.value_info:
+        if info.name in moved:
+            info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     if results:
         numbers = {ONE: np.float32(1), NO_OFFSET: np.int8(0)}
         graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(each), name) for name, each in numbers.items())
