@@ -75,6 +75,14 @@ def test_the_installed_commands_run_their_verb(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"usage: tqdit-{name} ")
 
 
+def test_an_interruption_while_libraries_are_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda _: raising(KeyboardInterrupt)(None, None))
+    assert cli.run("inspect", []) == 130
+    assert capsys.readouterr().err.strip() == (
+        "tqdit-inspect: interrupted; nothing was changed. Run the same command again."
+    )
+
+
 def test_an_unknown_verb_is_a_usage_error(capsys):
     assert exit_code(cli.main, ["explode"]) == 2
     errors = capsys.readouterr().err

@@ -62,6 +62,8 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
         module = _load(verb)
     except MissingLibraryError as error:
         return _fail(prog, error, 1)
+    except KeyboardInterrupt:  # libraries take seconds to be imported
+        return _interrupted(prog, "nothing was changed")
     parser = argparse.ArgumentParser(
         prog=prog,
         description=module.SUMMARY[0].upper() + module.SUMMARY[1:] + ".",
@@ -88,9 +90,7 @@ def run(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -
             raise
         return _fail(prog, error, 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as error:
-        kept = str(error) or "nothing was changed"  # a verb that keeps what is done says so
-        print(f"\n{prog}: interrupted; {kept}. Run the same command again.", file=sys.stderr)
-        return 130
+        return _interrupted(prog, str(error) or "nothing was changed")  # a verb that keeps what is done says so
     except BrokenPipeError:  # the reader of our output went away, as in `tqdit-inspect FILE | head`
         _drop_output()
         return 1
@@ -127,6 +127,11 @@ def _drop_output() -> None:
 def _fail(prog: str, error: Exception | str, code: int) -> int:
     print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a library put into it
     return code
+
+
+def _interrupted(prog: str, kept: str) -> int:
+    print(f"\n{prog}: interrupted; {kept}. Run the same command again.", file=sys.stderr)
+    return 130
 
 
 def _load(verb: str) -> VerbModule:
