@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tqdit.calibration.capture import Samples
+from tqdit.calibration.capture import Capture, Samples
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.end_to_end import EndToEnd
 from tqdit.calibration.layers import LayerPlan
@@ -25,7 +25,9 @@ from tqdit.calibration.methods.search import improve
 from tqdit.calibration.operands import Activation
 from tqdit.calibration.problem import make_problem
 from tqdit.calibration.rows import CalibrationRows
+from tqdit.console import Console
 from tqdit.errors import UsageError
+from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.granularity import PerTimestepGroup
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.schemes import find_schemes
@@ -100,6 +102,25 @@ def measure(
         spent += more
     errors = operand.entries(problem.error(*problem.sides(parameters)))
     return errors.double().cpu(), operand.quantizer(parameters["input"]), spent
+
+
+def run(
+    space: BitSpace, model: LoadedModel, capture: Capture, whole: EndToEnd, config: QuantizationConfig, console: Console
+) -> QuantizationConfig:
+    """The settings with the bits that were found. model: with its divisors folded; capture: of it."""
+    rows = whole.rows
+    found: dict[str, list[tuple[Tensor, Quantizer]]] = {}
+    with console.bar(len(space.layers), "bits of each layer", "layers") as bar:
+        for name, entry in space.layers.items():
+            weight, samples = model.weight(name), capture.samples(name)
+            assert weight is not None
+            found[name] = []
+            for bits in space.choices:
+                errors, quantizer, spent = measure(entry, samples, weight, rows, bits, config)
+                found[name].append((errors, quantizer))
+                whole.meter.add(whole.phase, spent)
+            bar.update()
+    return choose(space, found, rows, whole, config)
 
 
 def frontier(errors: NDArray[np.float64], choices: Sequence[int]) -> list[tuple[int, ...]]:

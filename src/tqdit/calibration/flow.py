@@ -14,16 +14,13 @@ Each phase leaves its results in the work folder, so a killed run loses at most 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tqdit.bounds import check_memory
 from tqdit.calibration import bit_search, column_search
@@ -43,19 +40,18 @@ from tqdit.calibration.methods import METHODS, weights
 from tqdit.calibration.placing import Placing, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.reconstruct import reconstruct, units_of
+from tqdit.calibration.results import make_table, some_inputs
 from tqdit.calibration.rows import CalibrationRows, Trajectory, every_state, pick, recorded_rows, sampling_of
 from tqdit.calibration.work import WorkFolder, digest, open_search, versions
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.golden import CALLS, MOST_BYTES
+from tqdit.golden import CALLS
 from tqdit.models.loaded import LoadedModel
-from tqdit.models.products import Convolution
 from tqdit.models.recording import Recording
 from tqdit.models.rewrites import Rewrites, Tensors, rewrite
 from tqdit.models.rotation import block_of
 from tqdit.quantization.fake_quant import apply, golden_calls
 from tqdit.quantization.fold import fold_layers
-from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.table import ScaleTable, Site
 from tqdit.sampling.guidance import rows_per_image
 
@@ -258,7 +254,7 @@ class Calibration:
                       if set(entry.operands) == {"weight", "input"} and entry.name in places)  # fmt: skip
         capture, found = self.capture(self.model, rows, plans, "equalize"), {}
         for entry in plans:
-            weight = _weight(self.model, entry.name)
+            weight = self.model.weight(entry.name)
             assert weight is not None
             samples, block = capture.samples(entry.name), places[entry.name]
             divisor, spent = choose_divisor(entry, samples, weight, rows.group, config, block)
@@ -279,7 +275,9 @@ class Calibration:
             return self._table(list(weights.sites(model, self.plans, self.config)), {}, rows, layers)
         capture = self.capture(model, rows, self.plans)
         if self.bits is not None and self.bits.layers:
-            self._take(self._with_bits(self.bits, model, capture, rows))
+            weighted = self.config.fisher in ("step", "guided")  # as the errors of the layers are
+            whole = EndToEnd(self.model, self.config, rows, self.meter, "bits", weighted)
+            self._take(bit_search.run(self.bits, model, capture, whole, self.config, self.console))
         parts = []
         if self.config.method == "gptq":
             self._forget_halves()
@@ -288,7 +286,7 @@ class Calibration:
             for entry in self.plans:
                 name = f"table-{entry.name}"
                 if not self.folder.has(name):
-                    weight = _weight(model, entry.name)
+                    weight = model.weight(entry.name)
                     sites, error = self.solve(entry, capture.samples(entry.name), weight, rows)
                     self.folder.save_table(name, self._table(sites, {entry.name: error}, rows))
                 parts.append(self.folder.load_table(name))
@@ -304,25 +302,6 @@ class Calibration:
         for name in names:
             if name.rpartition(".columns.")[0] in missing:
                 self.folder.remove(f"table-{name}")
-
-    def _with_bits(
-        self, space: bit_search.BitSpace, model: LoadedModel, capture: Capture, rows: CalibrationRows
-    ) -> QuantizationConfig:
-        """The settings with the bits of each layer in each group. model: with its divisors folded."""
-        found: dict[str, list[tuple[Tensor, Quantizer]]] = {}
-        with self.console.bar(len(space.layers), "bits of each layer", "layers") as bar:
-            for name, entry in space.layers.items():
-                weight, samples = _weight(model, name), capture.samples(name)
-                assert weight is not None
-                found[name] = []
-                for bits in space.choices:
-                    errors, quantizer, spent = bit_search.measure(entry, samples, weight, rows, bits, self.config)
-                    found[name].append((errors, quantizer))
-                    self.meter.add("bits", spent)
-                bar.update()
-        weighted = self.config.fisher in ("step", "guided")  # as the errors of the layers are
-        whole = EndToEnd(model, self.config, rows, self.meter, "bits", weighted)
-        return bit_search.choose(space, found, rows, whole, self.config)
 
     # phase 4 ---------------------------------------------------------------------------------------------------------
 
@@ -417,43 +396,3 @@ class Calibration:
         layers: Mapping[str, Tensors] | None = None,
     ) -> ScaleTable:  # fmt: skip
         return make_table(self.model, self.config, rows.boundaries.cpu().numpy(), sites, errors, layers or {})
-
-
-def make_table(
-    model: LoadedModel, config: QuantizationConfig, boundaries: NDArray[np.float64], sites: Iterable[Site],
-    errors: dict[str, float], layers: Mapping[str, Tensors],
-) -> ScaleTable:  # fmt: skip
-    """The table of what was found under `config`. layers: as `fold_layers` takes them."""
-    spec = sampling_of(model, config)
-    columns = {"layer_columns": config.layer_columns} if config.layer_columns else {}
-    arrays = {name: {key: tensor.cpu().numpy() for key, tensor in own.items()} for name, own in layers.items()}
-    sites = list(sites)
-    for index, site in enumerate(sites):  # a layer that is not rewritten keeps its divisor beside its input's scale
-        if site.role == "input" and site.module in arrays:
-            sites[index] = replace(site, divisor=arrays.pop(site.module)["divisor"])
-    return ScaleTable(
-        model=model.source,
-        fingerprint=model.fingerprint,
-        boundaries=boundaries,
-        sites=tuple(sites),
-        seed=config.seed,
-        guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
-        settings={**config.to_json(), **columns, "sampler": spec.sampler, "process": msgspec.to_builtins(spec.process)},
-        versions=versions(model.device),
-        errors=errors,
-        layers=arrays,
-    )
-
-
-def some_inputs(rows: CalibrationRows, most: int) -> dict[str, NDArray[Any]]:
-    """The inputs of up to `most` rows, spread over the groups, as golden calls hold them."""
-    row_bytes = sum(tensor[0].nbytes for tensor in rows.inputs.values()) + 4 * rows.target[0].numel()
-    count = max(1, min(most, len(rows), MOST_BYTES // row_bytes))
-    index = torch.linspace(0, len(rows) - 1, count).round().long()
-    return {name: tensor.cpu()[index].numpy() for name, tensor in rows.inputs.items()}
-
-
-def _weight(model: LoadedModel, name: str) -> Tensor | None:
-    """The weight of a linear layer or a convolution; products of attention have none."""
-    module = model.network.get_submodule(name)
-    return model.weights.read(module.weight) if isinstance(module, nn.Linear | Convolution) else None

@@ -296,7 +296,8 @@ class Learned:
             name += "." * bool(name)
             weight = sites.get(f"{product}.weight")
             if isinstance(module, QuantizedLinear) and weight is not None:
-                values = model.weights.read(model.network.get_submodule(product).weight)  # type: ignore[arg-type]
+                values = model.weight(product)
+                assert values is not None
                 self._weights[weight.name] = name, Rounding.of(values, weight)
             operands = {"input": "quantize", "left": "left", "right": "right"}
             for role, attribute in operands.items():

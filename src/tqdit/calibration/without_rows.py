@@ -12,10 +12,10 @@ from dataclasses import replace
 from tqdit.calibration.config import PRESETS, QuantizationConfig, presets_without_rows
 from tqdit.calibration.cost import product_costs
 from tqdit.calibration.device import exact_arithmetic
-from tqdit.calibration.flow import make_table, some_inputs
 from tqdit.calibration.layers import plan, rewrites_of
 from tqdit.calibration.low_rank import find_branches
 from tqdit.calibration.methods import weights
+from tqdit.calibration.results import make_table, some_inputs
 from tqdit.calibration.rows import boundaries_of, noise_rows, recorded_rows, sampling_of
 from tqdit.errors import TqditWarning, UsageError
 from tqdit.golden import GoldenCalls

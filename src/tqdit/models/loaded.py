@@ -18,7 +18,7 @@ from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
 from tqdit.errors import TqditError, UsageError, first_line
 from tqdit.interface import TextExamples
 from tqdit.models.arguments import Constant, digest, nest
-from tqdit.models.products import Product, prediction_of
+from tqdit.models.products import Convolution, Product, prediction_of
 from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.ports import Signature
 from tqdit.sampling.guidance import Guidance
@@ -64,6 +64,11 @@ class LoadedModel:
         what = f"a call with {len(inputs[self.signature.state.name])} rows"
         with in_one_line(self.source, what), self.weights.lent():
             return prediction_of(self.network(**self.arguments(inputs)))
+
+    def weight(self, product: str) -> Tensor | None:
+        """The values of a product's weight (O, K) or (O, I, ...); None: it has none, as those of attention."""
+        module = self.network.get_submodule(product)
+        return self.weights.read(module.weight) if isinstance(module, nn.Linear | Convolution) else None
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """The network's keyword arguments for ports by name."""

@@ -62,7 +62,8 @@ def sites(model: LoadedModel, plans: tuple[LayerPlan, ...], config: Quantization
     for entry in plans:
         for role, plan in entry.operands.items():
             if role == "weight":
-                weight = model.weights.read(model.network.get_submodule(entry.name).weight)  # type: ignore[arg-type]
+                weight = model.weight(entry.name)
+                assert weight is not None
                 operand = Weight(weight.flatten(1), plan, factors)
                 yield Site(entry.name, role, operand.quantizer(nearest(operand)))
             else:
