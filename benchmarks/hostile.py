@@ -6,7 +6,8 @@ import json
 import random
 from collections.abc import Callable
 
-POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"  # lacks its end
+HOST = b"Host: localhost\r\n"  # another name would be refused before anything else is looked at
+POST = b"POST /v1/images/generations HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\n"  # lacks its end
 ODD = [0, 9, 0x202E, 0x1F600, 0x10FFFF, 0xFFFD, 0x41]  # characters: null, tab, right-to-left, emoji and others
 SLOW = {"slow: half a head": POST[:30], "slow: half a body": POST + b"Content-Length: 50\r\n\r\n{"}
 Bytes = Callable[[random.Random], bytes]
@@ -50,10 +51,10 @@ HEADS: dict[str, Bytes] = {
     "two lengths": lambda _: POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
     "length and chunks": lambda _: POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "bad chunk": lambda _: POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "headers without end": lambda _: b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 30_000,
-    "a split header": lambda _: b"GET / HTTP/1.1\r\nHost: x\r\nX: a\rb\r\n\r\n",
-    "odd method": lambda _: b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "odd upgrade": lambda _: b"POST / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "headers without end": lambda _: b"GET / HTTP/1.1\r\n" + HOST + b"X: y\r\n" * 30_000,
+    "a split header": lambda _: b"GET / HTTP/1.1\r\n" + HOST + b"X: a\rb\r\n\r\n",
+    "odd method": lambda _: b"BREW / HTTP/1.1\r\n" + HOST + b"\r\n",
+    "odd upgrade": lambda _: b"POST / HTTP/1.1\r\n" + HOST + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n",
 }
 
 
@@ -69,7 +70,7 @@ def hostile(count: int, slow: int, seed: int = 0) -> list[tuple[str, bytes]]:
             kinds.append((kind, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body))
         elif family == 1:
             path = PATHS[turn % len(PATHS)]
-            kinds.append((f"path {path[:24]}", f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()))
+            kinds.append((f"path {path[:24]}", f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n"))
         else:
             kind = list(HEADS)[turn % len(HEADS)]
             kinds.append((kind, HEADS[kind](chance)))

@@ -312,9 +312,9 @@ def first_answer(port: int, sent: bytes) -> tuple[int, bytes]:
 
 
 def attack(port: int) -> dict[str, Any]:
-    """Send all hostile requests; those that are not answered as they should be."""
+    """Send all hostile requests: how many got each status, and those that are not answered as they should be."""
 
-    def one(request: tuple[str, bytes]) -> str | None:
+    def one(request: tuple[str, bytes]) -> tuple[int, str | None]:
         kind, sent = request
         status, body = first_answer(port, sent)
         try:
@@ -322,12 +322,14 @@ def attack(port: int) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             message = ""
         right = 400 <= status < 500 and message and "\n" not in message and "Traceback" not in message
-        return None if right else f"{kind}: status {status}, {body[:80]!r}"
+        return status, None if right else f"{kind}: status {status}, {body[:80]!r}"
 
     with ThreadPoolExecutor(SLOW + 6) as pool:
-        failed = [each for each in pool.map(one, reversed(hostile(HOSTILE, SLOW))) if each]
+        found = list(pool.map(one, reversed(hostile(HOSTILE, SLOW))))
+    statuses, failed = Counter(status for status, _ in found), [failure for _, failure in found if failure]
     alive = first_answer(port, b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
-    return {"requests": HOSTILE, "failed": failed, "alive": alive, "passed": alive and not failed}
+    return {"requests": HOSTILE, "statuses": dict(sorted(statuses.items())), "failed": failed, "alive": alive,
+            "passed": alive and not failed}  # fmt: skip
 
 
 def show(name: str, facts: Any) -> None:
@@ -343,7 +345,9 @@ def show(name: str, facts: Any) -> None:
     elif name == "start":
         print(f"start: listens after {facts['listening_s']:.2f} s, first image after {facts['first_image_s']:.2f} s")
     elif name == "hostile":
-        print(f"hostile: {facts['requests'] - len(facts['failed'])} of {facts['requests']} answered with 4xx")
+        counts = ", ".join(f"{count} times {status}" for status, count in facts["statuses"].items())
+        right = facts["requests"] - len(facts["failed"])
+        print(f"hostile: {right} of {facts['requests']} answered with 4xx ({counts})")
         print(*facts["failed"], sep="\n", end="\n" * bool(facts["failed"]))
     else:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(facts["counts"].items()))

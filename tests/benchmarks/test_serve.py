@@ -14,6 +14,7 @@ import pytest
 
 import tqdit
 from serve.client import Running
+from tqdit.cli.serve import LOCAL
 from tqdit.serve.app import make_app
 from tqdit.serve.settings import Settings
 
@@ -26,13 +27,15 @@ def test_two_hundred_hostile_requests_each_get_one_line(bundle, monkeypatch):
     spec = importlib.util.spec_from_file_location("serve_benchmark", FOLDER / "serve.py")
     module = sys.modules["serve_benchmark"] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
-    running = Running(make_app({"tiny": bundle}, Settings(client_s=0.5)))
+    running = Running(make_app({"tiny": bundle}, Settings(client_s=0.5, hosts=LOCAL)))  # as the command's
     try:
         found = module.attack(running.port)
     finally:
         started = time.monotonic()
         running.stop()
+    statuses = found.pop("statuses")
     assert found == {"requests": 200, "failed": [], "alive": True, "passed": True}
+    assert set(statuses) == {400, 404, 405, 408, 413}  # what they ask is looked at, not only their Host
     assert time.monotonic() - started < 10
 
 
