@@ -48,6 +48,10 @@ def test_a_class_is_asked_for_by_name_by_a_part_of_it_or_by_number(serve, manife
         np.testing.assert_array_equal(image(**fields), expected[number])
     refused = running.ask(GENERATIONS, {"prompt": "golden retreiver"}).error
     assert "golden retriever" in refused["message"]
+    for fields in ({"prompt": "Crane"}, {"class": "crane"}):  # two classes have this name
+        refused = running.ask(GENERATIONS, fields).error
+        assert refused["param"] in fields
+        assert "2, 3" in refused["message"]
     assert running.ask("/v1/models/toy").json["class_names"] == list(NAMES)
 
 

@@ -195,7 +195,11 @@ class ServedEngine:
             raise Refusal(
                 400, "invalid_value", f"prompt is missing. Name a class, or its number 0 to {most - 1}.", "prompt"
             )
-        number = named if isinstance(named, int) else self._classes.get(_folded(named))
+        called = () if isinstance(named, int) else self._classes.get(_folded(named), ())
+        if len(called) > 1:
+            numbers = ", ".join(map(str, called[:10]))
+            raise _bad(param, f"{param} is {named!r:.60}, the name of classes {numbers}. Pass a number.")
+        number = named if isinstance(named, int) else called[0] if called else None
         if number is None and re.fullmatch(r"\s*[0-9]{1,9}\s*", str(named), re.ASCII):
             number = int(named)
         if number is None or not 0 <= number < most:
@@ -302,11 +306,12 @@ def _folded(name: str) -> str:
     return " ".join(name.casefold().split())
 
 
-def _class_numbers(names: tuple[str, ...]) -> Mapping[str, int]:
-    """Class by name; a name 'tench, Tinca tinca' is known by each of its parts that no other class has."""
-    whole = {_folded(name): number for number, name in enumerate(names)}
-    parts: dict[str, set[int]] = {}
+def _class_numbers(names: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
+    """Classes by name; a name 'tench, Tinca tinca' is known by each of its parts, unless that is another one's name."""
+    whole: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        for part in name.split(","):
-            parts.setdefault(_folded(part), set()).add(number)
-    return {part: min(numbers) for part, numbers in parts.items() if len(numbers) == 1 and part} | whole
+        whole.setdefault(_folded(name), []).append(number)
+        for part in {_folded(part) for part in name.split(",")} - {""}:
+            parts.setdefault(part, []).append(number)
+    return {name: tuple(numbers) for name, numbers in (parts | whole).items()}
