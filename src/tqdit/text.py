@@ -106,8 +106,8 @@ class TextEncoder:
 
     def __init__(self, folder: Path, card: TextCard) -> None:
         """Raises FileFormatError for files that are missing or altered, MissingLibraryError without the extra text."""
-        tokenizers: Any = need("tokenizers", "text", "--prompt")
-        runtime: Any = need("onnxruntime", "text", "--prompt")
+        tokenizers: Any = need("tokenizers", "text", "encoding prompts")
+        runtime: Any = need("onnxruntime", "text", "encoding prompts")
         card.check(folder)
         self.card = card
         try:

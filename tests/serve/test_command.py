@@ -61,6 +61,8 @@ def test_mistakes_are_one_line(capsys, bundle, tmp_path, monkeypatch):
         (["--deadline", "nan"], "deadline"), (["--most-images", "0"], "images per request"),
         (["--cors-origin", "x"], "origin 'x'"), ([bundle, bundle], "two engines are named 'model'"),
         (["a b=x"], "'a b' is no name"), (["--ray", "auto", "--port", "0"], "--port is 0"),
+        (["--ray", bundle], "Name the engine before --ray"), (["--ray", f"a={bundle}"], "Name the engine before --ray"),
+        ([bundle, "--ray", "auto", "--device", "0"], "--device: Ray chooses"),
     ):  # fmt: skip
         code, line = refused(capsys, *arguments)
         assert code == 2

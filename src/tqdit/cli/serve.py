@@ -89,6 +89,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
     )  # fmt: skip
     if args.ray is None and (args.replicas, args.max_replicas) != (None, None):
         raise UsageError("--replicas and --max-replicas belong to --ray.")
+    if args.ray is not None and args.device is not None:
+        raise UsageError("--device: Ray chooses the GPU of each replica. Leave it out.")
     if args.ray is not None and args.port == 0:
         raise UsageError("--port is 0; with --ray expected 1 to 65535, the same on every machine of the cluster.")
     engines = _by_name(args.engines)

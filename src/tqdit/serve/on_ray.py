@@ -17,7 +17,7 @@ from typing import Any
 from tqdit.bounds import check_count
 from tqdit.console import Console
 from tqdit.engines.bundle import read_manifest
-from tqdit.engines.run.ray_workers import connect, requirements
+from tqdit.engines.run.ray_workers import check_address, connect, requirements
 from tqdit.errors import BackendError, first_line
 from tqdit.extras import need
 from tqdit.serve.app import make_app
@@ -33,13 +33,14 @@ INSTALL = "Ray Serve is not installed ({}). Run: pip install 'ray[serve]'"
 
 @dataclass(frozen=True)
 class Replicas:
-    """The cluster and how much of it is used. Raises UsageError for impossible numbers."""
+    """The cluster and how much of it is used. Raises UsageError for impossible numbers, and an address that is none."""
 
     address: str | None = None  # None: start a cluster on this machine that ends with the server
     least: int = 1
     most: int | None = None  # with more than `least`, Ray adds and removes replicas by the number of requests
 
     def __post_init__(self) -> None:
+        check_address(self.address)
         check_count("--replicas", self.least, 1, MOST_REPLICAS)
         if self.most is not None:
             check_count("--max-replicas", self.most, self.least, MOST_REPLICAS)

@@ -79,8 +79,7 @@ class Cluster:
         self, engine: Path, manifest: Manifest, config: ClusterConfig, console: Console, prompts: Prompts | None = None
     ) -> None:
         self.ray: Any = need("ray", "ray", "--ray")
-        if config.address is not None and Path(config.address).exists():
-            raise UsageError(f"--ray took '{config.address}' for its address. Name the engine before --ray.")
+        check_address(config.address)
         for name, value in (("workers", config.workers), ("threads", config.threads), ("batch", config.batch)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} is {value}; it must be at least 1.")
@@ -104,6 +103,12 @@ class Cluster:
         finally:
             run.close()
             self.ray.shutdown()
+
+
+def check_address(address: str | None) -> None:
+    """Raise UsageError for an engine, or NAME=ENGINE, that stands where --ray expects an address."""
+    if address is not None and Path(address.rpartition("=")[2]).exists():
+        raise UsageError(f"--ray took '{address}' for its address. Name the engine before --ray.")
 
 
 def connect(ray: Any, address: str | None) -> None:
