@@ -46,7 +46,7 @@ def application(service: Service) -> Starlette:
         """Also of a method that a path does not have."""
         assert isinstance(error, HTTPException)
         codes: dict[int, ErrorCode] = {404: "not_found", 405: "method_not_allowed"}
-        what = f"{request.method:.20} {request.url.path:.100}"
+        what = f"{request.method:.20} {request.scope['path']:.100}"  # `url` fails if the Host header is no name
         message = f"{what!r} is not of this server; /openapi.json lists what is."
         service.metrics.answered("none", error.status_code)
         code = codes.get(error.status_code, "invalid_value")
