@@ -204,6 +204,27 @@ def test_stop_frees_the_places_and_a_refusal_is_shown(driver, gated):
 
 @in_browser
 @pytest.mark.slow
+def test_the_keyboard_keeps_its_place_and_numbers_that_are_missing_are_asked_for(driver, gated):
+    running, gate = gated()
+    visitor = Visitor(driver, 1200, 900, running.url)
+    wait_until(lambda: visitor.at("model").text)
+    for press in ("draw", "stop"):  # each is disabled afterwards
+        gate.open.clear()
+        visitor.at("draw").send_keys(Keys.ENTER)
+        wait_until(lambda: running.running() == 1)
+        if press == "stop":
+            visitor.at("stop").send_keys(Keys.ENTER)
+        gate.open.set()
+        visitor.finish()
+        wait_until(lambda: driver.switch_to.active_element.get_attribute("id") == "draw")
+    for name in ("seed", "steps", "count"):
+        assert driver.execute_script(f"const field = document.getElementById('{name}'); field.value = ''; "
+                                     "return field.validity.valueMissing")  # fmt: skip
+    assert visitor.complaints() == []
+
+
+@in_browser
+@pytest.mark.slow
 def test_a_prompt_is_typed(driver, serve, bundle):
     running = serve(text_app(read_manifest(bundle)))
     visitor = Visitor(driver, 1200, 900, running.url)
