@@ -152,6 +152,8 @@ Bundle open_bundle(const fs::path& folder) {
     if (card["graph"].text() != "denoiser") throw Failure(folder.string() + ": a step graph; expected a denoiser.");
     if (!card["rows"].is_null())
         throw Failure(folder.string() + ": takes a fixed number of rows; expected any number.");
+    if (card.has("correction") && !card["correction"].is_null())
+        throw Failure(folder.string() + ": its chains take back the network's errors. Calibrate without --correction.");
 
     Bundle bundle;
     for (const auto& name : files.names()) part(folder, files, name);

@@ -194,6 +194,7 @@ MISTAKES = {
     "option": (lambda _: (*PLACES, "--colour", "red"), "--colour"),
     "no decoder": (lambda f: change_card(f / "e" / MANIFEST, latents={"scale": 1.0, "shift": 0.0}), "no decoder"),
     "step graph": (lambda f: change_card(f / "e" / MANIFEST, graph="step"), "step graph"),
+    "correction": (lambda f: change_card(f / "e" / MANIFEST, correction={"slope": [0.1]}), "take back the network's"),
     "arguments": (lambda _: ("e",), "Usage: tqdit_sample ENGINE NOISE"),
     "place of the output": (lambda _: (*PLACES[:2], "nothing/ours.ppm"), "nothing/ours.ppm: cannot be written"),
 }  # fmt: skip
