@@ -163,6 +163,12 @@ def test_a_path_that_is_not_there_is_not_found(quick, path):
     assert (answer.status, answer.error["code"]) == (404, "not_found")
 
 
+@pytest.mark.parametrize("host", ["[", "a b", "x/y?z", "x:y"])
+def test_a_host_that_is_no_name_changes_no_answer(quick, host):
+    assert quick.ask("/nowhere", Host=host).error["code"] == "not_found"
+    assert quick.ask("/v1/models", Host=host).status == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [("GET", GENERATIONS), ("PUT", "/v1/models"), ("DELETE", "/"), ("POST", "/v1/jobs/x"), ("TRACE", "/")],
