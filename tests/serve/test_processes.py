@@ -23,6 +23,33 @@ def test_a_child_process_keeps_jobs_only_if_it_is_told_to(gated, monkeypatch, sa
     assert running.ask(GENERATIONS, {"class": 1}).status == 200
 
 
+@pytest.mark.slow
+def test_an_application_that_was_made_before_a_fork_does_not_start_in_it(bundle):
+    """As of gunicorn --preload: every request would fail, and it would call itself ready."""
+    program = f"""
+import asyncio, os, sys
+from tqdit.errors import BackendError
+from tqdit.serve.app import make_app
+app = make_app({{"tiny": {str(bundle)!r}}})
+async def start():
+    async with app.router.lifespan_context(app):
+        print("started", flush=True)
+if os.fork():
+    os.wait()
+    asyncio.run(start())
+else:
+    try:
+        asyncio.run(start())
+    except BackendError as error:
+        print(error, flush=True)
+    os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    refusal, started = done.stdout.splitlines()
+    assert "fork" in refusal
+    assert started == "started"
+
+
 def listens(client):
     try:
         return client.ask("/health/ready").status == 200

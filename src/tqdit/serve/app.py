@@ -37,6 +37,7 @@ def application(service: Service) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.check_process()
         try:
             yield
         finally:

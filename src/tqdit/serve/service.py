@@ -63,6 +63,11 @@ class Service:
             stack.pop_all()
         return service
 
+    def check_process(self) -> None:
+        """Raises BackendError in a fork of the process that opened the engines, as of gunicorn --preload."""
+        for engine in self.engines.values():
+            engine.batcher.stats()
+
     def check_key(self, authorization: str | None) -> None:
         """Raises Refusal unless a request shows the API key; compares in constant time."""
         if self._key is None:
