@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--triton", type=Path, metavar="DIR", help="also write DIR/NAME, a model of Triton Inference Server "
         "that runs the engine in its Python backend")  # fmt: skip
+    add("--cache", type=Path, metavar="DIR", help="take the engine from DIR if the same file was built with the same "
+        "settings, libraries, GPU and driver; otherwise keep it there")  # fmt: skip
     add("--force", action="store_true", help="replace the engine of another version of tqdit; other folders are never "
         "replaced")  # fmt: skip
 
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     # onnx is an optional library; these modules answer its absence
     from tqdit.engines.build.backend import choose_backend
+    from tqdit.engines.build.cache import build_cached
     from tqdit.engines.build.fastest import build_fastest
     from tqdit.onnx_file import OnnxFile
 
@@ -89,7 +92,12 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         check_triton(args.triton, output.stem)
     console.say(f"compiling {', '.join(map(str, args.model))} for {backend}")
     with _progress_bar(console) as progress:
-        manifest = build_fastest(args.model, output, backend, config, progress)
+        if args.cache is None:
+            manifest, kept = build_fastest(args.model, output, backend, config, progress), None
+        else:
+            manifest, kept = build_cached(args.model, output, args.cache, backend, config, progress)
+    if kept is not None:
+        console.say(f"nothing compiled: the engine of an earlier build, {kept}")
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     for line in _timings(manifest):

@@ -71,6 +71,11 @@ def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
     return ("fp16",) if "7.5" in _checked(config.targets) else ("fp16", "bf16", "fp32")
 
 
+def place(library: Library, config: BuildConfig) -> str:
+    """Plans of TensorRT-RTX are compiled without a GPU, for any."""
+    return platform.machine() if library.cross_compiles else cuda.find_device(config.device).kind
+
+
 def build(
     library: Library, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
     progress: Progress,
