@@ -134,6 +134,7 @@ def test_what_can_be_no_name_of_a_host_is_refused_in_one_line(capsys, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "key", "names"),
     [((), None, {"localhost", "127.0.0.1", "[::1]"}), (("--host", "127.0.0.2"), None, {"127.0.0.2", "localhost"}),
+     (("--host", "LocalHost"), None, {"localhost"}), (("--host", "127.1"), None, {"127.1", "localhost"}),
      ((), "a-key-of-this-test", set()), (("--host", "0.0.0.0"), None, set()), (("--ray",), None, set())],
 )  # fmt: skip
 def test_names_are_checked_by_a_server_for_this_machine_without_a_key(bundle, monkeypatch, arguments, key, names):

@@ -158,10 +158,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _is_loopback(host: str) -> bool:
+    """Whether this name is one of this machine for itself alone; of an unknown name `_listen` tells."""
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return all(ip_address(address[0]).is_loopback for *_, address in found)
 
 
 def _tell(service: Service, listener: socket.socket, console: Console) -> None:
