@@ -1,5 +1,7 @@
 """The text demo draws what its prompts say; MODEL `text` is its pipeline."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -69,10 +71,17 @@ def test_the_name_alone_loads_it():
     assert (model.source, model.sampling.steps) == ("text", 28)
 
 
-@pytest.mark.slow
-def test_the_name_alone_exports_it_in_float(tmp_path):
+def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path):
     model = tqdit.load_model("text")
-    path = tqdit.export(model, tmp_path / "text.onnx")
+    path = tqdit.export(model, tmp_path / "text.onnx", text=shipped_pipeline())
     card = OnnxFile.read(path).own_card
     assert card.quantization is None
     assert card.guidance == model.guidance
+    tqdit.build(path, tmp_path / "text.engine", backend="onnxruntime")
+    output = tmp_path / "e.json"
+    line = [str(tmp_path / "text.engine"), "-n", "4", "--float-seeds", "0", "--metrics", "accuracy", "-o", str(output)]
+    assert run("evaluate", line) == 0
+    facts = json.loads(output.read_text())
+    assert facts["extractor"]["name"] == "text judge"
+    assert facts["subject"]["prompts"] == "; ".join(captions.draw_captions(4, held_out=True))
+    assert facts["sets"]["subject"]["accuracy"]["value"] >= 0.75
