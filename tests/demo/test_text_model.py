@@ -1,6 +1,7 @@
 """The text demo draws what its prompts say; MODEL `text` is its pipeline."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_the_name_alone_loads_it():
     assert (model.source, model.sampling.steps) == ("text", 28)
 
 
-def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path):
+def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tqdit.evaluate.tools.DATA_COUNT", 64)
     model = tqdit.load_model("text")
     path = tqdit.export(model, tmp_path / "text.onnx", text=shipped_pipeline())
     card = OnnxFile.read(path).own_card
@@ -85,3 +87,9 @@ def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path)
     assert facts["extractor"]["name"] == "text judge"
     assert facts["subject"]["prompts"] == "; ".join(captions.draw_captions(4, held_out=True))
     assert facts["sets"]["subject"]["accuracy"]["value"] >= 0.75
+    plain = shutil.copytree(tmp_path / "text.engine", tmp_path / "plain.engine")  # as one without --vae
+    manifest = json.loads((plain / "manifest.json").read_text())
+    (plain / "manifest.json").write_text(json.dumps(manifest | {"decoder": None}))
+    assert run("evaluate", [*line, "--against", str(plain)]) == 0
+    sets = json.loads(output.read_text())["sets"]
+    assert sets["float"] == sets["subject"] == facts["sets"]["subject"]

@@ -310,7 +310,14 @@ class _Comparison:
                 runs = {"subject": found, "float": reference}
             of_float = subject if self.floating is None else self.floating.sampler
             runs |= {name: chains.run(of_float, other, bar.update, self.prompts) for name, other in others.items()}
+        runs = {name: self._with_images(found) for name, found in runs.items()}
         return runs, self._pair_up(runs) if self.floating is not None else None
+
+    def _with_images(self, found: SampledChains) -> SampledChains:
+        """A float engine that was built for this, or was exported without --vae, has no decoder: the subject's has."""
+        if found.pixels is not None or not self.subject.sampler.makes_images:
+            return found
+        return replace(found, pixels=self.subject.sampler.to_images(found.latents))
 
     @property
     def _other_seeds(self) -> range:
