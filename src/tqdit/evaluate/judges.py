@@ -47,7 +47,7 @@ class TextJudgeExtractor:
 
 
 @dataclass(frozen=True)
-class Judge:
+class ShippedJudge:
     """draw: count, seed -> images such as the model was trained on, with what they show."""
 
     image_size: int
@@ -69,8 +69,8 @@ def text_data(count: int, seed: int) -> Images:
 
 
 JUDGES = {
-    "demo": Judge(glyphs.IMAGE_SIZE, JudgeExtractor, class_data),
-    TEXT: Judge(captions.IMAGE_SIZE, TextJudgeExtractor, text_data),
+    "demo": ShippedJudge(glyphs.IMAGE_SIZE, JudgeExtractor, class_data),
+    TEXT: ShippedJudge(captions.IMAGE_SIZE, TextJudgeExtractor, text_data),
 }
 
 

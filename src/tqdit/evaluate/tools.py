@@ -16,7 +16,7 @@ from tqdit.demo.weights import TEXT
 from tqdit.errors import UsageError
 from tqdit.evaluate.evaluation import MetricChoice, Metrics, check_reference, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor
-from tqdit.evaluate.judges import JUDGES, Judge
+from tqdit.evaluate.judges import JUDGES, ShippedJudge
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
 from tqdit.evaluate.samples import Reference, read_reference
@@ -69,13 +69,15 @@ def choose_metrics(
     )
 
 
-def _judge(shape: tuple[int, ...], card: GraphCard | None) -> Judge | None:
+def _judge(shape: tuple[int, ...], card: GraphCard | None) -> ShippedJudge | None:
     """That of the model, or of the class demo for any other images of its size: prompts of files are not known."""
     judge = JUDGES[TEXT if card is not None and card.model == TEXT else "demo"]
     return judge if shape[:2] == (judge.image_size, judge.image_size) else None
 
 
-def _reference(path: Path | None, console: Console, judge: Judge | None, card: GraphCard | None) -> Reference | None:
+def _reference(
+    path: Path | None, console: Console, judge: ShippedJudge | None, card: GraphCard | None
+) -> Reference | None:
     """The file that was named; the shipped model's data if its judge measures it; otherwise none."""
     if path is not None:
         return read_reference(path)
