@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.rows import CalibrationRows, Trajectory, pick, recorded_rows
 from tqdit.demo import captions
-from tqdit.demo.glyphs import draw
-from tqdit.demo.text_judge import CHOICES, load_text_judge, truth
 from tqdit.demo.weights import shipped_pipeline
 from tqdit.engines.run.requests import Prompts, PromptSource
 from tqdit.engines.run.shards import SamplingJob
-from tqdit.evaluate.extractors import Extractor, Features, JudgeExtractor, batches, weights_digest
+from tqdit.evaluate.extractors import Extractor
+from tqdit.evaluate.judges import JUDGES, letters
 from tqdit.evaluate.samples import Images
 from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED
 from tqdit.models.families.recorded import open_pipeline
@@ -29,7 +28,6 @@ from tqdit.models.recorder import Recorder
 from tqdit.models.recording import Recording
 
 STEPS = {"demo": 50, "text": 28}
-CAPTIONS_SEED = 23  # of the captions that are sampled, as in scripts/side_by_side.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,44 +37,11 @@ class Subject:
     model: LoadedModel
     job: SamplingJob  # without its seed
     prompts: Prompts | None  # of the job
-    labels: NDArray[np.int64]  # (N,), what the judge should recognise in each image
+    labels: NDArray[np.int64] | None  # (N,), what the judge should recognise in each image
     calls: Recording | None  # what calibration takes its rows from; None: the model's own chains
     held_out: Callable[[QuantizationConfig], CalibrationRows]  # rows of chains that no calibration saw
     extractor: Extractor
     data: Images  # of the data set that the model was trained on
-
-
-class TextJudgeExtractor:
-    """The text demo's judge: 128 features, and the probabilities of the letters."""
-
-    name = "text judge"
-    size, classes, is_judge = 128, len(CHOICES["letter"]), True
-
-    def __init__(self) -> None:
-        self._judge = load_text_judge()
-        self.digest = weights_digest(self._judge.state_dict())
-
-    @torch.no_grad()
-    def __call__(self, images: NDArray[np.uint8]) -> Features:
-        parts = []
-        for x in batches(images):
-            features = torch.relu(self._judge.features(self._judge.stages(x.float() / 127.5 - 1).flatten(1)))
-            probabilities = self._judge.heads["letter"](features).softmax(1)
-            parts.append(Features(features.numpy(), None, probabilities.numpy()))
-        return Features.join(parts)
-
-
-def class_data(count: int, seed: int) -> Images:
-    """Pictures such as the class demo was trained on, classes in turn."""
-    return Images(*draw(count, seed), f"{count} drawings, seed {seed}")
-
-
-def text_data(count: int, seed: int) -> Images:
-    """Pictures such as the text demo was trained on; their labels are the letters."""
-    rng = np.random.default_rng(seed)
-    scenes = captions.draw_scenes(count, rng)
-    pixels = captions.colour(captions.draw_masks(scenes, rng), scenes, rng)
-    return Images(pixels, truth(scenes)["letter"], f"{count} drawings, seed {seed}")
 
 
 def class_demo(steps: int, images: int, batch: int) -> Subject:
@@ -94,8 +59,9 @@ def class_demo(steps: int, images: int, batch: int) -> Subject:
         trajectory.run()
         return trajectory.rows()
 
-    data = class_data(DATA_COUNT, DATA_SEED)
-    return Subject(model, job, None, labels, None, held_out, JudgeExtractor(), data)
+    judge = JUDGES["demo"]
+    data = judge.draw(DATA_COUNT, DATA_SEED)
+    return Subject(model, job, None, labels, None, held_out, judge.extractor(), data)
 
 
 def text_demo(steps: int, images: int, batch: int) -> Subject:
@@ -103,24 +69,23 @@ def text_demo(steps: int, images: int, batch: int) -> Subject:
     folder = shipped_pipeline()
     card = read_pipeline_card(folder)
     calls = _record(folder, card.prompts, steps)
-    rng = np.random.default_rng(CAPTIONS_SEED)
-    scenes = captions.draw_scenes(images, rng, held_out=True)
-    texts = [captions.caption(scene, int(rng.integers(captions.PHRASINGS))) for scene in scenes]
+    texts = captions.draw_captions(images, held_out=True)
     model = load_model("text", interface=calls.interface)
     asked = _record(folder, texts, 2)  # for the embeddings alone
     few = _record(folder, texts[:8], steps, first_seed=10_000)
-    prompts = Prompts(PromptSource(images, tuple(texts)), asked.requests)
+    prompts = Prompts(PromptSource(images, texts), asked.requests)
     job = SamplingJob(
         engine=model.fingerprint, steps=steps, sampler=model.sampling.sampler, classes=(), guidance_scale=None, seed=0,
         count=images, shard_size=batch, prompts=prompts.source,
     )  # fmt: skip
+    judge = JUDGES["text"]
     return Subject(
-        model, job, prompts, truth(scenes)["letter"], calls, lambda config: recorded_rows(model, config, few),
-        TextJudgeExtractor(), text_data(DATA_COUNT, DATA_SEED),
+        model, job, prompts, letters(texts), calls, lambda config: recorded_rows(model, config, few),
+        judge.extractor(), judge.draw(DATA_COUNT, DATA_SEED),
     )  # fmt: skip
 
 
-def _record(folder: Path, texts: tuple[str, ...] | list[str], steps: int, first_seed: int = 0) -> Recording:
+def _record(folder: Path, texts: tuple[str, ...], steps: int, first_seed: int = 0) -> Recording:
     """Calls of the text demo's pipeline, one chain for each text."""
     pipeline = open_pipeline(str(folder))
     pipeline.set_progress_bar_config(disable=True)
@@ -132,5 +97,3 @@ def _record(folder: Path, texts: tuple[str, ...] | list[str], steps: int, first_
 
 
 SUBJECTS = {"demo": class_demo, "text": text_demo}
-DATA: dict[str, Callable[[int, int], Images]] = {"demo": class_data, "text": text_data}  # count, seed
-EXTRACTORS: dict[str, Callable[[], Extractor]] = {"demo": JudgeExtractor, "text": TextJudgeExtractor}

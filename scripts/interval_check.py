@@ -12,21 +12,21 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
-from ablation_subjects import DATA, EXTRACTORS
 from numpy.typing import NDArray
 
 from tqdit.evaluate.bootstrap import around, jackknife
+from tqdit.evaluate.judges import JUDGES
 from tqdit.evaluate.statistics import Gaussian, frechet_to
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", choices=list(DATA), default="demo")
+    parser.add_argument("model", nargs="?", choices=list(JUDGES), default="demo")
     parser.add_argument("--counts", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--seeds", type=int, default=24, help="sets of each count (default: %(default)s)")
     parser.add_argument("--checked", type=int, default=8, help="sets whose standard error is computed (%(default)s)")
     args = parser.parse_args()
-    extractor, draw = EXTRACTORS[args.model](), DATA[args.model]
+    extractor, draw = JUDGES[args.model].extractor(), JUDGES[args.model].draw
     distance = frechet_to(Gaussian.of(extractor(draw(4096, 20_000).pixels).pooled))
     print("samples   mean distance   spread over seeds   jackknife   bootstrap within classes")
     for count in args.counts:

@@ -31,8 +31,6 @@ from tqdit.engines.run.shards import SamplingJob, describe_job
 from tqdit.evaluate.paired import relative_errors
 from tqdit.files import whole_file
 
-CAPTIONS_SEED = 23
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +44,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("side_by_side.png"))
     args = parser.parse_args()
     card = read_manifest(args.other).card
-    prompts = encode(args.other, card, draw_captions(args.n, args.held_out)) if card.model == "text" else None
+    prompts = encode(args.other, card, captions.draw_captions(args.n, args.held_out)) if card.model == "text" else None
     manifest = read_manifest(args.reference)
     job = describe_job(args.reference, manifest, prompts, args.seed, args.n, args.n, steps=args.steps)
     results = [sample(engine, job, prompts) for engine in (args.reference, args.other)]
@@ -66,13 +64,6 @@ def main() -> None:
     what = f"error |x0 - x0_ref|^2 / |x0_ref|^2 of {args.n} chains of the same noise"
     print(f"{what}: median {np.median(errors):.2e}, mean {errors.mean():.2e}")
     print(args.output)
-
-
-def draw_captions(count: int, held_out: bool) -> list[str]:
-    """Captions of the text demo's data set, the same ones for every engine."""
-    rng = np.random.default_rng(CAPTIONS_SEED)
-    scenes = captions.draw_scenes(count, rng, held_out)
-    return [captions.caption(scene, int(rng.integers(captions.PHRASINGS))) for scene in scenes]
 
 
 def sample(engine: Path, job: SamplingJob, prompts: Prompts | None) -> tuple[NDArray[np.float32], float]:

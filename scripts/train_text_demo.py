@@ -58,6 +58,7 @@ NEIGHBOUR_BIAS = 3.0
 MUON_RATE = 2e-3  # matched to the size of AdamW's updates
 ENCODER_RATE = 0.25  # of the learning rate: attention without T5's usual scale saturates at more
 POOL_SIZE = 32_768
+SAMPLES, BATCH = 900_000, 64  # of the weights that are shipped
 FLOW_SHIFT = 1.0  # of the scheduler that is shipped
 PROMPTS = 16  # to calibrate with
 CALL = {"max_sequence_length": MAX_TOKENS, "use_resolution_binning": False, "clean_caption": False}
@@ -71,8 +72,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/text-demo"), help="checkpoints, log (%(default)s)")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=7, help="of the transformer (%(default)s)")
-    parser.add_argument("--samples", type=int, default=1_200_000, help="images seen in all (%(default)s)")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="images seen in all (%(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="of AdamW (%(default)s)")
     parser.add_argument("--ema-decay", type=float, default=0.9995)
     parser.add_argument("--caption-dropout", type=float, default=0.1)

@@ -154,7 +154,9 @@ def tokenize(tokenizer: Any, tokens: Tokens, prompt: str) -> tuple[NDArray[np.in
     """(ids, mask) int64 (1, length) of a prompt. Raises UsageError if it is too long."""
     found = _encode(tokenizer, tokens, prompt)[0].ids
     if len(found) > tokens.length:
-        raise UsageError(f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}.")
+        raise UsageError(
+            f"a prompt has {len(found)} tokens, the engine takes {tokens.length}: {prompt[:60]!r}. Use fewer words."
+        )
     place = slice(tokens.length - len(found), None) if tokens.left else slice(len(found))
     ids, mask = np.full((1, tokens.length), tokens.pad, np.int64), np.zeros((1, tokens.length), np.int64)
     ids[0, place], mask[0, place] = found, 1

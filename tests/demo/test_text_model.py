@@ -1,5 +1,8 @@
 """The text demo draws what its prompts say; MODEL `text` is its pipeline."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -69,10 +72,24 @@ def test_the_name_alone_loads_it():
     assert (model.source, model.sampling.steps) == ("text", 28)
 
 
-@pytest.mark.slow
-def test_the_name_alone_exports_it_in_float(tmp_path):
+def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tqdit.evaluate.tools.DATA_COUNT", 64)
     model = tqdit.load_model("text")
-    path = tqdit.export(model, tmp_path / "text.onnx")
+    path = tqdit.export(model, tmp_path / "text.onnx", text=shipped_pipeline())
     card = OnnxFile.read(path).own_card
     assert card.quantization is None
     assert card.guidance == model.guidance
+    tqdit.build(path, tmp_path / "text.engine", backend="onnxruntime")
+    output = tmp_path / "e.json"
+    line = [str(tmp_path / "text.engine"), "-n", "4", "--float-seeds", "0", "--metrics", "accuracy", "-o", str(output)]
+    assert run("evaluate", line) == 0
+    facts = json.loads(output.read_text())
+    assert facts["extractor"]["name"] == "text judge"
+    assert facts["subject"]["prompts"] == "; ".join(captions.draw_captions(4, held_out=True))
+    assert facts["sets"]["subject"]["accuracy"]["value"] >= 0.75
+    plain = shutil.copytree(tmp_path / "text.engine", tmp_path / "plain.engine")  # as one without --vae
+    manifest = json.loads((plain / "manifest.json").read_text())
+    (plain / "manifest.json").write_text(json.dumps(manifest | {"decoder": None}))
+    assert run("evaluate", [*line, "--against", str(plain)]) == 0
+    sets = json.loads(output.read_text())["sets"]
+    assert sets["float"] == sets["subject"] == facts["sets"]["subject"]

@@ -15,6 +15,7 @@ import torch
 
 from tqdit.demo import captions
 from tqdit.demo.text_judge import TextJudge
+from tqdit.demo.weights import shipped
 from tqdit.files import sha256
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -126,6 +127,11 @@ def test_the_package_is_a_pipeline_that_diffusers_runs_and_a_judge(run, tmp_path
     images = pipeline(["a red A on blue", "two 7s"], output_type="np", clean_caption=False, **CALL).images
     assert images.shape == (2, captions.IMAGE_SIZE, captions.IMAGE_SIZE, 3)
     assert images.std() > 0
+
+
+def test_the_shipped_weights_had_as_many_steps_as_the_script_takes(script):
+    state = json.loads(shipped("text/training.json").read_text())
+    assert state["step"] == script.SAMPLES // script.BATCH
 
 
 def test_the_vae_computes_the_identity(script):

@@ -189,6 +189,7 @@ def test_prompts_that_cannot_be_shown_are_one_line_before_the_engine_is_opened(p
     line = refused(capsys, engine, *output, "--prompt", "a red A " * 5)
     assert "16 tokens" in line
     assert "takes 10" in line
+    assert "Use fewer words." in line
     assert "--embeddings, --prompt" in refused(
         capsys, engine, *output, "--prompt", "a", "--embeddings", pixart / "calls.safetensors"
     )
@@ -442,8 +443,17 @@ def test_only_the_directory_of_a_whole_pipeline_takes_prompts(tmp_path, monkeypa
 
 
 def test_an_engine_with_text_encoders_asks_for_a_prompt(pixart, tmp_path, capsys):
-    assert run("sample", [str(pixart / "model.engine"), "-o", str(tmp_path / "x.png")]) == 2
-    assert "--prompt TEXT" in capsys.readouterr().err
+    for shown in ([], ["--classes", "1"]):
+        line = refused(capsys, pixart / "model.engine", "-o", tmp_path / "x.png", *shown)
+        assert "images of this engine show prompts, not classes. Pass --prompt TEXT" in line
+
+
+def test_prompts_without_an_image_are_counted(pixart, tmp_path, capsys):
+    line = [str(pixart / "model.engine"), "-o", str(tmp_path / "x.npz"), "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    assert run("sample", [*line, "-n", "1"]) == 0
+    assert "1 image for 2 prompts: the last 1 has none" in capsys.readouterr().err
+    assert run("sample", line) == 0
+    assert "prompts" not in capsys.readouterr().err
 
 
 def test_bars_of_libraries_are_silent_and_on_again(tmp_path, capfd):

@@ -34,7 +34,8 @@ examples:
                                                       folders of shards; the same command continues after a stop
   tqdit-evaluate --calls 8,12,16,25,50 --report report.html
                                                       which sampler and spacing needs the fewest network calls
-  tqdit-evaluate text.engine --prompts prompts.txt --against text-float.engine
+  tqdit-evaluate text.engine                          the text demo, on captions that it was never trained on
+  tqdit-evaluate flux.engine --prompts prompts.txt --against flux-float.engine
   tqdit-evaluate --layers                             which layers cost most, and what would mend them
 
 Numbers are written as JSON, each with its sample count and 95 % interval. Nothing is downloaded: Inception's weights
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("subject", nargs="?", type=Path, default=Path("model.engine"), metavar="SAMPLES|ENGINE", help="an .npz, a "
         "folder of images or of shards, or an engine bundle (default: %(default)s)")  # fmt: skip
     add("--reference", type=Path, metavar="REF", help="samples (arr_0) or statistics (mu, sigma, mu_s, sigma_s) as "
-        ".npz, or a folder of images or of shards (default for the demo model: fresh drawings of its data "
+        ".npz, or a folder of images or of shards (default for a demo model: fresh drawings of its data "
         "set)")  # fmt: skip
     add("--against", type=Path, metavar="ENGINE", help="float engine to compare with on the same noise (default: one "
         "that is built from the checkpoint, if it is available)")  # fmt: skip
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--float-seeds", type=int, default=1, metavar="K", help="other seeds of the float model, which show its own "
         "noise (default: %(default)s)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="what to show, one in each line, in turn; of an engine with text "
-        "encoders")  # fmt: skip
+        "encoders (default for the text demo: captions of combinations that it was never trained on)")  # fmt: skip
     add("--embeddings", type=Path, metavar="FILE", help="as for tqdit-sample, of any model of text")
     add("--guidance-scale", type=float, metavar="S", help="default: the engine's own")
     add("--guidance-interval", type=interval, metavar="LOW,HIGH", help="as for tqdit-sample (default: all)")

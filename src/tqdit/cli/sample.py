@@ -130,6 +130,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     prompts = _prompts(args, manifest)
     if args.n is None:
         args.n = IMAGES if prompts is None else prompts.source.count
+    if prompts is not None and args.n < prompts.source.count:
+        console.say(_left_out(args.n, prompts.source.count))
     shards = _wants_shards(args, manifest)
     job = _describe(args, manifest, shards, prompts)
     if not shards:
@@ -154,6 +156,12 @@ def _prompts(args: argparse.Namespace, manifest: Manifest) -> Prompts | None:
     if args.prompt is not None or args.prompts is not None:
         return encode(args.engine, manifest.card, args.prompt or read_prompts(args.prompts))
     return None if args.embeddings is None else read_embeddings(args.embeddings, manifest.card.signature)
+
+
+def _left_out(images: int, prompts: int) -> str:
+    left = prompts - images
+    shown = f"{images} image{'s' * (images > 1)} for {prompts} prompts"
+    return f"{shown}: the last {left} {'have' if left > 1 else 'has'} none. Leave out -n for one image each."
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

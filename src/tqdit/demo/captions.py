@@ -34,6 +34,7 @@ WEIGHTS = {
 COUNTS = ("one", "two")
 PLACES = ("", "left", "right", "top", "bottom")  # "": large and anywhere
 PHRASINGS = 4
+CAPTIONS_SEED = 23  # of the captions that engines are measured with
 HELD_OUT_SHARE = 0.1
 MARKS = ("<pad>", "</s>", "<unk>")
 WORDS = (
@@ -99,6 +100,12 @@ def parse(text: str) -> Scene:
 def draw_scenes(count: int, rng: np.random.Generator, held_out: bool = False) -> list[Scene]:
     """Random scenes with a weight; a quarter has two letters, a quarter has a place."""
     return [colour_scene(scene, rng, held_out) for scene in draw_layouts(count, rng)]
+
+
+def draw_captions(count: int, held_out: bool = False) -> tuple[str, ...]:
+    """Captions of random scenes, the same ones for every engine that is measured."""
+    rng = np.random.default_rng(CAPTIONS_SEED)
+    return tuple(caption(scene, int(rng.integers(PHRASINGS))) for scene in draw_scenes(count, rng, held_out))
 
 
 def draw_layouts(count: int, rng: np.random.Generator) -> list[Scene]:

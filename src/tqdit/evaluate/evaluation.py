@@ -132,8 +132,12 @@ class Metrics:
         count, advice = images.count, "Sample more with -n."
         if name == "accuracy":
             if not self.extractor.is_judge:
-                return "needs the judge, which knows the demo model's classes alone."
-            return None if images.has_labels else "needs the classes that were asked for (arr_1 of the .npz)."
+                return "needs the judge of a demo model, which knows images of that model alone."
+            return (
+                None
+                if images.has_labels
+                else ("needs what the images should show: classes (arr_1 of the .npz), or captions of the text demo.")
+            )
         if name == "inception_score":
             classes = self.extractor.classes
             return None if count >= classes else f"over {classes} classes needs as many samples, got {count}. {advice}"

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from tqdit.bounds import check_memory
 from tqdit.card import GraphCard
 from tqdit.console import Console
+from tqdit.demo import captions
+from tqdit.demo.weights import TEXT
 from tqdit.engines.bundle import Manifest, read_manifest
 from tqdit.engines.run.requests import Prompts, encode, read_embeddings
 from tqdit.engines.run.sampler import Sampler, bytes_per_image, image_size
@@ -27,6 +29,7 @@ from tqdit.evaluate.calls import check_calls, measure_calls, to_json
 from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.evaluation import Metrics, Pairs, pair_up, plain, seed_noise, verdict
 from tqdit.evaluate.extractors import Extractor
+from tqdit.evaluate.judges import letters
 from tqdit.evaluate.layers import look_inside, scales_over_time
 from tqdit.evaluate.lpips import Lpips
 from tqdit.evaluate.observe import Observed, Outline, observe
@@ -38,6 +41,7 @@ from tqdit.models.recording import Recording
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
 
 SCALES = "scales.safetensors"
+CAPTIONS = 1024  # of the text demo at most, in turn, if no prompts are given
 GROUPS = 10  # of timesteps that errors are shown for, if the engine has none of its own
 
 Facts = dict[str, Any]
@@ -140,7 +144,7 @@ def evaluate_engine(
         floating = None if options.alone else stack.enter_context(_float_engine(options, manifest, interface, console))
         metrics = None if make_metrics is None else make_metrics()
         if metrics is not None:
-            metrics.choose(Outline(str(path), job.count, bool(job.classes)))
+            metrics.choose(Outline(str(path), job.count, shown(job, metrics.extractor) is not None))
         comparison = _Comparison(subject, floating, options, job, prompts, console, lpips, metrics)
         evaluation = comparison.evaluate(measurement.write_reference)
     return replace(evaluation, facts=evaluation.facts | _look_inside(path, manifest, table, calls, options, console))
@@ -152,9 +156,23 @@ def _prompts(path: Path, card: GraphCard, options: EngineOptions) -> Prompts | N
         return encode(path, card, options.prompts)
     if options.embeddings is not None:
         return read_embeddings(options.embeddings, card.signature)
+    if card.text is not None and card.model == TEXT:
+        return encode(path, card, captions.draw_captions(min(options.count, CAPTIONS), held_out=True))
     if card.text is not None and card.signature.label is None:
         raise UsageError(f"{path}: images of this engine show prompts. Pass --prompts FILE, one in each line.")
     return None
+
+
+def shown(job: SamplingJob, extractor: Extractor) -> NDArray[np.int64] | None:
+    """What each image should show (N,): its class, or the number of its prompt, for a judge the letter of its caption.
+
+    None if there is no such thing, or a judge does not know it.
+    """
+    numbers = replace(job, shard_size=job.count).labels(0)
+    if job.prompts is None or numbers is None or not extractor.is_judge:
+        return numbers
+    wanted = letters(job.prompts.texts)
+    return None if wanted is None else wanted[numbers]
 
 
 def _recorded_calls(path: Path, card: GraphCard, options: EngineOptions) -> Recording | None:
@@ -292,7 +310,14 @@ class _Comparison:
                 runs = {"subject": found, "float": reference}
             of_float = subject if self.floating is None else self.floating.sampler
             runs |= {name: chains.run(of_float, other, bar.update, self.prompts) for name, other in others.items()}
+        runs = {name: self._with_images(found) for name, found in runs.items()}
         return runs, self._pair_up(runs) if self.floating is not None else None
+
+    def _with_images(self, found: SampledChains) -> SampledChains:
+        """A float engine that was built for this, or was exported without --vae, has no decoder: the subject's has."""
+        if found.pixels is not None or not self.subject.sampler.makes_images:
+            return found
+        return replace(found, pixels=self.subject.sampler.to_images(found.latents))
 
     @property
     def _other_seeds(self) -> range:
@@ -323,8 +348,7 @@ class _Comparison:
 
     def _observe(self, run: SampledChains, extractor: Extractor) -> Observed:
         assert run.pixels is not None
-        labels = replace(self.job, shard_size=self.job.count).labels(0)
-        return observe(extractor, Images(run.pixels, labels, self.subject.name), self.console)
+        return observe(extractor, Images(run.pixels, shown(self.job, extractor), self.subject.name), self.console)
 
     def _describe(self) -> Facts:
         card, job = self.subject.manifest.card, self.job

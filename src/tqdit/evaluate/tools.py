@@ -12,17 +12,19 @@ from typing import Any
 from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
+from tqdit.demo.weights import TEXT
 from tqdit.errors import UsageError
 from tqdit.evaluate.evaluation import MetricChoice, Metrics, check_reference, describe_reference
-from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
+from tqdit.evaluate.extractors import Extractor, InceptionExtractor
+from tqdit.evaluate.judges import JUDGES, ShippedJudge
 from tqdit.evaluate.names import METRICS
 from tqdit.evaluate.observe import Observed
-from tqdit.evaluate.samples import Images, Reference, read_reference
+from tqdit.evaluate.samples import Reference, read_reference
 from tqdit.evaluate.samples import write_reference as write_statistics
 from tqdit.evaluate.statistics import Gaussian
 from tqdit.extras import need
 
-DATA_SEED, DATA_COUNT = 20_000, 4096  # the demo model's reference: drawings that no training has seen
+DATA_SEED, DATA_COUNT = 20_000, 4096  # a shipped model's reference: drawings that no training has seen
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,12 @@ def choose_metrics(
 
     Files are read and checked here; the features of the reference are extracted when the result is called.
     """
-    from tqdit.demo.glyphs import IMAGE_SIZE
-
+    judge = _judge(shape, card)
     extractor: Extractor
     if options.inception_weights is not None:
-        extractor = InceptionExtractor(options.inception_weights)
-    elif shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
-        extractor = JudgeExtractor()
+        extractor, judge = InceptionExtractor(options.inception_weights), None
+    elif judge is not None:
+        extractor = judge.extractor()
     else:
         if options.reference is not None or options.metrics or options.write_reference is not None:
             raise UsageError(
@@ -58,7 +59,7 @@ def choose_metrics(
                 "--inception-weights FILE."
             )
         return None
-    reference = _reference(options.reference, console, extractor, card)
+    reference = _reference(options.reference, console, judge, card)
     if reference is not None:
         check_reference(reference, extractor)
     resamples = options.resamples or (200 if extractor.size < 512 else 20)
@@ -68,19 +69,24 @@ def choose_metrics(
     )
 
 
-def _reference(path: Path | None, console: Console, extractor: Extractor, card: GraphCard | None) -> Reference | None:
-    """The file that was named; the demo model's data if the judge measures it; otherwise none."""
+def _judge(shape: tuple[int, ...], card: GraphCard | None) -> ShippedJudge | None:
+    """That of the model, or of the class demo for any other images of its size: prompts of files are not known."""
+    judge = JUDGES[TEXT if card is not None and card.model == TEXT else "demo"]
+    return judge if shape[:2] == (judge.image_size, judge.image_size) else None
+
+
+def _reference(
+    path: Path | None, console: Console, judge: ShippedJudge | None, card: GraphCard | None
+) -> Reference | None:
+    """The file that was named; the shipped model's data if its judge measures it; otherwise none."""
     if path is not None:
         return read_reference(path)
-    if extractor.name != "judge" or (card is not None and card.model != "demo"):
+    if judge is None or (card is not None and card.model not in JUDGES):
         return None
-    need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
-    from tqdit.demo.glyphs import draw
-
-    console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")
-    pixels, labels = draw(DATA_COUNT, DATA_SEED)
-    source = f"{DATA_COUNT} drawings of the demo data set, seed {DATA_SEED}"
-    return Reference(source, Images(pixels, labels, source))
+    need("matplotlib", "evaluate", "drawing a shipped model's data as a reference")
+    images = judge.draw(DATA_COUNT, DATA_SEED)
+    console.say(f"the reference: {images.source}")
+    return Reference(images.source, images)
 
 
 def write_reference(path: Path, images: Observed) -> None:

@@ -179,12 +179,15 @@ def _classes(card: GraphCard, chosen: list[int] | None) -> tuple[int, ...]:
     if label is not None:
         labels = check_requests(signature, chosen or range(label.choices or 0))[1][label.name]
         return tuple(labels.tolist())
+    if card.text is not None:
+        raise UsageError(
+            "images of this engine show prompts, not classes. Pass --prompt TEXT, --prompts FILE or --embeddings FILE."
+        )
     if signature.requests:
         ports = ", ".join(f"'{name}' {list(port.row_shape)}" for name, port in signature.request_values.items())
         raise UsageError(
-            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass --embeddings "
-            f"FILE{' (or texts to --prompt TEXT or --prompts FILE)' * (card.text is not None)}, or in Python a dict of "
-            "arrays to Sampler.sample."
+            f"{signature.family} takes {ports} of each prompt, which are not classes. Pass --embeddings FILE, or in "
+            "Python a dict of arrays to Sampler.sample."
         )
     if chosen is not None:
         raise UsageError(f"{signature.family} is unconditional and takes no --classes. Leave it out.")
