@@ -44,7 +44,7 @@ def write_trtexec(source: str | Path, folder: str | Path, config: BuildConfig | 
             assert ready is not None
             whole = OnnxFile.read(ready.file)
             whole.save_copy(whole.model, place)
-        command = shlex.join(_command(source, card, config))
+        command = shlex.join(["trtexec", *(f"--{option}" for option in _options(source, card, config))])
         (place / SCRIPT).write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && {command} "$@"\n', encoding="utf-8")
         (place / SCRIPT).chmod(0o755)
     return command
@@ -55,24 +55,24 @@ def check_trtexec(folder: Path) -> None:
     check_only(folder, lambda name: name == SCRIPT or name.endswith(SUFFIXES), "a folder for trtexec")
 
 
-def _command(source: Path, card: GraphCard, config: BuildConfig) -> Iterator[str]:
-    yield from ("trtexec", f"--onnx={source.name}", f"--saveEngine={source.stem}.plan")
-    yield "--stronglyTyped"
+def _options(source: Path, card: GraphCard, config: BuildConfig) -> Iterator[str]:
+    """Those of `trtexec`, without the dashes."""
+    yield from (f"onnx={source.name}", f"saveEngine={source.stem}.plan", "stronglyTyped")
     if card.rows is None:
         rows = (config.batch or BatchRange()).rows(card.rows_per_image)
         for name, count in zip(("min", "opt", "max"), rows, strict=True):
             shapes = (f"{port.name}:{'x'.join(map(str, (count, *port.row_shape)))}" for port in card.signature.ports)
-            yield f"--{name}Shapes={','.join(shapes)}"
+            yield f"{name}Shapes={','.join(shapes)}"
     if config.workspace_bytes is not None:
-        yield f"--memPoolSize=workspace:{config.workspace_bytes / 2**20:g}"
+        yield f"memPoolSize=workspace:{config.workspace_bytes / 2**20:g}"
     if config.optimization_level is not None:
-        yield f"--builderOptimizationLevel={config.optimization_level}"
+        yield f"builderOptimizationLevel={config.optimization_level}"
     if config.timing_cache is not None:
-        yield f"--timingCacheFile={config.timing_cache.resolve()}"
+        yield f"timingCacheFile={config.timing_cache.resolve()}"
     if config.device is not None:
-        yield f"--device={config.device}"
+        yield f"device={config.device}"
     flags = {
-        "--versionCompatible": config.version_compatible, "--excludeLeanRuntime": config.lean_runtime == "exclude",
-        "--refit": config.refit, "--allowWeightStreaming": config.weight_streaming,
+        "versionCompatible": config.version_compatible, "excludeLeanRuntime": config.lean_runtime == "exclude",
+        "refit": config.refit, "allowWeightStreaming": config.weight_streaming,
     }  # fmt: skip
     yield from (flag for flag, wanted in flags.items() if wanted)
