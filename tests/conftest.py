@@ -5,6 +5,7 @@ tests/test_noise.py` starts in a second.
 """
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -68,6 +69,14 @@ def traces_are_made_once():
     graph = sys.modules.get("tqdit.exporter.graph")
     if graph is not None and graph.trace_graph.__module__ != "support":
         graph.trace_graph = support.trace_once(graph.trace_graph)
+
+
+@pytest.fixture(autouse=True)
+def torchs_onnx_functions_are_read_once():
+    """Each export reads the source of some hundred of them again, a sixth of a tiny network's trace."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if registration is not None and not hasattr(registration.ONNXRegistry.from_torchlib, "cache_info"):
+        registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(registration.ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(autouse=True)
