@@ -61,7 +61,8 @@ def run_numerator(scores, low_step, bits, high_step, floats="fp32"):
 
 
 def run_select(timestep, boundaries, table, floats="fp32"):
-    kernel = select.kernel(floats, len(boundaries))
+    time = "i64" if timestep.dtype == np.int64 else "fp32"
+    kernel = select.kernel(floats, len(boundaries), time)
     shape = (len(timestep), *table.shape[1:])
     launch = select.launch(len(timestep), int(np.prod(shape[1:])))
     return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)

@@ -73,6 +73,8 @@ def test_time_group_select(data):
     trailing = data.draw(st.sampled_from([(), (1, 1, 1), (3,), (130,)]))
     floats = data.draw(st.sampled_from(["fp32", "fp16", "bf16"]))
     table = np.random.default_rng(0).integers(-99, 99, (len(boundaries) + 1, *trailing)).astype(np.float32)
+    if data.draw(st.booleans()):  # flow matching: float timesteps such as 0.1
+        timestep, boundaries = (np.float32(0.001) * each.astype(np.float32) for each in (timestep, boundaries))
     out = run_select(timestep, boundaries, table, floats)
     np.testing.assert_array_equal(out, time_group_select(timestep, boundaries, table))
 
