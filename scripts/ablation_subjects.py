@@ -21,7 +21,7 @@ from tqdit.engines.run.shards import SamplingJob
 from tqdit.evaluate.extractors import Extractor, Features, JudgeExtractor, batches, weights_digest
 from tqdit.evaluate.samples import Images
 from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.model_card import read_pipeline_card

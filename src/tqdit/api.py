@@ -86,8 +86,8 @@ def calibrate(
 
     preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
     results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
-    latents with labels. rows: calls that `record` heard, or the file of them; for networks other than a DiT. Raises
-    UsageError for a preset or a knob that does not exist.
+    latents, with labels or an array for each request port. rows: calls that `record` heard, or the file of them; for
+    networks other than a DiT. Raises UsageError for a preset or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
     from tqdit.calibration.config import PRESETS
@@ -142,7 +142,7 @@ def export(
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
-    from tqdit.models.families.recorded import open_texts
+    from tqdit.models.directories import open_texts
     from tqdit.models.recording import as_recording
     from tqdit.quantization.table import read_scale_table
 

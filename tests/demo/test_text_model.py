@@ -11,7 +11,7 @@ from tqdit.cli.main import run
 from tqdit.demo import captions
 from tqdit.demo.text_judge import load_text_judge, recognised
 from tqdit.demo.weights import shipped_pipeline
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.model_card import read_pipeline_card
 from tqdit.onnx_file import OnnxFile

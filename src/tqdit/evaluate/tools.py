@@ -12,6 +12,7 @@ from typing import Any
 from tqdit.calibration.work import versions
 from tqdit.card import GraphCard
 from tqdit.console import Console
+from tqdit.demo.glyphs import IMAGE_SIZE, draw
 from tqdit.errors import UsageError
 from tqdit.evaluate.evaluation import MetricChoice, Metrics, check_reference, describe_reference
 from tqdit.evaluate.extractors import Extractor, InceptionExtractor, JudgeExtractor
@@ -44,8 +45,6 @@ def choose_metrics(
 
     Files are read and checked here; the features of the reference are extracted when the result is called.
     """
-    from tqdit.demo.glyphs import IMAGE_SIZE
-
     extractor: Extractor
     if options.inception_weights is not None:
         extractor = InceptionExtractor(options.inception_weights)
@@ -75,8 +74,6 @@ def _reference(path: Path | None, console: Console, extractor: Extractor, card: 
     if extractor.name != "judge" or (card is not None and card.model != "demo"):
         return None
     need("matplotlib", "evaluate", "drawing the demo model's data as a reference")
-    from tqdit.demo.glyphs import draw
-
     console.say(f"drawing {DATA_COUNT} images of the demo model's data set as the reference")
     pixels, labels = draw(DATA_COUNT, DATA_SEED)
     source = f"{DATA_COUNT} drawings of the demo data set, seed {DATA_SEED}"
