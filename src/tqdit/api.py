@@ -57,7 +57,7 @@ def load_model(source: Source | Path, heads: int | None = None, card: ModelCard 
 
 
 def record(pipeline: Any) -> Recorder | NetworkRecorder:
-    """A context that hears the calls of a diffusers pipeline's transformer, and what its scheduler makes of them.
+    """A context that records the calls of a diffusers pipeline's transformer and the steps of its scheduler.
 
         with tqdit.record(pipeline) as calls:
             pipeline("a red square", num_inference_steps=28)
@@ -86,7 +86,7 @@ def calibrate(
 
     preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
     results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
-    latents, with labels or an array for each request port. rows: calls that `record` heard, or the file of them; for
+    latents, with labels or an array for each request port. rows: recorded calls, or the file of them; for
     networks other than a DiT. Raises UsageError for a preset or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
@@ -133,7 +133,7 @@ def export(
     text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file; text_int8: with
     int8 weights. rows: as in `calibrate`; they tell how a pipeline's network is called if there are no scales.
     force: replace the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter
-    can end by a signal if nobody has tried the class; tqdit-export traces such a class in a child process. Large
+    can end by a signal if the class was never tried; tqdit-export traces such a class in a child process. Large
     weights of a transformer's directory stay in their file and are read one at a time.
     """
     _need_stage("export", "tqdit.export")

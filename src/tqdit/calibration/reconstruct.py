@@ -1,7 +1,7 @@
 """Phase 4 of the method `reconstruct`: block by block, rounding of weights and scales of activations are learned.
 
-A block of the fake-quantized network takes the inputs that the quantized blocks before it give, and shall give what the
-float block gives (BRECQ, arXiv 2102.05426; Q-Diffusion, 2302.04304; PTQ4DiT, 2405.16005). Whether a weight is rounded
+A block of the fake-quantized network takes the inputs that the quantized blocks before it give, and is trained to give what
+the float block gives (BRECQ, arXiv 2102.05426; Q-Diffusion, 2302.04304; PTQ4DiT, 2405.16005). Whether a weight is rounded
 down or up is a rectified sigmoid of a free variable that a growing penalty drives to 0 or 1 (AdaRound, 2004.10568); the
 scales of an activation are multiplied with a factor that gets gradients through the rounding (LSQ, 1902.08153). What is
 found is kept if it lowers the block's error; weights go on as codes, as those of GPTQ do.
@@ -153,7 +153,7 @@ def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
 
 
 class _EnoughError(Exception):
-    """Every call of the unit was heard: the network call can end."""
+    """Every call of the unit was recorded: the network call can end."""
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for side in ("--height", "--width"):
         add(side, type=int, metavar="N", help="of the images of --prompts, in pixels (default: the pipeline's own)")
     add("--frames", type=int, metavar="N", help="of the videos of --prompts (default: the pipeline's own)")
-    add("--rows", type=Path, metavar="FILE", help="calls that tqdit.record heard, a .safetensors file, in place of the "
+    add("--rows", type=Path, metavar="FILE", help="recorded calls (tqdit.record), a .safetensors file, in place of the "
         "model's own chains")  # fmt: skip
     add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
         "diagnosis.json that tqdit-evaluate --layers wrote")  # fmt: skip

@@ -239,7 +239,7 @@ def _shards(path: Path) -> Facts:
 
 
 def _calls(path: Path) -> Facts:
-    """Calls that tqdit.record heard; nothing for another file."""
+    """Calls that tqdit.record recorded; nothing for another file."""
     again = "Record the pipeline again."
     with reading(path, SAFETENSORS, again, ValueError, msgspec.MsgspecError):
         metadata = safetensors_file.read_metadata(path)

@@ -205,7 +205,7 @@ def prove_engine(source: Path, backend: str, device: int | None = None) -> Itera
 
 
 def _compare(place: Path, made: dict[str, Manifest], backend: str, device: int | None) -> str:
-    """Golden calls here, then what both engines make of the same input. Raises a TqditError where it is wrong."""
+    """Golden calls here, then what both engines make of the same input. Raises a TqditError if it is wrong."""
     from tqdit.engines.run.verify import verify_engine
 
     results, said = [], []
