@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 
 import tqdit
-from zoo.pipelines import aura_flow, vae
+from zoo.pipelines import aura_flow
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "any-pipeline.md"
 FLOW, NETWORK_ALONE, WITHOUT_PYTORCH = re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
@@ -16,7 +17,9 @@ FLOW, NETWORK_ALONE, WITHOUT_PYTORCH = re.findall(r"```python\n(.*?)```", GUIDE.
 def small_pipeline():
     """Without text encoders: every call makes a small picture of the same embeddings, whatever the prompt."""
     pipeline, arguments = aura_flow()
-    pipeline.register_modules(vae=vae())
+    pipeline.register_modules(
+        vae=diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2).eval()
+    )
     kind = type(pipeline)
 
     def call(self, prompt, **more):
@@ -27,7 +30,7 @@ def small_pipeline():
     return pipeline
 
 
-@pytest.mark.slow
+@pytest.mark.full  # `test_pipelines.py` takes the same steps of every family; torch needs half a minute for the trace
 def test_a_pipeline_is_recorded_calibrated_and_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"pipeline": small_pipeline(), "prompts": ["a", "b"]}
