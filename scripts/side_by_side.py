@@ -4,7 +4,8 @@
     python scripts/side_by_side.py float.engine int8.engine -o side_by_side.png
     python scripts/side_by_side.py text-float.engine text.engine --held-out     the text demo: captions never trained on
 
-Needs what `tqdit-sample` needs, and torch for the judge if the engines hold a demo model.
+Prompts are encoded by the second engine for both. Needs what `tqdit-sample` needs, and torch for the judge if the
+engines hold a demo model.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="of the text demo: captions that were never trained on")
     parser.add_argument("-o", "--output", type=Path, default=Path("side_by_side.png"))
     args = parser.parse_args()
-    card = read_manifest(args.other).card  # whose text encoders both engines take
+    card = read_manifest(args.other).card
     prompts = encode(args.other, card, draw_captions(args.n, args.held_out)) if card.model == "text" else None
     manifest = read_manifest(args.reference)
     job = describe_job(args.reference, manifest, prompts, args.seed, args.n, args.n, steps=args.steps)
@@ -55,9 +56,11 @@ def main() -> None:
         Image.fromarray(np.concatenate([sheets[0], gap, sheets[1]], axis=1)).save(temporary, format="PNG")
     for engine, (x, seconds) in zip((args.reference, args.other), results, strict=True):
         manifest = read_manifest(engine)
-        size = sum(part.size_bytes for part in manifest.files.values())
+        encoders = manifest.card.text.files if manifest.card.text else ()
+        size = sum(part.size_bytes for name, part in manifest.files.items() if name not in encoders)
         milliseconds = 1000 * seconds / args.n / job.steps
-        line = f"{engine.name}: {manifest.precision}, {size / 1e6:.2f} MB, {milliseconds:.2f} ms per image and step"
+        line = f"{engine.name}: {manifest.precision}, {size / 1e6:.2f} MB"
+        line += f"{' without text encoders' * bool(encoders)}, {milliseconds:.2f} ms per image and step"
         print(line + (f", {quality(to_pixels(x), job)}" if manifest.card.model in SHIPPED else ""))
     errors = relative_errors(results[0][0], results[1][0])
     what = f"error |x0 - x0_ref|^2 / |x0_ref|^2 of {args.n} chains of the same noise"

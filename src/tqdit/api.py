@@ -171,16 +171,18 @@ def export(
 
 def build(
     source: str | Path | Sequence[str | Path], output: str | Path | None = None, *, backend: str = "auto",
-    config: BuildConfig | None = None, force: bool = False,
+    config: BuildConfig | None = None, force: bool = False, cache: str | Path | None = None,
 ) -> Manifest:  # fmt: skip
     """Compile an ONNX file of ours into an engine bundle, prove that it is integer, and return its manifest.
 
     source: of several files of one network, such as forms of attention, the fastest on this machine is kept. output:
     the folder to write; None: the (first) file's name with .engine. backend: 'auto' is the best one that is installed
-    and runs here. force: replace the engine of another version of tqdit. Raises BackendError if a quantized product
-    would run in float.
+    and runs here. force: replace the engine of another version of tqdit. cache: a folder of engines that were built
+    before with the same files, settings, libraries and GPU. Raises BackendError if a quantized product would run in
+    float.
     """
     need("onnx", "build", "tqdit.build")
+    from tqdit.engines.build.cache import build_cached
     from tqdit.engines.build.fastest import build_fastest
     from tqdit.engines.bundle import check_overwrite
 
@@ -188,6 +190,8 @@ def build(
     folder = files[0].with_suffix(".engine") if output is None else Path(output)
     check_writable(folder)
     check_overwrite(folder, force)
+    if cache is not None:
+        return build_cached(files, folder, cache, backend, config)[0]
     return build_fastest(files, folder, backend, config)
 
 

@@ -12,6 +12,12 @@ from types import ModuleType
 
 from tqdit.errors import MissingLibraryError
 
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
+    "tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "polygraphy", "cuda-python", "cuda-core", "triton",
+    "onnx", "onnx-ir", "torch", "diffusers", "transformers", "safetensors", "tokenizers", "pycuda",
+)  # fmt: skip
+
 
 def need(module: str, extra: str, why: str) -> ModuleType:
     """Import `module`, which the extra `extra` installs; `why` begins the sentence '... needs'."""
@@ -58,3 +64,14 @@ def _requirements() -> list[str]:
         with suppress(metadata.PackageNotFoundError):
             return metadata.requires(distribution) or []
     return []  # a clone whose tqdit is not installed
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the distributions that tqdit knows."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

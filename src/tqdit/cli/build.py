@@ -21,6 +21,7 @@ examples:
   tqdit-build                                   model.onnx -> model.engine
   tqdit-build --precision int8 dit.onnx -o dit.engine
   tqdit-build float.onnx fused.onnx             two forms of attention -> the faster one as float.engine
+  tqdit-build --trtexec for-the-gpu             a folder that trtexec compiles on a machine without tqdit
 
 The bundle is a folder with all that an edge server needs: compiled graph, decoder, shapes, schedule, checksums."""
 
@@ -56,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--triton", type=Path, metavar="DIR", help="also write DIR/NAME, a model of Triton Inference Server "
         "that runs the engine in its Python backend")  # fmt: skip
+    add("--trtexec", type=Path, metavar="DIR", help="in place of compiling: write DIR with the ONNX file as TensorRT's "
+        "parser gets it, and the trtexec command that compiles it")  # fmt: skip
+    add("--cache", type=Path, metavar="DIR", help="take the engine from DIR if the same file was built with the same "
+        "settings, libraries, GPU and driver; otherwise keep it there")  # fmt: skip
     add("--force", action="store_true", help="replace the engine of another version of tqdit; other folders are never "
         "replaced")  # fmt: skip
 
@@ -63,9 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> Path:
     # onnx is an optional library; these modules answer its absence
     from tqdit.engines.build.backend import choose_backend
+    from tqdit.engines.build.cache import build_cached
     from tqdit.engines.build.fastest import build_fastest
     from tqdit.onnx_file import OnnxFile
 
+    if args.trtexec is not None:
+        return _for_trtexec(args, console)
     model: Path = args.model[0]
     output: Path = args.output or model.with_suffix(".engine")
     check_writable(output)
@@ -89,7 +97,12 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         check_triton(args.triton, output.stem)
     console.say(f"compiling {', '.join(map(str, args.model))} for {backend}")
     with _progress_bar(console) as progress:
-        manifest = build_fastest(args.model, output, backend, config, progress)
+        if args.cache is None:
+            manifest, kept = build_fastest(args.model, output, backend, config, progress), None
+        else:
+            manifest, kept = build_cached(args.model, output, args.cache, backend, config, progress)
+    if kept is not None:
+        console.say(f"nothing compiled: the engine of an earlier build, {kept}")
     size = sum(part.size_bytes for part in manifest.files.values())
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     for line in _timings(manifest):
@@ -109,6 +122,24 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     if args.triton is not None:
         console.say(f"wrote {write_triton(output, manifest, args.triton, output.stem)} for Triton Inference Server")
     return output
+
+
+def _for_trtexec(args: argparse.Namespace, console: Console) -> Path:
+    from tqdit.engines.build.trtexec import SCRIPT, check_trtexec, write_trtexec
+
+    others = {"-o": args.output, "--optimum": args.optimum, "--triton": args.triton, "--cache": args.cache}
+    found = [flag for flag, value in others.items() if value is not None]
+    if args.backend not in ("auto", "tensorrt"):
+        found.append(f"--backend {args.backend}")
+    if len(args.model) > 1:
+        found.append(f"{len(args.model)} files")
+    if found:
+        raise UsageError(f"--trtexec compiles nothing and takes one file; found {', '.join(found)}. Leave that out.")
+    check_writable(args.trtexec)
+    check_trtexec(args.trtexec)
+    command = write_trtexec(args.model[0], args.trtexec, _config(args))
+    console.say(f"nothing compiled, audited or verified; the script runs: {command}")
+    return args.trtexec / SCRIPT
 
 
 def _timings(manifest: Manifest) -> Iterator[str]:

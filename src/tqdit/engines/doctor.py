@@ -18,14 +18,9 @@ from typing import Literal
 from tqdit.engines.backends import backend_names, load_side
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.errors import TqditError, first_line
-from tqdit.extras import install
+from tqdit.extras import install, installed_packages
 from tqdit.version import __version__
 
-PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
-    "tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "polygraphy", "cuda-python", "cuda-core", "triton",
-    "onnx", "onnx-ir", "torch", "diffusers", "transformers", "safetensors", "tokenizers", "pycuda",
-)  # fmt: skip
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 # The newest PTX that a driver of a CUDA release reads (NVIDIA's PTX ISA, release notes).
 PTX_OF_CUDA = {(12, 5): 85, (12, 6): 85, (12, 7): 86, (12, 8): 87, (12, 9): 88}
@@ -105,17 +100,6 @@ def examine() -> Report:
         __version__, platform.python_version(), f"{platform.system()} {platform.machine()}", os.cpu_count() or 1,
         cpu_features(), packages, driver, gpus, backends, tuple(advise(packages, driver, gpus)),
     )  # fmt: skip
-
-
-def installed_packages() -> dict[str, str]:
-    """Versions of the distributions that tqdit knows."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def cpu_features() -> tuple[str, ...]:

@@ -37,6 +37,10 @@ class Builder(Protocol):
         """Types that the target computes in without emulation, the preferred one first."""
         ...
 
+    def place(self, config: BuildConfig) -> str:
+        """What an engine is built for: a kind of processor, or the GPU that is here with its driver."""
+        ...
+
     def build(
         self, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
         progress: Progress,

@@ -13,6 +13,10 @@ def float_types(config):
     return ("fp16", "fp32")
 
 
+def place(config):
+    return "anywhere"
+
+
 def build(source, decoder, card, folder, config, progress):
     source.save_copy(source.model, folder)
     (folder / source.path.name).rename(folder / "graph.onnx")

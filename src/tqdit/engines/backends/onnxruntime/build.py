@@ -61,6 +61,10 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
     return FLOAT_TYPES[config.provider or "cpu"]
 
 
+def place(config: BuildConfig) -> str:
+    return platform.machine()
+
+
 def build(
     source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig, _progress: Progress
 ) -> Artefact:

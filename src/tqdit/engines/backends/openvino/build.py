@@ -46,6 +46,10 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
     return ("fp32", "bf16") if has_bfloat16(load_library()) else ("fp32",)
 
 
+def place(config: BuildConfig) -> str:
+    return platform.machine()
+
+
 def build(
     source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig, progress: Progress
 ) -> Artefact:

@@ -13,4 +13,5 @@ TAKES_FP8 = True
 
 fitness = partial(builder.fitness, TENSORRT, 40)
 float_types = partial(builder.float_types, TENSORRT)
+place = partial(builder.place, TENSORRT)
 build = partial(builder.build, TENSORRT)

@@ -71,6 +71,11 @@ def float_types(library: Library, config: BuildConfig) -> tuple[FloatType, ...]:
     return ("fp16",) if "7.5" in _checked(config.targets) else ("fp16", "bf16", "fp32")
 
 
+def place(library: Library, config: BuildConfig) -> str:
+    """Plans of TensorRT-RTX are compiled without a GPU, for any."""
+    return platform.machine() if library.cross_compiles else cuda.find_device(config.device).kind
+
+
 def build(
     library: Library, source: OnnxFile, decoder: OnnxFile | None, card: GraphCard, folder: Path, config: BuildConfig,
     progress: Progress,
@@ -94,7 +99,7 @@ def build(
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
-    halved = None if card.quantization is None or config.float_type not in TYPES else config.float_type
+    halved = halved_type(card, config)
     job = Job(library.backend, "", str(folder / PLAN_FILE), rows, config, None, device.index if device else None)
     if config.base is not None:
         replaced = _refitted(library, source, card, folder, config, halved, job, progress)
@@ -106,7 +111,7 @@ def build(
         plugins_for: str | None, spelled_out: Collection[str] = ()
     ) -> tuple[Compiled, Audit | None, Custom] | None:
         nonlocal record
-        with _prepared(source, folder, plugins_for is None, halved, spelled_out, config.refit) as prepared:
+        with prepared_file(source, folder, plugins_for is None, halved, spelled_out, config.refit) as prepared:
             if prepared is None:
                 return None
             compiled = _compile(replace(job, plugins_for=plugins_for), prepared.file, progress)
@@ -139,7 +144,7 @@ def build(
     if report is not None and not config.allow_fallback:
         check_audit(report, library.backend, CAUSE)
     if decoder is not None:
-        with _prepared(decoder, folder, inline=True) as inlined:
+        with prepared_file(decoder, folder, inline=True) as inlined:
             assert inlined is not None
             # one image at a time, in float32: decoders of this kind overflow float16
             plain = replace(config, refit=False, weight_streaming=False)
@@ -172,7 +177,7 @@ def _refitted(
     try:
         base = open_base(config.base, library.backend, card, config.device)
         manifest, before = base.manifest, base.record
-        with _prepared(source, folder, before.plugins_for is None, halved, before.spelled_out, True) as prepared:
+        with prepared_file(source, folder, before.plugins_for is None, halved, before.spelled_out, True) as prepared:
             if prepared is None or prepared.content is None:
                 raise BackendError("the file holds another graph")
             record, changed = before.replaced_by(prepared.content, settings_of(config, job.batch))
@@ -216,6 +221,11 @@ def _compile(job: Job, source: Path, progress: Progress) -> Compiled:
         raise BackendError(f"{source.name}: {error}") from error
 
 
+def halved_type(card: GraphCard, config: BuildConfig) -> str | None:
+    """The type that integer products write: that of the float parts, if it is half as wide as float32."""
+    return None if card.quantization is None or config.float_type not in TYPES else config.float_type
+
+
 class Prepared(NamedTuple):
     """A file as the compiler takes it."""
 
@@ -226,7 +236,7 @@ class Prepared(NamedTuple):
 
 
 @contextmanager
-def _prepared(
+def prepared_file(
     source: OnnxFile, folder: Path, inline: bool, halved: str | None = None, spelled_out: Collection[str] = (),
     digest: bool = False,
 ) -> Iterator[Prepared | None]:  # fmt: skip

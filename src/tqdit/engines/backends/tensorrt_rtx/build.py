@@ -13,4 +13,5 @@ TAKES_FP8 = True
 
 fitness = partial(builder.fitness, TENSORRT_RTX, 30)
 float_types = partial(builder.float_types, TENSORRT_RTX)
+place = partial(builder.place, TENSORRT_RTX)
 build = partial(builder.build, TENSORRT_RTX)

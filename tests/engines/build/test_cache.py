@@ -1,0 +1,124 @@
+"""Engines that were built before with the same of everything."""
+
+import types
+from dataclasses import replace
+
+import pytest
+
+import support
+import tqdit
+from tables import Kind, make_table
+from tqdit.cli import main as cli
+from tqdit.engines.backends.tensorrt import builder as tensorrt
+from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
+from tqdit.engines.build import cache
+from tqdit.engines.build.cache import build_cached, key_of
+from tqdit.engines.bundle import check_parts, read_manifest
+from tqdit.engines.config import BuildConfig
+from tqdit.errors import OutputError, TqditWarning, UsageError
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
+
+
+def exported(folder, seed=0):
+    table = make_table(support.tiny_model(seed=seed), Kind())
+    write(folder / "model.onnx", *support.exported(ExportConfig(), seed=seed, table=table))
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Where each engine was built, in order."""
+    real, places = cache.build_fastest, []
+
+    def build(files, output, *rest):
+        places.append(output.name)
+        return real(files, output, *rest)
+
+    monkeypatch.setattr(cache, "build_fastest", build)
+    return places
+
+
+def test_the_second_build_takes_it(source, builds, tmp_path):
+    first, found = build_cached([source], tmp_path / "a.engine", tmp_path / "kept")
+    assert found is None
+    second, found = build_cached([source], tmp_path / "b.engine", tmp_path / "kept")
+    assert found.parent == tmp_path / "kept"
+    manifest = tqdit.build(source, tmp_path / "c.engine", backend="onnxruntime", cache=tmp_path / "kept")
+    assert manifest == read_manifest(tmp_path / "c.engine")
+    assert builds == ["a.engine"]
+    assert first == second == read_manifest(tmp_path / "b.engine")
+    check_parts(tmp_path / "b.engine", second)
+    (tmp_path / "b.engine" / "graph.onnx").unlink()  # an engine that goes leaves the kept one as it is
+    check_parts(found, second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.engine", "b.engine", "c.engine", "kept"]
+
+
+def test_anything_else_makes_another_key(source, tmp_path, monkeypatch):
+    def key(files=(source,), backend="onnxruntime", **settings):
+        return key_of(files, backend, BuildConfig(**settings))
+
+    keys = [key(), key(allow_fallback=True), key(backend="openvino"), key([source, source]),
+            key([exported(tmp_path, seed=1)])]  # fmt: skip
+    assert key(timing_cache=tmp_path / "timings") == keys[0]  # where timings lie changes no engine
+    monkeypatch.setattr(cache, "installed_packages", lambda: {"onnxruntime": "9.9"})
+    keys.append(key())
+    monkeypatch.setattr(cache, "__version__", "9.9")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    assert all(len(each) == 32 for each in keys)
+
+
+def test_a_gpu_and_its_driver_are_in_the_key_of_what_is_compiled_for_it(monkeypatch):
+    gpu = cuda.Device(None, "8.9", "NVIDIA L4", 58)
+    here = {"gpu": gpu, "driver": 12080}
+    driver = types.SimpleNamespace(cuDriverGetVersion=lambda: (0, here["driver"]))
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(cuda, "find_device", lambda *_: here["gpu"])
+    places = [tensorrt.place(TENSORRT, BuildConfig())]
+    for change in (
+        {"gpu": replace(gpu, multiprocessors=60)},
+        {"gpu": replace(gpu, name="NVIDIA L40")},
+        {"driver": 13000},
+    ):
+        here |= change
+        places.append(tensorrt.place(TENSORRT, BuildConfig()))
+    assert len(set(places)) == 4
+    monkeypatch.setattr(cuda, "find_device", lambda *_: pytest.fail("no GPU is needed"))
+    assert "NVIDIA" not in tensorrt.place(TENSORRT_RTX, BuildConfig())
+
+
+def test_a_kept_engine_that_is_damaged_is_built_again(source, builds, tmp_path):
+    _, _ = build_cached([source], tmp_path / "a.engine", tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").iterdir()
+    (kept / "graph.onnx").write_bytes((kept / "graph.onnx").read_bytes()[:-1])
+    with pytest.warns(TqditWarning, match=r"graph\.onnx: .*truncated or altered.*Building it"):
+        manifest, found = build_cached([source], tmp_path / "b.engine", tmp_path / "kept")
+    assert found is None
+    assert builds == ["a.engine", "b.engine"]
+    check_parts(kept, manifest)
+    check_parts(tmp_path / "b.engine", manifest)
+
+
+def test_what_cannot_be_kept_is_refused_before_the_build(source, builds, tmp_path):
+    (tmp_path / "kept").write_text("a file of somebody")
+    with pytest.raises(OutputError, match="kept"):
+        build_cached([source], tmp_path / "a.engine", tmp_path / "kept")
+    with pytest.raises(UsageError, match="--refit"):
+        build_cached([source], tmp_path / "a.engine", tmp_path / "other", config=BuildConfig(refit=True))
+    assert builds == []
+
+
+def test_the_command_says_that_nothing_was_compiled(source, tmp_path, capsys):
+    command = [str(source), "--backend", "onnxruntime", "--cache", str(tmp_path / "kept")]
+    for name, said in (("a.engine", False), ("b.engine", True)):
+        assert cli.run("build", [*command, "-o", str(tmp_path / name)]) == 0
+        found = capsys.readouterr()
+        assert found.out.strip() == str(tmp_path / name)
+        assert ("nothing compiled" in found.err) == said
