@@ -135,11 +135,12 @@ def _for_trtexec(args: argparse.Namespace, console: Console) -> Path:
         found.append(f"{len(args.model)} files")
     if found:
         raise UsageError(f"--trtexec compiles nothing and takes one file; found {', '.join(found)}. Leave that out.")
-    check_writable(args.trtexec)
-    check_trtexec(args.trtexec)
-    command = write_trtexec(args.model[0], args.trtexec, _config(args))
+    folder: Path = args.trtexec
+    check_writable(folder)
+    check_trtexec(folder)
+    command = write_trtexec(args.model[0], folder, _config(args))
     console.say(f"nothing compiled, audited or verified; the script runs: {command}")
-    return args.trtexec / SCRIPT
+    return folder / SCRIPT
 
 
 def _timings(manifest: Manifest) -> Iterator[str]:

@@ -164,7 +164,8 @@ def _makes_codes(node: onnx.NodeProto) -> bool:
 
 
 def _out_type(node: onnx.NodeProto) -> onnx.AttributeProto:
-    return next(each for each in node.attribute if each.name == OUT_TYPE)
+    found: onnx.AttributeProto = next(each for each in node.attribute if each.name == OUT_TYPE)
+    return found
 
 
 def _quantize_results(graph: onnx.GraphProto) -> None:
