@@ -16,12 +16,12 @@ from kernel_device import DEVICE, NO_MASK, regions, run_attention, run_numerator
 from support import few
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS
-from tqdit.plugins.multi_region_attention.plan import Blocks
-from tqdit.plugins.multi_region_attention.plan import kernel as attention_kernel
-from tqdit.plugins.multi_region_attention.plan import launch as attention_launch
+from tqdit.plugins.multi_region_attention.launch import Blocks
+from tqdit.plugins.multi_region_attention.launch import kernel as attention_kernel
+from tqdit.plugins.multi_region_attention.launch import launch as attention_launch
 from tqdit.plugins.multi_region_attention.reference import multi_region_attention
 from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
-from tqdit.plugins.multi_region_softmax.plan import kernel as softmax_kernel
+from tqdit.plugins.multi_region_softmax.launch import kernel as softmax_kernel
 from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
 from tqdit.plugins.time_group_select.reference import time_group_select
 

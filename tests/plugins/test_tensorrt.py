@@ -19,8 +19,8 @@ import pytest
 
 from support import ALL
 from tqdit.plugins import aot, tensorrt
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
 
 pytestmark = pytest.mark.slow
 TACTICS = None if ALL else 2  # of each kernel of attention

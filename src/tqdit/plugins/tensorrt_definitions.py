@@ -17,10 +17,10 @@ from tqdit.errors import UsageError
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.aot import compile_kernel
 from tqdit.plugins.kernels import Kernel, Launch
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
-from tqdit.plugins.multi_region_softmax import plan as softmax
-from tqdit.plugins.time_group_select import plan as select
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
+from tqdit.plugins.multi_region_softmax import launch as softmax
+from tqdit.plugins.time_group_select import launch as select
 
 Integers = NDArray[np.int32]
 Reals = NDArray[np.float32]
