@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,11 @@ class Denoiser:
         """
         manifest, load = open_bundle(path, threads, device)
         most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
-        engine = load(manifest.entry)
-        try:
+        with ExitStack() as refused:
+            engine = load(manifest.entry)
+            refused.callback(engine.close)
             verify_once(Path(path), manifest, engine)
-        except BaseException:
-            engine.close()
-            raise
+            refused.pop_all()  # all is right: the engine stays open
         return cls(manifest.card, engine, most)
 
     def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:
