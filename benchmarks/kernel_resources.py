@@ -23,8 +23,8 @@ from pathlib import Path
 from tqdit.extras import missing
 from tqdit.plugins import aot
 from tqdit.plugins.kernels import Kernel
-from tqdit.plugins.multi_region_attention import plan
-from tqdit.plugins.multi_region_integer_attention import plan as integer_plan
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
 
 SHARED = {(8, 0): 167936, (8, 9): 102400, (9, 0): 233472, (12, 0): 102400}  # bytes of one multiprocessor
 KINDS = ("fp16", "int8")
@@ -39,18 +39,20 @@ def tool(name: str) -> Path:
     return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
-def shapes_of(kind: str, head: int, tokens: int) -> tuple[plan.Blocks, ...]:
+def shapes_of(kind: str, head: int, tokens: int) -> tuple[attention.Blocks, ...]:
     if kind == "int8":
-        return integer_plan.candidates(head, tokens, large=True)
-    return plan.candidates("fp16", head, tokens, large=True)
+        return integer_attention.candidates(head, tokens, large=True)
+    return attention.candidates("fp16", head, tokens, large=True)
 
 
-def kernel_of(kind: str, head: int, tokens: int, blocks: plan.Blocks) -> Kernel:
-    make, type_of_result = (integer_plan.kernel, "i8") if kind == "int8" else (plan.kernel, "fp16")
+def kernel_of(kind: str, head: int, tokens: int, blocks: attention.Blocks) -> Kernel:
+    make, type_of_result = (integer_attention.kernel, "i8") if kind == "int8" else (attention.kernel, "fp16")
     return make(type_of_result, tokens, tokens, head, 8, 1 / 127, blocks)
 
 
-def resources(kind: str, capability: tuple[int, int], head: int, tokens: int, blocks: plan.Blocks) -> dict[str, object]:
+def resources(
+    kind: str, capability: tuple[int, int], head: int, tokens: int, blocks: attention.Blocks
+) -> dict[str, object]:
     compiled = aot.compile_kernel(kernel_of(kind, head, tokens, blocks), capability)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"

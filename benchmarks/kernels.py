@@ -40,10 +40,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tqdit.plugins import kernels
-from tqdit.plugins.multi_region_attention import plan as attention_plan
-from tqdit.plugins.multi_region_integer_attention import plan as integer_plan
-from tqdit.plugins.multi_region_softmax import plan as softmax_plan
-from tqdit.plugins.time_group_select import plan as select_plan
+from tqdit.plugins.multi_region_attention import launch as attention_launch
+from tqdit.plugins.multi_region_integer_attention import launch as integer_launch
+from tqdit.plugins.multi_region_softmax import launch as softmax_launch
+from tqdit.plugins.time_group_select import launch as select_launch
 
 DEVICE = "cpu" if DRY_RUN else "cuda"
 HEADS, HEAD, BITS = (2 if DRY_RUN else 16), 72, 8
@@ -150,12 +150,12 @@ def attention_inputs(rows: int, tokens: int) -> tuple[Tensor, ...]:
 SCALE = 3 / (40 * 40 * math.sqrt(HEAD))
 
 
-def fused_attention(tokens: int, blocks: attention_plan.Blocks | None = None, numerators: bool = False) -> Call:
-    kernel = attention_plan.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
+def fused_attention(tokens: int, blocks: attention_launch.Blocks | None = None, numerators: bool = False) -> Call:
+    kernel = attention_launch.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
     no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
 
     def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-        launch = attention_plan.launch(kernel, len(q), HEADS, len(low_step), SCALE)
+        launch = attention_launch.launch(kernel, len(q), HEADS, len(low_step), SCALE)
         return kernels.run(kernel, launch, (q, k, v, no_mask, low_step), torch.empty_like(q))
 
     return call
@@ -167,17 +167,17 @@ def as_int8(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> tuple[Tensor, 
 
 
 def integer_attention(
-    tokens: int, out: str = "fp16", blocks: attention_plan.Blocks | None = None, numerators: bool = False
+    tokens: int, out: str = "fp16", blocks: attention_launch.Blocks | None = None, numerators: bool = False
 ) -> Call:
     """out: 'fp16', or 'i8' in steps of OUT_STEP."""
-    kernel = integer_plan.kernel(out, tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
+    kernel = integer_launch.kernel(out, tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
     no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
     scale, out_scale, out_shift = (
         torch.tensor([number], device=DEVICE) for number in (SCALE, 1 / OUT_STEP if out == "i8" else 1.0, 0.0)
     )
 
     def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-        launch = integer_plan.launch(kernel, len(q), HEADS, 1, 1, len(low_step), 1, 1)
+        launch = integer_launch.launch(kernel, len(q), HEADS, 1, 1, len(low_step), 1, 1)
         result = torch.empty(q.shape, dtype=torch.int8 if out == "i8" else torch.float16, device=DEVICE)
         return kernels.run(kernel, launch, (q, k, v, no_mask, scale, low_step, out_scale, out_shift), result)
 
@@ -266,10 +266,10 @@ def softmax_timings(batch: int, tokens: int) -> list[Timing]:
     rows = 2 * batch
     shape = (rows, HEADS, tokens, tokens)
     sets = input_sets(lambda: ((torch.randn(shape, device=DEVICE) * 3).half(), low_steps(rows)))
-    kernel = softmax_plan.kernel("fp16", tokens, BITS, HIGH_STEP)
+    kernel = softmax_launch.kernel("fp16", tokens, BITS, HIGH_STEP)
 
     def ours(scores: Tensor, low_step: Tensor) -> Tensor:
-        launch = softmax_plan.launch(kernel, len(scores), HEADS, tokens, len(low_step))
+        launch = softmax_launch.launch(kernel, len(scores), HEADS, tokens, len(low_step))
         return kernels.run(kernel, launch, (scores, low_step), torch.empty_like(scores))
 
     scores, low_step = sets[0][0][:2], sets[0][1][:2]
@@ -294,10 +294,10 @@ def select_timings(batch: int) -> list[Timing]:
     rows, groups = 2 * batch, 10
     boundaries = torch.arange(100, 1000, 100, device=DEVICE)
     sets = [(torch.randint(0, 1000, (rows,), device=DEVICE), torch.rand(groups, device=DEVICE)) for _ in range(8)]
-    kernel = select_plan.kernel("fp32", groups - 1)
+    kernel = select_launch.kernel("fp32", groups - 1)
 
     def ours(timestep: Tensor, table: Tensor) -> Tensor:
-        launch = select_plan.launch(rows, 1)
+        launch = select_launch.launch(rows, 1)
         return kernels.run(kernel, launch, (timestep, boundaries, table), torch.empty(rows, device=DEVICE))
 
     eager = lambda timestep, table: table[(timestep[:, None] >= boundaries[None]).sum(1)]  # noqa: E731
@@ -321,7 +321,7 @@ def ceilings() -> tuple[float, float]:
     return 2 * big.nbytes / copy_us * 1e6, 2 * n**3 / product_us * 1e6
 
 
-def usable(tokens: int, blocks: attention_plan.Blocks, int8: bool) -> bool:
+def usable(tokens: int, blocks: attention_launch.Blocks, int8: bool) -> bool:
     """Compile it and compare it with the reference; a shape that does not fit the chip is named."""
     try:
         check_attention(swept(tokens, blocks, int8), tokens, int8=int8, step=OUT_STEP if int8 else 1.0)
@@ -331,7 +331,7 @@ def usable(tokens: int, blocks: attention_plan.Blocks, int8: bool) -> bool:
     return True
 
 
-def swept(tokens: int, blocks: attention_plan.Blocks, int8: bool) -> Call:
+def swept(tokens: int, blocks: attention_launch.Blocks, int8: bool) -> Call:
     return integer_attention(tokens, "i8", blocks) if int8 else fused_attention(tokens, blocks)
 
 
@@ -340,7 +340,7 @@ def sweep(tokens: list[int], batches: list[int], int8: bool) -> list[dict[str, o
     found: list[dict[str, object]] = []
     for count in tokens:
         shapes = [
-            attention_plan.Blocks(*shape)
+            attention_launch.Blocks(*shape)
             for shape in itertools.product((64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4))
             if shape[1] <= count and (2 * shape[1] < count or shape[3] == 1)  # tiles are in flight in a loop alone
         ]

@@ -20,7 +20,7 @@ from tqdit.evaluate.extractors import Extractor
 from tqdit.evaluate.judges import JUDGES, letters
 from tqdit.evaluate.samples import Images
 from tqdit.evaluate.tools import DATA_COUNT, DATA_SEED
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.model_card import read_pipeline_card

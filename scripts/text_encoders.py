@@ -75,7 +75,7 @@ def export(folder: Path, name: str, layers: int, int8: bool) -> None:
 def pipeline_of(name: str, layers: int) -> tuple[Any, dict[str, Any]]:
     """A pipeline with a tiny transformer for which embeddings of this width are made, and arguments of its calls."""
     if name == "text":
-        from tqdit.models.families.recorded import folder_of, open_pipeline
+        from tqdit.models.directories import folder_of, open_pipeline
 
         card = json.loads((Path(folder_of("text")) / "model.json").read_text())
         return open_pipeline("text"), {**card["call"], "num_inference_steps": 2}

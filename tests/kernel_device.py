@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from tqdit.plugins import kernels
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
-from tqdit.plugins.multi_region_softmax import plan as softmax
-from tqdit.plugins.time_group_select import plan as select
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
+from tqdit.plugins.multi_region_softmax import launch as softmax
+from tqdit.plugins.time_group_select import launch as select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -61,7 +61,8 @@ def run_numerator(scores, low_step, bits, high_step, floats="fp32"):
 
 
 def run_select(timestep, boundaries, table, floats="fp32"):
-    kernel = select.kernel(floats, len(boundaries))
+    time = "i64" if timestep.dtype == np.int64 else "fp32"
+    kernel = select.kernel(floats, len(boundaries), time)
     shape = (len(timestep), *table.shape[1:])
     launch = select.launch(len(timestep), int(np.prod(shape[1:])))
     return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)

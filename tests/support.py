@@ -264,7 +264,7 @@ def read_picture(path: Path | str) -> np.ndarray:
 
 
 def assert_agrees(out: np.ndarray, expected: np.ndarray, bits: int = 8) -> None:
-    """Images agree to 1e-5 of the largest value, but for one and one in ten, which may be 3 % off (relative L2).
+    """Images agree to 1e-5 of the largest value, except for one and one in ten, which may be 3 % off (relative L2).
 
     Quantized graphs agree bit for bit or nearly so, except where the last bit of a float operation decides a rounding
     tie: then one code of that image is the neighbouring one. That is 1 % of the images here, and which ones depends on

@@ -293,7 +293,7 @@ def test_a_full_disk_is_one_line(tmp_path):
         with whole_file(path):
             Path("/dev/full").write_text("x")
 
-    assert refusal(write, tmp_path / "out") == ("(No space left on device). Free some space or choose another place.")
+    assert "No space left on device" in refusal(write, tmp_path / "out")
     assert content(tmp_path) == {}
 
 
@@ -322,31 +322,32 @@ def test_a_name_that_is_too_long_is_refused(tmp_path, write):
 @pytest.mark.parametrize("write", [write_file, check_writable])
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path, write):
     os.mkfifo(tmp_path / "pipe")
-    assert refusal(write, tmp_path / "pipe") == "(something other than a file is there). Choose another place."
+    assert "something other than a file" in refusal(write, tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     write_folder(tmp_path / "out", old="1")
-    assert refusal(write_file, tmp_path / "out") == "(something other than a file is there). Choose another place."
+    assert "something other than a file" in refusal(write_file, tmp_path / "out")
     assert content(tmp_path) == {"out/old": "1"}
 
 
 @pytest.mark.parametrize(("number", "advice"), [
-    (13, "Choose a place that you may write to."), (30, "Choose a place that is not read-only."),
-    (28, "Free some space or choose another place."), (5, "Choose another place."),
+    (13, "write to"), (30, "read-only"), (28, "space"), (5, "another place"),
 ])  # fmt: skip
 def test_the_advice_fits_the_reason(tmp_path, number, advice):
     def fail(path):
         with whole_file(path):
             raise OSError(number, os.strerror(number))
 
-    assert refusal(fail, tmp_path / "out") == f"({os.strerror(number)}). {advice}"
+    reason, _, told = refusal(fail, tmp_path / "out").partition(").")
+    assert reason == f"({os.strerror(number)}"
+    assert advice in told
 
 
 def test_a_read_only_place_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere else
-    assert refusal(check_writable, tmp_path / "out") == "(Permission denied). Choose a place that you may write to."
+    assert "Permission denied" in refusal(check_writable, tmp_path / "out")
 
 
 def test_checking_writes_nothing(tmp_path):

@@ -66,7 +66,7 @@ def parses(verb, flag, said):
 
 
 def texts(tree):
-    """The strings of a module but for docstrings; what is filled in is {}."""
+    """The strings of a module except for docstrings; what is filled in is {}."""
     docstrings = {
         id(node.body[0].value) for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body

@@ -79,7 +79,7 @@ def test_a_network_of_another_shape_takes_the_whole_flow(tmp_path, backend):
             expected, original = states(quantized, name), states(model, name)
             loss = np.square(expected - original).sum() / np.square(original).sum()
             assert 0 < loss < 0.02
-            # The engine is the fake-quantized network, but for codes that flip where floats are added in another order.
+            # The engine is the fake-quantized network, except for codes that flip if floats are added in another order.
             assert np.square(found - expected).sum() / np.square(expected).sum() < max(1e-9, 0.1 * loss)
         assert np.abs(found - sampler.sample_latents(REQUESTS, seed=5, sampler="euler")).max() > 1e-3
 

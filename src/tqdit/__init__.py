@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tqdit.api import load_model as load_model
     from tqdit.api import record as record
     from tqdit.engines.config import BuildConfig as BuildConfig
+    from tqdit.engines.gpu import GpuShare as GpuShare
     from tqdit.engines.run.denoiser import Denoiser as Denoiser
     from tqdit.engines.run.drop_in import DropIn as DropIn
     from tqdit.engines.run.sampler import Sampler as Sampler
@@ -30,6 +31,7 @@ _HOMES = {
     "BuildConfig": "tqdit.engines.config",
     "Denoiser": "tqdit.engines.run.denoiser",
     "DropIn": "tqdit.engines.run.drop_in",
+    "GpuShare": "tqdit.engines.gpu",
     "ModelCard": "tqdit.models.model_card",
     "Sampler": "tqdit.engines.run.sampler",
     "ScaleTable": "tqdit.quantization.table",

@@ -57,7 +57,7 @@ def load_model(source: Source | Path, heads: int | None = None, card: ModelCard 
 
 
 def record(pipeline: Any) -> Recorder | NetworkRecorder:
-    """A context that hears the calls of a diffusers pipeline's transformer, and what its scheduler makes of them.
+    """A context that records the calls of a diffusers pipeline's transformer and the steps of its scheduler.
 
         with tqdit.record(pipeline) as calls:
             pipeline("a red square", num_inference_steps=28)
@@ -86,8 +86,8 @@ def calibrate(
 
     preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
     results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
-    latents with labels. rows: calls that `record` heard, or the file of them; for networks other than a DiT. Raises
-    UsageError for a preset or a knob that does not exist.
+    latents, with labels or an array for each request port. rows: recorded calls, or the file of them; for
+    networks other than a DiT. Raises UsageError for a preset or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
     from tqdit.calibration.config import PRESETS
@@ -133,7 +133,7 @@ def export(
     text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file; text_int8: with
     int8 weights. rows: as in `calibrate`; they tell how a pipeline's network is called if there are no scales.
     force: replace the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter
-    can end by a signal if nobody has tried the class; tqdit-export traces such a class in a child process. Large
+    can end by a signal if the class was never tried; tqdit-export traces such a class in a child process. Large
     weights of a transformer's directory stay in their file and are read one at a time.
     """
     _need_stage("export", "tqdit.export")
@@ -142,7 +142,7 @@ def export(
     from tqdit.exporter.onnx_writer import check_overwrite, write
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
-    from tqdit.models.families.recorded import open_texts
+    from tqdit.models.directories import open_texts
     from tqdit.models.recording import as_recording
     from tqdit.quantization.table import read_scale_table
 

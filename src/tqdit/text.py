@@ -1,6 +1,6 @@
 """Prompts to request values without PyTorch: tokenizers, and a pipeline's text encoders as one ONNX graph.
 
-`tqdit-export --text` writes them; they are accepted only where they reproduce recorded embeddings (`exporter/text.py`).
+`tqdit-export --text` writes them; they are accepted only if they reproduce recorded embeddings (`exporter/text.py`).
 """
 
 from __future__ import annotations

@@ -86,4 +86,4 @@ def test_a_users_own_data_have_no_drift(tmp_path: Path):
 
     model = tiny_model()
     with pytest.raises(UsageError, match="--boundaries drift is measured"):
-        data_rows(model, sampling_of(model, SMALL), SMALL, DataSet(None, None, ""))
+        data_rows(model, sampling_of(model, SMALL), SMALL, DataSet(None, {}, ""))

@@ -117,7 +117,7 @@ def test_no_unit_gets_worse_and_what_is_learned_is_what_the_table_says(
     for unit in units:
         before, after = next(replays)
         quantized, network = apply(model, found), apply(model, found).network
-        calls = phase._record(folded, quantized, unit, rows, [torch.arange(len(rows))])
+        calls = phase.record(folded, quantized, unit, rows, [torch.arange(len(rows))])
         assert error(Replay(network, unit, quantized), calls, {}) == pytest.approx(min(before, after), rel=1e-3)
         lower += after < before
     assert lower >= 4
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_with_the_unit_it_was_in(tmp_path: Path, monkeypatc
     config = replace(CONFIG, iterations=5)
     whole = calibrate(tiny_model(), config, tmp_path / "a").table.to_bytes()
     learned: list[str] = []
-    reconstruct_unit = phase._reconstruct_unit
+    reconstruct_unit = phase.reconstruct_unit
 
     def limited(model: LoadedModel, quantized: LoadedModel, table: ScaleTable, unit: Any, *rest: Any) -> Any:
         if len(learned) == 4:
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_with_the_unit_it_was_in(tmp_path: Path, monkeypatc
         learned.append(unit.name)
         return reconstruct_unit(model, quantized, table, unit, *rest)
 
-    monkeypatch.setattr(phase, "_reconstruct_unit", limited)
+    monkeypatch.setattr(phase, "reconstruct_unit", limited)
     with pytest.raises(KeyboardInterrupt):
         calibrate(tiny_model(), config, tmp_path / "b")
     learned.append("killed")
@@ -157,9 +157,9 @@ def test_more_bytes_than_may_be_held_leave_batches_out(tmp_path: Path, monkeypat
     run, rows, table = started(tmp_path)
     quantized, unit = apply(run.model, table), units_of(run.model, table)[3]
     batches = list(torch.arange(len(rows)).split(4))
-    assert len(phase._record(run.model, quantized, unit, rows, batches)) == 3
+    assert len(phase.record(run.model, quantized, unit, rows, batches)) == 3
     monkeypatch.setattr(phase, "RECORDED_BYTES", 1)
-    assert len(phase._record(run.model, quantized, unit, rows, batches)) == 1
+    assert len(phase.record(run.model, quantized, unit, rows, batches)) == 1
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_a_unit_that_the_network_calls_twice_is_learned_on_both_calls(tmp_path: 
         inner = quantized.network.network
         inner.blocks.append(inner.get_submodule("blocks.0"))  # type: ignore[union-attr, operator]
         unit = units_of(tiny_model(), table)[3]
-        calls = phase._record(run.model, quantized, unit, rows, list(torch.arange(len(rows)).split(6)))
+        calls = phase.record(run.model, quantized, unit, rows, list(torch.arange(len(rows)).split(6)))
     finally:
         del network.blocks[2]  # type: ignore[union-attr, operator]
     assert len(calls) == 4

@@ -201,6 +201,7 @@ def test_a_data_set_gives_rows_of_its_own_images(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
     np.savez(tmp_path / "data.npz", arr_0=images, arr_1=np.arange(5))
     data = read_data(tmp_path / "data.npz", model)
+    assert data.requests["class_labels"].tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(data.x0, images.transpose(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
     rows = data_rows(model, sampling_of(model, SMALL), SMALL, data)
     assert len(rows) == 24
@@ -212,19 +213,29 @@ def test_a_data_set_gives_rows_of_its_own_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_data_are_for_models_of_classes(tmp_path: Path, two_streams: LoadedModel) -> None:
-    np.savez(tmp_path / "data.npz", latents=np.zeros((2, 5, 12), np.float32), labels=np.zeros(2, int))
-    with pytest.raises(UsageError, match="--data is for models of classes; TwoStreams"):
+def test_data_of_a_model_without_classes_have_the_values_of_its_ports(tmp_path: Path, two_streams: LoadedModel) -> None:
+    """Two axes, four words in place of a class, flow matching, no guidance."""
+    rng = np.random.default_rng(0)
+    states, words = rng.normal(size=(3, *two_streams.signature.state.row_shape)), np.arange(12).reshape(3, 4) % 7
+    np.savez(tmp_path / "data.npz", latents=states.astype(np.float32), words=words)
+    rows = data_rows(two_streams, sampling_of(two_streams, SMALL), SMALL, read_data(tmp_path / "data.npz", two_streams))
+    for row, target in enumerate(rows.target.numpy()):
+        (image,) = np.flatnonzero((rows.inputs["words"][row].numpy() == words).all(1))
+        sigma, noise = rows.inputs["sigma"][row].item(), target + states[image]  # the network predicts noise - x_0
+        expected = (1 - sigma) * states[image] + sigma * noise
+        np.testing.assert_allclose(rows.inputs["latents"][row], expected, atol=1e-5)
+    np.savez(tmp_path / "data.npz", latents=states.astype(np.float32), labels=np.zeros(3, int))
+    with pytest.raises(UsageError, match="none of words"):
         read_data(tmp_path / "data.npz", two_streams)
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "none of arr_1, labels"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "none of class_labels, arr_1, labels"),
         ({"other": np.zeros(2), "labels": np.zeros(2, int)}, "none of arr_0, images"),
         ({"images": np.zeros((2, 9, 9, 3), np.uint8), "labels": np.zeros(2, int)}, r"the model works on \[3, 8, 8\]"),
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.zeros(3, int)}, "expected 2 integers"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.zeros(3, int)}, "2 images, but 3 of"),
         ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.array([0, 5])}, r"labels outside 0\.\.4"),
         ({"x": np.full((2, 3, 8, 8), np.nan, np.float32), "y": np.zeros(2, int)}, "NaN"),
     ],

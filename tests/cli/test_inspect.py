@@ -255,9 +255,8 @@ def test_an_onnx_file_without_its_weights_is_refused_by_their_name(tmp_path):
     (tmp_path / "weights.data").unlink()
     with pytest.raises(FileFormatError) as error:
         inspect(str(path))
-    assert str(error.value) == (
-        f"{tmp_path / 'weights.data'}: missing; it holds the weights of {path}. Keep them together."
-    )
+    assert str(error.value).startswith(f"{tmp_path / 'weights.data'}: missing")
+    assert str(path) in str(error.value)
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoint):
@@ -266,10 +265,8 @@ def test_a_damaged_checkpoint_is_refused(checkpoint):
 
 
 def test_a_folder_of_unknown_kind_is_refused(tmp_path):
-    assert refusal(tmp_path, UsageError) == (
-        "a folder of unknown kind; known are engine bundles (manifest.json), folders of shards (shards.json) and "
-        "diffusers directories (model_index.json or config.json). Pass one of these."
-    )
+    said = refusal(tmp_path, UsageError)
+    assert all(name in said for name in ("manifest.json", "shards.json", "model_index.json", "config.json"))
 
 
 def test_a_folder_of_shards_tells_its_job(tmp_path):
@@ -302,16 +299,13 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_printed(samples, cap
 @pytest.mark.parametrize("name", ["picture.png", "no-suffix"])
 def test_a_file_of_unknown_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    assert refusal(tmp_path / name, UsageError) == (
-        "a file of unknown kind; known are .onnx, .npz, .safetensors, .pt, .pth, .bin, .index.json, engine bundles and "
-        "diffusers directories."
-    )
+    said = refusal(tmp_path / name, UsageError)
+    assert all(suffix in said for suffix in (".onnx", ".npz", ".safetensors", ".pt", ".pth", ".bin", ".index.json"))
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    assert (
-        refusal(tmp_path / "x.onnx", UsageError) == "no such file or folder. Pass a file, a folder, 'demo' or 'text'."
-    )
+    said = refusal(tmp_path / "x.onnx", UsageError)
+    assert all(fact in said for fact in ("no such file", "'demo'", "'text'"))
 
 
 def test_the_command_prints_one_fact_a_line_in_two_columns(samples, capsys):

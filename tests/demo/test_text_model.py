@@ -1,7 +1,9 @@
 """The text demo draws what its prompts say; MODEL `text` is its pipeline."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +16,14 @@ from tqdit.cli.main import run
 from tqdit.demo import captions
 from tqdit.demo.text_judge import load_text_judge, recognised
 from tqdit.demo.weights import shipped_pipeline
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.model_card import read_pipeline_card
 from tqdit.onnx_file import OnnxFile
 from tqdit.quantization.table import read_scale_table
 from tqdit.text import Tokens, unknown_words
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
@@ -45,6 +48,14 @@ def test_held_out_captions_are_drawn():
     images = pipeline(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
     for name, right in recognised(images.clamp(0, 1) * 2 - 1, scenes, load_text_judge()).items():
         assert right.mean() >= 0.85, name
+
+
+def test_the_python_of_its_page_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "text-demo.md").read_text("utf-8"), re.DOTALL)
+    names = {}
+    exec(code.replace("num_inference_steps=28", "num_inference_steps=2"), names)
+    assert names["image"].size == (24, 24)
 
 
 def test_the_name_is_all_that_a_user_must_know(tmp_path, monkeypatch, capsys):

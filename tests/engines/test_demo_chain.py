@@ -58,7 +58,7 @@ def test_a_float_chain_is_that_of_pytorch(demo, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_int8_chain_is_one_of_the_fake_quantized_model(demo, backend):
-    """Single evaluations agree but for codes that a sum in another order flips at a rounding tie (test_openvino.py,
+    """Single evaluations agree except for codes that a sum in another order flips at a rounding tie (test_openvino.py,
     tests/export). Later layers and steps round anew what a flip has moved, so over a chain the two part as two
     roundings do: each lies as far from float, and from the other by at most twice that (independent errors add). The
     median over images, since the mean belongs to the few images whose content flips.

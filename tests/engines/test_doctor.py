@@ -18,8 +18,8 @@ from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build import proof
 from tqdit.errors import BackendError
 from tqdit.plugins import aot
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
 
 CPU_BACKENDS = {"onnxruntime", "openvino"}
 

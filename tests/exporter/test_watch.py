@@ -16,9 +16,9 @@ from tqdit.cli.main import run
 from tqdit.errors import UsageError
 from tqdit.exporter.trace import trace, trace_any_rows
 from tqdit.exporter.watch import PLACE, UntraceableError, export_in_child
-from tqdit.models.families.recorded import PROVEN
 from tqdit.models.load import load_model
 from tqdit.models.quirks import cogvideox, lumina2
+from tqdit.models.recorded import PROVEN
 from tqdit.onnx_file import read_card
 
 INPUTS = {"x": torch.ones(3, 4)}

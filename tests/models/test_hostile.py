@@ -17,7 +17,7 @@ import tqdit
 from tqdit.cli.main import run
 from tqdit.errors import CheckpointError, FileFormatError, OutputError, UsageError
 from tqdit.interface import RECORDING_KEY
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from tqdit.models.making import bounded
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
@@ -206,7 +206,7 @@ def calibrate(tmp_path, *arguments):
 
 @pytest.mark.parametrize("error", [ValueError("height must be\nodd"), torch.OutOfMemoryError("no"), KeyError("tokens")])
 def test_what_a_pipeline_raises_is_one_line_with_its_prompt(tmp_path, monkeypatch, capsys, error):
-    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: Raising(error))
+    monkeypatch.setattr("tqdit.models.directories.open_pipeline", lambda _: Raising(error))
     assert calibrate(tmp_path, "-q") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "Raising refuses 'a red square'" in line
@@ -221,7 +221,7 @@ def test_what_a_pipeline_raises_is_one_line_with_its_prompt(tmp_path, monkeypatc
     ],
 )
 def test_arguments_are_looked_at_before_the_pipeline_is_loaded(tmp_path, monkeypatch, capsys, arguments, found):
-    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pytest.fail("was loaded"))
+    monkeypatch.setattr("tqdit.models.directories.open_pipeline", lambda _: pytest.fail("was loaded"))
     assert calibrate(tmp_path, *arguments) == 2
     assert found in capsys.readouterr().err
 

@@ -211,11 +211,8 @@ def test_a_wrong_layout_is_named_by_its_missing_and_unexpected_keys(checkpoint):
         tensors["blocks.1.attn.q.weight"] = tensors.pop("blocks.1.attn.qkv.weight")
         tensors["extra"] = torch.zeros(1)
 
-    assert change(checkpoint, edit) == (
-        "its tensors are not those of its network: missing 'blocks.1.attn.qkv.weight'; unexpected "
-        "'blocks.1.attn.q.weight', 'extra'. Pass a published DiT checkpoint or a diffusers "
-        "DiTTransformer2DModel directory."
-    )
+    said = change(checkpoint, edit)
+    assert "missing 'blocks.1.attn.qkv.weight'; unexpected 'blocks.1.attn.q.weight', 'extra'" in said
 
 
 def test_a_long_list_of_keys_is_cut(checkpoint):

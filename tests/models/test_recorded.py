@@ -6,7 +6,7 @@ import torch
 
 import support
 from tqdit.errors import CheckpointError
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from zoo.pipelines import vae
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")

@@ -226,7 +226,7 @@ def test_whatever_bytes_are_altered_the_answer_is_tensors_or_one_line(tmp_path, 
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert refusal(tmp_path / "dit.pt") == "no such file. Pass a checkpoint, a diffusers directory or 'demo'."
+    assert refusal(tmp_path / "dit.pt").startswith("no such file")
 
 
 @pytest.fixture

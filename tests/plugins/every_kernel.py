@@ -8,8 +8,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kernel_device
-from tqdit.plugins.multi_region_attention.plan import candidates
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
+from tqdit.plugins.multi_region_attention.launch import candidates
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
 
 
 def main():

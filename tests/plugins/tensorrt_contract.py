@@ -141,6 +141,9 @@ def main():
         "TimeGroupSelect": drive(
             "TimeGroupSelect", (integer, integer, single), (single,), [(70,), (9,), (10, 1, 1, 3)], {}, {0}
         ),
+        "TimeGroupSelect real": drive(
+            "TimeGroupSelect", (single, single, half), (half,), [(70,), (9,), (10, 1, 1, 3)], {}, {0}
+        ),
     }
     for name, outputs in (("MultiRegionSoftmax", (half,)), ("MultiRegionNumerator", (half, single))):
         shapes, attributes = [(3, 2, 50, 50), (3,)], {"bits": 8, "high_step": 1 / 127}

@@ -13,10 +13,10 @@ import pytest
 from support import few
 from tqdit.errors import BackendError
 from tqdit.plugins import aot
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
-from tqdit.plugins.multi_region_softmax import plan as softmax
-from tqdit.plugins.time_group_select import plan as select
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
+from tqdit.plugins.multi_region_softmax import launch as softmax
+from tqdit.plugins.time_group_select import launch as select
 
 pytestmark = pytest.mark.slow
 
@@ -229,7 +229,7 @@ def test_an_unknown_entry_is_refused(text, visible, found):
 def test_the_runtime_imports_no_triton():
     """Plans and registration are looked at by builders on machines without it."""
     code = (
-        "import sys, tqdit.plugins.tensorrt, tqdit.plugins.aot, tqdit.plugins.multi_region_attention.plan as p;"
+        "import sys, tqdit.plugins.tensorrt, tqdit.plugins.aot, tqdit.plugins.multi_region_attention.launch as p;"
         "p.kernel('fp16', 9, 9, 8, 8, 0.1); print('triton' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

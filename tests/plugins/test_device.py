@@ -12,9 +12,9 @@ import torch
 
 from kernel_device import regions
 from tqdit.plugins import aot
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
-from tqdit.plugins.multi_region_softmax import plan as softmax
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
+from tqdit.plugins.multi_region_softmax import launch as softmax
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

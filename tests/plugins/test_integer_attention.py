@@ -13,8 +13,8 @@ from onnx import TensorProto
 from kernel_device import DEVICE, NO_MASK, regions, run_integer_attention
 from op_bodies import run
 from tqdit.errors import UsageError
-from tqdit.plugins.multi_region_attention.plan import Blocks
-from tqdit.plugins.multi_region_integer_attention import plan
+from tqdit.plugins.multi_region_attention.launch import Blocks
+from tqdit.plugins.multi_region_integer_attention import launch as attention
 from tqdit.plugins.multi_region_integer_attention import schema as integer_schema
 from tqdit.plugins.multi_region_integer_attention.reference import multi_region_integer_attention
 from tqdit.plugins.multi_region_numerator_integer_attention import schema as numerator_schema
@@ -127,7 +127,7 @@ def test_every_head_size_in_every_tiling(head, blocks):
 @pytest.mark.parametrize("tokens", [197, 300, pytest.param(1024, marks=pytest.mark.full)])
 def test_every_block_shape_that_is_offered(tokens, numerators):
     inputs = make_case(np.random.default_rng(0), 1, 1, 70, tokens)
-    for blocks in plan.candidates(72, tokens, large=True):
+    for blocks in attention.candidates(72, tokens, large=True):
         out = run_integer_attention(inputs, 8, 1 / 127, "i8", blocks, numerators)
         assert_attended(out, inputs, 8, 1 / 127, "i8", numerators)
 
@@ -171,7 +171,7 @@ def test_an_int8_result_is_rounded_half_to_even_and_clipped():
 
 def test_the_largest_sum_fits_int32():
     """All numerators are 1, the code 127, and all values -128; one key more than the kernel takes would overflow."""
-    keys, one = plan.MAX_KEYS, np.ones(1, np.float32)
+    keys, one = attention.MAX_KEYS, np.ones(1, np.float32)
     assert 127 * 128 * keys <= np.iinfo(np.int32).max < 127 * 128 * 2 * keys
     inputs = {"q": np.zeros((1, 1, 3, 8), np.int8), "k": np.zeros((1, 1, keys, 8), np.int8),
               "v": np.full((1, 1, 8, keys), -128, np.int8), "mask": NO_MASK, "scale": one, "low_step": one / 127,
@@ -184,9 +184,9 @@ def test_the_largest_sum_fits_int32():
 def test_sizes_beyond_the_kernel_are_refused():
     limits = "1..128 and 1..1048576 x 1..131072. Build with --no-plugins"
     with pytest.raises(UsageError, match=rf"IntegerAttention with heads of 64 over 10 x 131073 tokens: .* {limits}"):
-        plan.kernel("i8", 10, plan.MAX_KEYS + 1, 64, 8, 1 / 127)
+        attention.kernel("i8", 10, attention.MAX_KEYS + 1, 64, 8, 1 / 127)
     with pytest.raises(UsageError, match="MultiRegionNumeratorIntegerAttention with heads of 129"):
-        plan.kernel("i8", 10, 10, 129, 8, 1 / 127, numerators=True)
+        attention.kernel("i8", 10, 10, 129, 8, 1 / 127, numerators=True)
 
 
 @pytest.mark.parametrize("inline", [False, True])

@@ -16,12 +16,12 @@ from kernel_device import DEVICE, NO_MASK, regions, run_attention, run_numerator
 from support import few
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS
-from tqdit.plugins.multi_region_attention.plan import Blocks
-from tqdit.plugins.multi_region_attention.plan import kernel as attention_kernel
-from tqdit.plugins.multi_region_attention.plan import launch as attention_launch
+from tqdit.plugins.multi_region_attention.launch import Blocks
+from tqdit.plugins.multi_region_attention.launch import kernel as attention_kernel
+from tqdit.plugins.multi_region_attention.launch import launch as attention_launch
 from tqdit.plugins.multi_region_attention.reference import multi_region_attention
 from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
-from tqdit.plugins.multi_region_softmax.plan import kernel as softmax_kernel
+from tqdit.plugins.multi_region_softmax.launch import kernel as softmax_kernel
 from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
 from tqdit.plugins.time_group_select.reference import time_group_select
 
@@ -73,6 +73,8 @@ def test_time_group_select(data):
     trailing = data.draw(st.sampled_from([(), (1, 1, 1), (3,), (130,)]))
     floats = data.draw(st.sampled_from(["fp32", "fp16", "bf16"]))
     table = np.random.default_rng(0).integers(-99, 99, (len(boundaries) + 1, *trailing)).astype(np.float32)
+    if data.draw(st.booleans()):  # flow matching: float timesteps such as 0.1
+        timestep, boundaries = (np.float32(0.001) * each.astype(np.float32) for each in (timestep, boundaries))
     out = run_select(timestep, boundaries, table, floats)
     np.testing.assert_array_equal(out, time_group_select(timestep, boundaries, table))
 

@@ -8,6 +8,7 @@ listed in docs/kernels.md.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import pytest
 
 from support import ALL
 from tqdit.plugins import aot, tensorrt
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
 
 pytestmark = pytest.mark.slow
 TACTICS = None if ALL else 2  # of each kernel of attention
@@ -61,7 +62,7 @@ def contract(tmp_path_factory):
 
 
 def test_the_plugins_register_under_their_names(contract):
-    assert {name.removesuffix(" half") for name in contract} == set(tensorrt.NAMES)
+    assert {name.partition(" ")[0] for name in contract} == set(tensorrt.NAMES)
 
 
 def test_every_attribute_is_passed_in_order(contract):
@@ -108,19 +109,22 @@ def test_shapes_and_types(contract):
         assert contract[name]["out_shapes"] == [[3, 2, 200, 72]]
     kinds = {name: result["out_types"] for name, result in contract.items()}
     assert kinds["TimeGroupSelect"] == ["DataType.FLOAT"]
+    assert kinds["TimeGroupSelect real"] == ["DataType.HALF"]  # of float timesteps
     for name in ("MultiRegionSoftmax", *ATTENTIONS):
         assert kinds[name] == ["DataType.HALF"]
     assert kinds["MultiRegionNumerator"] == ["DataType.HALF", "DataType.FLOAT"]
     for name in INTEGER_ATTENTIONS:
         assert kinds[name] == ["DataType.INT8"]
         assert kinds[f"{name} half"] == ["DataType.HALF"]
-    # float, float16, bfloat16; the types of integer attention are those of its attribute
+    # float, float16, bfloat16, each with two types of timesteps; those of integer attention are its attribute's
     assert {name: result["combinations"] for name, result in contract.items()} == {
-        name: 1 if name in INTEGER_CASES else 3 for name in contract
+        name: 1 if name in INTEGER_CASES else 6 if name.startswith("TimeGroupSelect") else 3 for name in contract
     }
 
 
 def test_launches_take_the_symbolic_batch(contract):
+    (real,) = contract["TimeGroupSelect real"]["kernels"]
+    assert re.search(r"setp\.\w+\.f32", real["ptx"])  # timesteps are compared as they are
     (select,) = contract["TimeGroupSelect"]["kernels"]
     assert (select["launch"]["grid_x"], select["scalars"]) == (2, [210, 3])  # 210 elements, 128 a program
     for name in ("MultiRegionSoftmax", "MultiRegionNumerator"):
@@ -145,8 +149,8 @@ def test_launches_take_the_symbolic_batch(contract):
 
 def test_entries_take_what_tensorrt_passes(contract):
     """Inputs, integers, outputs, and nothing else."""
-    inputs = {"TimeGroupSelect": 3, "MultiRegionSoftmax": 2, "MultiRegionNumerator": 2, **dict.fromkeys(ATTENTIONS, 5),
-              **dict.fromkeys(INTEGER_CASES, 8)}  # fmt: skip
+    inputs = {"TimeGroupSelect": 3, "TimeGroupSelect real": 3, "MultiRegionSoftmax": 2, "MultiRegionNumerator": 2,
+              **dict.fromkeys(ATTENTIONS, 5), **dict.fromkeys(INTEGER_CASES, 8)}  # fmt: skip
     for name, result in contract.items():
         for kernel in result["kernels"]:
             assert kernel["parameters"] == inputs[name] + len(kernel["scalars"]) + len(result["out_types"])

@@ -133,7 +133,7 @@ class Visitor:
         return [pixels(base64.b64decode(each.get_attribute("src").split(",")[1])) for each in found]
 
     def complaints(self) -> list[str]:
-        """What the browser's console says, but for refusals that a test provokes."""
+        """What the browser's console says, except for refusals that a test provokes."""
         return [each["message"] for each in self.driver.get_log("browser") if "status of 4" not in each["message"]]
 
 

@@ -25,7 +25,7 @@ from tqdit.errors import FileFormatError, MissingLibraryError, TqditWarning, Usa
 from tqdit.exporter import text as exporter
 from tqdit.exporter.onnx_writer import _side_files
 from tqdit.exporter.passes import weight_only
-from tqdit.models.families.recorded import open_pipeline
+from tqdit.models.directories import open_pipeline
 from tqdit.models.recorded import recorded_model
 from tqdit.models.recording import Recording
 from tqdit.onnx_file import read_card
@@ -334,7 +334,7 @@ def drawn(tmp_path, monkeypatch):
     pipeline.save_pretrained("dir")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     found = []
-    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", lambda _: pipeline)
+    monkeypatch.setattr("tqdit.models.directories.open_pipeline", lambda _: pipeline)
     monkeypatch.setattr(type(pipeline), "check_inputs", lambda _, prompt, *__, **___: found.append(prompt))
     return found
 
@@ -384,7 +384,7 @@ def test_a_damaged_card_of_a_pipeline_is_one_line_before_it_is_loaded(tmp_path, 
     monkeypatch.chdir(tmp_path)
     TEXTS["sd3"]()[0].save_pretrained("dir")
     (tmp_path / "dir" / "model.json").write_text(card)
-    monkeypatch.setattr("tqdit.models.families.recorded.open_pipeline", None)
+    monkeypatch.setattr("tqdit.models.directories.open_pipeline", None)
     capsys.readouterr()
     assert run("calibrate", ["dir", "-q"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

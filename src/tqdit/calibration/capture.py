@@ -213,7 +213,7 @@ class _Tokens:
 
 
 def _of_rows(low: Tensor, high: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The range (N,) of each row over the tokens that count; over all where none does. All (N, ..., T).
+    """The range (N,) of each row over the tokens that count; over all if none does. All (N, ..., T).
 
     What a mask hides has no gradient, and no value of it may cost codes.
     """

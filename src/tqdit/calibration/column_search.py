@@ -60,7 +60,7 @@ class ColumnSpace:
 
     @property
     def uniform(self) -> Genome:
-        """The least columns that are not below the bound in any layer, where a layer has such."""
+        """The least columns that are not below the bound in any layer, if a layer has such."""
         return tuple(
             next((at for at, columns in enumerate(choices) if columns >= self.least), len(choices) - 1)
             for choices in self.choices.values()

@@ -113,12 +113,14 @@ class QuantizationConfig:
     equalize: str = knob("none", "divide input channels by constants that their weights are multiplied with: by their "
                          "range (as --equalize alone), or by PTQ4DiT's salience",
                          ("none", "range", "salience"), alone="range")  # fmt: skip
-    equalize_all: bool = knob(False, "with --equalize, also where nothing can divide in advance: the engine does")
+    equalize_all: bool = knob(
+        False, "with --equalize, also inputs that no layer before can divide; the engine divides them"
+    )
     softmax: str = knob("two-region", "one scale, or two regions of probabilities or of numerators; two-region takes "
                         f"numerators from {NUMERATOR_KEYS:,} keys on; auto takes two regions if they at least halve "
                         "the layer's error, and else one scale, with which engines make one kernel of an attention",
                         ("uniform", "probability", "numerator", "two-region", "auto"))  # fmt: skip
-    gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, where they "
+    gelu: str = knob("two-region", "inputs after GELU; auto takes two regions, which cost a second product, if they "
                      "at least halve the layer's error", ("uniform", "two-region", "auto"))  # fmt: skip
     softmax_top: str = knob("exact", "high scale 1/(q-1), which represents 1, or the paper's 1/q", ("exact", "paper"))
     group_bits: str = knob("", "bits of each group of timesteps, such as 8/8/6/4, of inputs with schemes ..._bits: "
@@ -308,7 +310,7 @@ Q_DIT = replace(GPTQ, equalize="none", attention=False, column_search=100)
 # AdaTSQ (arXiv 2602.09883): bits of each input in each group of timesteps, GPTQ weighted by the gradients over time.
 ADATSQ = replace(GPTQ, inputs="asymmetric_bits", bit_search=True, fisher_temperature=1.0)
 
-# As published, but for what docs/methods.md says. Both leave attention float.
+# As published, except for what docs/methods.md says. Both leave attention float.
 VIDIT_Q = replace(
     DYNAMIC, inputs="dynamic_asymmetric", equalize="range", equalize_all=True, rotate=64, rows_per_group=64, chains=2
 )

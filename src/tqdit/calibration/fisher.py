@@ -55,7 +55,7 @@ def guided(
 ) -> Tensor:
     """As `step_weighted`, times the weight of each row in the guided prediction, at the scale of the chains.
 
-    A conditional row counts g times, its unconditional partner |1 - g| times; where guidance leaves a channel as it is,
+    A conditional row counts g times, its unconditional partner |1 - g| times; if guidance leaves a channel as it is,
     1 and 0.
     """
     cotangent = step_weighted(rows, index, output, model, config)

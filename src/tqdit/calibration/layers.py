@@ -110,7 +110,7 @@ def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan
 
 
 def with_one_region(layer_plan: LayerPlan, config: QuantizationConfig) -> LayerPlan | None:
-    """The same layer with one region, where `config` leaves the choice; None where it does not.
+    """The same layer with one region, if `config` leaves the choice; None if it does not.
 
     One region of probabilities has one scale for all groups: engines then make one integer kernel of an attention.
     """

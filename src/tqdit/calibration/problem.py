@@ -89,7 +89,7 @@ class Problem:
 class Solution:
     """The parameters of each operand. history: the objective at the start and after each improvement.
 
-    weight_codes: the integers of the weight, as float (O, K), where they are not those of rounding to nearest.
+    weight_codes: the integers of the weight, as float (O, K), if they are not those of rounding to nearest.
     """
 
     parameters: dict[Role, Parameters]

@@ -1,10 +1,11 @@
 """Phase 4 of the method `reconstruct`: block by block, rounding of weights and scales of activations are learned.
 
-A block of the fake-quantized network takes the inputs that the quantized blocks before it give, and shall give what the
-float block gives (BRECQ, arXiv 2102.05426; Q-Diffusion, 2302.04304; PTQ4DiT, 2405.16005). Whether a weight is rounded
-down or up is a rectified sigmoid of a free variable that a growing penalty drives to 0 or 1 (AdaRound, 2004.10568); the
-scales of an activation are multiplied with a factor that gets gradients through the rounding (LSQ, 1902.08153). What is
-found is kept if it lowers the block's error; weights go on as codes, as those of GPTQ do.
+A block of the fake-quantized network takes the inputs that the quantized blocks before it give, and is trained to
+give what the float block gives (BRECQ, arXiv 2102.05426; Q-Diffusion, 2302.04304; PTQ4DiT, 2405.16005). Whether a
+weight is rounded down or up is a rectified sigmoid of a free variable that a growing penalty drives to 0 or 1
+(AdaRound, 2004.10568); the scales of an activation are multiplied with a factor that gets gradients through the
+rounding (LSQ, 1902.08153). What is found is kept if it lowers the block's error; weights go on as codes, as those of
+GPTQ do.
 
 A unit is a block, or a product outside of the blocks: its network call is replayed with tensors in place of weights and
 scales, so what is learned on is what an export computes.
@@ -96,7 +97,7 @@ def reconstruct(
         own = sum(per_row[product] for product in unit.products)
         passed += own
         if not folder.has(part):
-            sites, learned = _reconstruct_unit(floats_of, apply(model, table), table, unit, rows, config, batch)
+            sites, learned = reconstruct_unit(floats_of, apply(model, table), table, unit, rows, config, batch)
             folder.save_table(part, replace(table, sites=sites, errors={}))
         found = {site.name: site for site in folder.load_table(part).sites}
         table = replace(table, sites=tuple(found.get(site.name, site) for site in table.sites))
@@ -109,7 +110,7 @@ def _rows_per_batch(model: LoadedModel, rows: CalibrationRows) -> int:
     return max(1, min(BATCH, GRAPH_BYTES // max(1, of_block)))
 
 
-def _reconstruct_unit(
+def reconstruct_unit(
     model: LoadedModel, quantized: LoadedModel, table: ScaleTable, unit: Unit, rows: CalibrationRows,
     config: QuantizationConfig, batch: int,
 ) -> tuple[tuple[Site, ...], int]:  # fmt: skip
@@ -118,7 +119,7 @@ def _reconstruct_unit(
     assert isinstance(network, QuantizedNetwork)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rows), generator=generator)
-    calls = _record(model, quantized, unit, rows, list(torch.split(order, batch)))
+    calls = record(model, quantized, unit, rows, list(torch.split(order, batch)))
     replay = Replay(network, unit, quantized)
     sites = [site for product in unit.products for site in table.by_module[product].values()]
     before = replay.error(calls, {})
@@ -153,7 +154,7 @@ def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
 
 
 class _EnoughError(Exception):
-    """Every call of the unit was heard: the network call can end."""
+    """Every call of the unit was recorded: the network call can end."""
 
 
 @torch.no_grad()
@@ -187,7 +188,7 @@ def _listen(
     return found
 
 
-def _record(
+def record(
     model: LoadedModel, quantized: LoadedModel, unit: Unit, rows: CalibrationRows, batches: list[Tensor]
 ) -> list[UnitCall]:
     """The calls of a unit on batches of row numbers, as many of them as RECORDED_BYTES hold."""

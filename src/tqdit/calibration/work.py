@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from tqdit.files import whole_file
 from tqdit.quantization.table import ScaleTable, read_scale_table, write_scale_table
+from tqdit.version import __version__
 
 DOOMED = "search-removed"
 _SEARCH = re.compile(rf"{DOOMED}|search-[0-9a-f]{{12}}")
@@ -114,9 +116,5 @@ def open_search(root: Path, facts: Any, device: torch.device) -> WorkFolder:
 
 def versions(device: torch.device | None = None) -> dict[str, str]:
     """Of the libraries that decide the numbers, and the kind of device: results of two kinds are not mixed."""
-    import numpy as np
-
-    from tqdit.version import __version__
-
     kind = {} if device is None or device.type == "cpu" else {"device": device.type}
     return {"tqdit": __version__, "torch": torch.__version__, "numpy": np.__version__} | kind

@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "only if they pay; dynamic, no search, scales at run time; paper, to the letter; q-diffusion, ptqd, ptq4dit, "
         "q-dit, adatsq, vidit-q and svdquant, after these papers; and the rows of the ablation (default: "
         "%(default)s)")  # fmt: skip
-    add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents with labels, noised with "
-        "known noise, instead of the model's own chains")  # fmt: skip
+    add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents, with labels (or an array for "
+        "each request port), noised with known noise, instead of the model's own chains")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="run the pipeline of the diffusers directory MODEL with each line "
         "of a text file, and take rows from its chains (any transformer class)")  # fmt: skip
     for side in ("--height", "--width"):
         add(side, type=int, metavar="N", help="of the images of --prompts, in pixels (default: the pipeline's own)")
     add("--frames", type=int, metavar="N", help="of the videos of --prompts (default: the pipeline's own)")
-    add("--rows", type=Path, metavar="FILE", help="calls that tqdit.record heard, a .safetensors file, in place of the "
+    add("--rows", type=Path, metavar="FILE", help="recorded calls (tqdit.record), a .safetensors file, in place of the "
         "model's own chains")  # fmt: skip
     add("--from-diagnosis", type=Path, metavar="FILE", help="in place of --preset: the settings and the advice of a "
         "diagnosis.json that tqdit-evaluate --layers wrote")  # fmt: skip
@@ -157,14 +157,15 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
 
 def _pipeline_card(args: argparse.Namespace) -> PipelineCard:
     """The prompts that a pipeline is to run with, none for any other model, and the arguments of its calls."""
-    from tqdit.models.families import recorded
+    from tqdit.models.directories import folder_of
+    from tqdit.models.load import needs_calls
     from tqdit.models.model_card import PipelineCard, read_pipeline_card
 
     prompts = None if args.prompts is None else tuple(read_prompts(args.prompts))
     if args.rows is not None or args.data is not None:
         return PipelineCard()
-    known = recorded.matches(args.model)
-    card = read_pipeline_card(Path(recorded.folder_of(args.model))) if known else PipelineCard()
+    known = needs_calls(args.model)
+    card = read_pipeline_card(Path(folder_of(args.model))) if known else PipelineCard()
     flags = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "height": args.height,
              "width": args.width, "num_frames": args.frames}  # fmt: skip
     told = {name: value for name, value in flags.items() if value is not None}
@@ -180,7 +181,7 @@ def _recording(
     from tqdit.calibration.placing import check_placing
     from tqdit.calibration.rows import boundaries_of
     from tqdit.calibration.work import digest, versions
-    from tqdit.models.families.recorded import folder_of, open_pipeline
+    from tqdit.models.directories import folder_of, open_pipeline
     from tqdit.models.recorder import Recorder
     from tqdit.models.recording import FORMAT_VERSION, Recording
 

@@ -86,8 +86,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     from tqdit.exporter.text import trace_text
     from tqdit.exporter.vae import check_decoder, find_decoder, load_decoder, trace_decoder
     from tqdit.exporter.watch import PLACE, end_with_parent, export_in_child
-    from tqdit.models.families.recorded import PROVEN, check_pipeline, matches, open_texts
-    from tqdit.models.load import load_model
+    from tqdit.models.directories import check_pipeline, open_texts
+    from tqdit.models.load import load_model, needs_calls
+    from tqdit.models.recorded import PROVEN
     from tqdit.models.recording import as_recording
     from tqdit.models.weights import return_freed_memory
 
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     source = args.model or ("demo" if table is None else table.model)
     with_text = args.text or args.text_int8
     if with_text:
-        if not matches(source) and (source in SHIPPED or Path(source).exists()):
+        if not needs_calls(source) and (source in SHIPPED or Path(source).exists()):
             raise UsageError(f"{source}: this model shows classes and has no text encoders. Leave out --text.")
         check_pipeline(source)
     interface = interface_of(table, args.rows)

@@ -239,7 +239,7 @@ def _shards(path: Path) -> Facts:
 
 
 def _calls(path: Path) -> Facts:
-    """Calls that tqdit.record heard; nothing for another file."""
+    """Calls that tqdit.record recorded; nothing for another file."""
     again = "Record the pipeline again."
     with reading(path, SAFETENSORS, again, ValueError, msgspec.MsgspecError):
         metadata = safetensors_file.read_metadata(path)
@@ -263,12 +263,13 @@ def _checkpoint(file: str, heads: int | None) -> Facts:
     need_part("tqdit.models", "the inspection of a model")
     for library in ("torch", "safetensors"):
         need(library, "export", "inspecting a checkpoint")
-    from tqdit.models.families import diffusers, recorded
-    from tqdit.models.load import load_model
+    from tqdit.models.directories import class_name, folder_of
+    from tqdit.models.load import load_model, needs_calls
+    from tqdit.models.recorded import RECORD
 
-    if recorded.matches(file):
-        family = diffusers.class_name(recorded.folder_of(file))
-        return [("kind", f"diffusers directory of a {family}"), ("next", recorded.RECORD)]
+    if needs_calls(file):
+        family = class_name(folder_of(file))
+        return [("kind", f"diffusers directory of a {family}"), ("next", RECORD)]
     model = load_model(file, heads)
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     return [

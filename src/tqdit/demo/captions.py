@@ -45,7 +45,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. weight: "" where the caption leaves it open."""
+    """What an image shows. weight: "" if the caption leaves it open."""
 
     letter: str
     weight: str

@@ -53,8 +53,9 @@ def recognised(images: NDArray[np.uint8], labels: NDArray[np.int64], judge: Judg
     return np.asarray(guesses.numpy() == labels)
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson score)."""
+    z = 1.96
     p, spread = successes / count, z * z / count
     half = z * math.sqrt(p * (1 - p) / count + spread / (4 * count))
     return (p + spread / 2 - half) / (1 + spread), (p + spread / 2 + half) / (1 + spread)

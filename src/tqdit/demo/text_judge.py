@@ -41,7 +41,7 @@ class TextJudge(nn.Module):
 
 
 def truth(scenes: list[Scene]) -> dict[str, NDArray[np.int64]]:
-    """Places (N,) in `CHOICES`; -1 where a caption leaves a field open."""
+    """Places (N,) in `CHOICES`; -1 if a caption leaves a field open."""
     return {
         name: np.array([choices.index(value) if (value := getattr(scene, name)) in choices else -1 for scene in scenes])
         for name, choices in CHOICES.items()

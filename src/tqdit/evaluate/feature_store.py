@@ -82,7 +82,7 @@ class FeatureStore:
             reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
             self._console.say(
                 f"{self.path}: cannot be written ({reason}), so features are not kept, and an evaluation that is "
-                f"stopped begins anew. To keep them, pass a link to {self._folder.path} that lies where you may write."
+                f"stopped begins anew. To keep them, pass a link to {self._folder.path} in a writable folder."
             )
         self._refused = True
 

@@ -14,6 +14,7 @@ from tqdit.extras import need
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 SIGMA = 1.5  # pixels, of the window of SSIM
 PEAK = 255.0
+RESAMPLES = 200
 BATCH = 16  # pairs at a time, which bounds the memory that SSIM takes
 
 
@@ -32,7 +33,7 @@ def mean_squared_errors(reference: Images, found: Images) -> NDArray[np.float64]
     return np.asarray(np.square(difference).reshape(len(difference), -1).mean(axis=1))
 
 
-def psnr(reference: Images, found: Images, resamples: int = 200, seed: int = 0) -> Measure:
+def psnr(reference: Images, found: Images) -> Measure:
     """10 log10(255^2 / MSE) in dB, MSE over all images together, so that equal images do not make it infinite."""
     errors = mean_squared_errors(reference, found)
 
@@ -43,7 +44,7 @@ def psnr(reference: Images, found: Images, resamples: int = 200, seed: int = 0) 
         mse = float(errors[chosen].mean())
         return 10 * math.log10(PEAK**2 / mse) if mse > 0 else math.inf
 
-    return percentile(decibels, len(errors), resamples, seed)
+    return percentile(decibels, len(errors), RESAMPLES, seed=0)
 
 
 def ssim(reference: Images, found: Images) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ from tqdit.evaluate.observe import Observed, Outline, observe
 from tqdit.evaluate.samples import SHOWN, Images, read_images
 from tqdit.evaluate.tools import MeasurementOptions, choose_metrics, describe, write_reference
 from tqdit.interface import Interface
-from tqdit.models.families import recorded
+from tqdit.models.load import needs_calls
 from tqdit.models.recording import Recording
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
 
@@ -180,7 +180,7 @@ def _recorded_calls(path: Path, card: GraphCard, options: EngineOptions) -> Reco
     if neither is there, and for any other model."""
     if options.rows is not None:
         return Recording.load(options.rows)
-    if not recorded.matches(card.model):
+    if not needs_calls(card.model):
         return None
     folder = _work_folder(path, options)
     kept = sorted(folder.glob("calls-*.safetensors"), key=lambda file: file.stat().st_mtime)
@@ -390,7 +390,7 @@ def _look_inside(
         return facts
     facts["scales"] = scales_over_time(table)
     card, kept = manifest.card, _work_folder(path, options)
-    if calls is None and recorded.matches(card.model) and options.diagnosed is None:
+    if calls is None and needs_calls(card.model) and options.diagnosed is None:
         return facts  # the report goes without errors of layers
     if options.layer_errors or options.diagnosed is not None:
         facts |= look_inside(table, card, kept, options.diagnosed, console, calls)

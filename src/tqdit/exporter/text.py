@@ -87,7 +87,7 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str, int8: bool = False)
     if lengths != dict.fromkeys(model.signature.request_values, len(examples.prompts)):
         raise FileFormatError(f"{model.source}: the request values of its recorded prompts are damaged. Record again.")
     with _prepared(pipeline) as tokenizers, torch.no_grad():
-        heard: list[list[_Call]] = []
+        recorded: list[list[_Call]] = []
         results: list[list[Tensor]] = []
         prompts = (PROBE, *examples.prompts)
         for prompt in prompts:
@@ -95,8 +95,8 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str, int8: bool = False)
             for each in tokenizers:
                 each.begin(calls)
             results.append(_encode(pipeline, prompt, examples))
-            heard.append(calls)
-        tokens, contents = _learn_tokens(heard, prompts, stem)
+            recorded.append(calls)
+        tokens, contents = _learn_tokens(recorded, prompts, stem)
         sources = {name: _source(name, array, results[1:]) for name, array in examples.values.items()}
         module = _Encoder(pipeline, tokenizers, examples, sources, tokens)
         inputs = {
@@ -271,13 +271,15 @@ def _check(found: dict[str, NDArray[Any]], examples: TextExamples, tolerance: fl
     return max(errors.values())
 
 
-def _learn_tokens(heard: list[list[_Call]], prompts: Sequence[str], stem: str) -> tuple[list[Tokens | None], list[str]]:
+def _learn_tokens(
+    recorded: list[list[_Call]], prompts: Sequence[str], stem: str
+) -> tuple[list[Tokens | None], list[str]]:
     """How each call of a tokenizer follows from the prompt, with its tokenizer.json; None: it does not depend on it."""
-    if len({len(calls) for calls in heard}) != 1 or not heard[0]:
+    if len({len(calls) for calls in recorded}) != 1 or not recorded[0]:
         raise UsageError(f"the pipeline's tokenizers do not fill up to one length. {EMBEDDINGS}")
     tokens: list[Tokens | None] = []
     contents: list[str] = []
-    for number, calls in enumerate(zip(*heard, strict=True)):
+    for number, calls in enumerate(zip(*recorded, strict=True)):
         if len({call.text for call in calls}) == 1:
             tokens.append(None)
             contents.append("")

@@ -18,7 +18,7 @@ from tqdit.errors import CheckpointError, TqditWarning, first_line
 from tqdit.exporter.trace import EXAMPLE_BATCH, OPSETS, trace_any_rows
 from tqdit.extras import need
 from tqdit.models.decoding import to_codes
-from tqdit.models.families.diffusers import find_weights
+from tqdit.models.directories import find_weights
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.making import bounded
 from tqdit.models.state import check_places, read_json

@@ -1,6 +1,6 @@
 """Where a trace is: what an error names, and what a child process leaves behind if the exporter ends it.
 
-PyTorch's exporter can crash the process, or never come to an end, on a network that nobody has tried. The command
+PyTorch's exporter can crash the process, or never come to an end, on a network that was never tried. The command
 therefore traces such a network in a child process.
 """
 

@@ -1,4 +1,4 @@
-"""Calls of a network as they are heard: which arguments have rows, and which are alike in every call."""
+"""The calls of a network while it is recorded: which arguments have rows, and which are alike in every call."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def block_widths(model: LoadedModel) -> dict[str, int]:
 
 
 def part_widths(width: int, most: int) -> tuple[int, ...]:
-    """Of the parts of at most `most` of `width` channels: equal, but for the last one if `width` is no multiple."""
+    """Of the parts of at most `most` of `width` channels: equal, except for the last one if `width` is no multiple."""
     step = -(-width // -(-width // most)) if most else width
     return tuple(min(step, width - start) for start in range(0, width, step))
 

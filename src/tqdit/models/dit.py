@@ -32,7 +32,7 @@ class DiTConfig:
     hidden_size: int
     depth: int
     mlp_hidden_size: int
-    num_classes: int | None  # rows of the class table but for the last, the null class's; None: there is no table
+    num_classes: int | None  # rows of the class table except for the last, the null class's; None: there is no table
     num_heads: int
 
     @property

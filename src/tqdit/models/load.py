@@ -17,6 +17,11 @@ from tqdit.registry import find_modules
 KNOWN = "Pass 'demo', 'text', a DiT checkpoint (.pt, .safetensors) or a diffusers directory."
 
 
+def needs_calls(source: Source) -> bool:
+    """Whether the inputs of the network that `source` names are learned from recorded calls."""
+    return recorded.matches(source)
+
+
 def load_model(
     source: Source | Path, heads: int | None = None, card: ModelCard | None = None, interface: Interface | None = None,
     in_memory: bool = True,

@@ -18,6 +18,17 @@ from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.registry import find_modules
 
 EXAMPLE_ROWS = 2
+RECORD = (
+    "Its inputs are learned from calls: pass --prompts or --rows to tqdit-calibrate, --rows to tqdit-export, or record "
+    "a pipeline with tqdit.record."
+)
+# Classes that tests/zoo takes through the whole flow; the command traces any other one in a child process.
+PROVEN = (
+    "AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "CogVideoXTransformer3DModel", "Flux2Transformer2DModel",
+    "FluxTransformer2DModel", "HunyuanDiT2DModel", "LTXVideoTransformer3DModel", "Lumina2Transformer2DModel",
+    "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
+    "WanTransformer3DModel", "ZImageTransformer2DModel",
+)  # fmt: skip
 
 
 def recorded_model(

@@ -78,7 +78,7 @@ class Recorder:
         self.network: nn.Module = _part(pipeline, "transformer")
         self.scheduler = _part(pipeline, "scheduler")
         self.pipeline, self.vae = pipeline, getattr(pipeline, "vae", None)
-        self._heard: tuple[tuple[str, ...], dict[str, Any]] | None = None  # prompts and settings of the next run
+        self._text: tuple[tuple[str, ...], dict[str, Any]] | None = None  # prompts and settings of the next run
         self._runs: list[_Run] = []
         self._calls: list[Call] = []
         self._undo: list[Callable[[], None]] = []
@@ -127,7 +127,7 @@ class Recorder:
 
             @functools.wraps(encode)
             def encoded(*args: Any, **kwargs: Any) -> Any:
-                self._heard = self._heard or _prompts(inspect.signature(encode).bind(*args, **kwargs).arguments)
+                self._text = self._text or _prompts(inspect.signature(encode).bind(*args, **kwargs).arguments)
                 return encode(*args, **kwargs)
 
             self._undo.append(_replace(self.pipeline, "encode_prompt", encoded))
@@ -153,7 +153,7 @@ class Recorder:
                 f"step 1, with noise. {DROP_IN_ONLY}"
             )
         name, config = type(self.scheduler).__name__, dict(getattr(self.scheduler, "config", {}))
-        (prompts, settings), self._heard = self._heard or ((), {}), None
+        (prompts, settings), self._text = self._text or ((), {}), None
         table = tabulate(self.scheduler)
         self._runs.append(_Run(name, table, config, len(sample), prompts=prompts, settings=settings))
 

@@ -74,7 +74,7 @@ class Recording:
             metadata, tensors = safetensors_file.read(Path(path))
         if RECORDING_KEY not in metadata or STATES not in tensors:
             raise FileFormatError(
-                f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). Pass what tqdit.record heard."
+                f"{path}: not recorded calls (it has no '{RECORDING_KEY}' metadata). Pass what tqdit.record recorded."
             )
         try:
             header = msgspec.json.decode(metadata[RECORDING_KEY], type=RecordingHeader)

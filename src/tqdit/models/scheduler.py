@@ -92,7 +92,7 @@ def find_noising(
 
 
 def _shift_of(config: Mapping[str, Any], t: Float64) -> float:
-    """The scheduler's shift, or where it depends on the size of the image, that with which even u make the times t."""
+    """The scheduler's shift; if it depends on the size of the image, the one with which even u make the times t."""
     given = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
     if isinstance(given, int | float) and 0 < given <= 100 and not config.get("use_dynamic_shifting"):
         return float(given)

@@ -1,6 +1,6 @@
 """What a Triton kernel needs to be launched or compiled, as a value; no Triton is imported here.
 
-Each op's `plan.py` turns types and static sizes into a `Kernel` and all sizes into a `Launch`. The arithmetic of a
+Each op's `launch.py` turns types and static sizes into a `Kernel` and all sizes into a `Launch`. The arithmetic of a
 launch uses +, * and // alone, so that it takes TensorRT's symbolic sizes as well as ints.
 """
 

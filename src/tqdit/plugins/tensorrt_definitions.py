@@ -17,15 +17,16 @@ from tqdit.errors import UsageError
 from tqdit.plugins import DOMAIN
 from tqdit.plugins.aot import compile_kernel
 from tqdit.plugins.kernels import Kernel, Launch
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
-from tqdit.plugins.multi_region_softmax import plan as softmax
-from tqdit.plugins.time_group_select import plan as select
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
+from tqdit.plugins.multi_region_softmax import launch as softmax
+from tqdit.plugins.time_group_select import launch as select
 
 Integers = NDArray[np.int32]
 Reals = NDArray[np.float32]
 FLOATS = "FP32|FP16|BF16"  # '|': the same of them wherever it stands in a combination
-TYPES = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16, "i8": trt.DataType.INT8}
+TYPES = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16, "i8": trt.DataType.INT8,
+         "i64": trt.DataType.INT64}  # fmt: skip
 NAMES_OF_TYPES = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "i8": "INT8"}  # in a combination
 Compiled = Tuple[Union[str, bytes], Union[str, bytes], trtp.KernelLaunchParams, trtp.SymIntExprs]  # noqa: UP006, UP007
 
@@ -58,7 +59,7 @@ def _define_time_group_select(capability: tuple[int, int], lazy: bool) -> None:
         table: trtp.TensorDesc,
         outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006
-        return [trtp.AutoTuneCombination(f"INT64, INT64, {FLOATS}, {FLOATS}", "LINEAR")]
+        return [trtp.AutoTuneCombination(f"{time}, {time}, {FLOATS}, {FLOATS}", "LINEAR") for time in ("INT64", "FP32")]
 
     @trtp.aot_impl(name)
     def implementation(
@@ -66,7 +67,7 @@ def _define_time_group_select(capability: tuple[int, int], lazy: bool) -> None:
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         size = functools.reduce(lambda a, b: a * b, list(table.shape_expr)[1:], trtp.SymInt32(1))
-        kernel = select.kernel(_float_type(table), _static(boundaries.shape_expr[0], name))
+        kernel = select.kernel(_type_name(table), _static(boundaries.shape_expr[0], name), _type_name(timestep))
         return _compiled(kernel, select.launch(timestep.shape_expr[0], size), capability)
 
 
@@ -92,7 +93,7 @@ def _define_multi_region_softmax(capability: tuple[int, int], lazy: bool) -> Non
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, columns = scores.shape_expr
-        kernel = softmax.kernel(_float_type(scores), _static(columns, name), int(bits[0]), float(high_step[0]))
+        kernel = softmax.kernel(_type_name(scores), _static(columns, name), int(bits[0]), float(high_step[0]))
         return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
 
 
@@ -122,7 +123,7 @@ def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> N
     ) -> Compiled:  # fmt: skip
         images, heads, queries, columns = scores.shape_expr
         kernel = softmax.kernel(
-            _float_type(scores), _static(columns, name), int(bits[0]), float(high_step[0]), numerators=True
+            _type_name(scores), _static(columns, name), int(bits[0]), float(high_step[0]), numerators=True
         )
         return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
 
@@ -160,7 +161,7 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
         images, heads, queries, head = q.shape_expr
         masks, *lengths = mask.shape_expr
         heads_of_mask, rows_of_mask, columns_of_mask = (_static(length, name) for length in lengths)
-        floats, keys, columns = _float_type(q), _static(k.shape_expr[2], name), _static(head, name)
+        floats, keys, columns = _type_name(q), _static(k.shape_expr[2], name), _static(head, name)
         blocks = attention.candidates(floats, columns, keys)[tactic - 1]
         kernel = attention.kernel(floats, _static(queries, name), keys, columns, int(bits[0]), float(high_step[0]),
                                   blocks, (heads_of_mask, rows_of_mask, columns_of_mask), numerators)  # fmt: skip
@@ -220,7 +221,7 @@ def _compiled(kernel: Kernel, launch: Launch, capability: tuple[int, int]) -> Co
     return compiled.name, compiled.ptx, parameters, scalars
 
 
-def _float_type(tensor: Any) -> str:
+def _type_name(tensor: Any) -> str:
     return {kind: name for name, kind in TYPES.items()}[tensor.dtype]
 
 

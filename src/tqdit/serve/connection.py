@@ -130,7 +130,7 @@ class Connection(H11Protocol):
         self.writing = self.loop.call_later(self.settings.client_s, look)
 
     def _reset(self) -> None:
-        """Drop what the kernel holds, too, which would otherwise keep the connection as long as nobody takes it."""
+        """Also drop what the kernel holds: until the client reads it, the connection would stay open."""
         linger = struct.pack("ii", 1, 0)
         with suppress(OSError):  # the other side has left
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -149,7 +149,7 @@ class Connection(H11Protocol):
 
 
 def _bytes_in_kernel(connected: Any) -> int:
-    """That the other side has not acknowledged; 0 where the system does not tell, or of a closed socket."""
+    """That the other side has not acknowledged; 0 if the system does not tell, or the socket is closed."""
     try:
         return int.from_bytes(fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except (OSError, ValueError):

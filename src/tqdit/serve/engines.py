@@ -88,7 +88,7 @@ class ServedEngine:
     manifest: Manifest
     created: int = field(default_factory=lambda: int(time.time()))
     reserved: int = 0  # places of requests whose prompts are being encoded
-    fails: bool = False  # also when nobody's request can be the reason
+    fails: bool = False  # also for requests that cannot be the reason
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # that finished images were in work
     _probing: asyncio.Task[None] | None = None
 
@@ -266,7 +266,7 @@ class ServedEngine:
             self._probing = asyncio.create_task(self._probe())
 
     async def _probe(self) -> None:
-        """Set `fails` by a request that is nobody's, and try again until one succeeds."""
+        """Set `fails` by a request of the server's own, and try again until one succeeds."""
         while self.batcher.is_open:
             try:
                 await self._try()

@@ -121,7 +121,7 @@ class Service:
             self._starting.discard(task)
 
     def check_keeps_jobs(self) -> None:
-        """Raises Refusal where the next request may reach another process."""
+        """Raises Refusal if the next request may reach another process."""
         if not self.keeps_jobs:
             message = "this server keeps nothing, since another process may get the next request. Ask for b64_json."
             raise Refusal(400, "invalid_value", message, "response_format")
@@ -142,7 +142,7 @@ class Service:
         return Health("ok")
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and finish within a time those that somebody waits for; fail the others."""
+        """Take no more requests; finish within a time those that a client waits for, and fail the others."""
         self.is_draining = True
         for task in [*self._starting]:
             task.cancel()

@@ -119,7 +119,7 @@ def opened(folder, threads=1):
     ("one group", "simulated"),
 ))  # fmt: skip
 def test_a_call_is_what_the_file_says(engine_of, kind, form):
-    """Every row to 1e-5 but for single flipped codes (`support.assert_agrees`), rows at different timesteps.
+    """Every row to 1e-5 except for single flipped codes (`support.assert_agrees`), rows at different timesteps.
 
     Measured: 6 to 14 of 400 rows. The first codes that differ are neighbours, of values at most 7e-5 of a scale from a
     rounding tie.

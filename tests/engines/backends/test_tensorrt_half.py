@@ -142,7 +142,7 @@ def test_every_quantized_product_of_a_network_writes_float16(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_the_network_stays_as_right_as_it_was(tmp_path, name):
-    """Exactly computed it is the same network but for the order of float32's factors, which may flip a code of one row
+    """Exactly computed it is the same network except the order of float32's factors, which may flip a code of one row
     or two (which ones depends on the processor). Rounded, codes flip behind the products of this coarse model (3 % of
     the output, relative L2), but its error against the float network stays.
     """

@@ -17,6 +17,7 @@ from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.gpu import GpuShare
+from tqdit.engines.run.backend import OpenEngine
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.verify import verify_bundle
@@ -544,22 +545,24 @@ def test_a_damaged_batch_range_is_refused(manifest):
             Manifest.from_json(json.dumps(values | {"batch": damaged}), Path("m"))
 
 
-def test_the_engine_of_a_bundle_opens_by_the_path_of_the_folder(gpu, manifest, plan, monkeypatch):
+def test_a_denoiser_takes_arrays_on_the_gpu(gpu, manifest, plan, monkeypatch):
     monkeypatch.setattr(type(TENSORRT), "load", lambda *_: FakeTensorRT(gpu, shape=manifest.card.state_shape))
     write_manifest(plan.parent, replace(manifest, files=describe_parts(plan.parent)))
-    run.TensorRTEngine.open(str(plan.parent)).close()
-    write_manifest(plan.parent, replace(manifest, backend="openvino", files={"engine.plan": BundlePart("", 4)}))
-    with pytest.raises(FileFormatError, match=r"engine\.plan: altered"):
-        run.TensorRTEngine.open(plan.parent)
+    fed = inputs(3) | {"x": np.random.default_rng(0).standard_normal((3, *manifest.card.state_shape), np.float32)}
+    with Denoiser.open(plan.parent) as denoise:
+        made = denoise.run_on_device({name: OnDevice(gpu, value) for name, value in fed.items()})
+        assert np.array_equal(made.numpy(), compute(fed))
+    with pytest.raises(UsageError, match="closed"):
+        denoise.run_on_device(fed)
 
 
-def test_the_engine_of_another_backend_is_refused(manifest, plan):
-    write_manifest(plan.parent, replace(manifest, backend="openvino", files=describe_parts(plan.parent)))
-    with pytest.raises(UsageError, match="built for openvino, expected tensorrt-rtx or tensorrt"):
-        run.TensorRTEngine.open(plan.parent)
+def test_an_engine_of_another_backend_takes_no_arrays_on_a_gpu():
+    engine = OpenEngine(lambda inputs: inputs["x"])
+    with pytest.raises(UsageError, match="tensorrt"):
+        engine.run_on_device(inputs(1), None, None)
 
 
-@pytest.mark.parametrize("opened", [Sampler, Denoiser, run.TensorRTEngine])
+@pytest.mark.parametrize("opened", [Sampler, Denoiser])
 def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkeypatch, opened, tmp_path):
     """At the first opening on a GPU, if the engine was built where it could not run."""
     monkeypatch.setattr(type(TENSORRT), "load", lambda *_: trt)
@@ -599,7 +602,7 @@ def test_golden_calls_run_once_where_the_engine_runs(gpu, manifest, plan, monkey
             opened.open(plan.parent)
     if opened is Sampler:
         Sampler.open(plan.parent, verify=False).close()
-    gpu.memory.clear()
+    assert gpu.memory == {}  # a refused engine is freed
 
 
 def test_a_sampler_runs_on_it(gpu, manifest, plan, monkeypatch):

@@ -41,10 +41,10 @@ MASKING = {"Add", "Where"}  # of scores, with values such as -1e30
 def cast_floats(model: ir.Model, card: GraphCard, float_type: FloatType) -> None:
     """Requires: a float32 file of ours, with scopes in the nodes' metadata.
 
-    Ensures: the network computes in `float_type`, but for islands of float32: quantized products from the scaling of
+    Ensures: the network computes in `float_type`, except for islands of float32: quantized products from the scaling of
     their input to the bias (integer accumulators exceed 65504 before they are scaled), rounded softmaxes and the masks
     of their scores, the angles of the timestep, and the sampling step. Inputs and outputs keep their types; functions
-    and Q/DQ see float32 only, but for the attention ops, whose result has `float_type` if it is no int8, and so have
+    and Q/DQ see float32 only, except for the attention ops, whose result has `float_type` if it is no int8, and so have
     their q, k and v (integer codes are exact in it).
     Raises UsageError if a constant does not fit into float16.
     """

@@ -62,18 +62,18 @@ def prove_kernels(device: int | None = None) -> Iterator[Check]:
 
 def kernel_cases() -> Iterator[Case]:
     """Small inputs for every kernel: odd sizes, several heads, a mask."""
-    from tqdit.plugins.multi_region_attention import plan as attention
+    from tqdit.plugins.multi_region_attention import launch as attention
     from tqdit.plugins.multi_region_attention.reference import multi_region_attention
-    from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
+    from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
     from tqdit.plugins.multi_region_integer_attention.reference import INT8, multi_region_integer_attention
     from tqdit.plugins.multi_region_numerator.reference import multi_region_numerator
     from tqdit.plugins.multi_region_numerator_attention.reference import multi_region_numerator_attention
     from tqdit.plugins.multi_region_numerator_integer_attention.reference import (
         multi_region_numerator_integer_attention,
     )
-    from tqdit.plugins.multi_region_softmax import plan as softmax
+    from tqdit.plugins.multi_region_softmax import launch as softmax
     from tqdit.plugins.multi_region_softmax.reference import multi_region_softmax
-    from tqdit.plugins.time_group_select import plan as select
+    from tqdit.plugins.time_group_select import launch as select
     from tqdit.plugins.time_group_select.reference import time_group_select
 
     references: dict[str, Callable[..., Any]] = {
@@ -205,7 +205,7 @@ def prove_engine(source: Path, backend: str, device: int | None = None) -> Itera
 
 
 def _compare(place: Path, made: dict[str, Manifest], backend: str, device: int | None) -> str:
-    """Golden calls here, then what both engines make of the same input. Raises a TqditError where it is wrong."""
+    """Golden calls here, then what both engines make of the same input. Raises a TqditError if it is wrong."""
     from tqdit.engines.run.verify import verify_engine
 
     results, said = [], []

@@ -22,7 +22,7 @@ from tqdit.errors import BackendError, UsageError
 class Engine(Protocol):
     """A compiled graph: inputs by name in, its one output out. Safe to call from several threads.
 
-    An engine of a GPU may also have `place`, a text that names the GPU and the library.
+    An engine of a GPU may also have `place`, a text that names the GPU and the library, and `run_on_device`.
     """
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]: ...
@@ -104,6 +104,17 @@ class OpenEngine:
         except KeyError as error:
             raise BackendError(f"the engine takes an input {error}, which its manifest does not name.") from error
 
+    def run_on_device(self, inputs: Mapping[str, Any], stream: Any, out: Any) -> Any:
+        """GPU arrays in, a GPU array out. Raises UsageError if the backend takes none."""
+        self._process.check("engine")
+        run = getattr(self._engine, "run_on_device", None)
+        if run is None:
+            raise UsageError(
+                "this engine takes no arrays on a GPU; those of tensorrt and tensorrt-rtx do, unless their graph has a "
+                "fixed number of rows. Pass NumPy arrays in a call."
+            )
+        return run(inputs, stream, out)
+
     def close(self) -> None:
         if self._process.is_here:
             self._engine.close()
@@ -121,7 +132,7 @@ def check_threads(threads: int | None) -> None:
 
 def open_bundle(
     path: str | Path, threads: int | None, device: GpuChoice = None
-) -> tuple[Manifest, Callable[[str], Engine]]:
+) -> tuple[Manifest, Callable[[str], OpenEngine]]:
     """The manifest of a bundle that tqdit-build wrote, and what opens its files, after checking every one of them.
 
     threads: CPU threads per call; None leaves it to the backend. device: index of the GPU that runs it, or a
@@ -135,7 +146,7 @@ def open_bundle(
     check_graph(manifest.card, f"{folder}:")
     check_parts(folder, manifest)
 
-    def load(file: str) -> Engine:
+    def load(file: str) -> OpenEngine:
         return OpenEngine(open_engine(folder, manifest, file, threads, device))
 
     return manifest, load

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,11 @@ class Denoiser:
         """
         manifest, load = open_bundle(path, threads, device)
         most = None if manifest.batch is None else manifest.batch.most * manifest.card.rows_per_image
-        engine = load(manifest.entry)
-        verify_once(Path(path), manifest, engine)
+        with ExitStack() as refused:
+            engine = load(manifest.entry)
+            refused.callback(engine.close)
+            verify_once(Path(path), manifest, engine)
+            refused.pop_all()  # all is right: the engine stays open
         return cls(manifest.card, engine, most)
 
     def __call__(self, *values: Any, **ports: Any) -> NDArray[np.float32]:
@@ -53,9 +58,7 @@ class Denoiser:
         variance, if there is one (K = 2C). More rows than the engine was built for take several calls. Raises
         UsageError for other ports, shapes, types or values than the signature's.
         """
-        engine = self._engine
-        if engine is None:
-            raise UsageError("this denoiser is closed. Open the engine again.")
+        engine = self._opened()
         inputs = check_call(self.card.signature, self._by_name(values, ports))
         self._check_time(inputs[self.card.signature.time.name])
         rows = len(inputs[self.card.signature.state.name])
@@ -64,6 +67,23 @@ class Denoiser:
             return engine(inputs)
         parts = [slice(start, start + most) for start in range(0, rows, most)]
         return np.concatenate([engine({name: value[part] for name, value in inputs.items()}) for part in parts])
+
+    def run_on_device(self, inputs: Mapping[str, Any], stream: Any = None, out: Any = None) -> Any:
+        """As a call, of arrays on the GPU, without waiting: port -> array (rows, ...) to the prediction (rows, K, ...).
+
+        inputs: arrays of cupy, torch, pycuda or numba, by `__cuda_array_interface__`, contiguous and of the graph's
+        types; at most as many rows as the engine was built for. stream: the caller's, a handle or a stream of any of
+        these; the engine starts after what is on it, and what is put on it afterwards starts after the engine. out: an
+        array to fill; None makes one. Values are not checked. Raises UsageError for arrays that do not fit, and if the
+        engine is not one of TensorRT or TensorRT-RTX.
+        """
+        engine: Any = self._opened()
+        return engine.run_on_device(inputs, stream, out)
+
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise UsageError("this denoiser is closed. Open the engine again.")
+        return self._engine
 
     def _by_name(self, values: tuple[Any, ...], ports: dict[str, Any]) -> dict[str, Any]:
         """The ports of a call, like the arguments of a function."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,15 @@ class Sampler:
         manifest, load = open_bundle(path, threads, device)
         _ = manifest.card.sampling.schedule  # raises if no chain is known
         batch = choose_batch(Path(path), manifest.batch, batch)
-        network = load(manifest.entry)
-        if verify:
-            verify_engine(Path(path), manifest, network).check(str(path))
-        elif verify is None:
-            verify_once(Path(path), manifest, network)
-        decoder = load(manifest.decoder) if manifest.decoder else None
+        with ExitStack() as refused:
+            network = load(manifest.entry)
+            refused.callback(network.close)
+            if verify:
+                verify_engine(Path(path), manifest, network).check(str(path))
+            elif verify is None:
+                verify_once(Path(path), manifest, network)
+            decoder = load(manifest.decoder) if manifest.decoder else None
+            refused.pop_all()  # all is right: the engine stays open
         return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None)
 
     @property

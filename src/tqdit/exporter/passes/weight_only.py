@@ -1,6 +1,6 @@
 """Weights of a float graph as int8, one scale for each output channel; the products stay float.
 
-For graphs without a scale table: text encoders, whose activations nobody has seen.
+For graphs without a scale table: text encoders, whose activations were not calibrated.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ The module is diffusers' own, unconverted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tqdit.bounds import MOST_SIDE, check_memory
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, UsageError
 from tqdit.extras import need
+from tqdit.models.directories import class_name, find_weights, transformer_folder, vae_folder
 from tqdit.models.folds import Fold, shift_and_scale
 from tqdit.models.loaded import LoadedModel, Source, fingerprint, name_of
 from tqdit.models.products import find_products
@@ -29,8 +29,6 @@ from tqdit.sampling.schedule import SamplingSpec
 
 CLASS_NAME = "DiTTransformer2DModel"
 CLASS_NAMES = (CLASS_NAME, "Transformer2DModel")  # the second is what old DiT repositories say
-# The names that save_pretrained gives to weights; the dotted word in front of or behind is a variant such as fp16.
-WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(\.[^.-]+)?\.(safetensors|bin)(\.index(\.[^.-]+)?\.json)?")
 ANCHOR = "pos_embed.proj.weight"  # a tensor that every network of this class has
 POSITIONS = "pos_embed.pos_embed"  # a copy of the sine-cosine positions that old files hold
 
@@ -47,27 +45,6 @@ def matches(source: Source) -> bool:
     if isinstance(source, nn.Module):
         return type(unwrap(source, ANCHOR)).__name__ in CLASS_NAMES
     return isinstance(source, str) and Path(source).is_dir() and class_name(source) in (None, *CLASS_NAMES)
-
-
-def transformer_folder(source: str) -> Path:
-    """Of a pipeline directory; a transformer's own directory itself."""
-    root = Path(source)
-    return root / "transformer" if (root / "model_index.json").is_file() else root
-
-
-def vae_folder(source: Source) -> Path | None:
-    """Of a pipeline directory; None if it has none, or is no directory."""
-    folder = Path(source) / "vae" if isinstance(source, str) else None
-    return folder if folder and (folder / "config.json").is_file() else None
-
-
-def class_name(source: str) -> str | None:
-    """Of the transformer in a directory; None if its configuration is missing or not readable."""
-    try:
-        name = read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name")
-    except CheckpointError:
-        return None
-    return None if name is None else str(name)
 
 
 def load(source: Source, heads: int | None = None) -> LoadedModel:
@@ -234,22 +211,3 @@ def _check_positive(where: object, settings: Mapping[str, Any], name: str) -> No
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = repr(value) if name in settings else "missing"
         raise CheckpointError(f"{where}: '{name}' is {found}, expected a positive whole number. Get the file again.")
-
-
-def find_weights(folder: Path) -> tuple[Path, str | None]:
-    """The weights in a directory, or their index, and their variant: None, if there are weights without one."""
-    found = [match for file in folder.glob("*") if (match := WEIGHT_FILE.fullmatch(file.name))]
-    variants = sorted({match[1] or match[4] or "" for match in found})
-    if not found:
-        raise CheckpointError(
-            f"{folder}: found none of diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin (or their "
-            ".index.json). Download the weights too."
-        )
-    if variants[0] and len(variants) > 1:
-        raise CheckpointError(
-            f"{folder}: holds the variants {', '.join(variant[1:] for variant in variants)}, expected one. Remove the "
-            "others."
-        )
-    chosen = [match for match in found if (match[1] or match[4] or "") == variants[0]]
-    best = min(chosen, key=lambda match: (match[2] == "bin", match[3] is None))
-    return folder / best[0], variants[0][1:] or None

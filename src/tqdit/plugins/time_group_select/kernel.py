@@ -8,7 +8,9 @@ import triton.language as tl
 def time_group_select_kernel(
     timestep, boundaries, table, elements, size, out, BOUNDARIES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out (rows, size) with rows * size = elements; table (BOUNDARIES + 1, size); timestep and boundaries int64."""
+    """out (rows, size) with rows * size = elements; table (BOUNDARIES + 1, size); timestep and boundaries int64
+    or float32.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < elements
     t = tl.load(timestep + index // size, mask=inside, other=0)

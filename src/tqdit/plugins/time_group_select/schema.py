@@ -1,4 +1,7 @@
-"""TimeGroupSelect(timestep int64[B], boundaries int64[G-1], table float[G, ...]) -> float[B, ...]."""
+"""TimeGroupSelect(timestep int64[B], boundaries int64[G-1], table float[G, ...]) -> float[B, ...].
+
+Timestep and boundaries of a network with a float timestep are float32.
+"""
 
 from __future__ import annotations
 

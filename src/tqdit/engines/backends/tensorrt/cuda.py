@@ -50,7 +50,7 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """What kernels that were compiled or checked here depend on, but for the library: the chip and its driver."""
+        """What compiled and checked kernels depend on besides the library: the chip and its driver."""
         _, version = driver().cuDriverGetVersion()
         cuda = f"{version // 1000}.{version % 1000 // 10}"
         return f"{self.name} {self.capability}, {self.multiprocessors} multiprocessors, driver of CUDA {cuda}"

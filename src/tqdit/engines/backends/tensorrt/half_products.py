@@ -50,7 +50,7 @@ def halve_products(
     """Requires: a file of ours with `float_type` (fp16 or bf16) around its float32 islands; `rounded` are its
     `probabilities`, `folder` is where external data lies.
 
-    Ensures: each product of two quantized operands, but for those of the modules `kept`, writes `float_type`. Changes
+    Ensures: each product of two quantized operands, except those of the modules `kept`, writes `float_type`. Changes
     the model in place; returns the number of products. One whose K is not known stays as it was.
     """
     return _Halver(model, folder, rounded, TYPES[float_type]).run(kept)

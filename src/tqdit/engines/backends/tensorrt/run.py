@@ -25,11 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.engines.backends.tensorrt import cuda
-from tqdit.engines.backends.tensorrt.library import LIBRARIES, TENSORRT, Library, Log, RuntimeCache
-from tqdit.engines.bundle import Manifest, check_machine, check_parts, read_manifest
-from tqdit.engines.gpu import GpuChoice, GpuShare
+from tqdit.engines.backends.tensorrt.library import TENSORRT, Library, Log, RuntimeCache
+from tqdit.engines.bundle import Manifest, check_machine
 from tqdit.engines.process import Process
-from tqdit.engines.run.verify import verify_once
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
 from tqdit.files import cache_folder
 
@@ -95,30 +93,6 @@ class TensorRTEngine:
             self._pool = cuda.make_pool(self._device)
             self._stream = self._device.handle.create_stream()  # neither it nor the default stream waits for the other
             self._scratch = self._allocate(max(1, int(self._engine.device_memory_size_v2)))
-
-    @classmethod
-    def open(cls, path: str | Path, device: GpuChoice = None) -> TensorRTEngine:
-        """Open the graph of a bundle of `tensorrt` or `tensorrt-rtx`, after checking every file of it.
-
-        For `run_on_device`; `Sampler.open` samples. device: index of the GPU, or a `GpuShare`; None: the current one.
-        Golden calls run once for each GPU. Raises FileFormatError for a damaged bundle, BackendError if it cannot run
-        here, VerificationError if it is wrong.
-        """
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        check_parts(folder, manifest)
-        if manifest.backend not in LIBRARIES:
-            raise UsageError(f"{folder}: built for {manifest.backend}, expected {' or '.join(LIBRARIES)}.")
-        gpu, library = GpuShare.of(device), LIBRARIES[manifest.backend]
-        engine = open_engine(
-            library, folder, manifest, manifest.entry, device=gpu.index, weight_budget=gpu.weight_budget_bytes
-        )
-        try:
-            verify_once(folder, manifest, engine)
-        except BaseException:
-            engine.close()
-            raise
-        return engine
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """NumPy in, NumPy out. Rows are filled up to the next bucket with copies of the last one."""

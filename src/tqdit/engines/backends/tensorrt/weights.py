@@ -23,7 +23,7 @@ MAX_BYTES = 1_500_000_000  # of float weights; the file itself must stay below p
 def spell_out_weights(model: onnx.ModelProto, folder: Path, modules: Collection[str]) -> int:
     """Replace int8 weights of these modules by floats that are quantized in the graph, to the very same codes.
 
-    `folder` is where external data lies. Changes the model in place; returns the number of weights, 0 where none can be
+    `folder` is where external data lies. Changes the model in place; returns the number of weights, 0 if none can be
     replaced or all together would be too large.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

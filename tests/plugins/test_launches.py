@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tqdit.plugins.multi_region_attention import plan as attention
-from tqdit.plugins.multi_region_integer_attention import plan as integer_attention
-from tqdit.plugins.multi_region_softmax import plan as softmax
-from tqdit.plugins.time_group_select import plan as select
+from tqdit.plugins.multi_region_attention import launch as attention
+from tqdit.plugins.multi_region_integer_attention import launch as integer_attention
+from tqdit.plugins.multi_region_softmax import launch as softmax
+from tqdit.plugins.time_group_select import launch as select
 
 SIZES = st.integers(1, 5)
 

@@ -7,14 +7,17 @@ from tqdit.plugins.kernels import Kernel, Launch, Size, ceil_div
 BLOCK = 128
 
 
-def kernel(table: str, boundaries: int) -> Kernel:
-    """For a table of the type `table` ('fp32', 'fp16', 'bf16') with boundaries + 1 entries."""
+def kernel(table: str, boundaries: int, time: str = "i64") -> Kernel:
+    """For a table of the type `table` ('fp32', 'fp16', 'bf16') with boundaries + 1 entries.
+
+    time: type of timesteps and boundaries, 'i64' or 'fp32'.
+    """
     return Kernel(
         module="tqdit.plugins.time_group_select.kernel",
         function="time_group_select_kernel",
         parameters=(
-            ("timestep", "*i64"),
-            ("boundaries", "*i64"),
+            ("timestep", f"*{time}"),
+            ("boundaries", f"*{time}"),
             ("table", f"*{table}"),
             ("elements", "i32"),
             ("size", "i32"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tqdit.errors import UsageError
 from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, next_power_of_two
-from tqdit.plugins.multi_region_attention.plan import MAX_HEAD, Blocks, shared_constants, split_head
+from tqdit.plugins.multi_region_attention.launch import MAX_HEAD, Blocks, shared_constants, split_head
 
 MAX_KEYS = 1 << 17  # 127 * 128 of each still sum up in int32
 LEAST_SUM = 32  # columns or keys that an 8-bit product sums at once
@@ -19,7 +19,7 @@ def summed_split(main: int, rest: int) -> tuple[int, int]:
 
 
 def candidates(head: int, keys: int, large: bool = False) -> tuple[Blocks, ...]:
-    """Block shapes worth trying, the default first, under the conditions of `multi_region_attention.plan.candidates`.
+    """Block shapes worth trying, the default first, under the conditions of `multi_region_attention.launch.candidates`.
 
     Two sums of int32 in the place of one of float32 take more registers, tiles of int8 half of the shared memory.
     """
@@ -39,8 +39,8 @@ def kernel(
 ) -> Kernel:  # fmt: skip
     """For a result of the type `out` ('fp32', 'fp16', 'bf16', 'i8') with heads of `head` columns.
 
-    mask, numerators: as for `multi_region_attention.plan.kernel`. Raises UsageError for sizes that the kernel does not
-    take.
+    mask, numerators: as for `multi_region_attention.launch.kernel`. Raises UsageError for sizes that the kernel does
+    not take.
     """
     name = "MultiRegionNumeratorIntegerAttention" if numerators else "MultiRegionIntegerAttention"
     if not (1 <= head <= MAX_HEAD and 1 <= keys <= MAX_KEYS and 1 <= queries <= MAX_TOKENS):

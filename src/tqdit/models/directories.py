@@ -1,0 +1,153 @@
+"""Directories as diffusers writes them, of a pipeline or of a transformer alone: their parts, and opening them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tqdit.demo.weights import TEXT, shipped_pipeline
+from tqdit.errors import CheckpointError, TqditError, first_line
+from tqdit.extras import need
+from tqdit.models.loaded import Source
+from tqdit.models.making import bounded
+from tqdit.models.state import check_places, is_finite, read_json
+
+INDEX = "model_index.json"
+OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqrecord."
+# The names that save_pretrained gives to weights; the dotted word in front of or behind is a variant such as fp16.
+WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(\.[^.-]+)?\.(safetensors|bin)(\.index(\.[^.-]+)?\.json)?")
+
+
+def folder_of(source: str) -> str:
+    """The directory that MODEL names: that of the text demo, or itself."""
+    return str(shipped_pipeline()) if source == TEXT else source
+
+
+def transformer_folder(source: str) -> Path:
+    """Of a pipeline directory; a transformer's own directory itself."""
+    root = Path(source)
+    return root / "transformer" if (root / "model_index.json").is_file() else root
+
+
+def vae_folder(source: Source) -> Path | None:
+    """Of a pipeline directory; None if it has none, or is no directory."""
+    folder = Path(source) / "vae" if isinstance(source, str) else None
+    return folder if folder and (folder / "config.json").is_file() else None
+
+
+def class_name(source: str) -> str | None:
+    """Of the transformer in a directory; None if its configuration is missing or not readable."""
+    try:
+        name = read_json(transformer_folder(source) / "config.json", Path(source)).get("_class_name")
+    except CheckpointError:
+        return None
+    return None if name is None else str(name)
+
+
+def find_weights(folder: Path) -> tuple[Path, str | None]:
+    """The weights in a directory, or their index, and their variant: None, if there are weights without one."""
+    found = [match for file in folder.glob("*") if (match := WEIGHT_FILE.fullmatch(file.name))]
+    variants = sorted({match[1] or match[4] or "" for match in found})
+    if not found:
+        raise CheckpointError(
+            f"{folder}: found none of diffusion_pytorch_model.safetensors, diffusion_pytorch_model.bin (or their "
+            ".index.json). Download the weights too."
+        )
+    if variants[0] and len(variants) > 1:
+        raise CheckpointError(
+            f"{folder}: holds the variants {', '.join(variant[1:] for variant in variants)}, expected one. Remove the "
+            "others."
+        )
+    chosen = [match for match in found if (match[1] or match[4] or "") == variants[0]]
+    best = min(chosen, key=lambda match: (match[2] == "bin", match[3] is None))
+    return folder / best[0], variants[0][1:] or None
+
+
+def check_pipeline(source: str) -> Path:
+    """The directory of a pipeline. Raises CheckpointError for any other, such as a transformer's alone."""
+    folder = Path(folder_of(source))
+    index = folder / INDEX
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: no {INDEX} in it. Pass the directory of a whole pipeline.")
+    if b'"transformers"' in index.read_bytes():
+        need("transformers", "diffusers", "a pipeline of text")
+    return folder
+
+
+def open_pipeline(folder: str) -> Any:
+    """The pipeline of a directory, in float32. Raises CheckpointError if it cannot be loaded."""
+    diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
+    root = check_pipeline(folder)
+    return from_pretrained(diffusers.DiffusionPipeline, root, root)
+
+
+def open_texts(folder: str) -> Any:
+    """The pipeline of a directory without its transformer and its VAE, in float32."""
+    diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
+    root = check_pipeline(folder)
+    return from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=None, vae=None)
+
+
+def from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
+    """In float32, which is what diffusers makes of every type unless it is told another one."""
+    check_places(folder, root)
+    if (folder / INDEX).is_file():
+        _check_index(folder / INDEX)
+    _, variant = find_weights(transformer_folder(str(root)))
+    try:
+        with _without_bars(), bounded(folder, root):
+            made = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
+    except TqditError:
+        raise
+    except Exception as error:  # its parts are of several libraries, which raise errors of all kinds
+        raise CheckpointError(
+            f"{folder}: diffusers cannot load it ({first_line(error)}). Get the directory again."
+        ) from error
+    for part, network in (getattr(made, "components", None) or {"": made}).items():
+        if isinstance(network, nn.Module):
+            _check_weights(folder / part, network)
+    return made
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Progress bars of the libraries that load are not ours to show, in a quiet command least of all."""
+    names = [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name)]
+    logs: list[Any] = [importlib.import_module(f"{name}.utils.logging") for name in names]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def _check_weights(folder: Path, network: nn.Module) -> None:
+    """Refuse a network with weights that no file gave a value, or a value that is no number."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{folder}: its files lack '{name}'. Get the directory again.")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(f"{folder}: '{name}' holds NaN or infinite values. Get the directory again.")
+
+
+def _check_index(path: Path) -> None:
+    """Refuse parts that are not of diffusers or transformers: some versions of diffusers import what an index names."""
+    pipelines: Any = need("diffusers", "diffusers", "loading a diffusers directory").pipelines
+    for name, value in read_json(path).items():
+        if name == "_class_name" and not isinstance(value, str):
+            raise CheckpointError(f"{path}: the pipeline is of '{value}', whose code would run. {OWN_CODE}")
+        library = value[0] if isinstance(value, list) and value else None
+        if library in (None, "diffusers", "transformers"):
+            continue
+        ours = isinstance(library, str) and library.isidentifier() and hasattr(pipelines, library)
+        if not ours or (path.parent / name / f"{library}.py").exists():
+            raise CheckpointError(f"{path}: '{name}' is of '{library}', whose code would run. {OWN_CODE}")
