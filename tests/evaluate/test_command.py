@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
 from tqdit.engines.run.sampler import Sampler
 from tqdit.evaluate.extractors import Features, JudgeExtractor
+from tqdit.evaluate.judges import JUDGES
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.statistics import Gaussian, frechet_to
 from tqdit.sampling.placement import dense
@@ -345,7 +347,7 @@ def test_each_set_of_images_is_extracted_once(flow, reference, tmp_path, monkeyp
             seen.append(len(images))
             return super().__call__(images)
 
-    monkeypatch.setattr("tqdit.evaluate.tools.JudgeExtractor", Counting)
+    monkeypatch.setitem(JUDGES, "demo", replace(JUDGES["demo"], extractor=Counting))
     arguments = ["--reference", reference, "-n", COUNT, "--write-reference", tmp_path / "stored.npz"]
     facts = evaluate(tmp_path, flow / "model.engine", "--against", flow / "float.engine", *arguments)
     assert "frechet_excess" in facts["paired"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tqdit.demo.glyphs import draw
 from tqdit.engines.run.shards import INDEX, SamplingJob, ShardFolder, merge_shards, open_shards, shard_name
 from tqdit.errors import FileFormatError, OutputError
 from tqdit.evaluate.extractors import Features, JudgeExtractor
+from tqdit.evaluate.judges import JUDGES
 from tqdit.evaluate.observe import Observed, observe
 from tqdit.evaluate.samples import read_images
 from tqdit.files import sha256
@@ -213,7 +215,7 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(drawn, monkeypatch, capsys):
                 raise KeyboardInterrupt
             return super().__call__(images)
 
-    monkeypatch.setattr("tqdit.evaluate.tools.JudgeExtractor", Stopped)
+    monkeypatch.setitem(JUDGES, "demo", replace(JUDGES["demo"], extractor=Stopped))
     assert run("evaluate", [str(drawn), "--reference", str(merged(drawn)), "-q"]) == 130
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "interrupted; features of 1 of 3 shards are kept in" in line
