@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
@@ -9,6 +10,7 @@ from tqdit.card import GraphCard
 from tqdit.engines.backends import backend_names, load_side
 from tqdit.engines.bundle import Artefact
 from tqdit.engines.config import BuildConfig, FloatType, Progress
+from tqdit.engines.doctor import cpu_features
 from tqdit.errors import BackendError
 from tqdit.extras import install
 from tqdit.onnx_file import OnnxFile
@@ -51,6 +53,11 @@ class Builder(Protocol):
         describes the file as it is to be compiled: without a quantization if that was stripped.
         """
         ...
+
+
+def processor() -> str:
+    """The kind of processor here: an engine of a CPU was verified, and its layers were audited, on one of its kind."""
+    return " ".join((platform.machine(), *cpu_features()))
 
 
 def builder(backend: str) -> Builder:

@@ -2,29 +2,33 @@
 
     DIR/KEY/    an engine bundle; KEY is a SHA-256 over all that decides what it holds
 
-That is the content of every file that the build reads, the settings, the versions of tqdit and of the libraries, and
-what the backend builds for: a kind of processor, or a GPU (name, compute capability, multiprocessors) and its driver.
+That is the content of every file that the build reads, the settings, tqdit's own sources, the versions of the
+libraries, and what the backend builds for: a kind of processor, or a GPU (name, compute capability, multiprocessors)
+and its driver. Of several files, the fastest of which is kept, it is also the machine that measures them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.fastest import build_fastest
-from tqdit.engines.bundle import MANIFEST, Manifest, check_overwrite, check_parts, read_manifest, write_manifest
+from tqdit.engines.bundle import Manifest, check_overwrite, check_parts, read_manifest, write_manifest
 from tqdit.engines.config import BuildConfig, Progress, silent
-from tqdit.errors import FileFormatError, TqditWarning, UsageError
+from tqdit.engines.doctor import cpu_features, find_gpus
+from tqdit.errors import FileFormatError, OutputError, TqditWarning, UsageError
 from tqdit.extras import installed_packages
-from tqdit.files import bring, check_writable, sha256, whole_folder
+from tqdit.files import bring, check_only, check_writable, sha256, whole_folder
 from tqdit.onnx_file import OnnxFile
-from tqdit.version import __version__
 
+PACKAGE = Path(__file__).parents[2]  # tqdit's sources: clones of many states have the same version
 UNTOLD = {"timing_cache", "device", "base"}  # settings that name a place; the GPU itself is in the key
 
 
@@ -34,37 +38,45 @@ def build_cached(
 ) -> tuple[Manifest, Path | None]:  # fmt: skip
     """As `build_fastest`, unless `cache` has the engine; what is built is kept there. Also where it was found, or None.
 
-    A kept engine that is damaged is built again, with a TqditWarning. Raises UsageError with `refit`, which changes an
-    engine, and what `build_fastest` raises.
+    A kept engine that is damaged is built again, and one that cannot be kept after all is built all the same, both with
+    a TqditWarning. Raises UsageError with `refit`, which changes an engine, OutputError before the build if nothing can
+    be written to the cache, and what `build_fastest` raises.
     """
     files, output, config = [Path(source) for source in sources], Path(output), config or BuildConfig()
     if config.refit:
         raise UsageError("--refit changes an engine, --cache keeps engines as they were built. Leave one of them out.")
+    if output.resolve() in (Path(cache).resolve() / "KEY").parents:
+        raise UsageError(f"--cache {cache}: lies in the engine {output}, which is replaced. Choose another folder.")
     if backend == "auto":
         backend, _ = choose_backend()
     kept = Path(cache) / key_of(files, backend, config)
+    try:
+        manifest = _whole(kept)
+    except FileFormatError as error:
+        warnings.warn(f"{error} Building it.", TqditWarning, stacklevel=2)
+        manifest = None
+    if manifest is not None:
+        _copy(kept, manifest, output, check_overwrite)
+        return manifest, kept
     check_writable(kept)
-    if (kept / MANIFEST).exists():
-        try:
-            manifest = read_manifest(kept)
-            check_parts(kept, manifest)
-        except FileFormatError as error:
-            warnings.warn(f"{error} Building it.", TqditWarning, stacklevel=2)
-        else:
-            _copy(kept, manifest, output)
-            return manifest, kept
     manifest = build_fastest(files, output, backend, config, progress)
-    _copy(output, manifest, kept)
+    if len(files) > 1 and not manifest.measured:
+        return manifest, None  # the first of the files, which another build may not take for the fastest
+    try:
+        _keep(output, manifest, kept)
+    except OutputError as error:
+        warnings.warn(f"{error} The engine is built and not kept.", TqditWarning, stacklevel=2)
     return manifest, None
 
 
 def key_of(files: Sequence[Path], backend: str, config: BuildConfig) -> str:
     """The name of an engine in a cache. Raises FileFormatError for a file that is damaged or incomplete."""
     facts = {
-        "tqdit": __version__,
+        "tqdit": _sources(),
         "libraries": installed_packages(),
         "backend": backend,
         "place": builder(backend).place(config),
+        "measured": str((cpu_features(), os.cpu_count(), *find_gpus())) if len(files) > 1 else "",
         "config": {name: value for name, value in asdict(config).items() if name not in UNTOLD},
         "files": [[(part.name, sha256(part)) for part in _parts(file)] for file in files],
     }
@@ -84,9 +96,36 @@ def _parts(file: Path) -> list[Path]:
     return sorted(found)
 
 
-def _copy(bundle: Path, manifest: Manifest, target: Path) -> None:
+def _sources() -> dict[str, str]:
+    """SHA-256 of each module of tqdit."""
+    return {str(file.relative_to(PACKAGE)): sha256(file) for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _whole(kept: Path) -> Manifest | None:
+    """Of a kept engine; None if there is none. Raises FileFormatError if it is damaged."""
+    if not kept.exists():
+        return None
+    manifest = read_manifest(kept)
+    check_parts(kept, manifest)
+    return manifest
+
+
+def _keep(output: Path, manifest: Manifest, kept: Path) -> None:
+    """Put a new engine into the cache, unless another build did so meanwhile: others may be copying that one."""
+    with suppress(FileFormatError):
+        if _whole(kept) is not None:
+            return
+    _copy(output, manifest, kept, _check_kept)
+
+
+def _check_kept(kept: Path) -> None:
+    """Whatever files are in such a place: damage may have taken the manifest that names them."""
+    check_only(kept, lambda _: True, "a kept engine")
+
+
+def _copy(bundle: Path, manifest: Manifest, target: Path, check: Callable[[Path], None]) -> None:
     """The bundle in another place: second names of its files if the disk can, since nothing changes them."""
-    with whole_folder(target, check_overwrite) as folder:
+    with whole_folder(target, check) as folder:
         for name in manifest.files:
             bring(bundle / name, folder / name)
         write_manifest(folder, manifest)

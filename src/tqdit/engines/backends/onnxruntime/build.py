@@ -23,8 +23,9 @@ from tqdit.engines.backends.onnxruntime.providers import (
     refuse_device,
     settings_of,
 )
+from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build.audit import audit, check_audit
-from tqdit.engines.build.backend import Fitness
+from tqdit.engines.build.backend import Fitness, processor
 from tqdit.engines.build.cast import INTEGER_ATTENTIONS, OUT_TYPE
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
@@ -62,7 +63,8 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 
 
 def place(config: BuildConfig) -> str:
-    return platform.machine()
+    """Its TensorRT provider compiles for the GPU that is here."""
+    return processor() if (config.provider or "cpu") == "cpu" else cuda.find_device(config.device).kind
 
 
 def build(

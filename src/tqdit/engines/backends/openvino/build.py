@@ -16,7 +16,7 @@ from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, core_of, has_bfloat16, load_library, reason, release
 from tqdit.engines.backends.openvino.single_rows import widen_single_rows
 from tqdit.engines.build.audit import audit, check_audit
-from tqdit.engines.build.backend import Fitness
+from tqdit.engines.build.backend import Fitness, processor
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError
@@ -47,7 +47,7 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 
 
 def place(config: BuildConfig) -> str:
-    return platform.machine()
+    return f"{processor()}, computes in {', '.join(float_types(config))}"
 
 
 def build(
