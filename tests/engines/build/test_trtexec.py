@@ -77,6 +77,31 @@ def test_what_is_of_others_stays(source, tmp_path):
     write_trtexec(source, tmp_path / "out")
     (tmp_path / "out" / "model.plan").write_bytes(b"compiled")
     assert "trtexec" in shlex.split(write_trtexec(source, tmp_path / "out"))
+    (tmp_path / "out" / "other.onnx").write_bytes(b"put there by somebody")
+    with pytest.raises(OutputError, match=r"other\.onnx"):
+        write_trtexec(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", [None, "", "#!/bin/sh\nmake\n", '#!/bin/sh\n# written by tqdit-build: ["'])
+def test_a_folder_with_the_file_itself_stays(source, tmp_path, script):
+    exported = tmp_path / "model.onnx"
+    exported.write_bytes(source.read_bytes())
+    if script is not None:
+        (tmp_path / "build.sh").write_text(script)
+    with pytest.raises(OutputError, match="tqdit removes only what it wrote"):
+        write_trtexec(exported, tmp_path)
+    assert exported.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["my model.onnx", "modèle 'ß'.onnx", "-x $HOME.onnx"])
+def test_any_name_reaches_trtexec_as_it_is(source, tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(source.read_bytes())
+    for _ in range(2):  # the second replaces what the first wrote
+        given = shlex.split(write_trtexec(file, tmp_path / "out"))
+    assert given[1:3] == [f"--onnx={name}", f"--saveEngine={file.stem}.plan"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name, "build.sh"}
+    assert subprocess.run(["sh", "-n", tmp_path / "out" / "build.sh"], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -86,6 +111,8 @@ def test_what_is_of_others_stays(source, tmp_path):
         (["--backend", "openvino"], "--backend openvino"),
         (["--target", "8.9"], "--target has no meaning for tensorrt"),
         (["--triton", "repository"], "--triton"),
+        (["--exclude-lean-runtime"], "--exclude-lean-runtime goes with --version-compatible"),
+        (["--refit", "--version-compatible"], "--refit does not go with --version-compatible"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(source, tmp_path, capsys, monkeypatch, flags, message):

@@ -9,14 +9,16 @@ without tqdit. Its options are those of `trtexec --help` of TensorRT 10.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends.tensorrt.builder import halved_type, prepared_file
+from tqdit.engines.backends.tensorrt.builder import check_settings, halved_type, prepared_file
 from tqdit.engines.build.prepare import prepared, settled
 from tqdit.engines.config import QUANTIZED, BatchRange, BuildConfig, FloatType
 from tqdit.files import check_only, whole_folder
@@ -24,7 +26,7 @@ from tqdit.onnx_file import OnnxFile
 
 BACKEND = "tensorrt"
 SCRIPT = "build.sh"
-SUFFIXES = (".onnx", ".data", ".plan")
+MARK = "# written by tqdit-build: "  # and the names of the folder's files
 
 
 def write_trtexec(source: str | Path, folder: str | Path, config: BuildConfig | None = None) -> str:
@@ -36,6 +38,7 @@ def write_trtexec(source: str | Path, folder: str | Path, config: BuildConfig | 
     file = OnnxFile.read(source)
     card = file.own_card
     config = settled(file, card, BACKEND, config or BuildConfig())
+    check_settings(config)
     changed = prepared(file, card, config.precision, cast(FloatType, config.float_type), folder)
     with whole_folder(folder, check_trtexec) as place, changed as (graph, _):
         if config.precision not in QUANTIZED:
@@ -45,14 +48,22 @@ def write_trtexec(source: str | Path, folder: str | Path, config: BuildConfig | 
             whole = OnnxFile.read(ready.file)
             whole.save_copy(whole.model, place)
         command = shlex.join(["trtexec", *(f"--{option}" for option in _options(source, card, config))])
-        (place / SCRIPT).write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && {command} "$@"\n', encoding="utf-8")
+        names = json.dumps([SCRIPT, f"{source.stem}.plan", *(path.name for path in place.iterdir())])
+        text = f'#!/bin/sh\n{MARK}{names}\ncd "$(dirname "$0")" && {command} "$@"\n'
+        (place / SCRIPT).write_text(text, encoding="utf-8")
         (place / SCRIPT).chmod(0o755)
     return command
 
 
 def check_trtexec(folder: Path) -> None:
-    """Raise OutputError if the folder holds anything else than such files and plans."""
-    check_only(folder, lambda name: name == SCRIPT or name.endswith(SUFFIXES), "a folder for trtexec")
+    """Raise OutputError if the folder holds anything else than the files that its script names: what an earlier call
+    wrote, and the plan.
+    """
+    ours: list[str] = []
+    with suppress(OSError, ValueError, IndexError):
+        line = (folder / SCRIPT).read_text(encoding="utf-8").splitlines()[1]
+        ours = json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else ours
+    check_only(folder, ours.__contains__, "a folder for trtexec")
 
 
 def _options(source: Path, card: GraphCard, config: BuildConfig) -> Iterator[str]:

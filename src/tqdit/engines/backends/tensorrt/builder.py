@@ -84,10 +84,7 @@ def build(
     if not library.installed:  # found here and not loaded: the compiler's process does that
         library.load(f"--backend {library.backend}")
     need("polygraphy", library.backend, f"--backend {library.backend}")
-    if config.lean_runtime == "exclude" and not config.version_compatible:
-        raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
-    if config.refit and config.version_compatible:
-        raise UsageError("--refit does not go with --version-compatible. Leave one of them out.")
+    check_settings(config)
     config = replace(config, targets=_checked(config.targets))
     device = None if library.cross_compiles else cuda.find_device(config.device)
     if device is not None and device.capability == BLACKWELL_ULTRA and config.precision == "int8":
@@ -166,6 +163,14 @@ def build(
         weights="fixed" if record is None else "refittable",
         streams_weights=config.weight_streaming,
     )
+
+
+def check_settings(config: BuildConfig) -> None:
+    """Raise UsageError for those that do not go together."""
+    if config.lean_runtime == "exclude" and not config.version_compatible:
+        raise UsageError("--exclude-lean-runtime goes with --version-compatible.")
+    if config.refit and config.version_compatible:
+        raise UsageError("--refit does not go with --version-compatible. Leave one of them out.")
 
 
 def _refitted(
