@@ -61,6 +61,18 @@ def test_the_script_runs_the_command_with_the_shapes_of_the_file(source, tmp_pat
             "--builderOptimizationLevel=4", "--verbose"} <= set(given)  # fmt: skip
 
 
+def test_every_input_of_a_step_graph_has_its_shape(tmp_path):
+    path = tmp_path / "step.onnx"
+    write(path, *support.exported(ExportConfig(graph="step")))
+    given = shlex.split(write_trtexec(path, tmp_path / "out", BuildConfig(batch=BatchRange(1, 4, 8))))
+    inputs = onnx.load(tmp_path / "out" / "step.onnx").graph.input
+    for name, rows in (("min", 1), ("opt", 4), ("max", 8)):
+        (shapes,) = (each.partition("=")[2] for each in given if each.startswith(f"--{name}Shapes="))
+        found = dict(each.split(":") for each in shapes.split(","))
+        assert found.keys() == {each.name for each in inputs}
+        assert {size.split("x")[0] for size in found.values()} == {str(rows)}
+
+
 def test_float_files_are_written_in_the_float_type(source, tmp_path):
     write_trtexec(source, tmp_path / "out", BuildConfig(precision="fp16", batch=BatchRange(1, 1, 1)))
     model = onnx.load(tmp_path / "out" / "model.onnx")

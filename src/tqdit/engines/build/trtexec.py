@@ -72,7 +72,7 @@ def _options(source: Path, card: GraphCard, config: BuildConfig) -> Iterator[str
     if card.rows is None:
         rows = (config.batch or BatchRange()).rows(card.rows_per_image)
         for name, count in zip(("min", "opt", "max"), rows, strict=True):
-            shapes = (f"{port.name}:{'x'.join(map(str, (count, *port.row_shape)))}" for port in card.signature.ports)
+            shapes = (f"{port}:{'x'.join(map(str, (count, *shape)))}" for port, shape in card.inputs.items())
             yield f"{name}Shapes={','.join(shapes)}"
     if config.workspace_bytes is not None:
         yield f"memPoolSize=workspace:{config.workspace_bytes / 2**20:g}"
