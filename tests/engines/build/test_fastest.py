@@ -41,6 +41,13 @@ class Slow:
         self._engine.close()
 
 
+def test_step_graphs_are_measured_too(tmp_path):
+    for name in ("a.onnx", "b.onnx"):
+        write(tmp_path / name, *support.exported(ExportConfig(graph="step")))
+    manifest = build_fastest([tmp_path / "a.onnx", tmp_path / "b.onnx"], tmp_path / "a.engine")
+    assert [(timing.file, timing.rows) for timing in manifest.measured] == [("a.onnx", 1), ("b.onnx", 1)]
+
+
 @pytest.mark.parametrize("slow", ["float", "integer"])
 def test_the_faster_one_is_kept_and_both_times_are_recorded(forms, tmp_path, monkeypatch, slow):
     real, opened = fastest.open_engine, []

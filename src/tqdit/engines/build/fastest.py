@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tqdit.card import GraphCard
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import Manifest, Timing, check_overwrite, write_manifest
@@ -24,7 +25,6 @@ from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.errors import BackendError, TqditWarning, UsageError, first_line
 from tqdit.files import temporary_folder, whole_folder
 from tqdit.onnx_file import read_card
-from tqdit.ports import Signature
 
 ROUNDS, WARM_UPS = 11, 3
 
@@ -113,7 +113,7 @@ def _timed(
     """Milliseconds of a call of each engine."""
     device = GpuShare(config.device) if config.device is not None else None
     rows = _rows(manifests[0])
-    inputs = _inputs(manifests[0].card.signature, rows)
+    inputs = _inputs(manifests[0].card, rows)
     with ExitStack() as stack:
         engines: list[Engine] = [
             stack.enter_context(closing(open_engine(folder, manifest, manifest.entry, device=device)))
@@ -139,8 +139,9 @@ def _rows(manifest: Manifest) -> int:
     return manifest.card.rows or images * manifest.card.rows_per_image
 
 
-def _inputs(signature: Signature, rows: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+def _inputs(card: GraphCard, rows: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
     """Noise, and zeros for everything else: speed does not depend on values."""
-    state = signature.state
-    noise = np.random.default_rng(0).standard_normal((rows, *state.row_shape), np.float32)
-    return {port.name: port.zeros(rows) for port in signature.ports} | {state.name: noise}
+    types = {port.name: port.dtype for port in card.signature.ports} | {"step": "int64"}  # the rest is float32
+    zeros = {name: np.zeros((rows, *shape), types.get(name, "float32")) for name, shape in card.inputs.items()}
+    state = card.signature.state.name if card.graph == "denoiser" else "x"
+    return zeros | {state: np.random.default_rng(0).standard_normal(zeros[state].shape, np.float32)}
