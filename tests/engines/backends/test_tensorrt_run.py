@@ -42,6 +42,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda, "core", lambda: fake)
     monkeypatch.setattr(cuda, "driver", lambda: fake)
+    monkeypatch.setattr(cuda, "KERNEL_MODULE", Path("/there/is/no/driver"))
     return fake
 
 

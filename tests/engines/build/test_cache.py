@@ -79,6 +79,24 @@ def test_anything_else_makes_another_key(source, tmp_path, monkeypatch):
     assert all(len(each) == 32 for each in keys)
 
 
+@pytest.mark.parametrize(
+    ("line", "release"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (builder)", "570.86.15"),
+        ("something else", ""),
+        (None, ""),
+    ],
+)
+def test_drivers_of_one_cuda_release_are_told_apart(line, release, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "KERNEL_MODULE", tmp_path / "version")
+    monkeypatch.setattr(cuda, "driver", lambda: types.SimpleNamespace(cuDriverGetVersion=lambda: (0, 12080)))
+    if line is not None:
+        (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc 12.3.0\n")
+    kind = cuda.Device(None, "8.9", "NVIDIA L4", 58).kind
+    assert kind == f"NVIDIA L4 8.9, 58 multiprocessors, driver {release} of CUDA 12.8".replace("  ", " ")
+
+
 def test_a_gpu_and_its_driver_are_in_the_key_of_what_is_compiled_for_it(monkeypatch):
     gpu = cuda.Device(None, "8.9", "NVIDIA L4", 58)
     here = {"gpu": gpu, "driver": 12080}

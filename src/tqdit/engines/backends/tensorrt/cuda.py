@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import util
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from tqdit.errors import BackendError, UsageError
 from tqdit.extras import need
+
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 
 def core() -> ModuleType:
@@ -52,8 +56,16 @@ class Device:
     def kind(self) -> str:
         """What compiled and checked kernels depend on besides the library: the chip and its driver."""
         _, version = driver().cuDriverGetVersion()
-        cuda = f"{version // 1000}.{version % 1000 // 10}"
-        return f"{self.name} {self.capability}, {self.multiprocessors} multiprocessors, driver of CUDA {cuda}"
+        served = f"driver {driver_release()} of CUDA {version // 1000}.{version % 1000 // 10}".replace("  ", " ")
+        return f"{self.name} {self.capability}, {self.multiprocessors} multiprocessors, {served}"
+
+
+def driver_release() -> str:
+    """Such as '570.124.06', since several drivers serve one release of CUDA; '' where Linux does not say it."""
+    with suppress(OSError, UnicodeError):
+        found = re.search(r"\s(\d{3,}(?:\.\d+)+)\s", KERNEL_MODULE.read_text(encoding="utf-8").partition("\n")[0])
+        return found[1] if found else ""
+    return ""
 
 
 def find_device(index: int | None = None) -> Device:
