@@ -28,13 +28,13 @@ def main() -> None:
     args = parser.parse_args()
     extractor, draw = JUDGES[args.model].extractor(), JUDGES[args.model].draw
     distance = frechet_to(Gaussian.of(extractor(draw(4096, 20_000).pixels).pooled))
-    print("samples   mean distance   spread over seeds   jackknife   bootstrap within classes")
+    within = " within classes" * (args.model == "demo")  # which come in turn there; letters are drawn at random
+    print(f"samples   mean distance   spread over seeds   jackknife   bootstrap{within}")
     for count in args.counts:
         drawn = [draw(count, seed) for seed in range(args.seeds)]
         sets = [extractor(each.pixels).pooled.astype(np.float64) for each in drawn]
         values = [distance(Gaussian.of(x)) for x in sets]
-        # Classes of the demo come in turn, so that resampling stays within them; letters are drawn at random.
-        labels = drawn[0].labels if args.model == "demo" else None
+        labels = drawn[0].labels if within else None
         errors = np.array([standard_errors(x, labels, distance) for x in sets[: args.checked]]).mean(axis=0)
         print(
             f"{count:>7}   {np.mean(values):>13.4f}   {np.std(values, ddof=1):>17.4f}   {errors[0]:>9.4f}   "

@@ -19,7 +19,7 @@ from tqdit.models.making import bounded
 from tqdit.models.state import check_places, is_finite, read_json
 
 INDEX = "model_index.json"
-OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqrecord."
+OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
 # The names that save_pretrained gives to weights; the dotted word in front of or behind is a variant such as fp16.
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(\.[^.-]+)?\.(safetensors|bin)(\.index(\.[^.-]+)?\.json)?")
 
@@ -32,7 +32,7 @@ def folder_of(source: str) -> str:
 def transformer_folder(source: str) -> Path:
     """Of a pipeline directory; a transformer's own directory itself."""
     root = Path(source)
-    return root / "transformer" if (root / "model_index.json").is_file() else root
+    return root / "transformer" if (root / INDEX).is_file() else root
 
 
 def vae_folder(source: Source) -> Path | None:
