@@ -183,16 +183,13 @@ def build(
     """
     need("onnx", "build", "tqdit.build")
     from tqdit.engines.build.cache import build_cached
-    from tqdit.engines.build.fastest import build_fastest
     from tqdit.engines.bundle import check_overwrite
 
     files = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
     folder = files[0].with_suffix(".engine") if output is None else Path(output)
     check_writable(folder)
     check_overwrite(folder, force)
-    if cache is not None:
-        return build_cached(files, folder, cache, backend, config)[0]
-    return build_fastest(files, folder, backend, config)
+    return build_cached(files, folder, cache, backend, config)[0]
 
 
 def _need_stage(extra: str, what: str) -> None:

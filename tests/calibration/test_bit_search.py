@@ -21,6 +21,7 @@ from tqdit.calibration.layers import plan
 from tqdit.calibration.methods.gptq import temporal_weights
 from tqdit.calibration.rows import CalibrationRows
 from tqdit.errors import UsageError
+from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 24, "chains": 6, "candidates": 20}
@@ -154,6 +155,24 @@ def test_the_whole_network_decides_between_survivors(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+def test_the_whole_network_has_its_divisors_in_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched, real = [], bit_search.run
+
+    def run(space: Any, capture: Any, whole: Any, *rest: Any) -> Any:
+        searched.append(whole.model)
+        return real(space, capture, whole, *rest)
+
+    monkeypatch.setattr(bit_search, "run", run)
+    model = tiny_model()
+    table = calibrate(model, replace(ADATSQ, equalize="range"), tmp_path).table
+    divided = [site.module for site in table.sites if site.divisor is not None]
+    folded, _ = fold(model, table)
+    assert divided
+    for name in divided:
+        assert torch.equal(searched[0].weight(name), folded.weight(name))
+        assert not torch.equal(searched[0].weight(name), model.weight(name))
+
+
 def test_with_as_many_bits_as_there_are_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(bit_search, "measure")
     found = bits_of(calibrate(tiny_model(), replace(ADATSQ, activation_bits=8), tmp_path).table)

@@ -27,7 +27,6 @@ from tqdit.calibration.problem import make_problem
 from tqdit.calibration.rows import CalibrationRows
 from tqdit.console import Console
 from tqdit.errors import UsageError
-from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.granularity import PerTimestepGroup
 from tqdit.quantization.quantizer import Quantizer
 from tqdit.quantization.schemes import find_schemes
@@ -105,10 +104,10 @@ def measure(
 
 
 def run(
-    space: BitSpace, model: LoadedModel, capture: Capture, whole: EndToEnd, config: QuantizationConfig, console: Console
+    space: BitSpace, capture: Capture, whole: EndToEnd, config: QuantizationConfig, console: Console
 ) -> QuantizationConfig:
-    """The settings with the bits that were found. model: with its divisors folded; capture: of it."""
-    rows = whole.rows
+    """The settings with the bits that were found. capture, whole: of the network with its divisors folded."""
+    model, rows = whole.model, whole.rows
     found: dict[str, list[tuple[Tensor, Quantizer]]] = {}
     with console.bar(len(space.layers), "bits of each layer", "layers") as bar:
         for name, entry in space.layers.items():

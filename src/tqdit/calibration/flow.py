@@ -276,8 +276,8 @@ class Calibration:
         capture = self.capture(model, rows, self.plans)
         if self.bits is not None and self.bits.layers:
             weighted = self.config.fisher in ("step", "guided")  # as the errors of the layers are
-            whole = EndToEnd(self.model, self.config, rows, self.meter, "bits", weighted)
-            self._take(bit_search.run(self.bits, model, capture, whole, self.config, self.console))
+            whole = EndToEnd(model, self.config, rows, self.meter, "bits", weighted)
+            self._take(bit_search.run(self.bits, capture, whole, self.config, self.console))
         parts = []
         if self.config.method == "gptq":
             self._forget_halves()

@@ -69,7 +69,6 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     # onnx is an optional library; these modules answer its absence
     from tqdit.engines.build.backend import choose_backend
     from tqdit.engines.build.cache import build_cached
-    from tqdit.engines.build.fastest import build_fastest
     from tqdit.onnx_file import OnnxFile
 
     if args.trtexec is not None:
@@ -97,10 +96,7 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         check_triton(args.triton, output.stem)
     console.say(f"compiling {', '.join(map(str, args.model))} for {backend}")
     with _progress_bar(console) as progress:
-        if args.cache is None:
-            manifest, kept = build_fastest(args.model, output, backend, config, progress), None
-        else:
-            manifest, kept = build_cached(args.model, output, args.cache, backend, config, progress)
+        manifest, kept = build_cached(args.model, output, args.cache, backend, config, progress)
     if kept is not None:
         console.say(f"nothing compiled: the engine of an earlier build, {kept}")
     size = sum(part.size_bytes for part in manifest.files.values())

@@ -33,16 +33,20 @@ UNTOLD = {"timing_cache", "device", "base"}  # settings that name a place; the G
 
 
 def build_cached(
-    sources: Sequence[str | Path], output: str | Path, cache: str | Path, backend: str = "onnxruntime",
+    sources: Sequence[str | Path], output: str | Path, cache: str | Path | None, backend: str = "onnxruntime",
     config: BuildConfig | None = None, progress: Progress = silent,
 ) -> tuple[Manifest, Path | None]:  # fmt: skip
     """As `build_fastest`, unless `cache` has the engine; what is built is kept there. Also where it was found, or None.
+
+    cache: a folder; None: nothing is looked for or kept.
 
     A kept engine that is damaged is built again, and one that cannot be kept after all is built all the same, both with
     a TqditWarning. Raises UsageError with `refit`, which changes an engine, OutputError before the build if nothing can
     be written to the cache, and what `build_fastest` raises.
     """
     files, output, config = [Path(source) for source in sources], Path(output), config or BuildConfig()
+    if cache is None:
+        return build_fastest(files, output, backend, config, progress), None
     if config.refit:
         raise UsageError("--refit changes an engine, --cache keeps engines as they were built. Leave one of them out.")
     if output.resolve() in (Path(cache).resolve() / "KEY").parents:

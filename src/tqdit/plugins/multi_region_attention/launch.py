@@ -71,7 +71,6 @@ def kernel(
         raise UsageError(f"{name} with heads of {head} over {queries} x {keys} tokens: its kernel takes "
                          f"1..{MAX_HEAD} and 1..{MAX_TOKENS}. Build with --no-plugins.")  # fmt: skip
     blocks = blocks or candidates(floats, head, keys)[0]
-    main, rest = split_head(head)
     types = f"*{floats}"
     return Kernel(
         module="tqdit.plugins.multi_region_attention.kernel",
@@ -89,12 +88,7 @@ def kernel(
             ("out", types),
         ),
         constants=(
-            ("QUERIES", queries),
-            ("KEYS", keys),
-            ("HEAD", head),
-            ("MAIN", main),
-            ("REST", rest),
-            *shared_constants(mask, bits, high_step, numerators, blocks),
+            *shared_constants(queries, keys, head, mask, bits, high_step, numerators, blocks),
             ("PRECISION", "tf32x3" if floats == "fp32" else "tf32"),
         ),
         num_warps=blocks.warps,
@@ -103,10 +97,17 @@ def kernel(
 
 
 def shared_constants(
-    mask: tuple[int, int, int], bits: int, high_step: float, numerators: bool, blocks: Blocks
-) -> tuple[tuple[str, int | float | str], ...]:
+    queries: int, keys: int, head: int, mask: tuple[int, int, int], bits: int, high_step: float, numerators: bool,
+    blocks: Blocks,
+) -> tuple[tuple[str, int | float | str], ...]:  # fmt: skip
     """What the kernels of float and of integer attention are both told."""
+    main, rest = split_head(head)
     return (
+        ("QUERIES", queries),
+        ("KEYS", keys),
+        ("HEAD", head),
+        ("MAIN", main),
+        ("REST", rest),
         ("NUMERATORS", numerators),
         ("MASKED", mask[2] > 1),
         ("IMAGE_STRIDE", math.prod(mask)),
