@@ -160,7 +160,7 @@ def check_requests(signature: Signature, requests: Requests) -> tuple[int, dict[
     if set(requests) != set(ports):
         found = ", ".join(map(repr, list(requests)[:8]))
         raise UsageError(f"found {len(requests)} requests, {found}; {signature.family} takes {_names(ports)}.")
-    arrays = {name: _check_values(name, port, requests[name]) for name, port in ports.items()}
+    arrays = {name: check_values(name, port, requests[name]) for name, port in ports.items()}
     counts = {len(array) for array in arrays.values()}
     if len(counts) != 1:
         raise UsageError(f"the arrays of {_names(ports)} have different lengths {sorted(counts)}. Pass one row each.")
@@ -191,7 +191,7 @@ def check_call(signature: Signature, values: Mapping[str, Any]) -> dict[str, NDA
     """
     if set(values) != set(signature.names):
         raise UsageError(f"found {', '.join(map(repr, values))}; {signature.family} takes {_names(signature.names)}.")
-    arrays = {port.name: _check_values(port.name, port, values[port.name]) for port in signature.ports}
+    arrays = {port.name: check_values(port.name, port, values[port.name]) for port in signature.ports}
     if len({len(array) for array in arrays.values()}) != 1:
         rows = ", ".join(f"'{name}' has {len(array)}" for name, array in arrays.items())
         raise UsageError(f"the inputs of a call have different numbers of rows: {rows}. Pass as many of each.")
@@ -202,7 +202,8 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _check_values(name: str, port: Port, values: Any) -> NDArray[Any]:
+def check_values(name: str, port: Port, values: Any) -> NDArray[Any]:
+    """The values of one port as a contiguous array of its type. Raises UsageError, with `name`, for others."""
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError):  # such as a tensor that NumPy has no type for

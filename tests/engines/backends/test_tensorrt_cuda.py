@@ -1,14 +1,19 @@
 """The CUDA part of the runtime on a real GPU: everything but TensorRT, whose place a copy on the stream takes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import support
 from fake_gpu import FakeEngine, FakeTensorRT
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT
+from tqdit.engines.run.backend import OpenEngine
+from tqdit.engines.run.denoiser import Denoiser
 from tqdit.errors import TqditError
+from tqdit.exporter.graph import ExportConfig
 
 
 def has_gpu():
@@ -129,6 +134,26 @@ def test_torch_tensors_are_taken_and_given(engine):
         fed["x"] = fed["x"] * 2
         out = torch.as_tensor(engine.run_on_device(fed, stream), device="cuda")
         assert torch.equal(out, fed["x"])
+
+
+def test_a_pipeline_hands_its_tensors_over_where_they_lie(engine, monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    DropIn = pytest.importorskip("tqdit.engines.run.drop_in", exc_type=ImportError).DropIn
+    monkeypatch.setattr(type(engine), "__call__", None)  # the way through the host
+    card = support.exported(ExportConfig(), pixels=True)[1]
+    ports = tuple(
+        replace(port, shape=(None, 3, 4, 4)) if port.kind == "state" else port for port in card.signature.ports
+    )
+    card = replace(card, signature=replace(card.signature, ports=ports, output=(None, 3, 4, 4)))
+    transformer = DropIn(Denoiser(card, OpenEngine(engine), batch=4))
+    for seed in range(3):
+        fed = {name: torch.from_numpy(value).to(f"cuda:{engine.gpu}") for name, value in inputs(10, seed).items()}
+        fed["x"] = fed["x"].half() * 2  # what the engine waits for
+        sample = transformer(**fed).sample + 1
+        assert sample.device == fed["x"].device
+        assert torch.equal(sample, fed["x"] + 1)
 
 
 def test_memory_goes_back(engine):

@@ -22,7 +22,8 @@ from tqdit.errors import BackendError, UsageError
 class Engine(Protocol):
     """A compiled graph: inputs by name in, its one output out. Safe to call from several threads.
 
-    An engine of a GPU may also have `place`, a text that names the GPU and the library, and `run_on_device`.
+    An engine of a GPU may also have `place`, a text that names the GPU and the library. One that takes arrays there has
+    `run_on_device` and `gpu`, the index of the GPU.
     """
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]: ...
@@ -96,6 +97,7 @@ class OpenEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._process = engine, Process()
         self.place: str | None = getattr(engine, "place", None)
+        self.gpu: int | None = getattr(engine, "gpu", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         self._process.check("engine")

@@ -31,7 +31,8 @@ class Denoiser:
         """batch: rows per engine call at most; None: any number."""
         check_graph(card)
         self.card = card
-        self._batch = batch
+        self.most_rows = batch
+        self.gpu: int | None = getattr(engine, "gpu", None)  # index of the GPU whose arrays `run_on_device` takes
         self._engine: Engine | None = engine
 
     @classmethod
@@ -60,9 +61,9 @@ class Denoiser:
         """
         engine = self._opened()
         inputs = check_call(self.card.signature, self._by_name(values, ports))
-        self._check_time(inputs[self.card.signature.time.name])
+        self.check_time(inputs[self.card.signature.time.name])
         rows = len(inputs[self.card.signature.state.name])
-        most = self._batch or rows
+        most = self.most_rows or rows
         if rows <= most:
             return engine(inputs)
         parts = [slice(start, start + most) for start in range(0, rows, most)]
@@ -93,7 +94,8 @@ class Denoiser:
             raise UsageError(f"found {found}; expected {', '.join(names)}, each once.")
         return dict(zip(names, values, strict=False)) | ports
 
-    def _check_time(self, timesteps: NDArray[Any]) -> None:
+    def check_time(self, timesteps: NDArray[Any]) -> None:
+        """Raises UsageError for timesteps (rows,) that the network does not know."""
         low, high = self.card.sampling.process.span
         whole = np.issubdtype(timesteps.dtype, np.integer)
         bad = timesteps[(timesteps < low) | (timesteps >= high if whole else timesteps > high)]

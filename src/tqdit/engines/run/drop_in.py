@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.denoiser import Denoiser
 from tqdit.errors import UsageError, first_line
@@ -22,16 +19,27 @@ import torch  # noqa: E402  (after its absence has been answered)
 from torch import Tensor  # noqa: E402
 
 from tqdit.models.arguments import digest, flatten  # noqa: E402
-from tqdit.ports import Port  # noqa: E402
+from tqdit.ports import Port, check_values  # noqa: E402
 
 STATE = "hidden_states"  # what diffusers calls it, whatever the network does
 NOTHING = {"null", "{}", "[]"}  # digests of arguments that a call may leave out
+TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
 class Prediction(NamedTuple):
     """What diffusers reads from a transformer."""
 
     sample: Tensor
+
+
+def gpu_of(tensor: Tensor) -> int | None:
+    """The index of the GPU where a tensor lies, in CUDA's order; None elsewhere."""
+    return tensor.get_device() if tensor.is_cuda else None
+
+
+def stream_of(tensor: Tensor) -> Any:
+    """The stream on which torch works with a tensor of a GPU."""
+    return torch.cuda.current_stream(tensor.device)
 
 
 def _is_list(port: Port, given: dict[str, Any]) -> bool:
@@ -46,7 +54,8 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
 
     It takes the arguments that the network took: those of its ports with any number of rows, all others as they were
     when the network was exported. It has no parameters; `.to(device, dtype)` changes what it takes and gives, as a
-    pipeline expects, and the engine computes in its own types on its own device.
+    pipeline expects, and the engine computes in its own types on its own device. Engines of TensorRT and TensorRT-RTX
+    take and give tensors on their own GPU without a copy on the host; all else passes through the host.
     """
 
     config_name = "config.json"
@@ -90,37 +99,61 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         if not isinstance(state, Tensor):
             raise UsageError(f"{self._family}: '{self._state}' is missing. Pass what the network takes.")
         tensors, others = flatten(given)
-        inputs = {port.name: self._rows(port, tensors.pop(port.name, others.pop(port.name, None)), len(state))
+        gpu = gpu_of(state)
+        stays = gpu is not None and gpu == self._denoiser.gpu
+        where = state.device if stays else torch.device("cpu")
+        inputs = {port.name: self._rows(port, tensors.pop(port.name, others.pop(port.name, None)), len(state), where)
                   for port in self._ports}  # fmt: skip
         self._check_constants({**tensors, **others})
-        prediction = self._denoiser(**inputs)
-        # a copy, since an engine may reuse its output
-        sample = torch.from_numpy(prediction).to(state.device, state.dtype, copy=True)
+        if stays:
+            sample = self._on_gpu(inputs, len(state)).to(state.dtype)
+        else:  # a copy, since an engine may reuse its output
+            prediction = self._denoiser(**{name: value.numpy() for name, value in inputs.items()})
+            sample = torch.from_numpy(prediction).to(state.device, state.dtype, copy=True)
         return Prediction(sample) if return_dict else (sample,)
 
-    def _rows(self, port: Port, value: Any, rows: int) -> NDArray[Any]:
-        """One input of the engine; a timestep may be one for all rows."""
+    def _on_gpu(self, inputs: dict[str, Tensor], rows: int) -> Tensor:
+        """The prediction float32 (rows, K, ...), in order with torch's stream; at most `most_rows` in a call."""
+        denoiser, signature = self._denoiser, self._denoiser.card.signature
+        for port in self._ports:
+            if port.kind == "time" or port.values is not None:  # a few numbers, which a wrong caller gets wrong
+                found = check_values(port.name, port, inputs[port.name].cpu().numpy())
+                if port.kind == "time":
+                    denoiser.check_time(found)
+        first = inputs[self._state]
+        sample = torch.empty((rows, *signature.output_shape), dtype=torch.float32, device=first.device)
+        most, stream = denoiser.most_rows or rows, stream_of(first)
+        for start in range(0, rows, most):
+            part = slice(start, start + most)
+            denoiser.run_on_device({name: value[part] for name, value in inputs.items()}, stream, sample[part])
+        return sample
+
+    def _rows(self, port: Port, value: Any, rows: int, where: torch.device) -> Tensor:
+        """One input of the engine, contiguous; a timestep may be one for all rows."""
         if value is None:
             raise UsageError(f"{self._family}: '{port.name}' is missing. The engine needs it in every call.")
         try:
-            array = torch.as_tensor(value).detach().cpu().numpy()
+            tensor = torch.as_tensor(value).detach().to(where)
+            if tensor.layout != torch.strided:
+                raise TypeError(f"its layout is {tensor.layout}")
         except (TypeError, ValueError, RuntimeError) as error:  # no array, or a tensor without values
             raise UsageError(f"{self._family}: '{port.name}' is no dense tensor ({first_line(error)}).") from error
-        if np.iscomplexobj(array):
+        found = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_complex():
             raise UsageError(f"{self._family}: '{port.name}' holds complex numbers, expected {port.dtype}.")
-        if port.kind == "time":
-            array = np.broadcast_to(array.reshape(-1), rows) if array.size == 1 else array
-        if port.dtype == "float32" and port.kind != "time" and not np.issubdtype(array.dtype, np.floating):
-            raise UsageError(f"{self._family}: '{port.name}' holds {array.dtype} numbers, expected {port.dtype}.")
-        if port.dtype == "int64" and np.issubdtype(array.dtype, np.floating):
+        if port.kind == "time" and tensor.numel() == 1:
+            tensor = tensor.reshape(-1).expand(rows)
+        if port.dtype == "float32" and port.kind != "time" and not tensor.is_floating_point():
+            raise UsageError(f"{self._family}: '{port.name}' holds {found} numbers, expected {port.dtype}.")
+        if port.dtype == "int64" and tensor.is_floating_point():
             if port.kind != "time":
-                raise UsageError(f"'{port.name}' holds {array.dtype} numbers, expected whole ones.")
-            if not np.array_equal(array, np.round(array)):
+                raise UsageError(f"'{port.name}' holds {found} numbers, expected whole ones.")
+            if not torch.equal(tensor, tensor.round()):
                 raise UsageError(
-                    f"{port.name} {array.ravel()[0]:g} is not a whole number, which the engine's graph takes. Choose a "
-                    "scheduler with whole timesteps (timestep_spacing='leading', no Karras sigmas)."
+                    f"{port.name} {float(tensor.ravel()[0]):g} is not a whole number, which the engine's graph takes. "
+                    "Choose a scheduler with whole timesteps (timestep_spacing='leading', no Karras sigmas)."
                 )
-        return array.astype(port.dtype)
+        return tensor.to(TYPES[port.dtype]).contiguous()
 
     def _check_constants(self, given: dict[str, Any]) -> None:
         for name, value in given.items():

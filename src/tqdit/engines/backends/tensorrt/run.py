@@ -72,6 +72,7 @@ class TensorRTEngine:
     ) -> None:  # fmt: skip
         self._library, self._trt, self._file = library, trt, file
         self._device = cuda.find_device(device)
+        self.gpu = self._device.index
         self.place = f"{self._device.kind}, {library.title} {trt.__version__}"
         self._captures = not library.is_rtx
         self._cache = RuntimeCache(_cache_file(manifest, file, self.place)) if library.is_rtx else None
