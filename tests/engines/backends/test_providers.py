@@ -1,14 +1,18 @@
 """Execution providers of ONNX Runtime. A stand-in for the library records what is asked: no GPU provider runs here."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import support
 from tqdit.cli import main as cli
 from tqdit.engines.backends.onnxruntime import build, providers, run
+from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.bundle import read_manifest
+from tqdit.engines.bundle import CALLS_FILE, MANIFEST, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
 from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.denoiser import Denoiser
@@ -16,8 +20,34 @@ from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
 from tqdit.errors import BackendError, UsageError
 from tqdit.exporter.onnx_writer import write
+from tqdit.golden import GoldenCalls
 
 EVERY = list(providers.PROVIDERS.values())
+
+
+class Driver:
+    """What we ask of libcuda: its functions fill the memory that they are given and return an error code."""
+
+    names, multiprocessors, version = ["NVIDIA L4", "NVIDIA L4", "NVIDIA GeForce RTX 4090"], [58, 58, 128], 12080
+
+    def cuInit(self, _flags):
+        return 0
+
+    def cuDriverGetVersion(self, out):
+        out._obj.value = self.version
+        return 0
+
+    def cuDeviceGet(self, out, index):
+        out._obj.value = index
+        return 0 if index < len(self.names) else 101
+
+    def cuDeviceGetName(self, out, size, device):
+        out.value = self.names[device].encode()
+        return 0 if size > len(self.names[device]) else 1
+
+    def cuDeviceGetAttribute(self, out, attribute, device):
+        out._obj.value = {75: 8, 76: 9, 16: self.multiprocessors[device]}[attribute]
+        return 0
 
 
 @pytest.fixture
@@ -45,6 +75,7 @@ def gpu_library(monkeypatch):
     library.InferenceSession, library.get_available_providers = session, lambda: EVERY
     for module in (build, run):
         monkeypatch.setattr(module, "load_library", lambda: library)
+    monkeypatch.setattr(cuda, "driver_library", Driver)
     return asked
 
 
@@ -78,6 +109,46 @@ def test_the_gpu_of_an_index_is_asked_for(floating, quantized, tmp_path, gpu_lib
     assert [providers[0][1]["device_id"] for providers in gpu_library] == [1, 2]
     with pytest.raises(UsageError, match="device is -1"):
         Sampler.open(tmp_path / "m.engine", device=-1)
+
+
+@pytest.mark.usefixtures("gpu_library")
+def test_golden_calls_run_once_for_each_kind_of_gpu_and_driver(floating, tmp_path, monkeypatch):
+    """That an engine was right on one GPU says nothing of another, as for engines of TensorRT."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda, "KERNEL_MODULE", tmp_path / "none")
+    folder, verified = tmp_path / "m.engine", tmp_path / "cache" / "tqdit" / "verified"
+    build_engine(floating, folder, config=BuildConfig(provider="cuda", precision="fp32"))
+    fed = {"x": np.ones((3, 3, 8, 8), np.float32), "timestep": np.arange(3), "class_labels": np.arange(3)}
+    with Denoiser.open(folder) as denoise:
+        GoldenCalls(fed, denoise(**fed), np.zeros(3)).save(folder / CALLS_FILE)
+    manifest = read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, replace(manifest, files=describe_parts(folder)))
+
+    def places(device=None):
+        Denoiser.open(folder, device=device).close()
+        return sorted(json.loads(file.read_text())["place"] for file in verified.iterdir())
+
+    (first,) = places()
+    assert first.startswith("NVIDIA L4 8.9, 58 multiprocessors, driver of CUDA 12.8, cuda, ONNX Runtime ")
+    assert places(0) == places(1) == [first]
+    for _ in range(2):
+        (other, again) = places(2)
+        assert other.startswith("NVIDIA GeForce RTX 4090 8.9, 128 multiprocessors")
+        assert again == first
+    monkeypatch.setattr(Driver, "version", 13000)
+    assert len(places()) == 3
+    with pytest.raises(BackendError, match="cuDeviceGet of NVIDIA's driver failed for GPU 3 with error 101"):
+        Denoiser.open(folder, device=3)
+
+
+def test_a_machine_without_a_driver_is_named_as_such(monkeypatch):
+    def absent():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(cuda, "driver_library", absent)
+    with pytest.raises(BackendError, match=r"no driver of an NVIDIA GPU here \(libcuda"):
+        cuda.kind_of(0)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

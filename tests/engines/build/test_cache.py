@@ -118,7 +118,7 @@ def test_a_gpu_and_its_driver_are_in_the_key_of_what_is_compiled_for_it(monkeypa
 
 def test_a_provider_for_gpus_has_the_gpu_in_its_key(monkeypatch):
     kinds = ["an L4", "an L40"]
-    monkeypatch.setattr(cuda, "find_device", lambda index: types.SimpleNamespace(kind=kinds[index]))
+    monkeypatch.setattr(cuda, "kind_of", lambda index: kinds[index])
     for provider in ("cuda", "tensorrt"):
         found = {builder("onnxruntime").place(BuildConfig(provider=provider, device=index)) for index in (0, 1)}
         assert found == set(kinds)

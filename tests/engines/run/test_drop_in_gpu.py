@@ -51,8 +51,8 @@ def engine(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "core", lambda: fake)
     monkeypatch.setattr(cuda, "driver", lambda: fake)
     monkeypatch.setattr(cuda, "KERNEL_MODULE", Path("/there/is/no/driver"))
-    monkeypatch.setattr(drop_in, "gpu_of", lambda tensor: GPU)
-    monkeypatch.setattr(drop_in, "stream_of", lambda tensor: 77)
+    monkeypatch.setattr(drop_in, "gpu_of", lambda _: GPU)
+    monkeypatch.setattr(drop_in, "stream_of", lambda _: 77)
     _, card = support.exported(ExportConfig(), pixels=True)
     (tmp_path / "engine.plan").write_bytes(b"plan")
     manifest = Manifest(
@@ -131,9 +131,9 @@ def test_what_the_graph_cannot_take_is_refused_on_the_gpu_too(engine, wrong, mes
 def test_another_gpu_a_cpu_and_an_engine_of_fixed_rows_pass_through_the_host(engine, monkeypatch):
     given = arguments(2)
     for place in (None, 0):
-        monkeypatch.setattr(drop_in, "gpu_of", lambda tensor, place=place: place)
+        monkeypatch.setattr(drop_in, "gpu_of", lambda _, place=place: place)
         np.testing.assert_array_equal(transformer_of(engine)(**as_tensors(given)).sample.numpy(), compute(given))
-    monkeypatch.setattr(drop_in, "gpu_of", lambda tensor: GPU)
+    monkeypatch.setattr(drop_in, "gpu_of", lambda _: GPU)
     in_parts = transformer_of(InParts(engine, 2))(**as_tensors(given)).sample
     np.testing.assert_array_equal(in_parts.numpy(), compute(given))
     assert engine.ways == [("host", 2)] * 3

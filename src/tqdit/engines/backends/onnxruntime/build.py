@@ -64,7 +64,7 @@ def float_types(config: BuildConfig) -> tuple[FloatType, ...]:
 
 def place(config: BuildConfig) -> str:
     """Its TensorRT provider compiles for the GPU that is here."""
-    return processor() if (config.provider or "cpu") == "cpu" else cuda.find_device(config.device).kind
+    return processor() if (config.provider or "cpu") == "cpu" else cuda.kind_of(config.device or 0)
 
 
 def build(

@@ -18,6 +18,7 @@ from tqdit.engines.backends.onnxruntime.providers import (
     refuse_device,
     settings_of,
 )
+from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.bundle import Manifest, check_machine, check_not_older
 from tqdit.errors import BackendError, UsageError, first_line
 
@@ -29,8 +30,9 @@ class OrtEngine:
     """
 
     def __init__(
-        self, file: Path, threads: int | None, providers: list[Any] | None = None, provider: str = "cpu"
-    ) -> None:
+        self, file: Path, threads: int | None, providers: list[Any] | None = None, provider: str = "cpu",
+        device: int | None = None,
+    ) -> None:  # fmt: skip
         ort = load_library()
         check_offered(ort, provider)
         options, settings = session_options(ort)
@@ -43,7 +45,9 @@ class OrtEngine:
         self._session = open_session(ort, file, options, providers=providers or [CPU], **settings)
         check_got(self._session, provider)
         self._file = file
-        self.place = None if provider == "cpu" else f"{provider}, ONNX Runtime {ort.__version__}"
+        self.place: str | None = None
+        if provider != "cpu":
+            self.place = f"{cuda.kind_of(device or 0)}, {provider}, ONNX Runtime {ort.__version__}"
         self._inputs = [value.name for value in self._session.get_inputs()]
         output = self._session.get_outputs()[0]
         self._output, self._shape = output.name, output.shape
@@ -89,4 +93,4 @@ def load(
     if file != manifest.entry and provider == "tensorrt":
         provider = "cuda"  # the decoder
     settings = settings_of(provider, folder, manifest.card, manifest.batch, manifest.float_type, device)
-    return OrtEngine(folder / file, threads, settings, provider)
+    return OrtEngine(folder / file, threads, settings, provider, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from tqdit.errors import BackendError, UsageError
 from tqdit.extras import need
 
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+# CU_DEVICE_ATTRIBUTE_: COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR, MULTIPROCESSOR_COUNT (cuda.h)
+KIND_ATTRIBUTES = (75, 76, 16)
 
 
 def core() -> ModuleType:
@@ -55,9 +58,44 @@ class Device:
     @property
     def kind(self) -> str:
         """What compiled and checked kernels depend on besides the library: the chip and its driver."""
-        _, version = driver().cuDriverGetVersion()
-        served = f"driver {driver_release()} of CUDA {version // 1000}.{version % 1000 // 10}".replace("  ", " ")
-        return f"{self.name} {self.capability}, {self.multiprocessors} multiprocessors, {served}"
+        return _kind(self.name, self.capability, self.multiprocessors, driver().cuDriverGetVersion()[1])
+
+
+def kind_of(index: int) -> str:
+    """`Device.kind` of a GPU, by the driver's own library: for engines that run without cuda.core.
+
+    Raises BackendError without a driver or such a GPU.
+    """
+    try:
+        library = driver_library()
+    except OSError as error:
+        raise BackendError(f"no driver of an NVIDIA GPU here ({_line(error)}). Install NVIDIA's driver.") from error
+
+    def ask(function: str, *arguments: Any) -> None:
+        code = getattr(library, function)(*arguments)
+        if code != 0:
+            raise BackendError(f"{function} of NVIDIA's driver failed for GPU {index} with error {code}.")
+
+    def number(function: str, *arguments: Any) -> int:
+        value = ctypes.c_int()
+        ask(function, ctypes.byref(value), *arguments)
+        return value.value
+
+    ask("cuInit", 0)
+    device, name = number("cuDeviceGet", index), ctypes.create_string_buffer(256)
+    ask("cuDeviceGetName", name, len(name), device)
+    major, minor, multiprocessors = (number("cuDeviceGetAttribute", each, device) for each in KIND_ATTRIBUTES)
+    return _kind(name.value.decode(), f"{major}.{minor}", multiprocessors, number("cuDriverGetVersion"))
+
+
+def driver_library() -> Any:
+    """The driver as a library of C functions. Raises OSError if there is none."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _kind(name: str, capability: str, multiprocessors: int, version: int) -> str:
+    served = f"driver {driver_release()} of CUDA {version // 1000}.{version % 1000 // 10}".replace("  ", " ")
+    return f"{name} {capability}, {multiprocessors} multiprocessors, {served}"
 
 
 def driver_release() -> str:
