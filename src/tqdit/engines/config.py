@@ -19,6 +19,7 @@ FLOAT_CHOICES: tuple[FloatChoice, ...] = get_args(FloatChoice)
 
 
 LAYERS_FILE = "layers.txt"  # what a compiler said of its layers; kept beside the output if the build is refused
+LAYERS_KEPT = " The compiler's own list of layers: "  # comes before the path of that file
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Check:
     what: str
     outcome: Outcome
     detail: str = ""
+    layers: str = ""  # what the compiler said of the engine's layers
 
 
 @dataclass(frozen=True)

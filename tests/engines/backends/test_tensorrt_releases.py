@@ -15,6 +15,7 @@ import pytest
 import support
 from tables import Kind, make_table
 from tqdit.engines.backends.tensorrt import builder, cuda, worker
+from tqdit.engines.build import proof
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -173,6 +174,19 @@ def test_what_the_inspector_said_is_kept_if_the_audit_refuses(release, source, t
     with pytest.raises(BackendError, match=r"10 quantized product\(s\) would run in float.*a\.engine\.layers\.txt"):
         build_engine(source, output, "tensorrt", BuildConfig(**FAST))
     assert json.loads(kept.read_text())["Layers"][0]["LayerType"] == "gemm"
+
+
+def test_the_report_of_a_proof_has_what_the_inspector_said(release, source, monkeypatch):
+    """Whether the audit accepts it or not: without it nobody could tell why a GPU's engine was refused."""
+    found = next(proof.prove_engine(source, "tensorrt"))
+    assert found.outcome == "ok"
+    assert json.loads(found.layers)["Layers"][0]["LayerType"] == "gemm"
+    monkeypatch.setenv("TQDIT_TEST_FALLBACK", "1")
+    (refused,) = proof.prove_engine(source, "tensorrt")
+    assert refused.outcome == "failed"
+    assert "10 quantized product(s) would run in float" in refused.detail
+    assert refused.detail.endswith("The compiler's own list of layers is in the report.")
+    assert json.loads(refused.layers)["Layers"]
 
 
 def test_a_lean_runtime_alone_has_no_meaning(release, source, tmp_path):

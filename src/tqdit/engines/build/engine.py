@@ -20,7 +20,7 @@ from tqdit.engines.bundle import (
     read_manifest,
     write_manifest,
 )
-from tqdit.engines.config import LAYERS_FILE, QUANTIZED, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.config import LAYERS_FILE, LAYERS_KEPT, QUANTIZED, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import BackendError, FileFormatError, TqditWarning, VerificationError
@@ -35,10 +35,12 @@ def build_engine(
     backend: str = "onnxruntime",
     config: BuildConfig | None = None,
     progress: Progress = silent,
+    layers: Path | None = None,
 ) -> Manifest:
     """Compile `source` for `backend` ('auto': the best one here) into the folder `output`, which appears whole or not.
 
-    A bundle that is there is replaced, of whatever version.
+    A bundle that is there is replaced, of whatever version. layers: a file for what TensorRT or TensorRT-RTX says of
+    the layers that it compiled; None: it is kept, beside `output`, only if the engine is refused because of it.
     Raises BackendError if a quantized product would run in float and the config does not allow it, UsageError for what
     the backend or the file cannot do, FileFormatError for a file that is damaged or incomplete, OutputError for a place
     that holds anything else.
@@ -64,7 +66,7 @@ def build_engine(
             bring(source.with_name(name), folder / name)
 
         def compiled(config: BuildConfig) -> Manifest:
-            with _layers_kept(folder, output):
+            with _layers_kept(folder, output, layers):
                 artefact = compiler.build(graph, decoder, card, folder, config, progress)
             facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
             return Manifest(
@@ -104,16 +106,22 @@ def _is_bundle(folder: Path) -> bool:
 
 
 @contextmanager
-def _layers_kept(folder: Path, output: Path) -> Iterator[None]:
-    """If the compiler's result is refused, keep beside `output` what it said of its layers."""
+def _layers_kept(folder: Path, output: Path, layers: Path | None) -> Iterator[None]:
+    """Take what the compiler said of its layers out of the folder, to `layers`, or beside `output` if the compiler's
+    result is refused.
+    """
+    said = folder / LAYERS_FILE
     try:
         yield
     except BackendError as error:
-        if not (folder / LAYERS_FILE).is_file():
+        if not said.is_file():
             raise
-        kept = output.with_name(f"{output.name}.{LAYERS_FILE}")
-        (folder / LAYERS_FILE).replace(kept)
-        raise BackendError(f"{error} The compiler's own list of layers: {kept}") from error
+        kept = layers or output.with_name(f"{output.name}.{LAYERS_FILE}")
+        said.replace(kept)
+        raise BackendError(f"{error}{LAYERS_KEPT}{kept}") from error
+    if layers is not None and said.is_file():
+        said.replace(layers)
+    said.unlink(missing_ok=True)
 
 
 def _verified(

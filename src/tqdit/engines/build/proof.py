@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.bundle import CALLS_FILE, Manifest
-from tqdit.engines.config import BuildConfig
+from tqdit.engines.config import LAYERS_KEPT, BuildConfig
 from tqdit.engines.doctor import Check, clean
 from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.sampler import Sampler
@@ -34,6 +34,7 @@ SHORT, LONG = 197, 300  # tokens: scores that stay on the chip, and two passes o
 # sum (y - reference)^2 / sum reference^2: float16 results with codes that flip at ties, and pictures of two backends
 KERNEL_LIMIT, PICTURE_LIMIT = 1e-4, 0.05
 STEPS = 4
+LAYERS_TOLD = " The compiler's own list of layers is in the report."
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,17 +188,24 @@ def prove_engine(source: Path, backend: str, device: int | None = None) -> Itera
     with tempfile.TemporaryDirectory() as place:
         made: dict[str, Manifest] = {}
 
+        layers = Path(place) / "layers.txt"
+
         def build() -> str:
             from tqdit.engines.build.engine import build_engine
 
             here = BuildConfig() if backend != "tensorrt" else BuildConfig(device=device)
             for name in dict.fromkeys((backend, "onnxruntime")):
-                made[name] = build_engine(source, Path(place) / name, name, here if name == backend else BuildConfig())
+                chosen, kept = (here, layers) if name == backend else (BuildConfig(), None)
+                made[name] = build_engine(source, Path(place) / name, name, chosen, layers=kept)
             manifest = made[backend]
             custom = "; ".join(f"{op}: {kind}" for op, kind in manifest.plugins.items())
             return "; ".join(filter(None, [manifest.audit.line if manifest.audit else "float", custom]))
 
         built = _checked(f"{backend}: build and audit", build)
+        if layers.is_file():  # it goes with the folder, but for the report
+            said = layers.read_text(encoding="utf-8", errors="replace")
+            detail = built.detail.replace(LAYERS_KEPT + clean(str(layers)), LAYERS_TOLD)
+            built = replace(built, detail=detail, layers=said)
         yield built
         if built.outcome != "ok":
             return

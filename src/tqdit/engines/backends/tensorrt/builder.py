@@ -27,7 +27,7 @@ from tqdit.engines.backends.tensorrt.worker import FIRST_FP8, Compiled, Job
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness
 from tqdit.engines.bundle import Artefact, Audit
-from tqdit.engines.config import LAYERS_FILE, BatchRange, BuildConfig, FloatType, Progress
+from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, TqditError, TqditWarning, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import temporary_folder
@@ -148,7 +148,6 @@ def build(
             _compile(
                 replace(job, plan=str(folder / DECODER_FILE), batch=(1, 1, 1), config=plain), inlined.file, progress
             )
-    (folder / LAYERS_FILE).unlink(missing_ok=True)
     if record is not None:
         record.write(folder)
     targets = compiled.targets if device is None else (device.capability,)
