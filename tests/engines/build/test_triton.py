@@ -5,6 +5,7 @@ the fields of the server's model_config.proto. By hand the same texts were read 
 """
 
 import importlib.util
+import json
 import re
 import sys
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ SCHEMA = {
     "name": str, "backend": str, "max_batch_size": int, "input": [TENSOR], "output": [TENSOR],
     "instance_group": [{"count": int, "kind": {"KIND_CPU", "KIND_GPU"}}],
 }  # fmt: skip
-TOKEN = re.compile(r'\s+|#[^\n]*|(?P<token>"[^"\\\n]*"|-?\d+|[A-Za-z_]\w*|[\[\]{}:,])')
+TOKEN = re.compile(r'\s+|#[^\n]*|(?P<token>"(?:[^"\\\n]|\\.)*"|-?\d+|[A-Za-z_]\w*|[\[\]{}:,])')
 
 
 def parse(text):
@@ -78,7 +79,7 @@ def _value(tokens, kind):
     if kind is bool:
         return {"true": True, "false": False}[token]
     assert token.startswith('"') == (kind is str), token
-    return token[1:-1] if kind is str else int(token)
+    return json.loads(token) if kind is str else int(token)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,14 @@ def test_the_configuration_is_the_server_s(repository):
         in (repository / "small" / "README.md").read_text()
     )
     assert sorted(each.name for each in (repository / "small" / "1").iterdir()) == ["model.engine", "model.py"]
+
+
+def test_any_name_of_a_folder_is_a_name_of_a_model(repository, tmp_path):
+    bundle = repository / "small" / "1" / "model.engine"
+    for name in ('a "b"', "back\\slash", "zwölf {0}", "two\nlines"):
+        made = write_triton(bundle, read_manifest(bundle), tmp_path, name)
+        assert parse((made / "config.pbtxt").read_text(encoding="utf-8"))["name"] == name
+        assert name in (made / "README.md").read_text(encoding="utf-8")
 
 
 def test_engines_of_gpus_get_one(repository, tmp_path):

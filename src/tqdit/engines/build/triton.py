@@ -8,6 +8,7 @@ model_configuration.md).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_triton(bundle: Path, manifest: Manifest, folder: Path, name: str) -> P
     inputs = list(_inputs(manifest))
     gpu = manifest.backend.startswith("tensorrt") or manifest.target.get("provider", "CPU")[:3] != "CPU"
     fields = [
-        f"{MARK} {__version__}", f'name: "{name}"', 'backend: "python"', "max_batch_size: 0",
+        f"{MARK} {__version__}", f"name: {_quoted(name)}", 'backend: "python"', "max_batch_size: 0",
         _listed("input", [_tensor(*each) for each in inputs]), _listed("output", [_tensor(*_output(manifest), False)]),
         _listed("instance_group", [f"count: 1 kind: {'KIND_GPU' if gpu else 'KIND_CPU'}"]),
     ]  # fmt: skip
@@ -100,7 +101,12 @@ def _example(name: str, kind: str, dims: Sequence[int]) -> str:
 
 def _tensor(name: str, kind: str, dims: Sequence[int], optional: bool) -> str:
     shape = ", ".join(map(str, dims))
-    return f'name: "{name}" data_type: {kind} dims: [ {shape} ]{" optional: true" if optional else ""}'
+    return f"name: {_quoted(name)} data_type: {kind} dims: [ {shape} ]{' optional: true' if optional else ''}"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format: its escapes of quotes, backslashes and line ends are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _listed(field: str, entries: Sequence[str]) -> str:
