@@ -224,6 +224,13 @@ def test_an_engine_is_built_verified_and_compared(quantized, gpu, monkeypatch):
 
 
 @pytest.mark.slow
+def test_onnxruntime_is_not_compared_with_itself(quantized):
+    built, compared = proof.prove_engine(quantized, "onnxruntime")
+    assert (built.outcome, compared.outcome) == ("ok", "ok")
+    assert "difference" not in compared.detail
+
+
+@pytest.mark.slow
 def test_a_backend_that_cannot_build_is_one_failed_step(quantized, monkeypatch):
     monkeypatch.setattr(cuda, "find_device", lambda *_: (_ for _ in ()).throw(BackendError("no usable NVIDIA GPU")))
     (check,) = proof.prove_engine(quantized, "tensorrt")
