@@ -308,8 +308,8 @@ DYNAMIC = replace(
 
 # Scales per token, weights rounded by what all tokens say.
 GPTQ = replace(STATIC, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
-# The least error that was found at every number of bits (docs/results/presets.md): gptq in groups of 32 channels, rotated,
-# beside branches of low rank. For quality, not for speed: a group is a product of its own.
+# The least error that was found at every number of bits (docs/results/presets.md): gptq in groups of 32 channels,
+# rotated, beside branches of low rank. For quality, not for speed: a group is a product of its own.
 BEST = replace(GPTQ, columns=32, rotate=16, rank=32, equalize_all=True, attention_bits=8)
 
 # Reconstruction of blocks, on rows of all timesteps with one scale each, as the papers have it.
