@@ -94,7 +94,7 @@ def resources(kind: str, case: Case, capability: tuple[int, int]) -> dict[str, o
         source.write_text(compiled.ptx)
         target = re.findall(r"^\.target (\w+)", compiled.ptx, re.MULTILINE)[0]
         assembler = "ptxas-blackwell" if capability >= (10, 0) else "ptxas"
-        command = [tool(assembler), f"-arch={target}", "-v", source, "-o", binary]
+        command: list[str | Path] = [tool(assembler), f"-arch={target}", "-v", source, "-o", binary]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([tool("cuobjdump"), "--dump-sass", binary], capture_output=True, text=True, check=True)
     registers = int(re.findall(r"Used (\d+) registers", log)[0])

@@ -14,6 +14,7 @@ import pytest
 
 import support
 from tables import Kind, make_table
+from tqdit.cli import main as cli
 from tqdit.engines.backends.tensorrt import builder, cuda, worker
 from tqdit.engines.build import proof
 from tqdit.engines.build.engine import build_engine
@@ -174,6 +175,15 @@ def test_what_the_inspector_said_is_kept_if_the_audit_refuses(release, source, t
     with pytest.raises(BackendError, match=r"10 quantized product\(s\) would run in float.*a\.engine\.layers\.txt"):
         build_engine(source, output, "tensorrt", BuildConfig(**FAST))
     assert json.loads(kept.read_text())["Layers"][0]["LayerType"] == "gemm"
+
+
+def test_scales_per_token_are_said_to_cost_float32_tensors(release, source, tmp_path, capsys):
+    dynamic = tmp_path / "dynamic.onnx"
+    write(dynamic, *support.exported(ExportConfig(), table=make_table(support.tiny_model(), Kind(dynamic=True))))
+    for file, said in ((source, False), (dynamic, True)):
+        arguments = [str(file), "--backend", "tensorrt", "--float-type", "fp32", "-o", str(tmp_path / "a.engine")]
+        assert cli.run("build", arguments) == 0
+        assert ("tqdit-calibrate --backend tensorrt finds static scales" in "".join(capsys.readouterr())) is said
 
 
 def test_the_report_of_a_proof_has_what_the_inspector_said(release, source, monkeypatch):
