@@ -84,6 +84,7 @@ def test_the_graph_is_that_of_encoders_in_memory(name, tmp_path, monkeypatch):
             exporter.trace_text(each, model, "x", int8, given).write(place, "x")
             content.append({file.name: file.read_bytes() for file in place.iterdir()})
         assert content[0] == content[1]
+        assert not any(b".py" in each for each in content[0].values())  # source lines of the exporting machine
 
 
 def test_a_pipeline_with_encoders_of_other_types_is_opened_in_float32(tmp_path):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.errors import FileFormatError, UsageError
+from tqdit.exporter.passes.names import forget_sources
 from tqdit.exporter.passes.weight_only import round_weights
 from tqdit.exporter.trace import OPSETS, trace
 from tqdit.exporter.watch import UntraceableError
@@ -115,6 +116,7 @@ def trace_text(
     known = [(each, content) for each, content in zip(tokens, contents, strict=True) if each is not None]
     if int8:
         round_weights(graph)
+    forget_sources(graph)
     return TextGraph(
         graph, tuple(each for each, _ in known), tuple(content for _, content in known), tuple(sources), examples, int8
     )
