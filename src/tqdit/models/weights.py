@@ -149,12 +149,12 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
     expected = network.state_dict()
     if expected.keys() != shards.keys():
         return None
-    values, weights = hold(shards)
+    values, held = hold(shards)
     for name, tensor in values.items():
         if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
             return None
     network.load_state_dict(values, assign=True)
-    return network.eval().requires_grad_(False), weights
+    return network.eval().requires_grad_(False), held
 
 
 def hold(shards: Mapping[str, Path]) -> tuple[dict[str, Tensor], Weights]:
