@@ -136,7 +136,9 @@ def contenders(
 
 
 def soon(preset: str) -> QuantizationConfig:
-    return replace(PRESETS[preset], **SOON)
+    """Of presets that round weights in a way of their own the scales alone: other codes take as long."""
+    config = replace(PRESETS[preset], **SOON)
+    return replace(config, method="search") if config.method in ("gptq", "reconstruct") else config
 
 
 def ours(path: Path, backend: str, threads: int) -> Network:

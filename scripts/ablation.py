@@ -137,7 +137,10 @@ class Store:
         self.folder, self._facts = folder, [asdict(size), fingerprint, kinds]
 
     def path(self, job: Job, seed: int) -> Path:
-        settings = None if job.preset == "float" else job.config(1, seed).to_json()
+        default = QuantizationConfig().to_json()  # a knob that comes later leaves the rows of presets without it
+        settings = None
+        if job.preset != "float":
+            settings = {name: value for name, value in job.config(1, seed).to_json().items() if value != default[name]}
         return self.folder / f"{job.name}-s{seed}-{digest([*self._facts, settings])}.json"
 
     def table(self, job: Job, seed: int) -> Path:

@@ -86,6 +86,8 @@ def test_an_unknown_preset_or_knob_is_refused_by_name(place):
         tqdit.calibrate("tiny.safetensors", preset="fastest")
     with pytest.raises(UsageError, match=r"'bits'.*weight_bits"):
         tqdit.calibrate("tiny.safetensors", bits=4)
+    with pytest.raises(UsageError, match=r"'cuda'.*onnxruntime, openvino"):
+        tqdit.calibrate("tiny.safetensors", backend="cuda")
     assert {path.name for path in place.iterdir()} == {"tiny.safetensors", "tiny.json"}
 
 

@@ -78,24 +78,30 @@ def record(pipeline: Any) -> Recorder | NetworkRecorder:
 
 
 def calibrate(
-    model: Model = "demo", *, preset: str = "tq-dit", output: str | Path | None = None, work: str | Path | None = None,
-    data: str | Path | None = None, rows: Calls | None = None, quiet: bool = True,
+    model: Model = "demo", *, preset: str | None = None, backend: str | None = None, output: str | Path | None = None,
+    work: str | Path | None = None, data: str | Path | None = None, rows: Calls | None = None, quiet: bool = True,
     **knobs: Any,
 ) -> ScaleTable:  # fmt: skip
     """Find the scales of a model; returns the scale table and writes it to `output` if that is given.
 
-    preset and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6). work: folder for intermediate
-    results, from which an interrupted call continues; None: a temporary one. data: an .npz of your own images or
-    latents, with labels or an array for each request port. rows: recorded calls, or the file of them; for
-    networks other than a DiT. Raises UsageError for a preset or a knob that does not exist.
+    preset, backend and knobs are those of tqdit-calibrate (`--weight-bits 6` is weight_bits=6); without a preset the
+    bits and the backend decide it. work: folder for intermediate results, from which an interrupted call continues;
+    None: a temporary one. data: an .npz of your own images or latents, with labels or an array for each request port.
+    rows: recorded calls, or the file of them; for networks other than a DiT. Raises UsageError for a preset, a backend
+    or a knob that does not exist.
     """
     _need_stage("calibrate", "tqdit.calibrate")
-    from tqdit.calibration.config import PRESETS
+    from tqdit.calibration.config import PRESETS, default_preset
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
+    from tqdit.engines.backends import backend_names
     from tqdit.models.recording import as_recording
     from tqdit.quantization.table import write_scale_table
 
+    if backend is not None and backend not in backend_names():
+        raise UsageError(f"backend '{backend}' is unknown; known are {', '.join(backend_names())}.")
+    if preset is None:
+        preset = default_preset(knobs.get("weight_bits", 8), knobs.get("activation_bits", 8), backend)
     if preset not in PRESETS:
         raise UsageError(f"preset '{preset}' is unknown; known are {', '.join(PRESETS)}.")
     unknown = sorted(set(knobs) - set(PRESETS[preset].to_json()))

@@ -54,7 +54,7 @@ def test_settings_of_pytorch_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("preset", ["tq-dit", "paper", "best"])
+@pytest.mark.parametrize("preset", ["tq-dit", "paper", "static"])
 def test_a_gpu_finds_the_scales_of_the_cpu_and_the_same_bytes_in_each_run(tmp_path: Path, preset: str) -> None:
     config = replace(PRESETS[preset], **SMALL)
     on_cpu = calibrate(tiny_model(), config, tmp_path / "cpu").table
@@ -75,7 +75,7 @@ def test_a_gpu_finds_the_scales_of_the_cpu_and_the_same_bytes_in_each_run(tmp_pa
 @gpu
 def test_the_fake_quantized_model_computes_on_a_gpu_what_it_computes_on_a_cpu(tmp_path: Path) -> None:
     model = tiny_model()
-    table = calibrate(model, replace(PRESETS["best"], **SMALL), tmp_path).table
+    table = calibrate(model, replace(PRESETS["static"], **SMALL), tmp_path).table
     inputs = {
         "x": torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.arange(6) * 180,

@@ -78,7 +78,7 @@ def test_every_preset_gives_a_table_that_works(tmp_path: Path, preset: str) -> N
     softmax = table.by_module["blocks.0.attn.value_product"]["left"].quantizer
     if preset != "fast":  # which chooses
         assert softmax.scheme == ("symmetric" if PRESETS[preset].softmax == "uniform" else "softmax")
-        grouped = preset in ("tq-dit", "paper", "best", "gptq", "adatsq")
+        grouped = preset in ("tq-dit", "paper", "static", "gptq", "best", "adatsq")
         assert softmax.granularity == (PerTimestepGroup(3) if grouped else PerTensor())
     assert set(table.errors) == set(table.by_module)
 
@@ -256,6 +256,16 @@ def test_switches_leave_parts_float(tmp_path: Path) -> None:
     assert everything["final_layer.linear.weight"] == 3
 
 
+@pytest.mark.slow
+def test_attention_keeps_bits_of_its_own(tmp_path: Path) -> None:
+    found = sites(tiny_model(), tmp_path, activation_bits=4, attention_bits=6,
+                  overrides="blocks.1.attn.scores:attention_bits=2")  # fmt: skip
+    assert found["blocks.0.attn.scores.left"] == found["blocks.0.attn.value_product.left"] == 6
+    assert found["blocks.0.attn.value_product.right"] == 6
+    assert found["blocks.1.attn.scores.right"] == found["blocks.0.mlp.fc1.input"] == 4
+    assert sites(tiny_model(), tmp_path / "more", attention_bits=6)["blocks.0.attn.scores.left"] == 8
+
+
 class KilledError(Exception):
     """Stands for a kill at one write."""
 
@@ -266,7 +276,7 @@ def test_a_run_killed_before_any_of_its_writes_resumes_to_the_same_bytes(
 ) -> None:
     """Of the preset that writes files of every kind."""
     monkeypatch.setattr(capture, "MOST_ROWS", 5)  # three batches
-    model, config = tiny_model(), replace(PRESETS["best"], **SMALL)
+    model, config = tiny_model(), replace(PRESETS["static"], **SMALL)
     undisturbed = calibrate(model, config, tmp_path / "a").table.to_bytes()
     files = {path.name for path in (tmp_path / "a").glob("search-*/*")}
     kinds = ["divisors", "samples-0000000", "samples-0000010", "table-x_embedder.proj"]
@@ -371,7 +381,7 @@ def test_another_seed_gives_another_table(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_family_calibrates(two_streams: LoadedModel, tmp_path: Path) -> None:
-    config = replace(PRESETS["best"], **SMALL | {"rows_per_group": 3})
+    config = replace(PRESETS["static"], **SMALL | {"rows_per_group": 3})
     table = calibrate(two_streams, config, tmp_path).table
     assert set(table.by_module) == {product.name for product in two_streams.products}
     assert "blocks.1.word_out" not in table.by_module  # the last block's words reach no prediction
@@ -509,6 +519,28 @@ def test_settings_are_refused_before_the_chains_run(
     assert main(["calibrate", str(checkpoint), "-o", str(output), *FLAGS, *flags]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.glob("s.safetensors*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "preset"),
+    [
+        ([], "dynamic"),
+        (["--activation-bits", "6"], "gptq"),
+        (["--weight-bits", "4"], "gptq"),
+        (["--weight-bits", "4", "--backend", "openvino"], "gptq"),
+        (["--backend", "tensorrt"], "fast"),
+        (["--weight-bits", "4", "--backend", "tensorrt-rtx"], "fast"),
+        (["--preset", "tq-dit", "--backend", "tensorrt"], "tq-dit"),
+    ],
+)
+def test_without_a_preset_the_bits_and_the_backend_decide(
+    capsys: pytest.CaptureFixture[str], flags: list[str], preset: str
+) -> None:
+    assert main(["calibrate", "--print", *flags]) == 0
+    shown = capsys.readouterr().out
+    bits = [flag for flag in flags if flag.endswith("-bits") or flag.isdecimal()]
+    assert main(["calibrate", "--print", "--preset", preset, *bits]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_a_preset_prints_itself_with_the_flags_applied(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_the_gradient_of_a_scale_is_that_of_lsq() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", few(["q-diffusion", "tq-dit", "best", "gptq"], "q-diffusion", "best"))
+@pytest.mark.parametrize("preset", few(["q-diffusion", "tq-dit", "static", "gptq"], "q-diffusion", "static"))
 def test_no_unit_gets_worse_and_what_is_learned_is_what_the_table_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:

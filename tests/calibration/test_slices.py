@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers about diffusers
 ]
-KNOBS = {"groups": 2, "rows_per_group": 2, "candidates": 4, "rounds": 1, "token_share": 0.5}
+KNOBS = {"preset": "tq-dit", "groups": 2, "rows_per_group": 2, "candidates": 4, "rounds": 1, "token_share": 0.5}
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ def test_presets_that_need_a_calibration_are_no_presets_of_an_export(tmp_path: P
 def test_dynamic_inputs_in_a_search(tmp_path: Path) -> None:
     """The scheme goes with every method and with the quantized products of attention."""
     small = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
-    config = replace(PRESETS["best"], inputs="dynamic", gelu="uniform", **small)
+    config = replace(PRESETS["static"], inputs="dynamic", gelu="uniform", **small)
     table = calibrate(tiny_model(), config, tmp_path).table
     schemes = {(site.role, site.quantizer.scheme) for site in table.sites}
     assert ("input", "dynamic") in schemes

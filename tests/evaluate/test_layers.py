@@ -110,7 +110,7 @@ def test_the_diagnosis_is_one_that_a_calibration_can_take(diagnosis, tmp_path: P
 @pytest.mark.slow
 def test_a_table_with_equalised_channels_is_diagnosed_in_the_folded_network(tmp_path: Path):
     model, work = tiny_model(), tmp_path / "work"
-    config = replace(PRESETS["best"], weight_bits=4, activation_bits=6, **SMALL)
+    config = replace(PRESETS["static"], weight_bits=4, activation_bits=6, **SMALL)
     table = calibrate(model, config, work).table
     assert any(site.divisor is not None for site in table.sites)
     diagnosis = Diagnosis(model, table, work, QUIET)

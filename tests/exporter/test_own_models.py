@@ -21,7 +21,7 @@ from tqdit.onnx_file import read_card
 from tqdit.sampling.chains import Chains, run
 
 pytestmark = pytest.mark.slow
-SMALL = ["--steps", "4", "--groups", "2", "--rows-per-group", "2", "--chains", "1", "-q"]
+SMALL = ["--preset", "tq-dit", "--steps", "4", "--groups", "2", "--rows-per-group", "2", "--chains", "1", "-q"]
 OWN = {
     "grey, six classes, no null class": (1, 5, {"space": "pixels", "num_classes": 6}),
     "five channels, unconditional, flow": (

@@ -14,8 +14,9 @@ from tqdit.calibration.work import open_search
 from tqdit.engines.run.shards import INDEX, read_index
 
 pytestmark = pytest.mark.hardening
-CALIBRATE = ["calibrate", "{inputs}/dit.safetensors", "--steps", "8", "--groups", "2", "--rows-per-group", "4",
-             "--candidates", "4", "--rounds", "1", "-o", "{here}/scales.safetensors", "-q"]  # fmt: skip
+CALIBRATE = ["calibrate", "{inputs}/dit.safetensors", "--preset", "tq-dit", "--steps", "8", "--groups", "2",
+             "--rows-per-group", "4", "--candidates", "4", "--rounds", "1", "-o", "{here}/scales.safetensors",
+             "-q"]  # fmt: skip
 EXPORT = ["export", "{here}/model.onnx", "--model", "{inputs}/dit.safetensors", "--float", "-q"]
 BUILD = ["build", "{inputs}/model.onnx", "-o", "{here}/model.engine", "-q"]
 SAMPLE = ["sample", "{inputs}/model.engine", "-n", "300", "--shard-size", "20", "-o", "{here}/samples", "-q"]

@@ -26,7 +26,7 @@ from tqdit.quantization.table import read_scale_table, write_scale_table
 
 SMALL = {"steps": 12, "groups": 3, "rows_per_group": 4, "chains": 2, "candidates": 20}
 SCHEMES = {"symmetric_bits": SymmetricBits, "asymmetric_bits": AsymmetricBits}
-CONFIG = replace(PRESETS["best"], equalize=False, gelu="uniform", group_bits="8/5/3", **SMALL)
+CONFIG = replace(PRESETS["static"], equalize=False, gelu="uniform", group_bits="8/5/3", **SMALL)
 LAYER = "blocks.0.mlp.fc1"
 
 

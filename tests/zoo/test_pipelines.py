@@ -34,7 +34,7 @@ pytestmark = [
 
 STEPS = 6
 SEED = 7
-KNOBS = {"groups": 3, "rows_per_group": 4, "candidates": 20, "rounds": 1, "token_share": 0.5}
+KNOBS = {"preset": "tq-dit", "groups": 3, "rows_per_group": 4, "candidates": 20, "rounds": 1, "token_share": 0.5}
 CPU = ("onnxruntime", "openvino")
 ROW_BY_ROW = {"chroma", "lumina2", "z-image"}  # their code makes lists of rows
 LINEAR = [name for name in FAMILIES if name not in NOT_LINEAR]

@@ -46,6 +46,7 @@ class QuantizationConfig:
     weight_bits: int = knob(8, "bits of weights, 2..8; below 8 the codes still take a byte each", range(2, 9))
     activation_bits: int = knob(8, "bits of activations, 2..8", range(2, 9))
     outer_bits: int = knob(8, "least bits of the patch embedding, the final layer and the conditioning", range(2, 9))
+    attention_bits: int = knob(2, "least bits of q, k, v and the probabilities of attention", range(2, 9))
 
     steps: int | None = knob(None, "steps T of the chain that scales are found for (default: the model's own)",
                              range(1, TRAINING_STEPS + 1))  # fmt: skip
@@ -248,6 +249,7 @@ LAYER_KNOBS = (
     "weight_bits",
     "activation_bits",
     "outer_bits",
+    "attention_bits",
     "columns",
     "group_bits",
     "inputs",
@@ -262,6 +264,18 @@ LAYER_KNOBS = (
 def presets_without_rows() -> list[str]:
     """Names of the presets that need no calibration: what an export can take in place of a scale table."""
     return [name for name, config in PRESETS.items() if config.method == "weights" and config.equalize == "none"]
+
+
+def default_preset(weight_bits: int, activation_bits: int, backend: str | None = None) -> str:
+    """What a user gets who names no preset: the knee of the measured front (docs/results/presets.md).
+
+    With 8 bits no preset's error shows in images, so the fastest of little error is taken. Fewer bits need weights that
+    are rounded by what the activations say. backend: the engine that the table is for; None: one on a CPU. On TensorRT
+    nothing was timed: it gets static scales, which need no pass over an activation.
+    """
+    if backend is not None and backend.startswith("tensorrt"):
+        return "fast"
+    return "dynamic" if weight_bits == activation_bits == 8 else "gptq"
 
 
 def flag(knob_field: Field[Any]) -> str:
@@ -280,8 +294,8 @@ PAPER = replace(
     patch="all", final="all", conditioning="none",
 )  # fmt: skip
 
-# Beyond the paper: all that pays and that integer engines can run (docs/calibration.md says what each is worth).
-BEST = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize="range")
+# Beyond the paper with static scales alone: all that pays (docs/calibration.md says what each is worth).
+STATIC = replace(TQ_DIT, inputs="asymmetric", time_groups="all", equalize="range")
 # Two regions only if they pay: a second product of fc2 is a third more of a block's work.
 FAST = replace(TQ_DIT, inputs="asymmetric", gelu="auto", softmax="auto")
 
@@ -292,9 +306,11 @@ DYNAMIC = replace(
     rows_per_group=8, chains=1, alpha=0.4, beta=1.0, candidates=25,
 )  # fmt: skip
 
-# The least error of eps at 8 and 4 bits of weights with all of attention in integers (docs/results/presets.md): scales
-# per token, weights rounded by what all tokens say.
-GPTQ = replace(BEST, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
+# Scales per token, weights rounded by what all tokens say.
+GPTQ = replace(STATIC, method="gptq", inputs="dynamic_asymmetric", gelu="uniform", rounds=1, token_share=1.0)
+# The least error that was found at every number of bits (docs/results/presets.md): gptq in groups of 32 channels,
+# rotated, beside branches of low rank. For quality, not for speed: a group is a product of its own.
+BEST = replace(GPTQ, columns=32, rotate=16, rank=32, equalize_all=True, attention_bits=8)
 
 # Reconstruction of blocks, on rows of all timesteps with one scale each, as the papers have it.
 Q_DIFFUSION = replace(
@@ -316,6 +332,7 @@ VIDIT_Q = replace(
 )
 SVDQUANT = replace(DYNAMIC, equalize="range", equalize_all=True, rank=32, columns=64, rows_per_group=64, chains=2)
 
-PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ, "best": BEST,
-           "gptq": GPTQ, "fast": FAST, "dynamic": DYNAMIC, "q-diffusion": Q_DIFFUSION, "ptqd": PTQD, "ptq4dit": PTQ4DIT,
-           "q-dit": Q_DIT, "adatsq": ADATSQ, "vidit-q": VIDIT_Q, "svdquant": SVDQUANT}  # fmt: skip
+PRESETS = {"tq-dit": TQ_DIT, "paper": PAPER, "min-max": MIN_MAX, "mse": MSE, "ho": HO, "ho+mrq": HO_MRQ,
+           "static": STATIC, "gptq": GPTQ, "best": BEST, "fast": FAST, "dynamic": DYNAMIC, "q-diffusion": Q_DIFFUSION,
+           "ptqd": PTQD, "ptq4dit": PTQ4DIT, "q-dit": Q_DIT, "adatsq": ADATSQ, "vidit-q": VIDIT_Q,
+           "svdquant": SVDQUANT}  # fmt: skip

@@ -67,8 +67,9 @@ def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -
     if layer.place == "attention":
         if not config.attention:
             return LayerPlan(layer, {})
-        right = OperandPlan("symmetric", config.activation_bits, _groups(layer, config, "symmetric"))
-        return LayerPlan(layer, {"left": _left(layer, config), "right": right})
+        bits = max(config.attention_bits, config.activation_bits)
+        right = OperandPlan("symmetric", bits, _groups(layer, config, "symmetric"))
+        return LayerPlan(layer, {"left": _left(layer, config, bits), "right": right})
     parts: dict[Place, str] = {
         "block": "all", "patch": config.patch, "final": config.final, "conditioning": config.conditioning
     }  # fmt: skip
@@ -83,13 +84,13 @@ def _plan_layer(module: nn.Module, layer: Product, config: QuantizationConfig) -
     return LayerPlan(layer, operands)
 
 
-def _left(layer: Product, config: QuantizationConfig) -> OperandPlan:
+def _left(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:
     groups = _groups(layer, config, layer.made_by or "symmetric")
     if layer.made_by != "softmax" or config.softmax == "uniform":
-        return OperandPlan("symmetric", config.activation_bits, groups)
+        return OperandPlan("symmetric", bits, groups)
     numerators = config.softmax == "numerator" or (config.softmax != "probability" and layer.columns >= NUMERATOR_KEYS)
     scheme = "softmax_numerator" if numerators else "softmax"
-    return OperandPlan(scheme, config.activation_bits, groups, {"top": config.softmax_top})
+    return OperandPlan(scheme, bits, groups, {"top": config.softmax_top})
 
 
 def _input(layer: Product, config: QuantizationConfig, bits: int) -> OperandPlan:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdit.bounds import MOST_SIDE, check_count
 from tqdit.calibration.advice import read_advice
-from tqdit.calibration.config import PRESETS, TQ_DIT, QuantizationConfig, choices_of, flag
+from tqdit.calibration.config import PRESETS, TQ_DIT, QuantizationConfig, choices_of, default_preset, flag
 from tqdit.console import Console
+from tqdit.engines.backends import backend_names
 from tqdit.errors import OutputError, TqditError, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import LOCK, check_writable, lock_folder
@@ -29,7 +30,7 @@ EXAMPLES = """\
 examples:
   tqdit-calibrate                                             the demo model, W8A8, to scales.safetensors
   tqdit-calibrate DiT-XL-2-256x256.pt -o xl.safetensors
-  tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset ho
+  tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset tq-dit
   tqdit-calibrate --calls 12                                  also where the steps of chains of 12 calls lie best
   tqdit-calibrate --preset paper --print                      every setting of a preset
   tqdit-calibrate text                                        the text demo, W8A8
@@ -47,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".safetensors) or a diffusers directory (default: %(default)s)")  # fmt: skip
     add("-o", "--output", type=Path, default=Path("scales.safetensors"), help="scale table to write (default: "
         "%(default)s)")  # fmt: skip
-    add("--preset", choices=list(PRESETS), default="tq-dit", help="every knob at once: tq-dit, the method as we "
-        "read it; best, all static scales that pay beyond it; gptq, scales per token and GPTQ; fast, two regions "
-        "only if they pay; dynamic, no search, scales at run time; paper, to the letter; q-diffusion, ptqd, ptq4dit, "
-        "q-dit, adatsq, vidit-q and svdquant, after these papers; and the rows of the ablation (default: "
-        "%(default)s)")  # fmt: skip
+    add("--preset", choices=list(PRESETS), help="every knob at once: dynamic, no search, scales at run time; gptq, "
+        "scales per token and GPTQ; best, the least error, slow; tq-dit, the paper's method as we read it; paper, to "
+        "the letter; fast, static scales and two regions only if they pay; static, all static scales that pay; "
+        "q-diffusion, ptqd, ptq4dit, q-dit, adatsq, vidit-q and svdquant, after these papers; and the rows of the "
+        "ablation (default: dynamic at 8 bits, gptq at fewer, fast for TensorRT)")  # fmt: skip
+    add("--backend", choices=backend_names(), help="engine that the table is for; it decides the preset if none is "
+        "given, and nothing else: a table is for every engine (default: one on a CPU)")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="an .npz of your own images or latents, with labels (or an array for "
         "each request port), noised with known noise, instead of the model's own chains")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="run the pipeline of the diffusers directory MODEL with each line "
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: a GPU that "
         "PyTorch can use, else the CPU)")  # fmt: skip
     add("--print", action="store_true", dest="print_config", help="print every setting and stop")
-    knobs = parser.add_argument_group("knobs (defaults of the preset tq-dit)")
+    knobs = parser.add_argument_group("knobs, each one setting of the preset (defaults: those of tq-dit)")
     for knob in fields(TQ_DIT):
         text, default = knob.metadata["help"], getattr(TQ_DIT, knob.name)
         options: dict[str, Any] = {"dest": knob.name, "default": None}
@@ -102,7 +105,9 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
 
     changes = {f.name: getattr(args, f.name) for f in fields(TQ_DIT) if getattr(args, f.name) is not None}
     diagnosed = None if args.from_diagnosis is None else read_advice(args.from_diagnosis)
-    config = replace(PRESETS[args.preset] if diagnosed is None else diagnosed.config, **changes)
+    bits = args.weight_bits or TQ_DIT.weight_bits, args.activation_bits or TQ_DIT.activation_bits
+    preset = args.preset or default_preset(*bits, args.backend)
+    config = replace(PRESETS[preset] if diagnosed is None else diagnosed.config, **changes)
     if args.print_config:
         print(config)
         return None
@@ -127,6 +132,8 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
     if asked.prompts and config.steps is not None:
         check_group_count(config.groups, config.steps)
     started = time.monotonic()
+    if args.preset is None and diagnosed is None:
+        console.say(f"preset {preset}, the default at W{config.weight_bits}A{config.activation_bits}")
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
     with lock_folder(work) if asked.prompts else nullcontext():  # the pipeline is most of the work

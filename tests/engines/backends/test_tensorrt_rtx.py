@@ -267,7 +267,7 @@ def test_networks_of_other_families_keep_their_integers(source, products, tmp_pa
     """diffusers' own module, and the toy family of two token streams with a float timestep."""
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(support.TOYS / "families")])
     model = support.tiny_model("diffusers") if source == "diffusers" else load_model(source)
-    few = {"steps": 10, "groups": 2, "rows_per_group": 4, "chains": 4, "candidates": 10, "rounds": 1}
+    few = {"preset": "tq-dit", "steps": 10, "groups": 2, "rows_per_group": 4, "chains": 4, "candidates": 10}
     tqdit.export(model, tmp_path / "model.onnx", scales=tqdit.calibrate(model, **few))
     config = BuildConfig(targets=("8.9",))
     manifest = tqdit.build(tmp_path / "model.onnx", tmp_path / "model.engine", backend=BACKEND, config=config)
