@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import few
 from tqdit.errors import CheckpointError
 from tqdit.exporter import text as exporter
-from tqdit.models import directories, weights
+from tqdit.models import directories, encoders, weights
 from tqdit.models.recorded import recorded_model
 from zoo.test_texts import record
 from zoo.texts import OTHERS, TEXTS, flux_with_clip, pixart_with_t5
@@ -174,9 +174,14 @@ def test_encoders_that_transformers_makes_otherwise_are_loaded_whole(pixart):
     assert weightless(pixart) is None
 
 
-def weightless(folder):
-    from tqdit.models import encoders
+def test_a_part_whose_name_leads_elsewhere_is_not_opened(pixart):
+    told = ["transformers", "T5EncoderModel"]
+    assert encoders.open_encoders(pixart, {"text_encoder": told}, None)[0]
+    assert not encoders.open_encoders(pixart, {"text_encoder/../text_encoder": told}, None)[0]
+    assert not encoders.open_encoders(pixart, {"text_encoder": ["transformers", "NoSuchModel"]}, None)[0]
 
+
+def weightless(folder):
     return encoders._open("T5EncoderModel", Path(folder) / "text_encoder", None)
 
 

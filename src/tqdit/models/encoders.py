@@ -24,7 +24,8 @@ def open_encoders(root: Path, index: Mapping[str, Any], variant: str | None) -> 
     found: dict[str, nn.Module] = {}
     weights = Weights()
     for part, told in index.items():
-        if part.startswith("text_encoder") and isinstance(told, list) and told[:1] == ["transformers"]:
+        is_name = part.startswith("text_encoder") and part.isidentifier()  # and no way out of the directory
+        if is_name and isinstance(told, list) and told[:1] == ["transformers"]:
             opened = _open(str(told[-1]), root / part, variant)
             if opened is not None:
                 found[part] = opened[0]
