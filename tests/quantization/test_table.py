@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,19 @@ def test_inspecting_a_table_tells_what_is_in_it_and_draws_it(
     assert main(["inspect", str(path), "--plot", str(picture)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_table_without_groups_and_errors_shows_the_scales_of_its_weights(tmp_path: Path) -> None:
+    sites = tuple(site for site in small_table().sites if site.role == "weight")
+    path, picture = tmp_path / "s.safetensors", tmp_path / "s.svg"
+    write_scale_table(path, replace(small_table(), sites=sites, errors={}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's about axes that show nothing
+        assert main(["inspect", str(path), "--plot", str(picture)]) == 0
+    drawn = picture.read_text()
+    assert "scales of each layer's weights" in drawn
+    assert "group of timesteps" not in drawn
 
 
 def test_inspecting_a_table_tells_how_far_its_channels_were_equalised(

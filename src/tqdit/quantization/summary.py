@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tqdit.extras import need
 from tqdit.files import whole_file
 from tqdit.quantization.granularity import PerTimestepGroup
-from tqdit.quantization.table import ScaleTable
+from tqdit.quantization.table import ScaleTable, Site
 
 WORST = 5  # layers that the summary names
 
@@ -78,25 +80,44 @@ def _rewritten(table: ScaleTable) -> list[tuple[str, object]]:
 
 
 def plot(table: ScaleTable, path: Path) -> None:
-    """Scales against the group of timesteps, and the error of each layer, as an image (.png, .svg, .pdf)."""
+    """Scales against the group of timesteps, and the error of each layer, as an image (.png, .svg, .pdf).
+
+    A table that no search made has no errors; then the scales of each layer's weights are drawn, from least to largest.
+    """
     need("matplotlib", "demo", "--plot")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    scales, errors = figure.subplots(1, 2, width_ratios=(3, 2))
     grouped = [site for site in table.sites if isinstance(site.quantizer.granularity, PerTimestepGroup)]
-    for site in grouped:
-        values = site.arrays()[site.quantizer.plotted]
-        scales.plot(range(len(values)), values / np.exp(np.log(values).mean()), label=site.name, lw=1, alpha=0.8)
-    scales.set(
-        xlabel="group of timesteps (0 is the cleanest)", ylabel="scale / its geometric mean", yscale="log",
-        title=f"scales of {len(grouped)} time-grouped tensors",
-    )  # fmt: skip
-    if 0 < len(grouped) <= 12:
-        scales.legend(fontsize=6)
-    names = list(table.errors)
-    errors.barh(range(len(names)), [max(table.errors[name], 1e-12) for name in names])
-    errors.set(xscale="log", title="relative error of each layer's output", ylim=(len(names) - 0.5, -0.5))
-    errors.set_yticks(range(len(names)), names, fontsize=max(2, min(7, 260 / max(1, len(names)))))
+    figure = Figure(figsize=(12 if grouped else 7, 5), layout="constrained")
+    if grouped:
+        scales, layers = figure.subplots(1, 2, width_ratios=(3, 2))
+        _plot_groups(scales, grouped)
+    else:
+        layers = figure.subplots()
+    if table.errors:
+        names = list(table.errors)
+        layers.barh(range(len(names)), [max(table.errors[name], 1e-12) for name in names])
+        layers.set(title="relative error of each layer's output", xscale="log")
+    else:
+        weights = [site for site in table.sites if site.role == "weight"]
+        names = [site.name for site in weights]
+        found = [site.arrays()[site.quantizer.plotted] for site in weights]
+        layers.hlines(range(len(names)), [each.min() for each in found], [each.max() for each in found], lw=4)
+        layers.set(title="scales of each layer's weights, from least to largest", xlim=(0, None))
+    layers.set(ylim=(max(len(names), 1) - 0.5, -0.5))
+    layers.set_yticks(range(len(names)), names, fontsize=max(2, min(7, 260 / max(1, len(names)))))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
+
+
+def _plot_groups(axis: Any, sites: Sequence[Site]) -> None:
+    """Scales against the group of timesteps."""
+    for site in sites:
+        values = site.arrays()[site.quantizer.plotted]
+        axis.plot(range(len(values)), values / np.exp(np.log(values).mean()), label=site.name, lw=1, alpha=0.8)
+    axis.set(
+        xlabel="group of timesteps (0 is the cleanest)", ylabel="scale / its geometric mean", yscale="log",
+        title=f"scales of {len(sites)} time-grouped tensors",
+    )  # fmt: skip
+    if len(sites) <= 12:
+        axis.legend(fontsize=6)
