@@ -1,10 +1,11 @@
-"""What rounding of numerators costs an engine, beside rounding of probabilities: one block, by number of tokens.
+"""What rounding of numerators gains and costs beside rounding of probabilities: one block, by number of tokens.
 
     python benchmarks/softmax_schemes.py [--tokens 256 1024 2304 4096] [--json softmax.json]
 
 A block of a DiT with four heads of 72 channels and random weights, two rows to a call. Both tables have the same search
 settings; they differ in the scheme of the softmax alone. Engines take turns. Milliseconds of a call, median with
-quartiles, and the median over rounds of numerators over probabilities.
+quartiles, and the median over rounds of numerators over probabilities. Beside them what it gains: the error of P V of
+random logits N(0, 1) and N(0, 3^2) with probabilities over that with numerators (scripts/ingredients.py --tokens).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -20,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from ingredients import attention_errors
 
 from engines import BACKENDS, float_chain, machine, ours, soon
 from tqdit.calibration.flow import calibrate
@@ -29,6 +35,8 @@ from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families.published import describe
 
 SCHEMES = ("probability", "numerator")
+SPREADS = (1.0, 3.0)  # of random logits
+SEEDS = (0, 1, 2)
 STEPS = 2  # of the chain that rows are taken from: speed does not depend on the scales
 
 
@@ -45,7 +53,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.chain = STEPS
     print(f"{args.rounds} rounds, {args.threads} threads; {machine()}\n")
-    print("| tokens | engine | probabilities, ms | numerators, ms | ratio |\n|---|---|---|---|---|")
+    print("| tokens | error, logits N(0, 1) | N(0, 3^2) | engine | probabilities, ms | numerators, ms | ratio |")
+    print("|---|---|---|---|---|---|---|")
     rows = [row for tokens in args.tokens for row in measure(tokens, args)]
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
@@ -60,7 +69,8 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         mlp_hidden_size=1152, num_classes=1000, num_heads=4,
     )  # fmt: skip
     model = describe(randomize(DiT(config)).eval().requires_grad_(False), f"one block, {tokens} tokens")
-    chain, rows = float_chain(args, model), []
+    chain, rows, gained = float_chain(args, model), [], [gain(tokens, spread) for spread in SPREADS]
+    gains = " | ".join(f"{each:.0f}x less" for each in gained)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tables = {
@@ -85,11 +95,19 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                         found += [1000 * (time.perf_counter() - started)] * bool(number)  # the first warms up
                 ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
                 name = f"{backend}, {attention} attention"
-                print(f"| {tokens:,} | {name} | {told(times[0])} | {told(times[1])} | {ratio:.2f} |", flush=True)
+                cells = [f"{tokens:,}", gains, name, told(times[0]), told(times[1]), f"{ratio:.2f}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
                 rows.append(
-                    {"tokens": tokens, "engine": name, **dict(zip(SCHEMES, times, strict=True)), "ratio": ratio}
-                )
+                    {"tokens": tokens, "gains": dict(zip(SPREADS, gained, strict=True)), "engine": name,
+                     **dict(zip(SCHEMES, times, strict=True)), "ratio": ratio}
+                )  # fmt: skip
     return rows
+
+
+def gain(tokens: int, spread: float) -> float:
+    """The error of P V with probabilities over that with numerators, at 8 bits, means over seeds."""
+    found = [attention_errors(tokens, spread, 0.0, 8, seed) for seed in SEEDS]
+    return sum(each["probabilities"] for each in found) / sum(each["numerators"] for each in found)
 
 
 def told(times: list[float]) -> str:

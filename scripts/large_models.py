@@ -239,30 +239,38 @@ def record(path: Path, layout: Layout, size: int, text: int) -> None:
 
 def write_weights(folder: Path, layout: Layout, blocks: tuple[int, ...], heads: int) -> None:
     """Shard by shard: the network is never whole in memory."""
-    import torch
     from accelerate import init_empty_weights
-    from safetensors.torch import save_file
 
     with init_empty_weights():
         network = layout.network(blocks, heads)
     folder.mkdir()
     network.save_config(folder)
-    shards: list[dict[str, Any]] = [{}]
-    for name, tensor in network.state_dict().items():
-        if sum(each.numel() for each in shards[-1].values()) * 2 > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    write_shards(folder, "diffusion_pytorch_model", shapes, uniform)
+
+
+def write_shards(folder: Path, stem: str, shapes: dict[str, Any], values: Callable[..., Any]) -> None:
+    """Safetensors files of bfloat16 and their index; values: of a name and a shape."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    for name in shapes:
+        if sum(shapes[each].numel() for each in shards[-1]) * 2 > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
+        file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         places |= dict.fromkeys(shard, file)
-        values = {}
-        for name, tensor in shard.items():
-            largest = 0.1 if tensor.ndim == 1 else (3 / tensor[0].numel()) ** 0.5
-            values[name] = torch.empty(tensor.shape, dtype=torch.bfloat16).uniform_(-largest, largest)
-        save_file(values, folder / file)
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        save_file({name: values(name, shapes[name]) for name in shard}, folder / file)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def uniform(_: str, shape: Any) -> Any:
+    import torch
+
+    largest = 0.1 if len(shape) == 1 else (3 / shape[1:].numel()) ** 0.5
+    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-largest, largest)
 
 
 def write_scales(folder: Path) -> None:

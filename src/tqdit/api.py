@@ -140,7 +140,7 @@ def export(
     int8 weights. rows: as in `calibrate`; they tell how a pipeline's network is called if there are no scales.
     force: replace the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter
     can end by a signal if the class was never tried; tqdit-export traces such a class in a child process. Large
-    weights of a transformer's directory stay in their file and are read one at a time.
+    weights of a directory's transformer and text encoders stay in their files and are read one at a time.
     """
     _need_stage("export", "tqdit.export")
     from tqdit.calibration.without_rows import preset_without_rows, table_without_rows
@@ -150,6 +150,7 @@ def export(
     from tqdit.exporter.vae import find_decoder, load_decoder, trace_decoder
     from tqdit.models.directories import open_texts
     from tqdit.models.recording import as_recording
+    from tqdit.models.weights import IN_MEMORY
     from tqdit.quantization.table import read_scale_table
 
     if preset is not None and scales is not None:
@@ -168,8 +169,8 @@ def export(
     decoder = None if chosen is None else load_decoder(chosen, loaded)
     if decoder is not None:
         loaded = replace(loaded, latents=decoder.latents)
-    pipeline = open_texts(str(text)) if isinstance(text, str | Path) else text
-    texts = None if pipeline is None else trace_text(pipeline, loaded, path.stem, text_int8)
+    pipeline, weights = open_texts(str(text)) if isinstance(text, str | Path) else (text, IN_MEMORY)
+    texts = None if pipeline is None else trace_text(pipeline, loaded, path.stem, text_int8, weights)
     traced, card = export_graph(loaded, config, table)
     write(path, traced, card, None if decoder is None else trace_decoder(decoder, loaded), texts)
     return path

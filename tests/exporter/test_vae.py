@@ -60,6 +60,11 @@ def test_the_decoder_is_diffusers_own(exported):
     assert np.abs(images.astype(int) - to_pixels(expected).astype(int)).max() <= 1  # truncation to uint8
 
 
+def test_the_decoder_holds_nothing_of_the_exporting_machine(exported):
+    (decoder,) = exported[0].glob("model.vae-*.onnx")
+    assert b".py" not in decoder.read_bytes()
+
+
 def test_a_decoder_saved_as_a_variant_is_the_same(exported, tmp_path):
     folder, vae = exported
     vae.save_pretrained(tmp_path, variant="fp16")

@@ -135,7 +135,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     texts = None
     if with_text:
         console.say(f"tracing the text encoders of {source}")
-        texts = trace_text(open_texts(source), model, output.stem, args.text_int8)
+        pipeline, weights = open_texts(source)
+        texts = trace_text(pipeline, model, output.stem, args.text_int8, weights)
     graph, card = export_graph(model, config, table)
     if card.quantization is not None:
         console.say(f"quantized {card.quantization.summary}")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tqdit.errors import FileFormatError, UsageError
+from tqdit.exporter.passes.names import forget_sources
 from tqdit.exporter.passes.weight_only import round_weights
 from tqdit.exporter.trace import OPSETS, trace
 from tqdit.exporter.watch import UntraceableError
@@ -30,6 +31,7 @@ from tqdit.files import sha256
 from tqdit.interface import TextExamples
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.recorded import float_copy
+from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.onnx_file import save
 from tqdit.ports import NEGATIVE
 from tqdit.text import FOLDS, TextCard, TextEncoder, Tokens, tokenize
@@ -68,10 +70,13 @@ class TextGraph:
         return replace(card, int8_error=error) if self.int8 else card
 
 
-def trace_text(pipeline: Any, model: LoadedModel, stem: str, int8: bool = False) -> TextGraph:
+def trace_text(
+    pipeline: Any, model: LoadedModel, stem: str, int8: bool = False, weights: Weights = IN_MEMORY
+) -> TextGraph:
     """The text encoders of a pipeline for a model that was recorded with it; stem: begins the names of its files.
 
-    int8: large weights are rounded to 8 bits, with one scale for each output channel.
+    int8: large weights are rounded to 8 bits, with one scale for each output channel. weights: where the values of the
+    encoders' parameters lie.
 
     Raises UsageError, naming what is wrong, if the embeddings of the recorded prompts cannot be reproduced.
     """
@@ -94,7 +99,8 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str, int8: bool = False)
             calls: list[_Call] = []
             for each in tokenizers:
                 each.begin(calls)
-            results.append(_encode(pipeline, prompt, examples))
+            with weights.lent():
+                results.append(_encode(pipeline, prompt, examples))
             recorded.append(calls)
         tokens, contents = _learn_tokens(recorded, prompts, stem)
         sources = {name: _source(name, array, results[1:]) for name, array in examples.values.items()}
@@ -104,12 +110,13 @@ def trace_text(pipeline: Any, model: LoadedModel, stem: str, int8: bool = False)
             for each in tokens if each is not None for name in (each.ids, each.mask)
         }  # fmt: skip
         try:
-            graph = trace(module, inputs, [*sources], OPSETS.start, rows=1)
+            graph = trace(module, inputs, [*sources], OPSETS.start, rows=1, weights=weights)
         except UntraceableError as error:
             raise UsageError(f"{_name(pipeline)}.encode_prompt cannot be traced: {error}. {EMBEDDINGS}") from error
     known = [(each, content) for each, content in zip(tokens, contents, strict=True) if each is not None]
     if int8:
         round_weights(graph)
+    forget_sources(graph)
     return TextGraph(
         graph, tuple(each for each, _ in known), tuple(content for _, content in known), tuple(sources), examples, int8
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, TqditWarning, first_line
+from tqdit.exporter.passes.names import forget_sources
 from tqdit.exporter.trace import EXAMPLE_BATCH, OPSETS, trace_any_rows
 from tqdit.extras import need
 from tqdit.models.decoding import to_codes
@@ -116,6 +117,7 @@ def trace_decoder(decoder: Decoder, model: LoadedModel) -> DecoderGraph:
     with torch.no_grad():
         _, _, *frames, height, width = decoder(latents[:1]).shape
     graph = trace_any_rows(decoder, {"latents": latents}, "image", OPSETS.start)
+    forget_sources(graph)
     return DecoderGraph(graph, int(height), int(width), int(frames[0]) if frames else None)
 
 

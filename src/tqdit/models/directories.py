@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tqdit.demo.weights import TEXT, shipped_pipeline
 from tqdit.errors import CheckpointError, TqditError, first_line
 from tqdit.extras import need
+from tqdit.models.encoders import open_encoders
 from tqdit.models.loaded import Source
 from tqdit.models.making import bounded
 from tqdit.models.state import check_places, is_finite, read_json
+from tqdit.models.weights import Weights
 
 INDEX = "model_index.json"
 OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
@@ -87,22 +91,31 @@ def open_pipeline(folder: str) -> Any:
     return from_pretrained(diffusers.DiffusionPipeline, root, root)
 
 
-def open_texts(folder: str) -> Any:
-    """The pipeline of a directory without its transformer and its VAE, in float32."""
+def open_texts(folder: str) -> tuple[Any, Weights]:
+    """The pipeline of a directory without its transformer and its VAE; large weights of text encoders stay in files."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
     root = check_pipeline(folder)
-    return from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=None, vae=None)
+    check_places(root, root)
+    with _without_bars(), bounded(root, root):
+        encoders, weights = open_encoders(root, read_json(root / INDEX), find_weights(transformer_folder(str(root)))[1])
+    return from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=None, vae=None, **encoders), weights
 
 
-def from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
-    """In float32, which is what diffusers makes of every type unless it is told another one."""
+def from_pretrained(kind: Any, folder: Path, root: Path, **parts: nn.Module | None) -> Any:
+    """In float32. Text encoders have the type that their configuration names unless another one is asked for.
+
+    parts: of a pipeline, in place of those in its directory.
+    """
     check_places(folder, root)
     if (folder / INDEX).is_file():
         _check_index(folder / INDEX)
     _, variant = find_weights(transformer_folder(str(root)))
     try:
-        with _without_bars(), bounded(folder, root):
-            made = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant, **parts)
+        with _without_bars(), bounded(folder, root), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions call torch_dtype dtype
+            made = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, variant=variant, torch_dtype=torch.float32, **parts
+            )
     except TqditError:
         raise
     except Exception as error:  # its parts are of several libraries, which raise errors of all kinds
@@ -110,7 +123,7 @@ def from_pretrained(kind: Any, folder: Path, root: Path, **parts: None) -> Any:
             f"{folder}: diffusers cannot load it ({first_line(error)}). Get the directory again."
         ) from error
     for part, network in (getattr(made, "components", None) or {"": made}).items():
-        if isinstance(network, nn.Module):
+        if isinstance(network, nn.Module) and part not in parts:
             _check_weights(folder / part, network)
     return made
 

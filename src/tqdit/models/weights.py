@@ -149,15 +149,26 @@ def open_network(kind: Any, weights: Path, settings: Mapping[str, Any]) -> tuple
     expected = network.state_dict()
     if expected.keys() != shards.keys():
         return None
+    values, held = hold(shards)
+    for name, tensor in values.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+            return None
+    network.load_state_dict(values, assign=True)
+    return network.eval().requires_grad_(False), held
+
+
+def hold(shards: Mapping[str, Path]) -> tuple[dict[str, Tensor], Weights]:
+    """A tensor for each of safetensors files: float32, and without content if large. Raises CheckpointError for values
+    that are no numbers. Tensors of types that are no floats are loaded as they are.
+    """
     values: dict[str, Tensor] = {}
     made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
     for name, path in shards.items():
         tensor = read_tensor(path, name)
-        if tensor.shape != expected[name].shape or tensor.dtype not in FLOAT_TYPES:
-            return None
-        if tensor.numel() < LARGE:
+        if tensor.dtype not in FLOAT_TYPES:
+            values[name] = tensor
+        elif tensor.numel() < LARGE:
             values[name] = _of_file(path, name).clone()  # in memory of its own
         else:
             values[name] = _hold(made, tensor.shape, partial(_of_file, path, name))
-    network.load_state_dict(values, assign=True)
-    return network.eval().requires_grad_(False), Weights(made)
+    return values, Weights(made)

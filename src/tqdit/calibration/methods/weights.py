@@ -51,7 +51,7 @@ def check(plans: tuple[LayerPlan, ...]) -> None:
             if role != "weight" and find_schemes()[operand.scheme].tensors:
                 raise UsageError(
                     f"'{entry.name}.{role}' has scheme '{operand.scheme}', whose scales need calibration rows; "
-                    "--method weights takes none. Pass a preset that searches, such as --preset tq-dit, or --inputs dynamic "
+                    "--method weights takes none. Pass a preset that searches (--preset tq-dit), or --inputs dynamic "
                     "--gelu uniform --no-attention."
                 )
 

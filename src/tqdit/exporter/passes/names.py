@@ -29,15 +29,23 @@ def name_by_modules(model: ir.Model) -> None:
         for index, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = f"{name}:{index}"
-            value.metadata_props.clear()
     for value in list(graph.initializers.values()):
         value.name = _unique(_initializer_name(value), seen)
+    forget_sources(model)
     for node, scope in zip(graph, scopes, strict=True):
-        node.metadata_props.clear()
         if scope:
             node.metadata_props[SCOPE_KEY] = scope
+
+
+def forget_sources(model: ir.Model) -> None:
+    """Ensures: no metadata, of which the tracer's holds source lines of the exporting machine."""
+    graph = model.graph
     model.metadata_props.clear()
     graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        for output in node.outputs:
+            output.metadata_props.clear()
     for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
         value.metadata_props.clear()
 
