@@ -17,7 +17,7 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.backend import open_engine
-from tqdit.errors import BackendError
+from tqdit.errors import BackendError, TqditWarning
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.passes.quantize import exported_sites
@@ -81,7 +81,8 @@ def test_tensorrt_rtx_multiplies_integers(tmp_path):
         table = make_table(support.tiny_model(), Kind(dynamic=True, asymmetric=asymmetric))
         path = tmp_path / f"{float_type}.onnx"
         write(path, *support.exported(ExportConfig(attention="float"), table=table))
-        build_engine(path, tmp_path / float_type, "tensorrt-rtx", BuildConfig(float_type=float_type))
+        with pytest.warns(TqditWarning, match="scales per token.*--backend tensorrt"):
+            build_engine(path, tmp_path / float_type, "tensorrt-rtx", BuildConfig(float_type=float_type))
         report = read_manifest(tmp_path / float_type).audit
         assert (report.integer, report.fallen_back) == (EVERY_LINEAR, ())
 

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdit.bounds import check_number
 from tqdit.console import Console
@@ -15,10 +14,6 @@ from tqdit.engines.bundle import CALLS_FILE, Manifest, check_overwrite
 from tqdit.engines.config import FLOAT_CHOICES, PRECISIONS, BatchRange, BuildConfig, Progress, silent
 from tqdit.errors import UsageError
 from tqdit.files import check_writable
-from tqdit.graph_names import scope_of
-
-if TYPE_CHECKING:
-    from tqdit.onnx_file import OnnxFile
 
 SUMMARY = "compile an exported ONNX file into an engine bundle"
 EXAMPLES = """\
@@ -108,11 +103,6 @@ def run(args: argparse.Namespace, console: Console) -> Path:
     console.say(f"{manifest.precision}: {len(manifest.files)} file(s), {size / 1e6:.1f} MB")
     for line in _timings(manifest):
         console.say(line)
-    if backend.startswith("tensorrt") and manifest.precision == "int8" and _finds_scales(OnnxFile.read(model)):
-        console.say(
-            "scales per token: the compiler keeps float32 tensors and more kernels for them; tqdit-calibrate --backend "
-            "tensorrt finds static scales, which need neither"
-        )
     if manifest.weights == "refitted":
         console.say("replaced the weights of the engine that was there; its layers, and so its audit, are as before")
     if manifest.audit is not None:
@@ -160,14 +150,6 @@ def _timings(manifest: Manifest) -> Iterator[str]:
             f"attention {quantization.attention}: not measured against other forms; pass a file of each "
             "(tqdit-export --attention) on the machine with the GPU, and the fastest is kept"
         )
-
-
-def _finds_scales(file: OnnxFile) -> bool:
-    """Whether quantized products find the scales of their inputs in every call."""
-    quantization, nodes = file.own_card.quantization, file.model.graph.node
-    return quantization is not None and any(
-        node.op_type == "ReduceMax" and scope_of(node) in quantization.quantized for node in nodes
-    )
 
 
 @contextmanager

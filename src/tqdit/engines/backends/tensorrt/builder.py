@@ -31,7 +31,7 @@ from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError, TqditError, TqditWarning, UsageError, first_line
 from tqdit.extras import need
 from tqdit.files import temporary_folder
-from tqdit.graph_names import Scopes
+from tqdit.graph_names import Scopes, scope_of
 from tqdit.onnx_file import OnnxFile
 from tqdit.plugins import tensorrt as plugins
 from tqdit.plugins.aot import PORTABLE, best_capability
@@ -93,6 +93,11 @@ def build(
             "speed of bfloat16. Build it with --precision fp8 or bf16 and compare.", TqditWarning, stacklevel=2,
         )  # fmt: skip
     _check_fp8(config, device)
+    if config.precision == "int8" and _finds_scales(source, card):
+        warnings.warn(
+            "scales per token: the compiler keeps float32 tensors and more kernels for them. tqdit-calibrate --backend "
+            "tensorrt finds static scales, which need neither.", TqditWarning, stacklevel=2,
+        )  # fmt: skip
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
@@ -293,6 +298,12 @@ def audit_layers(
 
 def _products(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in PRODUCTS]
+
+
+def _finds_scales(source: OnnxFile, card: GraphCard) -> bool:
+    """Whether quantized products find the scales of their inputs in every call."""
+    quantized = card.quantization.quantized if card.quantization is not None else frozenset[str]()
+    return any(node.op_type == "ReduceMax" and scope_of(node) in quantized for node in source.model.graph.node)
 
 
 def _checked(targets: tuple[str, ...]) -> tuple[str, ...]:
