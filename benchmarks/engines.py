@@ -136,7 +136,7 @@ def contenders(
 
 
 def soon(preset: str) -> QuantizationConfig:
-    """Of presets that round weights in a way of their own the scales alone: other codes take as long."""
+    """A search in place of GPTQ and reconstruction: those choose other codes of the weights, which take as long."""
     config = replace(PRESETS[preset], **SOON)
     return replace(config, method="search") if config.method in ("gptq", "reconstruct") else config
 

@@ -94,12 +94,12 @@ def calibrate(
     from tqdit.calibration.config import PRESETS, default_preset
     from tqdit.calibration.data import read_data
     from tqdit.calibration.flow import calibrate as find_scales
-    from tqdit.engines.backends import backend_names
+    from tqdit.engines.backends import check_backend
     from tqdit.models.recording import as_recording
     from tqdit.quantization.table import write_scale_table
 
-    if backend is not None and backend not in backend_names():
-        raise UsageError(f"backend '{backend}' is unknown; known are {', '.join(backend_names())}.")
+    if backend is not None:
+        check_backend(backend)
     if preset is None:
         preset = default_preset(knobs.get("weight_bits", 8), knobs.get("activation_bits", 8), backend)
     if preset not in PRESETS:

@@ -269,8 +269,8 @@ def presets_without_rows() -> list[str]:
 def default_preset(weight_bits: int, activation_bits: int, backend: str | None = None) -> str:
     """What a user gets who names no preset: the knee of the measured front (docs/results/presets.md).
 
-    With 8 bits no preset's error shows in images, so the fastest of little error is taken. Fewer bits need weights that
-    are rounded by what the activations say. backend: the engine that the table is for; None: one on a CPU. On TensorRT
+    At W8A8 `dynamic` is nearly as fast as the fastest, and has a third of its error. Fewer bits need weights that are
+    rounded by what the activations say. backend: the engine that the table is for; None: one on a CPU. On TensorRT
     nothing was timed: it gets static scales, which need no pass over an activation.
     """
     if backend is not None and backend.startswith("tensorrt"):

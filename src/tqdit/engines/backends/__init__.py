@@ -18,8 +18,13 @@ def backend_names() -> tuple[str, ...]:
     return tuple(sorted(entry.name.replace("_", "-") for entry in pkgutil.iter_modules(__path__)))
 
 
-def load_side(backend: str, side: Literal["build", "run"]) -> object:
-    """The module of one side of a backend. Raises UsageError for an unknown name."""
+def check_backend(backend: str) -> None:
+    """Raises UsageError for an unknown name."""
     if backend not in backend_names():
         raise UsageError(f"unknown backend '{backend}'; this tqdit has {', '.join(backend_names())}.")
+
+
+def load_side(backend: str, side: Literal["build", "run"]) -> object:
+    """The module of one side of a backend. Raises UsageError for an unknown name."""
+    check_backend(backend)
     return importlib.import_module(f"{__name__}.{backend.replace('-', '_')}.{side}")

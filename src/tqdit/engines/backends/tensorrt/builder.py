@@ -87,17 +87,10 @@ def build(
     check_settings(config)
     config = replace(config, targets=_checked(config.targets))
     device = None if library.cross_compiles else cuda.find_device(config.device)
-    if device is not None and device.capability == BLACKWELL_ULTRA and config.precision == "int8":
-        warnings.warn(
-            f"{device.name or 'this GPU'} (compute capability {BLACKWELL_ULTRA}) multiplies int8 at a fifteenth of the "
-            "speed of bfloat16. Build it with --precision fp8 or bf16 and compare.", TqditWarning, stacklevel=2,
-        )  # fmt: skip
+    if config.precision == "int8":
+        for remark in _slow_int8(source, card, device):
+            warnings.warn(remark, TqditWarning, stacklevel=2)
     _check_fp8(config, device)
-    if config.precision == "int8" and _finds_scales(source, card):
-        warnings.warn(
-            "scales per token: the compiler keeps float32 tensors and more kernels for them. tqdit-calibrate --backend "
-            "tensorrt finds static scales, which need neither.", TqditWarning, stacklevel=2,
-        )  # fmt: skip
     batch = None if card.rows else config.batch or BatchRange()
     rows = (card.rows or 1,) * 3 if batch is None else batch.rows(card.rows_per_image)
     no_plugins = _why_no_plugins(library, config)
@@ -300,10 +293,19 @@ def _products(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in PRODUCTS]
 
 
-def _finds_scales(source: OnnxFile, card: GraphCard) -> bool:
-    """Whether quantized products find the scales of their inputs in every call."""
+def _slow_int8(source: OnnxFile, card: GraphCard, device: cuda.Device | None) -> Iterator[str]:
+    """What would make an int8 engine of this file slower than it need be."""
+    if device is not None and device.capability == BLACKWELL_ULTRA:
+        yield (
+            f"{device.name or 'this GPU'} (compute capability {BLACKWELL_ULTRA}) multiplies int8 at a fifteenth of the "
+            "speed of bfloat16. Build it with --precision fp8 or bf16 and compare."
+        )
     quantized = card.quantization.quantized if card.quantization is not None else frozenset[str]()
-    return any(node.op_type == "ReduceMax" and scope_of(node) in quantized for node in source.model.graph.node)
+    if any(node.op_type == "ReduceMax" and scope_of(node) in quantized for node in source.model.graph.node):
+        yield (
+            "scales per token: the compiler keeps float32 tensors and more kernels for them. tqdit-calibrate --backend "
+            "tensorrt finds static scales, which need neither."
+        )
 
 
 def _checked(targets: tuple[str, ...]) -> tuple[str, ...]:
