@@ -128,14 +128,16 @@ def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, preset: str | None = None,
     graph: GraphName = "denoiser",
     steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
+    forecast: bool = False, vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
     rows: Calls | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales or a preset; returns its path.
 
     preset: in place of scales, 'dynamic': int8 without a calibration.
-    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). vae: diffusers VAE, its directory
-    or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if there is one.
+    steps, sampler: what the file proposes to whoever samples (fixed in a step graph). forecast: the graph also returns
+    what its blocks add, from which an engine forecasts calls (`full_calls` of `Sampler.sample`). vae: diffusers VAE,
+    its directory or in memory, whose decoder goes beside the file; None: that of the model's pipeline directory, if
+    there is one.
     text: the recorded diffusers pipeline, or its directory, whose text encoders go beside the file; text_int8: with
     int8 weights. rows: as in `calibrate`; they tell how a pipeline's network is called if there are no scales.
     force: replace the file of another version of tqdit. The network is traced in this process, which PyTorch's exporter
@@ -159,7 +161,7 @@ def export(
     path = Path(output)
     check_writable(path)
     check_overwrite(path, force)
-    config = ExportConfig(graph, steps, sampler, guided, attention)
+    config = ExportConfig(graph, steps, sampler, guided, attention, forecast=forecast)
     table = read_scale_table(Path(scales)) if isinstance(scales, str | Path) else scales
     interface = interface_of(table, rows)
     loaded = _loaded(model, interface)

@@ -17,6 +17,7 @@ from tqdit.errors import UsageError
 from tqdit.files import decode_record
 from tqdit.ports import Signature
 from tqdit.sampling.correction import Correction
+from tqdit.sampling.forecasts import RESIDUAL
 from tqdit.sampling.guidance import Guidance, rows_per_image
 from tqdit.sampling.schedule import SamplingSpec
 from tqdit.text import TextCard
@@ -24,8 +25,8 @@ from tqdit.text import TextCard
 FORMAT_VERSION = 3
 METADATA_KEY = "tqdit"
 
-GraphName = Literal["denoiser", "step"]
-GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
+GraphName = Literal["denoiser", "step", "forecast"]  # the last one is part of an engine, made of a denoiser
+GRAPHS: tuple[GraphName, ...] = ("denoiser", "step")
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,12 @@ class GraphCard:
     rows: int | None = None  # of every call of the graph; None: any number
     published: SamplingSpec | None = None  # the chain of the model's origin; None: the one that the file proposes
     correction: Correction | None = None  # of the quantized network's errors, which a chain takes back
+    residual: tuple[int, ...] | None = None  # shape of a row of what the blocks add; None: the graph does not return it
 
     @property
     def rows_per_image(self) -> int:
         """Rows of one call of the graph; a guided step graph doubles its rows inside."""
-        return rows_per_image(self.guidance) if self.graph == "denoiser" else 1
+        return 1 if self.graph == "step" else rows_per_image(self.guidance)
 
     @property
     def as_published(self) -> SamplingSpec:
@@ -154,8 +156,9 @@ class GraphCard:
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """The graph's inputs by name, in their order, with the shape of one row."""
-        if self.graph == "denoiser":
-            return {port.name: port.row_shape for port in self.signature.ports}
+        if self.graph != "step":
+            residual = {RESIDUAL: self.residual} if self.graph == "forecast" and self.residual is not None else {}
+            return {port.name: port.row_shape for port in self.signature.ports} | residual
         requests = {port.name: port.row_shape for port in self.signature.requests}
         scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
         return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
@@ -163,9 +166,14 @@ class GraphCard:
     def choose(self, any_rows: bool, **chain: Any) -> SamplingSpec:
         """`SamplingSpec.choose`. any_rows: whether the engine was built for any number of rows.
 
-        Raises UsageError for a guidance interval that the engine cannot do.
+        Raises UsageError for a guidance interval or forecasts that the engine cannot do.
         """
         chosen = self.sampling.choose(**chain)
+        if chosen.full_calls and self.residual is None:
+            raise UsageError(
+                f"this engine computes every call in full; {chosen.calls} full calls of {chosen.steps} steps need "
+                "forecasts. Leave them out, or export the model again: tqdit-export --forecast."
+            )
         if chosen.guidance_interval is not None:
             if self.guidance is None:
                 raise UsageError("this model is sampled without guidance, which has no interval. Leave it out.")

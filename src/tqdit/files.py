@@ -14,7 +14,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,11 @@ def whole_folder(path: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         _swap(folder, path)
 
 
-def check_only(path: Path, is_ours: Callable[[str], object], what: str) -> None:
+def check_only(path: Path, is_ours: Callable[[str], object], what: str, folders: Collection[str] = ()) -> None:
     """Raise OutputError if a folder that is to be replaced is a file, or holds anything but files of ours.
 
-    is_ours: whether tqdit writes a file of this name there. what: such a folder, for the message.
+    is_ours: whether tqdit writes a file of this name there. what: such a folder, for the message. folders: those that
+    may be there, too.
     """
     if path.name in ("", ".."):
         raise OutputError(f"{path}: cannot be replaced as a whole. Call it by its name, or choose another place.")
@@ -100,7 +101,12 @@ def check_only(path: Path, is_ours: Callable[[str], object], what: str) -> None:
         if not path.exists():
             return
         entries = sorted(path.iterdir()) if path.is_dir() else [path]
-        foreign = [entry.name for entry in entries if not (entry.is_file() and path.is_dir() and is_ours(entry.name))]
+        foreign = [
+            entry.name
+            for entry in entries
+            if not (entry.is_file() and path.is_dir() and is_ours(entry.name))
+            and not (entry.is_dir() and not entry.is_symlink() and entry != path and entry.name in folders)
+        ]
     if foreign:
         raise OutputError(
             f"{path}: '{foreign[0]}' is not of {what}, and tqdit removes only what it wrote. Choose another name, or "
@@ -362,8 +368,9 @@ def _alive(pid: int) -> bool:
 def bring(file: Path, target: Path) -> None:
     """Give a file a second name: a hard link, or a copy if the two are on different disks.
 
-    For libraries that do not follow symbolic links out of a folder.
+    For libraries that do not follow symbolic links out of a folder. The target's folder is made if it is missing.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.hardlink_to(file.resolve())
     except OSError:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdit.bounds import check_disk
 from tqdit.calibration.work import WorkFolder
 from tqdit.errors import UsageError
+from tqdit.models.blocks import block_names
 from tqdit.models.loaded import LoadedModel
 from tqdit.models.products import Convolution, Scores, ValueProduct, patches, stand_in, watched
 
@@ -348,13 +349,6 @@ def kept_bytes(model: LoadedModel, inputs: dict[str, Tensor]) -> int:
         one[model.signature.state.name].requires_grad_()
         functional_call(network, parameters, kwargs=model.arguments(one))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def block_names(network: nn.Module) -> list[str]:
-    """The members of the outermost lists of modules: a transformer's blocks."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return [f"{name}.{member}" for name in outermost for member, _ in network.get_submodule(name).named_children()]
 
 
 @contextmanager

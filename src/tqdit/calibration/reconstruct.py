@@ -26,11 +26,12 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tqdit.calibration.capture import block_names, kept_bytes
+from tqdit.calibration.capture import kept_bytes
 from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.operands import array
 from tqdit.calibration.rows import CalibrationRows
 from tqdit.calibration.work import WorkFolder
+from tqdit.models.blocks import block_names
 from tqdit.models.loaded import LoadedModel
 from tqdit.quantization.fake_quant import QuantizedLinear, QuantizedNetwork, QuantizedOperand, apply, weight_scale
 from tqdit.quantization.fold import fold

@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=sampler_names(), help="sampler that the file proposes (default: the one that the scales "
         "were found for, else as the model's origin samples: ddpm for published checkpoints and the demo, what the "
         "scheduler's configuration says for diffusers)")  # fmt: skip
+    add("--forecast", action="store_true", help="return also what the blocks add, with which an engine forecasts calls "
+        "instead of computing them: tqdit-sample --full-calls")  # fmt: skip
     add("--unguided", action="store_true", help="sample without guidance: one row per image instead of two")
     add("--opset", type=int, default=20, help="of the ONNX file, 20..23 (default: %(default)s)")
     add("--heads", type=int, metavar="N", help="attention heads, for widths outside the published family")
@@ -99,7 +101,9 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         raise UsageError(f"{output}: tqdit-export writes an ONNX file. Give it a name that ends in .onnx.")
     check_writable(output)
     check_overwrite(output, args.force)
-    config = ExportConfig(args.graph, args.steps, args.sampler, not args.unguided, args.attention, args.opset)
+    config = ExportConfig(
+        args.graph, args.steps, args.sampler, not args.unguided, args.attention, args.opset, args.forecast
+    )
     if args.vae is not None:
         check_decoder(args.vae)
     table = _scale_table(args, console)

@@ -43,6 +43,7 @@ examples:
   tqdit-sample text.engine --prompt 'a bold red A on blue' -n 4
   tqdit-sample flux.engine --embeddings prompts.safetensors -n 8 -o flux.npz
   tqdit-sample dit.engine --steps 50 --sampler ddim           another chain than the engine proposes
+  tqdit-sample dit.engine --steps 250 --full-calls 126        half the calls are forecasts (tqdit-export --forecast)
   tqdit-sample dit.engine --as-published                      that of the model's origin: 250 steps of ddpm for a DiT
   tqdit-sample dit.engine -n 1000 -o samples.npz              uint8 NHWC under arr_0, as the ADM evaluator reads
   tqdit-sample dit.engine -n 100 -o samples/                  one PNG per image
@@ -76,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "outside, an image takes one row of a call in place of two (default: all)")  # fmt: skip
     add("--steps", type=int, metavar="N", help="sampling steps (default: what the engine proposes)")
     add("--sampler", choices=sampler_names(), help="default: what the engine proposes")
+    add("--full-calls", type=int, metavar="N", help="how many of the steps call the whole network; the others forecast "
+        "what its blocks add, of engines that tqdit-export --forecast was for (default: what the engine proposes, else "
+        "all)")  # fmt: skip
     add("--as-published", action="store_true", help="sampler and steps of the model's origin, such as 250 steps of "
         "ddpm for a DiT, in place of what the engine proposes")  # fmt: skip
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -124,6 +128,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         check_noise_file(args.save_noise)
         if args.guidance_interval is not None:
             raise UsageError("--save-noise is for a loop with both rows at every step. Leave out --guidance-interval.")
+        if args.full_calls is not None:
+            raise UsageError("--save-noise is for a loop with a full call at every step. Leave out --full-calls.")
         check_writable(args.save_noise)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)
@@ -166,8 +172,8 @@ def _left_out(images: int, prompts: int) -> str:
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """What is wrong with the arguments alone."""
-    if args.as_published and (args.steps is not None or args.sampler is not None):
-        raise UsageError("--as-published names sampler and steps. Leave out --steps and --sampler.")
+    if args.as_published and any(each is not None for each in (args.steps, args.sampler, args.full_calls)):
+        raise UsageError("--as-published names the chain. Leave out --steps, --sampler and --full-calls.")
     if args.n is not None:
         check_count("-n", args.n, 1)
     check_threads(args.threads)
@@ -202,7 +208,7 @@ def _describe(args: argparse.Namespace, manifest: Manifest, shards: bool, prompt
         args.engine, manifest, args.classes if prompts is None else prompts, args.seed, args.n, size,
         guidance_scale=args.guidance_scale, steps=published.steps if published else args.steps,
         sampler=published.sampler if published else args.sampler, timesteps=() if published else None,
-        guidance_interval=args.guidance_interval,
+        guidance_interval=args.guidance_interval, full_calls=() if published else args.full_calls,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from tqdit.golden import Verdict
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 CALLS_FILE = "calls.npz"  # golden calls
+FORECAST = "forecast"  # folder of the compiled forecast in a bundle
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class _Facts(Artefact):
     float_type: str = "fp32"  # of what is not integer
     files: dict[str, BundlePart] = field(default_factory=dict)
     measured: tuple[Timing, ...] = ()  # of the files that the engine was chosen from; (): one file, or not measured
+    forecast: str | None = None  # file in the folder of the forecast; None: every call is full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +127,27 @@ class Manifest(_Facts):
         """Raises FileFormatError naming `where` if the text is not a manifest of this version."""
         stored = decode_record(text, _Stored, FORMAT_VERSION, str(where), "Build the engine again.")
         manifest = cls(**vars(stored) | {"card": GraphCard.from_json(bytes(stored.card), str(where))})
-        for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder])]:
-            if name not in manifest.files or Path(name).name != name or name in ("", ".", ".."):
+        forecast = None if manifest.forecast is None else f"{FORECAST}/{manifest.forecast}"
+        for name in [*manifest.files, manifest.entry, *filter(None, [manifest.decoder, forecast])]:
+            plain = name.removeprefix(f"{FORECAST}/")
+            if name not in manifest.files or Path(plain).name != plain or plain in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
         return manifest
+
+    @property
+    def of_forecast(self) -> Manifest:
+        """The manifest of the forecast, as if its folder were a bundle."""
+        assert self.forecast is not None
+        inside = f"{FORECAST}/"
+        files = {name.removeprefix(inside): part for name, part in self.files.items() if name.startswith(inside)}
+        card = replace(self.card, graph="forecast", vae=None, text=None)
+        return replace(self, entry=self.forecast, decoder=None, forecast=None, files=files, card=card)
 
 
 def describe_parts(folder: Path) -> dict[str, BundlePart]:
     """Size and SHA-256 of every file in a folder that is being built."""
-    return {file.name: BundlePart(sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): BundlePart(sha256(file), file.stat().st_size) for file in files}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -210,7 +224,10 @@ def check_overwrite(folder: Path, force: bool = True) -> None:
     with writing(folder), suppress(*nothing, msgspec.MsgspecError, UnicodeError, RecursionError):
         ours = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Ours)
     names = set() if ours is None else {MANIFEST, *ours.files}
-    check_only(folder, names.__contains__, "an engine bundle")
+    inside = {name.removeprefix(f"{FORECAST}/") for name in names if name.startswith(f"{FORECAST}/")}
+    check_only(folder, names.__contains__, "an engine bundle", (FORECAST,) if inside else ())
+    if inside:
+        check_only(folder / FORECAST, inside.__contains__, "an engine bundle")
     if ours is not None and ours.format_version != FORMAT_VERSION and not force:
         raise OutputError(
             f"{folder}: an engine of format {ours.format_version}, this tqdit writes format {FORMAT_VERSION}. Choose "

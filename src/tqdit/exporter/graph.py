@@ -23,6 +23,7 @@ from tqdit.models.loaded import LoadedModel, PositionalCall
 from tqdit.models.recording import as_recording
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
+from tqdit.sampling.forecasts import RESIDUAL
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.process import TRAINING_STEPS, Process
 from tqdit.sampling.schedule import SamplingSpec
@@ -42,11 +43,14 @@ class ExportConfig:
     guided: bool = True
     attention: AttentionForm = "simulated"  # of a quantized graph
     opset: int = OPSETS.start
+    forecast: bool = False  # also return the residual of the blocks, from which an engine makes forecasts
 
     def __post_init__(self) -> None:
         check_opset(self.opset)  # before a model is loaded for it
         if self.steps is not None:
             check_count("steps", self.steps, 1, TRAINING_STEPS)
+        if self.forecast and self.graph == "step":
+            raise UsageError("a step graph has its sampler inside and no forecasts. Leave --graph or --forecast out.")
 
     def sampling(self, model: LoadedModel, table: ScaleTable | None = None) -> SamplingSpec:
         """The chain that the file proposes, or that a step graph computes."""
@@ -54,10 +58,15 @@ class ExportConfig:
         chain = model.sampling.choose(own.steps, own.sampler)
         if placed is not None and self.graph == "denoiser":
             try:
-                chain = model.sampling.choose(None, placed.sampler, placed.timesteps)
+                chain = model.sampling.choose(None, placed.sampler, placed.timesteps, full_calls=placed.full_calls)
             except UsageError as error:
                 raise FileFormatError(f"the scale table's placed steps: {error} Calibrate again.") from error
         return chain.choose(self.steps, self.sampler)
+
+    def forecasts(self, table: ScaleTable | None) -> bool:
+        """Whether the graph returns the residual: as asked, or because steps were placed between forecasts."""
+        asked = self.forecast or bool(table is not None and table.placed is not None and table.placed.full_calls)
+        return asked and self.graph == "denoiser"
 
     def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
         """With the scale that the quantization scales were found for."""
@@ -119,8 +128,9 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        inputs = denoiser_inputs(model.signature)
-        return trace_any_rows(PositionalCall(model), inputs, "prediction", config.opset, model.weights)
+        inputs, residual = denoiser_inputs(model.signature), config.forecasts(table)
+        outputs = ["prediction", RESIDUAL] if residual else "prediction"
+        return trace_any_rows(PositionalCall(model, residual), inputs, outputs, config.opset, model.weights)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)
     return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset, weights=model.weights)
@@ -143,4 +153,8 @@ def finish_graph(
         if table is None
         else describe(model.products, table, config.attention, calibrated_for(model, table)),
     )
-    return graph, replace(card, rows=fixed_rows(graph), correction=None if table is None else table.correction)
+    found = [value for value in graph.graph.outputs if value.name == RESIDUAL]
+    return graph, replace(
+        card, rows=fixed_rows(graph), correction=None if table is None else table.correction,
+        residual=tuple(int(str(size)) for size in (found[0].shape or ())[1:]) if found else None,
+    )  # fmt: skip

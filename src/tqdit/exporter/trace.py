@@ -67,7 +67,7 @@ def trace(
 
 
 def trace_any_rows(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, opset: int, weights: Weights = IN_MEMORY
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str | list[str], opset: int, weights: Weights = IN_MEMORY
 ) -> ir.Model:
     """As `trace`: with a free batch if the network can, else with one row (`fixed_rows` of the graph).
 

@@ -18,9 +18,11 @@ from tqdit.card import GraphCard, GraphName, Latents, QuantizationCard
 from tqdit.errors import TqditError, UsageError, first_line
 from tqdit.interface import TextExamples
 from tqdit.models.arguments import Constant, digest, nest
+from tqdit.models.blocks import listen_to_blocks
 from tqdit.models.products import Convolution, Product, prediction_of
 from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.ports import Signature
+from tqdit.sampling.forecasts import RESIDUAL
 from tqdit.sampling.guidance import Guidance
 from tqdit.sampling.schedule import SamplingSpec
 from tqdit.version import __version__
@@ -80,6 +82,20 @@ class LoadedModel:
             output = self.call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
         result: NDArray[np.float32] = output.cpu().numpy()
         return result
+
+    def full(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The prediction, and the residual of the blocks (`sampling.forecasts`)."""
+        with listen_to_blocks(self.network) as stack:
+            prediction = self(inputs)
+        return prediction, stack.residual().detach().cpu().numpy()
+
+    def forecast(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The prediction of the ports and a residual. It computes the blocks, too, and drops what they add: it shows
+        what an engine's forecast is, not how fast.
+        """
+        ports = dict(inputs)
+        with listen_to_blocks(self.network, torch.from_numpy(ports.pop(RESIDUAL)).to(self.device)):
+            return self(ports)
 
     def card(
         self, graph: GraphName = "denoiser", *, sampling: SamplingSpec | None = None,
@@ -146,15 +162,24 @@ def _dit_settings(signature: Signature) -> dict[str, Any]:
 
 
 class PositionalCall(nn.Module):
-    """A network call with the ports as positional arguments and one tensor as the result: what an exporter traces."""
+    """A network call with the ports as positional arguments and one tensor as the result: what an exporter traces.
 
-    def __init__(self, model: LoadedModel) -> None:
+    residual: the result is the prediction and the residual of the blocks (`sampling.forecasts`).
+    """
+
+    def __init__(self, model: LoadedModel, residual: bool = False) -> None:
         super().__init__()
+        self.residual = residual
         self.network, self.signature, self.constants = model.network, model.signature, dict(model.constants)
 
-    def forward(self, *ports: Tensor) -> Tensor:
+    def forward(self, *ports: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         inputs = dict(zip(self.signature.names, ports, strict=True))
-        return prediction_of(self.network(**arguments_of(self.signature, self.constants, inputs)))
+        arguments = arguments_of(self.signature, self.constants, inputs)
+        if not self.residual:
+            return prediction_of(self.network(**arguments))
+        with listen_to_blocks(self.network) as stack:
+            prediction = prediction_of(self.network(**arguments))
+        return prediction, stack.residual()
 
 
 def fingerprint(network: nn.Module, configuration: object, weights: Weights = IN_MEMORY) -> str:

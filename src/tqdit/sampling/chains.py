@@ -6,9 +6,10 @@ which of them made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from tqdit.errors import BackendError, SamplingError
 from tqdit.ports import NEGATIVE, Signature
 from tqdit.sampling import noise
 from tqdit.sampling.correction import BIAS, GAIN, REDUCED, Correction, nothing
+from tqdit.sampling.forecasts import RESIDUAL, ForecastNetwork, History
 from tqdit.sampling.guidance import Guidance, column, rows_per_image
 from tqdit.sampling.schedule import MOST_LAG, Schedule
 
@@ -43,6 +45,7 @@ class Chains:
         self._corrections: list[Float32] = []  # (T, 2 + C) or (1, 2 + C), one per chain if there is a correction
         self.signature, self.guidance = signature, guidance
         self.count = 0
+        self._is_part = False  # whether there are chains beyond `count`
         self._capacity = capacity
         self._rows_per_image = rows_per_image(guidance)
         self._shape, self._output_shape = signature.state.row_shape, signature.output_shape
@@ -61,6 +64,7 @@ class Chains:
         self._views: dict[str, NDArray[Any]] | None = None  # of the inputs; None: the rows of a call have changed
         self._guided: NDArray[np.int64] | None = None  # chains with an unconditional row; None: all or, unguided, none
         self._current: Float32 | None = None  # coefficients of the steps to compute; None: not gathered yet
+        self._history: History | None = None  # residuals of full calls; None: no chain has had one beside forecasts
         self._finite_values = np.zeros((capacity, self._x[0].size if capacity else 0), np.bool_)
         self._finite = np.zeros(capacity, np.bool_)
 
@@ -106,23 +110,66 @@ class Chains:
     def remove(self, chain: int) -> None:
         """End a chain; the last one takes its number."""
         last = self.count - 1
+        if self._history is not None:
+            self._history.swap(chain, last)
         if chain != last:
             self._keys[chain] = self._keys[last]
             self._schedules[chain], self._tables[chain] = self._schedules[last], self._tables[last]
-            arrays: tuple[NDArray[Any], ...] = (
-                self._x,
-                self._step,
-                self._scale,
-                *self._states,
-                *self._predictions,
-                *self._requests.values(),
-            )
-            for array in arrays:
+            for array in self._arrays():
                 array[chain] = array[last]
             if self._corrections:
                 self._corrections[chain] = self._corrections[last]
         del self._schedules[last:], self._tables[last:], self._corrections[last:]
         self._resize(last)
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two chains have one another's numbers."""
+        if one == other:
+            return
+        lists: tuple[list[Any], ...] = (self._keys, self._schedules, self._tables, self._corrections)
+        for values in filter(None, lists):
+            values[one], values[other] = values[other], values[one]
+        for array in self._arrays():
+            array[[one, other]] = array[[other, one]]
+        if self._history is not None:
+            self._history.swap(one, other)
+        self._views = self._current = None
+
+    @contextmanager
+    def first(self, count: int) -> Iterator[None]:
+        """Inside, the chains 0..count-1 are all that there are: `step` leaves the others where they stand."""
+        whole, self._is_part = self.count, count < self.count
+        self._resize(count)
+        try:
+            yield
+        finally:
+            self._resize(whole)
+            self._is_part = False
+
+    def is_full(self, chain: int) -> bool:
+        """Whether the network call of this chain's next step is full, and no forecast."""
+        full = self._schedules[chain].full
+        return full is None or bool(full[self._step[chain]])
+
+    def step(self, network: Network) -> NDArray[np.bool_]:
+        """Call the network and make one step of every chain; which are finite: bool (count,).
+
+        The calls are full, or all of them are forecasts; then the network must be a `ForecastNetwork`.
+        """
+        inputs = self.inputs()
+        if all(schedule.full is None for schedule in self._schedules[: self.count]):
+            return self.advance(network(inputs))
+        forecaster, times = cast(ForecastNetwork, network), self._times()
+        kinds = {self.is_full(chain) for chain in range(self.count)}
+        if kinds == {False}:
+            assert self._history is not None, "a chain begins with full calls"
+            return self.advance(forecaster.forecast({**inputs, RESIDUAL: self._history.extrapolate(times)}))
+        assert kinds == {True}, "forecasts and full calls are calls apart"
+        prediction, residual = forecaster.full(inputs)
+        if self._history is None:
+            self._history = History(self._capacity, self._rows_per_image, residual.shape[1:])
+        self._history.keep(times, residual)
+        return self.advance(prediction)
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
         """A copy of all that changes from step to step, by name, for `restore` on chains that were added alike."""
@@ -131,6 +178,10 @@ class Chains:
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, array in self._moving().items():
             array[:] = arrays[name]
+
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        """All that holds a row for each chain."""
+        return (self._x, self._step, self._scale, *self._states, *self._predictions, *self._requests.values())
 
     def _moving(self) -> dict[str, NDArray[Any]]:
         past = {f"state-{age}": array for age, array in enumerate(self._states)}
@@ -149,7 +200,7 @@ class Chains:
         count, signature = self.count, self.signature
         state, time = self._views[signature.state.name], self._views[signature.time.name]
         np.multiply(self.x, column(self._coefficients()[:, INPUT_SCALE], state.ndim), out=state[:count])
-        time[:count] = [schedule.timesteps[step] for schedule, step in zip(self._schedules, self._step, strict=False)]
+        time[:count] = self._times()
         if self.guidance is not None:
             chosen = slice(count) if guided is None else guided
             state[count:], time[count:] = state[chosen], time[chosen]
@@ -188,15 +239,20 @@ class Chains:
             f"{self.step_of(chain) + 1}. Lower the guidance scale, or export the model again from a good checkpoint."
         )
 
+    def _times(self) -> list[float]:
+        """The timestep of the step that each chain computes next."""
+        steps = self._step[: self.count].tolist()
+        return [float(schedule.timesteps[step]) for schedule, step in zip(self._schedules, steps, strict=False)]
+
     def _coefficients(self) -> Float32:
         """Of the step that each chain computes next: (count, ...), or (1, ...) if all chains compute the same one."""
         if self._current is None:
             first, step = self._tables[0], int(self._step[0])
-            steps = self._step[: self.count].tolist()
-            if all(table is first for table in self._tables) and steps.count(step) == len(steps):
+            steps, tables = self._step[: self.count].tolist(), self._tables[: self.count]
+            if all(table is first for table in tables) and steps.count(step) == len(steps):
                 self._current = first[step : step + 1]
             else:
-                self._current = np.stack([table[step] for table, step in zip(self._tables, steps, strict=True)])
+                self._current = np.stack([table[step] for table, step in zip(tables, steps, strict=True)])
         return self._current
 
     def _correct(self, prediction: Float32) -> Float32 | None:
@@ -204,7 +260,7 @@ class Chains:
         if not self._corrections:
             return None
         steps = self._step[: self.count].tolist()
-        found = np.stack([table[step] for table, step in zip(self._corrections, steps, strict=True)])
+        found = np.stack([table[step] for table, step in zip(self._corrections, steps, strict=False)])
         bias = found[:, BIAS:]
         prediction -= bias.reshape(*bias.shape, *[1] * (prediction.ndim - 2))
         prediction *= column(found[:, GAIN], prediction.ndim)
@@ -222,7 +278,14 @@ class Chains:
             self._accumulate(state[: self.count], weights[1 + age])
             self._accumulate(output[: self.count], weights[MOST_LAG + 2 + age])
         for past in (states, predictions):
-            past[:] = past[-1:] + past[:-1]
+            if self._is_part:  # the lists are also those of chains that make no step now
+                latest = past[-1][: self.count].copy() if past else None
+                for older, newer in zip(past[:0:-1], past[-2::-1], strict=True):
+                    np.copyto(older[: self.count], newer[: self.count])
+                if latest is not None:
+                    np.copyto(past[0][: self.count], latest)
+            else:
+                past[:] = past[-1:] + past[:-1]
 
     def _accumulate(self, values: Float32, weight: Float32) -> None:
         """x += weight values."""
@@ -280,7 +343,7 @@ class Chains:
 
     def _guided_chains(self) -> NDArray[np.int64] | None:
         """Those whose step has guidance; None: all of them, or the model has none."""
-        masks = [schedule.guided for schedule in self._schedules]
+        masks = [schedule.guided for schedule in self._schedules[: self.count]]
         if self.guidance is None or all(mask is None for mask in masks):
             return None
         steps = self._step[: self.count]
@@ -318,12 +381,12 @@ def coefficients(schedule: Schedule) -> Float32:
 
 
 def run(chains: Chains, network: Network, after: Callable[[int], object] = lambda _: None) -> Float32:
-    """Run chains that all stand at one step to their ends; `after` is called with every step that is done.
+    """Run chains of one schedule, all at one step, to their ends; `after` is called with every step that is done.
 
     Returns the states (count, ...) in place. Raises SamplingError if a chain becomes NaN or infinite.
     """
     while (step := chains.step_of(0)) >= 0:
-        finite = chains.advance(network(chains.inputs()))
+        finite = chains.step(network)
         if not finite.all():
             raise chains.failure(int(np.flatnonzero(~finite)[0]))
         after(step)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
 from tqdit.sampling import samplers
+from tqdit.sampling.forecasts import check_full_calls, spread
 from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Flow, Process, Recorded, Unsampled, check_timesteps
 
 MOST_LAG = 3
@@ -40,6 +41,7 @@ class Schedule:
     log_variance: tuple[Float64, Float64] | None = None  # low and high
     initial_scale: float = 1.0
     guided: NDArray[np.bool_] | None = None  # (T,): whether a step computes the unconditional row; None: each does
+    full: NDArray[np.bool_] | None = None  # (T,): whether a step's call is full, or else a forecast; None: each is full
 
     def __post_init__(self) -> None:
         arrays = (self.state_weights, self.output_weights)
@@ -89,6 +91,7 @@ class SamplingSpec:
     steps: int = 250
     timesteps: tuple[float, ...] = ()  # where the steps lie, ascending; empty: where the sampler puts them
     guidance_interval: tuple[float, float] | None = None  # timesteps with guidance, both ends included; None: all
+    full_calls: tuple[int, ...] = ()  # steps with a full call, ascending; the others are forecasts. Empty: all are full
 
     def __post_init__(self) -> None:
         if isinstance(self.process, Unsampled):
@@ -104,6 +107,13 @@ class SamplingSpec:
         if interval is not None and (len(interval) != 2 or not interval[0] <= interval[1]):
             found = ", ".join(f"{value:g}" for value in interval)
             raise UsageError(f"guidance interval ({found}); expected two timesteps, lower first.")
+        if self.full_calls:
+            check_full_calls(self.full_calls, self.steps)
+            if interval is not None:
+                raise UsageError(
+                    "forecasts extrapolate both rows of an image, and outside a guidance interval it has one. Leave "
+                    "the guidance interval or the full calls out."
+                )
         _ = self.schedule  # which knows what fits together
 
     @property
@@ -115,12 +125,13 @@ class SamplingSpec:
 
     def choose(
         self, steps: int | None = None, sampler: str | None = None, timesteps: Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_interval: tuple[float, float] | None = None, full_calls: int | Sequence[int] | None = None,
     ) -> SamplingSpec:  # fmt: skip
         """With what is given of another chain.
 
         timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
-        sampler stay as they are, else where the sampler puts them.
+        sampler stay as they are, else where the sampler puts them. full_calls: the steps with a full call, or how many
+        (`forecasts.spread`); the others are forecasts. None: as timesteps; then all are full.
         """
         placed = None if timesteps is None else _numbers("timesteps", timesteps)
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
@@ -132,7 +143,21 @@ class SamplingSpec:
         interval: Any = self.guidance_interval
         if guidance_interval is not None:
             interval = _numbers("guidance interval", guidance_interval)
-        return replace(self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval)
+        same = (steps, sampler, placed) == (self.steps, self.sampler, self.timesteps)
+        if full_calls is None:
+            full_calls = self.full_calls if same else ()
+        elif isinstance(full_calls, int | np.integer):
+            full_calls = spread(steps, int(full_calls))
+        full = tuple(map(int, _numbers("full calls", full_calls)))
+        return replace(
+            self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval,
+            full_calls=full if len(full) < steps else (),
+        )  # fmt: skip
+
+    @property
+    def calls(self) -> int:
+        """Full calls of the chain."""
+        return len(self.full_calls) or self.steps
 
     def __str__(self) -> str:
         """'250 steps of ddpm', '12 placed steps of dpm++2m', or by the scheduler that was recorded."""
@@ -143,7 +168,8 @@ class SamplingSpec:
             name = self.process.scheduler
         interval = self.guidance_interval
         guided = "" if interval is None else f" with guidance from timestep {interval[0]:g} to {interval[1]:g}"
-        return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}{guided}"
+        forecast = f", {self.calls} of them with full calls" if self.full_calls else ""
+        return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}{forecast}{guided}"
 
 
 def _numbers(what: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -160,6 +186,11 @@ def make_schedule(spec: SamplingSpec) -> Schedule:
     assert isinstance(process, module.PROCESS)
     timesteps = np.array(spec.timesteps) if spec.timesteps else visits(module, process, spec.steps)
     schedule: Schedule = module.schedule(process, timesteps)
+    if spec.full_calls:
+        full = np.isin(np.arange(spec.steps), spec.full_calls)
+        if not np.all(np.diff(schedule.timesteps[full])):
+            raise UsageError(f"{spec.sampler} visits a timestep twice, so it has no forecasts. Leave full calls out.")
+        return replace(schedule, full=full)
     if spec.guidance_interval is None:
         return schedule
     low, high = spec.guidance_interval

@@ -53,6 +53,7 @@ class Order:
     seed: int
     guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
+    full_calls: tuple[int, ...]  # steps; (): all
     steps: int
     sampler: str
     previews: int
@@ -143,14 +144,15 @@ class ServedEngine:
             raise _bad("previews", f"previews are {previews}; expected 0 to {settings.most_previews}.")
         scale = check_scale(card.guidance, asked.guidance_scale)
         spec = self.batcher.sampler.choose(
-            steps=asked.steps, sampler=asked.sampler, guidance_interval=asked.guidance_interval
-        )
+            steps=asked.steps, sampler=asked.sampler, guidance_interval=asked.guidance_interval,
+            full_calls=asked.full_calls,
+        )  # fmt: skip
         _ = spec.schedule  # raises for numbers that the sampler does not take
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         check_key(seed, 0)
         return Order(
             self, await self._content(asked, settings), count, seed, None if card.guidance is None else scale,
-            spec.guidance_interval, spec.steps, spec.sampler, previews, asked.response_format == "url",
+            spec.guidance_interval, spec.full_calls, spec.steps, spec.sampler, previews, asked.response_format == "url",
         )  # fmt: skip
 
     async def _content(self, asked: ImageRequest, settings: Settings) -> Any:
@@ -221,7 +223,7 @@ class ServedEngine:
             return self.batcher.submit(
                 order.content, guidance_scale=order.guidance_scale, seed=order.seed, image_index=index,
                 steps=order.steps, sampler=order.sampler, guidance_interval=order.guidance_interval,
-                deadline=seconds, on_progress=on_progress, preview_every=every,
+                full_calls=order.full_calls, deadline=seconds, on_progress=on_progress, preview_every=every,
             )  # fmt: skip
         except QueueFullError as error:
             raise self.full(order.count) from error

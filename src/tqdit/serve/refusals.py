@@ -78,7 +78,7 @@ def bad_json(error: msgspec.DecodeError) -> Refusal:
 
 _PARAMS = (
     ("guidance scale", "guidance_scale"), ("guidance interval", "guidance_interval"),
-    ("guidance, which has no interval", "guidance_interval"),
+    ("guidance, which has no interval", "guidance_interval"), ("full call", "full_calls"),
     ("sampler", "sampler"), ("seed", "seed"), ("step", "steps"),
     ("prompt", "prompt"),
 )  # fmt: skip

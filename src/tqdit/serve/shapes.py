@@ -14,8 +14,8 @@ Name = Annotated[str, Meta(max_length=200)]
 
 
 class ImageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What to draw. `class`, `seed`, `guidance_scale`, `guidance_interval`, `steps`, `sampler` and `previews` are not
-    OpenAI's.
+    """What to draw. `class`, `seed`, `guidance_scale`, `guidance_interval`, `steps`, `full_calls`, `sampler` and
+    `previews` are not OpenAI's.
 
     null stands for a field that is left out.
     """
@@ -41,6 +41,10 @@ class ImageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="lowest and highest timestep with guidance; the steps outside cost half; by default all"),
     ] = None
     steps: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="by default the model's own")] = None
+    full_calls: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="how many steps call the whole network; the others are forecasts, which cost next to nothing"),
+    ] = None
     sampler: Annotated[Name | None, Meta(description="by default the model's own")] = None
     previews: Annotated[
         Annotated[int, Meta(ge=0)] | None,
@@ -72,6 +76,7 @@ class ImageAnswer(Struct, kw_only=True):
     sampler: str
     guidance_scale: float | None  # null: the model takes none
     guidance_interval: tuple[float, float] | None = None  # null: every step has guidance
+    full_calls: int | None = None  # null: no step is a forecast
     output_format: Literal["png"] = "png"
 
 
@@ -160,6 +165,7 @@ class CompletedImage(Struct, kw_only=True, omit_defaults=True, tag="image_genera
     sampler: str
     guidance_scale: float | None
     guidance_interval: tuple[float, float] | None = None
+    full_calls: int | None = None
     size: str
     b64_json: str | None = None
     url: str | None = None

@@ -92,7 +92,7 @@ def test_the_index_says_what_was_made_and_lists_every_shard(bundle, whole):
     assert values["job"] == {
         "engine": sha256(bundle / MANIFEST), "steps": 20, "sampler": "ddpm", "classes": [0, 1, 2, 3, 4],
         "guidance_scale": 1.5, "seed": 0, "count": COUNT, "shard_size": SIZE, "content": "images",
-        "prompts": None, "timesteps": [], "guidance_interval": None,
+        "prompts": None, "timesteps": [], "guidance_interval": None, "full_calls": [],
     }  # fmt: skip
     assert list(values["shards"]) == ["shard-00000.npz", "shard-00001.npz", "shard-00002.npz"]
     assert set(whole) == {INDEX, *values["shards"]}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.fastest import build_fastest
-from tqdit.engines.bundle import Manifest, check_overwrite, check_parts, read_manifest, write_manifest
+from tqdit.engines.bundle import FORECAST, Manifest, check_overwrite, check_parts, read_manifest, write_manifest
 from tqdit.engines.config import BuildConfig, Progress, silent
 from tqdit.engines.doctor import cpu_features, find_gpus
 from tqdit.errors import FileFormatError, OutputError, TqditWarning, UsageError
@@ -124,7 +124,9 @@ def _keep(output: Path, manifest: Manifest, kept: Path) -> None:
 
 def _check_kept(kept: Path) -> None:
     """Whatever files are in such a place: damage may have taken the manifest that names them."""
-    check_only(kept, lambda _: True, "a kept engine")
+    check_only(kept, lambda _: True, "a kept engine", (FORECAST,))
+    if (kept / FORECAST).exists():
+        check_only(kept / FORECAST, lambda _: True, "a kept engine")
 
 
 def _copy(bundle: Path, manifest: Manifest, target: Path, check: Callable[[Path], None]) -> None:

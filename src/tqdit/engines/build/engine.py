@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from tqdit.engines.build.backend import Builder, builder, choose_backend
+from tqdit.engines.build.forecast import check_forecast, forecast_file
 from tqdit.engines.build.prepare import prepared, settled
 from tqdit.engines.bundle import (
     CALLS_FILE,
+    FORECAST,
     Manifest,
     Verified,
     check_overwrite,
@@ -22,9 +24,11 @@ from tqdit.engines.bundle import (
 )
 from tqdit.engines.config import LAYERS_FILE, LAYERS_KEPT, QUANTIZED, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.gpu import GpuShare
+from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.verify import verify_bundle
 from tqdit.errors import BackendError, FileFormatError, TqditWarning, VerificationError
 from tqdit.files import bring, whole_folder
+from tqdit.golden import GoldenCalls
 from tqdit.onnx_file import OnnxFile
 from tqdit.version import __version__
 
@@ -68,16 +72,25 @@ def build_engine(
         def compiled(config: BuildConfig) -> Manifest:
             with _layers_kept(folder, output, layers):
                 artefact = compiler.build(graph, decoder, card, folder, config, progress)
+            forecast = None
+            if card.residual is not None:
+                (folder / FORECAST).mkdir(exist_ok=True)
+                plain = replace(config, base=None, refit=False)
+                with forecast_file(graph, card, output) as (part, part_card):
+                    made = compiler.build(part, None, part_card, folder / FORECAST, plain, progress)
+                (folder / FORECAST / LAYERS_FILE).unlink(missing_ok=True)
+                forecast = made.entry
             facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
             return Manifest(
                 backend=backend, precision=config.precision or "fp32", float_type=config.float_type, card=card,
-                files=describe_parts(folder), **facts,
+                files=describe_parts(folder), forecast=forecast, **facts,
             )  # fmt: skip
 
         while True:
             manifest = compiled(config)
             try:
                 manifest = _verified(folder, manifest, config, compiler, output)
+                _check_forecast(folder, manifest, config, compiler, golden)
                 break
             except VerificationError as error:
                 config = _another_way(error, manifest, config)
@@ -124,12 +137,30 @@ def _layers_kept(folder: Path, output: Path, layers: Path | None) -> Iterator[No
     said.unlink(missing_ok=True)
 
 
+def _check_forecast(
+    folder: Path, manifest: Manifest, config: BuildConfig, compiler: Builder, golden: GoldenCalls | None
+) -> None:
+    """Run a forecast, if there is one and the engine runs here. Raises VerificationError if it is wrong."""
+    if manifest.forecast is None or not _runs_here(config, compiler):
+        return
+    part = f"{FORECAST}/{manifest.forecast}"
+    with ExitStack() as engines:
+        full, forecast = (
+            engines.enter_context(closing(open_engine(folder, manifest, file, device=config.device)))
+            for file in (manifest.entry, part)
+        )
+        check_forecast(full, forecast, manifest.card, golden, manifest.float_type)
+
+
+def _runs_here(config: BuildConfig, compiler: Builder) -> bool:
+    return bool(config.provider in ("cuda", "tensorrt") or compiler.fitness().score)
+
+
 def _verified(
     folder: Path, manifest: Manifest, config: BuildConfig, compiler: Builder, output: Path
 ) -> Manifest:  # fmt: skip
     """With what the golden calls gave, if the engine runs here. Raises VerificationError if it is wrong."""
-    runs_here = config.provider in ("cuda", "tensorrt") or compiler.fitness().score
-    if CALLS_FILE not in manifest.files or not runs_here:
+    if CALLS_FILE not in manifest.files or not _runs_here(config, compiler):
         return manifest
     try:
         verdict = verify_bundle(folder, manifest, GpuShare(config.device, 0 if config.weight_streaming else None))

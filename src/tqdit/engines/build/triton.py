@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import MANIFEST, Manifest
 from tqdit.engines.run.sampler import has_pixels, image_size, makes_images
 from tqdit.engines.run.triton_model import COUNT, ENGINE, GUIDANCE, IMAGES, LATENTS, SEED, STEPS
 from tqdit.errors import OutputError
@@ -61,9 +61,8 @@ def write_triton(bundle: Path, manifest: Manifest, folder: Path, name: str) -> P
         _listed("instance_group", [f"count: 1 kind: {'KIND_GPU' if gpu else 'KIND_CPU'}"]),
     ]  # fmt: skip
     with whole_folder(target, _check_place) as temporary:
-        (temporary / "1" / ENGINE).mkdir(parents=True)
-        for file in sorted(bundle.iterdir()):
-            bring(file, temporary / "1" / ENGINE / file.name)
+        for file in (MANIFEST, *manifest.files):
+            bring(bundle / file, temporary / "1" / ENGINE / file)
         (temporary / "1" / "model.py").write_text(MODEL, encoding="utf-8")
         (temporary / CONFIG).write_text("\n".join(fields) + "\n", encoding="utf-8")
         required = [_example(*each[:3]) for each in inputs if not each[3]]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,20 +13,26 @@ from numpy.typing import NDArray
 from tqdit.bounds import MOST_THREADS, check_count
 from tqdit.card import GraphCard
 from tqdit.engines.backends import load_side
-from tqdit.engines.bundle import Manifest, check_parts, read_manifest
+from tqdit.engines.bundle import FORECAST, Manifest, check_parts, read_manifest
 from tqdit.engines.gpu import GpuChoice, GpuShare
 from tqdit.engines.process import Process
 from tqdit.errors import BackendError, UsageError
 
+Made = TypeVar("Made")
+
 
 class Engine(Protocol):
-    """A compiled graph: inputs by name in, its one output out. Safe to call from several threads.
+    """A compiled graph: inputs by name in, its first output out. Safe to call from several threads.
 
     An engine of a GPU may also have `place`, a text that names the GPU and the library. One that takes arrays there has
     `run_on_device` and `gpu`, the index of the GPU.
     """
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]: ...
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], ...]:
+        """All outputs of the graph: the prediction, and the residual if it returns that."""
+        ...
 
     def close(self) -> None: ...
 
@@ -53,10 +59,16 @@ class InParts:
         self.place: str | None = getattr(engine, "place", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return np.concatenate([self._engine(part).copy() for part in self._parts(inputs)])
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], ...]:
+        made = [self._engine.outputs(part) for part in self._parts(inputs)]
+        return tuple(np.concatenate(each) for each in zip(*made, strict=True))
+
+    def _parts(self, inputs: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         count = len(next(iter(inputs.values())))
-        parts = [slice(start, start + self._rows) for start in range(0, count, self._rows)]
-        made = [self._engine({name: array[part] for name, array in inputs.items()}).copy() for part in parts]
-        return np.concatenate(made)
+        for start in range(0, count, self._rows):
+            yield {name: array[start : start + self._rows] for name, array in inputs.items()}
 
     def close(self) -> None:
         self._engine.close()
@@ -66,6 +78,8 @@ def open_engine(
     folder: Path, manifest: Manifest, file: str, threads: int | None = None, device: GpuChoice = None
 ) -> Engine:
     """One compiled file of a bundle, for any number of rows that it was built for. device: of a GPU."""
+    if file.startswith(f"{FORECAST}/"):
+        folder, manifest, file = folder / FORECAST, manifest.of_forecast, file.removeprefix(f"{FORECAST}/")
     side, gpu = runner(manifest.backend), GpuShare.of(device)
     chosen = {} if gpu.index is None else {"device": gpu.index}
     if chosen and not getattr(side, "TAKES_DEVICE", False):
@@ -100,9 +114,15 @@ class OpenEngine:
         self.gpu: int | None = getattr(engine, "gpu", None)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return self._checked(self._engine, inputs)
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], ...]:
+        return self._checked(self._engine.outputs, inputs)
+
+    def _checked(self, call: Callable[[Mapping[str, NDArray[Any]]], Made], inputs: Mapping[str, NDArray[Any]]) -> Made:
         self._process.check("engine")
         try:
-            return self._engine(inputs)
+            return call(inputs)
         except KeyError as error:
             raise BackendError(f"the engine takes an input {error}, which its manifest does not name.") from error
 

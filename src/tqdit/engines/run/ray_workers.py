@@ -63,6 +63,7 @@ class Worker:
         """Open a bundle from the content of its files. They are removed when the engine is open."""
         with tempfile.TemporaryDirectory(prefix="tqdit-engine-") as folder:
             for name, content in files.items():
+                Path(folder, name).parent.mkdir(exist_ok=True)  # a forecast lies in a folder of its own
                 Path(folder, name).write_bytes(content)
             self._sampler = Sampler.open(folder, **self._settings)
         return True

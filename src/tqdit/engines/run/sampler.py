@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_BATCH, check_count, check_memory
 from tqdit.card import GraphCard
-from tqdit.engines.bundle import Manifest
+from tqdit.engines.bundle import FORECAST, Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import check_graph, open_bundle
@@ -24,6 +24,7 @@ from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
 from tqdit.sampling.chains import Chains, Network
+from tqdit.sampling.forecasts import ForecastNetwork
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
 from tqdit.sampling.schedule import SamplingSpec
@@ -57,18 +58,19 @@ class Sampler:
 
     def __init__(
         self, card: GraphCard, network: Network, decoder: Network | None = None, batch: int = 16,
-        folder: Path | None = None, any_rows: bool = True,
+        folder: Path | None = None, any_rows: bool = True, forecast: Network | None = None,
     ) -> None:  # fmt: skip
-        """network: ports by name -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
+        """network: ports by name -> prediction; with forecasts it has `outputs`, which also gives the residual.
+        forecast: ports and the residual -> prediction. decoder: {"latents": states} -> images float32 (B, C, H, W), or
         videos (B, C, F, H, W), in -1..1. folder: of the bundle, if it may have text encoders.
-        any_rows: whether the network takes any number of rows. batch: images per call at most. `close` closes both if
-        they have a method of that name.
+        any_rows: whether the network takes any number of rows. batch: images per call at most. `close` closes those
+        of them that have a method of that name.
         """
         check_graph(card)
         self.card = card
         self.batch = check_count("batch", batch, 1, MOST_BATCH)
-        self._network: Network | None = network
-        self._decoder = decoder
+        self._network: Any = network  # None: closed
+        self._forecast, self._decoder = forecast, decoder
         self._folder = folder  # with the text encoders
         self._any_rows = any_rows
         self._texts: TextEncoder | None = None
@@ -96,9 +98,12 @@ class Sampler:
                 verify_engine(Path(path), manifest, network).check(str(path))
             elif verify is None:
                 verify_once(Path(path), manifest, network)
+            forecast = load(f"{FORECAST}/{manifest.forecast}") if manifest.forecast else None
+            if forecast is not None:
+                refused.callback(forecast.close)
             decoder = load(manifest.decoder) if manifest.decoder else None
             refused.pop_all()  # all is right: the engine stays open
-        return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None)
+        return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None, forecast)
 
     @property
     def makes_images(self) -> bool:
@@ -120,6 +125,7 @@ class Sampler:
         sampler: str | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        full_calls: int | Sequence[int] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.uint8]:
         """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
@@ -129,7 +135,8 @@ class Sampler:
         guidance_scale, steps, sampler: None: what the engine's card proposes. timesteps: where the steps lie,
         ascending; None: where the engine's card places them, if steps and sampler are those that it proposes, else
         where the sampler puts them, and so for (). guidance_interval: lowest and highest timestep with guidance
-        (arXiv 2404.07724); outside, an image has one row of a call in place of two. callback: called after every step;
+        (arXiv 2404.07724); outside, an image has one row of a call in place of two. full_calls: how many calls are
+        full, or the steps of those; the others are forecasts (docs/runtime.md). callback: called after every step;
         returning True stops with SamplingStopped. first_image: index of the first image; image i of one call equals
         image 0 of a call with first_image=i. Raises UsageError for values that the model does not take.
         """
@@ -137,7 +144,7 @@ class Sampler:
         latents = self.sample_latents(
             requests, guidance_scale, seed, callback,
             steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
-            first_image=first_image,
+            full_calls=full_calls, first_image=first_image,
         )  # fmt: skip
         return self.to_images(latents)
 
@@ -152,6 +159,7 @@ class Sampler:
         sampler: str | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        full_calls: int | Sequence[int] | None = None,
         first_image: int = 0,
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
@@ -159,7 +167,10 @@ class Sampler:
             self._check_memory(len(requests))  # before they become an array
         count, arrays = check_requests(self.card.signature, requests)
         scale = check_scale(self.card.guidance, guidance_scale)
-        spec = self.choose(steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval)
+        spec = self.choose(
+            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
+            full_calls=full_calls,
+        )  # fmt: skip
         check_key(seed, first_image)
         self._check_memory(count)
         done = np.empty((count, *self.card.state_shape), np.float32)
@@ -171,7 +182,7 @@ class Sampler:
         return done
 
     def choose(self, **chain: Any) -> SamplingSpec:
-        """The chain of these `steps`, `sampler`, `timesteps` and `guidance_interval`, as `sample` takes them.
+        """The chain of these `steps`, `sampler`, `timesteps`, `guidance_interval` and `full_calls`, as for `sample`.
 
         Raises UsageError for what this engine cannot do.
         """
@@ -206,9 +217,9 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine; the sampler cannot be used afterwards."""
-        for network in (self._network, self._decoder):
+        for network in (self._network, self._forecast, self._decoder):
             getattr(network, "close", lambda: None)()
-        self._network = self._decoder = self._texts = None
+        self._network = self._forecast = self._decoder = self._texts = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -218,10 +229,19 @@ class Sampler:
 
     def predict(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """One call of the engine: ports by name to the prediction float32 (rows, K, ...)."""
+        prediction: NDArray[np.float32] = self._opened()(inputs)
+        return prediction
+
+    @property
+    def network(self) -> ForecastNetwork:
+        """The engine as chains call it."""
+        return _Calls(self)
+
+    def _opened(self) -> Any:
         network = self._network
         if network is None:
             raise UsageError("this sampler is closed. Open the engine again.")
-        return network(inputs)
+        return network
 
     def to_images(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """States float32 (N, ...), finished or not, as uint8 images (N, H, W, 3); a latent model decodes them."""
@@ -244,7 +264,27 @@ class Sampler:
             if callback is not None and callback(StepReport(step, spec.steps, images, batch.x.copy())):
                 raise SamplingStopped(f"stopped by the callback at step {step} of images {images}.")
 
-        return chains.run(batch, self.predict, report)
+        return chains.run(batch, self.network, report)
+
+
+class _Calls:
+    """The calls of a sampler's engines."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return self._sampler.predict(inputs)
+
+    def full(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        prediction, residual = self._sampler._opened().outputs(inputs)
+        return prediction, residual
+
+    def forecast(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        self._sampler._opened()
+        network = self._sampler._forecast
+        assert network is not None, "an engine whose card has a residual has a forecast"
+        return network(inputs)
 
 
 def has_pixels(card: GraphCard) -> bool:

@@ -82,6 +82,7 @@ class SamplingJob:
     prompts: PromptSource | None = None  # of the images in turn; None: a model that takes a class, or nothing
     timesteps: tuple[float, ...] = ()  # where the steps lie; (): where the sampler puts them
     guidance_interval: tuple[float, float] | None = None  # lowest and highest timestep with guidance; None: all
+    full_calls: tuple[int, ...] = ()  # steps with a full call, the others being forecasts; (): all are full
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.shard_size < 1:
@@ -115,7 +116,7 @@ class SamplingJob:
     @property
     def chain(self) -> dict[str, Any]:
         """What `SamplingSpec.choose` and `Sampler.sample` take of the chain."""
-        names = ("steps", "sampler", "timesteps", "guidance_interval")
+        names = ("steps", "sampler", "timesteps", "guidance_interval", "full_calls")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -143,16 +144,18 @@ def describe_job(
     engine: Path, manifest: Manifest, shown: list[int] | Prompts | None, seed: int, count: int,
     shard_size: int = SHARD_SIZE, *, guidance_scale: float | None = None, steps: int | None = None,
     sampler: str | None = None, timesteps: Sequence[float] | None = None,
-    guidance_interval: tuple[float, float] | None = None,
+    guidance_interval: tuple[float, float] | None = None, full_calls: int | Sequence[int] | None = None,
 ) -> SamplingJob:  # fmt: skip
     """A job for a bundle. shown: classes or prompts, in turn; None: all classes of the model. guidance_scale, steps,
-    sampler, timesteps, guidance_interval: as for `Sampler.sample`. Raises UsageError for what the model cannot do.
+    sampler, timesteps, guidance_interval, full_calls: as for `Sampler.sample`. Raises UsageError for what the model
+    cannot do.
     """
     card = manifest.card
     scale = check_scale(card.guidance, guidance_scale)
     spec = card.choose(
-        manifest.batch is None, steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval
-    )
+        manifest.batch is None, steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
+        full_calls=full_calls,
+    )  # fmt: skip
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
     prompts = shown if isinstance(shown, Prompts) else None
@@ -169,6 +172,7 @@ def describe_job(
         prompts=None if prompts is None else prompts.source,
         timesteps=spec.timesteps,
         guidance_interval=spec.guidance_interval,
+        full_calls=spec.full_calls,
     )
 
 

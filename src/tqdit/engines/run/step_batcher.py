@@ -47,8 +47,8 @@ class BatcherStats:
     """A moment of a batcher, for a server's metrics."""
 
     waiting: int  # requests that have not begun
-    running: int  # requests that take part in every engine call
-    engine_calls: int  # so far
+    running: int  # requests that take part in every full engine call
+    engine_calls: int  # so far, forecasts among them
     steps: int  # of all requests in those calls; steps / engine_calls is the mean number of images per call
 
 
@@ -110,7 +110,8 @@ class StepBatcher:
             image = future.result()  # uint8 (H, W, 3)
 
     A request begins at the next step after there is a place in the batch, in the order of arrival, and keeps its place
-    until its image is done. Every running request takes part in every call. The image is that of `Sampler.sample` for
+    until its image is done. Every running request takes part in every full call; those that forecast make these steps
+    between two full calls, apart from the others. The image is that of `Sampler.sample` for
     the same request, guidance scale, seed, steps and sampler with first_image=image_index, bit for bit on one CPU
     backend.
 
@@ -173,6 +174,7 @@ class StepBatcher:
         sampler: str | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        full_calls: int | Sequence[int] | None = None,
         deadline: float | None = None,
         on_progress: ProgressCallback | None = None,
         preview_every: int = 0,
@@ -183,7 +185,7 @@ class StepBatcher:
 
         request: the class (0..num_classes, the last one is unconditional) for a class-conditional model, None for an
         unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler,
-        timesteps, guidance_interval: as for `Sampler.sample`.
+        timesteps, guidance_interval, full_calls: as for `Sampler.sample`.
         deadline: seconds from now, checked before every step. on_progress: called after each of the request's
         steps, on the batcher's thread; returning True stops the request. preview_every N: its Progress carries a copy
         of the state after every Nth step (`sampler.to_images` makes pictures of it).
@@ -200,8 +202,9 @@ class StepBatcher:
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
         schedule = self._sampler.choose(
-            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval
-        ).schedule
+            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
+            full_calls=full_calls,
+        ).schedule  # fmt: skip
         check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")
@@ -310,12 +313,13 @@ class StepBatcher:
         return True
 
     def _step(self) -> None:
-        """One engine call for every running request."""
-        count = self._chains.count
-        if not count:
+        """One engine call: a forecast for the requests whose next step is one, else a full call for all."""
+        if not self._chains.count:
             return
+        count = self._forecasts_first() or self._chains.count
         try:
-            finite = self._chains.advance(self._sampler.predict(self._chains.inputs()))
+            with self._chains.first(count):
+                finite = self._chains.step(self._sampler.network)
         except BaseException as error:  # of any kind: the thread continues and the requests get the error
             for place in reversed(range(count)):
                 request = self._running[place]
@@ -328,6 +332,14 @@ class StepBatcher:
         left = [place for place in range(count) if not self._advance(place, bool(finite[place]))]
         for place in reversed(left):
             self._remove(place)
+
+    def _forecasts_first(self) -> int:
+        """Give the lowest places to the requests whose next step is a forecast; how many there are."""
+        found = [place for place in range(self._chains.count) if not self._chains.is_full(place)]
+        for place, request in enumerate(found):
+            self._chains.swap(place, request)
+            self._running[place], self._running[request] = self._running[request], self._running[place]
+        return len(found)
 
     def _advance(self, place: int, finite: bool) -> bool:
         """Report its step to one request. False: it needs its place no longer."""

@@ -8,7 +8,10 @@ class PlainEngine:
         self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, inputs):
-        return self.session.run(None, dict(inputs))[0]
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs):
+        return tuple(self.session.run(None, {port.name: inputs[port.name] for port in self.session.get_inputs()}))
 
     def close(self):
         self.session = None

@@ -49,10 +49,16 @@ class OrtEngine:
         if provider != "cpu":
             self.place = f"{cuda.kind_of(device or 0)}, {provider}, ONNX Runtime {ort.__version__}"
         self._inputs = [value.name for value in self._session.get_inputs()]
-        output = self._session.get_outputs()[0]
-        self._output, self._shape = output.name, output.shape
+        self._outputs = [(value.name, tuple(value.shape[1:])) for value in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return self._run(inputs, 1)[0]
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], ...]:
+        return self._run(inputs, len(self._outputs))
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], count: int) -> tuple[NDArray[np.float32], ...]:
+        """The first `count` outputs; what only the others need is not computed."""
         session = self._session
         if session is None:
             raise UsageError("this engine is closed. Open it again.")
@@ -60,13 +66,14 @@ class OrtEngine:
         fed = [np.ascontiguousarray(inputs[name]) for name in self._inputs]
         for name, value in zip(self._inputs, fed, strict=True):
             binding.bind_cpu_input(name, value)
-        out = np.empty((len(fed[0]), *self._shape[1:]), np.float32)
-        binding.bind_output(self._output, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        made = tuple(np.empty((len(fed[0]), *shape), np.float32) for _, shape in self._outputs[:count])
+        for (name, _), out in zip(self._outputs, made, strict=False):
+            binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # a class of its own for each status code
             raise BackendError(f"{self._file}: ONNX Runtime failed to run it ({first_line(error)}).") from error
-        return out
+        return made
 
     def close(self) -> None:
         """Calls under way end as usual; the memory goes with the last of them."""

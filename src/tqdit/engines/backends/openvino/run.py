@@ -29,7 +29,13 @@ class OpenVinoEngine:
         self._idle: list[Any] = []  # append and pop are atomic
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Inputs are read where they lie and the output is copied once, out of the request's own buffer."""
+        return self._run(inputs, 1)[0]
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], ...]:
+        return self._run(inputs, len(self._compiled.outputs) if self._compiled is not None else 0)
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]], count: int) -> tuple[NDArray[np.float32], ...]:
+        """Inputs are read where they lie and an output is copied once, out of the request's own buffer."""
         compiled = self._compiled
         if compiled is None:
             raise UsageError("this engine is closed. Open it again.")
@@ -43,10 +49,10 @@ class OpenVinoEngine:
             request.wait()
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong; the request is dropped
             raise BackendError(f"{self._file}: OpenVINO failed to run it ({reason(error)}).") from error
-        result: NDArray[np.float32] = np.array(request.get_output_tensor(0).data)
+        made = tuple(np.array(request.get_output_tensor(index).data) for index in range(count))
         if self._compiled is not None:
             self._idle.append(request)
-        return result
+        return made
 
     def close(self) -> None:
         """Calls under way end as usual; the memory goes with the last of them."""

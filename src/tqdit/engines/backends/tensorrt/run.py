@@ -90,13 +90,21 @@ class TensorRTEngine:
             if weight_budget is not None and is_entry:  # before contexts and their memory, whose size depends on it
                 _limit_weights(self._engine, weight_budget, file, f"{library.title} {trt.__version__}")
                 self._captures = False  # whether a graph may hold copies of weights is not documented
-            self._inputs, (self._output,) = _tensors(trt, self._engine)
+            self._inputs, self._outputs = _tensors(trt, self._engine)
+            self._output = self._outputs[0]
             self._pool = cuda.make_pool(self._device)
             self._stream = self._device.handle.create_stream()  # neither it nor the default stream waits for the other
             self._scratch = self._allocate(max(1, int(self._engine.device_memory_size_v2)))
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """NumPy in, NumPy out. Rows are filled up to the next bucket with copies of the last one."""
+        return self._call(inputs, self._outputs[:1])[0]
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], ...]:
+        """As a call; all outputs."""
+        return self._call(inputs, self._outputs)
+
+    def _call(self, inputs: Mapping[str, NDArray[Any]], wanted: tuple[Tensor, ...]) -> tuple[NDArray[np.float32], ...]:
         with self._turn():
             rows = self._rows({name: np.shape(value) for name, value in inputs.items()})
             bound = self._bind(self._bucket(rows))
@@ -106,11 +114,12 @@ class TensorRTEngine:
                 pinned.array[rows:] = pinned.array[rows - 1]
                 bound.device[tensor.name].copy_from(pinned.buffer, stream=self._stream)
             self._run(bound)
-            out = bound.host[self._output.name]
-            out.buffer.copy_from(bound.device[self._output.name], stream=self._stream)
+            made = [bound.host[output.name] for output in wanted]
+            for output, out in zip(wanted, made, strict=True):
+                out.buffer.copy_from(bound.device[output.name], stream=self._stream)
             self._stream.sync()
             self._capture(bound)
-            return out.array[:rows].astype(np.float32, copy=True)
+            return tuple(out.array[:rows].astype(np.float32, copy=True) for out in made)
 
     def run_on_device(self, inputs: Mapping[str, Any], stream: Any = None, out: Any = None) -> Any:
         """GPU arrays in, a GPU array out, without waiting: (B, ...) as the graph names them.
@@ -213,9 +222,9 @@ class TensorRTEngine:
         context.set_device_memory(int(self._scratch.handle), int(self._engine.device_memory_size_v2))
         bound = Bound(context, {}, {})
         try:
-            for tensor in (*self._inputs, self._output):
+            for tensor in (*self._inputs, *self._outputs):
                 shape = (rows, *tensor.tail)
-                if tensor is not self._output and not context.set_input_shape(tensor.name, shape):
+                if tensor in self._inputs and not context.set_input_shape(tensor.name, shape):
                     images = -(-rows // self._rows_per_image)
                     raise UsageError(
                         f"the engine was not built for {rows} row(s). Use fewer at a time, or build it with a larger "
@@ -223,7 +232,7 @@ class TensorRTEngine:
                     )
                 bound.host[tensor.name] = cuda.PinnedArray(shape, tensor.dtype)
                 bound.device[tensor.name] = self._allocate(bound.host[tensor.name].buffer.size)
-                if tensor is not self._output:  # rows that no caller fills hold values that a network takes
+                if tensor in self._inputs:  # rows that no caller fills hold values that a network takes
                     bound.host[tensor.name].array[...] = 0
                     bound.device[tensor.name].copy_from(bound.host[tensor.name].buffer, stream=self._stream)
                 if not context.set_tensor_address(tensor.name, int(bound.device[tensor.name].handle)):
