@@ -4,13 +4,13 @@
     python benchmarks/forecasts.py text [--scales text.safetensors]       the text demo, on captions never trained on
 
 A call is full, or a forecast: then the tokens get d, extrapolated from earlier full calls, in place of the blocks.
-d = the tokens after the last block less those before the first one; the extrapolation is linear in the timestep, its
-slope times --damping (0 repeats the last d). A forecast costs the embeddings and the final layer, about 1 % of a
-DiT-XL/2. The first two calls and the last one are full, and every k-th of those between.
+d = the tokens after the last block less those before the first one; the extrapolation is linear in the timestep
+(`tqdit.sampling.forecasts`). The first two calls and the last one are full, and every k-th of those between.
 
-Of a demo model in PyTorch, float and with --scales. Deterministic chains are compared with 500 calls of
-DPM-Solver++ 2M of the float model, those of DDPM with the chain of all full calls: |x - x_ref|^2 / |x_ref|^2 of the
-last states of one noise, median and mean over the images.
+Of a demo model in PyTorch, float and with --scales, and of an engine of it with --engine. Deterministic chains are
+compared with 500 calls of DPM-Solver++ 2M of the float model, those of DDPM with the chain of all full calls:
+|x - x_ref|^2 / |x_ref|^2 of the last states of one noise, median and mean over the images. In PyTorch a forecast
+computes the blocks, too: seconds mean something for engines alone.
 """
 
 from __future__ import annotations
@@ -18,23 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from tqdit.engines.run.sampler import Sampler
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.tools import processor
-from tqdit.models.loaded import LoadedModel
 from tqdit.ports import check_requests
 from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import read_scale_table
 from tqdit.sampling import chains
-from tqdit.sampling.chains import Chains, Float32
+from tqdit.sampling.chains import Chains, Float32, Network
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.placement import spacings
 
@@ -42,46 +40,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from ablation_subjects import STEPS, SUBJECTS
 
 CONVERGED = ("dpm++2m", 500)
-BLOCKS = ("blocks", "transformer_blocks")  # what the two networks call them
-
-
-class Forecasts(nn.Module):
-    """A network call by call, some with forecast blocks. It stands in the place of the blocks."""
-
-    def __init__(self, model: LoadedModel, full: NDArray[np.bool_], damping: float) -> None:
-        super().__init__()
-        self._model, self._full, self._damping = model, full, damping
-        network = getattr(model.network, "network", model.network)  # a quantized one has it inside
-        self._owner, self._name = [network], next(name for name in BLOCKS if hasattr(network, name))
-        self._blocks = [*getattr(network, self._name)]
-        self._call = 0
-        self._known: list[tuple[float, Tensor]] = []  # timestep and d of the last two full calls
-
-    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Float32:
-        self._time = float(inputs[self._model.signature.time.name][0])
-        (owner,), kept = self._owner, getattr(self._owner[0], self._name)
-        setattr(owner, self._name, nn.ModuleList([self._stand_in()]))
-        try:
-            return self._model(inputs)
-        finally:
-            setattr(owner, self._name, kept)
-            self._call += 1
-
-    def _stand_in(self) -> nn.Module:
-        found = nn.Module()
-        found.forward = self._full_blocks if self._full[self._call] else self._forecast  # type: ignore[method-assign]
-        return found
-
-    def _full_blocks(self, tokens: Tensor, *rest: Any, **named: Any) -> Tensor:
-        after = tokens
-        for block in self._blocks:
-            after = block(after, *rest, **named)
-        self._known = [(self._time, after - tokens), *self._known[:1]]
-        return after
-
-    def _forecast(self, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-        (time, d), (before, d_before) = self._known
-        return tokens + d + self._damping * (self._time - time) / (time - before) * (d - d_before)
 
 
 def every(calls: int, gap: int) -> NDArray[np.bool_]:
@@ -100,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spacing", choices=("uniform", "karras", "log-snr"), default="uniform", help="of dpm++2m's "
                         "steps (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--damping", type=float, nargs="+", default=[0.0, 0.5, 1.0])
+    parser.add_argument("--engine", type=Path, help="also on this engine, built from a file of tqdit-export --forecast")
     parser.add_argument("--ddpm", action="store_true", help="also DDPM's chain of 250 steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -112,53 +70,57 @@ def main() -> None:
     scale = check_scale(
         model.guidance, 1.5 if args.guidance_scale is None and args.model == "demo" else args.guidance_scale
     )
-    models = {"float": model}
+    models: dict[str, Network] = {"float": model}
     if args.scales:
         table = read_scale_table(args.scales)
         models["W8A8"] = apply(model, table)
 
-    def sample(model: LoadedModel, sampler: str, calls: int, gap: int = 1, damping: float = 1.0) -> Float32:
+    if args.engine:
+        models["engine"] = Sampler.open(args.engine).network
+
+    def sample(network: Network, sampler: str, calls: int, gap: int = 1) -> Float32:
         batch = Chains(model.signature, model.guidance, args.n)
         spec = model.sampling.choose(calls, sampler)
         if sampler == CONVERGED[0] and calls < CONVERGED[1]:
             assert spec.process.noising is not None
             spec = spec.choose(timesteps=spacings(spec.process.noising, calls)[args.spacing])
+        spec = spec.choose(full_calls=np.flatnonzero(every(calls, gap)).tolist())
         for image in range(args.n):
             request = {name: values[image] for name, values in requests.items()}
             batch.add(spec.schedule, request, scale, args.seed, image)
-        network = model if gap == 1 else Forecasts(model, every(calls, gap), damping)
         return chains.run(batch, network).copy()
 
     print(f"{args.model}: {args.n} images, guidance {scale:g}, seed {args.seed}, spacing {args.spacing}; {processor()}")
-    print("| chain | full calls | model | forecasts | median | mean |")
-    print("|---|---|---|---|---|---|")
+    print("| chain | full calls | model | forecasts | median | mean | seconds |")
+    print("|---|---|---|---|---|---|---|")
     rows = []
 
-    def report(kind: str, reference: Float32, sampler: str, calls: int, gap: int, damping: float) -> None:
+    def report(kind: str, reference: Float32, sampler: str, calls: int, gap: int) -> None:
         full = int(every(calls, gap).sum())
-        errors = relative_errors(reference, sample(models[kind], sampler, calls, gap, damping))
-        rows.append({"model": kind, "sampler": sampler, "calls": calls, "full": full, "gap": gap, "damping": damping,
+        started = time.perf_counter()
+        found = sample(models[kind], sampler, calls, gap)
+        seconds = time.perf_counter() - started
+        errors = relative_errors(reference, found)
+        rows.append({"model": kind, "sampler": sampler, "calls": calls, "full": full, "gap": gap, "seconds": seconds,
                      "median": float(np.median(errors)), "mean": float(errors.mean())})  # fmt: skip
-        what = "none" if gap == 1 else f"all but every {gap}th, damping {damping:g}"
-        print(f"| {calls} of {sampler} | {full} | {kind} | {what} | {np.median(errors):.1e} | {errors.mean():.1e} |",
-              flush=True)  # fmt: skip
+        what = "none" if gap == 1 else f"all but every {gap}th"
+        print(f"| {calls} of {sampler} | {full} | {kind} | {what} | {np.median(errors):.1e} | {errors.mean():.1e} | "
+              f"{seconds:.1f} |", flush=True)  # fmt: skip
 
     reference = sample(model, *CONVERGED)
     for kind in models:
         for calls in (8, 10, 12, 14, 17, 20, 25, 34, 50):
-            report(kind, reference, "dpm++2m", calls, 1, 1.0)
+            report(kind, reference, "dpm++2m", calls, 1)
         for calls in (16, 20, 25, 34, 50, 75, 100):
             for gap in (2, 3, 4):
-                for damping in args.damping:
-                    report(kind, reference, "dpm++2m", calls, gap, damping)
+                report(kind, reference, "dpm++2m", calls, gap)
     if args.ddpm:
         for kind, each in models.items():
             whole = sample(each, "ddpm", 250)
             if kind != "float":
-                report(kind, sample(model, "ddpm", 250), "ddpm", 250, 1, 1.0)  # what 8 bits cost on that chain
+                report(kind, sample(model, "ddpm", 250), "ddpm", 250, 1)  # what 8 bits cost on that chain
             for gap in (2, 3):
-                for damping in args.damping:
-                    report(kind, whole, "ddpm", 250, gap, damping)
+                report(kind, whole, "ddpm", 250, gap)
     if args.json:
         args.json.write_text(
             json.dumps({"model": args.model, "images": args.n, "seed": args.seed, "rows": rows}, indent=1) + "\n"

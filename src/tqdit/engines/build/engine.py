@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from tqdit.engines.build.backend import Builder, builder, choose_backend
-from tqdit.engines.build.forecast import check_forecast, forecast_file
+from tqdit.engines.build.forecast import forecast_file
 from tqdit.engines.build.prepare import prepared, settled
 from tqdit.engines.bundle import (
     CALLS_FILE,
@@ -25,10 +25,9 @@ from tqdit.engines.bundle import (
 from tqdit.engines.config import LAYERS_FILE, LAYERS_KEPT, QUANTIZED, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.backend import open_engine
-from tqdit.engines.run.verify import verify_bundle
+from tqdit.engines.run.verify import check_forecast, verify_bundle
 from tqdit.errors import BackendError, FileFormatError, TqditWarning, VerificationError
 from tqdit.files import bring, whole_folder
-from tqdit.golden import GoldenCalls
 from tqdit.onnx_file import OnnxFile
 from tqdit.version import __version__
 
@@ -90,7 +89,7 @@ def build_engine(
             manifest = compiled(config)
             try:
                 manifest = _verified(folder, manifest, config, compiler, output)
-                _check_forecast(folder, manifest, config, compiler, golden)
+                _check_forecast(folder, manifest, config, compiler)
                 break
             except VerificationError as error:
                 config = _another_way(error, manifest, config)
@@ -137,9 +136,7 @@ def _layers_kept(folder: Path, output: Path, layers: Path | None) -> Iterator[No
     said.unlink(missing_ok=True)
 
 
-def _check_forecast(
-    folder: Path, manifest: Manifest, config: BuildConfig, compiler: Builder, golden: GoldenCalls | None
-) -> None:
+def _check_forecast(folder: Path, manifest: Manifest, config: BuildConfig, compiler: Builder) -> None:
     """Run a forecast, if there is one and the engine runs here. Raises VerificationError if it is wrong."""
     if manifest.forecast is None or not _runs_here(config, compiler):
         return
@@ -149,7 +146,7 @@ def _check_forecast(
             engines.enter_context(closing(open_engine(folder, manifest, file, device=config.device)))
             for file in (manifest.entry, part)
         )
-        check_forecast(full, forecast, manifest.card, golden, manifest.float_type)
+        check_forecast(folder, manifest, full, forecast)
 
 
 def _runs_here(config: BuildConfig, compiler: Builder) -> bool:

@@ -11,21 +11,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from tqdit.card import GraphCard
-from tqdit.engines.run.backend import Engine
-from tqdit.errors import FileFormatError, VerificationError
+from tqdit.errors import FileFormatError
 from tqdit.files import temporary_folder
-from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.graph_names import scope_of
 from tqdit.onnx_file import OnnxFile, save
 from tqdit.sampling.forecasts import RESIDUAL
 
 FLOAT32 = ir.DataType.FLOAT
-LIMIT = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 1e-2}  # of a forecast with the true residual, against the full call
 
 
 @contextmanager
@@ -87,31 +83,3 @@ def cut_blocks(model: ir.Model, where: str) -> None:
     for unused in [each for each in graph.inputs if not each.uses()]:
         graph.inputs.remove(unused)
     model.metadata_props.clear()
-
-
-def check_forecast(
-    full: Engine, forecast: Engine, card: GraphCard, golden: GoldenCalls | None, float_type: str
-) -> None:
-    """Raise VerificationError unless a forecast with the residual of a full call gives the prediction of that call.
-
-    The inputs are those of a golden call, or normal numbers if there is none.
-    """
-    rows = card.rows_per_image
-    if golden is not None:
-        inputs = {name: np.repeat(array[:1], rows, axis=0) for name, array in golden.inputs.items()}
-    else:
-        generator = np.random.default_rng(0)
-        inputs = card.signature.zeros(rows)
-        for name in (card.signature.state.name, *(port.name for port in card.signature.requests)):
-            if inputs[name].dtype == np.float32:
-                inputs[name] = generator.standard_normal(inputs[name].shape, np.float32)
-        middle = sum(card.sampling.process.span) / 2
-        time = inputs[card.signature.time.name]
-        time[...] = middle if np.isfinite(middle) else 1
-    prediction, residual = full.outputs(inputs)
-    found = relative_errors(forecast({**inputs, RESIDUAL: residual}), prediction).max()
-    if not found <= LIMIT[float_type]:
-        raise VerificationError(
-            f"a forecast with the residual of a full call is {found:.1e} from that call's prediction, expected at most "
-            f"{LIMIT[float_type]:.0e}. Export the model without --forecast."
-        )

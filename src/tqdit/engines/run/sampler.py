@@ -19,7 +19,7 @@ from tqdit.engines.config import BatchRange
 from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.engines.run.requests import open_texts, read_embeddings
-from tqdit.engines.run.verify import verify_engine, verify_once
+from tqdit.engines.run.verify import check_forecast, verify_engine, verify_once
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -101,6 +101,8 @@ class Sampler:
             forecast = load(f"{FORECAST}/{manifest.forecast}") if manifest.forecast else None
             if forecast is not None:
                 refused.callback(forecast.close)
+                if verify or (verify is None and network.place is not None):  # on a CPU where it was built
+                    check_forecast(Path(path), manifest, network, forecast)
             decoder = load(manifest.decoder) if manifest.decoder else None
             refused.pop_all()  # all is right: the engine stays open
         return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None, forecast)

@@ -17,8 +17,12 @@ from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import Engine, open_engine
 from tqdit.errors import FileFormatError, OutputError, UsageError, VerificationError
 from tqdit.files import cache_folder, read_npz, whole_file
-from tqdit.golden import GoldenCalls, Verdict, verify
+from tqdit.golden import GoldenCalls, Verdict, relative_errors, verify
 from tqdit.ports import check_call
+from tqdit.sampling.forecasts import RESIDUAL
+
+# Of a forecast with the true residual against the full call: the rounding of a difference, a sum, and codes at ties.
+FORECAST_ERRORS = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 1e-2}
 
 
 def verify_bundle(folder: Path, manifest: Manifest, device: GpuChoice = None) -> Verdict:
@@ -40,6 +44,14 @@ def verify_once(folder: Path, manifest: Manifest, engine: Engine) -> None:
     record = _record(manifest, engine)
     if record is not None and CALLS_FILE in manifest.files and not record.is_file():
         verify_engine(folder, manifest, engine).check(str(folder))
+
+
+def _computed_in(manifest: Manifest, engine: Engine) -> str:
+    """The float type whose errors are to be expected: GPUs multiply float32 in TF32, which has the significant bits of
+    float16.
+    """
+    on_gpu = getattr(engine, "place", None) is not None
+    return "fp16" if on_gpu and manifest.float_type == "fp32" else manifest.float_type
 
 
 def _record(manifest: Manifest, engine: Engine) -> Path | None:
@@ -87,10 +99,37 @@ def verify_engine(folder: Path, manifest: Manifest, engine: Engine) -> Verdict:
             found.append(engine(repeated)[0].copy())  # an engine may reuse its output
         return np.stack(found)
 
-    # GPUs multiply float32 in TF32, which has the significant bits of float16
-    place = getattr(engine, "place", None)
-    verdict = verify(calls, network, "fp16" if place and manifest.float_type == "fp32" else manifest.float_type)
+    verdict = verify(calls, network, _computed_in(manifest, engine))
     record = _record(manifest, engine)
     if record is not None and verdict.passes:
-        _remember(record, str(place), verdict)
+        _remember(record, str(getattr(engine, "place", None)), verdict)
     return verdict
+
+
+def check_forecast(folder: Path, manifest: Manifest, full: Engine, forecast: Engine) -> None:
+    """Raise VerificationError unless a forecast with the residual of a full call gives the prediction of that call.
+
+    The inputs are those of a golden call, or normal numbers if there is none.
+    """
+    card = manifest.card
+    rows = card.rows_per_image * (1 if manifest.batch is None else manifest.batch.least)
+    if CALLS_FILE in manifest.files:
+        golden = GoldenCalls.of(read_npz(folder / CALLS_FILE))
+        inputs = {name: np.repeat(array[:1], rows, axis=0) for name, array in golden.inputs.items()}
+    else:
+        generator = np.random.default_rng(0)
+        inputs = card.signature.zeros(rows)
+        for name in (card.signature.state.name, *(port.name for port in card.signature.requests)):
+            if inputs[name].dtype == np.float32:
+                inputs[name] = generator.standard_normal(inputs[name].shape, np.float32)
+        middle = sum(card.sampling.process.span) / 2
+        time = inputs[card.signature.time.name]
+        time[...] = middle if np.isfinite(middle) else 1
+    prediction, residual = full.outputs(inputs)
+    found = relative_errors(forecast({**inputs, RESIDUAL: residual}), prediction).max()
+    limit = FORECAST_ERRORS[_computed_in(manifest, full)]
+    if not found <= limit:
+        raise VerificationError(
+            f"{folder}: a forecast with the residual of a full call is {found:.1e} from that call's prediction, "
+            f"expected at most {limit:.0e}. Export the model without --forecast."
+        )
