@@ -143,12 +143,15 @@ def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
     def digest_of(model: LoadedModel, config: ExportConfig, table: ScaleTable | None) -> str:
         network, digest = model.network, hashlib.sha256()
         chain = () if config.graph == "denoiser" else (config.sampling(model, table), config.guidance(model, table))
-        digest.update(repr(config.forecasts(table)).encode())
         for values in vars(chain[0].schedule).values() if chain else ():
             digest.update(repr(None if values is None else np.asarray(values).tolist()).encode())
         constants = sorted((*model.constants.items(), *model.alike.items()), key=lambda item: item[0])
         own = getattr(network, "config", None)
-        digest.update(repr((config.graph, config.opset, chain, model.signature, type(network), network, own)).encode())
+        digest.update(
+            repr(
+                (config.graph, config.opset, config.forecast, chain, model.signature, type(network), network, own)
+            ).encode()
+        )
         for name, value in (*network.named_parameters(), *network.named_buffers(), *constants):
             digest.update(f"{name} {type(value)}".encode())
             if isinstance(value, torch.Tensor):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tqdit
 from evaluate.commands import evaluate, refused
 from tqdit.cli.main import run
 from tqdit.demo.glyphs import draw
@@ -316,6 +317,35 @@ def test_samplers_and_spacings_are_compared_at_equal_calls(flow, tmp_path, monke
     page = report.read_text()
     assert "unipc, placed" in page
     assert f'data-key="calls.{len(points) - 1}.error.value"' in page
+
+
+@pytest.mark.slow
+def test_forecasts_are_compared_at_equal_full_calls(flow, tmp_path, monkeypatch, capsys):
+    """Twice as many steps, every second one a forecast, beside chains of full calls alone."""
+    monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 12))
+    monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 12))
+    file, bundle = tmp_path / "model.onnx", tmp_path / "model.engine"
+    tqdit.export("demo", file, scales=flow / "scales.safetensors", steps=5, forecast=True)
+    tqdit.build(file, bundle, backend="onnxruntime")
+    facts = evaluate(tmp_path, bundle, "--against", flow / "float.engine", "-n", 2, "--float-seeds", 0, "--calls",
+                     "3,6", "--metrics", "accuracy")  # fmt: skip
+    points = {(point["sampler"], point["spacing"], point["calls"]): point for point in facts["calls"]}
+    assert {key for key in points if "forecasts" in key[1]} == {
+        (sampler, f"{spacing}, forecasts", 3)
+        for sampler in ("dpm++2m", "unipc")
+        for spacing in ("uniform", "karras", "log-snr", "placed")
+    }
+    with Sampler.open(bundle) as engine, Sampler.open(flow / "float.engine") as floating:
+        end = floating.sample_latents(
+            np.arange(2), sampler="dpm++2m", timesteps=dense(Diffusion(learned_variance=True), 12)
+        )
+        for name in ("karras", "placed"):
+            point = points["unipc", f"{name}, forecasts", 3]
+            assert point["timesteps"] == points["unipc", name, 6]["timesteps"]
+            found = engine.sample_latents(
+                np.arange(2), steps=6, sampler="unipc", timesteps=point["timesteps"], full_calls=3
+            )
+            assert point["error"]["value"] == pytest.approx(relative_errors(end, found).mean(), rel=1e-5)
 
 
 def test_calls_that_cannot_be_compared_are_refused(flow, capsys):

@@ -304,7 +304,8 @@ def _sampled(card: GraphCard) -> Facts:
     chain = _chain(card.sampling, card.guidance)
     published = [] if card.published is None else [("as published", str(card.published))]
     correction = [] if card.correction is None else [("correction", str(card.correction))]
-    return [*_call(signature), ("state", _space(card)), *classes, *chain, *published, *correction]
+    residual = [] if card.residual is None else [("forecasts", f"of tokens {card.residual}: tqdit-sample --full-calls")]
+    return [*_call(signature), ("state", _space(card)), *classes, *chain, *published, *correction, *residual]
 
 
 def _call(signature: Signature) -> Facts:

@@ -24,6 +24,7 @@ from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.paired import relative_errors
 from tqdit.ports import check_requests
 from tqdit.sampling.chains import Chains
+from tqdit.sampling.forecasts import LEAST_FULL, spread
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.placement import FIRST_IMAGE, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
 from tqdit.sampling.process import Diffusion, Flow
@@ -32,6 +33,7 @@ from tqdit.sampling.schedule import SamplingSpec, samplers_of
 CONVERGED = ("dpm++2m", 200)  # sampler and steps of the reference
 MOST_CALLS = LONG[1] // STRIDE
 SPACED = ("dpm++2m", "unipc")  # samplers that are tried with every spacing; others with their own alone
+_Methods = dict[tuple[str, str, int], tuple[int, tuple[float, ...]]]  # sampler, spacing, full calls -> steps, timesteps
 Distance = Callable[[SampledChains], Measure | None]  # of the pictures to a reference
 
 
@@ -41,7 +43,7 @@ class Point:
 
     sampler: str
     spacing: str
-    calls: int
+    calls: int  # full ones
     timesteps: tuple[float, ...]
     error: Measure  # |x_0 - x_ref|^2 / |x_ref|^2, mean over images
     error_median: float
@@ -63,30 +65,44 @@ def measure_calls(
     prompts: Prompts | None = None,
 ) -> list[Point]:  # fmt: skip
     """Every method with every number of calls, each with the noise and the classes or prompts of `job`. floating: of
-    the float model, which is the reference. samplers: those to try; (): all deterministic ones. also: samplers with a
+    the float model, which is the reference; of an engine with forecasts also chains of 2 N steps with N full calls, if
+    `counts` has N and 2 N. samplers: those to try; (): all deterministic ones. also: samplers with a
     number of calls and their own spacing. prompts: those that the job was described with."""
     process = engine.card.sampling.process.noising
     assert process is not None
-    methods = _methods(floating, job, counts, samplers or deterministic(process), console, prompts)
-    methods |= {(sampler, "uniform", calls): () for sampler, calls in also}
+    found = _methods(floating, job, counts, samplers or deterministic(process), console, prompts)
+    found |= {(sampler, "uniform", calls): () for sampler, calls in also}
     own = engine.card.sampling
     if own.timesteps:
-        methods[own.sampler, "engine's own", own.steps] = own.timesteps
-    total = job.shards * (CONVERGED[1] + sum(calls for _, _, calls in methods))
+        found[own.sampler, "engine's own", own.steps] = own.timesteps
+    methods = {key: (key[2], timesteps) for key, timesteps in found.items()}
+    if engine.card.residual is not None:
+        methods |= _with_forecasts(found)
+    total = job.shards * (CONVERGED[1] + sum(steps for steps, _ in methods.values()))
     with console.bar(total, "calls", "steps") as bar:
         sampler, steps = CONVERGED
         long = replace(job, sampler=sampler, steps=steps, timesteps=dense(process, steps))
         reference = chains.run(floating, long, bar.update, prompts).latents
         points = []
-        for (name, spacing, calls), timesteps in methods.items():
-            short = replace(job, sampler=name, steps=calls, timesteps=timesteps)
-            found = chains.run(engine, short, bar.update, prompts)
-            errors = relative_errors(reference, found.latents)
+        for (name, spacing, calls), (steps, timesteps) in methods.items():
+            full = spread(steps, calls) if calls < steps else ()
+            short = replace(job, sampler=name, steps=steps, timesteps=timesteps, full_calls=full)
+            made = chains.run(engine, short, bar.update, prompts)
+            errors = relative_errors(reference, made.latents)
             points.append(
-                Point(name, spacing, calls, timesteps, of_mean(errors), float(np.median(errors)), found.seconds,
-                      distance(found))
+                Point(name, spacing, calls, timesteps, of_mean(errors), float(np.median(errors)), made.seconds,
+                      distance(made))
             )  # fmt: skip
     return points
+
+
+def _with_forecasts(found: Mapping[tuple[str, str, int], tuple[float, ...]]) -> _Methods:
+    """Of each sampler and spacing that is tried with N and with 2 N calls: 2 N steps of which N have full calls."""
+    return {
+        (sampler, f"{spacing}, forecasts", calls): (2 * calls, found[sampler, spacing, 2 * calls])
+        for sampler, spacing, calls in found
+        if sampler in SPACED and calls >= LEAST_FULL and (sampler, spacing, 2 * calls) in found
+    }
 
 
 def deterministic(process: Diffusion | Flow) -> tuple[str, ...]:

@@ -58,15 +58,10 @@ class ExportConfig:
         chain = model.sampling.choose(own.steps, own.sampler)
         if placed is not None and self.graph == "denoiser":
             try:
-                chain = model.sampling.choose(None, placed.sampler, placed.timesteps, full_calls=placed.full_calls)
+                chain = model.sampling.choose(None, placed.sampler, placed.timesteps)
             except UsageError as error:
                 raise FileFormatError(f"the scale table's placed steps: {error} Calibrate again.") from error
         return chain.choose(self.steps, self.sampler)
-
-    def forecasts(self, table: ScaleTable | None) -> bool:
-        """Whether the graph returns the residual: as asked, or because steps were placed between forecasts."""
-        asked = self.forecast or bool(table is not None and table.placed is not None and table.placed.full_calls)
-        return asked and self.graph == "denoiser"
 
     def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
         """With the scale that the quantization scales were found for."""
@@ -128,9 +123,9 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        inputs, residual = denoiser_inputs(model.signature), config.forecasts(table)
-        outputs = ["prediction", RESIDUAL] if residual else "prediction"
-        return trace_any_rows(PositionalCall(model, residual), inputs, outputs, config.opset, model.weights)
+        outputs = ["prediction", RESIDUAL] if config.forecast else "prediction"
+        call, inputs = PositionalCall(model, config.forecast), denoiser_inputs(model.signature)
+        return trace_any_rows(call, inputs, outputs, config.opset, model.weights)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)
     return trace(step, step_inputs(model.signature, guidance), "x_next", config.opset, weights=model.weights)

@@ -212,7 +212,6 @@ class PlacedSteps(msgspec.Struct, frozen=True):
     timesteps: tuple[float, ...]
     errors: dict[str, float]
     images: int
-    full_calls: tuple[int, ...] = ()  # steps with a full call; the others are forecasts. Empty: all are full
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) and value >= 0 for value in self.errors.values()):
