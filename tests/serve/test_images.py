@@ -112,6 +112,7 @@ BAD = {
     + [b'{"class": 0, "guidance_scale": 1e999}'],
     "guidance_interval": [{"class": 0, "guidance_interval": each} for each in ([1, "2"], [1], 3)]
     + [b'{"class": 0, "guidance_interval": [0, 1e999]}'],
+    "full_calls": [{"class": 0, "full_calls": each} for each in (0, "3", 2, 4)],  # 4: this engine has no forecasts
     "n": [{"class": 0, "n": each} for each in (0, 17, 10**9, "2")],
     "size": [{"class": 0, "size": "1024x1024"}],
     "response_format": [{"class": 0, "response_format": "gif"}],
