@@ -172,7 +172,7 @@ class GraphCard:
         if chosen.full_calls and self.residual is None:
             raise UsageError(
                 f"this engine computes every call in full; {chosen.calls} full calls of {chosen.steps} steps need "
-                "forecasts. Leave them out, or export the model again: tqdit-export --forecast."
+                "forecasts. Leave them out, or take an engine that was exported with forecasts."
             )
         if chosen.guidance_interval is not None:
             if self.guidance is None:
