@@ -45,7 +45,6 @@ class Chains:
         self._corrections: list[Float32] = []  # (T, 2 + C) or (1, 2 + C), one per chain if there is a correction
         self.signature, self.guidance = signature, guidance
         self.count = 0
-        self._is_part = False  # whether there are chains beyond `count`
         self._capacity = capacity
         self._rows_per_image = rows_per_image(guidance)
         self._shape, self._output_shape = signature.state.row_shape, signature.output_shape
@@ -138,13 +137,11 @@ class Chains:
     @contextmanager
     def first(self, count: int) -> Iterator[None]:
         """Inside, the chains 0..count-1 are all that there are: `step` leaves the others where they stand."""
-        whole, self._is_part = self.count, count < self.count
         self._resize(count)
         try:
             yield
         finally:
-            self._resize(whole)
-            self._is_part = False
+            self._resize(len(self._schedules))
 
     def is_full(self, chain: int) -> bool:
         """Whether the network call of this chain's next step is full, and no forecast."""
@@ -277,15 +274,14 @@ class Chains:
         for age, (state, output) in enumerate(zip(states[:-1], predictions[:-1], strict=True)):
             self._accumulate(state[: self.count], weights[1 + age])
             self._accumulate(output[: self.count], weights[MOST_LAG + 2 + age])
-        for past in (states, predictions):
-            if self._is_part:  # the lists are also those of chains that make no step now
-                latest = past[-1][: self.count].copy() if past else None
-                for older, newer in zip(past[:0:-1], past[-2::-1], strict=True):
-                    np.copyto(older[: self.count], newer[: self.count])
-                if latest is not None:
-                    np.copyto(past[0][: self.count], latest)
-            else:
+        for past in filter(None, (states, predictions)):
+            if self.count == len(self._schedules):
                 past[:] = past[-1:] + past[:-1]
+            else:  # the lists are also those of chains that make no step now
+                for array in past:
+                    held = array[: self.count].copy()
+                    np.copyto(array[: self.count], past[-1][: self.count])
+                    np.copyto(past[-1][: self.count], held)
 
     def _accumulate(self, values: Float32, weight: Float32) -> None:
         """x += weight values."""

@@ -1,9 +1,9 @@
 """Forecasts: calls of a chain in which what the blocks add to the tokens is extrapolated instead of computed.
 
 The *residual* of a call is the tokens after the last block less those before the first one. A full call gives it
-beside the prediction. A forecast takes it as an input and computes the embeddings and the final layer alone, about a
-hundredth of a large network. The extrapolation is linear in the timestep, through the last two full calls, after
-TaylorSeer (arXiv 2503.06923) with order 1; that of a sum over all blocks in place of one for each module.
+beside the prediction. A forecast takes it as an input and computes the embeddings and the final layer alone. It is
+extrapolated linearly in the timestep through the last two full calls, as TaylorSeer (arXiv 2503.06923) of order 1 does
+for each module; here it is one sum over all blocks.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from tqdit.card import GraphCard
 from tqdit.engines.build.backend import Builder, builder, choose_backend
 from tqdit.engines.build.forecast import forecast_file
 from tqdit.engines.build.prepare import prepared, settled
@@ -71,14 +72,7 @@ def build_engine(
         def compiled(config: BuildConfig) -> Manifest:
             with _layers_kept(folder, output, layers):
                 artefact = compiler.build(graph, decoder, card, folder, config, progress)
-            forecast = None
-            if card.residual is not None:
-                (folder / FORECAST).mkdir(exist_ok=True)
-                plain = replace(config, base=None, refit=False)
-                with forecast_file(graph, card, output) as (part, part_card):
-                    made = compiler.build(part, None, part_card, folder / FORECAST, plain, progress)
-                (folder / FORECAST / LAYERS_FILE).unlink(missing_ok=True)
-                forecast = made.entry
+            forecast = _forecast(graph, card, folder, output, compiler, config, progress)
             facts = vars(artefact) | {"versions": {"tqdit": __version__} | artefact.versions}
             return Manifest(
                 backend=backend, precision=config.precision or "fp32", float_type=config.float_type, card=card,
@@ -134,6 +128,21 @@ def _layers_kept(folder: Path, output: Path, layers: Path | None) -> Iterator[No
     if layers is not None and said.is_file():
         said.replace(layers)
     said.unlink(missing_ok=True)
+
+
+def _forecast(
+    graph: OnnxFile, card: GraphCard, folder: Path, output: Path, compiler: Builder, config: BuildConfig,
+    progress: Progress,
+) -> str | None:  # fmt: skip
+    """Compile the forecast of a graph with a residual into its folder; the file that the backend opens."""
+    if card.residual is None:
+        return None
+    place = folder / FORECAST
+    place.mkdir(exist_ok=True)
+    with forecast_file(graph, card, output) as (part, part_card):
+        made = compiler.build(part, None, part_card, place, replace(config, base=None, refit=False), progress)
+    (place / LAYERS_FILE).unlink(missing_ok=True)
+    return made.entry
 
 
 def _check_forecast(folder: Path, manifest: Manifest, config: BuildConfig, compiler: Builder) -> None:
