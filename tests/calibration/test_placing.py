@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,17 @@ from tqdit.calibration.config import QuantizationConfig
 from tqdit.calibration.flow import calibrate
 from tqdit.calibration.placing import check_placing
 from tqdit.cli.inspect import inspect
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.run.sampler import Sampler
 from tqdit.errors import FileFormatError, UsageError
 from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
+from tqdit.golden import relative_errors
 from tqdit.models.loaded import LoadedModel
 from tqdit.onnx_file import read_card
+from tqdit.quantization.fake_quant import apply
 from tqdit.quantization.table import METADATA_KEY, PlacedSteps, ScaleTable, parse, read_scale_table, write_scale_table
+from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.process import Recorded, Table
 from tqdit.sampling.schedule import SamplingSpec
 
@@ -66,6 +72,87 @@ def test_a_sampler_can_be_named(model: LoadedModel, tmp_path: Path) -> None:
     assert placed is not None
     assert placed.sampler == "ddim"
     assert set(placed.errors) == {f"ddim {spacing}" for spacing in SPACINGS}
+
+
+FORECASTS = {"calls": 6, "forecast": True}
+
+
+@pytest.fixture
+def prefers_forecasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least error of the placed steps of dpm++2m with 6 of 9 calls in full."""
+    check = placing.Placing._error
+
+    def error(self: placing.Placing, name: str, *rest: Any) -> float:
+        return check(self, name, *rest) * (1e-6 if name == "dpm++2m placed, 6 of 9" else 1)
+
+    monkeypatch.setattr(placing.Placing, "_error", error)
+
+
+@pytest.mark.slow
+def test_chains_with_forecasts_are_tried_beside_those_of_full_calls(model: LoadedModel, tmp_path: Path) -> None:
+    """Chains of 9 and 12 steps: placed ones, and the published spacing that is best for 6 calls."""
+    placed = found(model, tmp_path, **FORECASTS).placed
+    assert placed is not None
+    full = {f"{solver} {spacing}" for solver in ("dpm++2m", "unipc") for spacing in SPACINGS}
+    assert full < set(placed.errors)
+    tried = sorted(set(placed.errors) - full)
+    assert Counter(name.split(", ")[1] for name in tried) == {"6 of 9": 4, "6 of 12": 4}
+    assert {name for name in tried if " placed, " in name} == {
+        f"{solver} placed, 6 of {steps}" for solver in ("dpm++2m", "unipc") for steps in (9, 12)
+    }
+    for solver in ("dpm++2m", "unipc"):
+        spacing = min(SPACINGS[1:], key=lambda name: placed.errors[f"{solver} {name}"])
+        assert {f"{solver} {spacing}, 6 of 9", f"{solver} {spacing}, 6 of 12"} < set(tried)
+    best = min(placed.errors, key=lambda name: placed.errors[name])
+    assert len(placed.timesteps) == (int(best.rpartition(" ")[2]) if ", " in best else 6)
+    assert len(placed.full_calls) == (6 if ", " in best else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefers_forecasts")
+def test_a_chain_with_forecasts_goes_to_the_engine_and_its_images(model: LoadedModel, tmp_path: Path) -> None:
+    """Without a word: the graph returns the residual because the table's chain has forecasts."""
+    table = found(model, tmp_path / "work", **FORECASTS)
+    placed = table.placed
+    assert placed is not None
+    assert (len(placed.timesteps), len(placed.full_calls)) == (9, 6)
+    assert {0, 7, 8} < set(placed.full_calls)
+    write_scale_table(tmp_path / "t.safetensors", table)
+    assert read_scale_table(tmp_path / "t.safetensors") == table
+    steps = ", ".join(map(str, placed.full_calls))
+    assert ("full calls", f"at steps {steps}") in inspect(str(tmp_path / "t.safetensors"))
+    write(tmp_path / "model.onnx", *exported(pixels=True, table=table))
+    card = read_card(tmp_path / "model.onnx")
+    assert card.residual is not None
+    assert card.sampling.full_calls == placed.full_calls
+    build_engine(tmp_path / "model.onnx", tmp_path / "model.engine")
+    with Sampler.open(tmp_path / "model.engine") as sampler:
+        own, full = sampler.sample_latents([1, 2], seed=3), sampler.sample_latents([1, 2], seed=3, full_calls=9)
+    chains = Chains(model.signature, model.guidance, 2)
+    for image, label in enumerate([1, 2]):
+        chains.add(card.sampling.schedule, {"class_labels": label}, table.guidance_scale, 3, image)
+    expected = run(chains, apply(model, table))  # apart from it for codes that flip at ties
+    assert relative_errors(own, expected).max() < relative_errors(own, full).min() / 10
+    assert ExportConfig(steps=8).returns_residual(model, table) is False
+    assert ExportConfig("step").returns_residual(model, table) is False
+
+
+@pytest.mark.slow
+def test_a_stopped_search_of_full_calls_goes_on_to_the_same_table(model: LoadedModel, tmp_path: Path) -> None:
+    expected, calls, network = found(model, tmp_path / "whole", **FORECASTS), 0, LoadedModel.full
+
+    def fail(self: LoadedModel, inputs: Mapping[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 18:  # of the long chain
+            raise KeyboardInterrupt
+        return network(self, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "full", fail)
+        with pytest.raises(KeyboardInterrupt):
+            found(model, tmp_path / "stopped", **FORECASTS)
+    assert found(model, tmp_path / "stopped", **FORECASTS) == expected
 
 
 @pytest.mark.slow
@@ -135,6 +222,8 @@ def test_an_export_may_propose_another_chain(model: LoadedModel, tmp_path: Path)
         ({"solver": "euler"}, "'euler'.*not one for this model"),
         ({"calls": 1}, "--calls is 1"),
         ({"calls": 51}, "--calls is 51"),
+        ({"calls": 2, "forecast": True}, "at least 3 calls; found --calls 2"),
+        ({"calls": None, "forecast": True}, "--forecast.*--calls N.*both"),
     ],
 )
 def test_steps_that_cannot_be_placed_are_refused_at_once(

@@ -1,11 +1,16 @@
-"""Where the steps of a short chain lie: published spacings, and the places that a long chain's errors choose."""
+"""Where the steps of a short chain lie, and which of its calls are full: published spacings, and what a long chain's
+errors choose."""
+
+from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
+from sampling.toy import SIGNATURE, Toy, start
 from support import few
 from tqdit.errors import UsageError
-from tqdit.sampling.placement import LongChain, dense, place, spacings
+from tqdit.sampling.placement import LongChain, dense, place, place_full, spacings
 from tqdit.sampling.process import Diffusion, Flow, Recorded, Table
 from tqdit.sampling.schedule import SamplingSpec, samplers_of
 
@@ -114,6 +119,84 @@ def test_the_best_places_are_those_of_the_least_sum_of_local_errors():
     i, j = (int(np.flatnonzero(chain.timesteps == t)[0]) for t in (found[1], found[0]))
     # norms are of all images here, and of each image there: nearly the same
     assert cost(i, j) <= 1.02 * min(cost(i, j) for i in range(1, 11) for j in range(i))
+
+
+def chain_with_residuals(steps=12, entries=30):
+    """A long chain whose residuals wander smoothly, each image's by its own way."""
+    chain = long_chain(Diffusion(), steps)
+    t = chain.timesteps[:, None, None] / 1000
+    phase, speed = np.random.default_rng(3).uniform(0, 6, (2, chain.states.shape[1], entries))
+    return replace(chain, residuals=np.sin(phase + speed * t).astype(np.float32))
+
+
+@pytest.mark.parametrize("calls", [4, 6, 8])
+def test_full_calls_are_those_of_the_least_error_of_forecasts(calls):
+    """Against every choice of them, each forecast written out."""
+    chain = chain_with_residuals()
+    at = [0, 1, 3, 4, 6, 8, 9, 11]  # timesteps of the long chain: nothing is interpolated
+    schedule = SamplingSpec(Diffusion(), "ddim", 8, tuple(chain.timesteps[at])).schedule
+    t, d = schedule.timesteps, chain.residuals[at].astype(np.float64)
+
+    def energy(values):
+        return np.square(values, dtype=np.float64).mean()
+
+    def error(a, b, c):
+        forecast = d[b] + (t[c] - t[b]) / (t[b] - t[a]) * (d[b] - d[a])
+        prediction = energy(forecast - d[c]) / energy(d[c]) * energy(chain.predictions[at[c]])
+        state = chain.ends if c == 0 else chain.states[at[c - 1]]
+        return abs(schedule.output_weights[c, 0]) * np.sqrt(prediction / energy(state))
+
+    def cost(full):
+        known, total = [7, 6], 0.0
+        for c in full:
+            total += sum(error(*known[-2:], skipped) for skipped in range(c + 1, known[-1])) ** 2
+            known.append(c)
+        return total
+
+    choices = [(*middle, 0) for middle in combinations(range(5, 0, -1), calls - 3)]
+    least = min(map(cost, choices))
+    full, error_found = place_full(chain, schedule, calls)
+    assert len(full) == calls
+    assert {0, 6, 7} <= set(full)
+    assert all(a < b for a, b in pairwise(full))
+    np.testing.assert_allclose([cost(full[-3::-1]), error_found], least, rtol=1e-6, atol=1e-15)
+
+
+def test_residuals_that_move_evenly_are_forecast_exactly():
+    """At any timesteps: those between two of the long chain are interpolated, as evenly."""
+    chain = chain_with_residuals()
+    moving = chain.timesteps[:, None, None] / 1000 * np.random.default_rng(4).normal(size=(1, 24, 30)) + 1
+    chain = replace(chain, residuals=moving.astype(np.float32))
+    schedule = SamplingSpec(Diffusion(), "dpm++2m", 20, spacings(Diffusion(), 20)["log-snr"]).schedule
+    full, error = place_full(chain, schedule, 5)
+    assert len(full) == 5
+    assert error < 1e-8  # of float32 residuals
+    assert place_full(chain_with_residuals(), schedule, 5)[1] > 1e-4
+
+
+def test_a_long_chain_keeps_the_residuals_of_both_rows():
+    spec = SamplingSpec(Diffusion(), "dpm++2m", 6)
+    network, done = Toy(), []
+    chain = LongChain.follow(
+        start([spec, spec]), network, spec.schedule.timesteps, lambda step, _: done.append(step), residuals=True
+    )
+    assert done == [5, 4, 3, 2, 1, 0]
+    np.testing.assert_array_equal(chain.ends, LongChain.follow(
+        start([spec, spec]), network, spec.schedule.timesteps, lambda *_: None).ends)  # fmt: skip
+    null = SIGNATURE.requests[0].null
+    for step, image in ((5, 0), (2, 1)):
+        rows = {"x": chain.states[step, [image, image]], "t": np.full(2, spec.schedule.timesteps[step]),
+                "label": np.array([image, null])}  # fmt: skip
+        expected = network.blocks(rows).ravel()
+        # as a set: entries have no order
+        np.testing.assert_allclose(np.sort(chain.residuals[step, image]), np.sort(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("calls", [2, 9])
+def test_impossible_numbers_of_full_calls_are_refused(calls):
+    schedule = SamplingSpec(Diffusion(), "ddim", 8).schedule
+    with pytest.raises(UsageError, match=rf"{calls} full calls of 8 steps"):
+        place_full(chain_with_residuals(), schedule, calls)
 
 
 @pytest.mark.parametrize(

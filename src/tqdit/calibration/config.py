@@ -61,6 +61,8 @@ class QuantizationConfig:
 
     calls: int | None = knob(None, "also find where the steps of a chain of so many network calls lie best, and "
                              "propose that chain (default: none)", range(2, 51))  # fmt: skip
+    forecast: bool = knob(False, "with --calls, also try chains of more steps whose other calls are forecasts "
+                          "(tqdit-export --forecast)")  # fmt: skip
     solver: str = knob("auto", "sampler of these steps; auto: the better one of dpm++2m and unipc",
                        lambda: ("auto", *sampler_names()))  # fmt: skip
 
@@ -162,6 +164,8 @@ class QuantizationConfig:
         if self.fisher_temperature and (self.metric != "ho" or self.method != "gptq"):
             raise UsageError("--fisher-temperature weighs what --method gptq rounds with, by gradients of --metric ho. "
                              "Pass both, or leave it out.")  # fmt: skip
+        if self.forecast and self.calls is None:
+            raise UsageError("--forecast chooses which calls of --calls N are full. Pass both.")
         if self.rotate not in (0, *BLOCKS):
             raise UsageError(f"--rotate is {self.rotate}; expected {', '.join(map(str, BLOCKS))}, or 0 for none.")
         if self.equalize_all and self.equalize == "none":

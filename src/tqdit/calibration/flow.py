@@ -37,7 +37,7 @@ from tqdit.calibration.fisher import FISHERS
 from tqdit.calibration.layers import LayerPlan, plan, rewrites_of, with_one_region
 from tqdit.calibration.low_rank import find_branches
 from tqdit.calibration.methods import METHODS, weights
-from tqdit.calibration.placing import Placing, check_placing
+from tqdit.calibration.placing import Placing, check_forecasts, check_placing
 from tqdit.calibration.problem import Problem, Solution, make_problem
 from tqdit.calibration.reconstruct import reconstruct, units_of
 from tqdit.calibration.results import make_table, some_inputs
@@ -138,6 +138,7 @@ class Calibration:
         if self.config.correction:
             _ = self.spec.schedule  # raises if no chain is known
         check_placing(self.model.sampling, self.model.signature, self.config)
+        check_forecasts(self.model, self.config)
         chains, config = len(self.data) if self.data else None, self.config
         signature, rows = self.model.signature, config.groups * config.rows_per_group
         state = 4 * math.prod(signature.state.row_shape)

@@ -4,6 +4,9 @@
     places      for each solver, dynamic programming over local errors on some of these chains (`sampling.placement`)
     check       short chains of the quantized network from the noise of the others, with these places and with
                 published spacings, against the ends of their long chains; the least error is kept
+    full calls  with --forecast, also chains of more steps, the placed ones and those of the best published spacing, of
+                which as many calls are full as were asked for; dynamic programming over the errors of extrapolated
+                residuals finds which
 
 Local errors of the quantized network's own predictions place worse: their rounding errors hide the solver's.
 """
@@ -30,13 +33,28 @@ from tqdit.ports import Signature
 from tqdit.quantization.table import PlacedSteps
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.correction import Correction
-from tqdit.sampling.placement import FIRST_IMAGE, KEPT, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
+from tqdit.sampling.forecasts import LEAST_FULL
+from tqdit.sampling.placement import (
+    ENTRIES,
+    FIRST_IMAGE,
+    KEPT,
+    LEARNED,
+    LONG,
+    STRIDE,
+    LongChain,
+    dense,
+    place,
+    place_full,
+    spacings,
+)
 from tqdit.sampling.process import Diffusion, Flow
 from tqdit.sampling.schedule import SamplingSpec
 
 CHECKED = 16  # images by which places are checked, beside those by whose chains they were found
 SOLVERS = ("dpm++2m", "unipc")  # that 'auto' tries
 SAVES = 25
+STRETCHES = (1.5, 2.0)  # steps of chains with forecasts, of each full call
+PLACED = "placed"
 Process = Diffusion | Flow
 
 
@@ -62,8 +80,17 @@ def check_placing(sampling: SamplingSpec, signature: Signature, config: Quantiza
                 f"--solver {solver} draws noise at each step, so its chains have no end to compare with. Pass a "
                 "deterministic one."
             )
-    size = 2 * LONG[1] * (LEARNED + CHECKED) * 4 * math.prod(signature.state.row_shape)
+    if config.forecast and config.calls < LEAST_FULL:
+        raise UsageError(f"--forecast needs at least {LEAST_FULL} calls; found --calls {config.calls}. Raise it.")
+    of_image = 2 * math.prod(signature.state.row_shape) + ENTRIES * config.forecast
+    size = LONG[1] * (LEARNED + CHECKED) * 4 * of_image
     check_memory(f"long chains of {LEARNED + CHECKED} images", size, "Leave out --calls.")
+
+
+def check_forecasts(model: LoadedModel, config: QuantizationConfig) -> None:
+    """Refuse a network of which no call can be forecast, before any work. It is called once, with zeros."""
+    if config.forecast:
+        model.full({port.name: port.zeros(1) for port in model.signature.ports})
 
 
 class Placing:
@@ -93,18 +120,39 @@ class Placing:
         chain = self.long_chain(meter)
         learned = chain.part(LEARNED, STRIDE)
         tried: dict[str, SamplingSpec] = {}
+        errors: dict[str, float] = {}
+
+        def check(methods: Mapping[str, SamplingSpec]) -> None:
+            with self.console.bar(len(methods), "placed steps: checks", "chains") as bar:
+                for name, spec in methods.items():
+                    errors[name] = self._error(name, spec, quantized, chain.ends[LEARNED:])
+                    meter(CHECKED * spec.steps)
+                    bar.update()
+            tried.update(methods)
+
+        longer = [round(self.calls * stretch) for stretch in STRETCHES if self.config.forecast]
+        longer = [steps for steps in longer if self.calls < steps <= len(learned.timesteps)]
         for solver in solvers_of(self.config):
-            placed = {"placed": place(learned, self.process, solver, (self.calls,))[self.calls]}
-            for name, timesteps in (placed | spacings(self.process, self.calls)).items():
-                tried[f"{solver} {name}"] = SamplingSpec(self.process, solver, self.calls, timesteps)
-        errors = {}
-        with self.console.bar(len(tried), "placed steps: checks", "chains") as bar:
-            for name, spec in tried.items():
-                errors[name] = self._error(name, spec, quantized, chain.ends[LEARNED:])
-                meter(CHECKED * self.calls)
-                bar.update()
+            placed = place(learned, self.process, solver, (self.calls, *longer))
+            check({f"{solver} {spacing}": SamplingSpec(self.process, solver, self.calls, timesteps)
+                   for spacing, timesteps in self._spacings(placed, self.calls).items()})  # fmt: skip
+            if not longer:
+                continue
+            published = min(spacings(self.process, self.calls), key=lambda spacing: errors[f"{solver} {spacing}"])
+            check({f"{solver} {spacing}, {self.calls} of {steps}":
+                   self._with_forecasts(chain, SamplingSpec(self.process, solver, steps, timesteps))
+                   for steps in longer for spacing, timesteps in self._spacings(placed, steps).items()
+                   if spacing in (PLACED, published)})  # fmt: skip
         best = tried[min(errors, key=lambda name: errors[name])]
-        return PlacedSteps(best.sampler, tuple(best.schedule.timesteps.tolist()), errors, CHECKED)
+        return PlacedSteps(best.sampler, tuple(best.schedule.timesteps.tolist()), errors, CHECKED, best.full_calls)
+
+    def _spacings(self, placed: Mapping[int, tuple[float, ...]], steps: int) -> dict[str, tuple[float, ...]]:
+        return {PLACED: placed[steps], **spacings(self.process, steps)}
+
+    def _with_forecasts(self, chain: LongChain, spec: SamplingSpec) -> SamplingSpec:
+        """The chain with as many full calls as were asked for."""
+        full, _ = place_full(chain.part(LEARNED, 1), spec.schedule, self.calls)
+        return spec.choose(full_calls=full)
 
     def long_chain(self, meter: Callable[[int], object]) -> LongChain:
         """All images' chains of the float network, continued from the work folder."""
@@ -114,7 +162,7 @@ class Placing:
         found = self.folder.load_or_none("long-chain")
         if found is not None:
             arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
-            kept = {name: arrays.pop(name) for name in KEPT}
+            kept = {name: arrays.pop(name) for name in KEPT if name in arrays}
             chains.restore(arrays)
         with self.console.bar(steps, "placed steps: long chains", "steps") as bar:
             bar.update(steps - 1 - chains.step_of(0))
@@ -126,7 +174,7 @@ class Placing:
                     state = {**chains.snapshot(), **kept}
                     self.folder.save("long-chain", {name: torch.from_numpy(array) for name, array in state.items()})
 
-            return LongChain.follow(chains, self.model, spec.schedule.timesteps, after, kept)
+            return LongChain.follow(chains, self.model, spec.schedule.timesteps, after, kept, self.config.forecast)
 
     def _error(self, name: str, spec: SamplingSpec, quantized: LoadedModel, ends: NDArray[np.float32]) -> float:
         """Geometric mean of the images' errors: a mean is decided by the few whose content changes."""

@@ -128,8 +128,6 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         check_noise_file(args.save_noise)
         if args.guidance_interval is not None:
             raise UsageError("--save-noise is for a loop with both rows at every step. Leave out --guidance-interval.")
-        if args.full_calls is not None:
-            raise UsageError("--save-noise is for a loop with a full call at every step. Leave out --full-calls.")
         check_writable(args.save_noise)
     manifest = read_manifest(args.engine)
     choose_batch(args.engine, manifest.batch, args.batch)

@@ -58,10 +58,14 @@ class ExportConfig:
         chain = model.sampling.choose(own.steps, own.sampler)
         if placed is not None and self.graph == "denoiser":
             try:
-                chain = model.sampling.choose(None, placed.sampler, placed.timesteps)
+                chain = model.sampling.choose(None, placed.sampler, placed.timesteps, full_calls=placed.full_calls)
             except UsageError as error:
                 raise FileFormatError(f"the scale table's placed steps: {error} Calibrate again.") from error
         return chain.choose(self.steps, self.sampler)
+
+    def returns_residual(self, model: LoadedModel, table: ScaleTable | None = None) -> bool:
+        """Whether the graph is for forecasts: because the user or the scale table's chain asks for them."""
+        return self.graph == "denoiser" and (self.forecast or bool(self.sampling(model, table).full_calls))
 
     def guidance(self, model: LoadedModel, table: ScaleTable | None = None) -> Guidance | None:
         """With the scale that the quantization scales were found for."""
@@ -123,8 +127,9 @@ def export_graph(
 def trace_graph(model: LoadedModel, config: ExportConfig, table: ScaleTable | None = None) -> ir.Model:
     """The float trace that the passes start from."""
     if config.graph == "denoiser":
-        outputs = ["prediction", RESIDUAL] if config.forecast else "prediction"
-        call, inputs = PositionalCall(model, config.forecast), denoiser_inputs(model.signature)
+        residual = config.returns_residual(model, table)
+        outputs = ["prediction", RESIDUAL] if residual else "prediction"
+        call, inputs = PositionalCall(model, residual), denoiser_inputs(model.signature)
         return trace_any_rows(call, inputs, outputs, config.opset, model.weights)
     guidance = config.guidance(model, table)
     step = SamplingStep(model, config.sampling(model, table), guidance)

@@ -52,6 +52,7 @@ def _placed(table: ScaleTable) -> list[tuple[str, object]]:
     timesteps = ", ".join(f"{timestep:g}" for timestep in placed.timesteps)
     return [
         ("placed steps", f"{len(placed.timesteps)} of {placed.sampler} at [{timesteps}]"),
+        *([("full calls", f"at steps {', '.join(map(str, placed.full_calls))}")] if placed.full_calls else []),
         *(("", f"{error:.2e}  error of {placed.images} images, steps {name}") for name, error in placed.errors.items()),
     ]
 

@@ -205,13 +205,15 @@ class PlacedSteps(msgspec.Struct, frozen=True):
 
     errors: 'SAMPLER SPACING' of all that were tried -> |x - x_ref|^2 / |x_ref|^2, geometric mean over `images` of noise
     that the search did not see; x_ref is the end of a long chain of the float network. The timesteps are those of the
-    least error, which a published spacing may have.
+    least error, which a published spacing may have. full_calls: the steps whose calls are full if others are forecasts;
+    (): all are.
     """
 
     sampler: str
     timesteps: tuple[float, ...]
     errors: dict[str, float]
     images: int
+    full_calls: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) and value >= 0 for value in self.errors.values()):

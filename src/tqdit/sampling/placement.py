@@ -1,4 +1,5 @@
-"""Where the steps of a short chain lie: published spacings, and the best places for one model.
+"""Where the steps of a short chain lie, and which of its calls are full: published spacings, and what is best for one
+model.
 
 A short chain's step from timestep i to j, after one from h, ends beside the state that a long chain reaches at j. These
 local errors are inner products of the long chain's states and predictions, so dynamic programming over the pairs
@@ -9,19 +10,22 @@ in arXiv 2106.03802.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tqdit.errors import UsageError
 from tqdit.sampling.chains import Chains, Network
+from tqdit.sampling.forecasts import LEAST_FULL, ForecastNetwork
 from tqdit.sampling.process import TRAINING_STEPS, Diffusion, Float64, Flow
-from tqdit.sampling.schedule import find_samplers
+from tqdit.sampling.schedule import Schedule, find_samplers
 
 Float32 = NDArray[np.float32]
-KEPT = ("states", "predictions")  # of a long chain
+KEPT = ("states", "predictions", "residuals")  # of a long chain; the last one if calls are to be forecast
+ENTRIES = 4096  # of an image's residuals that are kept, drawn once; their inner products stand for those of all
 LONG = ("dpm++2m", 100)  # sampler and steps of a long chain
 LEARNED, STRIDE = 8, 2  # chains by which steps are placed, and every which of their timesteps can become a step
 FIRST_IMAGE = 2**41  # of the noise of long chains, apart from that of calibration rows and of what anybody samples
@@ -72,40 +76,51 @@ class LongChain:
     """N chains that visit `timesteps` (T,), ascending, and the predictions there.
 
     states, predictions float32 (T, N, ...), indexed by the step; ends (N, ...). The last predictions are guided.
+    residuals (T, N, E): entries of what the blocks add to the tokens of all rows of an image, or None.
     """
 
     timesteps: Float64
     states: Float32
     predictions: Float32
     ends: Float32
+    residuals: Float32 | None = None
 
     @classmethod
     def follow(
-        cls, chains: Chains, network: Network, timesteps: Float64,
+        cls, chains: Chains, network: Network | ForecastNetwork, timesteps: Float64,
         after: Callable[[int, Mapping[str, Float32]], object], kept: Mapping[str, Float32] | None = None,
+        residuals: bool = False,
     ) -> LongChain:  # fmt: skip
         """Run chains that all stand at one step to their ends. kept: the states and predictions of earlier steps.
 
-        after: called with every step that is done and all states and predictions so far. Raises SamplingError if a
-        chain becomes NaN or infinite.
+        after: called with every step that is done and all states and predictions so far. residuals: keep entries of
+        them, too; then the network must be a `ForecastNetwork`. Raises SamplingError if a chain becomes NaN or
+        infinite.
         """
-        shape = (len(timesteps), *chains.x.shape)
-        kept = kept or {name: np.zeros(shape, np.float32) for name in KEPT}
+        found = dict(kept or {})
         while (step := chains.step_of(0)) >= 0:
-            kept["states"][step] = chains.x
-            finite = chains.advance(network(chains.inputs()))
+            now = {"states": chains.x.copy()}
+            if residuals:
+                output, residual = cast(ForecastNetwork, network).full(chains.inputs())
+                now["residuals"] = _entries(residual, chains.count)
+            else:
+                output = network(chains.inputs())
+            finite = chains.advance(output)
             if not finite.all():
                 raise chains.failure(int(np.flatnonzero(~finite)[0]))
-            kept["predictions"][step] = chains.prediction
-            after(step, kept)
-        return cls(timesteps, kept["states"], kept["predictions"], chains.x.copy())
+            now["predictions"] = chains.prediction
+            for name, values in now.items():
+                found.setdefault(name, np.zeros((len(timesteps), *values.shape), np.float32))[step] = values
+            after(step, found)
+        return cls(timesteps, found["states"], found["predictions"], chains.x.copy(), found.get("residuals"))
 
     def part(self, chains: int, stride: int) -> LongChain:
         """The first chains, and every `stride`th timestep, the highest among them."""
         every = slice((len(self.timesteps) - 1) % stride, None, stride)
         return LongChain(
-            self.timesteps[every], self.states[every, :chains], self.predictions[every, :chains], self.ends[:chains]
-        )
+            self.timesteps[every], self.states[every, :chains], self.predictions[every, :chains], self.ends[:chains],
+            None if self.residuals is None else self.residuals[every, :chains],
+        )  # fmt: skip
 
     def products(self) -> Float64:
         """Inner products of all states, all predictions and the ends, mean over chains relative to |end|^2:
@@ -118,6 +133,22 @@ class LongChain:
             vectors = np.concatenate([part.reshape(len(part), -1) for part in parts]).astype(np.float64)
             total += vectors @ vectors.T / (energy[chain] * count)
         return total
+
+    def residual_products(self, timesteps: Float64) -> Float64:
+        """Inner products of the residuals at any timesteps (S,), sum over chains, those between two timesteps of the
+        chain interpolated linearly: (S, S)."""
+        assert self.residuals is not None
+        total = sum(each @ each.T for each in np.moveaxis(self.residuals, 1, 0).astype(np.float64))
+        weights = np.stack([np.interp(timesteps, self.timesteps, row) for row in np.eye(len(self.timesteps))], axis=1)
+        found: Float64 = weights @ total @ weights.T
+        return found
+
+
+def _entries(residual: Float32, images: int) -> Float32:
+    """ENTRIES of the residuals (rows, ...) of each image, all its rows together: (images, E)."""
+    of_images = np.moveaxis(residual.reshape(-1, images, *residual.shape[1:]), 1, 0).reshape(images, -1)
+    size = of_images.shape[1]
+    return of_images[:, np.sort(np.random.default_rng(0).permutation(size)[:ENTRIES])]
 
 
 def place(
@@ -142,15 +173,67 @@ def place(
             for j in range(i):
                 between[h, i, j] = errors.of((i, h), j)
     cost[top, :top] = [errors.of((top,), j) for j in range(top)]
-    came: list[NDArray[np.int64]] = []
     found: dict[int, tuple[float, ...]] = {}
-    for steps in range(2, max(counts) + 1):
+    for steps, (reached, came) in enumerate(_best_chains(cost, between, max(counts)), 2):
         if steps in counts:
-            found[steps] = tuple(chain.timesteps[_cheapest(cost + last, came)].tolist())
+            found[steps] = tuple(chain.timesteps[_cheapest(reached + last, came)].tolist())
+    return found
+
+
+def place_full(chain: LongChain, schedule: Schedule, calls: int) -> tuple[tuple[int, ...], float]:
+    """The steps, ascending, of which a schedule of T steps computes `calls` in full so that its forecasts err least in
+    all, and the sum of their errors.
+
+    A forecast's prediction is taken to err relatively as its residual does. What that adds to the next state, in units
+    of that state, is summed over the forecasts between two full calls, since these err in one direction. The squares of
+    such sums are added, as `place` adds those of steps. chain: one with residuals.
+    """
+    steps = len(schedule)
+    if not LEAST_FULL <= calls <= steps:
+        raise UsageError(f"{calls} full calls of {steps} steps; expected {LEAST_FULL} to {steps}.")
+    errors = _forecast_errors(chain, schedule)
+    # [a, b, c]: of all forecasts between the full calls b and c, extrapolated from a and b
+    between = np.full((steps, steps, steps), np.inf)
+    for b in range(steps):
+        of_step = errors[b + 1 :, b, :b]
+        between[b + 1 :, b, :b] = np.square(of_step[:, ::-1].cumsum(axis=1)[:, ::-1] - of_step)
+    cost = np.full((steps, steps), np.inf)
+    cost[-1, -2] = 0  # the first two calls are full
+    *_, (reached, came) = _best_chains(cost, between, calls)
+    reached[:, 1:] = np.inf  # and so is the last one
+    return tuple(_cheapest(reached, came)), float(reached.min())
+
+
+def _forecast_errors(chain: LongChain, schedule: Schedule) -> Float64:
+    """Of the forecast at step c from full calls at the steps a and then b: (T, T, T), relative to the state after c."""
+    times, energies = schedule.timesteps, np.square(chain.ends, dtype=np.float64).mean()
+    known = [np.square(values, dtype=np.float64).mean(axis=tuple(range(1, values.ndim)))
+             for values in (chain.states, chain.predictions)]  # fmt: skip
+    states, predictions = (np.interp(times, chain.timesteps, values) for values in known)
+    weights = schedule.error_weights * np.sqrt(predictions / np.append(energies, states[:-1]))
+    products = chain.residual_products(times)
+    square = np.diag(products)
+    a, b, c = np.ogrid[: len(times), : len(times), : len(times)]
+    change = square[c] - 2 * products[c, b] + square[b]  # |d_c - d_b|^2
+    along = products[c, b] - products[c, a] - square[b] + products[b, a]  # <d_c - d_b, d_b - d_a>
+    slope = square[b] - 2 * products[a, b] + square[a]  # |d_b - d_a|^2
+    with np.errstate(divide="ignore", invalid="ignore"):  # where a and b are one step, which nobody asks for
+        ratio = (times[c] - times[b]) / (times[b] - times[a])
+        squared = np.maximum(0, change - 2 * ratio * along + ratio**2 * slope)
+    found: Float64 = np.sqrt(squared / square[c]) * weights[c]
+    return found
+
+
+def _best_chains(cost: Float64, between: Float64, steps: int) -> Iterator[tuple[Float64, Sequence[NDArray[np.int64]]]]:
+    """For chains of 2, 3, ... steps the least costs [h, i] of those whose last two places are h and i, and by step the
+    place before h. cost: of chains of two; between: what the place j adds to a chain that ends with h, i: [h, i, j]."""
+    came: list[NDArray[np.int64]] = []
+    yield cost, came
+    for _ in range(steps - 2):
         total = cost[:, :, None] + between
         came.append(total.argmin(axis=0))
         cost = total.min(axis=0)
-    return found
+        yield cost, came
 
 
 def _cheapest(cost: Float64, came: Sequence[NDArray[np.int64]]) -> list[int]:

@@ -131,7 +131,7 @@ class SamplingSpec:
 
         timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
         sampler stay as they are, else where the sampler puts them. full_calls: the steps with a full call, or how many
-        (`forecasts.spread`); the others are forecasts. None: as timesteps; then all are full.
+        (`forecasts.spread`); the others are forecasts. None: these ones if the chain stays as it is, else all.
         """
         placed = None if timesteps is None else _numbers("timesteps", timesteps)
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
@@ -143,7 +143,7 @@ class SamplingSpec:
         interval: Any = self.guidance_interval
         if guidance_interval is not None:
             interval = _numbers("guidance interval", guidance_interval)
-        same = (steps, sampler, placed) == (self.steps, self.sampler, self.timesteps)
+        same = (steps, sampler, placed) == (self.steps, self.sampler, self.timesteps) and guidance_interval is None
         if full_calls is None:
             full_calls = self.full_calls if same else ()
         elif isinstance(full_calls, int | np.integer):

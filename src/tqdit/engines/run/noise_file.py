@@ -37,7 +37,11 @@ def check_noise_file(path: Path) -> None:
 
 
 def check_size(path: Path, card: GraphCard, spec: SamplingSpec, count: int) -> None:
-    """Refuse a file that is too large to be useful, or for its disk."""
+    """Refuse a file that cannot tell the chain, is too large to be useful, or for its disk."""
+    if spec.full_calls:
+        raise UsageError(
+            f"--save-noise is for a loop with a full call at every step; found {spec}. Pass --full-calls {spec.steps}."
+        )
     if card.correction is not None:
         raise UsageError(
             "--save-noise: this engine's chains take back the network's errors (tqdit-calibrate --correction), which "
