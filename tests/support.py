@@ -147,11 +147,9 @@ def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
             digest.update(repr(None if values is None else np.asarray(values).tolist()).encode())
         constants = sorted((*model.constants.items(), *model.alike.items()), key=lambda item: item[0])
         own = getattr(network, "config", None)
-        digest.update(
-            repr(
-                (config.graph, config.opset, config.forecast, chain, model.signature, type(network), network, own)
-            ).encode()
-        )
+        residual = config.returns_residual(model, table)
+        facts = (config.graph, config.opset, residual, chain, model.signature, type(network), network, own)
+        digest.update(repr(facts).encode())
         for name, value in (*network.named_parameters(), *network.named_buffers(), *constants):
             digest.update(f"{name} {type(value)}".encode())
             if isinstance(value, torch.Tensor):
