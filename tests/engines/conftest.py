@@ -29,7 +29,7 @@ def plain_backend(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory):
-    """A folder with a diffusers pipeline of random weights, DiT-XL-2-256, and the engine of its transformer with forecasts."""
+    """A diffusers pipeline of random weights, DiT-XL-2-256, and the engine of its transformer, which has forecasts."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 

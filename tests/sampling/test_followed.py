@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,18 +125,39 @@ def test_timesteps_that_rounding_makes_the_same_are_told_apart_by_the_schedulers
     def rounded(time):
         return float(np.round(time / 4) * 4)
 
-    times = np.linspace(999, 700, 150)
+    times = np.linspace(997.3, 700, 150)
     assert len({rounded(time) for time in times}) < len(times)
-    given = scheduler(times)
-    given.step_index = None  # as diffusers' do before the first step
-    followed, network = Followed(given, 30, IDENTITY), Network()
-    found = []
-    for index, time in enumerate(times):
-        found.append([call(followed, network, time, told=rounded, precision=2**-7) for _ in range(2)])
-        given.step_index = index + 1
-    for number in range(2):
-        np.testing.assert_allclose([step[number] for step in found], expected(times, spread(150, 30)), rtol=1e-3)
-    assert network.calls.count("full") == 60
+    assert abs(rounded(times[0]) - times[0]) > abs(rounded(times[0]) - times[1])  # the next one is nearer
+    for first in (0, 61):
+        given = scheduler(times)
+        given.step_index, given.begin_index = None, first  # as diffusers' are before the first step
+        followed, network = Followed(given, 30, IDENTITY), Network()
+        found = []
+        for index, time in enumerate(times[first:], start=first):
+            found.append([call(followed, network, time, told=rounded, precision=2**-7) for _ in range(2)])
+            given.step_index = index + 1
+        steps = spread(150 - first, 30)
+        for number in range(2):
+            np.testing.assert_allclose([step[number] for step in found], expected(times[first:], steps), rtol=1e-3)
+        assert network.calls.count("full") == 60
+
+
+def test_memory_does_not_grow_with_the_steps():
+    """Of a chain, 2 residuals and the result for each row, and nothing of the chains before it."""
+    given, x = scheduler(np.arange(60)[::-1] + 1), np.ones(1000)
+    followed = Followed(given, 20, IDENTITY)
+    most = {}
+    tracemalloc.start()
+    for chain in range(4):
+        given.timesteps = given.timesteps.copy()
+        for time in given.timesteps:
+            call(followed, Network(), time, x)
+            most[chain] = max(most.get(chain, 0), tracemalloc.get_traced_memory()[0])
+            if time == 50:
+                after_ten = tracemalloc.get_traced_memory()[0]
+        assert tracemalloc.get_traced_memory()[0] < after_ten + 2000  # half a residual
+    tracemalloc.stop()
+    assert most[3] < most[1] + 2000
 
 
 def test_a_call_out_of_order_is_refused_and_the_next_one_begins_a_chain():

@@ -69,11 +69,13 @@ class Followed:
     def _begin(self, time: float, precision: float) -> _Chain:
         """A chain from this timestep to the scheduler's last one. Of two clocks, it is the one that begins earlier."""
         timesteps = self._scheduler.timesteps
-        times = [] if timesteps is None else np.asarray(timesteps.tolist(), np.float64)
+        times = np.asarray([] if timesteps is None else timesteps.tolist(), np.float64)
         if len(times) != len(set(times)):
             raise UsageError(f"{self._name} visits a timestep twice, so it has no forecasts. Choose another scheduler.")
-        steps = [(_nearest(times, clock, time, precision), clock) for clock in self._clocks]
-        found = [(step, clock) for step, clock in steps if step is not None]
+        counted = getattr(self._scheduler, "step_index", None)
+        counted = getattr(self._scheduler, "begin_index", None) if counted is None else counted
+        steps = [(_steps_at(times, clock, time, precision), clock) for clock in self._clocks]
+        found = [(counted if counted in each else each[0], clock) for each, clock in steps if each]
         if not found:
             raise UsageError(
                 f"the network is called at timestep {time:g}, which is none of the {len(times)} of {self._name}. "
@@ -143,7 +145,7 @@ class _Chain:
         return a * float(self._times[step]) + b
 
     def _is_at(self, step: int, time: float, precision: float) -> bool:
-        return _nearest(self._times[step : step + 1], self._clock, time, precision) is not None
+        return bool(_steps_at(self._times[step : step + 1], self._clock, time, precision))
 
     def _other_calls(self, found: int) -> UsageError:
         most = f"at most {MOST_CALLS}" if self._calls is None else f"{self._calls}, as in its first step"
@@ -153,11 +155,8 @@ class _Chain:
         )
 
 
-def _nearest(times: NDArray[np.float64], clock: Clock, time: float, precision: float) -> int | None:
-    """The step whose timestep the network is told; None if there is none."""
-    if not len(times):
-        return None
+def _steps_at(times: NDArray[np.float64], clock: Clock, time: float, precision: float) -> list[int]:
+    """The steps at which the network may be told this timestep, which is rounded."""
     a, b = clock
-    step = int(np.argmin(np.abs(a * times + b - time)))
-    error = abs(a * times[step] + b - time)
-    return step if error <= precision * (abs(a * times[step]) + abs(b)) + PRECISION else None
+    error = np.abs(a * times + b - time)
+    return np.flatnonzero(error <= precision * (np.abs(a * times) + abs(b)) + PRECISION).tolist()
