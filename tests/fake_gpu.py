@@ -232,6 +232,9 @@ class FakeGraph:
         self.cuda.graphs.remove(self)
 
 
+OUTPUTS = ("prediction", "residual")
+
+
 class FakeTensorRT:
     """Opens any plan as a network with twice the state's channels: see `compute`."""
 
@@ -241,12 +244,17 @@ class FakeTensorRT:
     ILogger = type("ILogger", (), {"__init__": lambda self: None})
     Logger = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0)
 
-    def __init__(self, cuda: FakeCuda, version: str = "11.4.0", batch: tuple[int, int] = (1, 32), shape=(3, 4, 4)):
+    def __init__(
+        self, cuda: FakeCuda, version: str = "11.4.0", batch: tuple[int, int] = (1, 32), shape=(3, 4, 4), residual=None
+    ):
+        """residual: shape of a row of a second output, `residual_of`."""
         self.cuda, self.__version__, self.batch = cuda, version, batch
         self.tensors = {
             "x": (np.float32, (-1, *shape)), "timestep": (np.int64, (-1,)), "class_labels": (np.int64, (-1,)),
             "prediction": (np.float32, (-1, 2 * shape[0], *shape[1:])),
         }  # fmt: skip
+        if residual is not None:
+            self.tensors["residual"] = (np.float32, (-1, *residual))
         self.contexts: list[FakeContext] = []
         self.opens = self.streams = True
 
@@ -310,7 +318,7 @@ class FakeEngine:
         return self.trt.tensors[name][1]
 
     def get_tensor_mode(self, name):
-        return "out" if name == "prediction" else "in"
+        return "out" if name in OUTPUTS else "in"
 
     def create_runtime_config(self):
         config = SimpleNamespace(strategy=None, cuda_graph_strategy=None)
@@ -367,9 +375,11 @@ class FakeContext:
             return np.frombuffer(raw, dtype).reshape(rows, *shape[1:])
 
         def work():
-            inputs = {name: array(name) for name in self.trt.tensors if name != "prediction"}
+            inputs = {name: array(name) for name in self.trt.tensors if name not in OUTPUTS}
             assert (inputs["class_labels"] >= 0).all(), "a row was never filled"
             array("prediction")[...] = compute(inputs)
+            if "residual" in self.trt.tensors:
+                array("residual")[...] = residual_of(inputs, self.trt.tensors["residual"][1][1:])
 
         self.trt.cuda.calls.append(f"execute[{rows}]")
         self.trt.cuda.submit(stream, work)
@@ -380,3 +390,9 @@ def compute(inputs):
     """What FakeTensorRT's engine computes."""
     per_row = (inputs["timestep"] / 1024 + inputs["class_labels"] / 8)[:, None, None, None]
     return np.concatenate([inputs["x"] / 2 + per_row, inputs["x"] / 4 - per_row], axis=1).astype(np.float32)
+
+
+def residual_of(inputs, shape):
+    """What its second output holds: of each row, another number for each token."""
+    of_row = inputs["x"].reshape(len(inputs["x"]), -1).sum(1) + inputs["timestep"] / 512
+    return (of_row[:, None] + np.arange(np.prod(shape))).reshape(-1, *shape).astype(np.float32)

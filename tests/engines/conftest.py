@@ -29,7 +29,7 @@ def plain_backend(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory):
-    """A folder with a diffusers pipeline of random weights, DiT-XL-2-256, and the engine of its transformer."""
+    """A diffusers pipeline of random weights, DiT-XL-2-256, and the engine of its transformer, which has forecasts."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -49,6 +49,6 @@ def tiny_pipeline(tmp_path_factory):
     pipeline = DiTPipeline(randomize(network, scale=0.2), vae, DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(folder / "DiT-XL-2-256")
     model = load_model(str(folder / "DiT-XL-2-256"))
-    write(folder / "dit.onnx", *export_graph(model, ExportConfig()))
+    write(folder / "dit.onnx", *export_graph(model, ExportConfig(forecast=True)))
     build_engine(folder / "dit.onnx", folder / "dit.engine")
     return folder

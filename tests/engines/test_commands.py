@@ -130,6 +130,7 @@ def test_a_guidance_interval_is_a_flag(bundle, tmp_path):
     ("flags", "code", "message"),
     [
         (["--as-published", "--steps", "5"], 2, "--as-published.*--steps"),
+        (["--as-published", "--full-calls", "5"], 2, "--as-published.*--full-calls"),
         (["--guidance-interval", "700,300"], 2, "interval.*700.*300"),
         (["--guidance-interval", "3,7", "--save-noise", "n.safetensors"], 2, "--guidance-interval"),
     ],

@@ -42,10 +42,32 @@ def spread(steps: int, calls: int) -> tuple[int, ...]:
     """The steps, ascending, of which a chain of T steps computes `calls` in full: the first two, the last one, and the
     others evenly between them.
     """
+    if steps < LEAST_FULL:
+        raise UsageError(f"{calls} full calls of {steps} steps; expected {LEAST_FULL} steps or more. Leave them out.")
     if not LEAST_FULL <= calls <= steps:
         raise UsageError(f"{calls} full calls of {steps} steps; expected {LEAST_FULL} to {steps}.")
     found = np.round(np.linspace(0, steps - 2, calls - 1)).astype(np.int64)
     return (*found.tolist(), steps - 1)
+
+
+def full_steps(full_calls: int | Sequence[int], steps: int) -> tuple[int, ...]:
+    """The steps, ascending, with full calls in a chain of T steps: of these many calls (`spread`), or these ones.
+
+    Raises UsageError for what such a chain cannot have.
+    """
+    if isinstance(full_calls, int | np.integer):
+        return spread(steps, int(full_calls))
+    full = full_numbers(full_calls)
+    check_full_calls(full, steps)
+    return full
+
+
+def full_numbers(steps: Sequence[int]) -> tuple[int, ...]:
+    """Steps with full calls as numbers. Raises UsageError for anything else."""
+    try:
+        return tuple(map(int, steps))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"full calls {steps!s:.60}; expected how many, or a list of their steps.") from error
 
 
 def check_full_calls(full: Sequence[int], steps: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import fake_gpu
 import support
-from fake_gpu import FakeCuda, FakeTensorRT, compute
+from fake_gpu import FakeCuda, FakeTensorRT, compute, residual_of
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, read_manifest, write_manifest
@@ -88,6 +88,31 @@ def test_it_computes_what_the_engine_computes_at_any_batch(engine):
     for seed, rows in enumerate((1, 3, 1, 16, 3)):
         fed = inputs(rows, seed)
         assert np.array_equal(engine(fed), compute(fed))
+
+
+def test_a_plan_with_a_residual_gives_both_outputs_in_order_and_a_call_the_first(gpu, manifest, plan):
+    """At rows that are filled up, and from a graph; what was returned is not written over by the next call."""
+    shape = (5, 7)  # tokens, width
+    engine = run.TensorRTEngine(TENSORRT, plan, manifest, FakeTensorRT(gpu, residual=shape))
+    kept = []
+    for seed, rows in enumerate((3, 3, 3, 16, 1)):
+        fed = inputs(rows, seed)
+        made = engine.outputs(fed)
+        assert np.array_equal(engine(fed), compute(fed))
+        kept.append((made, (compute(fed), residual_of(fed, shape))))
+    assert "launch" in gpu.calls
+    for made, expected in kept:
+        assert [each.shape for each in made] == [each.shape for each in expected]
+        assert all(np.array_equal(one, other) for one, other in zip(made, expected, strict=True))
+    engine.close()
+    assert gpu.memory == {}
+
+
+def test_a_plan_with_one_output_gives_that(engine):
+    fed = inputs(2)
+    made = engine.outputs(fed)
+    assert len(made) == 1
+    assert np.array_equal(made[0], compute(fed))
 
 
 @pytest.mark.slow

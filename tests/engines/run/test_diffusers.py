@@ -4,7 +4,9 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*"),
 ]
 
+STEPS = 8
 CLASSES = 1000  # the pipeline has the null class 1000 written into it
 
 
@@ -84,7 +87,7 @@ def draw(pipeline, scheduler, scale=4.0):
     torch.manual_seed(4)  # for what a scheduler draws in its steps
     generator = torch.Generator().manual_seed(3)
     return pipeline(
-        [1, 207, 999], guidance_scale=scale, num_inference_steps=8, output_type="np", generator=generator
+        [1, 207, 999], guidance_scale=scale, num_inference_steps=STEPS, output_type="np", generator=generator
     ).images
 
 
@@ -112,6 +115,145 @@ def test_a_pipeline_draws_the_same_images_on_our_engine(pipeline, theirs, ours, 
     assert images.shape == (3, 8, 8, 3)
     assert np.ptp(expected) > 0.2
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def forecasting(theirs, tmp_path_factory):
+    """The same model as a float bundle with forecasts."""
+    folder = tmp_path_factory.mktemp("forecasting")
+    theirs.save_pretrained(folder / "dit")
+    write(folder / "model.onnx", *export_graph(load_model(str(folder / "dit")), ExportConfig(forecast=True)))
+    build_engine(folder / "model.onnx", folder / "model.engine")
+    return folder / "model.engine"
+
+
+@pytest.fixture
+def forecaster(pipeline, theirs, forecasting):
+    """In the pipeline, with its own transformer there afterwards."""
+    pipeline.transformer = DropIn.open(forecasting)
+    yield pipeline.transformer
+    pipeline.transformer.close()
+    pipeline.transformer = theirs
+
+
+class Reference(DropIn):
+    """Forecasts in ten lines: calls are counted, residuals extrapolated in float64. FULL: steps, 0 being the last."""
+
+    FULL = (0, 3, 6, 7)
+
+    def forward(self, x, timestep, class_labels):
+        if not hasattr(self, "known"):
+            self.calls, self.known = 0, []
+        inputs = {"hidden_states": x.numpy(), "timestep": timestep.long().numpy(), "class_labels": class_labels.numpy()}
+        time, self.calls = float(timestep[0]), self.calls + 1
+        if STEPS - self.calls in self.FULL:
+            prediction, residual = self._denoiser.full(inputs)
+            self.known = [*self.known[-1:], (time, residual.astype(np.float64))]
+        else:
+            (t0, d0), (t1, d1) = self.known
+            residual = (d1 + (time - t1) / (t1 - t0) * (d1 - d0)).astype(np.float32)
+            prediction = self._denoiser.forecast({**inputs, "residual": residual})
+        return SimpleNamespace(sample=torch.from_numpy(prediction))
+
+
+FORECASTABLE = [DDIMScheduler(), DPMSolverMultistepScheduler(), EulerDiscreteScheduler(timestep_spacing="leading")]
+
+
+@pytest.mark.parametrize("scheduler", FORECASTABLE, ids=lambda scheduler: type(scheduler).__name__)
+def test_a_pipeline_forecasts_calls(pipeline, forecasting, forecaster, scheduler):
+    """8 steps, float32 against float64 in what is extrapolated: 1e-4 of images in 0..1. DDIM counts no steps."""
+    without = draw(pipeline, scheduler)
+    forecaster.forecast(scheduler, Reference.FULL)
+    found = draw(pipeline, scheduler)
+    pipeline.transformer = Reference.open(forecasting)
+    np.testing.assert_allclose(found, draw(pipeline, scheduler), rtol=0, atol=1e-4)
+    assert np.abs(found - without).max() > 1e-3
+    pipeline.transformer = forecaster
+    forecaster.forecast(scheduler, full_calls=())
+    np.testing.assert_array_equal(draw(pipeline, scheduler), without)
+
+
+@pytest.mark.parametrize("scheduler", FORECASTABLE[:2], ids=lambda scheduler: type(scheduler).__name__)
+def test_a_chain_that_was_broken_off_changes_no_later_picture(pipeline, forecaster, scheduler, monkeypatch):
+    """Bit for bit, after chains of other steps, rows and noise that ended early."""
+    forecaster.forecast(scheduler, 4)
+    expected = draw(pipeline, scheduler)
+    step = scheduler.step
+    for steps, labels, until in ((8, [1, 2, 3], 1), (8, [4, 5, 6], 5), (6, [7], 4), (20, [8, 9, 10, 11], 2)):
+        left = iter(range(until))
+
+        def stops(*args, left=left, **kwargs):
+            if next(left, None) is None:
+                raise InterruptedError
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(scheduler, "step", stops)
+        with pytest.raises(InterruptedError):
+            pipeline(labels, num_inference_steps=steps, output_type="np")
+        monkeypatch.undo()
+        np.testing.assert_array_equal(draw(pipeline, scheduler), expected)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler"])
+def test_a_scheduler_that_visits_a_timestep_twice_has_no_forecasts(pipeline, forecaster, name):
+    scheduler = getattr(diffusers, name)(timestep_spacing="leading")
+    forecaster.forecast(scheduler, 4)
+    with pytest.raises(UsageError, match=f"{name} visits a timestep twice"):
+        draw(pipeline, scheduler)
+
+
+def test_the_scheduler_of_another_pipeline_is_told_from_the_own_one(pipeline, forecaster):
+    forecaster.forecast(DDIMScheduler(), 4)  # never told its steps: a chain of 1000
+    with pytest.raises(UsageError, match=r"timestep \d+, which is none of the 1000 of DDIMScheduler|expected 99\d or"):
+        draw(pipeline, DPMSolverMultistepScheduler())
+
+
+def test_an_engine_without_forecasts_refuses_them_by_name(pipeline, ours, forecaster):
+    with pytest.raises(UsageError, match=r"DiTTransformer2DModel: this engine computes every call in full.*exported"):
+        ours.forecast(DDIMScheduler(), 4)
+    with pytest.raises(UsageError, match=r"found a DiTPipeline, expected a scheduler.*pipeline\.scheduler"):
+        forecaster.forecast(pipeline, 4)
+    with pytest.raises(UsageError, match="full calls many"):
+        forecaster.forecast(DDIMScheduler(), "many")
+    forecaster.forecast(DDIMScheduler(), 4)
+    x, y = torch.zeros(2, 4, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(UsageError, match="'timestep' differs from row to row"):
+        forecaster(x, torch.tensor([999, 998]), y)
+    with pytest.raises(UsageError, match="expected a non-empty array"):
+        forecaster(x[:0], torch.tensor([], dtype=torch.int64), y[:0])
+
+
+def test_a_denoiser_gives_residuals_and_takes_them(forecasting, engine):
+    """In one call and in several. The tolerance is that of a difference and a sum in float32."""
+    rng = np.random.default_rng(0)
+    inputs = {
+        "hidden_states": rng.standard_normal((5, 4, 8, 8)).astype(np.float32), "timestep": np.arange(5) * 100,
+        "class_labels": np.arange(5),
+    }  # fmt: skip
+    with Denoiser.open(forecasting) as denoise:
+        parts = Denoiser(denoise.card, denoise._engine, 2, denoise._forecast)
+        prediction, residual = denoise.full(inputs)
+        np.testing.assert_array_equal(denoise(inputs), prediction)
+        np.testing.assert_allclose(denoise.forecast({**inputs, "residual": residual}), prediction, rtol=0, atol=1e-4)
+        for found, expected in zip(parts.full(inputs), (prediction, residual), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        given = {**inputs, "residual": 2 * residual}
+        np.testing.assert_array_equal(parts.forecast(given), denoise.forecast(given))
+        for wrong, message in (
+            (residual[:3], "'residual' has 3 rows, the ports have 5"), (residual[:, 1:], "'residual' is float32"),
+            (None, "'residual' is"),
+        ):  # fmt: skip
+            with pytest.raises(UsageError, match=message):
+                denoise.forecast({**inputs, "residual": wrong})
+        with pytest.raises(UsageError, match="'timestep' 1000 is out of range"):
+            denoise.full({**inputs, "timestep": np.full(5, 1000)})
+    with pytest.raises(UsageError, match="this denoiser is closed"):
+        denoise.forecast(given)
+    with Denoiser.open(engine) as denoise:
+        assert not denoise.forecasts
+        for refused in (lambda: denoise.full(inputs), lambda: denoise.forecast(given)):
+            with pytest.raises(UsageError, match=r"computes every call in full.*exported with forecasts"):
+                refused()
 
 
 def test_a_saved_pipeline_is_loaded_with_our_engine_in_it(pipeline, ours, tmp_path):

@@ -1,13 +1,14 @@
 """The drop-in on an engine whose GPU computes on the host: what stays on the GPU, and what passes through the host."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import support
-from fake_gpu import FakeCuda, FakeTensorRT, compute
+from fake_gpu import FakeCuda, FakeTensorRT, compute, residual_of
 from tqdit.engines.backends.tensorrt import cuda, run
 from tqdit.engines.backends.tensorrt.library import TENSORRT
 from tqdit.engines.bundle import Manifest
@@ -39,6 +40,10 @@ class Recorder(run.TensorRTEngine):
         self.ways.append(("host", len(inputs["x"])))
         return super().__call__(inputs)
 
+    def outputs(self, inputs):
+        self.ways.append(("outputs", len(inputs["x"])))
+        return super().outputs(inputs)
+
     def run_on_device(self, inputs, stream=None, out=None):
         self.ways.append(("gpu", len(inputs["x"]), stream))
         assert all(isinstance(value, torch.Tensor) for value in (*inputs.values(), out))
@@ -53,13 +58,13 @@ def engine(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "KERNEL_MODULE", Path("/there/is/no/driver"))
     monkeypatch.setattr(drop_in, "gpu_of", lambda _: GPU)
     monkeypatch.setattr(drop_in, "stream_of", lambda _: 77)
-    _, card = support.exported(ExportConfig(), pixels=True)
+    _, card = support.exported(ExportConfig(forecast=True), pixels=True)
     (tmp_path / "engine.plan").write_bytes(b"plan")
     manifest = Manifest(
         backend="tensorrt", precision="int8", card=card, entry="engine.plan", decoder=None, versions={}, target={},
         files={}, batch=BatchRange(1, 2, 2),
     )  # fmt: skip
-    trt = FakeTensorRT(fake, batch=(2, 4), shape=card.state_shape)
+    trt = FakeTensorRT(fake, batch=(2, 4), shape=card.state_shape, residual=card.residual)
     opened = Recorder(TENSORRT, tmp_path / "engine.plan", manifest, trt, GPU)
     opened.ways = []
     yield opened
@@ -145,3 +150,33 @@ def test_a_tensor_of_the_host_is_on_no_gpu():
     card = support.exported(ExportConfig(), pixels=True)[1]
     with pytest.raises(UsageError, match="'x' is no dense tensor"):
         DropIn(Denoiser(card, lambda inputs: inputs["x"]))(sparse, 3, torch.zeros(2).long())
+
+
+def test_calls_pass_through_the_host_while_some_are_forecast(engine):
+    """Rows in parts of at most 4, a residual each; then they stay on the GPU again."""
+    forecasts = []
+
+    class Forecast:
+        def __call__(self, inputs):
+            forecasts.append(inputs)
+            return compute(inputs)
+
+        def close(self):
+            pass
+
+    card = support.exported(ExportConfig(forecast=True), pixels=True)[1]
+    transformer = DropIn(Denoiser(card, OpenEngine(engine), batch=4, forecast=Forecast()))
+    scheduler = SimpleNamespace(timesteps=torch.tensor([800, 700, 600, 500]))
+    transformer.forecast(scheduler, (0, 2, 3))
+    given, residuals = arguments(6), []
+    for time in (800, 700, 600, 500):
+        now = given | {"timestep": np.full(6, time)}
+        residuals.append(residual_of(now, card.residual))
+        np.testing.assert_array_equal(transformer(**as_tensors(now)).sample.numpy(), compute(now))
+    assert engine.ways == [("outputs", 4), ("outputs", 2)] * 3
+    assert [len(part["residual"]) for part in forecasts] == [4, 2]
+    found = np.concatenate([part["residual"] for part in forecasts])
+    np.testing.assert_allclose(found, 2 * residuals[1] - residuals[0], rtol=1e-5)
+    transformer.forecast(scheduler, None)
+    transformer(**as_tensors(arguments(2)))
+    assert engine.ways[-1] == ("gpu", 2, 77)

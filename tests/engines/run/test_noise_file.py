@@ -84,3 +84,16 @@ def test_its_size_is_bounded(bundle, tmp_path):
     noise_file.check_size(tmp_path / "n.safetensors", card, card.sampling, most)
     with pytest.raises(UsageError, match=rf"21 arrays of noise for each of {most + 1} images"):
         noise_file.check_size(tmp_path / "n.safetensors", card, card.sampling, most + 1)
+
+
+def test_a_chain_with_forecasts_has_no_noise_file(bundle_of, tmp_path, capsys):
+    """Loops in other languages make full calls alone. As many full calls as steps are no forecasts."""
+    engine = bundle_of(forecast=True)
+    flags = ["-n", "1", "--steps", "6", "-q", "-o", str(tmp_path / "x.npz")]
+    noise = str(tmp_path / "n.safetensors")
+    assert cli.sample([str(engine), *flags, "--full-calls", "4", "--save-noise", noise]) == 2
+    message = capsys.readouterr().err
+    for fact in ("--save-noise", "6 steps of ddpm, 4 of them with full calls", "--full-calls 6"):
+        assert fact in message
+    assert not list(tmp_path.iterdir())
+    save(engine, tmp_path, *flags[:4], "--full-calls", "6")

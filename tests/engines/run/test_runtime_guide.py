@@ -17,6 +17,7 @@ EXPECTED = [  # what a block leaves behind, and its shape
     {"previews": (4, 8, 8, 3)},
     {"prediction": (2, 6, 8, 8)},
     {"pictures": (2, 8, 8, 3)},
+    {"pictures": (2, 8, 8, 3)},
 ]
 
 

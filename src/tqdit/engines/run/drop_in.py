@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,6 +20,8 @@ from torch import Tensor  # noqa: E402
 
 from tqdit.models.arguments import digest, flatten  # noqa: E402
 from tqdit.ports import Port, check_values  # noqa: E402
+from tqdit.sampling.followed import Clock, Followed  # noqa: E402
+from tqdit.sampling.process import TRAINING_STEPS, Process, Recorded  # noqa: E402
 
 STATE = "hidden_states"  # what diffusers calls it, whatever the network does
 NOTHING = {"null", "{}", "[]"}  # digests of arguments that a call may leave out
@@ -42,6 +44,23 @@ def stream_of(tensor: Tensor) -> Any:
     return torch.cuda.current_stream(tensor.device)
 
 
+def clocks_of(process: Process, scheduler: Any) -> list[Clock]:
+    """(a, b) of the timesteps a t + b that a pipeline may tell its network at the scheduler's timestep t.
+
+    Of a recorded pipeline it is known; others are told t, its part of all, or what is left of all.
+    """
+    if isinstance(process, Recorded):
+        return [(process.time_scale, process.time_shift)]
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or TRAINING_STEPS
+    return [(1.0, 0.0), (1 / steps, 0.0), (-1 / steps, 1.0)]
+
+
+def precision_of(state: Tensor, time: Any) -> float:
+    """The relative error that a pipeline's timestep may have: some round timesteps to the type of their latents."""
+    found = [each.dtype for each in (state, time) if isinstance(each, Tensor) and each.is_floating_point()]
+    return max((float(torch.finfo(dtype).eps) for dtype in found), default=0.0)
+
+
 def _is_list(port: Port, given: dict[str, Any]) -> bool:
     return port.listed and isinstance(given.get(port.name), list)
 
@@ -56,6 +75,8 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
     when the network was exported. It has no parameters; `.to(device, dtype)` changes what it takes and gives, as a
     pipeline expects, and the engine computes in its own types on its own device. Engines of TensorRT and TensorRT-RTX
     take and give tensors on their own GPU without a copy on the host; all else passes through the host.
+
+    With `forecast` it forecasts some of the calls of a pipeline's chain, one pipeline at a time.
     """
 
     config_name = "config.json"
@@ -71,15 +92,45 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
                 setattr(self, name, value)
         self._ports = card.signature.ports
         self._state = card.signature.state.name
+        self._time = card.signature.time.name
         self._constants, self._alike = card.constants, card.alike
         self._family = card.signature.family
         self._denoiser = denoiser
+        self._followed: Followed | None = None  # None: every call is full
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # has the dtype and device of .to(...)
 
     @classmethod
     def open(cls, path: str | Path, *, threads: int | None = None, device: GpuChoice = None) -> DropIn:
         """Open a bundle; arguments and errors as for `Denoiser.open`."""
         return cls(Denoiser.open(path, threads=threads, device=device))
+
+    def forecast(self, scheduler: Any, full_calls: int | Sequence[int] | None) -> None:
+        """From now on, forecast calls in the chains of a pipeline with this scheduler (docs/runtime.md, "Forecasts").
+
+            pipeline.transformer.forecast(pipeline.scheduler, full_calls=14)
+
+        full_calls: how many calls of a chain are full, or the steps of those, as for `Sampler.sample`; None, or no
+        steps: all are. How long a chain is and where it begins is read from the scheduler's `timesteps`. A pipeline may
+        call the network up to 4 times in a step, with as many rows and as often in each step of a chain. All calls
+        then pass through the host, on a GPU, too. Not for several pipelines, or threads, at a time.
+
+        Raises UsageError for an engine that was exported without forecasts, and for other arguments. A call of the
+        network raises it for a chain that has no such full calls, a scheduler that visits a timestep twice, and a
+        timestep that is not the next one of the chain.
+        """
+        self._followed = None
+        if full_calls is None or (isinstance(full_calls, Sized) and not len(full_calls)):
+            return
+        if not self._denoiser.forecasts:
+            raise UsageError(
+                f"{self._family}: this engine computes every call in full. Leave forecasts out, or take an engine that "
+                "was exported with forecasts."
+            )
+        if not hasattr(scheduler, "timesteps"):
+            raise UsageError(
+                f"found a {type(scheduler).__name__}, expected a scheduler with timesteps. Pass pipeline.scheduler."
+            )
+        self._followed = Followed(scheduler, full_calls, clocks_of(self._denoiser.card.sampling.process, scheduler))
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Prediction | tuple[Tensor]:
         """The network's own arguments, in its order or by name -> its prediction, in the dtype of its first input.
@@ -100,7 +151,7 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
             raise UsageError(f"{self._family}: '{self._state}' is missing. Pass what the network takes.")
         tensors, others = flatten(given)
         gpu = gpu_of(state)
-        stays = gpu is not None and gpu == self._denoiser.gpu
+        stays = gpu is not None and gpu == self._denoiser.gpu and self._followed is None
         where = state.device if stays else torch.device("cpu")
         inputs = {port.name: self._rows(port, tensors.pop(port.name, others.pop(port.name, None)), len(state), where)
                   for port in self._ports}  # fmt: skip
@@ -108,9 +159,22 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         if stays:
             sample = self._on_gpu(inputs, len(state)).to(state.dtype)
         else:  # a copy, since an engine may reuse its output
-            prediction = self._denoiser(**{name: value.numpy() for name, value in inputs.items()})
+            arrays = {name: value.numpy() for name, value in inputs.items()}
+            if self._followed is None:
+                prediction = self._denoiser(arrays)
+            else:
+                prediction = self._next(self._followed, arrays, precision_of(state, given.get(self._time)))
             sample = torch.from_numpy(prediction).to(state.device, state.dtype, copy=True)
         return Prediction(sample) if return_dict else (sample,)
+
+    def _next(self, followed: Followed, inputs: dict[str, Any], precision: float) -> Any:
+        """The prediction float32 (rows, K, ...) of the next call of a chain. precision: of its timestep, relative."""
+        told = inputs[self._time]
+        if not len(told):
+            return self._denoiser(inputs)  # which refuses it
+        if (told != told[0]).any():
+            raise UsageError(f"'{self._time}' differs from row to row; forecasts need one timestep for all rows.")
+        return followed(self._denoiser, inputs, float(told[0]), precision)
 
     def _on_gpu(self, inputs: dict[str, Tensor], rows: int) -> Tensor:
         """The prediction float32 (rows, K, ...), in order with torch's stream; at most `most_rows` in a call."""

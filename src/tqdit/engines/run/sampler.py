@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from tqdit.bounds import MOST_BATCH, check_count, check_memory
 from tqdit.card import GraphCard
-from tqdit.engines.bundle import FORECAST, Manifest
+from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange
 from tqdit.engines.gpu import GpuChoice
 from tqdit.engines.run.backend import check_graph, open_bundle
 from tqdit.engines.run.requests import open_texts, read_embeddings
-from tqdit.engines.run.verify import check_forecast, verify_engine, verify_once
+from tqdit.engines.run.verify import open_verified
 from tqdit.errors import FileFormatError, SamplingStopped, UsageError
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling import chains
@@ -92,17 +92,7 @@ class Sampler:
         _ = manifest.card.sampling.schedule  # raises if no chain is known
         batch = choose_batch(Path(path), manifest.batch, batch)
         with ExitStack() as refused:
-            network = load(manifest.entry)
-            refused.callback(network.close)
-            if verify:
-                verify_engine(Path(path), manifest, network).check(str(path))
-            elif verify is None:
-                verify_once(Path(path), manifest, network)
-            forecast = load(f"{FORECAST}/{manifest.forecast}") if manifest.forecast else None
-            if forecast is not None:
-                refused.callback(forecast.close)
-                if verify or (verify is None and network.place is not None):  # on a CPU where it was built
-                    check_forecast(Path(path), manifest, network, forecast)
+            network, forecast = open_verified(Path(path), manifest, load, refused, verify)
             decoder = load(manifest.decoder) if manifest.decoder else None
             refused.pop_all()  # all is right: the engine stays open
         return cls(manifest.card, network, decoder, batch, Path(path), manifest.batch is None, forecast)

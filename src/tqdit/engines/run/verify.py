@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.bundle import CALLS_FILE, Manifest, Verified
+from tqdit.engines.bundle import CALLS_FILE, FORECAST, Manifest, Verified
 from tqdit.engines.gpu import GpuChoice
-from tqdit.engines.run.backend import Engine, open_engine
+from tqdit.engines.run.backend import Engine, OpenEngine, open_engine
 from tqdit.errors import FileFormatError, OutputError, UsageError, VerificationError
 from tqdit.files import cache_folder, read_npz, whole_file
 from tqdit.golden import GoldenCalls, Verdict, relative_errors, verify
@@ -23,6 +23,29 @@ from tqdit.sampling.forecasts import RESIDUAL
 
 # Of a forecast with the true residual against the full call: the rounding of a difference, a sum, and codes at ties.
 FORECAST_ERRORS = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 1e-2}
+
+
+def open_verified(
+    folder: Path, manifest: Manifest, load: Callable[[str], OpenEngine], refused: ExitStack, verify: bool | None = None
+) -> tuple[OpenEngine, OpenEngine | None]:
+    """The engine of a bundle, and that of its forecasts if it has them, after their checks.
+
+    load: of `open_bundle`. refused: closes them if the caller cannot use them. verify: as for `Sampler.open`. Raises
+    VerificationError if they are wrong.
+    """
+    network = load(manifest.entry)
+    refused.callback(network.close)
+    if verify:
+        verify_engine(folder, manifest, network).check(str(folder))
+    elif verify is None:
+        verify_once(folder, manifest, network)
+    if not manifest.forecast:
+        return network, None
+    forecast = load(f"{FORECAST}/{manifest.forecast}")
+    refused.callback(forecast.close)
+    if verify or (verify is None and network.place is not None):  # on a CPU where it was built
+        check_forecast(folder, manifest, network, forecast)
+    return network, forecast
 
 
 def verify_bundle(folder: Path, manifest: Manifest, device: GpuChoice = None) -> Verdict:
