@@ -32,6 +32,7 @@ examples:
   tqdit-calibrate DiT-XL-2-256x256.pt -o xl.safetensors
   tqdit-calibrate --weight-bits 6 --activation-bits 6 --preset tq-dit
   tqdit-calibrate --calls 12                                  also where the steps of chains of 12 calls lie best
+  tqdit-calibrate --calls 12 --forecast                       and whether forecasts between these calls help
   tqdit-calibrate --preset paper --print                      every setting of a preset
   tqdit-calibrate text                                        the text demo, W8A8
   tqdit-calibrate FLUX/ --prompts prompts.txt --steps 28      a pipeline of text: one prompt per line
