@@ -137,6 +137,15 @@ def test_a_chain_with_forecasts_goes_to_the_engine_and_its_images(model: LoadedM
     assert ExportConfig("step").returns_residual(model, table) is False
 
 
+def test_forecasts_of_a_network_without_blocks_are_refused_before_any_work(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tqdit.models.blocks.block_names", lambda _: [])
+    with pytest.raises(UsageError, match="forecast"):
+        found(model, tmp_path / "work", **FORECASTS)
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.slow
 def test_a_stopped_search_of_full_calls_goes_on_to_the_same_table(model: LoadedModel, tmp_path: Path) -> None:
     expected, calls, network = found(model, tmp_path / "whole", **FORECASTS), 0, LoadedModel.full

@@ -22,6 +22,7 @@ from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.judges import JUDGES
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.statistics import Gaussian, frechet_to
+from tqdit.quantization.table import PlacedSteps, read_scale_table
 from tqdit.sampling.placement import dense
 from tqdit.sampling.process import Diffusion
 
@@ -321,14 +322,20 @@ def test_samplers_and_spacings_are_compared_at_equal_calls(flow, tmp_path, monke
 
 @pytest.mark.slow
 def test_forecasts_are_compared_at_equal_full_calls(flow, tmp_path, monkeypatch, capsys):
-    """Twice as many steps, every second one a forecast, beside chains of full calls alone."""
+    """Twice as many steps, every second one a forecast, beside chains of full calls alone and the engine's own."""
     monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 12))
     monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 12))
     file, bundle = tmp_path / "model.onnx", tmp_path / "model.engine"
-    tqdit.export("demo", file, scales=flow / "scales.safetensors", steps=5, forecast=True)
+    own = PlacedSteps("unipc", (0.0, 100.0, 400.0, 800.0, 999.0), {}, 1, (0, 2, 3, 4))
+    tqdit.export("demo", file, scales=replace(read_scale_table(flow / "scales.safetensors"), placed=own))
     tqdit.build(file, bundle, backend="onnxruntime")
     facts = evaluate(tmp_path, bundle, "--against", flow / "float.engine", "-n", 2, "--float-seeds", 0, "--calls",
                      "3,6", "--metrics", "accuracy")  # fmt: skip
+    with Sampler.open(bundle) as engine, Sampler.open(flow / "float.engine") as floating:
+        # the float engine, which has no forecasts, computes every call
+        end = floating.sample_latents(np.arange(2), sampler="unipc", timesteps=own.timesteps)
+        error = relative_errors(end, engine.sample_latents(np.arange(2))).mean()
+    assert facts["paired"]["final_error"]["value"] == pytest.approx(error, rel=1e-5)
     points = {(point["sampler"], point["spacing"], point["calls"]): point for point in facts["calls"]}
     assert {key for key in points if "forecasts" in key[1]} == {
         (sampler, f"{spacing}, forecasts", 3)
@@ -338,6 +345,11 @@ def test_forecasts_are_compared_at_equal_full_calls(flow, tmp_path, monkeypatch,
     with Sampler.open(bundle) as engine, Sampler.open(flow / "float.engine") as floating:
         end = floating.sample_latents(
             np.arange(2), sampler="dpm++2m", timesteps=dense(Diffusion(learned_variance=True), 12)
+        )
+        found = engine.sample_latents(np.arange(2))
+        assert points["unipc", "engine's own", 4]["timesteps"] == list(own.timesteps)
+        assert points["unipc", "engine's own", 4]["error"]["value"] == pytest.approx(
+            relative_errors(end, found).mean(), rel=1e-5
         )
         for name in ("karras", "placed"):
             point = points["unipc", f"{name}, forecasts", 3]

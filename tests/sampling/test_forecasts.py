@@ -129,7 +129,7 @@ def test_full_calls_stay_with_their_chain_alone():
 @pytest.mark.parametrize(
     ("full_calls", "facts"),
     [(2, "2 full calls of 20 steps"), (21, "21 full calls of 20 steps"), ((0, 5, 19), "0, 5, 19.*18 and 19"),
-     ((5, 3, 18, 19), "ascending"), ((-1, 18, 19), "-1"), ("ab", "full calls ab.*numbers")],
+     ((5, 3, 18, 19), "ascending"), ((-1, 18, 19), "-1"), ("ab", "full calls ab.*steps")],
 )  # fmt: skip
 def test_full_calls_that_a_chain_cannot_have_are_refused(full_calls, facts):
     with pytest.raises(UsageError, match=facts):
@@ -139,3 +139,4 @@ def test_full_calls_that_a_chain_cannot_have_are_refused(full_calls, facts):
 def test_forecasts_do_not_go_with_a_guidance_interval():
     with pytest.raises(UsageError, match="guidance interval"):
         SPEC.choose(full_calls=8, guidance_interval=(100, 400))
+    assert SPEC.choose(full_calls=8).choose(guidance_interval=(100, 400)).full_calls == ()  # of the model's own chain

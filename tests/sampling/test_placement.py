@@ -155,11 +155,11 @@ def test_full_calls_are_those_of_the_least_error_of_forecasts(calls):
 
     choices = [(*middle, 0) for middle in combinations(range(5, 0, -1), calls - 3)]
     least = min(map(cost, choices))
-    full, error_found = place_full(chain, schedule, calls)
+    full = place_full(chain, schedule, calls)
     assert len(full) == calls
     assert {0, 6, 7} <= set(full)
     assert all(a < b for a, b in pairwise(full))
-    np.testing.assert_allclose([cost(full[-3::-1]), error_found], least, rtol=1e-6, atol=1e-15)
+    np.testing.assert_allclose(cost(full[-3::-1]), least, rtol=1e-6)
 
 
 def test_residuals_that_move_evenly_are_forecast_exactly():
@@ -168,10 +168,14 @@ def test_residuals_that_move_evenly_are_forecast_exactly():
     moving = chain.timesteps[:, None, None] / 1000 * np.random.default_rng(4).normal(size=(1, 24, 30)) + 1
     chain = replace(chain, residuals=moving.astype(np.float32))
     schedule = SamplingSpec(Diffusion(), "dpm++2m", 20, spacings(Diffusion(), 20)["log-snr"]).schedule
-    full, error = place_full(chain, schedule, 5)
-    assert len(full) == 5
-    assert error < 1e-8  # of float32 residuals
-    assert place_full(chain_with_residuals(), schedule, 5)[1] > 1e-4
+    t, products = schedule.timesteps, chain.residual_products(schedule.timesteps)
+    a, b, c = 19, 14, 3  # the full calls, and the forecast
+    ratio = (t[c] - t[b]) / (t[b] - t[a])
+    weights = np.zeros(20)
+    weights[[a, b, c]] = ratio, -1 - ratio, 1
+    assert weights @ products @ weights < 1e-8 * products[c, c]  # of float32 residuals
+    wandering = chain_with_residuals().residual_products(schedule.timesteps)
+    assert weights @ wandering @ weights > 1e-2 * wandering[c, c]
 
 
 def test_a_long_chain_keeps_the_residuals_of_both_rows():

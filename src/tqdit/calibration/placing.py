@@ -119,40 +119,52 @@ class Placing:
         """The steps with the least error on the quantized network. meter: told how many images went through a call."""
         chain = self.long_chain(meter)
         learned = chain.part(LEARNED, STRIDE)
-        tried: dict[str, SamplingSpec] = {}
-        errors: dict[str, float] = {}
-
-        def check(methods: Mapping[str, SamplingSpec]) -> None:
-            with self.console.bar(len(methods), "placed steps: checks", "chains") as bar:
-                for name, spec in methods.items():
-                    errors[name] = self._error(name, spec, quantized, chain.ends[LEARNED:])
-                    meter(CHECKED * spec.steps)
-                    bar.update()
-            tried.update(methods)
-
         longer = [round(self.calls * stretch) for stretch in STRETCHES if self.config.forecast]
         longer = [steps for steps in longer if self.calls < steps <= len(learned.timesteps)]
+        tried: dict[str, SamplingSpec] = {}
+        errors: dict[str, float] = {}
         for solver in solvers_of(self.config):
             placed = place(learned, self.process, solver, (self.calls, *longer))
-            check({f"{solver} {spacing}": SamplingSpec(self.process, solver, self.calls, timesteps)
-                   for spacing, timesteps in self._spacings(placed, self.calls).items()})  # fmt: skip
-            if not longer:
-                continue
-            published = min(spacings(self.process, self.calls), key=lambda spacing: errors[f"{solver} {spacing}"])
-            check({f"{solver} {spacing}, {self.calls} of {steps}":
-                   self._with_forecasts(chain, SamplingSpec(self.process, solver, steps, timesteps))
-                   for steps in longer for spacing, timesteps in self._spacings(placed, steps).items()
-                   if spacing in (PLACED, published)})  # fmt: skip
+            full = self._of_full_calls(solver, placed[self.calls])
+            errors |= self._errors(full, quantized, chain, meter)
+            tried |= full
+            for steps in longer:
+                published = min(spacings(self.process, steps), key=lambda spacing: errors[f"{solver} {spacing}"])
+                forecast = self._with_forecasts(chain, solver, placed[steps], published)
+                errors |= self._errors(forecast, quantized, chain, meter)
+                tried |= forecast
         best = tried[min(errors, key=lambda name: errors[name])]
         return PlacedSteps(best.sampler, tuple(best.schedule.timesteps.tolist()), errors, CHECKED, best.full_calls)
 
-    def _spacings(self, placed: Mapping[int, tuple[float, ...]], steps: int) -> dict[str, tuple[float, ...]]:
-        return {PLACED: placed[steps], **spacings(self.process, steps)}
+    def _of_full_calls(self, solver: str, placed: tuple[float, ...]) -> dict[str, SamplingSpec]:
+        """Chains without forecasts by name: with placed steps, and with published spacings."""
+        every = {PLACED: placed, **spacings(self.process, self.calls)}
+        return {f"{solver} {spacing}": SamplingSpec(self.process, solver, self.calls, timesteps)
+                for spacing, timesteps in every.items()}  # fmt: skip
 
-    def _with_forecasts(self, chain: LongChain, spec: SamplingSpec) -> SamplingSpec:
-        """The chain with as many full calls as were asked for."""
-        full, _ = place_full(chain.part(LEARNED, 1), spec.schedule, self.calls)
-        return spec.choose(full_calls=full)
+    def _with_forecasts(
+        self, chain: LongChain, solver: str, placed: tuple[float, ...], published: str
+    ) -> dict[str, SamplingSpec]:
+        """Chains of more steps by name, with as many full calls as were asked for: placed, and with one published
+        spacing."""
+        steps, found = len(placed), {}
+        for spacing, timesteps in ((PLACED, placed), (published, spacings(self.process, steps)[published])):
+            spec = SamplingSpec(self.process, solver, steps, timesteps)
+            full = place_full(chain.part(LEARNED, 1), spec.schedule, self.calls)
+            found[f"{solver} {spacing}, {self.calls} of {steps}"] = spec.choose(full_calls=full)
+        return found
+
+    def _errors(
+        self, specs: Mapping[str, SamplingSpec], quantized: LoadedModel, chain: LongChain,
+        meter: Callable[[int], object],
+    ) -> dict[str, float]:  # fmt: skip
+        found = {}
+        with self.console.bar(len(specs), "placed steps: checks", "chains") as bar:
+            for name, spec in specs.items():
+                found[name] = self._error(name, spec, quantized, chain.ends[LEARNED:])
+                meter(CHECKED * spec.steps)
+                bar.update()
+        return found
 
     def long_chain(self, meter: Callable[[int], object]) -> LongChain:
         """All images' chains of the float network, continued from the work folder."""

@@ -24,7 +24,7 @@ from tqdit.evaluate.chains import SampledChains
 from tqdit.evaluate.paired import relative_errors
 from tqdit.ports import check_requests
 from tqdit.sampling.chains import Chains
-from tqdit.sampling.forecasts import LEAST_FULL, spread
+from tqdit.sampling.forecasts import LEAST_FULL
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.placement import FIRST_IMAGE, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
 from tqdit.sampling.process import Diffusion, Flow
@@ -33,7 +33,7 @@ from tqdit.sampling.schedule import SamplingSpec, samplers_of
 CONVERGED = ("dpm++2m", 200)  # sampler and steps of the reference
 MOST_CALLS = LONG[1] // STRIDE
 SPACED = ("dpm++2m", "unipc")  # samplers that are tried with every spacing; others with their own alone
-_Methods = dict[tuple[str, str, int], tuple[int, tuple[float, ...]]]  # sampler, spacing, full calls -> steps, timesteps
+_Methods = dict[tuple[str, str, int], SamplingSpec]  # by sampler, spacing and full calls
 Distance = Callable[[SampledChains], Measure | None]  # of the pictures to a reference
 
 
@@ -70,38 +70,40 @@ def measure_calls(
     number of calls and their own spacing. prompts: those that the job was described with."""
     process = engine.card.sampling.process.noising
     assert process is not None
-    found = _methods(floating, job, counts, samplers or deterministic(process), console, prompts)
-    found |= {(sampler, "uniform", calls): () for sampler, calls in also}
-    own = engine.card.sampling
+    methods = _methods(floating, job, counts, samplers or deterministic(process), console, prompts)
+    methods |= {(sampler, "uniform", calls): SamplingSpec(process, sampler, calls) for sampler, calls in also}
+    if engine.card.residual is not None and job.guidance_interval is None:
+        methods |= _with_forecasts(methods)
+    own = engine.card.sampling.choose(guidance_interval=job.guidance_interval)
     if own.timesteps:
-        found[own.sampler, "engine's own", own.steps] = own.timesteps
-    methods = {key: (key[2], timesteps) for key, timesteps in found.items()}
-    if engine.card.residual is not None:
-        methods |= _with_forecasts(found)
-    total = job.shards * (CONVERGED[1] + sum(steps for steps, _ in methods.values()))
+        methods[own.sampler, "engine's own", own.calls] = own
+    total = job.shards * (CONVERGED[1] + sum(spec.steps for spec in methods.values()))
     with console.bar(total, "calls", "steps") as bar:
         sampler, steps = CONVERGED
-        long = replace(job, sampler=sampler, steps=steps, timesteps=dense(process, steps))
+        long = _job(job, SamplingSpec(process, sampler, steps, dense(process, steps)))
         reference = chains.run(floating, long, bar.update, prompts).latents
         points = []
-        for (name, spacing, calls), (steps, timesteps) in methods.items():
-            full = spread(steps, calls) if calls < steps else ()
-            short = replace(job, sampler=name, steps=steps, timesteps=timesteps, full_calls=full)
-            made = chains.run(engine, short, bar.update, prompts)
+        for (name, spacing, calls), spec in methods.items():
+            made = chains.run(engine, _job(job, spec), bar.update, prompts)
             errors = relative_errors(reference, made.latents)
             points.append(
-                Point(name, spacing, calls, timesteps, of_mean(errors), float(np.median(errors)), made.seconds,
+                Point(name, spacing, calls, spec.timesteps, of_mean(errors), float(np.median(errors)), made.seconds,
                       distance(made))
             )  # fmt: skip
     return points
 
 
-def _with_forecasts(found: Mapping[tuple[str, str, int], tuple[float, ...]]) -> _Methods:
+def _job(job: SamplingJob, spec: SamplingSpec) -> SamplingJob:
+    """The same images by another chain."""
+    return replace(job, sampler=spec.sampler, steps=spec.steps, timesteps=spec.timesteps, full_calls=spec.full_calls)
+
+
+def _with_forecasts(methods: _Methods) -> _Methods:
     """Of each sampler and spacing that is tried with N and with 2 N calls: 2 N steps of which N have full calls."""
     return {
-        (sampler, f"{spacing}, forecasts", calls): (2 * calls, found[sampler, spacing, 2 * calls])
-        for sampler, spacing, calls in found
-        if sampler in SPACED and calls >= LEAST_FULL and (sampler, spacing, 2 * calls) in found
+        (sampler, f"{spacing}, forecasts", calls): methods[sampler, spacing, 2 * calls].choose(full_calls=calls)
+        for sampler, spacing, calls in methods
+        if sampler in SPACED and calls >= LEAST_FULL and (sampler, spacing, 2 * calls) in methods
     }
 
 
@@ -114,19 +116,18 @@ def deterministic(process: Diffusion | Flow) -> tuple[str, ...]:
 def _methods(
     floating: Sampler, job: SamplingJob, counts: Sequence[int], samplers: Sequence[str], console: Console,
     prompts: Prompts | None,
-) -> dict[tuple[str, str, int], tuple[float, ...]]:  # fmt: skip
-    """(sampler, spacing, calls) -> timesteps of each chain to run."""
+) -> _Methods:  # fmt: skip
+    """The chains to run, of full calls alone."""
     process = floating.card.sampling.process.noising
     assert process is not None
     long = _long_chain(floating, job, process, console, prompts)
-    found: dict[tuple[str, str, int], tuple[float, ...]] = {}
+    found: _Methods = {}
     for sampler in samplers:
         placed = place(long, process, sampler, counts) if sampler in SPACED else None
         for calls in counts:
-            every = spacings(process, calls) if placed is not None else {"uniform": ()}
-            found |= {(sampler, spacing, calls): timesteps for spacing, timesteps in every.items()}
-            if placed is not None:
-                found[sampler, "placed", calls] = placed[calls]
+            every = {"uniform": ()} if placed is None else {**spacings(process, calls), "placed": placed[calls]}
+            for spacing, timesteps in every.items():
+                found[sampler, spacing, calls] = SamplingSpec(process, sampler, calls, timesteps)
     return found
 
 

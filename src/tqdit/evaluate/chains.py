@@ -40,11 +40,14 @@ def run(sampler: Sampler, job: SamplingJob, advance: Advance, prompts: Prompts |
 def run_pair(
     reference: Sampler, other: Sampler, job: SamplingJob, advance: Advance, prompts: Prompts | None = None
 ) -> tuple[SampledChains, SampledChains]:
-    """The same chains of both, shard by shard: the trajectories of one shard are in memory. prompts: the job's."""
+    """The same chains of both, shard by shard: the trajectories of one shard are in memory. prompts: the job's.
+
+    The reference computes every call in full, so that errors are also those of the other one's forecasts.
+    """
     check_comparable(reference.card, other.card)
-    ours, theirs = [], []
+    full, ours, theirs = replace(job, full_calls=()), [], []
     for shard in range(job.shards):
-        chains, states = _shard(reference, job, shard, None, advance, keep=True, prompts=prompts)
+        chains, states = _shard(reference, full, shard, None, advance, keep=True, prompts=prompts)
         ours.append(chains)
         theirs.append(_shard(other, job, shard, states, advance, prompts=prompts)[0])
     return _join(ours), _join(theirs)

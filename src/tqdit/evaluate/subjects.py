@@ -300,7 +300,8 @@ class _Comparison:
     def _sample(self) -> tuple[dict[str, SampledChains], Pairs | None]:
         """The chains of each set by name, and the pairs of both engines."""
         job, subject = self.job, self.subject.sampler
-        others = {f"float, seed {seed}": replace(job, seed=seed) for seed in self._other_seeds}
+        full = job.full_calls if self.floating is None else ()  # of the float model, as in pairs
+        others = {f"float, seed {seed}": replace(job, seed=seed, full_calls=full) for seed in self._other_seeds}
         total = job.shards * job.steps * (1 + (self.floating is not None) + len(others))
         with self.console.bar(total, "sampling", "steps") as bar:
             if self.floating is None:

@@ -6,6 +6,9 @@ local errors are inner products of the long chain's states and predictions, so d
 (h, i), (i, j) finds the places with the least sum of them. The idea of choosing steps by the solver's own error is that
 of Align Your Steps (arXiv 2404.14507); errors of stored chains in place of a bound, and the dynamic programme, are as
 in arXiv 2106.03802.
+
+Which calls are full is found in the same way: a forecast's residual, extrapolated from two full calls, errs by an inner
+product of the long chain's residuals, so dynamic programming over the pairs of full calls finds the best ones.
 """
 
 from __future__ import annotations
@@ -148,7 +151,8 @@ def _entries(residual: Float32, images: int) -> Float32:
     """ENTRIES of the residuals (rows, ...) of each image, all its rows together: (images, E)."""
     of_images = np.moveaxis(residual.reshape(-1, images, *residual.shape[1:]), 1, 0).reshape(images, -1)
     size = of_images.shape[1]
-    return of_images[:, np.sort(np.random.default_rng(0).permutation(size)[:ENTRIES])]
+    drawn = np.random.default_rng(0).choice(size, min(ENTRIES, size), replace=False, shuffle=False)
+    return of_images[:, np.sort(drawn)]
 
 
 def place(
@@ -180,9 +184,9 @@ def place(
     return found
 
 
-def place_full(chain: LongChain, schedule: Schedule, calls: int) -> tuple[tuple[int, ...], float]:
+def place_full(chain: LongChain, schedule: Schedule, calls: int) -> tuple[int, ...]:
     """The steps, ascending, of which a schedule of T steps computes `calls` in full so that its forecasts err least in
-    all, and the sum of their errors.
+    all.
 
     A forecast's prediction is taken to err relatively as its residual does. What that adds to the next state, in units
     of that state, is summed over the forecasts between two full calls, since these err in one direction. The squares of
@@ -201,7 +205,7 @@ def place_full(chain: LongChain, schedule: Schedule, calls: int) -> tuple[tuple[
     cost[-1, -2] = 0  # the first two calls are full
     *_, (reached, came) = _best_chains(cost, between, calls)
     reached[:, 1:] = np.inf  # and so is the last one
-    return tuple(_cheapest(reached, came)), float(reached.min())
+    return tuple(_cheapest(reached, came))
 
 
 def _forecast_errors(chain: LongChain, schedule: Schedule) -> Float64:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdit.errors import UsageError
 from tqdit.registry import find_modules
 from tqdit.sampling import samplers
-from tqdit.sampling.forecasts import check_full_calls, spread
+from tqdit.sampling.forecasts import check_full_calls, full_numbers, spread
 from tqdit.sampling.process import NO_CHAIN, Diffusion, Float64, Flow, Process, Recorded, Unsampled, check_timesteps
 
 MOST_LAG = 3
@@ -148,7 +148,7 @@ class SamplingSpec:
             full_calls = self.full_calls if same else ()
         elif isinstance(full_calls, int | np.integer):
             full_calls = spread(steps, int(full_calls))
-        full = tuple(map(int, _numbers("full calls", full_calls)))
+        full = full_numbers(full_calls)
         return replace(
             self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval,
             full_calls=full if len(full) < steps else (),

@@ -43,7 +43,7 @@ class ImageRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     steps: Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="by default the model's own")] = None
     full_calls: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        Meta(description="how many steps call the whole network; the others are forecasts, which cost next to nothing"),
+        Meta(description="how many steps call the whole network; the others are forecasts; by default the model's own"),
     ] = None
     sampler: Annotated[Name | None, Meta(description="by default the model's own")] = None
     previews: Annotated[
