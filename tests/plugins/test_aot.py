@@ -110,10 +110,9 @@ def test_what_tensorrt_is_offered_needs_no_more_shared_memory_than_every_launche
         assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks
 
 
-@pytest.mark.parametrize(
-    ("head", "tokens"), few([(72, 256), (80, 1024), (128, 256), (128, 1024)], (72, 256), (128, 256))
-)
+@pytest.mark.parametrize(("head", "tokens"), few([(72, 256), (80, 1024), (128, 256), (128, 1024)], (128, 256)))
 def test_the_same_of_integer_attention(head, tokens):
+    """Blocks have a power of two of channels: those of a head of 72 hold no more than those of one of 128."""
     for blocks in integer_attention.candidates(head, tokens):
         kernel = integer_attention.kernel("i8", tokens, tokens, head, 8, 1 / 127, blocks)
         assert aot.compile_kernel(kernel, (9, 0)).shared_bytes <= attention.SHARED_LIMIT, blocks

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 
@@ -138,6 +139,7 @@ def _compile(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    _key_by_version(triton)
     # TensorRT aligns its tensors far beyond the 16 bytes that wide loads need.
     aligned = {(i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(kernel.parameters) if kind[0] == "*"}
     source = ASTSource(
@@ -158,6 +160,15 @@ def _compile(kernel: Kernel, capability: tuple[int, int]) -> CompiledKernel:
         ptx = re.sub(r"^(\.target sm_\d+)a\b", r"\1", ptx, flags=re.MULTILINE)
     name, ptx = name_by_content(ptx, facts.name)
     return CompiledKernel(name, ptx, facts.num_warps * 32, facts.shared, capability)
+
+
+def _key_by_version(triton: ModuleType) -> None:
+    """Triton hashes its own libraries, half a gigabyte, to key its cache by them: most of the time that a small kernel
+    takes. Its version is enough, as for our cache.
+    """
+    for module in (triton.runtime.cache, triton.compiler.compiler):  # the release decides which of them has it
+        if hasattr(module, "triton_key"):
+            module.triton_key = lambda: f"tqdit, triton {triton.__version__}"
 
 
 def _main() -> None:
