@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,18 @@ class ProductCost:
     elements: tuple[int, ...] = ()
 
 
+_found: WeakKeyDictionary[nn.Module, dict[str, ProductCost]] = WeakKeyDictionary()  # of networks that are in use
+
+
 def product_costs(model: LoadedModel) -> dict[str, ProductCost]:
-    """Of each product of the network, for one row."""
+    """Of each product of the network, for one row; a network is observed once."""
+    costs = _found.get(model.network)
+    if costs is None or costs.keys() != {product.name for product in model.products}:
+        costs = _found[model.network] = _observe(model)
+    return dict(costs)
+
+
+def _observe(model: LoadedModel) -> dict[str, ProductCost]:
     costs = {product.name: ProductCost() for product in model.products}
 
     def add(name: str, module: nn.Module, operands: tuple[Tensor, ...], output: Tensor) -> None:
