@@ -193,6 +193,7 @@ class _Observed(TorchFunctionMode):
     made: dict[int, Origin] = field(default_factory=dict)  # by id of a tensor
     joined: dict[int, Columns] = field(default_factory=dict)
     follower: Follower = field(init=False)
+    shape: torch.Size = field(init=False)  # of the prediction
     varying: set[int] = field(default_factory=set)  # tensors that depend on the network's arguments
     kept: list[Tensor] = field(default_factory=list)  # an id is unique while its tensor lives
 
@@ -337,6 +338,7 @@ def _observe(network: nn.Module, example: Mapping[str, Any]) -> _Observed:
     with torch.enable_grad(), fake, seen:
         prediction = prediction_of(network(**arguments))
         seen.drop_dead(prediction)
+        seen.shape = prediction.shape
     return seen
 
 
@@ -368,6 +370,14 @@ def find_products(
     example: the network's arguments with `rows` rows, at least two (None: as many as its first argument has).
     folds, row_blocks: what a family knows about products by name; other folds are observed.
     """
+    return find_products_and_shape(network, example, folds, row_blocks, rows)[0]
+
+
+def find_products_and_shape(
+    network: nn.Module, example: Mapping[str, Any], folds: Mapping[str, tuple[Fold, ...]] | None = None,
+    row_blocks: Mapping[str, int] | None = None, rows: int | None = None,
+) -> tuple[tuple[Product, ...], torch.Size]:  # fmt: skip
+    """As `find_products`, with the shape of the prediction of these rows."""
     rows = len(next(iter(example.values()))) if rows is None else rows
     seen = _observe(network, example)
     joined = {
@@ -397,11 +407,12 @@ def find_products(
         return "patch" if name == on_tokens[0] else "final" if name == on_tokens[-1] else "block"
 
     row_blocks, folds = row_blocks or {}, {**seen.follower.folds(network), **(folds or {})}
-    return tuple(
+    products = tuple(
         Product(name, place(name, call), call.maker, row_blocks.get(name, 1), folds.get(name, ()), call.rows != rows,
                 call.width)
         for name, call in called.items()
     )  # fmt: skip
+    return products, seen.shape
 
 
 def _split_columns(network: nn.Module, name: str, widths: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from tqdit.interface import Interface
 from tqdit.models import quirks
 from tqdit.models.known import fix_arguments
 from tqdit.models.loaded import LoadedModel, arguments_of, fingerprint, in_one_line
-from tqdit.models.products import find_products, prediction_of, stand_in
+from tqdit.models.products import find_products_and_shape, stand_in
 from tqdit.models.weights import IN_MEMORY, Weights
 from tqdit.registry import find_modules
 
@@ -51,12 +51,10 @@ def recorded_model(
     alike = {name: constants.pop(name) for name in interface.alike}
     fix_arguments(network, alike, interface.signature.state.name)
     rows = {name: torch.from_numpy(array) for name, array in interface.signature.zeros(EXAMPLE_ROWS).items()}
-    shapes: list[torch.Size] = []
-    listener = network.register_forward_hook(lambda _module, _input, out: shapes.append(prediction_of(out).shape))
+    example = arguments_of(interface.signature, constants, rows)
     with in_one_line(source, "the observation of one recorded call"):
-        products = find_products(network, arguments_of(interface.signature, constants, rows), rows=EXAMPLE_ROWS)
-    listener.remove()
-    if (found := tuple(shapes[-1][1:])) != interface.signature.output_shape:
+        products, shape = find_products_and_shape(network, example, rows=EXAMPLE_ROWS)
+    if (found := tuple(shape[1:])) != interface.signature.output_shape:
         raise UsageError(
             f"{source}: the network predicts {found}, in the recorded calls {interface.signature.output_shape}. "
             "Record it again."
