@@ -46,11 +46,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What the libraries made when they were imported, a million objects, need not be walked again for garbage. Torch
-    makes many more in each trace, of which few remain; Python's own limits cost a tenth of the time of a trace.
+    """Python looks for garbage after each 700 new objects. A trace makes millions, of which most are freed at once:
+    looking less often spares a tenth of its time.
     """
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -94,6 +93,24 @@ def products_are_found_once():
     published = sys.modules.get("tqdit.models.families.published")
     if published is not None and published.products_of.__module__ != "support":
         published.products_of = support.products_once(published.products_of)
+
+
+# Functions that call a network with tensors without memory, at each load and calibration: a second for a tiny one.
+OBSERVERS = {
+    "tqdit.models.products": "_observe",
+    "tqdit.models.known": "_read",
+    "tqdit.calibration.flow": "product_costs",
+    "tqdit.calibration.capture": "kept_bytes",
+}
+
+
+@pytest.fixture(autouse=True)
+def structures_are_observed_once():
+    """Of the networks that tests load and calibrate, of which most differ in their weights alone."""
+    for name, function in OBSERVERS.items():
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, function).__module__ != "support":
+            setattr(module, function, support.once_for_a_structure(getattr(module, function)))
 
 
 @pytest.fixture

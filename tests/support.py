@@ -9,10 +9,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -182,6 +183,68 @@ def products_once(products_of: Callable[[DiT], tuple[Product, ...]]) -> Callable
         if network.config not in found:
             found[network.config] = products_of(network)
         return found[network.config]
+
+    once.__module__ = __name__
+    return once
+
+
+def structure_of(value: object, values: bool = False) -> object:
+    """What the shapes in a call of a network can depend on, to compare: of tensors the shape and the type, and what
+    they hold if `values`; of modules their parts, settings and hooks.
+    """
+    import torch
+
+    if isinstance(value, torch.nn.Module):
+        return tuple(
+            (name, code_of(type(part).forward), structure_of(vars(part), values))
+            for name, part in value.named_modules(remove_duplicate=False)
+        )
+    if isinstance(value, torch.Tensor):
+        content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() if values else b""
+        return tuple(value.shape), value.dtype, value.requires_grad, content
+    if isinstance(value, Mapping):
+        return tuple(
+            (key, [*map(structure_of_hook, each.values())]) if str(key).endswith("_hooks")
+            else (key, structure_of(each, values))
+            for key, each in value.items() if key != "_modules" and "_hooks_" not in str(key)
+        )  # fmt: skip
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value), tuple(structure_of(each, values) for each in value)
+    if value is None or isinstance(value, str | int | float | torch.dtype | torch.device):
+        return type(value), value
+    return code_of(value) if isinstance(value, FunctionType) else type(value)
+
+
+def code_of(function: Any) -> object:
+    """Which function it is: one that is defined anew, as in each call of another, is the same."""
+    code = getattr(function, "__code__", None)
+    return function if code is None else (code.co_filename, code.co_firstlineno, code.co_qualname)
+
+
+def structure_of_hook(hook: object) -> object:
+    """Arguments that a hook gives to its network count with their values, which the network's Python may read."""
+    if isinstance(hook, MethodType):
+        return code_of(hook), structure_of(vars(hook.__self__), values=True)
+    return structure_of(hook)
+
+
+def once_for_a_structure(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a network, or of a loaded model, and of arguments, that calls the network with tensors without
+    memory: one call for all whose structure is the same. Networks that tests write are observed anew.
+    """
+    found: dict[object, Any] = {}
+
+    def once(first: Any, *arguments: Any) -> Any:
+        network = getattr(first, "network", first)
+        if not type(network).__module__.startswith(("tqdit.models.", "diffusers.")):
+            return function(first, *arguments)
+        key = [structure_of(network), structure_of(arguments, values=function.__name__ == "_read")]
+        if network is not first:
+            key += [repr((first.signature, first.products, first.constants)), structure_of(first.alike, values=True)]
+        key = repr(key)
+        if key not in found:
+            found[key] = function(first, *arguments)
+        return found[key]
 
     once.__module__ = __name__
     return once
