@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import sys, pytest
 code = pytest.main(sys.argv[1:])
@@ -12,6 +14,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_test_files_without_torch_run_without_torch():
     tests = Path(__file__).parent
     files = [

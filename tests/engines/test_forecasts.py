@@ -22,6 +22,8 @@ from tqdit.quantization.fake_quant import apply
 from tqdit.sampling.chains import Chains, run
 from tqdit.sampling.forecasts import RESIDUAL
 
+pytestmark = pytest.mark.slow
+
 LABELS = [0, 3, 1]
 CHAIN = {"steps": 14, "sampler": "dpm++2m"}
 

@@ -82,6 +82,7 @@ def test_images_that_are_no_pairs_are_refused(metric):
         metric(pictures(4, 16), pictures(4, 8))
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     rng = np.random.default_rng(1)
     hits = 0

@@ -37,9 +37,8 @@ def test_a_quiet_inspect_says_nothing_but_its_facts(inputs, run, name):
     assert outcome.out.startswith("kind")
 
 
-@pytest.mark.parametrize(("name", "least"), [
-    ("shards", 10), ("picture", 10), ("evaluate", 10), pytest.param("calibrate", 14, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("shards", 10), ("picture", 10), ("evaluate", 10), ("calibrate", 14)])
 def test_without_a_terminal_there_is_a_line_per_ten_percent_with_the_time_left(inputs, tmp_path, run, name, least):
     argv, _ = COMMANDS[name]
     outcome = run(*[part for part in fill(argv, inputs, tmp_path) if part != "-q"])

@@ -59,7 +59,8 @@ print("parent", (sampler.sample([0], seed=7) == expected).all(), (running[0].res
 """
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_fork_is_refused_and_ends_and_its_parent_continues(quantized, tmp_path, backend):
     build_engine(quantized, tmp_path / "model.engine", backend)
     done = subprocess.run(
