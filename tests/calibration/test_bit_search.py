@@ -24,7 +24,7 @@ from tqdit.errors import UsageError
 from tqdit.quantization.fold import fold
 from tqdit.quantization.table import ScaleTable
 
-SMALL = {"steps": 12, "groups": 3, "rows_per_group": 24, "chains": 6, "candidates": 20}
+SMALL = {"steps": 12, "groups": 3, "rows_per_group": 8, "chains": 2, "candidates": 20}
 ADATSQ = replace(PRESETS["adatsq"], activation_bits=6, **SMALL)
 CHOICES = (4, 6, 8)
 
@@ -173,6 +173,7 @@ def test_the_whole_network_has_its_divisors_in_its_weights(tmp_path: Path, monke
         assert not torch.equal(searched[0].weight(name), model.weight(name))
 
 
+@pytest.mark.slow
 def test_with_as_many_bits_as_there_are_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(bit_search, "measure")
     found = bits_of(calibrate(tiny_model(), replace(ADATSQ, activation_bits=8), tmp_path).table)
