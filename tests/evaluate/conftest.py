@@ -54,7 +54,7 @@ def done(flow: Path, reference: Path) -> tuple[Path, dict]:
         shutil.copytree(flow, folder, dirs_exist_ok=True)
         arguments = [
             folder / "model.engine", "--against", folder / "float.engine", "--reference", reference, "-n", 64,
-            "--layers", "--diagnosed", "2", "--report", folder / "report.html", "-o", folder / "evaluation.json", "-q",
+            "--layers", "--diagnosed", "1", "--report", folder / "report.html", "-o", folder / "evaluation.json", "-q",
         ]  # fmt: skip
         assert run("evaluate", [str(argument) for argument in arguments]) == 0
 
