@@ -66,7 +66,8 @@ def rewrite(folder, change, name="model.safetensors"):
 
 @pytest.mark.parametrize("name", few([*TEXTS, *OTHERS], "pixart-sigma", "sd3"))
 def test_the_graph_is_that_of_encoders_in_memory(name, tmp_path, monkeypatch):
-    """Of shards in bfloat16 or float16, with float32 and with int8 weights."""
+    """Of shards in bfloat16 or float16, with float32 and with int8 weights. With int8 weights alone where there are
+    three encoders, since their small weights stay float32."""
     monkeypatch.setattr("tqdit.exporter.passes.weight_only.LEAST", 256)
     monkeypatch.setattr(exporter, "INT8_TOLERANCE", 1.0)  # saturated attention
     folder, dtype = tmp_path / "dir", torch.float16 if name == "sd3" else torch.bfloat16
@@ -76,7 +77,7 @@ def test_the_graph_is_that_of_encoders_in_memory(name, tmp_path, monkeypatch):
     assert len(values.made) > 10
     assert all(parameter in values or parameter.numel() < 64 for parameter in lent.text_encoder.parameters())
     lent.tokenizer_max_length = whole.tokenizer_max_length
-    for int8 in (False, True):
+    for int8 in (True,) if name == "sd3" else (False, True):
         content = []
         for number, (each, given) in enumerate([(lent, values), (whole, weights.IN_MEMORY)]):
             place = tmp_path / f"{int8}{number}"

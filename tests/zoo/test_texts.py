@@ -133,7 +133,8 @@ def test_encoders_with_int8_weights_differ_from_float_ones_as_much_as_their_card
     pipeline, _ = pixart_with_t5()
     recording = Recording.load(pixart / "calls.safetensors")
     model = recorded_model(pipeline.transformer, recording.interface)
-    card = exporter.trace_text(pipeline, model, "x", int8=True).write(tmp_path, "x")
+    traced = exporter.trace_text(pipeline, model, "x", int8=True)
+    card = traced.write(tmp_path, "x")
     graph = onnx.load(tmp_path / card.file)
     rounded = [each for each in graph.graph.initializer if each.data_type == onnx.TensorProto.INT8]
     assert len(rounded) >= sum(node.op_type == "MatMul" for node in graph.graph.node) / 2
@@ -147,7 +148,7 @@ def test_encoders_with_int8_weights_differ_from_float_ones_as_much_as_their_card
     again.mkdir()
     monkeypatch.setattr(exporter, "INT8_TOLERANCE", card.int8_error)
     with pytest.raises(UsageError, match="encoder_hidden_states"):
-        exporter.trace_text(pipeline, model, "x", int8=True).write(again, "x")
+        traced.write(again, "x")
 
 
 def test_what_a_pipeline_changes_in_a_prompt_is_changed_here(pixart):

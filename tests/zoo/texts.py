@@ -48,7 +48,7 @@ def t5(width: int, seed: int = 0) -> T5EncoderModel:
 
 def clip(width: int, projected: int, seed: int) -> CLIPTextModelWithProjection:
     config = CLIPTextConfig(
-        vocab_size=128, hidden_size=width, intermediate_size=32, projection_dim=projected, num_hidden_layers=3,
+        vocab_size=128, hidden_size=width, intermediate_size=32, projection_dim=projected, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=12, eos_token_id=1, bos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     return randomized(CLIPTextModelWithProjection(config), seed)
