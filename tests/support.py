@@ -24,7 +24,7 @@ from tqdit.sampling.noise import INITIAL, Normals
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from diffusers import DiTTransformer2DModel
+    from diffusers import AutoencoderKL, DiTTransformer2DModel
 
     from tqdit.card import GraphCard
     from tqdit.exporter.graph import ExportConfig
@@ -143,11 +143,13 @@ def trace_once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
 
     def digest_of(model: LoadedModel, config: ExportConfig, table: ScaleTable | None) -> str:
         network, digest = model.network, hashlib.sha256()
+        own = getattr(network, "config", None)
+        if isinstance(own, Mapping):  # diffusers notes where it was loaded from
+            own = sorted((key, repr(value)) for key, value in own.items() if not key.startswith("_"))
         chain = () if config.graph == "denoiser" else (config.sampling(model, table), config.guidance(model, table))
         for values in vars(chain[0].schedule).values() if chain else ():
             digest.update(repr(None if values is None else np.asarray(values).tolist()).encode())
         constants = sorted((*model.constants.items(), *model.alike.items()), key=lambda item: item[0])
-        own = getattr(network, "config", None)
         residual = config.returns_residual(model, table)
         facts = (config.graph, config.opset, residual, chain, model.signature, type(network), network, own)
         digest.update(repr(facts).encode())
@@ -267,6 +269,34 @@ def exported(
     if table is not None:
         model, table = graph.fold(model, table)
     return graph.finish_graph(graph.trace_graph(model, config, table), model, config, table)
+
+
+def save_vae(folder: Path, latent_channels: int = 4) -> AutoencoderKL:
+    """A small decoder of random weights, whose images have sides of twice the latents': scale 0.5, shift 0.1."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
+        shift_factor=0.1,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return vae.eval()
+
+
+def file_with_decoder() -> Path:
+    """The file of the tiny latent model of diffusers, 4 steps, with the decoder that lies beside it in `vae`."""
+
+    def export(folder: Path) -> None:
+        import tqdit
+
+        save_vae(folder / "vae")
+        with pytest.warns(tqdit.errors.TqditWarning, match=r"scale 0\.5, shift 0\.1, those of tiny scale 0\.18215\."):
+            tqdit.export(tiny_model("diffusers"), folder / "model.onnx", vae=folder / "vae", steps=4)
+
+    return made_once("file-with-decoder", export) / "model.onnx"
 
 
 def demo_file() -> Path:

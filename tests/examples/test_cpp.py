@@ -108,19 +108,7 @@ def test_states_and_images_equal_those_of_sampler_bit_for_bit(program, engine_of
 
 
 def test_latents_are_decoded_and_batches_change_nothing(program, tmp_path):
-    import diffusers
-
-    from tqdit.exporter.vae import load_decoder, trace_decoder
-
-    model = support.tiny_model(steps=4)
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        scaling_factor=model.latents.scale,
-    ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    decoder = trace_decoder(load_decoder(tmp_path / "vae", model), model)
-    write(tmp_path / "model.onnx", *support.exported(steps=4), decoder)
-    build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino", BuildConfig())
+    build_engine(support.file_with_decoder(), tmp_path / "model.engine", "openvino", BuildConfig())
     noise = save_noise(tmp_path / "model.engine", tmp_path, "--sampler", "ddim")
     _, pixels = sample(program, tmp_path / "model.engine", noise, tmp_path, "--batch", 2)
     with Sampler.open(tmp_path / "model.engine", threads=1) as sampling:

@@ -12,6 +12,7 @@ import torch
 
 import support
 import tqdit
+from support import save_vae
 from tqdit.card import Latents
 from tqdit.cli.main import run
 from tqdit.engines.build.engine import build_engine
@@ -25,27 +26,13 @@ from tqdit.onnx_file import read_card
 pytestmark = pytest.mark.slow
 
 
-def save_vae(folder, latent_channels=4):
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
-        shift_factor=0.1,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
-    return vae.eval()
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    vae = save_vae(folder / "vae")
-    model = support.tiny_model("diffusers")  # which would take the scale of Stable Diffusion's VAE
-    with pytest.warns(TqditWarning, match=r"scale 0\.5, shift 0\.1, those of tiny scale 0\.18215\."):
-        path = tqdit.export(model, folder / "model.onnx", vae=folder / "vae", steps=4)
-    assert read_card(path).latents == Latents(0.5, 0.1)
+    """A folder with a file, its decoder and its engine, and the decoder. `tiny` alone has Stable Diffusion's scale."""
+    folder = shutil.copytree(support.file_with_decoder().parent, tmp_path_factory.mktemp("vae"), dirs_exist_ok=True)
+    assert read_card(folder / "model.onnx").latents == Latents(0.5, 0.1)
     build_engine(folder / "model.onnx", folder / "model.engine")
-    return folder, vae
+    return folder, diffusers.AutoencoderKL.from_pretrained(folder / "vae").eval()
 
 
 def test_the_decoder_is_diffusers_own(exported):

@@ -30,11 +30,10 @@ from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.engines.run.sampler import Sampler, to_pixels
-from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, TqditWarning, UsageError
+from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.passes.quantize import exported_sites
-from tqdit.exporter.vae import load_decoder, trace_decoder
 from tqdit.models.load import load_model
 from tqdit.onnx_file import OnnxFile
 from tqdit.quantization.fake_quant import apply
@@ -63,9 +62,9 @@ def engine_of(tmp_path_factory):
     def build(kind=None, origin="published", precision=None, **config):
         key = (kind, origin, precision, *sorted(config.items()))
         if key not in made:
-            folder = tmp_path_factory.mktemp("openvino")
-            table = None if kind is None else make_table(support.tiny_model(origin, pixels=True), kind)
-            write(folder / "model.onnx", *support.exported(ExportConfig(**config), origin, pixels=True, table=table))
+            folder, pixels = tmp_path_factory.mktemp("openvino"), config.get("graph") != "step"  # as traced elsewhere
+            table = None if kind is None else make_table(support.tiny_model(origin, pixels=pixels), kind)
+            write(folder / "model.onnx", *support.exported(ExportConfig(**config), origin, pixels=pixels, table=table))
             build_engine(folder / "model.onnx", folder / "model.engine", "openvino", BuildConfig(precision))
             made[key] = folder / "model.engine"
         return made[key]
@@ -86,10 +85,10 @@ def step_inputs(rows, guided):
     """Of a step graph."""
     rng = np.random.default_rng(0)
     inputs = {
-        "x": rng.standard_normal((rows, 3, 8, 8), np.float32),
+        "x": rng.standard_normal((rows, 4, 8, 8), np.float32),
         "step": np.arange(rows) % 20,
         "class_labels": rng.integers(0, 6, rows),
-        "noise": rng.standard_normal((rows, 3, 8, 8), np.float32),
+        "noise": rng.standard_normal((rows, 4, 8, 8), np.float32),
     }
     return inputs | ({"guidance_scale": rng.uniform(0, 4, rows).astype(np.float32)} if guided else {})
 
@@ -544,33 +543,16 @@ def test_a_file_that_openvino_cannot_take_leaves_no_bundle(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.fixture(scope="module")
-def with_decoder(tmp_path_factory):
-    """A folder with a latent model's file and its VAE."""
-    folder = tmp_path_factory.mktemp("decoder")
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
-        shift_factor=0.1,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    model = support.tiny_model("diffusers", steps=4)
-    with pytest.warns(TqditWarning, match=r"scale 0\.5, shift 0\.1"):
-        decoder = load_decoder(folder / "vae", model)
-    write(folder / "model.onnx", *export_graph(model, ExportConfig()), trace_decoder(decoder, model))
-    return folder
-
-
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=bfloat16)])
-def test_the_decoder_is_diffusers_own(with_decoder, tmp_path, precision):
+def test_the_decoder_is_diffusers_own(tmp_path, precision):
     """Truncation to uint8 moves a value by one; bfloat16 by its eight bits, here up to 3 of 255."""
-    config = BuildConfig(precision)
-    manifest = build_engine(with_decoder / "model.onnx", tmp_path / "model.engine", "openvino", config)
+    config, file = BuildConfig(precision), support.file_with_decoder()
+    manifest = build_engine(file, tmp_path / "model.engine", "openvino", config)
     assert set(manifest.files) == {"graph.xml", "graph.bin", "decoder.xml", "decoder.bin"}
     with Sampler.open(tmp_path / "model.engine") as sampler:
         latents = sampler.sample_latents([0, 1, 2], seed=1)
         images = sampler.sample([0, 1, 2], seed=1)
-    vae = diffusers.AutoencoderKL.from_pretrained(with_decoder / "vae")
+    vae = diffusers.AutoencoderKL.from_pretrained(file.with_name("vae"))
     with torch.no_grad():
         expected = to_pixels(vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy())
     assert images.shape == (3, 16, 16, 3)
