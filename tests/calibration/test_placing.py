@@ -32,12 +32,13 @@ from tqdit.sampling.process import Recorded, Table
 from tqdit.sampling.schedule import SamplingSpec
 
 SMALL = {"steps": 8, "groups": 2, "rows_per_group": 4, "chains": 2, "method": "min-max", "calls": 4}
+LONG = ("dpm++2m", 24)
 SPACINGS = ("placed", "uniform", "karras", "log-snr")
 
 
 @pytest.fixture(autouse=True)
 def short_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placing, "LONG", ("dpm++2m", 24))
+    monkeypatch.setattr(placing, "LONG", LONG)
 
 
 @pytest.fixture
@@ -49,9 +50,18 @@ def found(model: LoadedModel, folder: Path, **knobs: Any) -> ScaleTable:
     return calibrate(model, QuantizationConfig(**{**SMALL, **knobs}), folder).table
 
 
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> ScaleTable:
+    """Of SMALL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "LONG", LONG)
+        return found(tiny_model(pixels=True), tmp_path_factory.mktemp("work"))
+
+
 @pytest.mark.slow
-def test_the_steps_with_the_least_error_on_the_quantized_network_are_kept(model: LoadedModel, tmp_path: Path) -> None:
-    table = found(model, tmp_path / "work")
+def test_the_steps_with_the_least_error_on_the_quantized_network_are_kept(
+    model: LoadedModel, table: ScaleTable, tmp_path: Path
+) -> None:
     placed = table.placed
     assert placed is not None
     assert set(placed.errors) == {f"{solver} {spacing}" for solver in ("dpm++2m", "unipc") for spacing in SPACINGS}
@@ -178,8 +188,9 @@ def test_a_flow_without_guidance_is_placed(two_streams: LoadedModel, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [20, 40])  # in the long chain, and in a short one
-def test_a_stopped_search_goes_on_to_the_same_table(model: LoadedModel, tmp_path: Path, failing: int) -> None:
-    expected = found(model, tmp_path / "whole")
+def test_a_stopped_search_goes_on_to_the_same_table(
+    model: LoadedModel, table: ScaleTable, tmp_path: Path, failing: int
+) -> None:
     calls, network = 0, LoadedModel.__call__
 
     def fail(self: LoadedModel, inputs: Mapping[str, Any]) -> Any:
@@ -193,12 +204,13 @@ def test_a_stopped_search_goes_on_to_the_same_table(model: LoadedModel, tmp_path
         patch.setattr(LoadedModel, "__call__", fail)
         with pytest.raises(KeyboardInterrupt):
             found(model, tmp_path / "stopped")
-    assert found(model, tmp_path / "stopped") == expected
+    assert found(model, tmp_path / "stopped") == table
 
 
 @pytest.mark.slow
-def test_the_file_proposes_the_placed_chain_and_the_published_one_stays(model: LoadedModel, tmp_path: Path) -> None:
-    table = found(model, tmp_path / "work")
+def test_the_file_proposes_the_placed_chain_and_the_published_one_stays(
+    model: LoadedModel, table: ScaleTable, tmp_path: Path
+) -> None:
     assert table.placed is not None
     placed = SamplingSpec(model.sampling.process, table.placed.sampler, 4, table.placed.timesteps)
     write(tmp_path / "model.onnx", *exported(pixels=True, table=table))

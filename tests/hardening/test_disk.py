@@ -85,7 +85,7 @@ def test_a_folder_of_others_is_refused_before_the_work(inputs, commands, stage):
         assert list(here.iterdir()) == []
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def others(tmp_path_factory):
     """A second source of commands, for two at a time."""
     other = Commands(tmp_path_factory.mktemp("others") / "stderr")
