@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,6 +161,16 @@ def test_compiling_is_cached(monkeypatch):
         aot.compile_kernel(kernel, (8, 6))
     with pytest.raises(AssertionError, match="compiled again"):
         aot.compile_kernel(replace(kernel, num_warps=2), (8, 0))
+
+
+def test_triton_is_keyed_by_its_version_wherever_a_release_has_its_key():
+    modules = SimpleNamespace(triton_key=None), SimpleNamespace()
+    for here, there in (modules, modules[::-1]):
+        aot._key_by_version(SimpleNamespace(
+            __version__="1.2", runtime=SimpleNamespace(cache=here), compiler=SimpleNamespace(compiler=there)
+        ))  # fmt: skip
+    assert modules[0].triton_key() == "tqdit, triton 1.2"
+    assert not vars(modules[1])
 
 
 def test_a_damaged_cache_is_written_anew(cache):
