@@ -240,10 +240,10 @@ def once_for_a_structure(function: Callable[..., Any]) -> Callable[..., Any]:
         network = getattr(first, "network", first)
         if not type(network).__module__.startswith(("tqdit.models.", "diffusers.")):
             return function(first, *arguments)
-        key = [structure_of(network), structure_of(arguments, values=function.__name__ == "_read")]
+        facts = [structure_of(network), structure_of(arguments, values=function.__name__ == "_read")]
         if network is not first:
-            key += [repr((first.signature, first.products, first.constants)), structure_of(first.alike, values=True)]
-        key = repr(key)
+            facts += [repr((first.signature, first.products, first.constants)), structure_of(first.alike, values=True)]
+        key = repr(facts)
         if key not in found:
             found[key] = function(first, *arguments)
         return found[key]

@@ -262,8 +262,9 @@ def test_ctrl_c_in_the_middle_of_sampling_writes_nothing(bundle_of, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_graph_is_refused_by_the_sample_command(bundle_of, capsys):
-    assert run("sample", [str(bundle_of(pixels=False, graph="step")), "-q"]) == 2
+def test_a_step_graph_is_refused_by_the_sample_command(bundle_of, tmp_path, capsys):
+    engine = str(bundle_of(pixels=False, graph="step"))
+    assert run("sample", [engine, "-q", "-o", str(tmp_path / "x.npz")]) == 2
     err = capsys.readouterr().err
     assert "holds a step graph" in err
     assert len(err.splitlines()) == 1
