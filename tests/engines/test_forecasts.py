@@ -11,7 +11,8 @@ import pytest
 import support
 from tables import Kind, make_table
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.bundle import FORECAST, check_overwrite, read_manifest
+from tqdit.engines.build.fastest import build_fastest
+from tqdit.engines.bundle import FORECAST, check_overwrite, check_parts, read_manifest
 from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
@@ -128,6 +129,19 @@ def test_an_engine_without_forecasts_says_how_to_get_them(tmp_path):
 def test_a_step_graph_has_no_forecasts():
     with pytest.raises(UsageError, match="step graph"):
         ExportConfig("step", forecast=True)
+
+
+def test_of_several_files_the_fastest_brings_its_forecast(file, tmp_path):
+    manifest = build_fastest([file, file], tmp_path / "m.engine")
+    check_parts(tmp_path / "m.engine", manifest)
+    with Sampler.open(tmp_path / "m.engine") as sampler:
+        assert np.isfinite(sampler.sample_latents(LABELS, **CHAIN, full_calls=5)).all()
+
+
+def test_files_with_forecasts_and_without_are_not_forms_of_one(file, tmp_path):
+    write(tmp_path / "m.onnx", *support.exported(pixels=True))
+    with pytest.raises(UsageError, match=r"model\.onnx: returns what forecasts need.*--forecast"):
+        build_fastest([tmp_path / "m.onnx", file], tmp_path / "m.engine")
 
 
 def test_a_wrong_forecast_fails_the_build(file, tmp_path, monkeypatch):
