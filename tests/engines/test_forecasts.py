@@ -12,7 +12,7 @@ import support
 from tables import Kind, make_table
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.build.fastest import build_fastest
-from tqdit.engines.bundle import FORECAST, check_overwrite, check_parts, read_manifest
+from tqdit.engines.bundle import FORECAST, Manifest, check_overwrite, check_parts, read_manifest
 from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
@@ -178,3 +178,13 @@ def test_the_folder_of_a_forecast_is_part_of_the_bundle(file, bundle, tmp_path):
         with pytest.raises(FileFormatError, match="not a file of this bundle"):
             read_manifest(folder)
     assert manifest["forecast"] == "graph.onnx"
+
+
+def test_a_manifest_whose_forecast_and_card_do_not_go_together_is_refused(bundle, tmp_path):
+    whole, chain = read_manifest(bundle).to_json(), {**CHAIN, "full_calls": [0, 12, 13]}
+    nothing = {"forecast": None, "card": {**whole["card"], "residual": None}}
+    own = {"sampling": whole["card"]["sampling"] | chain, "residual": None}
+    for changes in ({"forecast": None}, {"card": nothing["card"]}, {"forecast": None, "card": whole["card"] | own}):
+        with pytest.raises(FileFormatError, match="do not go together. Build the engine again"):
+            Manifest.from_json(json.dumps(whole | changes), tmp_path)
+    assert Manifest.from_json(json.dumps(whole | nothing), tmp_path).forecast is None

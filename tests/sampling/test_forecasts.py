@@ -128,6 +128,22 @@ def test_full_calls_stay_with_their_chain_alone():
     assert spec.choose(full_calls=(0, 9, 18, 19)).full_calls == (0, 9, 18, 19)
 
 
+def test_as_many_full_calls_of_the_chain_as_it_has_are_its_own():
+    """So that a chain is told by its numbers, as a server's answer does."""
+    spec = SPEC.choose(full_calls=(0, 1, 2, 18, 19))
+    assert spec.full_calls != spread(20, 5)
+    assert spec.choose(20, "dpm++2m", full_calls=5) == spec
+    assert spec.choose(full_calls=6).full_calls == spread(20, 6)
+    assert spec.choose(sampler="unipc", full_calls=5).full_calls == spread(20, 5)
+    assert spec.choose(full_calls=20) == SPEC
+
+
+@pytest.mark.parametrize("calls", [8, 19])
+def test_a_sampler_that_visits_a_timestep_twice_has_no_forecasts(calls):
+    with pytest.raises(UsageError, match=r"^full calls of heun, which visits a timestep twice"):
+        SPEC.choose(sampler="heun", full_calls=calls)
+
+
 @pytest.mark.parametrize(
     ("full_calls", "facts"),
     [(2, "2 full calls of 20 steps"), (21, "21 full calls of 20 steps"), ((0, 5, 19), "0, 5, 19.*18 and 19"),

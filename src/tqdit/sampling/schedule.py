@@ -130,8 +130,9 @@ class SamplingSpec:
         """With what is given of another chain.
 
         timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
-        sampler stay as they are, else where the sampler puts them. full_calls: the steps with a full call, or how many
-        (`forecasts.spread`); the others are forecasts. None: these ones if the chain stays as it is, else all.
+        sampler stay as they are, else where the sampler puts them. full_calls: the steps with a full call, or how many;
+        the others are forecasts. None, or as many as now: these ones if the chain stays as it is; else all, or evenly
+        spread (`forecasts.spread`).
         """
         placed = None if timesteps is None else _numbers("timesteps", timesteps)
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
@@ -147,7 +148,8 @@ class SamplingSpec:
         if full_calls is None:
             full_calls = self.full_calls if same else ()
         elif isinstance(full_calls, int | np.integer):
-            full_calls = spread(steps, int(full_calls))
+            as_now = same and full_calls == len(self.full_calls)
+            full_calls = self.full_calls if as_now else spread(steps, int(full_calls))
         full = full_numbers(full_calls)
         return replace(
             self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval,
@@ -188,8 +190,10 @@ def make_schedule(spec: SamplingSpec) -> Schedule:
     schedule: Schedule = module.schedule(process, timesteps)
     if spec.full_calls:
         full = np.isin(np.arange(spec.steps), spec.full_calls)
-        if not np.all(np.diff(schedule.timesteps[full])):
-            raise UsageError(f"{spec.sampler} visits a timestep twice, so it has no forecasts. Leave full calls out.")
+        if not np.all(np.diff(schedule.timesteps)):
+            raise UsageError(
+                f"full calls of {spec.sampler}, which visits a timestep twice and so has no forecasts. Leave them out."
+            )
         return replace(schedule, full=full)
     if spec.guidance_interval is None:
         return schedule
