@@ -59,6 +59,16 @@ class Order:
     previews: int
     as_url: bool
 
+    @property
+    def full_count(self) -> int | None:
+        """How many calls are full, for a request that makes the same images; None: all, and all of that request's are."""
+        if self.full_calls:
+            return len(self.full_calls)
+        own = self.engine.batcher.card.sampling.choose(
+            self.steps, self.sampler, guidance_interval=self.guidance_interval
+        )
+        return self.steps if own.full_calls else None
+
 
 def kind_of_engine(path: Path, manifest: Manifest) -> Kind:
     """What its requests name. Raises UsageError for an engine that no request could speak of."""

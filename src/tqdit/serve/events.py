@@ -86,7 +86,7 @@ def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:
     return CompletedImage(
         image_index=index, steps=order.steps, created_at=int(job.created), model=order.engine.name, seed=order.seed,
         sampler=order.sampler, guidance_scale=order.guidance_scale,
-        guidance_interval=order.guidance_interval, full_calls=len(order.full_calls) or None,
+        guidance_interval=order.guidance_interval, full_calls=order.full_count,
         size=order.engine.size, b64_json=data.b64_json,
         url=data.url,
     )  # fmt: skip
