@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Unpack, get_args
 
 import msgspec
@@ -187,10 +187,14 @@ class GraphCard:
     def remark(self, chosen: SamplingSpec) -> str | None:
         """One line if the scales were found for another chain than the chosen one; None otherwise.
 
-        Also None for the placed steps of this card, which were found with these scales.
+        Also None for the placed steps of this card, which were found with these scales. Forecasts and a guidance
+        interval make no other chain: scales cannot be found for them.
         """
-        found_for = chosen if self.quantization is None else self.quantization.sampling
-        if chosen == found_for or (chosen.timesteps and chosen == self.sampling):
+        if self.quantization is None:
+            return None
+        found_for = self.quantization.sampling
+        chosen, own = (replace(each, full_calls=(), guidance_interval=None) for each in (chosen, self.sampling))
+        if chosen == found_for or (chosen.timesteps and chosen == own):
             return None
         process = "" if chosen.process == found_for.process else " in another process"
         return (

@@ -146,7 +146,7 @@ class SamplingSpec:
         """With what is given of another chain: `ChainArguments`.
 
         timesteps and full_calls are those of this chain if nothing else of it changes, else where the sampler puts
-        them, and all.
+        them, and all; so many full calls as this chain has are its own, too, others evenly spread (`forecasts.spread`).
         """
         placed = None if timesteps is None else _numbers("timesteps", timesteps)
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
@@ -162,7 +162,8 @@ class SamplingSpec:
         if full_calls is None:
             full_calls = self.full_calls if same else ()
         elif isinstance(full_calls, int | np.integer):
-            full_calls = spread(steps, int(full_calls))
+            as_now = same and full_calls == len(self.full_calls)
+            full_calls = self.full_calls if as_now else spread(steps, int(full_calls))
         full = full_numbers(full_calls)
         return replace(
             self, steps=steps, sampler=sampler, timesteps=placed, guidance_interval=interval,
@@ -213,8 +214,10 @@ def make_schedule(spec: SamplingSpec) -> Schedule:
     schedule: Schedule = module.schedule(process, timesteps)
     if spec.full_calls:
         full = np.isin(np.arange(spec.steps), spec.full_calls)
-        if not np.all(np.diff(schedule.timesteps[full])):
-            raise UsageError(f"{spec.sampler} visits a timestep twice, so it has no forecasts. Leave full calls out.")
+        if not np.all(np.diff(schedule.timesteps)):
+            raise UsageError(
+                f"full calls of {spec.sampler}, which visits a timestep twice and so has no forecasts. Leave them out."
+            )
         return replace(schedule, full=full)
     if spec.guidance_interval is None:
         return schedule

@@ -56,6 +56,17 @@ class Order:
     previews: int
     as_url: bool
 
+    @property
+    def full_count(self) -> int | None:
+        """How many calls are full, for a request that makes the same images; None: all, without being asked for."""
+        chain = self.chain
+        if chain.full_calls:
+            return chain.calls
+        own = self.engine.batcher.card.sampling.choose(
+            chain.steps, chain.sampler, guidance_interval=chain.guidance_interval
+        )
+        return chain.steps if own.full_calls else None
+
 
 def kind_of_engine(path: Path, manifest: Manifest) -> Kind:
     """What its requests name. Raises UsageError for an engine that no request could speak of."""

@@ -86,5 +86,5 @@ def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:
     return CompletedImage(
         image_index=index, steps=chain.steps, created_at=int(job.created), model=order.engine.name, seed=order.seed,
         sampler=chain.sampler, guidance_scale=order.guidance_scale, guidance_interval=chain.guidance_interval,
-        full_calls=len(chain.full_calls) or None, size=order.engine.size, b64_json=data.b64_json, url=data.url,
+        full_calls=order.full_count, size=order.engine.size, b64_json=data.b64_json, url=data.url,
     )  # fmt: skip

@@ -253,7 +253,7 @@ def image_answer(job: ImageJob, base_url: str) -> ImageAnswer:
         created=int(job.created), data=[image_data(job, index, base_url) for index in range(order.count)],
         model=order.engine.name, size=order.engine.size, seed=order.seed, steps=chain.steps, sampler=chain.sampler,
         guidance_scale=order.guidance_scale, guidance_interval=chain.guidance_interval,
-        full_calls=len(chain.full_calls) or None,
+        full_calls=order.full_count,
     )  # fmt: skip
 
 

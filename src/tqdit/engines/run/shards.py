@@ -308,7 +308,7 @@ def _continued(path: Path, job: SamplingJob) -> ShardFolder:
 
 
 def _short(value: object) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) and value else str(value)
     return text if len(text) <= 16 else f"{text[:12]}..."
 
 
