@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Unpack, get_args
 
 import msgspec
 
@@ -19,7 +19,7 @@ from tqdit.ports import Signature
 from tqdit.sampling.correction import Correction
 from tqdit.sampling.forecasts import RESIDUAL
 from tqdit.sampling.guidance import Guidance, rows_per_image
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.sampling.schedule import ChainArguments, SamplingSpec
 from tqdit.text import TextCard
 
 FORMAT_VERSION = 3
@@ -163,7 +163,7 @@ class GraphCard:
         scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
         return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
 
-    def choose(self, any_rows: bool, **chain: Any) -> SamplingSpec:
+    def choose(self, any_rows: bool, **chain: Unpack[ChainArguments]) -> SamplingSpec:
         """`SamplingSpec.choose`. any_rows: whether the engine was built for any number of rows.
 
         Raises UsageError for a guidance interval or forecasts that the engine cannot do.
@@ -187,10 +187,14 @@ class GraphCard:
     def remark(self, chosen: SamplingSpec) -> str | None:
         """One line if the scales were found for another chain than the chosen one; None otherwise.
 
-        Also None for the placed steps of this card, which were found with these scales.
+        Also None for the placed steps of this card, which were found with these scales. Forecasts and a guidance
+        interval make no other chain: scales cannot be found for them.
         """
-        found_for = chosen if self.quantization is None else self.quantization.sampling
-        if chosen == found_for or (chosen.timesteps and chosen == self.sampling):
+        if self.quantization is None:
+            return None
+        found_for = self.quantization.sampling
+        chosen, own = (replace(each, full_calls=(), guidance_interval=None) for each in (chosen, self.sampling))
+        if chosen == found_for or (chosen.timesteps and chosen == own):
             return None
         process = "" if chosen.process == found_for.process else " in another process"
         return (

@@ -20,6 +20,7 @@ from tqdit.cli.inspect import _card, inspect, run
 from tqdit.console import Console
 from tqdit.engines.run.shards import SamplingJob, ShardFolder
 from tqdit.errors import CheckpointError, FileFormatError, UsageError
+from tqdit.exporter.graph import ExportConfig
 from tqdit.exporter.onnx_writer import write
 from tqdit.models import families
 
@@ -279,6 +280,17 @@ def test_a_folder_of_shards_tells_its_job(tmp_path):
         "sampled with": "20 steps of ddim, guidance: scale 1.5",
         "engine": f"manifest {'0' * 64}",
     }
+    for chain, said in (
+        ({"full_calls": (0, 9, 18, 19)}, "20 steps of ddim, 4 of them with full calls, guidance: scale 1.5"),
+        ({"guidance_interval": (100.0, 400.0)}, "20 steps of ddim, guidance: scale 1.5 from timestep 100 to 400"),
+    ):
+        ShardFolder(tmp_path, replace(job, **chain), {}).write_index()
+        assert facts(tmp_path)["sampled with"] == said
+
+
+def test_a_step_graph_names_no_other_sampler(tmp_path):
+    write(tmp_path / "step.onnx", *support.exported(ExportConfig("step")))
+    assert facts(tmp_path / "step.onnx")["sampled with"] == "20 steps of ddpm"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 import support
 from tables import Kind, make_table
 from tqdit.engines.build.engine import build_engine
-from tqdit.engines.bundle import FORECAST, check_overwrite, read_manifest
+from tqdit.engines.build.fastest import build_fastest
+from tqdit.engines.bundle import FORECAST, Manifest, check_overwrite, check_parts, read_manifest
 from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.step_batcher import StepBatcher
@@ -132,6 +133,19 @@ def test_a_step_graph_has_no_forecasts():
         ExportConfig("step", forecast=True)
 
 
+def test_of_several_files_the_fastest_brings_its_forecast(file, tmp_path):
+    manifest = build_fastest([file, file], tmp_path / "m.engine")
+    check_parts(tmp_path / "m.engine", manifest)
+    with Sampler.open(tmp_path / "m.engine") as sampler:
+        assert np.isfinite(sampler.sample_latents(LABELS, **CHAIN, full_calls=5)).all()
+
+
+def test_files_with_forecasts_and_without_are_not_forms_of_one(file, tmp_path):
+    write(tmp_path / "m.onnx", *support.exported(pixels=True))
+    with pytest.raises(UsageError, match=r"model\.onnx: returns what forecasts need.*--forecast"):
+        build_fastest([tmp_path / "m.onnx", file], tmp_path / "m.engine")
+
+
 def test_a_wrong_forecast_fails_the_build(file, tmp_path, monkeypatch):
     from tqdit.engines.build import forecast
 
@@ -166,3 +180,13 @@ def test_the_folder_of_a_forecast_is_part_of_the_bundle(file, bundle, tmp_path):
         with pytest.raises(FileFormatError, match="not a file of this bundle"):
             read_manifest(folder)
     assert manifest["forecast"] == "graph.onnx"
+
+
+def test_a_manifest_whose_forecast_and_card_do_not_go_together_is_refused(bundle, tmp_path):
+    whole, chain = read_manifest(bundle).to_json(), {**CHAIN, "full_calls": [0, 12, 13]}
+    nothing = {"forecast": None, "card": {**whole["card"], "residual": None}}
+    own = {"sampling": whole["card"]["sampling"] | chain, "residual": None}
+    for changes in ({"forecast": None}, {"card": nothing["card"]}, {"forecast": None, "card": whole["card"] | own}):
+        with pytest.raises(FileFormatError, match="do not go together"):
+            Manifest.from_json(json.dumps(whole | changes), tmp_path)
+    assert Manifest.from_json(json.dumps(whole | nothing), tmp_path).forecast is None

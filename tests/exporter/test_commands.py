@@ -72,6 +72,8 @@ def test_a_chain_other_than_that_of_the_scales_is_said(checkpoint, tmp_path, cap
     found_for = card.quantization.sampling
     assert (found_for.steps, found_for.sampler) == (100, "ddpm")
     assert card.remark(found_for) is None
+    for other in ({"full_calls": 50}, {"guidance_interval": (100, 400)}):  # no scales can be found for these
+        assert card.remark(found_for.choose(**other)) is None
     assert "100 steps of ddpm; sampling 50 steps of ddim" in card.remark(card.sampling)  # which tqdit-sample says
 
 

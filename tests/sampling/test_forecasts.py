@@ -74,8 +74,10 @@ def rounds(batch, toy, running):
 
 @pytest.mark.parametrize("sampler", ["dpm++2m", "ddpm"])
 def test_a_chain_ends_alike_whatever_runs_beside_it_bit_for_bit(sampler):
-    """Chains that forecast run ahead of others to their next full call, which all share; chains come and go."""
+    """Chains that forecast run ahead of others to their next full call, which all share; chains come and go. One has no
+    unconditional row in some of its steps."""
     specs = [SPEC.choose(steps, sampler, full_calls=calls) for steps, calls in ((20, 5), (20, 20), (9, 4), (31, 16))]
+    specs.append(SPEC.choose(20, sampler, guidance_interval=(200, 700)))
     alone = {}
     for number, spec in enumerate(specs):
         lone = Chains(SIGNATURE, GUIDANCE, 1)
@@ -99,7 +101,7 @@ def test_a_chain_ends_alike_whatever_runs_beside_it_bit_for_bit(sampler):
                 batch.remove(place)
                 running[place] = running[-1]
                 running.pop()
-    assert done == 32
+    assert done == 40
     assert max(toy.rows["full"]) == 8  # four images with two rows each
 
 
@@ -124,6 +126,22 @@ def test_full_calls_stay_with_their_chain_alone():
     assert spec.choose(19).full_calls == ()
     assert spec.choose(full_calls=()).full_calls == ()
     assert spec.choose(full_calls=(0, 9, 18, 19)).full_calls == (0, 9, 18, 19)
+
+
+def test_as_many_full_calls_of_the_chain_as_it_has_are_its_own():
+    """So that a chain is told by its numbers, as a server's answer does."""
+    spec = SPEC.choose(full_calls=(0, 1, 2, 18, 19))
+    assert spec.full_calls != spread(20, 5)
+    assert spec.choose(20, "dpm++2m", full_calls=5) == spec
+    assert spec.choose(full_calls=6).full_calls == spread(20, 6)
+    assert spec.choose(sampler="unipc", full_calls=5).full_calls == spread(20, 5)
+    assert spec.choose(full_calls=20) == SPEC
+
+
+@pytest.mark.parametrize("calls", [8, 19])
+def test_a_sampler_that_visits_a_timestep_twice_has_no_forecasts(calls):
+    with pytest.raises(UsageError, match=r"^full calls of heun, which visits a timestep twice"):
+        SPEC.choose(sampler="heun", full_calls=calls)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import support
 from serve.client import GENERATIONS, pixels
+from tqdit.engines.build.engine import build_engine
+from tqdit.engines.bundle import write_manifest
 from tqdit.engines.run.sampler import Sampler
+from tqdit.exporter.graph import ExportConfig
+from tqdit.exporter.onnx_writer import write
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,38 @@ def test_a_misspelt_field_is_named_and_a_right_request_shown(quick):
     assert "`guidance`" in message
     example = message[message.index("{") :].rstrip(".")
     assert quick.ask(GENERATIONS, json.loads(example) | {"steps": 2}).status == 200
+
+
+@pytest.fixture(scope="module")
+def forecasting(tmp_path_factory):
+    """An engine whose own chain has placed steps and forecasts."""
+    folder = tmp_path_factory.mktemp("forecasting")
+    write(folder / "m.onnx", *support.exported(ExportConfig(forecast=True), pixels=True))
+    manifest = build_engine(folder / "m.onnx", folder / "m.engine")
+    own = manifest.card.sampling.choose(
+        sampler="dpm++2m", timesteps=(10, 60, 120, 180, 240, 300), full_calls=(0, 3, 4, 5)
+    )
+    write_manifest(folder / "m.engine", replace(manifest, card=replace(manifest.card, sampling=own)))
+    return folder / "m.engine"
+
+
+@pytest.mark.parametrize("asked", [{}, {"full_calls": 6}, {"full_calls": 3}, {"guidance_interval": [100, 200]}])
+def test_the_settings_of_an_answer_make_its_images_again(serve, forecasting, asked):
+    server = serve(m=forecasting)
+    first = server.ask(GENERATIONS, {"class": 3, "seed": 7, **asked})
+    with Sampler.open(forecasting) as opened:
+        np.testing.assert_array_equal(images_of(first), opened.sample([3], seed=7, **asked))
+    settings = ("seed", "guidance_scale", "guidance_interval", "steps", "sampler", "full_calls")
+    again = server.ask(GENERATIONS, {"class": 3, **{name: first.json[name] for name in settings}})
+    np.testing.assert_array_equal(images_of(again), images_of(first))
+    with server.streaming(GENERATIONS, {"class": 3, "seed": 7, "stream": True, **asked}) as events:
+        *_, (_, last) = events
+    assert last.get("full_calls") == first.json["full_calls"]
+
+
+def test_full_calls_that_a_sampler_cannot_have_are_the_field_at_fault(serve, forecasting):
+    answer = serve(m=forecasting).ask(GENERATIONS, {"class": 0, "sampler": "heun", "full_calls": 4})
+    assert (answer.status, answer.error["param"]) == (400, "full_calls")
 
 
 def test_an_unknown_model_is_told_the_known_ones(quick):

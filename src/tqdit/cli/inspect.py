@@ -225,6 +225,9 @@ def _shards(path: Path) -> Facts:
     job = folder.job
     classes = f" of {len(set(job.classes))} class(es)" if job.classes else ""
     guidance = "none" if job.guidance_scale is None else f"scale {job.guidance_scale:g}"
+    if job.guidance_interval is not None:
+        guidance += " from timestep {:g} to {:g}".format(*job.guidance_interval)
+    full = f", {len(job.full_calls)} of them with full calls" if job.full_calls else ""
     return [
         ("kind", "samples in shards"),
         ("shards", f"{folder.done} of {job.shards} done, of {job.shard_size} {job.content} each"),
@@ -232,7 +235,7 @@ def _shards(path: Path) -> Facts:
         (
             "sampled with",
             f"{job.steps}{' placed' * bool(job.timesteps)} steps {'as' if job.sampler == 'recorded' else 'of'} "
-            f"{job.sampler}, guidance: {guidance}",
+            f"{job.sampler}{full}, guidance: {guidance}",
         ),
         ("engine", f"manifest {job.engine}"),
     ]
@@ -301,7 +304,7 @@ def _sampled(card: GraphCard) -> Facts:
     signature = card.signature
     label = signature.label
     classes = [] if label is None else [("classes", _classes(label.choices or 0, card.class_names))]
-    chain = _chain(card.sampling, card.guidance)
+    chain = _chain(card.sampling, card.guidance, choice=card.graph != "step")
     published = [] if card.published is None else [("as published", str(card.published))]
     correction = [] if card.correction is None else [("correction", str(card.correction))]
     residual = [] if card.residual is None else [("forecasts", f"of tokens {card.residual}: tqdit-sample --full-calls")]
@@ -313,12 +316,13 @@ def _call(signature: Signature) -> Facts:
     return [*ports, ("prediction", _shape(signature.output))]
 
 
-def _chain(sampling: SamplingSpec, guidance: Guidance | None) -> Facts:
+def _chain(sampling: SamplingSpec, guidance: Guidance | None, choice: bool = True) -> Facts:
+    """choice: whether another sampler can be chosen."""
     samplers = ", ".join(samplers_of(sampling.process))
-    choice = ", as recorded" if samplers == "recorded" else f"; any of {samplers}" * bool(samplers)
+    others = ", as recorded" if samplers == "recorded" else f"; any of {samplers}" * bool(samplers) * choice
     timesteps = ", ".join(f"{timestep:g}" for timestep in sampling.timesteps)
     return [
-        ("sampled with", f"{sampling}{choice}"),
+        ("sampled with", f"{sampling}{others}"),
         *([("", f"at timesteps {timesteps}")] if timesteps else []),
         ("guidance", _guidance(guidance)),
     ]

@@ -132,6 +132,12 @@ class Manifest(_Facts):
             plain = name.removeprefix(f"{FORECAST}/")
             if name not in manifest.files or Path(plain).name != plain or plain in ("", ".", ".."):
                 raise FileFormatError(f"{where}: '{name}' is not a file of this bundle. Build the engine again.")
+        card = manifest.card
+        if (manifest.forecast is None) != (card.residual is None) or (card.sampling.full_calls and forecast is None):
+            raise FileFormatError(
+                f"{where}: found the forecast {manifest.forecast}, a residual {card.residual} and {card.sampling}, "
+                "which do not go together. Build the engine again."
+            )
         return manifest
 
     @property

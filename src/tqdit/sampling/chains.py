@@ -165,7 +165,7 @@ class Chains:
         prediction, residual = forecaster.full(inputs)
         if self._history is None:
             self._history = History(self._capacity, self._rows_per_image, residual.shape[1:])
-        self._history.keep(times, residual)
+        self._history.keep(times, residual, self._guided)
         return self.advance(prediction)
 
     def snapshot(self) -> dict[str, NDArray[Any]]:

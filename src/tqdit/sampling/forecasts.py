@@ -98,15 +98,19 @@ class History:
         place = self._place
         place[one], place[other] = place[other], place[one]
 
-    def keep(self, times: Sequence[float], residual: Float32) -> None:
-        """Take the residual (rows, ...) of a full call of the chains 0..len(times) - 1 at these timesteps."""
+    def keep(self, times: Sequence[float], residual: Float32, guided: NDArray[np.int64] | None = None) -> None:
+        """Take the residual (rows, ...) of a full call of the chains 0..len(times) - 1 at these timesteps.
+
+        guided (U,): those with an unconditional row, if not all of them; of the others, which forecast nothing, nothing
+        is kept.
+        """
         count = len(times)
-        for chain, time in enumerate(times):
+        for number, chain in enumerate(range(count) if guided is None else guided.tolist()):
             place = self._place[chain]
             older = 1 - self._latest[place]
-            for group, kept in enumerate(self._known[older]):
-                kept[place] = residual[group * count + chain]
-            self._times[older, place], self._latest[place] = time, older
+            for row, kept in zip((chain, count + number), self._known[older], strict=False):  # one row, or two
+                kept[place] = residual[row]
+            self._times[older, place], self._latest[place] = times[chain], older
 
     def extrapolate(self, times: Sequence[float]) -> Float32:
         """The residuals (rows, ...) of the chains 0..len(times) - 1 at these timesteps, in place until the next time.

@@ -76,7 +76,7 @@ class ImageAnswer(Struct, kw_only=True):
     sampler: str
     guidance_scale: float | None  # null: the model takes none
     guidance_interval: tuple[float, float] | None = None  # null: every step has guidance
-    full_calls: int | None = None  # null: no step is a forecast
+    full_calls: int | None = None  # null: no step is a forecast, and none is by default
     output_format: Literal["png"] = "png"
 
 

@@ -159,6 +159,17 @@ def test_other_settings_in_the_same_folder_are_refused_with_what_differs(bundle,
     assert content(folder) == whole
 
 
+def test_a_chain_without_forecasts_does_not_continue_one_with_them(bundle, tmp_path):
+    job = describe_job(bundle, read_manifest(bundle), None, 0, COUNT, SIZE)
+    with open_shards(tmp_path / "samples", replace(job, full_calls=(0, 18, 19))):
+        pass
+    with (
+        pytest.raises(OutputError, match=r"full_calls 0,18,19 \(asked for \(\)\)"),
+        open_shards(tmp_path / "samples", job),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_another_engine_in_the_same_folder_is_refused(bundle_of, folder, whole, capsys):
     assert "another run: engine " in refused(capsys, command(bundle_of(steps=10), folder))

@@ -73,6 +73,7 @@ def build_fastest(
         except BackendError as error:  # built for other GPUs than the one that is here
             _not_measured(files, first_line(error))
         for name in manifests[best].files:
+            (folder / name).parent.mkdir(exist_ok=True)  # that of the forecast
             (folders[best] / name).rename(folder / name)
         manifest = replace(manifests[best], measured=measured)
         write_manifest(folder, manifest)
@@ -99,6 +100,12 @@ def _check_alike(files: Sequence[Path]) -> None:
             raise UsageError(
                 f"{file}: of another network than {files[0]}. Several files are forms of one network, of which the "
                 "fastest is kept; build others one by one."
+            )
+        if card.residual != cards[0].residual:
+            known = [files[number] for number, each in enumerate(cards) if each.residual is not None]
+            raise UsageError(
+                f"{known[0]}: returns what forecasts need, and other files do not. Export all of them with --forecast, "
+                "or none."
             )
 
 
