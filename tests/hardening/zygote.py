@@ -32,6 +32,7 @@ def child(job, log):
     os.dup2(log, 2)
     os.dup2(os.open(job["stdout"] or os.devnull, os.O_WRONLY), 1)
     if job["limit"] is not None:
+        sys.dont_write_bytecode = True  # of a module that is imported here, half would stay for everybody
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
     if job["user"] is not None:
