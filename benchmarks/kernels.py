@@ -116,26 +116,26 @@ def compiled(call: Call) -> Call:
     return call if DRY_RUN else torch.compile(call, dynamic=False)
 
 
-def quantize(scores: Tensor, low_step: Tensor, numerators: bool = False) -> Tensor:
+def quantize(scores: Tensor, low_scale: Tensor, numerators: bool = False) -> Tensor:
     """What the op computes, as PyTorch operations; also the float64 reference."""
     p = torch.softmax(scores.float() if scores.dtype != torch.float64 else scores, -1)
     if numerators:
         largest = p.amax(-1, keepdim=True)
-        return round_in_regions(p / largest, low_step) * largest
-    return round_in_regions(p, low_step)
+        return round_in_regions(p / largest, low_scale) * largest
+    return round_in_regions(p, low_scale)
 
 
-def round_in_regions(p: Tensor, low_step: Tensor) -> Tensor:
-    s1 = low_step.to(p.dtype).view(-1, 1, 1, 1)
+def round_in_regions(p: Tensor, low_scale: Tensor) -> Tensor:
+    s1 = low_scale.to(p.dtype).view(-1, 1, 1, 1)
     low = torch.round(p / s1)
     return torch.where(low <= TOP, low * s1, torch.clamp(torch.round(p / HIGH_STEP), max=TOP) * HIGH_STEP)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor, scale: float) -> Tensor:
-    return quantize(q @ k.mT * scale, low_step).to(v.dtype) @ v
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, low_scale: Tensor, scale: float) -> Tensor:
+    return quantize(q @ k.mT * scale, low_scale).to(v.dtype) @ v
 
 
-def low_steps(rows: int) -> Tensor:
+def low_scales(rows: int) -> Tensor:
     """One of the method's candidates per row."""
     return (HIGH_STEP * 2.0 ** -torch.randint(0, BITS, (rows,), device=DEVICE)).float()
 
@@ -144,7 +144,7 @@ def attention_inputs(rows: int, tokens: int) -> tuple[Tensor, ...]:
     """Integer codes, as the exporter hands them over; scores of standard deviation 3."""
     shape = (rows, HEADS, tokens, HEAD)
     q, k, v = ((torch.randn(shape, device=DEVICE) * 40).round().clamp(-128, 127).half() for _ in range(3))
-    return q, k, v, low_steps(rows)
+    return q, k, v, low_scales(rows)
 
 
 SCALE = 3 / (40 * 40 * math.sqrt(HEAD))
@@ -154,16 +154,16 @@ def fused_attention(tokens: int, blocks: attention_launch.Blocks | None = None, 
     kernel = attention_launch.kernel("fp16", tokens, tokens, HEAD, BITS, HIGH_STEP, blocks, numerators=numerators)
     no_mask = torch.zeros((1, 1, 1, 1), device=DEVICE)
 
-    def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-        launch = attention_launch.launch(kernel, len(q), HEADS, len(low_step), SCALE)
-        return kernels.run(kernel, launch, (q, k, v, no_mask, low_step), torch.empty_like(q))
+    def call(q: Tensor, k: Tensor, v: Tensor, low_scale: Tensor) -> Tensor:
+        launch = attention_launch.launch(kernel, len(q), HEADS, len(low_scale), SCALE)
+        return kernels.run(kernel, launch, (q, k, v, no_mask, low_scale), torch.empty_like(q))
 
     return call
 
 
-def as_int8(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> tuple[Tensor, ...]:
+def as_int8(q: Tensor, k: Tensor, v: Tensor, low_scale: Tensor) -> tuple[Tensor, ...]:
     """The same inputs as integer attention takes them: v as columns."""
-    return q.to(torch.int8), k.to(torch.int8), v.mT.contiguous().to(torch.int8), low_step
+    return q.to(torch.int8), k.to(torch.int8), v.mT.contiguous().to(torch.int8), low_scale
 
 
 def integer_attention(
@@ -176,10 +176,10 @@ def integer_attention(
         torch.tensor([number], device=DEVICE) for number in (SCALE, 1 / OUT_STEP if out == "i8" else 1.0, 0.0)
     )
 
-    def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-        launch = integer_launch.launch(kernel, len(q), HEADS, 1, 1, len(low_step), 1, 1)
+    def call(q: Tensor, k: Tensor, v: Tensor, low_scale: Tensor) -> Tensor:
+        launch = integer_launch.launch(kernel, len(q), HEADS, 1, 1, len(low_scale), 1, 1)
         result = torch.empty(q.shape, dtype=torch.int8 if out == "i8" else torch.float16, device=DEVICE)
-        return kernels.run(kernel, launch, (q, k, v, no_mask, scale, low_step, out_scale, out_shift), result)
+        return kernels.run(kernel, launch, (q, k, v, no_mask, scale, low_scale, out_scale, out_shift), result)
 
     return call
 
@@ -189,9 +189,9 @@ def check_attention(call: Call, tokens: int, numerators: bool = False, int8: boo
 
     int8: the call takes int8. step: of an int8 result, whose rounding is then allowed for.
     """
-    q, k, v, low_step = attention_inputs(2, tokens)
-    expected = quantize(q.double() @ k.double().mT * SCALE, low_step, numerators) @ v.double()
-    out = call(*(as_int8(q, k, v, low_step) if int8 else (q, k, v, low_step)))
+    q, k, v, low_scale = attention_inputs(2, tokens)
+    expected = quantize(q.double() @ k.double().mT * SCALE, low_scale, numerators) @ v.double()
+    out = call(*(as_int8(q, k, v, low_scale) if int8 else (q, k, v, low_scale)))
     allowed = 3e-3
     if out.dtype == torch.int8:
         expected = expected.clamp(-128 * step, 127 * step)
@@ -206,7 +206,7 @@ def check_attention(call: Call, tokens: int, numerators: bool = False, int8: boo
 def not_rounded(backend: SDPBackend) -> Call:
     """PyTorch's attention by one backend; the interpreter's machine has cuDNN's in name alone."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, low_scale: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH if DRY_RUN else backend):
             return F.scaled_dot_product_attention(q, k, v, scale=SCALE)
 
@@ -231,8 +231,8 @@ def attention_timings(batch: int, tokens: int) -> list[Timing]:
     sets = input_sets(lambda: attention_inputs(rows, tokens))
     elements = rows * HEADS * tokens * HEAD
 
-    def eager(q: Tensor, k: Tensor, v: Tensor, low_step: Tensor) -> Tensor:
-        return eager_attention(q, k, v, low_step, SCALE)
+    def eager(q: Tensor, k: Tensor, v: Tensor, low_scale: Tensor) -> Tensor:
+        return eager_attention(q, k, v, low_scale, SCALE)
 
     variants: dict[str, Call] = {
         "fused": fused_attention(tokens),
@@ -265,19 +265,19 @@ def attention_timings(batch: int, tokens: int) -> list[Timing]:
 def softmax_timings(batch: int, tokens: int) -> list[Timing]:
     rows = 2 * batch
     shape = (rows, HEADS, tokens, tokens)
-    sets = input_sets(lambda: ((torch.randn(shape, device=DEVICE) * 3).half(), low_steps(rows)))
+    sets = input_sets(lambda: ((torch.randn(shape, device=DEVICE) * 3).half(), low_scales(rows)))
     kernel = softmax_launch.kernel("fp16", tokens, BITS, HIGH_STEP)
 
-    def ours(scores: Tensor, low_step: Tensor) -> Tensor:
-        launch = softmax_launch.launch(kernel, len(scores), HEADS, tokens, len(low_step))
-        return kernels.run(kernel, launch, (scores, low_step), torch.empty_like(scores))
+    def ours(scores: Tensor, low_scale: Tensor) -> Tensor:
+        launch = softmax_launch.launch(kernel, len(scores), HEADS, tokens, len(low_scale))
+        return kernels.run(kernel, launch, (scores, low_scale), torch.empty_like(scores))
 
-    scores, low_step = sets[0][0][:2], sets[0][1][:2]
-    expected = quantize(scores.double(), low_step)
-    flips = ((ours(scores, low_step).double() - expected).abs() > 1e-3 * expected + 1e-7).double().mean()
+    scores, low_scale = sets[0][0][:2], sets[0][1][:2]
+    expected = quantize(scores.double(), low_scale)
+    flips = ((ours(scores, low_scale).double() - expected).abs() > 1e-3 * expected + 1e-7).double().mean()
     if not flips <= 1e-4:
         raise SystemExit(f"MultiRegionSoftmax: {flips:.2e} of the elements differ, expected at most 1e-4")
-    eager = lambda scores, low_step: quantize(scores, low_step).half()  # noqa: E731
+    eager = lambda scores, low_scale: quantize(scores, low_scale).half()  # noqa: E731
     variants: dict[str, Call] = {
         "kernel": ours,
         "eager": eager,

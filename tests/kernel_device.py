@@ -44,20 +44,20 @@ def launched_with(kernel, launch, inputs, outputs) -> list[np.ndarray]:
     return [each.float().cpu().numpy() for each in out]
 
 
-def run_softmax(scores, low_step, bits, high_step, floats="fp32"):
+def run_softmax(scores, low_scale, bits, high_scale, floats="fp32"):
     images, heads, queries, columns = scores.shape
-    kernel = softmax.kernel(floats, columns, bits, high_step)
-    launch = softmax.launch(kernel, images, heads, queries, len(low_step))
-    return launched(kernel, launch, (tensor(scores, floats), tensor(low_step)), scores.shape, floats)
+    kernel = softmax.kernel(floats, columns, bits, high_scale)
+    launch = softmax.launch(kernel, images, heads, queries, len(low_scale))
+    return launched(kernel, launch, (tensor(scores, floats), tensor(low_scale)), scores.shape, floats)
 
 
-def run_numerator(scores, low_step, bits, high_step, floats="fp32"):
+def run_numerator(scores, low_scale, bits, high_scale, floats="fp32"):
     """(numerators, reciprocals of their sums)."""
     images, heads, queries, columns = scores.shape
-    kernel = softmax.kernel(floats, columns, bits, high_step, numerators=True)
-    launch = softmax.launch(kernel, images, heads, queries, len(low_step))
+    kernel = softmax.kernel(floats, columns, bits, high_scale, numerators=True)
+    launch = softmax.launch(kernel, images, heads, queries, len(low_scale))
     outputs = [(scores.shape, floats), ((*scores.shape[:3], 1), "fp32")]
-    return launched_with(kernel, launch, (tensor(scores, floats), tensor(low_step)), outputs)
+    return launched_with(kernel, launch, (tensor(scores, floats), tensor(low_scale)), outputs)
 
 
 def run_select(timestep, boundaries, table, floats="fp32"):
@@ -68,30 +68,30 @@ def run_select(timestep, boundaries, table, floats="fp32"):
     return launched(kernel, launch, (tensor(timestep), tensor(boundaries), tensor(table, floats)), shape, floats)
 
 
-def run_attention(q, k, v, mask, low_step, bits, high_step, scale, floats="fp32", blocks=None,
+def run_attention(q, k, v, mask, low_scale, bits, high_scale, scale, floats="fp32", blocks=None,
                   numerators=False):  # fmt: skip
     images, heads, queries, head = q.shape
-    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_step, blocks, mask.shape[1:],
+    kernel = attention.kernel(floats, queries, k.shape[2], head, bits, high_scale, blocks, mask.shape[1:],
                               numerators)  # fmt: skip
-    launch = attention.launch(kernel, images, heads, len(low_step), scale, len(mask))
-    inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(mask), tensor(low_step))
+    launch = attention.launch(kernel, images, heads, len(low_scale), scale, len(mask))
+    inputs = (*(tensor(each, floats) for each in (q, k, v)), tensor(mask), tensor(low_scale))
     return launched(kernel, launch, inputs, q.shape, floats)
 
 
-def run_integer_attention(inputs, bits, high_step, out="fp32", blocks=None, numerators=False):
+def run_integer_attention(inputs, bits, high_scale, out="fp32", blocks=None, numerators=False):
     """inputs: those of the op by name, in its order; q, k and v of any type that holds their codes."""
     q, k, mask = inputs["q"], inputs["k"], inputs["mask"]
     images, heads, queries, head = q.shape
-    kernel = integer_attention.kernel(out, queries, k.shape[2], head, bits, high_step, blocks, mask.shape[1:],
+    kernel = integer_attention.kernel(out, queries, k.shape[2], head, bits, high_scale, blocks, mask.shape[1:],
                                       numerators)  # fmt: skip
-    rows = (len(inputs[name]) for name in ("mask", "scale", "low_step", "out_scale", "out_shift"))
+    rows = (len(inputs[name]) for name in ("mask", "scale", "low_scale", "out_scale", "out_shift"))
     launch = integer_attention.launch(kernel, images, heads, *rows)
     tensors = tuple(tensor(each, "i8" if name in "qkv" else None) for name, each in inputs.items())
     return launched(kernel, launch, tensors, q.shape, out)
 
 
 def regions(
-    scores: np.ndarray, low_step: np.ndarray, bits: int, high_step: float, numerators: bool = False
+    scores: np.ndarray, low_scale: np.ndarray, bits: int, high_scale: float, numerators: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """(quantized probabilities, how far each may be off because its quotient lies at a rounding tie), in float64.
 
@@ -100,19 +100,19 @@ def regions(
     At a tie the last bit of a float32 operation decides, and the two neighbouring codes are both right.
     """
     top = 2 ** (bits - 1) - 1
-    s1 = low_step.astype(np.float64).reshape(-1, 1, 1, 1)
+    s1 = low_scale.astype(np.float64).reshape(-1, 1, 1, 1)
     exponent = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True).astype(np.float64))
     total = exponent.sum(-1, keepdims=True)
     p = exponent if numerators else exponent / total
 
-    def rounded(step):
-        exact = p / step
+    def rounded(scale):
+        exact = p / scale
         return np.round(exact), np.abs(exact - np.floor(exact) - 0.5) < 1e-5 * (1 + exact)
 
-    (low, low_tie), (high, high_tie) = rounded(s1), rounded(high_step)
+    (low, low_tie), (high, high_tie) = rounded(s1), rounded(high_scale)
     is_low = low <= top
-    quantized = np.where(is_low, low * s1, np.minimum(high, top) * high_step)
-    between = np.abs(np.minimum(high, top) * high_step - top * s1)  # from one region to the other
-    off = np.where(low_tie & (np.abs(low - top) <= 1), np.maximum(between + high_step, s1),
-                   np.where(is_low, low_tie * s1, high_tie * high_step))  # fmt: skip
+    quantized = np.where(is_low, low * s1, np.minimum(high, top) * high_scale)
+    between = np.abs(np.minimum(high, top) * high_scale - top * s1)  # from one region to the other
+    off = np.where(low_tie & (np.abs(low - top) <= 1), np.maximum(between + high_scale, s1),
+                   np.where(is_low, low_tie * s1, high_tie * high_scale))  # fmt: skip
     return (quantized / total, off / total) if numerators else (quantized, off)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import msgspec
 
@@ -19,7 +19,7 @@ from tqdit.ports import Signature
 from tqdit.sampling.correction import Correction
 from tqdit.sampling.forecasts import RESIDUAL
 from tqdit.sampling.guidance import Guidance, rows_per_image
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.sampling.schedule import ChainArguments, SamplingSpec
 from tqdit.text import TextCard
 
 FORMAT_VERSION = 3
@@ -163,7 +163,7 @@ class GraphCard:
         scale: dict[str, tuple[int, ...]] = {} if self.guidance is None else {"guidance_scale": ()}
         return {"x": self.state_shape, "step": ()} | requests | scale | {"noise": self.state_shape}
 
-    def choose(self, any_rows: bool, **chain: Any) -> SamplingSpec:
+    def choose(self, any_rows: bool, **chain: Unpack[ChainArguments]) -> SamplingSpec:
         """`SamplingSpec.choose`. any_rows: whether the engine was built for any number of rows.
 
         Raises UsageError for a guidance interval or forecasts that the engine cannot do.

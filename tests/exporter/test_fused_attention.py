@@ -186,10 +186,10 @@ def test_the_kernel_computes_the_node(tmp_path):
     _, *inputs, body = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
         None, denoiser_inputs()
     )
-    names = ("q", "k", "v", "mask", "scale", "low_step", "out_scale", "out_shift")
+    names = ("q", "k", "v", "mask", "scale", "low_scale", "out_scale", "out_shift")
     attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     named = dict(zip(names, inputs, strict=True))
-    kernel = run_integer_attention(named, attributes["bits"], attributes["high_step"], "i8")
+    kernel = run_integer_attention(named, attributes["bits"], attributes["high_scale"], "i8")
     assert body.dtype == np.int8
     assert (kernel != body).any(axis=-1).mean() <= 0.02  # rows of queries with a flipped code
 

@@ -25,7 +25,7 @@ def main():
         for blocks in candidates("fp16", head, tokens):
             for numerators in (False, True):
                 kernel_device.run_attention(q, k, v, mask, low, 8, 1 / 127, 1e-4, "fp16", blocks, numerators)
-        inputs = {"q": q, "k": k, "v": v.swapaxes(-1, -2), "mask": mask, "scale": low / 100, "low_step": low,
+        inputs = {"q": q, "k": k, "v": v.swapaxes(-1, -2), "mask": mask, "scale": low / 100, "low_scale": low,
                   "out_scale": low * 100, "out_shift": low}  # fmt: skip
         for blocks in integer_attention.candidates(head, tokens):
             for numerators in (False, True):

@@ -136,7 +136,7 @@ def main():
     tensorrt_definitions.define((8, 0), lazy=True)
     tensorrt_definitions.define((8, 0), lazy=True)  # changes nothing
     half, single, integer = trt.DataType.HALF, trt.DataType.FLOAT, trt.DataType.INT64
-    attention = {"bits": 8, "high_step": 1 / 127, "scale": 0.01}
+    attention = {"bits": 8, "high_scale": 1 / 127, "scale": 0.01}
     results = {
         "TimeGroupSelect": drive(
             "TimeGroupSelect", (integer, integer, single), (single,), [(70,), (9,), (10, 1, 1, 3)], {}, {0}
@@ -146,7 +146,7 @@ def main():
         ),
     }
     for name, outputs in (("MultiRegionSoftmax", (half,)), ("MultiRegionNumerator", (half, single))):
-        shapes, attributes = [(3, 2, 50, 50), (3,)], {"bits": 8, "high_step": 1 / 127}
+        shapes, attributes = [(3, 2, 50, 50), (3,)], {"bits": 8, "high_scale": 1 / 127}
         results[name] = drive(name, (half, single), outputs, shapes, attributes, {0, 1})
     for name in ("MultiRegionAttention", "MultiRegionNumeratorAttention"):
         kinds, shapes = (half, half, half, single, single), [(3, 2, 200, 72)] * 3 + [(3, 1, 1, 200), (3,)]
@@ -158,7 +158,7 @@ def main():
         cases = (("", 200, 3, trt.DataType.INT8), (" half", 50, 10, half))  # 50 tokens: one tactic to compile
         for label, tokens, out_type, out_kind in cases:
             shapes = [(3, 2, tokens, 72)] * 2 + [(3, 2, 72, tokens), (3, 1, 1, tokens), (3,), (1,), (3,), (3,)]
-            attributes = {"bits": 8, "high_step": 1 / 127, "out_type": out_type}
+            attributes = {"bits": 8, "high_scale": 1 / 127, "out_type": out_type}
             results[f"{name}{label}"] = drive(name, kinds, (out_kind,), shapes, attributes, {0, 1, 2, 3, 4, 6, 7})
     sys.stdout.write(json.dumps(results) + "\n")
 

@@ -39,7 +39,7 @@ def test_a_timestep_on_a_boundary_takes_the_later_group():
 
 
 def random_scores(bits, rows):
-    """Scores (3, 2, 16, 16), low steps (rows,) and the high step."""
+    """Scores (3, 2, 16, 16), low scales (rows,) and the high scale."""
     rng = np.random.default_rng(bits)
     high = 1 / (2 ** (bits - 1) - 1)
     scores = rng.normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
@@ -51,11 +51,11 @@ def random_scores(bits, rows):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_multi_region_softmax_equals_its_reference(bits, rows, inline):
     """The two softmaxes may differ in the last bit and so flip a code at a tie: one in ten thousand is allowed."""
-    scores, low_step, high = random_scores(bits, rows)
+    scores, low_scale, high = random_scores(bits, rows)
     out = run(
-        softmax_schema, {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high}, inline=inline
+        softmax_schema, {"scores": scores, "low_scale": low_scale}, {"bits": bits, "high_scale": high}, inline=inline
     )
-    expected = multi_region_softmax(scores, low_step, bits, high)
+    expected = multi_region_softmax(scores, low_scale, bits, high)
     assert (np.abs(out - expected) > 1e-6).mean() <= 1e-4
 
 
@@ -64,11 +64,11 @@ def test_multi_region_softmax_equals_its_reference(bits, rows, inline):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_multi_region_numerator_equals_its_reference(bits, rows, inline):
     """The body divides probabilities by the largest, the reference takes exponentials: the last bits differ."""
-    scores, low_step, high = random_scores(bits, rows)
+    scores, low_scale, high = random_scores(bits, rows)
     scores[..., :3] = -1e30  # masked
-    inputs, attributes = {"scores": scores, "low_step": low_step}, {"bits": bits, "high_step": high}
+    inputs, attributes = {"scores": scores, "low_scale": low_scale}, {"bits": bits, "high_scale": high}
     out, reciprocals = run(numerator_schema, inputs, attributes, inline=inline, outputs=2)
-    expected, sums = multi_region_numerator(scores, low_step, bits, high)
+    expected, sums = multi_region_numerator(scores, low_scale, bits, high)
     assert (np.abs(out - expected) > 1e-6).mean() <= 5e-4
     np.testing.assert_allclose(reciprocals, sums, rtol=1e-6)
     assert (out[..., :3] == 0).all()
@@ -81,8 +81,8 @@ def test_extreme_scores():
     scores[0, 0, 1] = [0, 50, 0, 0]
     scores[0, 0, 2, :2] = -np.inf
     scores[0, 0, 3] = -np.inf
-    inputs = {"scores": scores, "low_step": np.array([1 / 127 / 8], np.float32)}
-    out = run(softmax_schema, inputs, {"bits": 8, "high_step": 1 / 127})[0, 0]
+    inputs = {"scores": scores, "low_scale": np.array([1 / 127 / 8], np.float32)}
+    out = run(softmax_schema, inputs, {"bits": 8, "high_scale": 1 / 127})[0, 0]
     np.testing.assert_allclose(out[0], 32 / 127, rtol=1e-6)  # 0.25 in steps of 1/127 is 31.75
     np.testing.assert_allclose(out[1], [0, 1, 0, 0], atol=1e-7)
     np.testing.assert_allclose(out[2], [0, 0, 64 / 127, 64 / 127], rtol=1e-6)  # 63.5 rounds to even
@@ -94,10 +94,10 @@ def attention_case(bits, rows=3, head=24, tokens=17):
     rng = np.random.default_rng(bits)
     q, k, v = (rng.integers(-100, 101, (3, 2, tokens, head)).astype(np.float32) for _ in range(3))
     high = 1 / (2 ** (bits - 1) - 1)
-    low_step = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
+    low_scale = (high * 2.0 ** -rng.integers(0, bits, rows)).astype(np.float32)
     mask = np.where(rng.random((3, 1, 1, tokens)) < 0.3, -1e38, rng.normal(0, 1, (3, 1, 1, tokens))).astype(np.float32)
-    inputs = {"q": q, "k": k, "v": v, "mask": mask, "low_step": low_step}
-    return inputs, {"bits": bits, "high_step": high, "scale": 2e-4}
+    inputs = {"q": q, "k": k, "v": v, "mask": mask, "low_scale": low_scale}
+    return inputs, {"bits": bits, "high_scale": high, "scale": 2e-4}
 
 
 ATTENTIONS = {
@@ -111,8 +111,8 @@ def assert_attends(out, inputs, attributes, values="probabilities", precision=2e
     """A code may differ where its quotient lies at a rounding tie."""
     q, k, v = (inputs[name].astype(np.float64) for name in "qkv")
     scores = q @ k.swapaxes(-1, -2) * np.float32(attributes["scale"]) + np.maximum(inputs["mask"], -1e30)
-    steps = inputs["low_step"], attributes["bits"], np.float32(attributes["high_step"])
-    p, off = regions(scores, *steps, numerators=values == "numerators")
+    scales = inputs["low_scale"], attributes["bits"], np.float32(attributes["high_scale"])
+    p, off = regions(scores, *scales, numerators=values == "numerators")
     assert (np.abs(out - p @ v) <= precision * (p @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6).all()
     assert (off > 0).mean() < 0.02
 
@@ -145,16 +145,16 @@ def test_kernels_equal_the_bodies(bits, values):
     inputs, attributes = attention_case(bits)
     body = run(ATTENTIONS[values][0], inputs, attributes)
     numerators = values == "numerators"
-    kernel = run_attention(*inputs.values(), bits, attributes["high_step"], attributes["scale"], numerators=numerators)
+    kernel = run_attention(*inputs.values(), bits, attributes["high_scale"], attributes["scale"], numerators=numerators)
     moved = (np.abs(body - kernel) > 1e-5 * np.abs(body).max()).any(axis=-1)
     assert moved.mean() <= 0.02  # rows of queries with a flipped code
     scores = np.random.default_rng(0).normal(0, 3, (3, 2, 16, 16)).astype(np.float32)
-    low_step, high = inputs["low_step"], attributes["high_step"]
-    attributes = {"bits": bits, "high_step": high}
+    low_scale, high = inputs["low_scale"], attributes["high_scale"]
+    attributes = {"bits": bits, "high_scale": high}
     if numerators:
-        body = run(numerator_schema, {"scores": scores, "low_step": low_step}, attributes, outputs=2)
-        for of_body, of_kernel in zip(body, run_numerator(scores, low_step, bits, high), strict=True):
+        body = run(numerator_schema, {"scores": scores, "low_scale": low_scale}, attributes, outputs=2)
+        for of_body, of_kernel in zip(body, run_numerator(scores, low_scale, bits, high), strict=True):
             assert (np.abs(of_body - of_kernel) > 1e-6).mean() <= 1e-3
         return
-    body = run(softmax_schema, {"scores": scores, "low_step": low_step}, attributes)
-    assert (np.abs(body - run_softmax(scores, low_step, bits, high)) > 1e-6).mean() <= 1e-3
+    body = run(softmax_schema, {"scores": scores, "low_scale": low_scale}, attributes)
+    assert (np.abs(body - run_softmax(scores, low_scale, bits, high)) > 1e-6).mean() <= 1e-3

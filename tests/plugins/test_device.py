@@ -52,17 +52,17 @@ def test_the_compiled_attention_runs_with_its_visible_parameters(tokens, portabl
         (torch.randn(2, 3, tokens, 72, device="cuda", generator=generator) * 40).round().clamp(-128, 127).half()
         for _ in range(3)
     )
-    low_step, scale = torch.tensor([1 / 127 / 8, 1 / 127 / 64], device="cuda"), 2e-4
+    low_scale, scale = torch.tensor([1 / 127 / 8, 1 / 127 / 64], device="cuda"), 2e-4
     mask = torch.randn(2, 1, 1, tokens, device="cuda", generator=generator)
     p, off = regions(
-        (q.double() @ k.double().mT * scale + mask).cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127)
+        (q.double() @ k.double().mT * scale + mask).cpu().numpy(), low_scale.cpu().numpy(), 8, np.float32(1 / 127)
     )
     values = v.double().cpu().numpy()
     bound = 2**-10 * (p @ np.abs(values)) + 1.001 * (off @ np.abs(values)) + 1e-6
     for blocks in attention.candidates("fp16", 72, tokens):
         kernel = attention.kernel("fp16", tokens, tokens, 72, 8, 1 / 127, blocks, mask.shape[1:])
         launch = attention.launch(kernel, 2, 3, 2, scale, 2)
-        inputs = (q, k, v, mask, low_step)
+        inputs = (q, k, v, mask, low_scale)
         out = launch_ptx(aot.compile_kernel(kernel, capability), launch, inputs, torch.full_like(q, np.nan))
         assert (np.abs(out - p @ values) <= bound).all()
 
@@ -93,12 +93,12 @@ def test_the_compiled_integer_attention_runs_with_its_visible_parameters(tokens,
 
 def test_the_compiled_softmax_runs_with_its_visible_parameters():
     scores = torch.randn(3, 2, 50, 77, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 3
-    low_step = torch.tensor([1 / 127 / 8], device="cuda")
+    low_scale = torch.tensor([1 / 127 / 8], device="cuda")
     kernel = softmax.kernel("fp32", 77, 8, 1 / 127)
     launch = softmax.launch(kernel, 3, 2, 50, 1)
     compiled = aot.compile_kernel(kernel, aot.best_capability(torch.cuda.get_device_capability()))
-    out = launch_ptx(compiled, launch, (scores, low_step), torch.full_like(scores, np.nan))
-    expected, off = regions(scores.cpu().numpy(), low_step.cpu().numpy(), 8, np.float32(1 / 127))
+    out = launch_ptx(compiled, launch, (scores, low_scale), torch.full_like(scores, np.nan))
+    expected, off = regions(scores.cpu().numpy(), low_scale.cpu().numpy(), 8, np.float32(1 / 127))
     assert (np.abs(out - expected) <= 2e-6 * expected + 1.001 * off).all()
 
 

@@ -1,7 +1,7 @@
 """Attention of int8 codes: its kernel and its bodies equal the NumPy references.
 
 Tolerances are those of test_kernels.py and test_bodies.py: where a quotient lies at a rounding tie two codes are right.
-An int8 result is the rounded result, so it is at most half a step away from the float one.
+An int8 result is the rounded result, so it is at most half a scale away from the float one.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def _triton():
     pytest.importorskip("triton", reason="Triton has wheels for Linux on x86-64 and Arm only")
 
 
-def high_step(bits, whole_range=True):
+def high_scale(bits, whole_range=True):
     q = 2 ** (bits - 1)
     return 1 / (q - 1 if whole_range else q)
 
@@ -54,7 +54,7 @@ def make_case(rng, images=2, heads=2, queries=40, keys=50, head=72, bits=8, rows
     return {
         "q": q.astype(np.int8), "k": k.astype(np.int8), "v": v.astype(np.int8), "mask": NO_MASK,
         "scale": (rng.uniform(1, 3, rows) / (43 * 43 * head**0.5)).astype(np.float32),
-        "low_step": (high_step(bits) * 2.0**-exponent).astype(np.float32),
+        "low_scale": (high_scale(bits) * 2.0**-exponent).astype(np.float32),
         "out_scale": rng.uniform(0.3, 2, rows).astype(np.float32),
         "out_shift": rng.uniform(-50, 50, rows).astype(np.float32),
     }  # fmt: skip
@@ -67,7 +67,7 @@ def assert_attended(out, inputs, bits, high, kind="fp32", numerators=False):
     )
     v = v.swapaxes(-1, -2)
     scores = q @ k.swapaxes(-1, -2) * scale + np.maximum(inputs["mask"], -1e30)
-    p, off = regions(scores, inputs["low_step"], bits, np.float32(high), numerators)
+    p, off = regions(scores, inputs["low_scale"], bits, np.float32(high), numerators)
     exact = p @ v * out_scale + out_shift
     bound = PRECISION[kind] * (p @ np.abs(v) * out_scale + np.abs(out_shift)) + 1.001 * (off @ np.abs(v)) * out_scale
     if kind == "i8":
@@ -85,7 +85,7 @@ def test_the_kernel(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     rows = data.draw(st.sampled_from([1, images]))
     inputs = make_case(rng, images, heads, queries, keys, head, bits, rows, data.draw(st.booleans()))
-    high, kind = high_step(bits, data.draw(st.booleans())), data.draw(st.sampled_from(list(OUT_TYPES)))
+    high, kind = high_scale(bits, data.draw(st.booleans())), data.draw(st.sampled_from(list(OUT_TYPES)))
     blocks, numerators = data.draw(st.sampled_from([None, *TILES.values()])), data.draw(st.booleans())
     out = run_integer_attention(inputs, bits, high, kind, blocks, numerators)
     assert_attended(out, inputs, bits, high, kind, numerators)
@@ -108,7 +108,7 @@ def test_a_mask_with_any_axis_of_length_one(shape, numerators, blocks):
 def test_a_query_that_sees_no_key_has_equal_probabilities(blocks, numerators):
     inputs = make_case(np.random.default_rng(0), 1, 1, 5, 80, 16)
     inputs |= {"mask": np.full((1, 1, 1, 80), -np.inf, np.float32), "out_scale": np.ones(1, np.float32),
-               "low_step": np.array([1 / 127 if numerators else 1 / 80], np.float32)}  # fmt: skip
+               "low_scale": np.array([1 / 127 if numerators else 1 / 80], np.float32)}  # fmt: skip
     out = run_integer_attention(inputs, 8, 1 / 127, "fp32", blocks, numerators)
     mean = inputs["v"].astype(np.float32).mean(-1)[:, :, None] + inputs["out_shift"]
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), rtol=1e-5, atol=1e-4)
@@ -137,7 +137,7 @@ def test_every_block_shape_that_is_offered(tokens, numerators):
 def test_codes_of_both_regions_are_exact_for_any_two_scales(ratio, blocks):
     """The float kernel would round the codes of a ratio that is no power of two, and float16 has no room for 5000."""
     inputs = make_case(np.random.default_rng(0), 1, 1, 20, 90, 32)
-    inputs |= {"low_step": np.array([1 / 127 / ratio], np.float32), "scale": inputs["scale"][:1]}
+    inputs |= {"low_scale": np.array([1 / 127 / ratio], np.float32), "scale": inputs["scale"][:1]}
     assert_attended(run_integer_attention(inputs, 8, 1 / 127, "fp32", blocks), inputs, 8, 1 / 127)
 
 
@@ -150,7 +150,7 @@ def test_attention_to_one_key(blocks, key):
     k[:, :, key] = 100
     v = rng.integers(-128, 128, (1, 1, 16, 80)).astype(np.int8)
     one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
-    inputs = {"q": q, "k": k, "v": v, "mask": NO_MASK, "scale": one, "low_step": one / 127 / 8, "out_scale": one,
+    inputs = {"q": q, "k": k, "v": v, "mask": NO_MASK, "scale": one, "low_scale": one / 127 / 8, "out_scale": one,
               "out_shift": none}  # fmt: skip
     out = run_integer_attention(inputs, 8, 1 / 127, "i8", blocks)
     np.testing.assert_array_equal(out, np.broadcast_to(v[:, :, None, :, key], (1, 1, 40, 16)))
@@ -161,11 +161,11 @@ def test_an_int8_result_is_rounded_half_to_even_and_clipped():
     v = np.array([1, 3, 5, -1, -3, 100, 127, -128], np.int8).reshape(1, 1, 8, 1)
     one = np.ones(1, np.float32)
     inputs = {"q": np.zeros((1, 1, 1, 8), np.int8), "k": np.zeros((1, 1, 1, 8), np.int8), "v": v, "mask": NO_MASK,
-              "scale": one, "low_step": one / 127, "out_scale": one / 2, "out_shift": 0 * one}  # fmt: skip
+              "scale": one, "low_scale": one / 127, "out_scale": one / 2, "out_shift": 0 * one}  # fmt: skip
     for factor, expected in ((0.5, [0, 2, 2, 0, -2, 50, 64, -64]), (2, [2, 6, 10, -2, -6, 127, 127, -128])):
         inputs["out_scale"] = np.float32([factor])
         assert run_integer_attention(inputs, 8, 1 / 127, "i8").ravel().tolist() == expected
-        reference = multi_region_integer_attention(**inputs, bits=8, high_step=1 / 127, out_type=TensorProto.INT8)
+        reference = multi_region_integer_attention(**inputs, bits=8, high_scale=1 / 127, out_type=TensorProto.INT8)
         assert reference.ravel().tolist() == expected
 
 
@@ -174,7 +174,7 @@ def test_the_largest_sum_fits_int32():
     keys, one = attention.MAX_KEYS, np.ones(1, np.float32)
     assert 127 * 128 * keys <= np.iinfo(np.int32).max < 127 * 128 * 2 * keys
     inputs = {"q": np.zeros((1, 1, 3, 8), np.int8), "k": np.zeros((1, 1, keys, 8), np.int8),
-              "v": np.full((1, 1, 8, keys), -128, np.int8), "mask": NO_MASK, "scale": one, "low_step": one / 127,
+              "v": np.full((1, 1, 8, keys), -128, np.int8), "mask": NO_MASK, "scale": one, "low_scale": one / 127,
               "out_scale": one, "out_shift": 0 * one}  # fmt: skip
     blocks = Blocks(16, 4096, 4, 1) if DEVICE == "cpu" else None  # fewer tiles: the interpreter is slow
     out = run_integer_attention(inputs, 8, 1 / 127, "fp32", blocks, numerators=True)
@@ -198,8 +198,8 @@ def test_the_bodies_equal_their_references_and_the_kernel(values, bits, kind, in
     rng = np.random.default_rng(bits)
     mask = np.where(rng.random((2, 1, 1, 50)) < 0.3, -1e38, rng.normal(0, 1, (2, 1, 1, 50))).astype(np.float32)
     inputs = make_case(rng, bits=bits, rows=1 if inline else 2) | {"mask": mask}
-    high, numerators = high_step(bits), values == "numerators"
-    attributes = {"bits": bits, "high_step": high, "out_type": OUT_TYPES[kind]}
+    high, numerators = high_scale(bits), values == "numerators"
+    attributes = {"bits": bits, "high_scale": high, "out_type": OUT_TYPES[kind]}
     body = run(schema, inputs, attributes, inline=inline, out_kind=OUT_TYPES[kind])
     assert body.dtype == {"fp32": np.float32, "fp16": np.float16, "i8": np.int8}[kind]
     kernel = run_integer_attention(inputs, bits, high, kind, numerators=numerators)
@@ -219,8 +219,8 @@ def test_the_bodies_take_the_networks_other_half(values):
     from tqdit.plugins import DOMAIN, VERSION
 
     schema = OPS[values][0]
-    names = ["q", "k", "v", "mask", "scale", "low_step", "out_scale", "out_shift"]
-    node = helper.make_node(schema.OP_TYPE, names, ["out"], domain=DOMAIN, bits=8, high_step=1 / 127,
+    names = ["q", "k", "v", "mask", "scale", "low_scale", "out_scale", "out_shift"]
+    node = helper.make_node(schema.OP_TYPE, names, ["out"], domain=DOMAIN, bits=8, high_scale=1 / 127,
                             out_type=TensorProto.BFLOAT16)  # fmt: skip
     values_of = [
         helper.make_tensor_value_info(

@@ -34,25 +34,25 @@ PRECISION = {"fp32": 2e-6, "fp16": 2**-10, "bf16": 2**-7}
 PRODUCT_TYPES = ["fp32", "fp16", *(["bf16"] if DEVICE == "cuda" else [])]
 
 
-def high_step(bits, whole_range=True):
+def high_scale(bits, whole_range=True):
     q = 2 ** (bits - 1)
     return 1 / (q - 1 if whole_range else q)
 
 
-def low_steps(rng, rows, bits, any_step=False):
-    """Candidates of the method, mixed over the rows, or any step between the smallest and the largest."""
+def low_scales(rng, rows, bits, any_step=False):
+    """Candidates of the method, mixed over the rows, or any scale between the smallest and the largest."""
     exponent = rng.uniform(0, bits - 1, rows) if any_step else rng.integers(0, bits, rows)
-    return (high_step(bits) * 2.0**-exponent).astype(np.float32)
+    return (high_scale(bits) * 2.0**-exponent).astype(np.float32)
 
 
-def assert_quantized(out, scores, low_step, bits, high, floats="fp32", numerators=False):
-    expected, off = regions(scores, low_step, bits, high, numerators)
+def assert_quantized(out, scores, low_scale, bits, high, floats="fp32", numerators=False):
+    expected, off = regions(scores, low_scale, bits, high, numerators)
     assert (np.abs(out - expected) <= PRECISION[floats] * expected + 1.001 * off).all()
 
 
-def assert_attended(out, q, k, v, low_step, bits, high, scale, floats="fp32", mask=NO_MASK, numerators=False):
+def assert_attended(out, q, k, v, low_scale, bits, high, scale, floats="fp32", mask=NO_MASK, numerators=False):
     q, k, v = (each.astype(np.float64) for each in (q, k, v))
-    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale + mask, low_step, bits, high, numerators)
+    quantized, off = regions(q @ k.swapaxes(-1, -2) * scale + mask, low_scale, bits, high, numerators)
     bound = PRECISION[floats] * (quantized @ np.abs(v)) + 1.001 * (off @ np.abs(v)) + 1e-6
     assert (np.abs(out - quantized @ v) <= bound).all()
     assert (off > 0).mean() < 0.02  # nearly everything is compared
@@ -91,8 +91,8 @@ def test_multi_region_softmax(data):
     if floats == "bf16":
         scores = scores.round(1).astype(np.float32).view(np.uint32) & 0xFFFF0000
         scores = scores.astype(np.uint32).view(np.float32)
-    low = low_steps(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
-    high = high_step(bits, data.draw(st.booleans()))
+    low = low_scales(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
+    high = high_scale(bits, data.draw(st.booleans()))
     out = run_softmax(scores, low, bits, high, floats)
     assert_quantized(out, scores, low, bits, np.float32(high), floats)
     numerators, reciprocals = run_numerator(scores, low, bits, high, floats)
@@ -103,11 +103,11 @@ def test_multi_region_softmax(data):
 def test_multi_region_softmax_equals_its_float32_reference(bits):
     """Bit for bit, since the kernel divides where the reference divides; a sum in another order may flip a code."""
     rng = np.random.default_rng(bits)
-    scores, low = rng.normal(0, 3, (4, 2, 30, 64)).astype(np.float32), low_steps(rng, 4, bits)
-    out = run_softmax(scores, low, bits, high_step(bits))
-    assert (out != multi_region_softmax(scores, low, bits, high_step(bits))).mean() <= 1e-4
-    numerators, reciprocals = run_numerator(scores, low, bits, high_step(bits))
-    expected, sums = multi_region_numerator(scores, low, bits, high_step(bits))
+    scores, low = rng.normal(0, 3, (4, 2, 30, 64)).astype(np.float32), low_scales(rng, 4, bits)
+    out = run_softmax(scores, low, bits, high_scale(bits))
+    assert (out != multi_region_softmax(scores, low, bits, high_scale(bits))).mean() <= 1e-4
+    numerators, reciprocals = run_numerator(scores, low, bits, high_scale(bits))
+    expected, sums = multi_region_numerator(scores, low, bits, high_scale(bits))
     assert (numerators != expected).mean() <= 1e-4
     np.testing.assert_allclose(reciprocals, sums, rtol=1e-6)
 
@@ -119,19 +119,19 @@ def tied_scores(count, columns=8):
     return scores
 
 
-def tying_step(code):
-    """(n, step): n equal probabilities 1 / n whose quotient by the float32 step is `code` exactly, in float32."""
+def tying_scale(code):
+    """(n, scale): n equal probabilities 1 / n whose quotient by the float32 scale is `code` exactly, in float32."""
     for count in range(1, 9):
         p = np.float32(1 / count)
-        for step in (p / np.float32(code), np.nextafter(p / np.float32(code), np.float32(0))):
-            if p / step == np.float32(code):
-                return count, np.array([step], np.float32)
+        for scale in (p / np.float32(code), np.nextafter(p / np.float32(code), np.float32(0))):
+            if p / scale == np.float32(code):
+                return count, np.array([scale], np.float32)
     raise AssertionError(code)
 
 
 @pytest.mark.parametrize("code", [0.5, 1.5, 2.5, 3.5, 60.5, 63.5, 125.5, 126.5])
 def test_ties_round_to_even(code):
-    count, low = tying_step(code)
+    count, low = tying_scale(code)
     expected = multi_region_softmax(tied_scores(count), low, 8, 1 / 127)
     np.testing.assert_array_equal(expected[0, 0, 0, 0], np.float32(np.round(code)) * low[0])
     np.testing.assert_array_equal(run_softmax(tied_scores(count), low, 8, 1 / 127), expected)
@@ -140,9 +140,9 @@ def test_ties_round_to_even(code):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_ties_of_the_high_region_round_to_even(bits):
     """p = 1/2 with s2 = 1 / (q - 1) lies between the codes (q - 2) / 2 and q / 2, of which one is even."""
-    low = np.array([high_step(bits) / 2 ** (bits - 1)], np.float32)
-    expected = multi_region_softmax(tied_scores(2), low, bits, high_step(bits))
-    np.testing.assert_array_equal(run_softmax(tied_scores(2), low, bits, high_step(bits)), expected)
+    low = np.array([high_scale(bits) / 2 ** (bits - 1)], np.float32)
+    expected = multi_region_softmax(tied_scores(2), low, bits, high_scale(bits))
+    np.testing.assert_array_equal(run_softmax(tied_scores(2), low, bits, high_scale(bits)), expected)
 
 
 def extreme_scores(columns):
@@ -174,7 +174,7 @@ def test_extreme_scores(columns):
 def test_many_tokens(columns):
     """More than 4,096 pass through the registers in tiles; a row's maximum may lie in any of them, a mask hide one."""
     rng = np.random.default_rng(0)
-    scores, low = rng.normal(0, 4, (2, 1, 3, columns)).astype(np.float32), low_steps(rng, 2, 8)
+    scores, low = rng.normal(0, 4, (2, 1, 3, columns)).astype(np.float32), low_scales(rng, 2, 8)
     scores[0, 0, 0, :4096:2], scores[0, 0, 1, : columns // 2], scores[0, 0, 2, -1] = -np.inf, -np.inf, 20
     assert_quantized(run_softmax(scores, low, 8, 1 / 127), scores, low, 8, np.float32(1 / 127))
     numerators, reciprocals = run_numerator(scores, low, 8, 1 / 127)
@@ -205,8 +205,8 @@ def test_multi_region_attention(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     q, k, v = (codes(rng, (images, heads, n, head)) for n in (queries, keys, keys))
     scale = data.draw(st.floats(0.5, 5)) / (43 * 43 * head**0.5)
-    low = low_steps(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
-    high = high_step(bits, data.draw(st.booleans()))
+    low = low_scales(rng, data.draw(st.sampled_from([1, images])), bits, data.draw(st.booleans()))
+    high = high_scale(bits, data.draw(st.booleans()))
     blocks, numerators = data.draw(st.sampled_from([None, *TILES.values()])), data.draw(st.booleans())
     out = run_attention(q, k, v, NO_MASK, low, bits, high, scale, floats, blocks, numerators)
     assert_attended(out, q, k, v, low, bits, np.float32(high), np.float32(scale), floats, numerators=numerators)
@@ -226,7 +226,7 @@ def test_a_mask_with_any_axis_of_length_one(shape, numerators, tile):
     q, k, v = (codes(rng, (2, 2, n, 72)) for n in (40, 50, 50))
     mask = np.where(rng.random(shape) < 0.5, -np.inf, rng.normal(0, 1, shape)).astype(np.float32)
     mask[..., 0] = 0.5
-    low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
+    low, scale = low_scales(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
     out = run_attention(q, k, v, mask, low, 8, 1 / 127, scale, "fp16", TILES[tile], numerators)
     mask = np.maximum(mask, -1e30)
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16", mask, numerators)
@@ -251,7 +251,7 @@ def test_a_query_that_sees_no_key_has_equal_probabilities(blocks, numerators):
 def test_every_head_size_in_every_tiling(tile, head):
     rng = np.random.default_rng(head)
     q, k, v = (codes(rng, (1, 2, 100, head)) for _ in range(3))
-    low, scale = low_steps(rng, 1, 8), 3 / (43 * 43 * head**0.5)
+    low, scale = low_scales(rng, 1, 8), 3 / (43 * 43 * head**0.5)
     out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16", TILES[tile])
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
@@ -261,7 +261,7 @@ def test_every_head_size_in_every_tiling(tile, head):
 def test_attention_over_many_tokens(tokens):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (2, 1, tokens, 72)) for _ in range(3))
-    low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
+    low, scale = low_scales(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
     out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16")
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16")
 
@@ -272,7 +272,7 @@ def test_attention_over_many_tokens(tokens):
 def test_few_queries_over_many_keys(keys, numerators):
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (1, 1, n, 72)) for n in (5, keys, keys))
-    low, scale = low_steps(rng, 1, 8), 5 / (43 * 43 * 72**0.5)
+    low, scale = low_scales(rng, 1, 8), 5 / (43 * 43 * 72**0.5)
     blocks = Blocks(16, 4096, 4, 1) if keys > 4096 else None  # fewer tiles than on a GPU: the interpreter is slow
     out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale, "fp16", blocks, numerators)
     assert_attended(out, q, k, v, low, 8, np.float32(1 / 127), np.float32(scale), "fp16", numerators=numerators)
@@ -308,7 +308,7 @@ def test_attention_to_one_key(blocks, key):
 def test_the_float32_attention_equals_its_reference():
     rng = np.random.default_rng(0)
     q, k, v = (codes(rng, (2, 2, 50, 72)) for _ in range(3))
-    low, scale = low_steps(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
+    low, scale = low_scales(rng, 2, 8), 3 / (43 * 43 * 72**0.5)
     out = run_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale)
     expected = multi_region_attention(q, k, v, NO_MASK, low, 8, 1 / 127, scale)
     # a flipped code moves all of a row's outputs by a step times v

@@ -68,11 +68,11 @@ def test_the_plugins_register_under_their_names(contract):
 def test_every_attribute_is_passed_in_order(contract):
     assert contract["TimeGroupSelect"]["attributes"] == []
     for name in ("MultiRegionSoftmax", "MultiRegionNumerator"):
-        assert contract[name]["attributes"] == ["bits", "high_step"]
+        assert contract[name]["attributes"] == ["bits", "high_scale"]
     for name in ATTENTIONS:
-        assert contract[name]["attributes"] == ["bits", "high_step", "scale"]
+        assert contract[name]["attributes"] == ["bits", "high_scale", "scale"]
     for name in INTEGER_CASES:
-        assert contract[name]["attributes"] == ["bits", "high_step", "out_type"]
+        assert contract[name]["attributes"] == ["bits", "high_scale", "out_type"]
 
 
 def test_attributes_are_arrays(contract):
@@ -143,7 +143,7 @@ def test_launches_take_the_symbolic_batch(contract):
         launches = [kernel["launch"] for kernel in contract[name]["kernels"]]
         assert [launch["grid_x"] for launch in launches] == [6 * -(-200 // each.queries) for each in candidates]
         assert [launch["block_x"] for launch in launches] == [32 * each.warps for each in candidates]
-        # heads, and images of the mask, the scales, low steps, result's scales and shifts
+        # heads, and images of the mask, the scales, low scales, result's scales and shifts
         assert {tuple(kernel["scalars"]) for kernel in contract[name]["kernels"]} == {(2, 3, 3, 1, 3, 3)}
 
 

@@ -76,25 +76,25 @@ def _define_multi_region_softmax(capability: tuple[int, int], lazy: bool) -> Non
 
     @trtp.register(name, lazy_register=lazy)
     def describe(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals
+        scores: trtp.TensorDesc, low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals
     ) -> trtp.TensorDesc:
         return scores.like()
 
     @trtp.autotune(name)
     def combinations(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
+        scores: trtp.TensorDesc, low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals,
         outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         return [trtp.AutoTuneCombination(f"{FLOATS}, FP32, {FLOATS}", "LINEAR")]
 
     @trtp.aot_impl(name)
     def implementation(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
+        scores: trtp.TensorDesc, low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals,
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, columns = scores.shape_expr
-        kernel = softmax.kernel(_type_name(scores), _static(columns, name), int(bits[0]), float(high_step[0]))
-        return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
+        kernel = softmax.kernel(_type_name(scores), _static(columns, name), int(bits[0]), float(high_scale[0]))
+        return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_scale.shape_expr[0]), capability)
 
 
 def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> None:
@@ -102,7 +102,7 @@ def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> N
 
     @trtp.register(name, lazy_register=lazy)
     def describe(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals
+        scores: trtp.TensorDesc, low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals
     ) -> Tuple[trtp.TensorDesc, trtp.TensorDesc]:  # noqa: UP006
         reciprocals = scores.like()
         reciprocals.dtype = trt.DataType.FLOAT
@@ -111,21 +111,21 @@ def _define_multi_region_numerator(capability: tuple[int, int], lazy: bool) -> N
 
     @trtp.autotune(name)
     def combinations(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
+        scores: trtp.TensorDesc, low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals,
         outputs: Tuple[trtp.TensorDesc, trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         return [trtp.AutoTuneCombination(f"{FLOATS}, FP32, {FLOATS}, FP32", "LINEAR")]
 
     @trtp.aot_impl(name)
     def implementation(
-        scores: trtp.TensorDesc, low_step: trtp.TensorDesc, bits: Integers, high_step: Reals,
+        scores: trtp.TensorDesc, low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals,
         outputs: Tuple[trtp.TensorDesc, trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, columns = scores.shape_expr
         kernel = softmax.kernel(
-            _type_name(scores), _static(columns, name), int(bits[0]), float(high_step[0]), numerators=True
+            _type_name(scores), _static(columns, name), int(bits[0]), float(high_scale[0]), numerators=True
         )
-        return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_step.shape_expr[0]), capability)
+        return _compiled(kernel, softmax.launch(kernel, images, heads, queries, low_scale.shape_expr[0]), capability)
 
 
 def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, numerators: bool) -> None:
@@ -134,14 +134,14 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
     @trtp.register(name, lazy_register=lazy)
     def describe(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, bits: Integers, high_step: Reals, scale: Reals,
+        low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals, scale: Reals,
     ) -> trtp.TensorDesc:  # fmt: skip
         return q.like()
 
     @trtp.autotune(name)
     def combinations(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, bits: Integers, high_step: Reals, scale: Reals, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+        low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals, scale: Reals, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         head, keys = _static(q.shape_expr[3], name), _static(k.shape_expr[2], name)
         return [
@@ -155,7 +155,7 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
     @trtp.aot_impl(name)
     def implementation(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, bits: Integers, high_step: Reals, scale: Reals,
+        low_scale: trtp.TensorDesc, bits: Integers, high_scale: Reals, scale: Reals,
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, head = q.shape_expr
@@ -163,9 +163,9 @@ def _define_multi_region_attention(capability: tuple[int, int], lazy: bool, nume
         heads_of_mask, rows_of_mask, columns_of_mask = (_static(length, name) for length in lengths)
         floats, keys, columns = _type_name(q), _static(k.shape_expr[2], name), _static(head, name)
         blocks = attention.candidates(floats, columns, keys)[tactic - 1]
-        kernel = attention.kernel(floats, _static(queries, name), keys, columns, int(bits[0]), float(high_step[0]),
+        kernel = attention.kernel(floats, _static(queries, name), keys, columns, int(bits[0]), float(high_scale[0]),
                                   blocks, (heads_of_mask, rows_of_mask, columns_of_mask), numerators)  # fmt: skip
-        launch = attention.launch(kernel, images, heads, low_step.shape_expr[0], float(scale[0]), masks)
+        launch = attention.launch(kernel, images, heads, low_scale.shape_expr[0], float(scale[0]), masks)
         return _compiled(kernel, launch, capability)
 
 
@@ -175,8 +175,8 @@ def _define_multi_region_integer_attention(capability: tuple[int, int], lazy: bo
     @trtp.register(name, lazy_register=lazy)
     def describe(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc, scale: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
-        bits: Integers, high_step: Reals, out_type: Integers,
+        low_scale: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
+        bits: Integers, high_scale: Reals, out_type: Integers,
     ) -> trtp.TensorDesc:  # fmt: skip
         attended = q.like()
         attended.dtype = TYPES[_out_type(out_type, name)]
@@ -185,8 +185,8 @@ def _define_multi_region_integer_attention(capability: tuple[int, int], lazy: bo
     @trtp.autotune(name)
     def combinations(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc, scale: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
-        bits: Integers, high_step: Reals, out_type: Integers, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
+        low_scale: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
+        bits: Integers, high_scale: Reals, out_type: Integers, outputs: Tuple[trtp.TensorDesc],  # noqa: UP006
     ) -> List[trtp.AutoTuneCombination]:  # noqa: UP006  # fmt: skip
         tactics = integer_attention.candidates(_static(q.shape_expr[3], name), _static(k.shape_expr[2], name))
         types = ["INT8"] * 3 + ["FP32"] * 5 + [NAMES_OF_TYPES[_out_type(out_type, name)]]
@@ -195,8 +195,8 @@ def _define_multi_region_integer_attention(capability: tuple[int, int], lazy: bo
     @trtp.aot_impl(name)
     def implementation(
         q: trtp.TensorDesc, k: trtp.TensorDesc, v: trtp.TensorDesc, mask: trtp.TensorDesc, scale: trtp.TensorDesc,
-        low_step: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
-        bits: Integers, high_step: Reals, out_type: Integers,
+        low_scale: trtp.TensorDesc, out_scale: trtp.TensorDesc, out_shift: trtp.TensorDesc,
+        bits: Integers, high_scale: Reals, out_type: Integers,
         outputs: Tuple[trtp.TensorDesc], tactic: int,  # noqa: UP006
     ) -> Compiled:  # fmt: skip
         images, heads, queries, head = q.shape_expr
@@ -205,10 +205,10 @@ def _define_multi_region_integer_attention(capability: tuple[int, int], lazy: bo
         keys, columns = _static(k.shape_expr[2], name), _static(head, name)
         blocks = integer_attention.candidates(columns, keys)[tactic - 1]
         kernel = integer_attention.kernel(
-            _out_type(out_type, name), _static(queries, name), keys, columns, int(bits[0]), float(high_step[0]),
+            _out_type(out_type, name), _static(queries, name), keys, columns, int(bits[0]), float(high_scale[0]),
             blocks, (heads_of_mask, rows_of_mask, columns_of_mask), numerators,
         )  # fmt: skip
-        rows = [each.shape_expr[0] for each in (scale, low_step, out_scale, out_shift)]
+        rows = [each.shape_expr[0] for each in (scale, low_scale, out_scale, out_shift)]
         return _compiled(kernel, integer_attention.launch(kernel, images, heads, masks, *rows), capability)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,22 @@ def single_step(
     return Schedule(timesteps, from_state[:, None], from_output[:, None], noise, np.ones_like(from_state), log_variance)
 
 
+class ChainArguments(TypedDict, total=False):
+    """What a caller chooses of a chain. None, or left out: as the engine's card proposes.
+
+    timesteps: where the steps lie, ascending; None: where the card places them, if steps and sampler are those that it
+    proposes, else where the sampler puts them, and so for (). guidance_interval: lowest and highest timestep with
+    guidance (arXiv 2404.07724); outside, an image has one row of a call in place of two. full_calls: how many calls
+    are full, or the steps of those; the others are forecasts (`forecasts`).
+    """
+
+    steps: int | None
+    sampler: str | None
+    timesteps: Sequence[float] | None
+    guidance_interval: tuple[float, float] | None
+    full_calls: int | Sequence[int] | None
+
+
 @dataclass(frozen=True)
 class SamplingSpec:
     """Everything that decides how a chain is computed, apart from the network. Travels inside the ONNX file."""
@@ -127,12 +143,10 @@ class SamplingSpec:
         self, steps: int | None = None, sampler: str | None = None, timesteps: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None, full_calls: int | Sequence[int] | None = None,
     ) -> SamplingSpec:  # fmt: skip
-        """With what is given of another chain.
+        """With what is given of another chain: `ChainArguments`.
 
-        timesteps: where its steps lie, ascending; (): where the sampler puts them. None: these ones if steps and
-        sampler stay as they are, else where the sampler puts them. full_calls: the steps with a full call, or how many;
-        the others are forecasts. None, or as many as now: these ones if the chain stays as it is; else all, or evenly
-        spread (`forecasts.spread`).
+        timesteps and full_calls are those of this chain if nothing else of it changes, else where the sampler puts
+        them, and all; so many full calls as this chain has are its own, too, others evenly spread (`forecasts.spread`).
         """
         placed = None if timesteps is None else _numbers("timesteps", timesteps)
         if steps is None and sampler == RECORDED != self.sampler and isinstance(self.process, Recorded):
@@ -157,6 +171,11 @@ class SamplingSpec:
         )  # fmt: skip
 
     @property
+    def arguments(self) -> ChainArguments:
+        """What `choose` takes to come to this chain."""
+        return arguments_of(self)
+
+    @property
     def calls(self) -> int:
         """Full calls of the chain."""
         return len(self.full_calls) or self.steps
@@ -172,6 +191,11 @@ class SamplingSpec:
         guided = "" if interval is None else f" with guidance from timestep {interval[0]:g} to {interval[1]:g}"
         forecast = f", {self.calls} of them with full calls" if self.full_calls else ""
         return f"{self.steps}{' placed' * bool(self.timesteps)} steps of {name}{forecast}{guided}"
+
+
+def arguments_of(described: object) -> ChainArguments:
+    """Of anything with attributes of these names."""
+    return cast(ChainArguments, {name: getattr(described, name) for name in ChainArguments.__annotations__})
 
 
 def _numbers(what: str, values: Sequence[float]) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ from tqdit.engines.run.step_batcher import Progress, ProgressCallback, StepBatch
 from tqdit.errors import DeadlineError, QueueFullError, SamplingStopped, UsageError
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
-from tqdit.sampling.schedule import samplers_of
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
 from tqdit.serve.refusals import Refusal
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ImageRequest, ModelEntry, size_of
@@ -52,22 +52,20 @@ class Order:
     count: int
     seed: int
     guidance_scale: float | None
-    guidance_interval: tuple[float, float] | None
-    full_calls: tuple[int, ...]  # steps; (): all
-    steps: int
-    sampler: str
+    chain: SamplingSpec
     previews: int
     as_url: bool
 
     @property
     def full_count(self) -> int | None:
-        """How many calls are full, for a request that makes the same images; None: all, and all of that request's are."""
-        if self.full_calls:
-            return len(self.full_calls)
+        """How many calls are full, for a request that makes the same images; None: all, without being asked for."""
+        chain = self.chain
+        if chain.full_calls:
+            return chain.calls
         own = self.engine.batcher.card.sampling.choose(
-            self.steps, self.sampler, guidance_interval=self.guidance_interval
+            chain.steps, chain.sampler, guidance_interval=chain.guidance_interval
         )
-        return self.steps if own.full_calls else None
+        return chain.steps if own.full_calls else None
 
 
 def kind_of_engine(path: Path, manifest: Manifest) -> Kind:
@@ -153,16 +151,16 @@ class ServedEngine:
         if previews > settings.most_previews:
             raise _bad("previews", f"previews are {previews}; expected 0 to {settings.most_previews}.")
         scale = check_scale(card.guidance, asked.guidance_scale)
-        spec = self.batcher.sampler.choose(
+        chain = self.batcher.sampler.choose(
             steps=asked.steps, sampler=asked.sampler, guidance_interval=asked.guidance_interval,
             full_calls=asked.full_calls,
         )  # fmt: skip
-        _ = spec.schedule  # raises for numbers that the sampler does not take
+        _ = chain.schedule  # raises for numbers that the sampler does not take
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         check_key(seed, 0)
         return Order(
             self, await self._content(asked, settings), count, seed, None if card.guidance is None else scale,
-            spec.guidance_interval, spec.full_calls, spec.steps, spec.sampler, previews, asked.response_format == "url",
+            chain, previews, asked.response_format == "url",
         )  # fmt: skip
 
     async def _content(self, asked: ImageRequest, settings: Settings) -> Any:
@@ -228,12 +226,11 @@ class ServedEngine:
 
         Raises Refusal with a time to come back if the queue is full.
         """
-        every = math.ceil(order.steps / (order.previews + 1)) if order.previews else 0
+        every = math.ceil(order.chain.steps / (order.previews + 1)) if order.previews else 0
         try:
             return self.batcher.submit(
                 order.content, guidance_scale=order.guidance_scale, seed=order.seed, image_index=index,
-                steps=order.steps, sampler=order.sampler, guidance_interval=order.guidance_interval,
-                full_calls=order.full_calls, deadline=seconds, on_progress=on_progress, preview_every=every,
+                deadline=seconds, on_progress=on_progress, preview_every=every, **order.chain.arguments,
             )  # fmt: skip
         except QueueFullError as error:
             raise self.full(order.count) from error

@@ -76,17 +76,15 @@ def _state(job: ImageJob, base_url: str) -> JobEvent:
 
 def _partial(job: ImageJob, index: int, number: int, step: int, png: bytes) -> PartialImage:
     return PartialImage(
-        b64_json=encode(png), partial_image_index=number, image_index=index, step=step, steps=job.order.steps,
+        b64_json=encode(png), partial_image_index=number, image_index=index, step=step, steps=job.order.chain.steps,
         created_at=int(job.created), size=job.order.engine.size,
     )  # fmt: skip
 
 
 def _completed(job: ImageJob, index: int, base_url: str) -> CompletedImage:
-    order, data = job.order, image_data(job, index, base_url)
+    order, chain, data = job.order, job.order.chain, image_data(job, index, base_url)
     return CompletedImage(
-        image_index=index, steps=order.steps, created_at=int(job.created), model=order.engine.name, seed=order.seed,
-        sampler=order.sampler, guidance_scale=order.guidance_scale,
-        guidance_interval=order.guidance_interval, full_calls=order.full_count,
-        size=order.engine.size, b64_json=data.b64_json,
-        url=data.url,
+        image_index=index, steps=chain.steps, created_at=int(job.created), model=order.engine.name, seed=order.seed,
+        sampler=chain.sampler, guidance_scale=order.guidance_scale, guidance_interval=chain.guidance_interval,
+        full_calls=order.full_count, size=order.engine.size, b64_json=data.b64_json, url=data.url,
     )  # fmt: skip

@@ -248,11 +248,11 @@ def image_data(job: ImageJob, index: int, base_url: str) -> ImageData:
 
 def image_answer(job: ImageJob, base_url: str) -> ImageAnswer:
     """The answer of a completed job."""
-    order = job.order
+    order, chain = job.order, job.order.chain
     return ImageAnswer(
         created=int(job.created), data=[image_data(job, index, base_url) for index in range(order.count)],
-        model=order.engine.name, size=order.engine.size, seed=order.seed, steps=order.steps, sampler=order.sampler,
-        guidance_scale=order.guidance_scale, guidance_interval=order.guidance_interval,
+        model=order.engine.name, size=order.engine.size, seed=order.seed, steps=chain.steps, sampler=chain.sampler,
+        guidance_scale=order.guidance_scale, guidance_interval=chain.guidance_interval,
         full_calls=order.full_count,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def job_answer(job: ImageJob, base_url: str, with_images: bool = True) -> JobAns
     error: ErrorBody | None = job.refusal.body if job.refusal else None
     status = job.status
     return JobAnswer(
-        id=job.id, status=status, created=int(job.created), model=job.order.engine.name, steps=job.order.steps,
+        id=job.id, status=status, created=int(job.created), model=job.order.engine.name, steps=job.order.chain.steps,
         progress=[row.done for row in job.rows], error=error,
         result=image_answer(job, base_url) if status == "completed" and with_images else None,
     )  # fmt: skip

@@ -163,7 +163,10 @@ def test_a_chain_without_forecasts_does_not_continue_one_with_them(bundle, tmp_p
     job = describe_job(bundle, read_manifest(bundle), None, 0, COUNT, SIZE)
     with open_shards(tmp_path / "samples", replace(job, full_calls=(0, 18, 19))):
         pass
-    with pytest.raises(OutputError, match=r"full_calls 0,18,19 \(asked for \(\)\)"), open_shards(tmp_path / "samples", job):
+    with (
+        pytest.raises(OutputError, match=r"full_calls 0,18,19 \(asked for \(\)\)"),
+        open_shards(tmp_path / "samples", job),
+    ):
         pass
 
 

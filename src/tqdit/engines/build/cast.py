@@ -30,7 +30,7 @@ LARGEST_FLOAT16 = 65504.0
 MASK = 1e30
 NO_BFLOAT16 = {"Conv"}  # in opset 20
 ATTENTIONS = {multi_region_attention.OP_TYPE, multi_region_numerator_attention.OP_TYPE}
-QKV = 3  # of their inputs take the network's type; mask and low step stay float32
+QKV = 3  # of their inputs take the network's type; mask and low scale stay float32
 # Their inputs stay int8 and float32; a result that is not int8 takes the network's type, which an attribute says.
 INTEGER_ATTENTIONS = {multi_region_integer_attention.OP_TYPE, multi_region_numerator_integer_attention.OP_TYPE}
 OUT_TYPE = "out_type"

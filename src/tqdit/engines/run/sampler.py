@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from tqdit.sampling.chains import Chains, Network
 from tqdit.sampling.forecasts import ForecastNetwork
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.sampling.schedule import ChainArguments, SamplingSpec
 from tqdit.text import TextEncoder
 
 DEFAULT_BATCH = 16
@@ -113,31 +113,20 @@ class Sampler:
         seed: int = 0,
         callback: Callback | None = None,
         *,
-        steps: int | None = None,
-        sampler: str | None = None,
-        timesteps: Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        full_calls: int | Sequence[int] | None = None,
         first_image: int = 0,
+        **chain: Unpack[ChainArguments],
     ) -> NDArray[np.uint8]:
         """One image per request: uint8 (N, H, W, 3); one video: (N, F, H, W, 3).
 
         requests: the classes, for a class-conditional model (ints in 0..num_classes; the last one is unconditional);
         the number of images, for an unconditional one; in general a dict with an array (N, ...) for each request port.
-        guidance_scale, steps, sampler: None: what the engine's card proposes. timesteps: where the steps lie,
-        ascending; None: where the engine's card places them, if steps and sampler are those that it proposes, else
-        where the sampler puts them, and so for (). guidance_interval: lowest and highest timestep with guidance
-        (arXiv 2404.07724); outside, an image has one row of a call in place of two. full_calls: how many calls are
-        full, or the steps of those; the others are forecasts (docs/runtime.md). callback: called after every step;
-        returning True stops with SamplingStopped. first_image: index of the first image; image i of one call equals
-        image 0 of a call with first_image=i. Raises UsageError for values that the model does not take.
+        guidance_scale: None: what the engine's card proposes. callback: called after every step; returning True stops
+        with SamplingStopped. first_image: index of the first image; image i of one call equals image 0 of a call with
+        first_image=i. chain: steps, sampler, timesteps, guidance_interval and full_calls, each as `ChainArguments`
+        says. Raises UsageError for values that the model does not take.
         """
         self._check_makes_images()
-        latents = self.sample_latents(
-            requests, guidance_scale, seed, callback,
-            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
-            full_calls=full_calls, first_image=first_image,
-        )  # fmt: skip
+        latents = self.sample_latents(requests, guidance_scale, seed, callback, first_image=first_image, **chain)
         return self.to_images(latents)
 
     def sample_latents(
@@ -147,22 +136,15 @@ class Sampler:
         seed: int = 0,
         callback: Callback | None = None,
         *,
-        steps: int | None = None,
-        sampler: str | None = None,
-        timesteps: Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        full_calls: int | Sequence[int] | None = None,
         first_image: int = 0,
+        **chain: Unpack[ChainArguments],
     ) -> NDArray[np.float32]:
         """The ends of the chains before decoding: float32 (N, ...). Arguments as for `sample`."""
         if isinstance(requests, Sized) and not isinstance(requests, Mapping):
             self._check_memory(len(requests))  # before they become an array
         count, arrays = check_requests(self.card.signature, requests)
         scale = check_scale(self.card.guidance, guidance_scale)
-        spec = self.choose(
-            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
-            full_calls=full_calls,
-        )  # fmt: skip
+        spec = self.choose(**chain)
         check_key(seed, first_image)
         self._check_memory(count)
         done = np.empty((count, *self.card.state_shape), np.float32)
@@ -173,8 +155,8 @@ class Sampler:
             done[part] = self._chain(rows, images, scale, seed, spec, callback)
         return done
 
-    def choose(self, **chain: Any) -> SamplingSpec:
-        """The chain of these `steps`, `sampler`, `timesteps`, `guidance_interval` and `full_calls`, as for `sample`.
+    def choose(self, **chain: Unpack[ChainArguments]) -> SamplingSpec:
+        """The chain of these arguments, as for `sample`.
 
         Raises UsageError for what this engine cannot do.
         """

@@ -12,11 +12,11 @@ import hashlib
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import msgspec
 import numpy as np
@@ -47,6 +47,7 @@ from tqdit.files import (
 from tqdit.ports import Requests, check_requests
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
+from tqdit.sampling.schedule import ChainArguments, arguments_of
 from tqdit.version import __version__
 
 FORMAT_VERSION = 3
@@ -114,10 +115,8 @@ class SamplingJob:
         return labels if prompts is None else prompts.take(labels)
 
     @property
-    def chain(self) -> dict[str, Any]:
-        """What `SamplingSpec.choose` and `Sampler.sample` take of the chain."""
-        names = ("steps", "sampler", "timesteps", "guidance_interval", "full_calls")
-        return {name: getattr(self, name) for name in names}
+    def chain(self) -> ChainArguments:
+        return arguments_of(self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,28 +133,22 @@ class SamplingJob:
         labels, images = self.labels(shard), self.images(shard)
         sample = sampler.sample if self.content == "images" else sampler.sample_latents
         samples = sample(
-            self.requests(shard, prompts), self.guidance_scale, self.seed, callback,
-            **self.chain, first_image=images.start,
+            self.requests(shard, prompts), self.guidance_scale, self.seed, callback, first_image=images.start,
+            **self.chain,
         )  # fmt: skip
         return {name: array for name, array in zip(self.names, (samples, labels), strict=False) if array is not None}
 
 
 def describe_job(
     engine: Path, manifest: Manifest, shown: list[int] | Prompts | None, seed: int, count: int,
-    shard_size: int = SHARD_SIZE, *, guidance_scale: float | None = None, steps: int | None = None,
-    sampler: str | None = None, timesteps: Sequence[float] | None = None,
-    guidance_interval: tuple[float, float] | None = None, full_calls: int | Sequence[int] | None = None,
+    shard_size: int = SHARD_SIZE, *, guidance_scale: float | None = None, **chain: Unpack[ChainArguments],
 ) -> SamplingJob:  # fmt: skip
-    """A job for a bundle. shown: classes or prompts, in turn; None: all classes of the model. guidance_scale, steps,
-    sampler, timesteps, guidance_interval, full_calls: as for `Sampler.sample`. Raises UsageError for what the model
-    cannot do.
+    """A job for a bundle. shown: classes or prompts, in turn; None: all classes of the model. guidance_scale, chain: as
+    for `Sampler.sample`. Raises UsageError for what the model cannot do.
     """
     card = manifest.card
     scale = check_scale(card.guidance, guidance_scale)
-    spec = card.choose(
-        manifest.batch is None, steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
-        full_calls=full_calls,
-    )  # fmt: skip
+    spec = card.choose(manifest.batch is None, **chain)
     at_once = min(count, shard_size)
     check_memory(f"{at_once} images at once", at_once * bytes_per_image(card)[0], "Take fewer, or write shards.")
     prompts = shown if isinstance(shown, Prompts) else None

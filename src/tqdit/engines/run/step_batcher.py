@@ -9,11 +9,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from tqdit.ports import check_request
 from tqdit.sampling.chains import Chains
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
-from tqdit.sampling.schedule import Schedule
+from tqdit.sampling.schedule import ChainArguments, Schedule
 
 
 @dataclass(frozen=True)
@@ -170,22 +170,18 @@ class StepBatcher:
         guidance_scale: float | None = None,
         seed: int = 0,
         image_index: int = 0,
-        steps: int | None = None,
-        sampler: str | None = None,
-        timesteps: Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        full_calls: int | Sequence[int] | None = None,
         deadline: float | None = None,
         on_progress: ProgressCallback | None = None,
         preview_every: int = 0,
+        **chain: Unpack[ChainArguments],
     ) -> Future[Result]:
         """Queue one image and return at once; `future.result()` gives it, `asyncio.wrap_future(future)` awaits it.
 
         The result is a uint8 image (H, W, 3), or the float32 state of a latent model without a decoder.
 
         request: the class (0..num_classes, the last one is unconditional) for a class-conditional model, None for an
-        unconditional one; in general a dict with one row for each request port. guidance_scale, steps, sampler,
-        timesteps, guidance_interval, full_calls: as for `Sampler.sample`.
+        unconditional one; in general a dict with one row for each request port. guidance_scale, chain: as for
+        `Sampler.sample`.
         deadline: seconds from now, checked before every step. on_progress: called after each of the request's
         steps, on the batcher's thread; returning True stops the request. preview_every N: its Progress carries a copy
         of the state after every Nth step (`sampler.to_images` makes pictures of it).
@@ -201,10 +197,7 @@ class StepBatcher:
         self._process.check("batcher")
         ports = check_request(self.card.signature, request)
         scale = check_scale(self.card.guidance, guidance_scale)
-        schedule = self._sampler.choose(
-            steps=steps, sampler=sampler, timesteps=timesteps, guidance_interval=guidance_interval,
-            full_calls=full_calls,
-        ).schedule  # fmt: skip
+        schedule = self._sampler.choose(**chain).schedule
         check_key(seed, image_index)
         if deadline is not None and not deadline > 0:
             raise UsageError(f"deadline is {deadline}; it counts seconds from now and must be above 0.")

@@ -60,7 +60,7 @@ class _Sites:
         return self.softmax.softmax
 
     @property
-    def steps(self) -> tuple[Float32, Float32]:
+    def scales(self) -> tuple[Float32, Float32]:
         """(low, high), () or (G,), and ()."""
         low, high = (self.softmax.constants()[scale] for scale in (self.ops.low, self.ops.high))
         return low, high
@@ -78,18 +78,18 @@ def _integer_attention(
                                   (_transpose(emit, v), sites.v, "value"))
     )  # fmt: skip
     q_scale, k_scale, v_scale = (site.quantizer.constants()["scale"] for site in (sites.q, sites.k, sites.v))
-    low, high = sites.steps
+    low, high = sites.scales
     following = following_quantizer(product.outputs[0])
     out_type, out_scale, out_shift = ir.DataType.FLOAT, v_scale, np.zeros((), np.float32)
     if following is not None:
         out_type = ir.DataType.INT8
         out_scale, out_shift = v_scale / following.scale, -following.offset / following.scale
-    numbers = {"scale": q_scale * k_scale * np.float32(made.factor), "low_step": low, "out_scale": out_scale,
+    numbers = {"scale": q_scale * k_scale * np.float32(made.factor), "low_scale": low, "out_scale": out_scale,
                "out_shift": out_shift}  # fmt: skip
     (y,) = emit.custom(
         sites.ops.integer_attention, q, k, columns, made.mask,
         *(by_image(emit, name, np.asarray(number, np.float32), groups) for name, number in numbers.items()),
-        bits=sites.softmax.bits, high_step=float(high), out_type=int(out_type),
+        bits=sites.softmax.bits, high_scale=float(high), out_type=int(out_type),
     )  # fmt: skip
     replace(emit.graph, product, y)
     if following is not None:
@@ -101,7 +101,7 @@ def _float_attention(
 ) -> ir.Value:
     """Codes that are floats, which are exact in float16 and bfloat16 too: constant scales of q and k are part of the
     node's scale, those of v multiply its result, and scales that follow the timestep multiply the codes of q."""
-    low, high = sites.steps
+    low, high = sites.scales
     _check_range(low, high, sites.softmax.bits, name)
     left, right = (_codes(emit, value, site, role, groups, "codes")
                    for value, site, role in ((made.q, sites.q, "left"), (made.k, sites.k, "right")))  # fmt: skip
@@ -110,8 +110,8 @@ def _float_attention(
         q = q if ratio is None else emit.op("Mul", q, ratio)
     value = _codes(emit, v, sites.v, "value", groups, "codes")
     (y,) = emit.custom(
-        sites.ops.attention, q, right.values, value.values, made.mask, by_image(emit, "low_step", low, groups),
-        bits=sites.softmax.bits, high_step=float(high), scale=left.unit * right.unit * made.factor,
+        sites.ops.attention, q, right.values, value.values, made.mask, by_image(emit, "low_scale", low, groups),
+        bits=sites.softmax.bits, high_scale=float(high), scale=left.unit * right.unit * made.factor,
     )  # fmt: skip
     y = emit.op("Mul", y, emit.constant("value.scale", np.float32(value.unit)))
     return y if value.ratio is None else emit.op("Mul", y, value.ratio)

@@ -97,15 +97,15 @@ class GraphOperand:
         scores = softmax.inputs[0]
         assert scores is not None
         emit = Emitter(self.emit.graph, softmax, f"{self.emit.scope.rpartition('.')[0]}.softmax")
-        low_scale = by_image(emit, "low_step", self.constants[ops.low], self.groups)
+        low_scale = by_image(emit, "low_scale", self.constants[ops.low], self.groups)
         bits, high_scale = self.quantizer.bits, float(self.constants[ops.high])
-        outputs = emit.custom(ops.softmax, scores, low_scale, bits=bits, high_step=high_scale, outputs=ops.outputs)
+        outputs = emit.custom(ops.softmax, scores, low_scale, bits=bits, high_scale=high_scale, outputs=ops.outputs)
         replace(emit.graph, softmax, outputs[0])
         return outputs
 
 
 def by_image(emit: Emitter, name: str, values: Float32, groups: GroupSelector) -> ir.Value:
-    """Numbers () or (G,) as an input (1,) or (B,) of a custom op, such as `low_step`."""
+    """Numbers () or (G,) as an input (1,) or (B,) of a custom op, such as `low_scale`."""
     if values.ndim:
         return groups.select(emit, name, values, rank=1)
     return emit.constant(name, values.reshape(1))

@@ -34,7 +34,7 @@ def _scores(
 
 @triton.jit
 def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.constexpr):
-    """Quantized probabilities in units of the low step: the low code, or the high code times s2 / s1.
+    """Quantized probabilities in units of the low scale: the low code, or the high code times s2 / s1.
 
     exponent = exp(score - maximum), ratio = s2 / s1; rates of `rates`.
     """
@@ -47,14 +47,14 @@ def _codes(exponent, low_rate, high_rate, ratio, TOP: tl.constexpr, CLIP: tl.con
 
 @triton.jit
 def multi_region_attention_kernel(
-    q, k, v, mask, low_step, heads, low_steps, masks, scale_bits, out,
+    q, k, v, mask, low_scale, heads, low_scales, masks, scale_bits, out,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     NUMERATORS: tl.constexpr, MASKED: tl.constexpr,
     IMAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
     TOP: tl.constexpr, HIGH_STEP: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, out (images heads, QUERIES, HEAD), k, v (images heads, KEYS, HEAD), contiguous; low_step as in the softmax.
+    """q, out (images heads, QUERIES, HEAD), k, v (images heads, KEYS, HEAD), contiguous; low_scale as in the softmax.
 
     mask float32: of its `masks` images, image i has number i % masks; a stride of 0 stands for an axis of length 1.
     scale_bits: the scale of the scores, the bits of a float32.
@@ -77,7 +77,7 @@ def multi_region_attention_kernel(
         mask_row += tl.minimum(query, QUERIES - 1)[:, None].to(tl.int64) * QUERY_STRIDE
     else:
         mask_row += tl.zeros([1, 1], tl.int32)
-    s1 = tl.load(low_step + (head // heads) % low_steps)
+    s1 = tl.load(low_scale + (head // heads) % low_scales)
     low_inverse = tl.math.div_rn(1.0, s1)
     ratio = tl.math.div_rn(HIGH_STEP, s1)
 

@@ -56,7 +56,7 @@ def candidates(floats: str, head: int, keys: int, large: bool = False) -> tuple[
 
 
 def kernel(
-    floats: str, queries: int, keys: int, head: int, bits: int, high_step: float,
+    floats: str, queries: int, keys: int, head: int, bits: int, high_scale: float,
     blocks: Blocks | None = None, mask: tuple[int, int, int] = (1, 1, 1), numerators: bool = False,
 ) -> Kernel:  # fmt: skip
     """For q, k, v and result of the type `floats` ('fp32', 'fp16', 'bf16') with heads of `head` columns.
@@ -80,15 +80,15 @@ def kernel(
             ("k", types),
             ("v", types),
             ("mask", "*fp32"),
-            ("low_step", "*fp32"),
+            ("low_scale", "*fp32"),
             ("heads", "i32"),
-            ("low_steps", "i32"),
+            ("low_scales", "i32"),
             ("masks", "i32"),
             ("scale_bits", "i32"),
             ("out", types),
         ),
         constants=(
-            *shared_constants(queries, keys, head, mask, bits, high_step, numerators, blocks),
+            *shared_constants(queries, keys, head, mask, bits, high_scale, numerators, blocks),
             ("PRECISION", "tf32x3" if floats == "fp32" else "tf32"),
         ),
         num_warps=blocks.warps,
@@ -97,7 +97,7 @@ def kernel(
 
 
 def shared_constants(
-    queries: int, keys: int, head: int, mask: tuple[int, int, int], bits: int, high_step: float, numerators: bool,
+    queries: int, keys: int, head: int, mask: tuple[int, int, int], bits: int, high_scale: float, numerators: bool,
     blocks: Blocks,
 ) -> tuple[tuple[str, int | float | str], ...]:  # fmt: skip
     """What the kernels of float and of integer attention are both told."""
@@ -114,16 +114,16 @@ def shared_constants(
         ("HEAD_STRIDE", mask[1] * mask[2] if mask[0] > 1 else 0),
         ("QUERY_STRIDE", mask[2] if mask[1] > 1 else 0),
         ("TOP", top_code(bits)),
-        ("HIGH_STEP", high_step),
+        ("HIGH_STEP", high_scale),
         # A probability of 1 has the code 1 / s2; only below it must codes be clipped.
-        ("CLIP", round(1 / high_step) > top_code(bits)),
+        ("CLIP", round(1 / high_scale) > top_code(bits)),
         ("BLOCK_QUERIES", blocks.queries),
         ("BLOCK_KEYS", blocks.keys),
     )
 
 
-def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size, scale: float, masks: Size = 1) -> Launch:
-    """q (images, heads, queries, head), low_step (low_steps,), mask (masks, ...).
+def launch(kernel: Kernel, images: Size, heads: Size, low_scales: Size, scale: float, masks: Size = 1) -> Launch:
+    """q (images, heads, queries, head), low_scale (low_scales,), mask (masks, ...).
 
     scale: of the scores, passed as the bits of a float32, so that layers that differ in it alone share a kernel.
     Raises UsageError unless it is positive.
@@ -133,4 +133,4 @@ def launch(kernel: Kernel, images: Size, heads: Size, low_steps: Size, scale: fl
     constants = dict(kernel.constants)
     blocks = ceil_div(int(constants["QUERIES"]), int(constants["BLOCK_QUERIES"]))
     (bits,) = struct.unpack("<i", struct.pack("<f", scale))
-    return Launch(images * heads * blocks, (heads, low_steps, masks, bits))
+    return Launch(images * heads * blocks, (heads, low_scales, masks, bits))

@@ -1,4 +1,4 @@
-"""MultiRegionAttention(q T[B,H,N,d], k, v T[B,H,M,d], mask float[B,H,N,M], low_step float[B]; bits, high_step, scale)
+"""MultiRegionAttention(q T[B,H,N,d], k, v T[B,H,M,d], mask float[B,H,N,M], low_scale float[B]; bits, high_scale, scale)
 -> T[B,H,N,d].
 
 T is float, float16 or bfloat16; the body computes in float32.
@@ -13,7 +13,7 @@ from tqdit.plugins.multi_region_softmax.schema import PROBABILITIES
 
 OP_TYPE = "MultiRegionAttention"
 
-INPUTS = "<bits, high_step, scale> (q, k, v, mask, low_step) => (attended)"
+INPUTS = "<bits, high_scale, scale> (q, k, v, mask, low_scale) => (attended)"
 MASKED_SCORES = """
     q_float = Cast <to: int = 1> (q)
     k_float = Cast <to: int = 1> (k)

@@ -107,8 +107,8 @@ def _store(
 
 @triton.jit
 def multi_region_integer_attention_kernel(
-    q, k, v, mask, scale, low_step, out_scale, out_shift,
-    heads, masks, scales, low_steps, out_scales, out_shifts, out,
+    q, k, v, mask, scale, low_scale, out_scale, out_shift,
+    heads, masks, scales, low_scales, out_scales, out_shifts, out,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     SUMMED_MAIN: tl.constexpr, SUMMED_REST: tl.constexpr, NUMERATORS: tl.constexpr, MASKED: tl.constexpr,
     IMAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
@@ -116,8 +116,8 @@ def multi_region_integer_attention_kernel(
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """q, out (images heads, QUERIES, HEAD), k (images heads, KEYS, HEAD), v (images heads, HEAD, KEYS), contiguous,
-    int8 but for out. mask as in the float kernel. Of scale, low_step, out_scale and out_shift, float32, image i has the
-    entry i % their number.
+    int8 but for out. mask as in the float kernel. Of scale, low_scale, out_scale and out_shift, float32, image i has
+    the entry i % their number.
 
     A head is MAIN columns of the result, a power of two, and REST more; where columns are summed, in q and k, these are
     SUMMED_MAIN and SUMMED_REST, at least 32.
@@ -138,7 +138,7 @@ def multi_region_integer_attention_kernel(
         mask_row += tl.zeros([1, 1], tl.int32)
     factor_of_scores = tl.load(scale + image % scales)
     factor = LOG2_E if MASKED else factor_of_scores * LOG2_E
-    s1 = tl.load(low_step + image % low_steps)
+    s1 = tl.load(low_scale + image % low_scales)
     low_inverse = tl.math.div_rn(1.0, s1)
 
     q_main = tile(q_base, query, tl.arange(0, SUMMED_MAIN), QUERIES, HEAD, MASK_QUERIES, SUMMED_MAIN > HEAD)

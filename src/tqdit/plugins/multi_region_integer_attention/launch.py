@@ -34,7 +34,7 @@ def candidates(head: int, keys: int, large: bool = False) -> tuple[Blocks, ...]:
 
 
 def kernel(
-    out: str, queries: int, keys: int, head: int, bits: int, high_step: float,
+    out: str, queries: int, keys: int, head: int, bits: int, high_scale: float,
     blocks: Blocks | None = None, mask: tuple[int, int, int] = (1, 1, 1), numerators: bool = False,
 ) -> Kernel:  # fmt: skip
     """For a result of the type `out` ('fp32', 'fp16', 'bf16', 'i8') with heads of `head` columns.
@@ -58,19 +58,19 @@ def kernel(
             ("v", "*i8"),
             ("mask", "*fp32"),
             ("scale", "*fp32"),
-            ("low_step", "*fp32"),
+            ("low_scale", "*fp32"),
             ("out_scale", "*fp32"),
             ("out_shift", "*fp32"),
             ("heads", "i32"),
             ("masks", "i32"),
             ("scales", "i32"),
-            ("low_steps", "i32"),
+            ("low_scales", "i32"),
             ("out_scales", "i32"),
             ("out_shifts", "i32"),
             ("out", f"*{out}"),
         ),
         constants=(
-            *shared_constants(queries, keys, head, mask, bits, high_step, numerators, blocks),
+            *shared_constants(queries, keys, head, mask, bits, high_scale, numerators, blocks),
             ("SUMMED_MAIN", summed_main),
             ("SUMMED_REST", summed_rest),
         ),
@@ -80,10 +80,10 @@ def kernel(
 
 
 def launch(
-    kernel: Kernel, images: Size, heads: Size, masks: Size, scales: Size, low_steps: Size, out_scales: Size,
+    kernel: Kernel, images: Size, heads: Size, masks: Size, scales: Size, low_scales: Size, out_scales: Size,
     out_shifts: Size,
 ) -> Launch:  # fmt: skip
     """q (images, heads, queries, head), mask (masks, ...), scale (scales,) and so on, each 1 or `images`."""
     constants = dict(kernel.constants)
     blocks = ceil_div(int(constants["QUERIES"]), int(constants["BLOCK_QUERIES"]))
-    return Launch(images * heads * blocks, (heads, masks, scales, low_steps, out_scales, out_shifts))
+    return Launch(images * heads * blocks, (heads, masks, scales, low_scales, out_scales, out_shifts))

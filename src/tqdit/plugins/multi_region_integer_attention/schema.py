@@ -1,5 +1,5 @@
 """MultiRegionIntegerAttention(q int8[B,H,N,d], k int8[B,H,M,d], v int8[B,H,d,M], mask float[B,H,N,M], scale float[B],
-low_step float[B], out_scale float[B], out_shift float[B]; bits, high_step, out_type) -> out_type[B,H,N,d].
+low_scale float[B], out_scale float[B], out_shift float[B]; bits, high_scale, out_type) -> out_type[B,H,N,d].
 
 `out_type` is a number of ONNX: FLOAT, FLOAT16, BFLOAT16 or INT8. The body computes in float32. It has no
 DequantizeLinear: TensorRT's parser gives those of two calls of a function one name, and refuses the second.
@@ -15,7 +15,7 @@ from tqdit.plugins.multi_region_softmax.schema import PROBABILITIES
 OP_TYPE = "MultiRegionIntegerAttention"
 
 INPUTS = """
-    <bits, high_step, out_type> (q, k, v, mask, scale, low_step, out_scale, out_shift) => (attended)
+    <bits, high_scale, out_type> (q, k, v, mask, scale, low_scale, out_scale, out_shift) => (attended)
 """
 MASKED_SCORES = """
     q_float = Cast <to: int = 1> (q)

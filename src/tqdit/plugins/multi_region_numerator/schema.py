@@ -1,4 +1,4 @@
-"""MultiRegionNumerator(scores float[B,H,N,M], low_step float[B]; bits, high_step)
+"""MultiRegionNumerator(scores float[B,H,N,M], low_scale float[B]; bits, high_scale)
 -> (numerators float[B,H,N,M], reciprocals float[B,H,N,1]).
 """
 
@@ -22,7 +22,7 @@ NUMERATORS = f"""
 """
 BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionNumerator <bits, high_step> (scores, low_step) => (quantized, reciprocals)
+MultiRegionNumerator <bits, high_scale> (scores, low_scale) => (quantized, reciprocals)
 {{
 {NUMERATORS}
 }}

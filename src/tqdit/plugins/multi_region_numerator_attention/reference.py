@@ -12,9 +12,9 @@ Float32 = NDArray[np.float32]
 
 
 def multi_region_numerator_attention(
-    q: Float32, k: Float32, v: Float32, mask: Float32, low_step: Float32, bits: int, high_step: float, scale: float
+    q: Float32, k: Float32, v: Float32, mask: Float32, low_scale: Float32, bits: int, high_scale: float, scale: float
 ) -> Float32:
     """As `multi_region_attention`, but (e^ v) / sum(e) with the numerators e of MultiRegionNumerator."""
-    numerators, reciprocals = multi_region_numerator(masked_scores(q, k, mask, scale), low_step, bits, high_step)
+    numerators, reciprocals = multi_region_numerator(masked_scores(q, k, mask, scale), low_scale, bits, high_scale)
     attended: Float32 = (numerators @ v) * reciprocals
     return attended

@@ -1,1 +1,1 @@
-"""MultiRegionSoftmax: softmax whose result is rounded on two disjoint regions, the lower with a step per row."""
+"""MultiRegionSoftmax: softmax whose result is rounded on two disjoint regions, the lower with a scale per row."""

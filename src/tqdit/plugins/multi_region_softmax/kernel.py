@@ -28,11 +28,11 @@ def _rounded(value, s1, TOP: tl.constexpr, HIGH_STEP: tl.constexpr):
 
 @triton.jit
 def _quantize_rows(
-    scores, low_step, row, rows, rows_per_image, low_steps, out, NUMERATORS: tl.constexpr,
+    scores, low_scale, row, rows, rows_per_image, low_scales, out, NUMERATORS: tl.constexpr,
     COLUMNS: tl.constexpr, TOP: tl.constexpr, HIGH_STEP: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write the rounded numerators or probabilities of the rows; returns the reciprocals of their sums."""
-    s1 = tl.load(low_step + (row // rows_per_image) % low_steps, mask=row < rows, other=1.0)[:, None]
+    s1 = tl.load(low_scale + (row // rows_per_image) % low_scales, mask=row < rows, other=1.0)[:, None]
     x, offset, inside = _tile(scores, row, rows, 0, COLUMNS, BLOCK_COLUMNS)
     largest = tl.max(x, 1)
     if COLUMNS > BLOCK_COLUMNS:
@@ -59,24 +59,24 @@ def _quantize_rows(
 
 @triton.jit
 def multi_region_softmax_kernel(
-    scores, low_step, rows, rows_per_image, low_steps, out,
+    scores, low_scale, rows, rows_per_image, low_scales, out,
     COLUMNS: tl.constexpr, TOP: tl.constexpr, HIGH_STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """scores, out (rows, COLUMNS) contiguous; low_step float32 (low_steps,), one per image or one for all."""
+    """scores, out (rows, COLUMNS) contiguous; low_scale float32 (low_scales,), one per image or one for all."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    _quantize_rows(scores, low_step, row, rows, rows_per_image, low_steps, out, False,
+    _quantize_rows(scores, low_scale, row, rows, rows_per_image, low_scales, out, False,
                    COLUMNS, TOP, HIGH_STEP, BLOCK_COLUMNS)  # fmt: skip
 
 
 @triton.jit
 def multi_region_numerator_kernel(
-    scores, low_step, rows, rows_per_image, low_steps, out, reciprocals,
+    scores, low_scale, rows, rows_per_image, low_scales, out, reciprocals,
     COLUMNS: tl.constexpr, TOP: tl.constexpr, HIGH_STEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As above, with numerators in `out`; reciprocals float32 (rows,)."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    reciprocal = _quantize_rows(scores, low_step, row, rows, rows_per_image, low_steps, out, True,
+    reciprocal = _quantize_rows(scores, low_scale, row, rows, rows_per_image, low_scales, out, True,
                                 COLUMNS, TOP, HIGH_STEP, BLOCK_COLUMNS)  # fmt: skip
     tl.store(reciprocals + row, reciprocal, mask=row < rows)

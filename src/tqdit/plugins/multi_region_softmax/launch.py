@@ -8,7 +8,7 @@ from tqdit.plugins.kernels import MAX_TOKENS, Kernel, Launch, Size, ceil_div, ne
 TILE = 4096  # elements that one program holds in registers; a longer row passes through them in tiles
 
 
-def kernel(scores: str, columns: int, bits: int, high_step: float, numerators: bool = False) -> Kernel:
+def kernel(scores: str, columns: int, bits: int, high_scale: float, numerators: bool = False) -> Kernel:
     """For scores and result of the type `scores` ('fp32', 'fp16', 'bf16') with `columns` keys.
 
     numerators: MultiRegionNumerator, which has the reciprocals of the sums as a second result.
@@ -25,17 +25,17 @@ def kernel(scores: str, columns: int, bits: int, high_step: float, numerators: b
         function=f"multi_region_{'numerator' if numerators else 'softmax'}_kernel",
         parameters=(
             ("scores", f"*{scores}"),
-            ("low_step", "*fp32"),
+            ("low_scale", "*fp32"),
             ("rows", "i32"),
             ("rows_per_image", "i32"),
-            ("low_steps", "i32"),
+            ("low_scales", "i32"),
             ("out", f"*{scores}"),
             *((("reciprocals", "*fp32"),) if numerators else ()),
         ),
         constants=(
             ("COLUMNS", columns),
             ("TOP", top_code(bits)),
-            ("HIGH_STEP", high_step),
+            ("HIGH_STEP", high_scale),
             ("BLOCK_ROWS", max(1, min(16, TILE // 2 // width))),
             ("BLOCK_COLUMNS", width),
         ),
@@ -43,7 +43,7 @@ def kernel(scores: str, columns: int, bits: int, high_step: float, numerators: b
     )
 
 
-def launch(kernel: Kernel, images: Size, heads: Size, queries: Size, low_steps: Size) -> Launch:
-    """scores (images, heads, queries, columns), low_step (low_steps,)."""
+def launch(kernel: Kernel, images: Size, heads: Size, queries: Size, low_scales: Size) -> Launch:
+    """scores (images, heads, queries, columns), low_scale (low_scales,)."""
     rows = images * heads * queries
-    return Launch(ceil_div(rows, int(dict(kernel.constants)["BLOCK_ROWS"])), (rows, heads * queries, low_steps))
+    return Launch(ceil_div(rows, int(dict(kernel.constants)["BLOCK_ROWS"])), (rows, heads * queries, low_scales))

@@ -1,4 +1,4 @@
-"""MultiRegionSoftmax(scores float[B,H,N,M], low_step float[B]; bits, high_step) -> float[B,H,N,M]."""
+"""MultiRegionSoftmax(scores float[B,H,N,M], low_scale float[B]; bits, high_scale) -> float[B,H,N,M]."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tqdit.plugins.function import parse_body
 
 OP_TYPE = "MultiRegionSoftmax"
 
-# Values `p` in 0..1 to two regions. Each element first gets the step of its region, then is rounded once: the same bits
-# as rounding it in both regions and choosing: half the time in ONNX Runtime, whose Where is slow. Low steps are at most
-# the high one.
+# Values `p` in 0..1 to two regions. Each element first gets the scale of its region, then is rounded once: the
+# same bits as rounding it in both regions and choosing: half the time in ONNX Runtime, whose Where is slow. Low scales
+# are at most the high one.
 IN_TWO_REGIONS = """
     shape = Constant <value_ints: ints = [-1, 1, 1, 1]> ()
-    s1 = Reshape (low_step, shape)
-    s2 = Constant <value_float: float = @high_step> ()
+    s1 = Reshape (low_scale, shape)
+    s2 = Constant <value_float: float = @high_scale> ()
     one = Constant <value_float: float = 1.0> ()
     half = Constant <value_float: float = 0.5> ()
     two = Constant <value_float: float = 2.0> ()
@@ -27,12 +27,12 @@ IN_TWO_REGIONS = """
     low_exact = Div (p, s1)
     is_high = GreaterOrEqual (low_exact, bound)
     high_mask = Cast <to: int = 1> (is_high)
-    high_step_or_zero = Mul (high_mask, s2)
-    step = Max (high_step_or_zero, s1)
-    exact = Div (p, step)
+    high_scale_or_zero = Mul (high_mask, s2)
+    own_scale = Max (high_scale_or_zero, s1)
+    exact = Div (p, own_scale)
     rounded = Round (exact)
     code = Min (rounded, top)
-    quantized = Mul (code, step)
+    quantized = Mul (code, own_scale)
 """
 PROBABILITIES = f"""
     p = Softmax <axis: int = -1> (scores)
@@ -40,7 +40,7 @@ PROBABILITIES = f"""
 """
 BODY = f"""
 <domain: "tqdit", opset_import: ["" : 20]>
-MultiRegionSoftmax <bits, high_step> (scores, low_step) => (quantized)
+MultiRegionSoftmax <bits, high_scale> (scores, low_scale) => (quantized)
 {{
 {PROBABILITIES}
 }}
