@@ -244,6 +244,7 @@ def test_an_export_may_propose_another_chain(model: LoadedModel, tmp_path: Path)
         ({"calls": 1}, "--calls is 1"),
         ({"calls": 51}, "--calls is 51"),
         ({"calls": 2, "forecast": True}, "at least 3 calls; found --calls 2"),
+        ({"calls": 9, "forecast": True}, "at most 12 steps.*--calls 9. Pass at most 8"),  # of the short long chain here
         ({"calls": None, "forecast": True}, "--forecast.*--calls N.*both"),
     ],
 )

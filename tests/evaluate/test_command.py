@@ -286,6 +286,7 @@ def test_steps_and_sampler_are_chosen_for_both_engines(flow, tmp_path, capsys):
     facts = evaluate(tmp_path, flow / "model.engine", *arguments, "--sampler", "ddim", "--guidance-scale", 2)
     assert facts["subject"]["steps"] == 3
     assert facts["subject"]["sampler"] == "ddim"
+    assert facts["subject"]["chain"] == "3 steps of ddim"
     assert facts["timesteps"] == [0, 500, 999]
     labels = np.arange(4)
     with Sampler.open(flow / "model.engine") as a, Sampler.open(flow / "float.engine") as b:
@@ -336,6 +337,7 @@ def test_forecasts_are_compared_at_equal_full_calls(flow, tmp_path, monkeypatch,
         end = floating.sample_latents(np.arange(2), sampler="unipc", timesteps=own.timesteps)
         error = relative_errors(end, engine.sample_latents(np.arange(2))).mean()
     assert facts["paired"]["final_error"]["value"] == pytest.approx(error, rel=1e-5)
+    assert facts["subject"]["chain"] == "5 placed steps of unipc, 4 of them with full calls"
     points = {(point["sampler"], point["spacing"], point["calls"]): point for point in facts["calls"]}
     assert {key for key in points if "forecasts" in key[1]} == {
         (sampler, f"{spacing}, forecasts", 3)

@@ -53,8 +53,8 @@ def facts() -> dict:
                       "sites": [{"layer": "a.b", "role": "input", "gain": 0.5, "low": 0.4, "high": 0.6}],
                       "remedies": [{"layer": "a.b", "change": {"final": "weights"}, "gain": 0.5, "low": 0.1,
                                     "high": 0.6, "cost": 0.01, "gain_per_cost": 50.0}], "advice": []},
-        "subject": {"name": "model.engine"}, "settings": {"seed": 0}, "machine": {"processor": "x"},
-        "versions": {"tqdit": "0"},
+        "subject": {"name": "model.engine", "chain": "12 placed steps of <unipc>"}, "settings": {"seed": 0},
+        "machine": {"processor": "x"}, "versions": {"tqdit": "0"},
     }  # fmt: skip
 
 

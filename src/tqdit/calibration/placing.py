@@ -63,6 +63,11 @@ def solvers_of(config: QuantizationConfig) -> tuple[str, ...]:
     return SOLVERS if config.solver == "auto" else (config.solver,)
 
 
+def longer_chains(calls: int, most: int) -> list[int]:
+    """Steps of the chains with forecasts that are tried, at most so many."""
+    return [steps for steps in (round(calls * stretch) for stretch in STRETCHES) if calls < steps <= most]
+
+
 def check_placing(sampling: SamplingSpec, signature: Signature, config: QuantizationConfig) -> None:
     """Refuse a chain whose steps cannot be placed, before any work."""
     if config.calls is None:
@@ -82,6 +87,12 @@ def check_placing(sampling: SamplingSpec, signature: Signature, config: Quantiza
             )
     if config.forecast and config.calls < LEAST_FULL:
         raise UsageError(f"--forecast needs at least {LEAST_FULL} calls; found --calls {config.calls}. Raise it.")
+    most = LONG[1] // STRIDE
+    if config.forecast and not longer_chains(config.calls, most):
+        raise UsageError(
+            f"--forecast tries chains of {STRETCHES[0]:g} times as many steps as calls, and at most {most} steps are "
+            f"placed; found --calls {config.calls}. Pass at most {int(most / STRETCHES[0])}, or leave --forecast out."
+        )
     of_image = 2 * math.prod(signature.state.row_shape) + ENTRIES * config.forecast
     size = LONG[1] * (LEARNED + CHECKED) * 4 * of_image
     check_memory(f"long chains of {LEARNED + CHECKED} images", size, "Leave out --calls.")
@@ -119,8 +130,7 @@ class Placing:
         """The steps with the least error on the quantized network. meter: told how many images went through a call."""
         chain = self.long_chain(meter)
         learned = chain.part(LEARNED, STRIDE)
-        longer = [round(self.calls * stretch) for stretch in STRETCHES if self.config.forecast]
-        longer = [steps for steps in longer if self.calls < steps <= len(learned.timesteps)]
+        longer = longer_chains(self.calls, len(learned.timesteps)) if self.config.forecast else []
         tried: dict[str, SamplingSpec] = {}
         errors: dict[str, float] = {}
         for solver in solvers_of(self.config):

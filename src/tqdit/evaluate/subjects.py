@@ -39,6 +39,7 @@ from tqdit.interface import Interface
 from tqdit.models.load import needs_calls
 from tqdit.models.recording import Recording
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
+from tqdit.sampling.schedule import SamplingSpec
 
 SCALES = "scales.safetensors"
 CAPTIONS = 1024  # of the text demo at most, in turn, if no prompts are given
@@ -294,8 +295,12 @@ class _Comparison:
         return to_json(points)
 
     @property
+    def _spec(self) -> SamplingSpec:
+        return self.subject.manifest.card.sampling.choose(**self.job.chain)
+
+    @property
     def _timesteps(self) -> NDArray[np.float64]:
-        return self.subject.manifest.card.sampling.choose(**self.job.chain).schedule.timesteps
+        return self._spec.schedule.timesteps
 
     def _sample(self) -> tuple[dict[str, SampledChains], Pairs | None]:
         """The chains of each set by name, and the pairs of both engines."""
@@ -355,7 +360,7 @@ class _Comparison:
         card, job = self.subject.manifest.card, self.job
         return {
             "name": self.subject.name, "kind": "engine", "count": job.count, "model": card.model,
-            "fingerprint": card.fingerprint, "sampler": job.sampler, "steps": job.steps,
+            "fingerprint": card.fingerprint, "sampler": job.sampler, "steps": job.steps, "chain": str(self._spec),
             "guidance_scale": job.guidance_scale, "prompts": None if job.prompts is None else str(job.prompts),
             "quantization": None if card.quantization is None else card.quantization.summary,
         }  # fmt: skip
