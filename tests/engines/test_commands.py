@@ -277,6 +277,8 @@ def test_build_refuses_what_is_no_export(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "not an ONNX file" in err
     assert "absent.onnx: no such file. Run tqdit-export absent.onnx first." in err
+    assert run("build", [str(tmp_path / "model.onnx"), str(tmp_path / "model.engine")]) == 2
+    assert f"-o {tmp_path / 'model.engine'}" in capsys.readouterr().err
     assert run("build", [str(tmp_path)]) == 1
     assert "expected the ONNX file that tqdit-export wrote" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace, console: Console) -> Path:
         return _for_trtexec(args, console)
     model: Path = args.model[0]
     output: Path = args.output or model.with_suffix(".engine")
+    if args.output is None and (engines := [path for path in args.model[1:] if path.suffix == output.suffix]):
+        raise UsageError(f"{engines[0]}: expected ONNX files. The engine is named with -o: -o {engines[0]}.")
     check_writable(output)
     check_overwrite(output, args.force)
     config = _config(args)
