@@ -53,7 +53,7 @@ def main() -> None:
         )  # fmt: skip
     print(f"{args.n} images, guidance {job.guidance_scale}, seed {args.seed}; {processor()}; {manifest.versions}")
     columns = sorted({point.calls for point in points})
-    print(f"| sampler, steps | {' | '.join(f'{calls} calls' for calls in columns)} |")
+    print(f"| sampler, steps | {' | '.join(f'{calls:g} calls' for calls in columns)} |")
     print("|" + "---|" * (1 + len(columns)))
     for method in dict.fromkeys((point.sampler, point.spacing) for point in points):
         cells = {p.calls: f"{p.error_median:.1e}; {p.error.value:.1e}" for p in points

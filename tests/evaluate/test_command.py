@@ -16,8 +16,12 @@ from PIL import Image
 import tqdit
 from evaluate.commands import evaluate, refused
 from tqdit.cli.main import run
+from tqdit.console import Console
 from tqdit.demo.glyphs import draw
+from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.sampler import Sampler
+from tqdit.engines.run.shards import describe_job
+from tqdit.evaluate.calls import measure_calls
 from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.judges import JUDGES
 from tqdit.evaluate.paired import relative_errors
@@ -319,6 +323,23 @@ def test_samplers_and_spacings_are_compared_at_equal_calls(flow, tmp_path, monke
     page = report.read_text()
     assert "unipc, placed" in page
     assert f'data-key="calls.{len(points) - 1}.error.value"' in page
+
+
+def test_a_step_outside_the_guidance_interval_counts_as_half_a_call(flow, monkeypatch):
+    monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 12))
+    monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 12))
+    bundle, interval = flow / "model.engine", (200, 700)
+    job = describe_job(bundle, read_manifest(bundle), [1, 2], 0, 2, guidance_interval=interval)
+    with Sampler.open(bundle) as engine, Sampler.open(flow / "float.engine") as floating:
+        points = measure_calls(engine, floating, job, (4, 5), Console(quiet=True), samplers=("ddim",))
+        guided = [np.count_nonzero((t >= 200) & (t <= 700)) for t in
+                  (engine.choose(steps=n, sampler="ddim").schedule.timesteps for n in (4, 5))]  # fmt: skip
+        end = floating.sample_latents([1, 2], sampler="dpm++2m", timesteps=dense(Diffusion(learned_variance=True), 12),
+                                      guidance_interval=interval)  # fmt: skip
+        found = engine.sample_latents([1, 2], steps=4, sampler="ddim", guidance_interval=interval)
+    assert [point.calls for point in points] == [(4 + guided[0]) / 2, (5 + guided[1]) / 2]
+    assert all(point.calls < steps for point, steps in zip(points, (4, 5), strict=True))
+    assert points[0].error.value == pytest.approx(relative_errors(end, found).mean(), rel=1e-5)
 
 
 @pytest.mark.slow

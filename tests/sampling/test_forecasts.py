@@ -116,7 +116,7 @@ def test_full_calls_are_spread_over_the_chain(steps, calls):
 
 def test_a_chain_says_how_many_calls_are_full():
     assert str(SPEC.choose(full_calls=8)) == "20 steps of dpm++2m, 8 of them with full calls"
-    assert SPEC.choose(full_calls=8).calls == 8
+    assert SPEC.choose(full_calls=8).calls == SPEC.choose(full_calls=8).cost == 8
     assert SPEC.choose(full_calls=20) == SPEC
 
 

@@ -21,6 +21,7 @@ from tqdit.errors import UsageError
 from tqdit.evaluate import chains
 from tqdit.evaluate.bootstrap import Measure, of_mean
 from tqdit.evaluate.chains import SampledChains
+from tqdit.evaluate.evaluation import plain
 from tqdit.evaluate.paired import relative_errors
 from tqdit.ports import check_requests
 from tqdit.sampling.chains import Chains
@@ -43,7 +44,7 @@ class Point:
 
     sampler: str
     spacing: str
-    calls: int  # full ones
+    calls: float  # `SamplingSpec.cost`
     timesteps: tuple[float, ...]
     error: Measure  # |x_0 - x_ref|^2 / |x_ref|^2, mean over images
     error_median: float
@@ -83,11 +84,12 @@ def measure_calls(
         long = _job(job, SamplingSpec(process, sampler, steps, dense(process, steps)))
         reference = chains.run(floating, long, bar.update, prompts).latents
         points = []
-        for (name, spacing, calls), spec in methods.items():
+        for (name, spacing, _), spec in methods.items():
             made = chains.run(engine, _job(job, spec), bar.update, prompts)
             errors = relative_errors(reference, made.latents)
+            cost = spec.choose(guidance_interval=job.guidance_interval).cost
             points.append(
-                Point(name, spacing, calls, spec.timesteps, of_mean(errors), float(np.median(errors)), made.seconds,
+                Point(name, spacing, cost, spec.timesteps, of_mean(errors), float(np.median(errors)), made.seconds,
                       distance(made))
             )  # fmt: skip
     return points
@@ -155,7 +157,7 @@ def _long_chain(
 def to_json(points: Sequence[Point]) -> list[dict[str, Any]]:
     return [
         {
-            "sampler": point.sampler, "spacing": point.spacing, "calls": point.calls,
+            "sampler": point.sampler, "spacing": point.spacing, "calls": plain(point.calls),
             "timesteps": list(point.timesteps), "error": point.error.to_json(), "error_median": point.error_median,
             "seconds": point.seconds,
             "frechet_distance": None if point.distance is None else point.distance.to_json(),

@@ -228,9 +228,9 @@ def pair_up(
     return Pairs(final, measures, found.step_errors.mean(axis=0), tuple(groups))
 
 
-def plain(timestep: float) -> float:
+def plain(number: float) -> float:
     """As people write it: 999 for 999.0."""
-    return int(timestep) if float(timestep).is_integer() else float(timestep)
+    return int(number) if float(number).is_integer() else float(number)
 
 
 def _decibels(error: float) -> float | None:

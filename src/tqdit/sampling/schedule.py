@@ -180,6 +180,12 @@ class SamplingSpec:
         """Full calls of the chain."""
         return len(self.full_calls) or self.steps
 
+    @property
+    def cost(self) -> float:
+        """Calls that an image costs: a forecast none, a step outside the guidance interval, with one row, a half."""
+        guided = self.schedule.guided
+        return self.calls if guided is None else (self.steps + int(guided.sum())) / 2
+
     def __str__(self) -> str:
         """'250 steps of ddpm', '12 placed steps of dpm++2m', or by the scheduler that was recorded."""
         if isinstance(self.process, Unsampled):
