@@ -15,8 +15,9 @@ from tqdit.errors import CheckpointError
 from tqdit.exporter import text as exporter
 from tqdit.models import directories, encoders, weights
 from tqdit.models.recorded import recorded_model
-from zoo.test_texts import record
-from zoo.texts import OTHERS, TEXTS, flux_with_clip, pixart_with_t5
+from tqdit.models.recorder import Recorder
+from zoo.test_texts import latents, record
+from zoo.texts import OTHERS, TEXTS, flux_with_clip, pixart_with_t5, sd3_with_clip
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -86,6 +87,22 @@ def test_the_graph_is_that_of_encoders_in_memory(name, tmp_path, monkeypatch):
             content.append({file.name: file.read_bytes() for file in place.iterdir()})
         assert content[0] == content[1]
         assert not any(b".py" in each for each in content[0].values())  # source lines of the exporting machine
+
+
+def test_a_large_pipeline_is_recorded_from_its_files_as_from_memory(tmp_path, monkeypatch):
+    whole, arguments = saved(sd3_with_clip, tmp_path / "dir")
+    assert directories.open_for_prompts(str(tmp_path / "dir"))[1] is weights.IN_MEMORY
+    monkeypatch.setattr(directories, "MOST_LOADED", 0)
+    lent, values = directories.open_for_prompts(str(tmp_path / "dir"))
+    lent.tokenizer_max_length = whole.tokenizer_max_length
+    for network in (lent.transformer, lent.text_encoder, lent.text_encoder_2, lent.text_encoder_3):
+        assert all(parameter in values for parameter in network.parameters() if parameter.numel() >= 64)
+    content = []
+    for pipeline, given in ((whole, weights.IN_MEMORY), (lent, values)):
+        with Recorder(pipeline) as recorder, given.lent():
+            latents(pipeline, arguments, "a word", generator=torch.Generator().manual_seed(0))
+        content.append(recorder.recording().save(tmp_path / "calls.safetensors").read_bytes())
+    assert content[0] == content[1]
 
 
 def test_a_pipeline_with_encoders_of_other_types_is_opened_in_float32(tmp_path):

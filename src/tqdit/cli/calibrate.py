@@ -137,12 +137,12 @@ def run(args: argparse.Namespace, console: Console) -> Path | None:
         console.say(f"preset {preset}, the default at W{config.weight_bits}A{config.activation_bits}")
     console.say(f"loading {args.model}")
     device = choose_device(args.device)
+    return_freed_memory()
     with lock_folder(work) if asked.prompts else nullcontext():  # the pipeline is most of the work
         recording = _recording(args, asked, config, work, console)
     if asked.prompts:  # the pipeline had it: its loop's, which is learned, or an input of its network
         config = replace(config, guidance_scale=None)
     interface = None if recording is None else recording.interface
-    return_freed_memory()
     in_memory = device.type != "cpu"
     model = load_model(args.model, args.heads, interface=interface, in_memory=in_memory).to(device)
     if diagnosed is not None:
@@ -189,7 +189,7 @@ def _recording(
     from tqdit.calibration.placing import check_placing
     from tqdit.calibration.rows import boundaries_of
     from tqdit.calibration.work import digest, versions
-    from tqdit.models.directories import folder_of, open_pipeline
+    from tqdit.models.directories import folder_of, open_for_prompts
     from tqdit.models.recorder import Recorder
     from tqdit.models.recording import FORMAT_VERSION, Recording
 
@@ -203,7 +203,7 @@ def _recording(
     if kept.is_file():
         console.say(f"recorded calls: kept from an earlier run in {kept}")
         return Recording.load(kept)
-    pipeline = open_pipeline(args.model)
+    pipeline, weights = open_for_prompts(args.model)
     pipeline.set_progress_bar_config(disable=True)
     if console.quiet:
         for library in ("diffusers", "transformers"):
@@ -215,7 +215,8 @@ def _recording(
             generator = torch.Generator().manual_seed(config.seed + number)
             output = "latent" if number else "np"  # one is decoded, which tells what the VAE takes
             try:
-                pipeline(prompt, generator=generator, output_type=output, **chosen)
+                with weights.lent():
+                    pipeline(prompt, generator=generator, output_type=output, **chosen)
             except (TqditError, MemoryError):
                 raise
             except Exception as error:  # a pipeline's own code may raise any

@@ -20,9 +20,10 @@ from tqdit.models.encoders import open_encoders
 from tqdit.models.loaded import Source
 from tqdit.models.making import bounded
 from tqdit.models.state import check_places, is_finite, read_json
-from tqdit.models.weights import Weights
+from tqdit.models.weights import IN_MEMORY, Weights, open_network
 
 INDEX = "model_index.json"
+MOST_LOADED = 1_000_000_000  # bytes of weights; a larger pipeline reads them from its files while it runs
 OWN_CODE = "Only classes of diffusers and transformers are loaded; open it yourself and use tqdit.record."
 # The names that save_pretrained gives to weights; the dotted word in front of or behind is a variant such as fp16.
 WEIGHT_FILE = re.compile(r"diffusion_pytorch_model(\.[^.-]+)?\.(safetensors|bin)(\.index(\.[^.-]+)?\.json)?")
@@ -91,14 +92,52 @@ def open_pipeline(folder: str) -> Any:
     return from_pretrained(diffusers.DiffusionPipeline, root, root)
 
 
+def open_for_prompts(folder: str) -> tuple[Any, Weights]:
+    """The pipeline of a directory, in float32. If it is large, large weights of its transformer and its text encoders
+    stay in their files: it runs inside `Weights.lent`.
+    """
+    root = check_pipeline(folder)
+    if sum(file.stat().st_size for file in root.rglob("*.safetensors")) <= MOST_LOADED:
+        return open_pipeline(folder), IN_MEMORY
+    diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
+    network, weights = open_transformer(str(root), in_memory=False)
+    encoders, of_encoders = _open_encoders(root)
+    pipeline = from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=network, **encoders)
+    return pipeline, Weights({**weights.made, **of_encoders.made})
+
+
 def open_texts(folder: str) -> tuple[Any, Weights]:
     """The pipeline of a directory without its transformer and its VAE; large weights of text encoders stay in files."""
     diffusers: Any = need("diffusers", "diffusers", "exporting text encoders")
     root = check_pipeline(folder)
+    encoders, weights = _open_encoders(root)
+    return from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=None, vae=None, **encoders), weights
+
+
+def _open_encoders(root: Path) -> tuple[dict[str, nn.Module], Weights]:
     check_places(root, root)
     with _without_bars(), bounded(root, root):
-        encoders, weights = open_encoders(root, read_json(root / INDEX), find_weights(transformer_folder(str(root)))[1])
-    return from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=None, vae=None, **encoders), weights
+        return open_encoders(root, read_json(root / INDEX), find_weights(transformer_folder(str(root)))[1])
+
+
+def open_transformer(source: str, in_memory: bool) -> tuple[nn.Module, Weights]:
+    """That of a directory, in float32. Unless `in_memory`, large weights stay in their files if they can: it runs
+    inside `Weights.lent`.
+    """
+    diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
+    name = class_name(source)
+    kind = getattr(diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
+    folder = transformer_folder(source)
+    if not in_memory:
+        check_places(folder, Path(source))
+        weights, settings = find_weights(folder)[0], read_json(folder / "config.json", Path(source))
+        with bounded(folder, Path(source)):
+            found = open_network(kind, weights, settings)
+        if found is not None:
+            return found
+    return from_pretrained(kind, folder, Path(source)), IN_MEMORY
 
 
 def from_pretrained(kind: Any, folder: Path, root: Path, **parts: nn.Module | None) -> Any:

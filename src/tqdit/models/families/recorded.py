@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from tqdit.demo.weights import TEXT, shipped_pipeline
-from tqdit.errors import CheckpointError, UsageError
-from tqdit.extras import need
+from tqdit.errors import UsageError
 from tqdit.interface import Interface
-from tqdit.models.directories import (
-    class_name,
-    find_weights,
-    folder_of,
-    from_pretrained,
-    open_pipeline,
-    transformer_folder,
-    vae_folder,
-)  # fmt: skip
+from tqdit.models.directories import class_name, folder_of, open_pipeline, open_transformer, vae_folder
 from tqdit.models.families import diffusers as dit
 from tqdit.models.loaded import LoadedModel, Source, name_of
-from tqdit.models.making import bounded
 from tqdit.models.model_card import read_pipeline_card
 from tqdit.models.recorded import RECORD, recorded_model
 from tqdit.models.recorder import Recorder
-from tqdit.models.state import check_places, read_json
-from tqdit.models.weights import IN_MEMORY, Weights, open_network
 
 
 def matches(source: Source) -> bool:
@@ -67,26 +54,9 @@ def load_recorded(source: Source, interface: Interface, in_memory: bool = True) 
     if isinstance(source, nn.Module):
         return recorded_model(source, interface, name_of(source))
     folder = folder_of(str(source))
-    network, weights = _read_network(folder, in_memory or bool(interface.alike))  # known values are computed
+    network, weights = open_transformer(folder, in_memory or bool(interface.alike))  # known values are computed
     return recorded_model(network, interface, str(source), vae_folder(folder), weights)
 
 
 def _kind(source: Source) -> str | None:
     return type(source).__name__ if isinstance(source, nn.Module) else class_name(folder_of(str(source)))
-
-
-def _read_network(source: str, in_memory: bool) -> tuple[nn.Module, Weights]:
-    diffusers: Any = need("diffusers", "diffusers", "loading a diffusers directory")
-    name = class_name(source)
-    kind = getattr(diffusers, str(name), None)
-    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        raise CheckpointError(f"{source}: diffusers {diffusers.__version__} has no '{name}'. Upgrade diffusers.")
-    folder = transformer_folder(source)
-    if not in_memory:
-        check_places(folder, Path(source))
-        weights, settings = find_weights(folder)[0], read_json(folder / "config.json", Path(source))
-        with bounded(folder, Path(source)):
-            found = open_network(kind, weights, settings)
-        if found is not None:
-            return found
-    return from_pretrained(kind, folder, Path(source)), IN_MEMORY
