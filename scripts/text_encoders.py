@@ -1,8 +1,9 @@
-"""Text encoders in an export, float and int8: sizes, memory, and by how much embeddings of recorded prompts differ.
+"""Text encoders in an export, float and int8: sizes, memory, and by how much embeddings of recorded prompts differ; and
+the memory of a calibration that runs their pipeline with prompts.
 
     python scripts/text_encoders.py                                the text demo's encoder, which is trained
     python scripts/text_encoders.py clip-l t5-xxl --layers 1       CLIP ViT-L/14 whole, T5-XXL with 1 layer of 24
-    python scripts/text_encoders.py t5-xxl --forms int8            T5-XXL whole
+    python scripts/text_encoders.py t5-xxl --forms int8 prompts    T5-XXL whole
 
 The last two lie in the directory of a pipeline with a tiny transformer: bfloat16 in shards, as save_pretrained writes
 them, with random weights as large as those with which transformers begins. Each export is the command that a user
@@ -24,7 +25,8 @@ from large_models import library, write_shards
 
 PROMPTS = ("a bold red A on blue", "a thin green B over red", "a red C")
 ENCODERS = ("text", "clip-l", "t5-xxl")
-FORMS = {"float": "--text", "int8": "--text-int8"}
+FORMS = {"float": "--text", "int8": "--text-int8", "prompts": "--prompts"}
+FEW = ["--steps", "2", "--groups", "1", "--rows-per-group", "2", "--preset", "min-max"]
 
 
 def main() -> None:
@@ -41,6 +43,13 @@ def main() -> None:
         if not calls.exists():
             apart(prepare, folder, name, args.layers)
         for form in args.forms:
+            if form == "prompts":
+                table = folder / "prompts.safetensors"
+                given = ["-o", str(table), "--prompts", str(folder / "prompts.txt"), *FEW]
+                row = run_stage(f"{folder.name} {form}", ["calibrate", source, *given], table, again=False)
+                if row is not None:
+                    keep(args.folder, {**asdict(row), "size_bytes": 0, "error": None})
+                continue
             graph = folder / f"{form}.onnx"
             given = ["--model", source, "--float", "--no-vae", "--rows", str(calls), FORMS[form]]
             row = run_stage(f"{folder.name} {form}", ["export", str(graph), *given], graph, again=False)
@@ -87,6 +96,7 @@ def prepare(folder: Path, name: str, layers: int) -> None:
 
     return_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     if name == "text":
         pipeline, weights = open_pipeline("text"), IN_MEMORY
         arguments = json.loads((Path(folder_of("text")) / "model.json").read_text())["call"]
@@ -94,6 +104,7 @@ def prepare(folder: Path, name: str, layers: int) -> None:
         pipeline, arguments = write_pipeline(folder / "pipeline", name, layers)
         texts, weights = open_texts(str(folder / "pipeline"))
         pipeline.register_modules(text_encoder=texts.text_encoder)
+        (folder / "pipeline" / "model.json").write_text(json.dumps({"call": arguments}))
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad(), weights.lent(), tqdit.record(pipeline) as calls:
         for prompt in PROMPTS:
