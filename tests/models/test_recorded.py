@@ -6,7 +6,9 @@ import torch
 
 import support
 from tqdit.errors import CheckpointError
-from tqdit.models.directories import open_pipeline
+from tqdit.models import directories
+from tqdit.models.directories import open_for_prompts, open_pipeline
+from tqdit.models.weights import IN_MEMORY
 from zoo.pipelines import vae
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
@@ -34,3 +36,12 @@ def test_a_pipeline_with_a_link_out_of_its_directory_is_refused(saved, tmp_path)
     weights.symlink_to(weights.rename(tmp_path / "secret"))
     with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model\.fp16\.safetensors: a link to '.*secret'"):
         open_pipeline(str(folder))
+
+
+def test_a_large_pipeline_of_another_network_is_left_to_the_recorder_to_refuse(tmp_path, monkeypatch):
+    """Which names its parts."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345678")
+    monkeypatch.setattr(directories, "MOST_LOADED", 4)
+    monkeypatch.setattr(directories, "open_pipeline", lambda folder: f"the pipeline of {folder}")
+    assert open_for_prompts(str(tmp_path)) == (f"the pipeline of {tmp_path}", IN_MEMORY)

@@ -96,10 +96,12 @@ def open_for_prompts(folder: str) -> tuple[Any, Weights]:
     """The pipeline of a directory, in float32. If it is large, large weights of its transformer and its text encoders
     stay in their files: it runs inside `Weights.lent`.
     """
-    if sum(file.stat().st_size for file in Path(folder_of(folder)).rglob("*.safetensors")) <= MOST_LOADED:
+    root = Path(folder_of(folder))
+    size = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
+    if size <= MOST_LOADED or not (root / "transformer").is_dir():  # the recorder says what it has in its place
         return open_pipeline(folder), IN_MEMORY
     diffusers: Any = need("diffusers", "diffusers", "recording a pipeline")
-    root = check_pipeline(folder)
+    check_pipeline(folder)
     network, weights = open_transformer(str(root), in_memory=False)
     encoders, of_encoders = _open_encoders(root)
     pipeline = from_pretrained(diffusers.DiffusionPipeline, root, root, transformer=network, **encoders)

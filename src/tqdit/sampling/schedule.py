@@ -88,7 +88,8 @@ class ChainArguments(TypedDict, total=False):
     timesteps: where the steps lie, ascending; None: where the card places them, if steps and sampler are those that it
     proposes, else where the sampler puts them, and so for (). guidance_interval: lowest and highest timestep with
     guidance (arXiv 2404.07724); outside, an image has one row of a call in place of two. full_calls: how many calls
-    are full, or the steps of those; the others are forecasts (`forecasts`).
+    are full, or the steps of those; the others are forecasts (`forecasts`). None, or as many as the card's chain has:
+    the card's, if nothing else of its chain changes. Else None means all, and a number is spread over the steps.
     """
 
     steps: int | None
@@ -171,11 +172,6 @@ class SamplingSpec:
         )  # fmt: skip
 
     @property
-    def arguments(self) -> ChainArguments:
-        """What `choose` takes to come to this chain."""
-        return arguments_of(self)
-
-    @property
     def calls(self) -> int:
         """Full calls of the chain."""
         return len(self.full_calls) or self.steps
@@ -200,7 +196,7 @@ class SamplingSpec:
 
 
 def arguments_of(described: object) -> ChainArguments:
-    """Of anything with attributes of these names."""
+    """What `choose` takes to come to the chain of a spec, or of anything with attributes of these names."""
     return cast(ChainArguments, {name: getattr(described, name) for name in ChainArguments.__annotations__})
 
 

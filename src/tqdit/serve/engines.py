@@ -27,7 +27,7 @@ from tqdit.engines.run.step_batcher import Progress, ProgressCallback, StepBatch
 from tqdit.errors import DeadlineError, QueueFullError, SamplingStopped, UsageError
 from tqdit.sampling.guidance import check_scale
 from tqdit.sampling.noise import check_key
-from tqdit.sampling.schedule import SamplingSpec, samplers_of
+from tqdit.sampling.schedule import SamplingSpec, arguments_of, samplers_of
 from tqdit.serve.refusals import Refusal
 from tqdit.serve.settings import Settings
 from tqdit.serve.shapes import ImageRequest, ModelEntry, size_of
@@ -230,7 +230,7 @@ class ServedEngine:
         try:
             return self.batcher.submit(
                 order.content, guidance_scale=order.guidance_scale, seed=order.seed, image_index=index,
-                deadline=seconds, on_progress=on_progress, preview_every=every, **order.chain.arguments,
+                deadline=seconds, on_progress=on_progress, preview_every=every, **arguments_of(order.chain),
             )  # fmt: skip
         except QueueFullError as error:
             raise self.full(order.count) from error

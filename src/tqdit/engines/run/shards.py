@@ -116,6 +116,7 @@ class SamplingJob:
 
     @property
     def chain(self) -> ChainArguments:
+        """What `Sampler.sample` takes of the chain."""
         return arguments_of(self)
 
     @property
