@@ -1,11 +1,12 @@
-"""What rounding of numerators gains and costs beside rounding of probabilities: one block, by number of tokens.
+"""Forms of an attention with two regions: one block, by number of tokens.
 
     python benchmarks/softmax_schemes.py [--tokens 256 1024 2304 4096] [--json softmax.json]
 
-A block of a DiT with four heads of 72 channels and random weights, two rows to a call. Both tables have the same search
-settings; they differ in the scheme of the softmax alone. Engines take turns. Milliseconds of a call, median with
-quartiles, and the median over rounds of numerators over probabilities. Beside them what it gains: the error of P V of
-random logits N(0, 1) and N(0, 3^2) with probabilities over that with numerators (scripts/ingredients.py --tokens).
+A block of a DiT with four heads of 72 channels and random weights, two rows to a call. The tables have the same search
+settings, two groups of timesteps, and differ in the scheme of the softmax alone. All engines of a backend take turns.
+Milliseconds of a call, median with quartiles, and the median over rounds of the time over that of probabilities with
+the form that is named first. Beside them what numerators gain: the error of P V of random logits N(0, 1) and N(0, 3^2)
+with probabilities over that with numerators (scripts/ingredients.py --tokens).
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from tqdit.models.dit import DiT, DiTConfig, randomize
 from tqdit.models.families.published import describe
 
 SCHEMES = ("probability", "numerator")
+ROUNDED = {"probability": "probabilities", "numerator": "numerators"}
 SPREADS = (1.0, 3.0)  # of random logits
 SEEDS = (0, 1, 2)
+HEAD, GROUPS = 72, 2
 STEPS = 2  # of the chain that rows are taken from: speed does not depend on the scales
 
 
@@ -44,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tokens", nargs="+", type=int, default=[256, 1024, 2304, 4096], help="square numbers (default: %(default)s)")
-    add("--attention", nargs="+", default=["simulated", "integer"])
+    add("--attention", nargs="+", default=["simulated", "integer", "float"])
+    add("--width", type=int, default=288, help="of the block, in heads of 72 channels (default: %(default)s)")
     add("--images", type=int, default=1, help="per call; each is two rows with guidance")
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=15)
@@ -53,8 +57,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.chain = STEPS
     print(f"{args.rounds} rounds, {args.threads} threads; {machine()}\n")
-    print("| tokens | error, logits N(0, 1) | N(0, 3^2) | engine | probabilities, ms | numerators, ms | ratio |")
-    print("|---|---|---|---|---|---|---|")
+    print("| tokens | error, logits N(0, 1) | N(0, 3^2) | engine | attention | rounded | ms | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = [row for tokens in args.tokens for row in measure(tokens, args)]
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
@@ -65,8 +69,8 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     side = math.isqrt(tokens)
     assert side * side == tokens, f"{tokens} is no square"
     config = DiTConfig(
-        input_size=2 * side, patch_size=2, in_channels=4, out_channels=8, hidden_size=288, depth=1,
-        mlp_hidden_size=1152, num_classes=1000, num_heads=4,
+        input_size=2 * side, patch_size=2, in_channels=4, out_channels=8, hidden_size=args.width, depth=1,
+        mlp_hidden_size=4 * args.width, num_classes=1000, num_heads=args.width // HEAD,
     )  # fmt: skip
     model = describe(randomize(DiT(config)).eval().requires_grad_(False), f"one block, {tokens} tokens")
     chain, rows, gained = float_chain(args, model), [], [gain(tokens, spread) for spread in SPREADS]
@@ -75,31 +79,32 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         folder = Path(temporary)
         tables = {
             scheme: calibrate(
-                model, replace(soon("tq-dit"), steps=STEPS, groups=1, softmax=scheme), folder / "work"
+                model, replace(soon("tq-dit"), steps=STEPS, groups=GROUPS, softmax=scheme), folder / "work"
             ).table
             for scheme in SCHEMES
         }
-        for attention in args.attention:
-            for backend in BACKENDS:
-                engines = []
-                for scheme, table in tables.items():
-                    path = folder / f"{scheme}-{attention}.onnx"
-                    write(path, *export_graph(model, ExportConfig(steps=STEPS, attention=attention), table))
-                    engines.append(ours(path, backend, args.threads))
-                times: list[list[float]] = [[], []]
-                for number in range(args.rounds + 1):
-                    for found, engine in zip(times, engines, strict=True):
-                        engine(chain.inputs[0])  # threads of the engine before it may still spin
-                        started = time.perf_counter()
-                        engine(chain.inputs[0])
-                        found += [1000 * (time.perf_counter() - started)] * bool(number)  # the first warms up
-                ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-                name = f"{backend}, {attention} attention"
-                cells = [f"{tokens:,}", gains, name, told(times[0]), told(times[1]), f"{ratio:.2f}"]
+        forms = [(form, scheme) for form in args.attention for scheme in (SCHEMES if form != "float" else SCHEMES[:1])]
+        for backend in BACKENDS:
+            engines = []
+            for form, scheme in forms:
+                path = folder / f"{scheme}-{form}.onnx"
+                write(path, *export_graph(model, ExportConfig(steps=STEPS, attention=form), tables[scheme]))
+                engines.append(ours(path, backend, args.threads))
+            times: list[list[float]] = [[] for _ in forms]
+            for number in range(args.rounds + 1):
+                for found, engine in zip(times, engines, strict=True):
+                    engine(chain.inputs[0])  # threads of the engine before it may still spin
+                    started = time.perf_counter()
+                    engine(chain.inputs[0])
+                    found += [1000 * (time.perf_counter() - started)] * bool(number)  # the first warms up
+            for (form, scheme), found in zip(forms, times, strict=True):
+                ratio = statistics.median(b / a for a, b in zip(times[0], found, strict=True))
+                rounded = "nothing" if form == "float" else ROUNDED[scheme]
+                cells = [f"{tokens:,}", gains, backend, form, rounded, told(found), f"{ratio:.2f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 rows.append(
-                    {"tokens": tokens, "gains": dict(zip(SPREADS, gained, strict=True)), "engine": name,
-                     **dict(zip(SCHEMES, times, strict=True)), "ratio": ratio}
+                    {"tokens": tokens, "gains": dict(zip(SPREADS, gained, strict=True)), "backend": backend,
+                     "attention": form, "scheme": scheme, "ms": found, "ratio": ratio}
                 )  # fmt: skip
     return rows
 

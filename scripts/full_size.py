@@ -1,174 +1,143 @@
-"""Calibrate, export, build and sample (two steps) a DiT-XL/2 of random weights in the published layout; what each took.
+"""Transformers of random weights in their published layout and size: what each stage of the flow takes.
 
-    python scripts/full_size.py                              256x256, small calibration, every backend installed
-    python scripts/full_size.py --size 512 --stages export build
-    python scripts/full_size.py --stages calibrate --groups 10 --rows-per-group 32 --steps 250 --depth 2
+    python scripts/full_size.py                                   DiT-XL/2, 256x256, every backend installed
+    python scripts/full_size.py dit-xl --size 512 --stages int8 build
+    python scripts/full_size.py flux --stages calibrate int8      4 + 8 blocks of real width, 1024x1024
+    python scripts/full_size.py flux --blocks 19 38 --stages int8                             all of Flux.1 (12 B)
+    python scripts/full_size.py pixart-sigma --size 512 --calibrate '--groups 10'
 
-Every stage is the command that a user types, in a process of its own, so that its time and peak memory are its own.
-A stage whose output lies in the folder already is not run again unless --again. Random weights say nothing about
-quality; they are as large and as slow as real ones.
+Each stage is the command that a user types, in a process of its own, so that its time and peak memory are its own; one
+whose output exists is not run again. What each took lies in rows.json in the folder. Random weights say nothing about
+quality; they are as large and as slow as real ones. DiT-XL/2 is float32, as it is published; the others are bfloat16 in
+shards, with recorded calls. Without the stage calibrate, their int8 files have a scale table with the ranges of the
+weights and made-up ranges of inputs: as large and as slow as one that a calibration finds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
-import platform
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-STAGES = ("calibrate", "export", "build", "sample")
-BACKENDS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt-rtx": "tensorrt_rtx"}
-RUN_HERE = ("onnxruntime", "openvino")  # the others' engines need a GPU
+sys.path.insert(0, str(Path(__file__).parent))
 
+from layouts import LAYOUTS, prepare, prepare_dit, write_scales
+from stages import BACKENDS, RUN_HERE, apart, installed, keep, rows_of, run_stage, size_of
 
-@dataclass(frozen=True)
-class Row:
-    """One stage."""
-
-    stage: str
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    size_bytes: int  # of what it wrote
+STAGES = ("trace", "calibrate", "float", "int8", "build", "sample")
+DEFAULT_STAGES = ("calibrate", "int8", "build", "sample")
+DIT = "dit-xl"
+DIT_BLOCKS, DIT_SIZE, SIZE = 28, 256, 1024
+DIT_CALIBRATION = "--preset tq-dit --steps 10 --groups 2 --rows-per-group 4 --chains 1"
+CALIBRATION = "--preset min-max --groups 1 --rows-per-group 2 --token-share 0.02"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--folder", type=Path, default=Path("build/full-size"))
-    add("--size", type=int, choices=(256, 512), default=256, help="of the images; 512 has 1,024 tokens")
-    add("--depth", type=int, default=28, help="blocks; fewer for a look at memory alone")
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    add("layout", nargs="?", choices=(DIT, *LAYOUTS), default=DIT)
+    add("--folder", type=Path, help="default: build/full-size/LAYOUT-SIZE")
+    add("--blocks", type=int, nargs="+", help="default: all of them; of Flux 4 8, double and single")
+    add("--heads", type=int, help="of the width that the layout has; default: all of them. Not of DiT-XL/2")
+    add("--size", type=int, help=f"of the images (default: {SIZE}; of DiT-XL/2 {DIT_SIZE})")
+    add("--text", type=int, help="tokens of the prompt (default: as many as the pipeline takes)")
+    add(
+        "--stages", nargs="*", choices=STAGES, default=list(DEFAULT_STAGES), help="float and int8: exports; trace: "
+        "only trace, and tell the CPU seconds of each step; none: make the weights alone (default: %(default)s)",
+    )  # fmt: skip
     add("--backends", nargs="+", choices=list(BACKENDS), help="default: those that are installed")
-    add("--attention", default="simulated")
-    add("--steps", type=int, default=10, help="of the calibration's chains")
-    add("--groups", type=int, default=2)
-    add("--rows-per-group", type=int, default=4)
-    add("--chains", type=int, default=1)
-    add("--preset", default="tq-dit")
-    add("--device", default="cpu")
+    add("--calibrate", default="", metavar="FLAGS", help="further flags of tqdit-calibrate")
+    add("--export", default="", metavar="FLAGS", help="further flags of tqdit-export")
     add("--again", action="store_true", help="run stages whose output exists")
-    add("--no-vae", action="store_true")
-    add("--json", type=Path)
     args = parser.parse_args()
-    folder: Path = args.folder / f"{args.size}-{args.depth}"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in (run_stage(*job, args.again) for job in jobs(args, folder)) if row is not None]
-    checkpoint = folder / "dit.pt"
-    print(
-        f"\nDiT-XL/2 {args.size}x{args.size}, {args.depth} blocks: {checkpoint.stat().st_size / 1e9:.2f} GB of float32"
-    )
-    print(f"{'stage':<22} {'seconds':>8} {'peak GB':>8} {'written GB':>11}")
-    for row in rows:
-        print(f"{row.stage:<22} {row.seconds:8.1f} {row.peak_bytes / 1e9:8.2f} {row.size_bytes / 1e9:11.3f}")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    is_dit = args.layout == DIT
+    size = args.size or (DIT_SIZE if is_dit else SIZE)
+    folder: Path = args.folder or Path("build/full-size") / f"{args.layout}-{size}"
+    if is_dit:
+        if not folder.exists():
+            apart(prepare_dit, folder, (args.blocks or [DIT_BLOCKS])[0], size)
+    else:
+        layout = LAYOUTS[args.layout]
+        if not folder.exists():
+            blocks = tuple(args.blocks or layout.blocks)
+            apart(prepare, folder, args.layout, blocks, args.heads or layout.heads, size, args.text or layout.text)
+        if "calibrate" not in args.stages and not (folder / "scales.safetensors").exists():
+            apart(write_scales, folder)
+    if "trace" in args.stages:
+        apart(trace, folder)
+    for job in jobs(args, folder):
+        row = run_stage(*job, args.again)
+        if row is not None:
+            keep(folder, row)
+    show(folder)
 
 
-def jobs(args: argparse.Namespace, folder: Path) -> list[tuple[str, list[str], Path]]:
-    """(name, command, output) of each stage, after making the checkpoint and a decoder where they are missing."""
-    checkpoint, scales, graph = folder / "dit.pt", folder / "scales.safetensors", folder / "model.onnx"
-    if not checkpoint.exists():
-        print("writing random weights", file=sys.stderr)
-        apart(write_checkpoint, checkpoint, args.size, args.depth)
-    vae = folder / "vae"
-    with_vae = not args.no_vae and installed("diffusers")
-    if with_vae and not vae.exists():
-        apart(write_vae, vae)
-    found: list[tuple[str, list[str], Path]] = []
+def jobs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str], Path]]:
+    """(name, command, output) of each stage."""
+    calls, found, graph = folder / "calls.safetensors", folder / "found.safetensors", folder / "int8.onnx"
+    weights, is_dit = weights_of(folder), args.layout == DIT
+    model, rows = ["--model", str(weights)], [] if is_dit else ["--rows", str(calls)]
+    export = [*(["--vae", str(folder / "vae")] if is_dit else []), *shlex.split(args.export)]
     if "calibrate" in args.stages:
-        settings = ["--steps", str(args.steps), "--groups", str(args.groups), "--rows-per-group",
-                    str(args.rows_per_group), "--chains", str(args.chains), "--preset", args.preset,
-                    "--device", args.device]  # fmt: skip
-        found.append(("calibrate", ["calibrate", str(checkpoint), "-o", str(scales), *settings], scales))
-    if "export" in args.stages:
-        options = ["--steps", "2", "--attention", args.attention, *(["--vae", str(vae)] if with_vae else [])]
-        found.append(("export", ["export", str(graph), "--scales", str(scales), *options], graph))
+        settings = shlex.split(f"{DIT_CALIBRATION if is_dit else CALIBRATION} {args.calibrate}")
+        yield "calibrate", ["calibrate", str(weights), *rows, "-o", str(found), *settings], found
+    if "float" in args.stages:
+        output = folder / "float.onnx"
+        yield "export float", ["export", str(output), *model, "--float", *rows, *export], output
+    if "int8" in args.stages:
+        scales = found if found.exists() else folder / "scales.safetensors"
+        yield "export int8", ["export", str(graph), *model, "--scales", str(scales), *export], graph
     for backend in args.backends or [name for name in BACKENDS if installed(name)]:
-        engine = folder / f"{backend}.engine"
+        engine, samples = folder / f"{backend}.engine", folder / f"{backend}.npz"
         if "build" in args.stages:
-            found.append((f"build {backend}", ["build", str(graph), "--backend", backend, "-o", str(engine)], engine))
+            yield f"build {backend}", ["build", str(graph), "--backend", backend, "-o", str(engine)], engine
         if "sample" in args.stages and backend in RUN_HERE:
-            samples = folder / f"{backend}.npz"
-            found.append((f"sample {backend}", ["sample", str(engine), "-n", "1", "-o", str(samples)], samples))
-    return found
+            given = ["--steps", "2"] if is_dit else ["--embeddings", str(calls)]
+            yield f"sample {backend}", ["sample", str(engine), *given, "-n", "1", "-o", str(samples)], samples
 
 
-def run_stage(name: str, arguments: Sequence[str], output: Path, again: bool) -> Row | None:
-    """Run one command; None where its output was there."""
-    if output.exists() and not again:
-        print(f"{name}: {output} is there already (--again runs it anew)", file=sys.stderr)
-        return None
-    print(f"\n$ tqdit-{' '.join(arguments)}", file=sys.stderr)
-    started = time.perf_counter()
-    process = os.posix_spawn(sys.executable, [sys.executable, "-m", "tqdit.cli", *arguments], os.environ)
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        sys.exit(f"{name} failed with status {os.waitstatus_to_exitcode(status)}.")
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Row(name, time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak, size_of(output))
+def weights_of(folder: Path) -> Path:
+    checkpoint = folder / "dit.pt"
+    return checkpoint if checkpoint.exists() else folder / "transformer"
 
 
-def size_of(output: Path) -> int:
-    """Bytes of a file with its external data, or of all files in a folder."""
-    beside = output.parent.glob(f"{output.stem}-*{output.suffix}.data")
-    files = output.rglob("*") if output.is_dir() else (output, *beside)
-    return sum(file.stat().st_size for file in files if file.is_file())
+def show(folder: Path) -> None:
+    weights = size_of(weights_of(folder))
+    print(f"\n{folder.name}: {weights / 1e9:.2f} GB")
+    print(f"{'stage':<22} {'seconds':>8} {'CPU s':>8} {'peak GB':>8} {'of the file':>12} {'written GB':>11}")
+    for row in rows_of(folder).values():
+        print(
+            f"{row['stage']:<22} {row['seconds']:8.1f} {row['cpu_seconds']:8.1f} {row['peak_bytes'] / 1e9:8.2f} "
+            f"{row['peak_bytes'] / weights:12.2f} {row['size_bytes'] / 1e9:11.3f}"
+        )
 
 
-def apart(work: Callable[..., None], *arguments: object) -> None:
-    """Run in a process of its own: the peak that a stage reports begins with the peak of the process that starts it."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"{work.__name__} failed with status {process.exitcode}.")
+def trace(folder: Path) -> None:
+    """Print the CPU seconds of each step of a trace."""
+    from tqdit.exporter.graph import ExportConfig, trace_graph
+    from tqdit.exporter.watch import Watch
+    from tqdit.models.load import load_model
+    from tqdit.models.recording import Recording
 
+    check = Watch.check
 
-def write_checkpoint(path: Path, size: int, depth: int) -> None:
-    """Random non-zero weights: a fresh DiT has zeros in adaLN, where every block is the identity."""
-    import torch
+    @contextmanager
+    def timed(watch: Watch, name: str) -> Iterator[None]:
+        started = time.process_time()
+        with check(watch, name):
+            yield
+        print(f"{name:<26} {time.process_time() - started:6.1f} CPU s")
 
-    from tqdit.files import whole_file
-    from tqdit.models.dit import DiT, DiTConfig, randomize
-
-    config = DiTConfig(
-        input_size=size // 8, patch_size=2, in_channels=4, out_channels=8, hidden_size=1152, depth=depth,
-        mlp_hidden_size=4608, num_classes=1000, num_heads=16,
-    )  # fmt: skip
-    with whole_file(path) as temporary:
-        torch.save(randomize(DiT(config)).state_dict(), temporary)
-
-
-def write_vae(folder: Path) -> None:
-    """A narrow AutoencoderKL of random weights with the shapes of Stable Diffusion's: eight times as large images."""
-    import diffusers
-
-    autoencoder: Any = diffusers.AutoencoderKL  # which ships no types
-    vae = autoencoder(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
-
-
-def machine() -> dict[str, object]:
-    facts: dict[str, object] = {"cores": os.cpu_count(), "python": platform.python_version()}
-    facts |= {name: version(name) for name in ("torch", "numpy", "onnx", *BACKENDS) if installed(name)}
-    return facts
-
-
-def installed(name: str) -> bool:
-    return find_spec(BACKENDS.get(name, name)) is not None
+    calls = folder / "calls.safetensors"
+    interface = Recording.load(calls).interface if calls.exists() else None
+    model = load_model(weights_of(folder), interface=interface, in_memory=False)
+    setattr(Watch, "check", timed)  # noqa: B010  the checker of types takes no other signature
+    graph = trace_graph(model, ExportConfig())
+    print(f"{len(list(graph.graph))} nodes")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from full_size import apart, machine, run_stage
-from large_models import library, write_shards
+from layouts import library, write_shards
+from stages import apart, keep, rows_of, run_stage
 
 PROMPTS = ("a bold red A on blue", "a thin green B over red", "a red C")
 ENCODERS = ("text", "clip-l", "t5-xxl")
@@ -48,26 +48,15 @@ def main() -> None:
                 given = ["-o", str(table), "--prompts", str(folder / "prompts.txt"), *FEW]
                 row = run_stage(f"{folder.name} {form}", ["calibrate", source, *given], table, again=False)
                 if row is not None:
-                    keep(args.folder, {**asdict(row), "size_bytes": 0, "error": None})
+                    keep(args.folder, replace(row, size_bytes=0), error=None)
                 continue
             graph = folder / f"{form}.onnx"
             given = ["--model", source, "--float", "--no-vae", "--rows", str(calls), FORMS[form]]
             row = run_stage(f"{folder.name} {form}", ["export", str(graph), *given], graph, again=False)
             if row is not None:
                 size = sum(file.stat().st_size for file in folder.glob(f"{form}.text*"))
-                keep(args.folder, {**asdict(row), "size_bytes": size, "error": error_of(graph)})
+                keep(args.folder, replace(row, size_bytes=size), error=error_of(graph))
     show(args.folder)
-
-
-def rows_of(folder: Path) -> dict[str, Any]:
-    file = folder / "rows.json"
-    known: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
-    return known
-
-
-def keep(folder: Path, row: dict[str, Any]) -> None:
-    rows = {**rows_of(folder), row["stage"]: row}
-    (folder / "rows.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def show(folder: Path) -> None:

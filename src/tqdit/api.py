@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdit.card import DEFAULT_ATTENTION
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.extras import need, need_part
@@ -126,9 +127,9 @@ def calibrate(
 
 def export(
     model: Model, output: str | Path, *, scales: ScaleTable | str | Path | None = None, preset: str | None = None,
-    graph: GraphName = "denoiser",
-    steps: int | None = None, sampler: str | None = None, guided: bool = True, attention: AttentionForm = "simulated",
-    forecast: bool = False, vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
+    graph: GraphName = "denoiser", steps: int | None = None, sampler: str | None = None, guided: bool = True,
+    attention: AttentionForm = DEFAULT_ATTENTION, forecast: bool = False,
+    vae: str | Path | nn.Module | None = None, text: Any = None, text_int8: bool = False,
     rows: Calls | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
     """Write a model as one ONNX file, quantized if there are scales or a preset; returns its path.

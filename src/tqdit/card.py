@@ -83,6 +83,7 @@ class VaeCard:
 SHIPPED = ("demo", "text")  # models that a user may name in place of a path
 AttentionForm = Literal["simulated", "fused", "integer", "float"]
 ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
+DEFAULT_ATTENTION: AttentionForm = "integer"  # on CPUs at least as fast as the others that round (docs/engines.md)
 ProductForm = Literal["integer", "simulated", "weight-only", "float"]
 
 

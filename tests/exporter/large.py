@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import diffusers
-import large_models
+import layouts
 
 import tqdit
 from tqdit import onnx_file
@@ -35,8 +35,8 @@ def main(folder: Path, heads: int, stages: list[str]) -> None:
     assert diffusers.FluxTransformer2DModel
     warm(folder)
     flux = folder / "flux"
-    apart(lambda: large_models.prepare(flux, "flux", (2, 2), heads, 64, 16))
-    apart(lambda: large_models.write_scales(flux))
+    apart(lambda: layouts.prepare(flux, "flux", (2, 2), heads, 64, 16))
+    apart(lambda: layouts.write_scales(flux))
     facts = {"file": sum(file.stat().st_size for file in (flux / "transformer").iterdir())}
     for stage in stages:
         apart(lambda stage=stage: added(flux, stage))

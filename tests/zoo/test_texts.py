@@ -254,6 +254,26 @@ def test_encoders_that_do_not_reproduce_recorded_embeddings_are_refused_with_the
     assert type(pipeline.tokenizer).__name__ == "TokenizersBackend"  # not our listener
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_pipeline_in_half_precision_records_what_proves_its_encoders(kind, tmp_path):
+    """Its embeddings tell which result is which; the graph is proved by what the encoders compute in float32."""
+    pipeline, arguments = pixart_with_t5()
+    exact = record(pipeline, arguments)
+    pipeline.to(kind)
+    recording = record(pipeline, arguments)
+    name = "encoder_hidden_states"
+    assert 1e-4 < relative(recording.requests[name], exact.requests[name]) ** 0.5 < 0.05
+    graph = exporter.trace_text(pipeline, recorded_model(pipeline.transformer, recording.interface), "x")
+    assert relative(graph.examples.values[name], recording.requests[name]) > 0
+    card = graph.write(tmp_path, "x")
+    (row,) = TextEncoder(tmp_path, card)([PROMPTS[1]])[name]
+    assert row.dtype == np.float32
+    text = recording.interface.text
+    wrong = replace(recording.interface, text=replace(text, **moved(text, name, 2)))
+    with pytest.raises(UsageError, match=r"least difference 5\.\de-01, expected less than (5|1)e-02"):
+        exporter.trace_text(pipeline, recorded_model(pipeline.transformer, wrong), "x")
+
+
 def test_embeddings_leave_nothing_to_prove_text_encoders_with():
     pipeline, arguments = FAMILIES["pixart-sigma"]()
     with tqdit.record(pipeline) as calls:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdit.bounds import check_number
 from tqdit.calibration.config import presets_without_rows
-from tqdit.card import ATTENTION_FORMS, GRAPHS, SHIPPED
+from tqdit.card import ATTENTION_FORMS, DEFAULT_ATTENTION, GRAPHS, SHIPPED
 from tqdit.console import Console
 from tqdit.errors import UsageError
 from tqdit.extras import need
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "activations are found while the engine runs, those of weights before")  # fmt: skip
     add("--rows", type=Path, metavar="FILE", help="recorded calls, which tell how a pipeline's network is called: for "
         "an export without scales")  # fmt: skip
-    add("--attention", choices=ATTENTION_FORMS, default="simulated", help="how the products of attention are "
+    add("--attention", choices=ATTENTION_FORMS, default=DEFAULT_ATTENTION, help="how the products of attention are "
         "quantized: rounded in float, the same as one op (for TensorRT's plugins), as integer products, or not at all "
         "(default: %(default)s)")  # fmt: skip
     add("--graph", choices=GRAPHS, default=GRAPHS[0], help="the network alone, or a whole sampling step (default: "

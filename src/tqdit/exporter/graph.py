@@ -11,7 +11,7 @@ import msgspec
 import onnx_ir as ir
 
 from tqdit.bounds import check_count
-from tqdit.card import AttentionForm, GraphCard, GraphName
+from tqdit.card import DEFAULT_ATTENTION, AttentionForm, GraphCard, GraphName
 from tqdit.errors import FileFormatError, TqditWarning, UsageError
 from tqdit.exporter.passes.names import name_by_modules
 from tqdit.exporter.passes.quantize import describe, quantize
@@ -41,7 +41,7 @@ class ExportConfig:
     steps: int | None = None
     sampler: str | None = None
     guided: bool = True
-    attention: AttentionForm = "simulated"  # of a quantized graph
+    attention: AttentionForm = DEFAULT_ATTENTION  # of a quantized graph
     opset: int = OPSETS.start
     forecast: bool = False  # also return the residual of the blocks, from which an engine makes forecasts
 

@@ -1,8 +1,8 @@
 """A pipeline's text encoders as one ONNX graph: the pipeline's own `encode_prompt`, with tokens as the graph's inputs.
 
 What it does with a prompt before the tokenizer, and which of its results is which request value, is found by comparison
-with recorded prompts. The result is run by ONNX Runtime and refused unless it reproduces their embeddings. If weights
-are int8, the float encoders must do so, and what rounding changes is measured and bounded.
+with recorded prompts, in float32. The result is run by ONNX Runtime and refused unless it gives the same embeddings. If
+weights are int8, what rounding changes is measured and bounded.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from tqdit.ports import NEGATIVE
 from tqdit.text import FOLDS, TextCard, TextEncoder, Tokens, tokenize
 
 PROBE = " A Red b1 "  # shows what becomes of capitals and blanks
-TOLERANCE = 1e-4  # relative, of recorded embeddings
+TOLERANCE = 1e-4  # relative, of embeddings
 INT8_TOLERANCE = 0.05  # the same with int8 weights
+# The same of embeddings that a pipeline in half precision recorded: what its encoders' rounding adds up to.
+RECORDED_TOLERANCES = {"fp32": TOLERANCE, "fp16": 0.01, "bf16": 0.05}
 EMBEDDINGS = "Sample with --embeddings."
 # Settings of `encode_prompt`: one row; web pages in captions, whose removal takes further libraries, stay as they are.
 CONDITIONAL = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "clean_caption": False}
@@ -56,7 +58,7 @@ class TextGraph:
     int8: bool = False
 
     def write(self, folder: Path, stem: str) -> TextCard:
-        """Write the graph and the tokenizers. Raises UsageError if they do not reproduce the recorded embeddings."""
+        """Write the graph and the tokenizers. Raises UsageError if they do not reproduce the examples."""
         before = {*folder.iterdir()}
         draft = folder / f"{stem}.text.onnx"
         save(self.model, draft)
@@ -104,6 +106,10 @@ def trace_text(
             recorded.append(calls)
         tokens, contents = _learn_tokens(recorded, prompts, stem)
         sources = {name: _source(name, array, results[1:]) for name, array in examples.values.items()}
+        exact = {
+            name: _values(results[1:], source, examples.values[name].shape)
+            for name, source in sources.items() if isinstance(source, int)
+        }  # fmt: skip
         module = _Encoder(pipeline, tokenizers, examples, sources, tokens)
         inputs = {
             name: torch.ones(1, each.length, dtype=torch.int64)
@@ -118,7 +124,12 @@ def trace_text(
         round_weights(graph)
     forget_sources(graph)
     return TextGraph(
-        graph, tuple(each for each, _ in known), tuple(content for _, content in known), tuple(sources), examples, int8
+        graph,
+        tuple(each for each, _ in known),
+        tuple(content for _, content in known),
+        tuple(sources),
+        replace(examples, values={**examples.values, **exact}),
+        int8,
     )
 
 
@@ -245,18 +256,35 @@ def _name(pipeline: Any) -> str:
 def _source(name: str, expected: NDArray[Any], results: Sequence[Sequence[Tensor]]) -> int | Tensor:
     """Which result of `encode_prompt` is a request value, or the value itself if it is alike for all prompts."""
     least, is_constant = np.inf, bool((expected == expected[0]).all())
+    tolerance = RECORDED_TOLERANCES[_precision(expected)]
     for index in range(0 if is_constant and name.startswith(NEGATIVE) else len(results[0])):
         if results[0][index].numel() == expected[0].size:
-            found = np.stack([result[index].numpy().reshape(expected.shape[1:]) for result in results])
-            least = min(least, _error(found, expected))
-            if least < TOLERANCE:
+            least = min(least, _error(_values(results, index, expected.shape), expected))
+            if least < tolerance:
                 return index
     if is_constant:
         return torch.from_numpy(expected[:1].copy())
     raise UsageError(
         f"'{name}' of the recorded prompts is nothing that encode_prompt returns (least difference {least:.1e}, "
-        f"expected less than {TOLERANCE:.0e}). {EMBEDDINGS}"
+        f"expected less than {tolerance:.0e}). {EMBEDDINGS}"
     )
+
+
+def _values(results: Sequence[Sequence[Tensor]], index: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    """One result of `encode_prompt` for each prompt."""
+    return np.stack([result[index].numpy() for result in results]).reshape(shape)
+
+
+def _precision(values: NDArray[Any]) -> str:
+    """The type that computed them: recordings hold float32, of which half precision leaves the last bits zero. Whole
+    numbers, such as a mask, are exact in every type.
+    """
+    if values.dtype != np.float32 or np.array_equal(values, values.round()):
+        return "fp32"
+    if not (values.view(np.uint32) & 0xFFFF).any():
+        return "bf16"
+    with np.errstate(over="ignore"):
+        return "fp16" if np.array_equal(values.astype(np.float16).astype(np.float32), values) else "fp32"
 
 
 def _error(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -149,10 +149,12 @@ def test_a_step_graph_is_what_the_file_says(engine_of, kind, config):
     support.assert_agrees(opened(folder)(inputs), unoptimised(folder.with_name("model.onnx"), inputs))
 
 
-def test_an_attention_that_becomes_one_kernel_is_known_as_integer_and_computes_the_same(engine_of, monkeypatch):
+@pytest.mark.parametrize("groups", [1, 10])
+def test_an_attention_that_becomes_one_kernel_is_known_as_integer_and_computes_the_same(engine_of, monkeypatch, groups):
     """OpenVINO does it if the softmax has one scale; its exp differs from ONNX Runtime's in the last bit, so that
-    some rows (5 of 40 here) have a code that is the neighbouring one."""
-    folder = engine_of(Kind(uniform_softmax=True), attention="integer")
+    some rows (5 of 40 here) have a code that is the neighbouring one. A group's ratio is a float input of the kernel.
+    """
+    folder = engine_of(Kind(uniform_softmax=True, groups=groups), attention="integer")
     compiled = library.compile_file(openvino, folder / "graph.xml", "fp32")
     kernels = [
         layer.get_rt_info()["originalLayersNames"].astype(str)
@@ -325,6 +327,12 @@ def test_a_row_of_a_product_with_int8_weights_has_the_same_bits_alone_and_in_a_b
     for row in range(5):
         np.testing.assert_array_equal(compiled(x[row : row + 1])[0][0], expected[row])
     np.testing.assert_array_equal(compiled(x[1:4])[0], expected[1:4])
+
+
+def test_the_two_regions_of_a_softmax_are_one_chain(engine_of):
+    """Two changes of slope for each of two blocks; `test_openvino_regions` says what the chain computes."""
+    graph = (engine_of(KINDS["W4A8 everything"], attention="simulated") / build.GRAPH_FILE).read_text()
+    assert graph.count('type="PReLU"') == 4
 
 
 def test_a_float_image_does_not_change_with_batch_bit_for_bit(engine_of):

@@ -116,10 +116,24 @@ def test_the_network_stays_near_the_float_one(tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [Kind(groups=10, everywhere=True), Kind(numerators=True), Kind(6, 6)])
+def test_integer_attention_becomes_float(tmp_path, kind):
+    """A file with it is the same in FP8 as one with float attention: the same values, and the card says so."""
+    inputs, results = random_rows(support.tiny_model().signature, 4), []
+    for form in ("integer", "float"):
+        (tmp_path / form).mkdir()
+        file, path = files(tmp_path / form, kind, form)
+        quantization = quantize_to_fp8(file.to_ir(), file.own_card).quantization
+        results.append((run(onnx.load(path), inputs)[0], quantization))
+    (found, card), (expected, known) = results
+    np.testing.assert_array_equal(found, expected)
+    assert (card.attention, card.products) == (known.attention, known.products)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form", "message"),
     [
-        (Kind(groups=10), "integer", r"'blocks\.0\.attn\.scores' is a product of attention.*--attention float"),
         (Kind(groups=10), "fused", r"'blocks\.0\.attn\.proj' takes int8 from a fused attention.*--attention float"),
         (Kind(dynamic=True, asymmetric=True), "float", r"'.*' has an offset for each token.*--inputs"),
     ],

@@ -23,7 +23,7 @@ from tqdit.engines.bundle import (
     read_manifest,
     write_manifest,
 )
-from tqdit.engines.config import LAYERS_FILE, LAYERS_KEPT, QUANTIZED, BuildConfig, FloatType, Progress, silent
+from tqdit.engines.config import LAYERS_FILE, LAYERS_KEPT, BuildConfig, FloatType, Progress, silent
 from tqdit.engines.gpu import GpuShare
 from tqdit.engines.run.backend import open_engine
 from tqdit.engines.run.verify import check_forecast, verify_bundle
@@ -57,13 +57,9 @@ def build_engine(
     compiler, config = builder(backend), settled(file, card, backend, config)
     config = replace(config, base=output if config.refit and _is_bundle(output) else None)
     float_type: FloatType = "fp32" if compiler.CASTS_FLOATS else cast(FloatType, config.float_type)
-    strip = card.quantization is not None and config.precision not in QUANTIZED
     decoder = None if card.vae is None else OnnxFile.read(source.parent / card.vae.file)
     changed = prepared(file, card, config.precision, float_type, output)
-    with whole_folder(output, check_overwrite) as folder, changed as (graph, golden):
-        card = replace(card, quantization=None) if strip else card
-        if config.precision != "int8":  # a correction is of the errors of these integers
-            card = replace(card, correction=None)
+    with whole_folder(output, check_overwrite) as folder, changed as (graph, card, golden):
         if golden is not None:
             golden.save(folder / CALLS_FILE)
         for name in card.text.files if card.text else ():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from tqdit.card import GraphCard
-from tqdit.engines.build.strip import product_after
+from tqdit.engines.build.strip import product_after, replace_softmaxes, strip_product
 from tqdit.errors import UsageError
 from tqdit.golden import GoldenCalls, relative_errors
 from tqdit.graph_names import SCOPE_KEY, scope_of
@@ -27,28 +27,43 @@ E4M3 = ir.DataType.FLOAT8E4M3FN
 BEFORE = ("Clip", "Div", "Sub", "Min", "Max")  # what stands between an input and its QuantizeLinear
 
 
-def quantize_to_fp8(model: ir.Model, card: GraphCard) -> None:
+def quantize_to_fp8(model: ir.Model, card: GraphCard) -> GraphCard:
     """Requires: a quantized float32 file of ours, with scopes in the nodes' metadata.
 
     Ensures: each linear layer that was int8 multiplies E4M3 by E4M3, once: inputs pass QuantizeLinear and
     DequantizeLinear with the scale that the file has (of two regions the larger one), weights are the int8 codes
     rounded to E4M3 behind a DequantizeLinear. Ratios of time groups and of tokens stay; offsets of zero points go.
-    Raises UsageError for integer products of attention and for offsets that are computed for each token.
+    Integer products of attention become float ones, as the card says that is returned. Raises UsageError for offsets
+    that are computed for each token.
     """
     assert card.quantization is not None
+    products = dict(card.quantization.products)
     scopes: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if node.op_type == "MatMul":
             scopes.setdefault(scope_of(node), []).append(node)
+    if card.quantization.attention == "integer":
+        replace_softmaxes(model.graph)
     for module, form in card.quantization.products.items():
-        if form == "integer":
+        if form == "integer" and not _has_weight(scopes[module][0]):
+            strip_product(model.graph, module, scopes[module])
+            products[module] = "float"
+        elif form == "integer":
             calls: dict[ir.Value, list[ir.Node]] = {}
-            for product in scopes.get(module, []):
+            for product in scopes[module]:
                 calls.setdefault(product_after(product, module), []).append(product)
             for number, (out, regions) in enumerate(calls.items()):
                 _Layer(model.graph, module, regions, out, f"fp8.{number}").rewrite()
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)
+    attention = "float" if products != card.quantization.products else card.quantization.attention
+    return replace(card, quantization=replace(card.quantization, products=products, attention=attention))
+
+
+def _has_weight(product: ir.Node) -> bool:
+    """Whether it is that of a linear layer; the others are those of attention."""
+    codes = _maker(product.inputs[1]).inputs[0]
+    return codes is not None and codes.const_value is not None
 
 
 @dataclass(frozen=True)
@@ -77,11 +92,8 @@ class _Layer:
         source = max((self._input(_maker(region.inputs[0])) for region in self.regions), key=lambda one: one.step)
         dequantize = _maker(first.inputs[1])
         codes = dequantize.inputs[0]
-        if codes is None or codes.const_value is None:
-            raise UsageError(
-                f"--precision fp8: '{self.module}' is a product of attention, which stays float with fp8. Export with "
-                "--attention float."
-            )
+        assert codes is not None
+        assert codes.const_value is not None
         x = source.x if source.ratio is None else self._op("Div", source.x, source.ratio)
         zero = self._initializer(f"{self.module}.fp8.zero_point", np.zeros((), np.float32))
         quantized = self._op("QuantizeLinear", x, source.scale, zero)

@@ -84,13 +84,15 @@ def _check_file(file: OnnxFile, card: GraphCard) -> None:
 @contextmanager
 def prepared(
     file: OnnxFile, card: GraphCard, precision: str | None, float_type: FloatType, output: Path
-) -> Iterator[tuple[OnnxFile, GoldenCalls | None]]:
-    """The file, or a temporary one without its quantization or in FP8 and with its float parts in another type; and the
-    golden calls with the errors that are expected of it.
+) -> Iterator[tuple[OnnxFile, GraphCard, GoldenCalls | None]]:
+    """The file, or a temporary one without its quantization or in FP8 and with its float parts in another type; its
+    card; and the golden calls with the errors that are expected of it.
     """
     golden, strip = file.golden, card.quantization is not None and precision not in QUANTIZED
+    if precision != "int8":  # a correction is of the errors of these integers
+        card = replace(card, correction=None)
     if not strip and precision != "fp8" and float_type == "fp32":
-        yield file, golden
+        yield file, card, golden
         return
     with temporary_folder(output.with_name(f"{output.name}.prepared")) as folder:
         model = file.to_ir()
@@ -98,7 +100,7 @@ def prepared(
             strip_quantization(model, card)
             card = replace(card, quantization=None)
         if precision == "fp8":
-            quantize_to_fp8(model, card)
+            card = quantize_to_fp8(model, card)
             if golden is not None:
                 draft = _saved(model, folder / file.path.name)
                 golden = _expected_in_fp8(golden, draft.path, card.rows or 1)
@@ -106,7 +108,7 @@ def prepared(
             cast_floats(model, card, float_type)
         changed = _saved(model, folder / file.path.name)
         del model  # gigabytes that the compiler may need
-        yield changed, golden
+        yield changed, card, golden
 
 
 def _expected_in_fp8(golden: GoldenCalls, file: Path, rows: int) -> GoldenCalls:

@@ -30,7 +30,7 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
     from a Softmax; no custom op and no Q/DQ node is left. Raises UsageError for a form that it does not know.
     """
     assert card.quantization is not None
-    _replace_softmaxes(model.graph)
+    replace_softmaxes(model.graph)
     scopes: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if node.op_type == "MatMul":
@@ -38,7 +38,7 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
     for module in sorted(card.quantization.quantized):
         if module not in scopes:
             raise UsageError(f"the quantization of '{module}' cannot be stripped. Export the model with --float.")
-        _strip_product(model.graph, module, scopes[module])
+        strip_product(model.graph, module, scopes[module])
     RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
@@ -49,7 +49,8 @@ def strip_quantization(model: ir.Model, card: GraphCard) -> None:
         raise UsageError(f"{', '.join(sorted(left))} cannot be stripped. Export the model with --float.")
 
 
-def _replace_softmaxes(graph: ir.Graph) -> None:
+def replace_softmaxes(graph: ir.Graph) -> None:
+    """Float probabilities in the place of those that an op rounds by two scales."""
     for node in list(graph):
         if node.op_type in (MULTI_REGION_SOFTMAX, MULTI_REGION_NUMERATOR):
             name, metadata = f"{scope_of(node)}/Softmax", {SCOPE_KEY: scope_of(node)}
@@ -58,8 +59,11 @@ def _replace_softmaxes(graph: ir.Graph) -> None:
             node.outputs[0].replace_all_uses_with(softmax.outputs[0])
 
 
-def _strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
-    """A module has a product for each call and region; of a call's regions, the first takes the whole input."""
+def strip_product(graph: ir.Graph, module: str, products: list[ir.Node]) -> None:
+    """One float product for each call of a module in the place of its quantized ones.
+
+    A module has a product for each call and region; of a call's regions, the first takes the whole input.
+    """
     calls = {product_after(product, module): product for product in reversed(products)}  # the sum -> its first region
     weight: ir.Value | None = None
     for number, (out, first) in enumerate(reversed(calls.items()), 1):

@@ -13,14 +13,13 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from tqdit.card import GraphCard
 from tqdit.engines.backends.tensorrt.builder import check_settings, halved_type, prepared_file
 from tqdit.engines.build.prepare import prepared, settled
-from tqdit.engines.config import QUANTIZED, BatchRange, BuildConfig, FloatType
+from tqdit.engines.config import BatchRange, BuildConfig, FloatType
 from tqdit.files import check_only, whole_folder
 from tqdit.onnx_file import OnnxFile
 
@@ -40,9 +39,7 @@ def write_trtexec(source: str | Path, folder: str | Path, config: BuildConfig | 
     config = settled(file, card, BACKEND, config or BuildConfig())
     check_settings(config)
     changed = prepared(file, card, config.precision, cast(FloatType, config.float_type), folder)
-    with whole_folder(folder, check_trtexec) as place, changed as (graph, _):
-        if config.precision not in QUANTIZED:
-            card = replace(card, quantization=None)
+    with whole_folder(folder, check_trtexec) as place, changed as (graph, card, _):
         with prepared_file(graph, place, inline=True, halved=halved_type(card, config)) as ready:
             assert ready is not None
             whole = OnnxFile.read(ready.file)

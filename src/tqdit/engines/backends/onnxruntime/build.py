@@ -27,6 +27,7 @@ from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness, processor
 from tqdit.engines.build.cast import INTEGER_ATTENTIONS, OUT_TYPE
+from tqdit.engines.build.regions import has_regions, sum_regions
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import UsageError
@@ -115,14 +116,15 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, provider: str) -> A
 
 @contextmanager
 def _prepared(source: OnnxFile, card: GraphCard, folder: Path) -> Iterator[Path]:
-    """The file, or a temporary one with float weights kept apart and quantizers written out."""
+    """The file, or a temporary one with float weights kept apart, quantizers written out and two regions summed."""
     model = _float_weights_kept_apart(source, card)
     results = [node for node in (model or source.model).graph.node if _makes_codes(node)]
-    if model is None and not results:
+    if model is None and not results and not has_regions(source.model):
         yield source.path
         return
     model = model or source.copy()
     _quantize_results(model.graph)
+    sum_regions(model)
     with temporary_folder(folder / "apart") as apart:
         path = source.save_copy(model, apart)
         del model  # up to 2 GB that the compiler may need

@@ -15,8 +15,10 @@ from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, core_of, has_bfloat16, load_library, reason, release
 from tqdit.engines.backends.openvino.single_rows import widen_single_rows
+from tqdit.engines.backends.openvino.two_regions import chain_two_regions
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness, processor
+from tqdit.engines.build.regions import has_regions, sum_regions
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BuildConfig, FloatType, Progress
 from tqdit.errors import BackendError
@@ -31,6 +33,7 @@ CASTS_FLOATS = True  # by its own precision hint; it takes the file as it was ex
 TAKES_FP8 = False
 PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"}  # layers of a compiled model
 INTEGERS = {"i8", "u8"}
+ATTENTION_OPERANDS = 3  # q, k and v; a mask and the ratio of a group of timesteps are float inputs beside them
 # What OpenVINO calls nodes of its own; ours have a module before a slash.
 NAMELESS = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 
@@ -78,7 +81,7 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
     A layer's `runtimePrecision` says i8 even if only the weight is. Layers keep the names of the nodes that
     were fused into them; one whose scaling moved behind a sum gets a name of its own, and its weight tells its
     module. A layer may round its result for the next one, whose QuantizeLinear then is in its names. A whole
-    attention may be one kernel: q, k and v are its inputs, and the probabilities must be quantized inside.
+    attention may be one kernel: its inputs q, k and v must be integers, and the probabilities quantized inside.
     """
     if card.quantization is None:
         return None
@@ -93,8 +96,11 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, float_type: str) ->
         if kind == "FullyConnected":
             names += _names(layer.input_value(1).get_node())
         operands = layer.inputs() if is_attention else layer.inputs()[:2]
-        types = {operand.get_element_type().get_type_name() for operand in operands}
-        quantized = types <= INTEGERS and (not is_attention or any("/QuantizeLinear" in name for name in names))
+        integers = sum(operand.get_element_type().get_type_name() in INTEGERS for operand in operands)
+        if is_attention:
+            quantized = integers >= ATTENTION_OPERANDS and any("/QuantizeLinear" in name for name in names)
+        else:
+            quantized = integers == len(operands)
         own = names if is_attention else [name for name in names if "/QuantizeLinear" not in name]
         (integer if quantized else floating).extend(own)
     return audit(card.quantization, scopes, integer, floating)
@@ -112,15 +118,26 @@ def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, ca
         try:
             path = source.path
             if source.model.functions:  # which OpenVINO refuses
-                path = source.save_copy(onnx.inliner.inline_local_functions(source.model), folder)
+                path = source.save_copy(onnx.inliner.inline_local_functions(_summed(source)), folder)
             model = core_of(ov).read_model(path)
             if float_type == "bf16":
                 tabulate_angles(ov, model, card)
+            else:
+                chain_two_regions(ov, model)
             widen_single_rows(ov, model)
             _name_the_nameless(model)
             ov.save_model(model, target, compress_to_fp16=False)
         except RuntimeError as error:  # what OpenVINO raises whatever went wrong
             raise BackendError(f"{source.path}: OpenVINO {release(ov)} cannot convert it ({reason(error)}).") from error
+
+
+def _summed(source: OnnxFile) -> onnx.ModelProto:
+    """The model, or a copy with the integer products of two regions as OpenVINO multiplies them fastest."""
+    if not has_regions(source.model):
+        return source.model
+    model = source.copy()
+    sum_regions(model, chains=True)
+    return model
 
 
 def _name_the_nameless(model: Any) -> None:

@@ -1,45 +1,30 @@
-"""Large transformers of random weights in the published layout: what each stage of the flow takes.
-
-    python scripts/large_models.py                              Flux, 4 + 8 blocks of real width, 1024x1024
-    python scripts/large_models.py --blocks 19 38 --stages int8                                all of Flux.1 (12 B)
-    python scripts/large_models.py --layout pixart-sigma --stages calibrate int8 build sample
-    python scripts/large_models.py --blocks 19 38 --heads 1 --size 64 --text 6 --stages trace  full depth, tiny width
-
-Weights are bfloat16 in shards, as save_pretrained writes them. Each stage is the command that a user types, in a
-process of its own; one whose output exists is not run again. What each took lies in rows.json in the folder. Without
-the stage calibrate, int8 has a scale table with the ranges of the weights and made-up ranges of inputs: as large and as
-slow as one that a calibration finds.
-"""
+"""Published transformers of random weights, written as their authors publish them (full_size.py)."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import resource
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from full_size import BACKENDS, RUN_HERE, Row, apart, installed, machine, run_stage, size_of
-
 SHARD_BYTES = 2_000_000_000
-STAGES = ("trace", "calibrate", "float", "int8", "build", "sample")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A published transformer. pipeline: of a network; call: what the pipeline is called with, of a prompt's tokens."""
+    """A published transformer of bfloat16 shards. network: of blocks and heads; its inputs do not depend on these;
+    pipeline: of a network; call: what the pipeline is called with, of a prompt's tokens.
+    """
 
     blocks: tuple[int, ...]
     heads: int
     text: int  # tokens of a prompt
-    network: Callable[..., Any]  # of blocks and heads; its inputs do not depend on these
+    network: Callable[..., Any]
     pipeline: Callable[[Any], Any]
     call: Callable[[int], dict[str, Any]]
 
@@ -113,85 +98,34 @@ LAYOUTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--layout", choices=LAYOUTS, default="flux")
-    add("--folder", type=Path, help="default: build/LAYOUT")
-    add("--blocks", type=int, nargs="+", help="default: all of them; of Flux 4 8, double and single")
-    add("--heads", type=int, help="of the width that the layout has; default: all of them")
-    add("--size", type=int, default=1024, help="of the images")
-    add("--text", type=int, help="tokens of the prompt (default: as many as the pipeline takes)")
-    add("--stages", nargs="*", choices=STAGES, default=["float", "int8"], help="trace: only trace, and tell "
-        "the CPU seconds of each step; none: make the weights and the scales alone")  # fmt: skip
-    add("--backends", nargs="+", choices=list(BACKENDS), help="default: those that are installed")
-    add("--preset", default="min-max")
-    add("--groups", type=int, default=1)
-    add("--rows-per-group", type=int, default=2)
-    add("--token-share", type=float, default=0.02)
-    add("--again", action="store_true", help="run stages whose output exists")
-    args = parser.parse_args()
-    layout = LAYOUTS[args.layout]
-    folder: Path = args.folder or Path("build") / args.layout
-    blocks = tuple(args.blocks or layout.blocks)
-    if not folder.exists():
-        apart(prepare, folder, args.layout, blocks, args.heads or layout.heads, args.size, args.text or layout.text)
-    if "calibrate" not in args.stages and not (folder / "scales.safetensors").exists():
-        apart(write_scales, folder)
-    if "trace" in args.stages:
-        apart(trace, folder)
-    for job in jobs(args, folder):
-        row = run_stage(*job, args.again)
-        if row is not None:
-            keep(folder, row)
-    show(folder)
+def prepare_dit(folder: Path, depth: int, size: int) -> None:
+    """DiT-XL/2 as its authors publish it, in float32, and a narrow AutoencoderKL with the shapes of Stable Diffusion's.
+
+    Weights are not zero: a fresh DiT has zeros in adaLN, where every block is the identity.
+    """
+    import torch
+
+    from tqdit.models.dit import DiT, DiTConfig, randomize
+
+    config = DiTConfig(
+        input_size=size // 8, patch_size=2, in_channels=4, out_channels=8, hidden_size=1152, depth=depth,
+        mlp_hidden_size=4608, num_classes=1000, num_heads=16,
+    )  # fmt: skip
+    draft = draft_of(folder)
+    torch.save(randomize(DiT(config)).state_dict(), draft / "dit.pt")
+    library().AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    ).save_pretrained(draft / "vae")  # fmt: skip
+    draft.rename(folder)
 
 
-def jobs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, list[str], Path]]:
-    """(name, command, output) of each stage."""
-    calls, found = folder / "calls.safetensors", folder / "found.safetensors"
-    model = ["--model", str(folder / "transformer")]
-    if "calibrate" in args.stages:
-        settings = ["--preset", args.preset, "--groups", str(args.groups), "--rows-per-group",
-                    str(args.rows_per_group), "--token-share", str(args.token_share)]  # fmt: skip
-        command = ["calibrate", model[1], "--rows", str(calls), "-o", str(found), *settings]
-        yield "calibrate", command, found
-    graph = folder / "int8.onnx"
-    if "float" in args.stages:
-        output = folder / "float.onnx"
-        yield "export float", ["export", str(output), *model, "--float", "--rows", str(calls)], output
-    if "int8" in args.stages:
-        scales = found if found.exists() else folder / "scales.safetensors"
-        yield "export int8", ["export", str(graph), *model, "--scales", str(scales)], graph
-    for backend in args.backends or [name for name in BACKENDS if installed(name)]:
-        engine, samples = folder / f"{backend}.engine", folder / f"{backend}.npz"
-        if "build" in args.stages:
-            yield f"build {backend}", ["build", str(graph), "--backend", backend, "-o", str(engine)], engine
-        if "sample" in args.stages and backend in RUN_HERE:
-            given = ["--embeddings", str(calls), "-n", "1", "-o", str(samples)]
-            yield f"sample {backend}", ["sample", str(engine), *given], samples
-
-
-def rows_of(folder: Path) -> dict[str, Any]:
-    file = folder / "rows.json"
-    known: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
-    return known
-
-
-def keep(folder: Path, row: Row) -> None:
-    facts = {"machine": machine(), "rows": {**rows_of(folder), row.stage: asdict(row)}}
-    (folder / "rows.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def show(folder: Path) -> None:
-    weights = size_of(folder / "transformer")
-    print(f"\n{folder.name}: {weights / 1e9:.2f} GB of bfloat16")
-    print(f"{'stage':<22} {'seconds':>8} {'CPU s':>8} {'peak GB':>8} {'of the file':>12} {'written GB':>11}")
-    for row in rows_of(folder).values():
-        print(
-            f"{row['stage']:<22} {row['seconds']:8.1f} {row['cpu_seconds']:8.1f} {row['peak_bytes'] / 1e9:8.2f} "
-            f"{row['peak_bytes'] / weights:12.2f} {row['size_bytes'] / 1e9:11.3f}"
-        )
+def draft_of(folder: Path) -> Path:
+    """An empty folder beside it, which takes its name once it is whole."""
+    draft = folder.with_name(f"{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
 
 
 def library() -> Any:
@@ -217,9 +151,7 @@ def autoencoder(channels: int) -> Any:
 
 def prepare(folder: Path, name: str, blocks: tuple[int, ...], heads: int, size: int, text: int) -> None:
     """Recorded calls of a network with few blocks of one head, and the weights of the whole network."""
-    draft = folder.with_name(f"{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = draft_of(folder)
     record(draft / "calls.safetensors", LAYOUTS[name], size, text)
     write_weights(draft / "transformer", LAYOUTS[name], blocks, heads)
     draft.rename(folder)
@@ -288,30 +220,3 @@ def write_scales(folder: Path) -> None:
     table = replace(tables.make_table(model, tables.Kind(groups=10), operands=ranges), interface=interface)
     write_scale_table(folder / "scales.safetensors", table)
     print(f"scales: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB", file=sys.stderr)
-
-
-def trace(folder: Path) -> None:
-    """Print the CPU seconds of each step of a trace."""
-    from tqdit.exporter.graph import ExportConfig, trace_graph
-    from tqdit.exporter.watch import Watch
-    from tqdit.models.load import load_model
-    from tqdit.models.recording import Recording
-
-    check = Watch.check
-
-    @contextmanager
-    def timed(watch: Watch, name: str) -> Iterator[None]:
-        started = time.process_time()
-        with check(watch, name):
-            yield
-        print(f"{name:<26} {time.process_time() - started:6.1f} CPU s")
-
-    interface = Recording.load(folder / "calls.safetensors").interface
-    model = load_model(folder / "transformer", interface=interface, in_memory=False)
-    setattr(Watch, "check", timed)  # noqa: B010  the checker of types takes no other signature
-    graph = trace_graph(model, ExportConfig())
-    print(f"{len(list(graph.graph))} nodes")
-
-
-if __name__ == "__main__":
-    main()
