@@ -215,7 +215,7 @@ def test_an_engine_is_built_verified_and_compared(quantized, gpu, monkeypatch):
     """On the CPU, with the functions that a GPU's engines go through."""
     checks = list(proof.prove_engine(quantized, "openvino"))
     assert [check.outcome for check in checks] == ["ok", "ok"], checks
-    assert "10 int8" in checks[0].detail
+    assert "14 int8" in checks[0].detail
     assert "difference from ONNX Runtime" in checks[1].detail
     monkeypatch.setattr(proof, "PICTURE_LIMIT", -1.0)
     built, compared = proof.prove_engine(quantized, "openvino")

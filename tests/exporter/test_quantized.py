@@ -231,10 +231,10 @@ def test_the_card_says_what_was_quantized(tmp_path):
     write(path, *support.exported(table=make_table(model, Kind(4, 8, groups=5))))
     card = read_card(path).quantization
     assert card is not None
-    assert (card.weight_bits, card.activation_bits, card.attention) == (4, 8, "simulated")
+    assert (card.weight_bits, card.activation_bits, card.attention) == (4, 8, "integer")
     assert card.boundaries == (200, 400, 600, 800)
     assert card.products["blocks.0.attn.qkv"] == "integer"
-    assert card.products["blocks.0.attn.value_product"] == "simulated"
+    assert card.products["blocks.0.attn.value_product"] == "integer"
     assert card.products["blocks.0.adaLN_modulation.1"] == "weight-only"
 
 

@@ -37,4 +37,4 @@ def test_nothing_falls_back(traced, backend, tmp_path):
     table = make_table(model, Kind(groups=4, everywhere=True))
     write(tmp_path / "model.onnx", *finish_graph(trace.clone(), model, ExportConfig(), table))
     audit = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", backend).audit
-    assert (audit.integer, audit.fallen_back) == (6, ())
+    assert (audit.integer, audit.fallen_back) == (12, ())

@@ -447,7 +447,7 @@ def test_layers_that_are_added_are_known_by_their_weights(tmp_path):
     model = described(Tokens(Parallel()), (4, 6))
     write(tmp_path / "model.onnx", *export_graph(model, ExportConfig(), make_table(model, Kind())))
     audit = build_engine(tmp_path / "model.onnx", tmp_path / "model.engine", "openvino").audit
-    assert (audit.integer, audit.fallen_back) == (6, ())
+    assert (audit.integer, audit.fallen_back) == (8, ())
 
 
 def test_a_layer_that_rounds_its_result_for_the_next_one_does_not_make_that_one_float(tmp_path):

@@ -79,7 +79,7 @@ def test_a_build_with_every_option(release, source, tmp_path):
     assert {"functions": 0} in calls  # inlined beforehand
     assert ("Building engine", 2, 2) in progress
     assert manifest == read_manifest(tmp_path / "a.engine")
-    assert manifest.audit.line.startswith("quantized products: 10 int8, 4 simulated by choice")
+    assert manifest.audit.line.startswith("quantized products: 14 int8, 0 simulated by choice")
     assert manifest.audit.fallen_back == ()
     assert manifest.target["compute_capabilities"] == "8.7"
     assert (manifest.target["device"], manifest.target["multiprocessors"]) == ("Orin", "16")
@@ -172,7 +172,7 @@ def test_what_the_inspector_said_is_kept_if_the_audit_refuses(release, source, t
     build_engine(source, output, "tensorrt", BuildConfig(**FAST))
     assert not (output / "layers.txt").exists()
     monkeypatch.setenv("TQDIT_TEST_FALLBACK", "1")
-    with pytest.raises(BackendError, match=r"10 quantized product\(s\) would run in float.*a\.engine\.layers\.txt"):
+    with pytest.raises(BackendError, match=r"14 quantized product\(s\) would run in float.*a\.engine\.layers\.txt"):
         build_engine(source, output, "tensorrt", BuildConfig(**FAST))
     assert json.loads(kept.read_text())["Layers"][0]["LayerType"] == "gemm"
 
@@ -194,7 +194,7 @@ def test_the_report_of_a_proof_has_what_the_inspector_said(release, source, monk
     monkeypatch.setenv("TQDIT_TEST_FALLBACK", "1")
     (refused,) = proof.prove_engine(source, "tensorrt")
     assert refused.outcome == "failed"
-    assert "10 quantized product(s) would run in float" in refused.detail
+    assert "14 quantized product(s) would run in float" in refused.detail
     assert refused.detail.endswith("The compiler's own list of layers is in the report.")
     assert json.loads(refused.layers)["Layers"]
 

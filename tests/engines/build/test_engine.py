@@ -52,7 +52,7 @@ def test_a_build_proves_its_products_integer(quantized, tmp_path):
     manifest = build_engine(quantized, tmp_path / "model.engine")
     assert manifest.audit is not None
     promised = [form for form in manifest.card.quantization.products.values() if form == "integer"]
-    assert manifest.audit.integer == len(promised) == 10
+    assert manifest.audit.integer == len(promised) == 14
     assert manifest.audit.line.endswith("0 fallen back")
 
 
@@ -185,7 +185,7 @@ def test_onnxruntime_keeps_integers_under_a_run_time_scale_and_the_audit_says_so
     model.graph.node.insert(0, onnx.helper.make_node("Cast", ["timestep"], ["rows"], to=onnx.TensorProto.FLOAT))
     quantize.input[1] = dequantize.input[1] = "run_time_step"
     onnx.save(model, quantized)
-    assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 10
+    assert build_engine(quantized, tmp_path / "model.engine").audit.integer == 14
 
 
 @pytest.mark.slow
