@@ -4,9 +4,9 @@
 
 A block of a DiT with four heads of 72 channels and random weights, two rows to a call. The tables have the same search
 settings, two groups of timesteps, and differ in the scheme of the softmax alone. All engines of a backend take turns.
-Milliseconds of a call, median with quartiles, and the median over rounds of the time over that of probabilities with
-the form that is named first. Beside them what numerators gain: the error of P V of random logits N(0, 1) and N(0, 3^2)
-with probabilities over that with numerators (scripts/ingredients.py --tokens).
+Milliseconds of a call, median with quartiles, and medians over rounds of the time over that of the first form with
+probabilities, and of numerators over probabilities in the same form. Beside them what numerators gain: the error of P V
+of random logits N(0, 1) and N(0, 3^2) with probabilities over that with numerators (scripts/ingredients.py --tokens).
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.chain = STEPS
     print(f"{args.rounds} rounds, {args.threads} threads; {machine()}\n")
-    print("| tokens | error, logits N(0, 1) | N(0, 3^2) | engine | attention | rounded | ms | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | error, N(0, 1) | N(0, 3^2) | engine | attention | rounded | ms | over first | over probabilities |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     rows = [row for tokens in args.tokens for row in measure(tokens, args)]
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
@@ -98,15 +100,20 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                     engine(chain.inputs[0])
                     found += [1000 * (time.perf_counter() - started)] * bool(number)  # the first warms up
             for (form, scheme), found in zip(forms, times, strict=True):
-                ratio = statistics.median(b / a for a, b in zip(times[0], found, strict=True))
+                first, same = over(found, times[0]), over(found, times[forms.index((form, SCHEMES[0]))])
                 rounded = "nothing" if form == "float" else ROUNDED[scheme]
-                cells = [f"{tokens:,}", gains, backend, form, rounded, told(found), f"{ratio:.2f}"]
+                cells = [f"{tokens:,}", gains, backend, form, rounded, told(found), f"{first:.2f}", f"{same:.2f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 rows.append(
                     {"tokens": tokens, "gains": dict(zip(SPREADS, gained, strict=True)), "backend": backend,
-                     "attention": form, "scheme": scheme, "ms": found, "ratio": ratio}
+                     "attention": form, "scheme": scheme, "ms": found, "over_first": first, "over_probabilities": same}
                 )  # fmt: skip
     return rows
+
+
+def over(times: list[float], others: list[float]) -> float:
+    """Median of pairs of one round."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def gain(tokens: int, spread: float) -> float:
