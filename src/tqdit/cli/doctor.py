@@ -85,7 +85,7 @@ def lines(report: Report) -> Iterator[str]:
 
 def _prove(model: Path | None, report: Report, device: int | None) -> Iterator[Check]:
     need_part("tqdit.engines.build", "a proof")
-    from tqdit.engines.build.proof import prove_engine, prove_kernels
+    from tqdit.engines.build.proof import offers_cuda, prove_engine, prove_kernels
 
     yield from prove_kernels(device)
     if model is None:
@@ -94,3 +94,5 @@ def _prove(model: Path | None, report: Report, device: int | None) -> Iterator[C
     for name, state in report.backends.items():
         if state.builds and state.runs:
             yield from prove_engine(model, name, device)
+    if report.gpus and offers_cuda():
+        yield from prove_engine(model, "onnxruntime", device, "cuda")

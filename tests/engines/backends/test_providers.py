@@ -9,8 +9,10 @@ import pytest
 
 import support
 from tqdit.cli import main as cli
+from tqdit.engines import doctor
 from tqdit.engines.backends.onnxruntime import build, providers, run
 from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines.build import proof
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import CALLS_FILE, MANIFEST, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange, BuildConfig
@@ -196,6 +198,23 @@ def test_the_tensorrt_provider_gets_profiles_and_a_cache_in_the_bundle(floating,
     assert gpu_library[1][0][1]["trt_engine_cache_path"] == str(tmp_path / "m.engine")
     with pytest.raises(UsageError, match="9"):
         Sampler.open(tmp_path / "m.engine", batch=9)
+
+
+@pytest.mark.slow
+def test_a_proof_also_runs_the_cuda_provider(quantized, gpu_library, capsys, monkeypatch):
+    gpu = doctor.Gpu(0, "NVIDIA L4", "8.9", 58, 24_000_000_000)
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (doctor.Driver("12.8", "8.7"), (gpu,)))
+    monkeypatch.setattr(proof, "prove_kernels", lambda _: iter(()))
+    monkeypatch.setattr(proof, "load_library", build.load_library)
+    assert cli.run("doctor", ["--prove", str(quantized), "--device", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "ok       onnxruntime, cuda: build and audit: quantized products" in said
+    assert "ok       onnxruntime, cuda: run and compare: difference from ONNX Runtime" in said
+    assert [("CUDAExecutionProvider", {"device_id": 0}), "CPUExecutionProvider"] in gpu_library
+    library = build.load_library()
+    monkeypatch.setattr(library, "get_available_providers", lambda: [providers.CPU])
+    assert cli.run("doctor", ["--prove", str(quantized)]) == 0
+    assert "cuda" not in capsys.readouterr().out.split("onnxruntime: build")[1]
 
 
 @pytest.mark.slow

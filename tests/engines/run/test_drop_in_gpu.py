@@ -1,5 +1,6 @@
 """The drop-in on an engine whose GPU computes on the host: what stays on the GPU, and what passes through the host."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tqdit.engines.run.denoiser import Denoiser
 from tqdit.engines.run.drop_in import DropIn
 from tqdit.errors import UsageError
 from tqdit.exporter.graph import ExportConfig
+from tqdit.models.arguments import digest
 
 GPU = 1  # of the engine
 
@@ -180,3 +182,17 @@ def test_calls_pass_through_the_host_while_some_are_forecast(engine):
     transformer.forecast(scheduler, None)
     transformer(**as_tensors(arguments(2)))
     assert engine.ways[-1] == ("gpu", 2, 77)
+
+
+def test_a_constant_tensor_is_brought_to_the_host_once(engine, monkeypatch):
+    """Positions on the GPU, the same in each step of a chain; a digest needs them on the host."""
+    digests, ids = [], torch.arange(12.0).reshape(4, 3)
+    card = replace(support.exported(ExportConfig(), pixels=True)[1], constants={"ids": digest(ids)})
+    monkeypatch.setattr(drop_in, "digest", lambda value: digests.append(value) or digest(value))
+    transformer, given = DropIn(Denoiser(card, OpenEngine(engine), batch=4)), as_tensors(arguments(2))
+    for same in (ids, ids.clone(), ids):
+        transformer(**given, ids=same)
+    assert len(digests) == 1
+    ids[0, 0] = 7
+    with pytest.raises(UsageError, match="'ids' is not what it was"):
+        transformer(**given, ids=ids)

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines.backends.onnxruntime.library import load_library
+from tqdit.engines.backends.onnxruntime.providers import PROVIDERS
 from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.bundle import CALLS_FILE, Manifest
 from tqdit.engines.config import LAYERS_KEPT, BuildConfig
@@ -34,6 +36,7 @@ SHORT, LONG = 197, 300  # tokens: scores that stay on the chip, and two passes o
 # sum (y - reference)^2 / sum reference^2: float16 results with codes that flip at ties, and pictures of two backends
 KERNEL_LIMIT, PICTURE_LIMIT = 1e-4, 0.05
 STEPS = 4
+ON_CPUS = ("onnxruntime", "openvino")
 LAYERS_TOLD = " The compiler's own list of layers is in the report."
 
 
@@ -180,11 +183,22 @@ def _error(found: Array, reference: Array) -> float:
     return float(relative_errors(one, two)[0])  # type: ignore[arg-type]
 
 
-def prove_engine(source: Path, backend: str, device: int | None = None) -> Iterator[Check]:
-    """Build a file for a backend, verify it here, and compare its pictures or predictions with ONNX Runtime's.
+def offers_cuda() -> bool:
+    """Whether ONNX Runtime is installed, can be used, and has the CUDA provider."""
+    try:
+        return PROVIDERS["cuda"] in load_library().get_available_providers()
+    except TqditError:  # which a proof of ONNX Runtime on the CPU tells
+        return False
 
-    device: index of the GPU, for backends that run on one.
+
+def prove_engine(source: Path, backend: str, device: int | None = None, provider: str | None = None) -> Iterator[Check]:
+    """Build a file for a backend, verify it here, and compare its pictures or predictions with those of ONNX Runtime on
+    the CPU.
+
+    device: index of the GPU, for what runs on one. provider: of ONNX Runtime; a quantized file runs in float on a GPU
+    there, which is no failure.
     """
+    what = backend if provider is None else f"{backend}, {provider}"
     with tempfile.TemporaryDirectory() as place:
         made: dict[str, Manifest] = {}
 
@@ -193,15 +207,18 @@ def prove_engine(source: Path, backend: str, device: int | None = None) -> Itera
         def build() -> str:
             from tqdit.engines.build.engine import build_engine
 
-            here = BuildConfig() if backend != "tensorrt" else BuildConfig(device=device)
-            for name in dict.fromkeys((backend, "onnxruntime")):
-                chosen, kept = (here, layers) if name == backend else (BuildConfig(), None)
-                made[name] = build_engine(source, Path(place) / name, name, chosen, layers=kept)
-            manifest = made[backend]
+            here = BuildConfig(
+                device=device if backend == "tensorrt" or provider else None, provider=provider,
+                allow_fallback=provider is not None,
+            )  # fmt: skip
+            made[what] = build_engine(source, Path(place) / what, backend, here, layers=layers)
+            if what != "onnxruntime":
+                made["onnxruntime"] = build_engine(source, Path(place) / "onnxruntime", "onnxruntime")
+            manifest = made[what]
             custom = "; ".join(f"{op}: {kind}" for op, kind in manifest.plugins.items())
             return "; ".join(filter(None, [manifest.audit.line if manifest.audit else "float", custom]))
 
-        built = _checked(f"{backend}: build and audit", build)
+        built = _checked(f"{what}: build and audit", build)
         if layers.is_file():  # it goes with the folder, but for the report
             said = layers.read_text(encoding="utf-8", errors="replace")
             detail = built.detail.replace(LAYERS_KEPT + clean(str(layers)), LAYERS_TOLD)
@@ -209,24 +226,23 @@ def prove_engine(source: Path, backend: str, device: int | None = None) -> Itera
         yield built
         if built.outcome != "ok":
             return
-        yield _checked(f"{backend}: run and compare", lambda: _compare(Path(place), made, backend, device))
+        yield _checked(f"{what}: run and compare", lambda: _compare(Path(place), made, device))
 
 
-def _compare(place: Path, made: dict[str, Manifest], backend: str, device: int | None) -> str:
+def _compare(place: Path, made: dict[str, Manifest], device: int | None) -> str:
     """Golden calls here, then what both engines make of the same input. Raises a TqditError if it is wrong."""
     from tqdit.engines.run.verify import verify_engine
 
     results, said = [], []
-    for name in made:  # this backend, then ONNX Runtime if that is another one
-        manifest, on = made[name], device if name == backend and backend.startswith("tensorrt") else None
-        engine = open_engine(place / name, manifest, manifest.entry, device=on)
+    for number, (name, manifest) in enumerate(made.items()):  # what is proved, then ONNX Runtime on the CPU
+        engine = open_engine(place / name, manifest, manifest.entry, device=None if name in ON_CPUS else device)
         try:
-            if name == backend and CALLS_FILE in manifest.files:
+            if not number and CALLS_FILE in manifest.files:
                 verdict = verify_engine(place / name, manifest, engine)
                 verdict.check(name)
                 said.append(f"golden calls: error {verdict.found.mean():.1e}, at most {verdict.limit:.1e}")
             results.append(_sampled(place / name, manifest, engine))
-            if name == backend and hasattr(engine, "captures"):
+            if not number and hasattr(engine, "captures"):
                 said.append("CUDA graphs" if engine.captures else "no CUDA graph could be captured")
         finally:
             engine.close()

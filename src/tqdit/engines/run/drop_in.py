@@ -94,6 +94,7 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         self._state = card.signature.state.name
         self._time = card.signature.time.name
         self._constants, self._alike = card.constants, card.alike
+        self._known: dict[str, Tensor] = {}  # tensors that were found to be a constant, where they lie
         self._family = card.signature.family
         self._denoiser = denoiser
         self._followed: Followed | None = None  # None: every call is full
@@ -223,15 +224,25 @@ class DropIn(diffusers.ModelMixin, diffusers.ConfigMixin):  # type: ignore[misc]
         for name, value in given.items():
             if name not in self._constants:
                 raise UsageError(f"{self._family}: the engine does not know the argument '{name}'. Leave it out.")
+            if self._is_known(name, value):
+                continue
             values = value if name in self._alike else [value]
             if any(digest(each) != self._constants[name] for each in values):
                 raise UsageError(
                     f"{self._family}: '{name}' is not what it was when the network was exported; an engine has one "
                     "resolution and one set of options. Export for this one."
                 )
+            if isinstance(value, Tensor):
+                self._known[name] = value.clone()
         missing = sorted(name for name in set(self._constants) - set(given) if self._constants[name] not in NOTHING)
         if missing:
             raise UsageError(f"{self._family}: '{missing[0]}' is missing. The network was exported with it.")
+
+    def _is_known(self, name: str, value: Any) -> bool:
+        """Whether it is what an earlier call gave; compared on its own device, while a digest needs the host."""
+        known = self._known.get(name)
+        return (known is not None and isinstance(value, Tensor) and known.device == value.device
+                and known.dtype == value.dtype and torch.equal(known, value))  # fmt: skip
 
     @contextlib.contextmanager
     def cache_context(self, *_: Any, **__: Any) -> Iterator[None]:
