@@ -267,8 +267,8 @@ def test_the_demo_model_in_float_agrees_with_pytorch(demo, tmp_path, precision, 
 
 @pytest.mark.parametrize("product", ["MatMul(d, w)", "Conv<strides = [2, 2]>(d, w)"])
 def test_why_the_patch_embedding_is_no_convolution(product):
-    """Concat -> Q/DQ -> Conv: OpenVINO 2026.4 rounds each part to uint8 before the Concat and gets the sum wrong, except
-    on processors with AMX.
+    """Concat -> Q/DQ -> Conv: OpenVINO 2026.4 rounds each part to uint8 before the Concat and gets the sum wrong, but
+    not on processors with AMX.
     """
     is_convolution = product.startswith("Conv")
     shape, axis = ((16, 4, 2, 2), 0) if is_convolution else ((8, 16), 1)
