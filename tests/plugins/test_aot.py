@@ -66,7 +66,7 @@ def assemble(compiled, folder):
     return done.stdout + done.stderr
 
 
-CAPABILITIES = [(8, 0), (8, 9), (9, 0), (12, 0)]
+CAPABILITIES = aot.CAPABILITIES
 KERNELS = range(len(kernels_of("fp16")))
 
 
