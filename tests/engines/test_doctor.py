@@ -13,8 +13,7 @@ import pytest
 import kernel_device
 from fake_gpu import FakeCuda
 from tqdit.cli import main as cli
-from tqdit.engines import doctor
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines import cuda, doctor
 from tqdit.engines.build import proof
 from tqdit.errors import BackendError
 from tqdit.plugins import aot

@@ -15,8 +15,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
+from tqdit.engines import cuda
 from tqdit.engines.backends import backend_names, load_side
-from tqdit.engines.backends.tensorrt import cuda
 from tqdit.errors import TqditError, first_line
 from tqdit.extras import install, installed_packages
 from tqdit.version import __version__

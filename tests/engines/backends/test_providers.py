@@ -9,9 +9,8 @@ import pytest
 
 import support
 from tqdit.cli import main as cli
-from tqdit.engines import doctor
+from tqdit.engines import cuda, doctor
 from tqdit.engines.backends.onnxruntime import build, providers, run
-from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build import proof
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import CALLS_FILE, MANIFEST, describe_parts, read_manifest, write_manifest

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 import support
 from tables import Kind, make_table
 from tqdit.cli import main as cli
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines import cuda
 from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 from tqdit.engines.backends.tensorrt.refit import RECORD_FILE, Content
 from tqdit.engines.build import engine as build_side

@@ -12,7 +12,8 @@ import pytest
 import fake_gpu
 import support
 from fake_gpu import FakeCuda, FakeTensorRT, compute, residual_of
-from tqdit.engines.backends.tensorrt import cuda, run
+from tqdit.engines import cuda
+from tqdit.engines.backends.tensorrt import run
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from tqdit.engines.bundle import BundlePart, Manifest, Verified, describe_parts, read_manifest, write_manifest
 from tqdit.engines.config import BatchRange

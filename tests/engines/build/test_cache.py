@@ -9,8 +9,8 @@ import support
 import tqdit
 from tables import Kind, make_table
 from tqdit.cli import main as cli
+from tqdit.engines import cuda
 from tqdit.engines.backends.tensorrt import builder as tensorrt
-from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from tqdit.engines.build import cache
 from tqdit.engines.build.backend import builder

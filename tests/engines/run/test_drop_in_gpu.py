@@ -10,7 +10,8 @@ import torch
 
 import support
 from fake_gpu import FakeCuda, FakeTensorRT, compute, residual_of
-from tqdit.engines.backends.tensorrt import cuda, run
+from tqdit.engines import cuda
+from tqdit.engines.backends.tensorrt import run
 from tqdit.engines.backends.tensorrt.library import TENSORRT
 from tqdit.engines.bundle import Manifest
 from tqdit.engines.config import BatchRange

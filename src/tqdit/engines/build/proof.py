@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines import cuda
 from tqdit.engines.backends.onnxruntime.library import load_library
 from tqdit.engines.backends.onnxruntime.providers import PROVIDERS
-from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.bundle import CALLS_FILE, Manifest
 from tqdit.engines.config import LAYERS_KEPT, BuildConfig
 from tqdit.engines.doctor import Check, clean

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from tqdit.card import GraphCard
+from tqdit.engines import cuda
 from tqdit.engines.backends.onnxruntime.library import load_library, open_session, session_options
 from tqdit.engines.backends.onnxruntime.providers import (
     FLOAT_TYPES,
@@ -23,7 +24,6 @@ from tqdit.engines.backends.onnxruntime.providers import (
     refuse_device,
     settings_of,
 )
-from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness, processor
 from tqdit.engines.build.cast import INTEGER_ATTENTIONS, OUT_TYPE

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqdit.engines import cuda
 from tqdit.engines.backends.onnxruntime.library import load_library, open_session, session_options
 from tqdit.engines.backends.onnxruntime.providers import (
     CPU,
@@ -18,7 +19,6 @@ from tqdit.engines.backends.onnxruntime.providers import (
     refuse_device,
     settings_of,
 )
-from tqdit.engines.backends.tensorrt import cuda
 from tqdit.engines.bundle import Manifest, check_machine, check_not_older
 from tqdit.errors import BackendError, UsageError, first_line
 

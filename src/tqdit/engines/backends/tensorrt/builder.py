@@ -15,7 +15,7 @@ import onnx
 import onnx.inliner
 
 from tqdit.card import GraphCard, QuantizationCard
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines import cuda
 from tqdit.engines.backends.tensorrt.compiler import run_worker
 from tqdit.engines.backends.tensorrt.constants import fold_numbers
 from tqdit.engines.backends.tensorrt.half_products import TYPES, halve_products, probabilities

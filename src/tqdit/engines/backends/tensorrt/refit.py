@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from tqdit.card import GraphCard
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines import cuda
 from tqdit.engines.bundle import Manifest, check_parts, read_manifest
 from tqdit.engines.config import BuildConfig
 from tqdit.errors import BackendError

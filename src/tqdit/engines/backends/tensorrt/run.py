@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines import cuda
 from tqdit.engines.backends.tensorrt.library import TENSORRT, Library, Log, RuntimeCache
 from tqdit.engines.bundle import Manifest, check_machine
 from tqdit.engines.process import Process

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from tqdit.engines.backends.tensorrt import cuda
+from tqdit.engines import cuda
 from tqdit.engines.backends.tensorrt.layers import Layer
 from tqdit.engines.backends.tensorrt.library import LIBRARIES, Library, Log
 from tqdit.engines.config import LAYERS_FILE, BuildConfig

@@ -8,7 +8,8 @@ import pytest
 
 import support
 from fake_gpu import FakeEngine, FakeTensorRT
-from tqdit.engines.backends.tensorrt import cuda, run
+from tqdit.engines import cuda
+from tqdit.engines.backends.tensorrt import run
 from tqdit.engines.backends.tensorrt.library import TENSORRT
 from tqdit.engines.run.backend import OpenEngine
 from tqdit.engines.run.denoiser import Denoiser
