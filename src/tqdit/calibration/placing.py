@@ -40,6 +40,7 @@ from tqdit.sampling.placement import (
     KEPT,
     LEARNED,
     LONG,
+    MOST_PLACED,
     STRIDE,
     LongChain,
     dense,
@@ -87,11 +88,11 @@ def check_placing(sampling: SamplingSpec, signature: Signature, config: Quantiza
             )
     if config.forecast and config.calls < LEAST_FULL:
         raise UsageError(f"--forecast needs at least {LEAST_FULL} calls; found --calls {config.calls}. Raise it.")
-    most = LONG[1] // STRIDE
-    if config.forecast and not longer_chains(config.calls, most):
+    if config.forecast and not longer_chains(config.calls, MOST_PLACED):
         raise UsageError(
-            f"--forecast tries chains of {STRETCHES[0]:g} times as many steps as calls, and at most {most} steps are "
-            f"placed; found --calls {config.calls}. Pass at most {int(most / STRETCHES[0])}, or leave --forecast out."
+            f"--forecast tries chains of {STRETCHES[0]:g} times as many steps as calls, and at most {MOST_PLACED} "
+            f"steps are placed; found --calls {config.calls}. Pass at most {int(MOST_PLACED / STRETCHES[0])}, or leave "
+            "--forecast out."
         )
     of_image = 2 * math.prod(signature.state.row_shape) + ENTRIES * config.forecast
     size = LONG[1] * (LEARNED + CHECKED) * 4 * of_image

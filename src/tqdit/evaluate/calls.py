@@ -27,12 +27,11 @@ from tqdit.ports import check_requests
 from tqdit.sampling.chains import Chains
 from tqdit.sampling.forecasts import LEAST_FULL
 from tqdit.sampling.guidance import check_scale
-from tqdit.sampling.placement import FIRST_IMAGE, LEARNED, LONG, STRIDE, LongChain, dense, place, spacings
+from tqdit.sampling.placement import FIRST_IMAGE, LEARNED, LONG, MOST_PLACED, STRIDE, LongChain, dense, place, spacings
 from tqdit.sampling.process import Diffusion, Flow
 from tqdit.sampling.schedule import SamplingSpec, samplers_of
 
 CONVERGED = ("dpm++2m", 200)  # sampler and steps of the reference
-MOST_CALLS = LONG[1] // STRIDE
 SPACED = ("dpm++2m", "unipc")  # samplers that are tried with every spacing; others with their own alone
 _Methods = dict[tuple[str, str, int], SamplingSpec]  # by sampler, spacing and full calls
 Distance = Callable[[SampledChains], Measure | None]  # of the pictures to a reference
@@ -56,8 +55,8 @@ def check_calls(card_sampling: SamplingSpec, counts: Sequence[int]) -> None:
     """Refuse what cannot be measured, before any work."""
     if card_sampling.process.noising is None:
         raise UsageError("--calls compares samplers, and this model keeps the one that it was recorded with.")
-    if not counts or not all(2 <= count <= MOST_CALLS for count in counts):
-        raise UsageError(f"--calls {','.join(map(str, counts))}: expected numbers from 2 to {MOST_CALLS}.")
+    if not counts or not all(2 <= count <= MOST_PLACED for count in counts):
+        raise UsageError(f"--calls {','.join(map(str, counts))}: expected numbers from 2 to {MOST_PLACED}.")
 
 
 def measure_calls(

@@ -31,6 +31,7 @@ KEPT = ("states", "predictions", "residuals")  # of a long chain; the last one i
 ENTRIES = 4096  # of an image's residuals that are kept, drawn once; their inner products stand for those of all
 LONG = ("dpm++2m", 100)  # sampler and steps of a long chain
 LEARNED, STRIDE = 8, 2  # chains by which steps are placed, and every which of their timesteps can become a step
+MOST_PLACED = LONG[1] // STRIDE  # steps of a placed chain
 FIRST_IMAGE = 2**41  # of the noise of long chains, apart from that of calibration rows and of what anybody samples
 RHO = 7  # of Karras et al. (EDM, arXiv 2206.00364, eq. 5)
 LEAST_SIGNAL = 1e-3  # of a flow, whose first state has none
