@@ -39,6 +39,7 @@ SPACINGS = ("placed", "uniform", "karras", "log-snr")
 @pytest.fixture(autouse=True)
 def short_long_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placing, "LONG", LONG)
+    monkeypatch.setattr(placing, "MOST_PLACED", LONG[1] // placing.STRIDE)
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ScaleTable:
     """Of SMALL."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placing, "LONG", LONG)
+        patch.setattr(placing, "MOST_PLACED", LONG[1] // placing.STRIDE)
         return found(tiny_model(pixels=True), tmp_path_factory.mktemp("work"))
 
 
