@@ -7,9 +7,10 @@
     scripts/ablation --only presets --engines     also each preset as engines: integer products, milliseconds per step
 
 Each row is one calibration (preset, bits, groups, seed), sampled as the fake-quantized model on the noise of its seed,
-and one file in --rows, its scale table beside it: a run that is stopped goes on where it was. Adjacent rows of Table
-III differ in one ingredient. Sweeps over groups keep the number of calibration rows. --engines times calls; let nothing
-else run beside it.
+and one file in --rows, its scale table beside it: a run that is stopped goes on where it was. Rows in the JSON of an
+earlier run, of the same versions and sizes, are not measured again. Adjacent rows of Table III differ in one
+ingredient. Sweeps over groups keep the number of calibration rows. --engines times calls; let nothing else run beside
+it.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Row:
     seconds: float
     calibration_cpu_seconds: float = 0.0
     forward_equivalents: float = 0.0  # of the calibration
+    processor: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "measures": {name: measure.to_json() for name, measure in self.measures.items()}}
@@ -131,10 +133,16 @@ class Row:
 
 
 class Store:
-    """Rows on disk, one file each, named by all that they depend on."""
+    """Rows on disk, one file each, named by all that they depend on; and those of a document that a run wrote."""
 
-    def __init__(self, folder: Path, size: Size, fingerprint: str, kinds: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, size: Size, fingerprint: str, kinds: dict[str, str], document: Path | None = None
+    ) -> None:
         self.folder, self._facts = folder, [asdict(size), fingerprint, kinds]
+        self._written: dict[str, Any] = {}
+        if document is not None and document.is_file():
+            rows = json.loads(document.read_text(encoding="utf-8"))["rows"]
+            self._written = {row["file"]: row["row"] for row in rows}
 
     def path(self, job: Job, seed: int) -> Path:
         default = QuantizationConfig().to_json()  # a knob that comes later leaves the rows of presets without it
@@ -149,14 +157,20 @@ class Store:
 
     def load(self, job: Job, seed: int) -> Row | None:
         """None where the row is not there, or is not whole."""
+        path = self.path(job, seed)
         try:
-            return Row.from_json(json.loads(self.path(job, seed).read_text(encoding="utf-8")))
+            return Row.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError):
-            return None
+            written = self._written.get(path.name)
+            return None if written is None else Row.from_json(written)
 
     def save(self, row: Row) -> None:
         with whole_file(self.path(row.job, row.seed)) as temporary:
             temporary.write_text(json.dumps(row.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def entry(self, row: Row) -> dict[str, Any]:
+        """A row in a document."""
+        return {"file": self.path(row.job, row.seed).name, "row": row.to_json()}
 
 
 class Bench:
@@ -215,7 +229,7 @@ class Bench:
             measures["psnr_db"] = psnr(to_pixels(reference.latents), to_pixels(found.latents))
             measures["feature_distance"] = of_mean(cosine_distances(floating, images))
         spent = time.process_time() - cpu, time.monotonic() - started
-        return Row(job, seed, measures, *spent, calibration, forwards)
+        return Row(job, seed, measures, *spent, calibration, forwards, processor())
 
     def _observe(self, chains: SampledChains, name: str) -> Observed:
         pixels = to_pixels(chains.latents)  # the state of both demo models is an image
@@ -329,15 +343,15 @@ MORE_COLUMNS = {"psnr_db": "PSNR to float, dB", "feature_distance": "distance of
 
 
 def markdown(
-    rows: Sequence[Row], size: Size, kinds: dict[str, str], processor: str, model: str = "demo", chain: str = "DDPM",
+    rows: Sequence[Row], size: Size, kinds: dict[str, str], model: str = "demo", chain: str = "DDPM",
     engines: Mapping[Job, Sequence[EngineRow]] | None = None,
 ) -> str:  # fmt: skip
     """All tables as one document. chain: the steps and the sampler, in words. engines: what was built of a job."""
-    seeds = sorted({row.seed for row in rows})
+    seeds, processors = sorted({row.seed for row in rows}), sorted({row.processor for row in rows})
     parts = [
         f"# Ablation and sweep, {WORDS[model]}\n",
         f"Made by `scripts/ablation --model {model}`. {size.images} images of {chain} per row and seed, seeds "
-        f"{', '.join(map(str, seeds))}, fake-quantized PyTorch model; {processor}; "
+        f"{', '.join(map(str, seeds))}, fake-quantized PyTorch model; {' and '.join(processors)}; "
         + ", ".join(f"{name} {version}" for name, version in kinds.items())
         + ". Errors are squared, relative to the float model from the same noise. Means over seeds, 95 % intervals; a "
         "Frechet distance (features of the judge) is biased by the number of images, equally in every row.\n",
@@ -394,10 +408,12 @@ def _markdown_table(name: str, lines: Sequence[Line], model: str) -> str:
     return "\n".join(body)
 
 
-def to_json(rows: Sequence[Row], facts: Mapping[str, Any], engines: Mapping[Job, Sequence[EngineRow]]) -> str:
+def to_json(
+    rows: Sequence[Row], store: Store, facts: Mapping[str, Any], engines: Mapping[Job, Sequence[EngineRow]]
+) -> str:
     """Every row, seed by seed, and the engines of the jobs that were built."""
     built = [{"job": asdict(job), **asdict(row)} for job, found in engines.items() for row in found]
-    document = {**facts, "rows": [row.to_json() for row in rows], "engines": built}
+    document = {**facts, "rows": [store.entry(row) for row in rows], "engines": built}
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -503,7 +519,8 @@ def _run(args: argparse.Namespace) -> int:
     subject = SUBJECTS[args.model](size.steps, size.images, size.batch)
     subject = replace(subject, model=subject.model.to(args.device))
     kinds = versions(subject.model.device)
-    store = Store(args.rows, size, subject.model.fingerprint, kinds)
+    name = "ablation" if args.model == "demo" else f"ablation-{args.model}"
+    store = Store(args.rows, size, subject.model.fingerprint, kinds, args.output / f"{name}.json")
     jobs = [job for name in args.only for job in TABLES[name]
             if args.bits is None or name != "presets" or job.bits in args.bits]  # fmt: skip
     missing = [(job, seed) for job in dict.fromkeys(jobs) for seed in args.seeds if store.load(job, seed) is None]
@@ -514,12 +531,11 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     bench = Bench(subject, size, args.rows / "work", Console(quiet=True))
     rows = sweep(jobs, args.seeds, store, bench.measure, console, args.limit)
-    name = "ablation" if args.model == "demo" else f"ablation-{args.model}"
     engines = _engines(subject, store, args, console)
     chain = str(subject.model.sampling.choose(size.steps))
-    facts = {"size": asdict(size), "versions": kinds, "processor": processor(), "chain": chain}
-    text = markdown(rows, size, kinds, processor(), args.model, chain, engines)
-    for suffix, content in ((".md", text), (".json", to_json(rows, facts, engines))):
+    facts = {"size": asdict(size), "versions": kinds, "chain": chain}
+    text = markdown(rows, size, kinds, args.model, chain, engines)
+    for suffix, content in ((".md", text), (".json", to_json(rows, store, facts, engines))):
         with whole_file(args.output / f"{name}{suffix}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     plot(rows, args.output / f"{name}.png")

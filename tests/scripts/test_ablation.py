@@ -41,7 +41,7 @@ def fake_row(job: Job, seed: int, table: Path | None = None) -> Row:
     names = ["frechet_distance", "accuracy", "inception_score"]
     if job.preset != "float":
         names += ["frechet_excess", "final_error", "final_error_median", "eps_error"]
-    return Row(job, seed, dict.fromkeys(names, measure), 1.0, 1.0, 7.0, 40.0)
+    return Row(job, seed, dict.fromkeys(names, measure), 1.0, 1.0, 7.0, 40.0, "a processor")
 
 
 @pytest.fixture
@@ -124,25 +124,30 @@ def test_the_limit_counts_new_rows_alone(store):
     assert len(sweep(jobs, [0], store, fake_row, QUIET, limit=1)) == 3
 
 
-def test_tables_say_what_the_rows_say():
+def test_tables_say_what_the_rows_say(store, tmp_path):
     rows = [fake_row(job, seed) for jobs in TABLES.values() for job in jobs for seed in (0, 1)]
     rows = list({(row.job, row.seed): row for row in rows}.values())
     line = lines_of([Job("tq-dit")], rows)[0]
     assert line.measures["frechet_distance"].value == pytest.approx(6 + 0.6 + 0.01 + 0.5 + 10)
     assert line.measures["frechet_distance"].standard_error == pytest.approx(0.1 / 2**0.5)
-    text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor")
+    text = markdown(rows, SIZE, {"tqdit": "0"})
     assert "| + HO + MRQ + TGQ | W6A6 | 10 | 17.1 (17 to 17.2) |" in text
     assert "| 8.58 |" in text  # the paper's number beside
-    text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor", "text", "28 steps of euler")
+    text = markdown(rows, SIZE, {"tqdit": "0"}, "text", "28 steps of euler")
     assert "28 steps of euler" in text
     assert "8.58" not in text  # the paper has classes
     engines = {Job("fast", 8, 8): [EngineRow("openvino", "quantized products: 25 int8", 4.5, 1.7)]}
-    text = markdown(rows, SIZE, {"tqdit": "0"}, "a processor", engines=engines)
+    text = markdown(rows, SIZE, {"tqdit": "0"}, engines=engines)
     assert next(line for line in text.splitlines() if line.startswith("| fast | W8A8 |")).endswith(
         "| 7 | 40 | 25 int8 | 4.5 | 1.7 |  |  |  |"
     )
-    read = json.loads(module.to_json(rows, {"size": {}}, engines))
-    assert [Row.from_json(row) for row in read["rows"]] == rows
+    assert "PyTorch model; a processor; tqdit 0" in text
+    document = tmp_path / "ablation.json"
+    document.write_text(module.to_json(rows, store, {"size": {}}, engines))
+    read = json.loads(document.read_text())
+    again = Store(tmp_path / "empty", SIZE, "f" * 64, {"tqdit": "0"}, document)
+    assert [again.load(row.job, row.seed) for row in rows] == rows
+    assert Store(tmp_path / "empty", SIZE, "f" * 64, {"tqdit": "1"}, document).load(Job("tq-dit"), 0) is None
     assert [(row["job"]["preset"], row["milliseconds"]) for row in read["engines"]] == [("fast", 4.5)]
 
 
