@@ -14,6 +14,7 @@ import onnx.inliner
 from tqdit.card import GraphCard
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, core_of, has_bfloat16, load_library, reason, release
+from tqdit.engines.backends.openvino.moved_codes import move_codes, moves_floats
 from tqdit.engines.backends.openvino.single_rows import widen_single_rows
 from tqdit.engines.backends.openvino.two_regions import chain_two_regions
 from tqdit.engines.build.audit import audit, check_audit
@@ -116,9 +117,12 @@ def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, ca
     """Write the IR of an ONNX file, in float32; a hint at compilation asks for other types."""
     with temporary_folder(target.with_name(f"{target.stem}.inlined")) as folder:
         try:
-            path = source.path
+            path, changed = source.path, _rewritten(source)
             if source.model.functions:  # which OpenVINO refuses
-                path = source.save_copy(onnx.inliner.inline_local_functions(_summed(source)), folder)
+                changed = onnx.inliner.inline_local_functions(changed or source.model)
+            if changed is not None:
+                path = source.save_copy(changed, folder)
+                del changed  # up to 2 GB that the compiler may need
             model = core_of(ov).read_model(path)
             if float_type == "bf16":
                 tabulate_angles(ov, model, card)
@@ -131,12 +135,13 @@ def _convert(ov: ModuleType, source: OnnxFile, target: Path, float_type: str, ca
             raise BackendError(f"{source.path}: OpenVINO {release(ov)} cannot convert it ({reason(error)}).") from error
 
 
-def _summed(source: OnnxFile) -> onnx.ModelProto:
-    """The model, or a copy with the integer products of two regions as OpenVINO multiplies them fastest."""
-    if not has_regions(source.model):
-        return source.model
+def _rewritten(source: OnnxFile) -> onnx.ModelProto | None:
+    """A copy with two regions as OpenVINO multiplies them fastest, rounded before it is moved; None if nothing is."""
+    if not has_regions(source.model) and not moves_floats(source.model):
+        return None
     model = source.copy()
     sum_regions(model, chains=True)
+    move_codes(model, source.path.parent)
     return model
 
 
