@@ -93,6 +93,7 @@ def test_an_image_by_url_is_there_without_a_key_and_its_address_cannot_be_guesse
 
 def test_the_models_say_what_can_be_asked(quick, sampler):
     (entry,) = quick.ask("/v1/models").json["data"]
+    assert entry["full_calls"] is None  # this engine has no forecasts
     card = sampler.card
     assert quick.ask("/v1/models/tiny").json == entry
     assert entry.items() >= {
@@ -163,6 +164,7 @@ def forecasting(tmp_path_factory):
 @pytest.mark.parametrize("asked", [{}, {"full_calls": 6}, {"full_calls": 3}, {"guidance_interval": [100, 200]}])
 def test_the_settings_of_an_answer_make_its_images_again(serve, forecasting, asked):
     server = serve(m=forecasting)
+    assert server.ask("/v1/models/m").json["full_calls"] == 4
     first = server.ask(GENERATIONS, {"class": 3, "seed": 7, **asked})
     with Sampler.open(forecasting) as opened:
         np.testing.assert_array_equal(images_of(first), opened.sample([3], seed=7, **asked))

@@ -105,6 +105,7 @@ class ModelEntry(Struct, kw_only=True):
     class_names: list[str]
     size: str
     steps: int
+    full_calls: int | None  # of these steps; null: it takes no other number than all
     sampler: str
     samplers: list[str]
     guidance_scale: float | None  # null: it takes none
