@@ -16,7 +16,8 @@ import torch
 import tqdit
 from support import few, made_once
 from tqdit.cli.main import run
-from tqdit.engines.backends.openvino.optimum import check_optimum
+from tqdit.engines.backends.openvino.build import GRAPH_FILE
+from tqdit.engines.backends.openvino.optimum import check_optimum, write_optimum
 from tqdit.engines.bundle import read_manifest
 from tqdit.errors import UsageError
 from tqdit.onnx_file import read_card
@@ -83,6 +84,22 @@ def test_it_computes_what_the_engine_computes(written, change):
     half = fed["hidden_states"][..., : fed["hidden_states"].shape[-2] // 2, :]
     with pytest.raises(RuntimeError):  # another resolution
         compiled(fed | {"hidden_states": half}, share_inputs=True)
+
+
+def test_a_residual_is_left_out(written, tmp_path):
+    """Of an engine with forecasts, whose graph has it as its second output."""
+    _, _, place = written
+    manifest, bundle = read_manifest(place / "model.engine"), tmp_path / "model.engine"
+    bundle.mkdir()
+    model = openvino.Core().read_model(place / "model.engine" / GRAPH_FILE)
+    (found,) = model.outputs
+    doubled = openvino.opset13.multiply(found.get_node().input_value(0), np.float32(2))
+    doubled.output(0).set_names({"residual"})
+    model.add_results([openvino.opset13.result(doubled)])
+    openvino.save_model(model, bundle / GRAPH_FILE, compress_to_fp16=False)
+    write_optimum(bundle, manifest.card, tmp_path)
+    (kept,) = openvino.Core().read_model(tmp_path / "transformer" / "openvino_model.xml").outputs
+    assert kept.get_names() == found.get_names()
 
 
 def test_its_configuration_is_what_pipelines_read(written):

@@ -16,6 +16,7 @@ from tqdit.engines.backends.openvino.build import GRAPH_FILE
 from tqdit.engines.backends.openvino.library import core_of, load_library
 from tqdit.errors import UsageError
 from tqdit.files import check_only, whole_folder
+from tqdit.sampling.forecasts import RESIDUAL
 from tqdit.version import __version__
 
 FOLDER, MODEL, CONFIG = "transformer", "openvino_model.xml", "config.json"
@@ -56,6 +57,9 @@ def write_optimum(bundle: Path, card: GraphCard, folder: Path) -> Path:
                 port = ov.opset13.parameter(ov.PartialShape(shape), ov.Type.f32, name=name)
                 port.output(0).set_names({name})
                 model.add_parameters([port])
+        for result in model.get_results():
+            if RESIDUAL in result.input_value(0).get_names():  # of forecasts, which its pipelines do not make
+                model.remove_result(result)
         # the pipeline compiles the file with its own settings; this one it can bring along
         model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         ov.save_model(model, temporary / MODEL, compress_to_fp16=False)
