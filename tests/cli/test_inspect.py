@@ -288,6 +288,7 @@ def test_a_folder_of_shards_tells_its_job(tmp_path):
         assert facts(tmp_path)["sampled with"] == said
 
 
+@pytest.mark.slow
 def test_a_step_graph_names_no_other_sampler(tmp_path):
     write(tmp_path / "step.onnx", *support.exported(ExportConfig("step")))
     assert facts(tmp_path / "step.onnx")["sampled with"] == "20 steps of ddpm"

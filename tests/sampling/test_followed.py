@@ -142,6 +142,7 @@ def test_timesteps_that_rounding_makes_the_same_are_told_apart_by_the_schedulers
         assert network.calls.count("full") == 60
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     """Of a chain, 2 residuals and the result for each row, and nothing of the chains before it."""
     given, x = scheduler(np.arange(60)[::-1] + 1), np.ones(1000)

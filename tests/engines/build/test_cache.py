@@ -61,6 +61,7 @@ def test_the_second_build_takes_it(source, builds, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.engine", "b.engine", "c.engine", "kept"]
 
 
+@pytest.mark.slow
 def test_anything_else_makes_another_key(source, tmp_path, monkeypatch):
     def key(files=(source,), backend="onnxruntime", **settings):
         return key_of(files, backend, BuildConfig(**settings))
