@@ -41,6 +41,7 @@ def test_equal_images_have_no_finite_psnr():
     assert str(psnr(a, a)) == "infinite"
 
 
+@pytest.mark.slow
 def test_ssim_of_equal_images_is_one_and_of_inverted_ones_negative():
     a = pictures()
     np.testing.assert_allclose(ssim(a, a), 1)

@@ -77,6 +77,7 @@ def assert_attended(out, inputs, bits, high, kind="fp32", numerators=False):
     assert (off > 0).mean() < 0.02  # nearly everything is compared
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_the_kernel(data):

@@ -39,6 +39,7 @@ def test_the_shell_commands_run(serve, bundle_of, tmp_path):
     assert '{"status":"ok"}tqdit_steps_total{model="model"} ' in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_python_runs(serve, bundle, tmp_path, monkeypatch):
     running = serve(model=bundle)
     client, own = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)

@@ -131,7 +131,7 @@ class ServedEngine:
         return ModelEntry(
             id=self.name, created=self.created, kind=self.kind, classes=label.choices if label else None,
             class_names=list(card.class_names), size=self.size, steps=card.sampling.steps,
-            full_calls=card.sampling.calls if self.manifest.forecast else None,
+            full_calls=None if card.residual is None else card.sampling.calls,
             sampler=card.sampling.sampler, samplers=list(samplers_of(card.sampling.process)),
             guidance_scale=card.guidance.scale if card.guidance else None, precision=self.manifest.precision,
             backend=self.manifest.backend, batch=self.batcher.batch, most_images=settings.most_images,

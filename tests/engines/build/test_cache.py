@@ -46,6 +46,7 @@ def builds(monkeypatch):
     return places
 
 
+@pytest.mark.slow
 def test_the_second_build_takes_it(source, builds, tmp_path):
     first, found = build_cached([source], tmp_path / "a.engine", tmp_path / "kept")
     assert found is None

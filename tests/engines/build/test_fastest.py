@@ -41,6 +41,7 @@ class Slow:
         self._engine.close()
 
 
+@pytest.mark.slow
 def test_step_graphs_are_measured_too(tmp_path):
     for name in ("a.onnx", "b.onnx"):
         write(tmp_path / name, *support.exported(ExportConfig(graph="step")))

@@ -31,6 +31,7 @@ def place(bundle, tiny_pipeline, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_block_of_the_guide_runs(place, number, monkeypatch):
