@@ -142,7 +142,7 @@ class Store:
         self._written: dict[str, Any] = {}
         if document is not None and document.is_file():
             rows = json.loads(document.read_text(encoding="utf-8"))["rows"]
-            self._written = {row["file"]: row["row"] for row in rows}
+            self._written = {row["file"]: row["row"] for row in rows if "file" in row}  # earlier versions had none
 
     def path(self, job: Job, seed: int) -> Path:
         default = QuantizationConfig().to_json()  # a knob that comes later leaves the rows of presets without it

@@ -148,6 +148,8 @@ def test_tables_say_what_the_rows_say(store, tmp_path):
     again = Store(tmp_path / "empty", SIZE, "f" * 64, {"tqdit": "0"}, document)
     assert [again.load(row.job, row.seed) for row in rows] == rows
     assert Store(tmp_path / "empty", SIZE, "f" * 64, {"tqdit": "1"}, document).load(Job("tq-dit"), 0) is None
+    document.write_text(json.dumps({"rows": [rows[0].to_json()]}))  # of an earlier version
+    assert Store(tmp_path / "empty", SIZE, "f" * 64, {"tqdit": "0"}, document).load(Job("tq-dit"), 0) is None
     assert [(row["job"]["preset"], row["milliseconds"]) for row in read["engines"]] == [("fast", 4.5)]
 
 
