@@ -15,7 +15,8 @@ import pytest
 import support
 from tables import Kind, make_table
 from tqdit.cli import main as cli
-from tqdit.engines.backends.tensorrt import builder, cuda, worker
+from tqdit.engines import cuda
+from tqdit.engines.backends.tensorrt import builder, worker
 from tqdit.engines.build import proof
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import read_manifest

@@ -18,7 +18,8 @@ import support
 import tqdit
 from tables import Kind, make_table
 from tqdit.cli import main as cli
-from tqdit.engines.backends.tensorrt import builder, compiler, cuda, worker
+from tqdit.engines import cuda
+from tqdit.engines.backends.tensorrt import builder, compiler, worker
 from tqdit.engines.backends.tensorrt.constants import fold_numbers
 from tqdit.engines.backends.tensorrt.library import TENSORRT_RTX
 from tqdit.engines.backends.tensorrt.weights import spell_out_weights
