@@ -57,7 +57,7 @@ def main() -> None:
     print("|" + "---|" * (1 + len(columns)))
     for method in dict.fromkeys((point.sampler, point.spacing) for point in points):
         cells = {p.calls: f"{p.error_median:.1e}; {p.error.value:.1e}" for p in points
-                 if (p.sampler, p.spacing) == method}  # fmt: skip
+                 if p.error is not None and (p.sampler, p.spacing) == method}  # fmt: skip
         print(f"| `{method[0]}`, {method[1]} | {' | '.join(cells.get(calls, '') for calls in columns)} |")
     if args.json:
         args.json.write_text(json.dumps({"images": args.n, "seed": args.seed, "points": to_json(points)}) + "\n")

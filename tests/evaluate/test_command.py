@@ -21,11 +21,13 @@ from tqdit.demo.glyphs import draw
 from tqdit.engines.bundle import read_manifest
 from tqdit.engines.run.sampler import Sampler
 from tqdit.engines.run.shards import describe_job
+from tqdit.evaluate.bootstrap import number
 from tqdit.evaluate.calls import measure_calls
 from tqdit.evaluate.extractors import Features, JudgeExtractor
 from tqdit.evaluate.judges import JUDGES
 from tqdit.evaluate.paired import relative_errors
 from tqdit.evaluate.statistics import Gaussian, frechet_to
+from tqdit.evaluate.tables import fewest_calls, summary
 from tqdit.quantization.table import PlacedSteps, read_scale_table
 from tqdit.sampling.placement import dense
 from tqdit.sampling.process import Diffusion
@@ -340,6 +342,33 @@ def test_a_step_outside_the_guidance_interval_counts_as_half_a_call(flow, monkey
     assert [point.calls for point in points] == [(4 + guided[0]) / 2, (5 + guided[1]) / 2]
     assert all(point.calls < steps for point, steps in zip(points, (4, 5), strict=True))
     assert points[0].error.value == pytest.approx(relative_errors(end, found).mean(), rel=1e-5)
+
+
+def test_samplers_that_add_noise_are_compared_by_their_distance(flow, reference, tmp_path, monkeypatch, capsys):
+    """They end with other images than the converged chain, so they have no error; the fewest calls are named."""
+    monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 6))
+    monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 6))
+    report = tmp_path / "report.html"
+    engines = [flow / "model.engine", "--against", flow / "float.engine", "--reference", reference, "--report", report]
+    facts = evaluate(tmp_path, *engines, "-n", COUNT, "--steps", 2, "--calls", 2, "--metrics", "frechet_distance")
+    points = {(point["sampler"], point["spacing"]): point for point in facts["calls"]}
+    for name in ("ddpm", "dpm++2m-sde"):
+        assert points[name, "uniform"]["error"] is None
+        assert points[name, "uniform"]["error_median"] is None
+    # the subject of the evaluation is the same chain: 2 steps of ddpm from the same noise
+    distance = facts["sets"]["subject"]["frechet_distance"]["value"]
+    assert points["ddpm", "uniform"]["frechet_distance"]["value"] == pytest.approx(distance, rel=1e-6)
+    assert f"ddpm, uniform: Frechet distance {number(distance)}" in summary(facts)
+    high = facts["seed_noise"]["high"]
+    least = min(point["frechet_distance"]["value"] for point in facts["calls"])
+    nearest = min(facts["calls"], key=lambda point: point["frechet_distance"]["value"])
+    assert fewest_calls(facts) == (nearest if least <= high else None)
+    near = {**facts, "seed_noise": {**facts["seed_noise"], "high": least}}
+    assert f"(at most {number(least)}): 2 of {nearest['sampler']}, {nearest['spacing']}" in summary(near)
+    far = {**facts, "seed_noise": {**facts["seed_noise"], "high": least / 2}}
+    assert fewest_calls(far) is None
+    assert "none of these" in summary(far)
+    assert "ddpm, uniform" in report.read_text()
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Error and distance against network calls and seconds: one line per method, a sampler with a spacing of its steps.
 
 Every chain begins with the same noise. The reference is the end of a long chain of the float engine, so the error of a
-short chain is that of its solver and that of quantization.
+short chain is that of its solver and that of quantization. A stochastic sampler ends with other images than the
+reference, so it has a distance alone.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Point:
     spacing: str
     calls: float  # `SamplingSpec.cost`
     timesteps: tuple[float, ...]
-    error: Measure  # |x_0 - x_ref|^2 / |x_ref|^2, mean over images
-    error_median: float
+    error: Measure | None  # |x_0 - x_ref|^2 / |x_ref|^2, mean over images; None of a stochastic sampler
+    error_median: float | None
     seconds: float  # of all images
     distance: Measure | None
 
@@ -85,12 +86,10 @@ def measure_calls(
         points = []
         for (name, spacing, _), spec in methods.items():
             made = chains.run(engine, _job(job, spec), bar.update, prompts)
-            errors = relative_errors(reference, made.latents)
+            errors = None if spec.schedule.is_stochastic else relative_errors(reference, made.latents)
+            mean, median = (None, None) if errors is None else (of_mean(errors), float(np.median(errors)))
             cost = spec.choose(guidance_interval=job.guidance_interval).cost
-            points.append(
-                Point(name, spacing, cost, spec.timesteps, of_mean(errors), float(np.median(errors)), made.seconds,
-                      distance(made))
-            )  # fmt: skip
+            points.append(Point(name, spacing, cost, spec.timesteps, mean, median, made.seconds, distance(made)))
     return points
 
 
@@ -157,7 +156,8 @@ def to_json(points: Sequence[Point]) -> list[dict[str, Any]]:
     return [
         {
             "sampler": point.sampler, "spacing": point.spacing, "calls": plain(point.calls),
-            "timesteps": list(point.timesteps), "error": point.error.to_json(), "error_median": point.error_median,
+            "timesteps": list(point.timesteps), "error": None if point.error is None else point.error.to_json(),
+            "error_median": point.error_median,
             "seconds": point.seconds,
             "frechet_distance": None if point.distance is None else point.distance.to_json(),
         }

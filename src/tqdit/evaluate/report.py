@@ -123,6 +123,9 @@ def _charts_of_calls(facts: Facts) -> list[tuple[str, str]]:
     def distance(point: Facts) -> float:
         return (point["frechet_distance"] or {}).get("value") or 0.0  # zeros are left out
 
+    def median(point: Facts) -> float:
+        return point["error_median"] or 0.0
+
     of_distance = lines("calls", distance)
     if facts.get("seed_noise"):  # of the float model with the chain that the engine proposes
         ends = sorted({point["calls"] for point in facts["calls"]})
@@ -131,11 +134,8 @@ def _charts_of_calls(facts: Facts) -> list[tuple[str, str]]:
             of_distance.append((f"float, another seed: {bound}", ends, [value] * len(ends)))
     error, calls = "same-noise error of x_0, median", "network calls of an image"
     charts = [
-        (error, _chart(lines("calls", lambda point: point["error_median"]), calls, error)),
-        (
-            f"{error}, against seconds",
-            _chart(lines("seconds", lambda p: p["error_median"]), "seconds, all images", error),
-        ),
+        (error, _chart(lines("calls", median), calls, error)),
+        (f"{error}, against seconds", _chart(lines("seconds", median), "seconds, all images", error)),
         ("Frechet distance", _chart(of_distance, calls, "Frechet distance")),
     ]
     return [(label, chart) for label, chart in charts if chart]

@@ -39,7 +39,7 @@ from tqdit.interface import Interface
 from tqdit.models.load import needs_calls
 from tqdit.models.recording import Recording
 from tqdit.quantization.table import ScaleTable, even_boundaries, is_scale_table, read_scale_table
-from tqdit.sampling.schedule import SamplingSpec
+from tqdit.sampling.schedule import SamplingSpec, samplers_of
 
 SCALES = "scales.safetensors"
 CAPTIONS = 1024  # of the text demo at most, in turn, if no prompts are given
@@ -272,16 +272,20 @@ class _Comparison:
             "steps": [] if pairs is None else [float(value) for value in pairs.steps],
             "timesteps": [plain(timestep) for timestep in self._timesteps],
             "engines": self._engines(runs),
-            "calls": self._calls(),
+            "calls": self._calls("frechet_distance" in subject),
         }
         pictures = {name: run.pixels[:SHOWN] for name, run in runs.items() if run.pixels is not None}
         return Evaluation(facts, {name: pictures[name] for name in ("float", "subject") if name in pictures})
 
-    def _calls(self) -> list[Facts]:
-        """Error and distance of each sampler and spacing against network calls, if they are asked for."""
+    def _calls(self, has_distance: bool) -> list[Facts]:
+        """Error and distance of each sampler and spacing against network calls, if they are asked for.
+
+        Samplers that add noise end with other images, which a distance alone compares."""
         if not self.options.calls:
             return []
         metrics, floating = self.metrics, self.floating or self.subject
+        process = self._spec.process.noising
+        samplers = samplers_of(process) if has_distance and process is not None else ()
 
         def distance(run: SampledChains) -> Measure | None:
             if metrics is None or run.pixels is None:
@@ -290,7 +294,7 @@ class _Comparison:
 
         points = measure_calls(
             self.subject.sampler, floating.sampler, self.job, self.options.calls, self.console, distance,
-            prompts=self.prompts,
+            samplers=samplers, prompts=self.prompts,
         )  # fmt: skip
         return to_json(points)
 
