@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("-n", type=int, default=64, help="images (%(default)s)")
     parser.add_argument("--steps", type=int, help="default: what the first engine proposes")
+    parser.add_argument("--sampler", help="default: what the first engine proposes")
     parser.add_argument("--shown", type=int, default=16, help="images in the picture (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="of the text demo: captions that were never trained on")
@@ -46,7 +47,9 @@ def main() -> None:
     card = read_manifest(args.other).card
     prompts = encode(args.other, card, captions.draw_captions(args.n, args.held_out)) if card.model == "text" else None
     manifest = read_manifest(args.reference)
-    job = describe_job(args.reference, manifest, prompts, args.seed, args.n, args.n, steps=args.steps)
+    job = describe_job(
+        args.reference, manifest, prompts, args.seed, args.n, args.n, steps=args.steps, sampler=args.sampler
+    )
     results = [sample(engine, job, prompts) for engine in (args.reference, args.other)]
     sheets = [np.asarray(grid(to_pixels(x[: args.shown]))) for x, _ in results]
     gap = np.full((len(sheets[0]), 12, 3), 255, np.uint8)

@@ -45,8 +45,9 @@ def test_the_demo_model_is_described():
     assert said["port class_labels"] == "request, int64 rows, 0..16, 16 in an unconditional row"
     assert said["prediction"].startswith("rows x ")
     assert said["state"] == "pixels"
-    assert said["sampled with"].startswith("250 steps of ddpm; any of ")
+    assert said["sampled with"].startswith("8 placed steps of dpm++2m-sde; any of ")
     assert "ddim" in said["sampled with"]
+    assert said["as published"] == "250 steps of ddpm"
     assert said["guidance"] == "classifier-free, scale 1.5 unless chosen"
     assert said["parameters"].endswith(" million")
     assert len(said["fingerprint"]) == 64

@@ -27,7 +27,7 @@ def make_flow(folder: Path) -> None:
     bits = ["--weight-bits", "6", "--activation-bits", "6"]
     assert run("calibrate", ["demo", "-o", str(table_file), "--preset", "ho", "-q", *SMALL, *bits]) == 0
     for name, table in (("model", read_scale_table(table_file)), ("float", None)):
-        write(folder / f"{name}.onnx", *exported(ExportConfig(steps=5), "demo", table=table))
+        write(folder / f"{name}.onnx", *exported(ExportConfig(steps=5, sampler="ddpm"), "demo", table=table))
         build_engine(folder / f"{name}.onnx", folder / f"{name}.engine")
 
 

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 import support
+from tables import Kind, make_table
 from tqdit.card import Latents
 from tqdit.errors import CheckpointError, TqditWarning
+from tqdit.exporter.graph import ExportConfig
 from tqdit.models.dit import DiT, randomize
 from tqdit.models.load import load_model
 from tqdit.models.model_card import ModelCard, card_path
@@ -135,6 +138,35 @@ def test_a_card_tells_how_a_model_is_sampled(save):
     process = Diffusion("scaled_linear", 0.00085, 0.012, learned_variance=True)  # as the tensors tell
     assert model.sampling == SamplingSpec(process, "ddim", 40)
     assert (model.latents, model.guidance, model.class_names) == (None, Guidance(3.5), tuple("abcde"))
+
+
+def test_a_card_proposes_a_chain_beside_that_of_the_model(save):
+    card = {"num_classes": 5, "sampler": "ddim", "steps": 40, "proposed": {"sampler": "dpm++2m-sde", "steps": 8}}
+    model = load_model(save(card))
+    process = Diffusion(learned_variance=True)
+    own, quick = SamplingSpec(process, "ddim", 40), SamplingSpec(process, "dpm++2m-sde", 8)
+    assert model.sampling == own
+    assert model.proposed is not None
+    np.testing.assert_equal(vars(model.proposed.schedule), vars(quick.schedule))
+    flags = ExportConfig(steps=30)
+    assert (ExportConfig().sampling(model), flags.sampling(model).steps) == (model.proposed, 30)
+    assert ExportConfig(graph="step").sampling(model) == own
+    table = make_table(model, Kind())
+    for settings, expected in (({}, model.proposed), ({"steps": 20}, own.choose(20)), ({"sampler": "ddpm"}, own.choose(
+        sampler="ddpm"))):  # fmt: skip
+        assert ExportConfig().sampling(model, replace(table, settings=settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("proposed", "message"),
+    [
+        ({"sampler": "euler", "steps": 8}, "sampler 'euler' is unknown, or not one for this model"),
+        ({"sampler": "ddim", "steps": 0}, "0"),
+        ({"sampler": "ddim"}, "steps"),
+    ],
+)
+def test_a_proposal_that_does_not_fit_is_one_line(save, proposed, message):
+    assert message in refusal(save({"num_classes": 5, "proposed": proposed}))
 
 
 def test_a_card_may_say_that_other_channels_hold_no_variance(save):

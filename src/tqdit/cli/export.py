@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--graph", choices=GRAPHS, default=GRAPHS[0], help="the network alone, or a whole sampling step (default: "
         "%(default)s)")  # fmt: skip
     add("--steps", type=int, help="steps of the chain that the file proposes, 1..1000 (default: those that the scales "
-        "were found for, else as the model's origin samples: 250 for published checkpoints and the demo, 50 for "
-        "diffusers)")  # fmt: skip
+        "were found for, else as the model's origin samples: 250 for published checkpoints, 50 for diffusers; a model "
+        "card may propose fewer, as that of the demo does)")  # fmt: skip
     add("--sampler", choices=sampler_names(), help="sampler that the file proposes (default: the one that the scales "
-        "were found for, else as the model's origin samples: ddpm for published checkpoints and the demo, what the "
-        "scheduler's configuration says for diffusers)")  # fmt: skip
+        "were found for, else as the model's origin samples: ddpm for published checkpoints, what the scheduler's "
+        "configuration says for diffusers; a model card may propose another)")  # fmt: skip
     add("--forecast", action="store_true", help="return also what the blocks add, with which an engine forecasts calls "
         "instead of computing them: tqdit-sample --full-calls")  # fmt: skip
     add("--unguided", action="store_true", help="sample without guidance: one row per image instead of two")

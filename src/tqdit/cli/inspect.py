@@ -279,7 +279,7 @@ def _checkpoint(file: str, heads: int | None) -> Facts:
         ("kind", f"diffusion transformer, origin '{model.origin}'"),
         ("configuration", _settings(getattr(model.network, "config", "not known"))),
         ("parameters", f"{parameters / 1e6:.2f} million"),
-        *_sampled(model.card()),
+        *_sampled(model.card(sampling=model.proposed)),
         ("fingerprint", model.fingerprint),
     ]
 

@@ -56,11 +56,13 @@ class ExportConfig:
         """The chain that the file proposes, or that a step graph computes."""
         own, placed = calibrated_for(model, table), None if table is None else table.placed
         chain = model.sampling.choose(own.steps, own.sampler)
-        if placed is not None and self.graph == "denoiser":
+        if self.graph == "denoiser" and placed is not None:
             try:
                 chain = model.sampling.choose(None, placed.sampler, placed.timesteps, full_calls=placed.full_calls)
             except UsageError as error:
                 raise FileFormatError(f"the scale table's placed steps: {error} Calibrate again.") from error
+        elif self.graph == "denoiser" and model.proposed is not None and own == model.sampling:
+            chain = model.proposed  # unless the scales were found for a chain that the user named
         return chain.choose(self.steps, self.sampler)
 
     def returns_residual(self, model: LoadedModel, table: ScaleTable | None = None) -> bool:

@@ -44,6 +44,7 @@ class LoadedModel:
     source: str  # what the user wrote: 'demo' or a path
     fingerprint: str  # SHA-256 over configuration and weights
     class_names: tuple[str, ...] = ()
+    proposed: SamplingSpec | None = None  # the chain that engines propose; None: `sampling`
     vae_folder: Path | None = field(default=None, compare=False)  # of a pipeline directory
     told_latents: bool = field(default=False, compare=False)  # by a model card, which goes before a VAE's configuration
     assumed: Mapping[str, str] = field(default_factory=dict, compare=False)  # fact of a model card -> what is taken

@@ -26,6 +26,18 @@ NAME = "model.json"  # in the directory of a model
 Card = TypeVar("Card", "ModelCard", "PipelineCard")
 
 
+class Proposal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The chain that engines of a model propose in place of its own, because it was found to be enough."""
+
+    sampler: str
+    steps: int
+
+    def chain(self, own: SamplingSpec) -> SamplingSpec:
+        """Its steps count as placed ones (`GraphCard.remark`). Raises UsageError if the model has no such chain."""
+        chosen = own.choose(self.steps, self.sampler)
+        return chosen.choose(timesteps=chosen.schedule.timesteps.tolist())
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Facts of a model. One that is left out is as the family of the model has it.
 
@@ -46,6 +58,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     process: dict[str, Any] = {}
     sampler: str | None = None
     steps: int | None = None
+    proposed: Proposal | None = None
 
     def __post_init__(self) -> None:
         if self.space == "pixels" and (self.latent_scale, self.latent_shift) != (None, None):
@@ -75,6 +88,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 model,
                 signature=signature,
                 sampling=sampling,
+                proposed=None if self.proposed is None else self.proposed.chain(sampling),
                 guidance=self._guidance(model.guidance, signature),
                 latents=self._latents(model.latents),
                 told_latents=(self.latent_scale, self.latent_shift) != (None, None),
@@ -126,6 +140,7 @@ class PipelineCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     call: dict[str, str | int | float | bool | None] = {}  # arguments of each call, unless a flag says otherwise
     prompts: tuple[str, ...] = ()  # if --prompts names no others
+    proposed: Proposal | None = None
 
 
 def _with_classes(signature: Signature, classes: int | None) -> Signature:

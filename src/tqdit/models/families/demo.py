@@ -8,10 +8,13 @@ from tqdit.demo.glyphs import CLASSES
 from tqdit.demo.weights import shipped
 from tqdit.models.families import published
 from tqdit.models.loaded import LoadedModel, Source
-from tqdit.models.model_card import ModelCard
+from tqdit.models.model_card import ModelCard, Proposal
 
 NAME = "demo"
-CARD = ModelCard(space="pixels", heads=4, class_names=tuple(CLASSES))
+CARD = ModelCard(
+    space="pixels", heads=4, class_names=tuple(CLASSES),
+    proposed=Proposal("dpm++2m-sde", 8),  # docs/runtime.md, "The default of the demo model"
+)  # fmt: skip
 
 
 def matches(source: Source) -> bool:

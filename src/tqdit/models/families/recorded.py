@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ def load_recorded(source: Source, interface: Interface, in_memory: bool = True) 
         return recorded_model(source, interface, name_of(source))
     folder = folder_of(str(source))
     network, weights = open_transformer(folder, in_memory or bool(interface.alike))  # known values are computed
-    return recorded_model(network, interface, str(source), vae_folder(folder), weights)
+    model = recorded_model(network, interface, str(source), vae_folder(folder), weights)
+    proposal = read_pipeline_card(Path(folder)).proposed
+    return model if proposal is None else replace(model, proposed=proposal.chain(model.sampling))
 
 
 def _kind(source: Source) -> str | None:
