@@ -61,6 +61,7 @@ POOL_SIZE = 32_768
 SAMPLES, BATCH = 900_000, 64  # of the weights that are shipped
 FLOW_SHIFT = 1.0  # of the scheduler that is shipped
 PROMPTS = 16  # to calibrate with
+PROPOSED = {"sampler": "unipc", "steps": 8}  # docs/runtime.md, "The defaults of the demo models"
 CALL = {"max_sequence_length": MAX_TOKENS, "use_resolution_binning": False, "clean_caption": False}
 OPEN_WEIGHT = 0.25  # share of captions that do not name the weight
 PACKAGE_DATA = Path(__file__).resolve().parent.parent / "demo-weights" / "tqdit_demo"
@@ -430,6 +431,7 @@ def card(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "call": call,
         "prompts": [captions.caption(scene, int(rng.integers(captions.PHRASINGS))) for scene in scenes],
+        "proposed": PROPOSED,
     }
 
 

@@ -16,6 +16,7 @@ from tqdit.cli.main import run
 from tqdit.demo import captions
 from tqdit.demo.text_judge import load_text_judge, recognised
 from tqdit.demo.weights import shipped_pipeline
+from tqdit.exporter.graph import ExportConfig
 from tqdit.models.directories import open_pipeline
 from tqdit.models.load import load_model
 from tqdit.models.model_card import read_pipeline_card
@@ -81,6 +82,7 @@ def test_words_that_its_tokenizer_does_not_know_are_named():
 def test_the_name_alone_loads_it():
     model = tqdit.load_model("text")
     assert (model.source, model.sampling.steps) == ("text", 28)
+    assert str(ExportConfig().sampling(model)) == "8 placed steps of unipc"
 
 
 def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path, monkeypatch):
@@ -90,6 +92,7 @@ def test_the_name_alone_exports_it_in_float_and_its_judge_evaluates_it(tmp_path,
     card = OnnxFile.read(path).own_card
     assert card.quantization is None
     assert card.guidance == model.guidance
+    assert (card.sampling, card.as_published) == (model.proposed, model.sampling)
     tqdit.build(path, tmp_path / "text.engine", backend="onnxruntime")
     output = tmp_path / "e.json"
     line = [str(tmp_path / "text.engine"), "-n", "4", "--float-seeds", "0", "--metrics", "accuracy", "-o", str(output)]

@@ -348,7 +348,7 @@ def test_samplers_that_add_noise_are_compared_by_their_distance(flow, reference,
     """They end with other images than the converged chain, so they have no error; the fewest calls are named."""
     monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 6))
     monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 6))
-    monkeypatch.setattr("tqdit.evaluate.subjects.samplers_of", lambda process: ("ddim", "ddpm", "dpm++2m-sde"))
+    monkeypatch.setattr("tqdit.evaluate.subjects.samplers_of", lambda _: ("ddim", "ddpm", "dpm++2m-sde"))
     report = tmp_path / "report.html"
     engines = [flow / "model.engine", "--against", flow / "float.engine", "--reference", reference, "--report", report]
     facts = evaluate(tmp_path, *engines, "-n", COUNT, "--steps", 2, "--calls", 2, "--metrics", "frechet_distance")
@@ -377,7 +377,7 @@ def test_forecasts_are_compared_at_equal_full_calls(flow, tmp_path, monkeypatch,
     """Twice as many steps, every second one a forecast, beside chains of full calls alone and the engine's own."""
     monkeypatch.setattr("tqdit.evaluate.calls.CONVERGED", ("dpm++2m", 12))
     monkeypatch.setattr("tqdit.evaluate.calls.LONG", ("dpm++2m", 12))
-    monkeypatch.setattr("tqdit.evaluate.calls.deterministic", lambda process: ("dpm++2m", "unipc"))
+    monkeypatch.setattr("tqdit.evaluate.calls.deterministic", lambda _: ("dpm++2m", "unipc"))
     file, bundle = tmp_path / "model.onnx", tmp_path / "model.engine"
     own = PlacedSteps("unipc", (0.0, 100.0, 400.0, 800.0, 999.0), {}, 1, (0, 2, 3, 4))
     tqdit.export("demo", file, scales=replace(read_scale_table(flow / "scales.safetensors"), placed=own))

@@ -15,7 +15,7 @@ DIGESTS = {
     "model.safetensors": "9db237a5476412b5386557b9bca9a0fd5b46a61ffa79ce9bf26270e048a5399a",
     "judge.safetensors": "9f5ed1b5550e7d1c35ee1337a9c51cabde1d106cfe269a823895acb55a955f19",
     "text/judge.safetensors": "e02a1f64b3534a989e834b4670bc1e814098e50d4f13ee9439a30d0a04df3145",
-    "text/model.json": "abf0702b8f57b2e63376783cf0eac0eb5e9fb123217459ea5a4877079e8c37ee",
+    "text/model.json": "7de79b19abce944850b2f915d74199cf644529bce2ec21f7c1c89024cea3f2e7",
     "text/model_index.json": "bbeb5b77cc1150ea9031bf86baf0a1bce8213d862b73a24af1113cb074ea2310",
     "text/scheduler/scheduler_config.json": "e70f26bafa70892cccf999835680254ad93d3d6f5ac2867449907ecda4902251",
     "text/text_encoder/config.json": "2f87034cb049aac86e951be3878d6f9756497c78a266706a93e1e65db8073a07",

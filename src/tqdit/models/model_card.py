@@ -88,7 +88,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 model,
                 signature=signature,
                 sampling=sampling,
-                proposed=None if self.proposed is None else self.proposed.chain(sampling),
+                proposed=model.proposed if self.proposed is None else self.proposed.chain(sampling),
                 guidance=self._guidance(model.guidance, signature),
                 latents=self._latents(model.latents),
                 told_latents=(self.latent_scale, self.latent_shift) != (None, None),

@@ -13,7 +13,7 @@ from tqdit.models.model_card import ModelCard, Proposal
 NAME = "demo"
 CARD = ModelCard(
     space="pixels", heads=4, class_names=tuple(CLASSES),
-    proposed=Proposal("dpm++2m-sde", 8),  # docs/runtime.md, "The default of the demo model"
+    proposed=Proposal("dpm++2m-sde", 8),  # docs/runtime.md, "The defaults of the demo models"
 )  # fmt: skip
 
 
