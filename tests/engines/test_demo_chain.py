@@ -33,7 +33,7 @@ def demo(tmp_path_factory):
     model, folder = load_model("demo"), tmp_path_factory.mktemp("demo")
     operands = record_operands(model)
     table = make_table(replace(model, source="demo"), Kind(groups=10), operands=operands)
-    config = ExportConfig(steps=STEPS)
+    config = ExportConfig(steps=STEPS, sampler="ddpm")  # the model's own; an engine of the demo proposes another
     write(folder / "float.onnx", *support.exported(config, "demo"))
     write(folder / "int8.onnx", *support.exported(config, "demo", table=table))
     ends = [
