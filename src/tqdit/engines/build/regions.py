@@ -5,15 +5,20 @@ is right everywhere. With q = 2^(bits-1), s2 = s1 2^i and i < bits, P = q s1 lie
 
     p^ = s1 round(min(p, P) / s1) + s2 max(round((p - P) / s2), 0),
 
-of which the first codes are 0..q and the second 0..q - 1, as uint8 saturates by itself. Both come from the softmax
-directly: no op of ours, no comparison, no choice. Values differ by float rounding alone.
+of which the first codes are 0..q and the second 0..q - 1. Both come from the softmax directly: no op of ours, no
+comparison, no choice. Values differ by float rounding alone.
+
+Where the backend computes one operation after the other, each pass over the floats counts. The first codes are int8
+then, with the zero point 127 - q, for which int8 saturates at q. P / s2 = q / 2^i is an integer. If all groups of
+timesteps have the same P, the second codes are max(round(p / s2), P / s2) with the zero point P / s2: the maximum is
+one of bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +29,9 @@ from tqdit.plugins.multi_region_numerator.schema import OP_TYPE as NUMERATOR
 from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as SOFTMAX
 
 BOUNDARY, JOINT = ".left.boundary", ".left.joint"  # in names: (q - 1/2) s1, and P
-LAST_AXIS, NO_OFFSET = "tqdit.last_axis", "tqdit.no_offset.uint8"
+LAST_AXIS, UINT8_ZERO = "tqdit.last_axis", "tqdit.uint8.0"
+
+_Replaced = dict[int, list[onnx.NodeProto]]  # what stands in the place of a node, by its id
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,14 @@ def has_regions(model: onnx.ModelProto) -> bool:
 def sum_regions(model: onnx.ModelProto, chains: bool = False) -> None:
     """Rewrite the integer products of softmaxes in two regions, in place; those of other scales stay as they are.
 
-    chains: the backend computes operations in one pass over memory if each has one reader. Numerators are then divided
-    once for each of their codes, from which no numerator is stored.
+    chains: the backend computes operations in one pass over memory if each has one reader. Codes are then uint8, and
+    numerators are divided once for each of their codes, from which no numerator is stored.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
-    replaced: dict[int, list[onnx.NodeProto]] = {}
+    replaced: _Replaced = {}
+    added: dict[str, NDArray[Any]] = {LAST_AXIS: np.array([-1]), UINT8_ZERO: np.array(0, np.uint8)}
     retyped: set[str] = set()
     for split in _splits(graph):
         facts = {entry.name: entry for entry in split.softmax.attribute}
@@ -68,7 +76,16 @@ def sum_regions(model: onnx.ModelProto, chains: bool = False) -> None:
             if name not in constants:
                 constants[name] = numpy_helper.from_array(joint, name)
                 graph.initializer.append(constants[name])
-        replaced |= _write(split, chains)
+        if chains:
+            made = _chained(split)
+        else:
+            joints = np.unique(np.round(numpy_helper.to_array(constants[maker.input[place]]) / high_scale))
+            made = _saturating(split, bits, int(joints[0]) if joints.size == 1 else None, added)
+        for old in (split.softmax, split.compare, *split.low, *split.high):
+            for new in made.get(id(old), []):
+                if not new.metadata_props:
+                    new.metadata_props.extend(old.metadata_props)
+        replaced |= made
         retyped |= {name for branch in (split.low, split.high) for name in branch[-2].output}
     if not replaced:
         return
@@ -78,8 +95,7 @@ def sum_regions(model: onnx.ModelProto, chains: bool = False) -> None:
     known = [info for info in graph.value_info if info.name not in retyped]
     del graph.value_info[:]
     graph.value_info.extend(known)
-    graph.initializer.append(numpy_helper.from_array(np.array([-1]), LAST_AXIS))
-    graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), NO_OFFSET))
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
 
 
 def _splits(graph: onnx.GraphProto) -> Iterator[_Split]:
@@ -118,42 +134,83 @@ def _joint(boundary: NDArray[np.float32], bits: int, high_scale: np.float32) -> 
     return (codes * high_scale * np.exp2(-power)).astype(np.float32)
 
 
-def _write(split: _Split, chains: bool) -> dict[int, list[onnx.NodeProto]]:
-    """What stands in the place of each node of a split."""
-    softmax, values, joint = split.softmax, split.softmax.output[0], split.compare.input[1]
-    made = [onnx.helper.make_node("Softmax", softmax.input[:1], [values], name=softmax.name, axis=-1)]
-    are_numerators, compared = softmax.op_type == NUMERATOR, list[onnx.NodeProto]()
-    if are_numerators:  # e = p / max p, and 1 / sum(e) = max p
-        largest = softmax.output[1]
-        made.append(_node("ReduceMax", [values, LAST_AXIS], largest, f"{softmax.name}.largest"))
-        if chains:
-            made.append(_node("Reciprocal", [largest], f"{largest}.reciprocal", f"{softmax.name}.reciprocal"))
-            compared = [_node("Mul", [joint, largest], f"{values}.joint", f"{softmax.name}.joint")]
-            joint = f"{values}.joint"
-        else:
-            made.append(_node("Div", [values, largest], f"{values}.numerators", f"{softmax.name}.numerators"))
-            values = f"{values}.numerators"
-    replaced = {id(softmax): made, id(split.compare): compared}
+def _chained(split: _Split) -> _Replaced:
+    """uint8 codes, and no value but the softmax that two nodes read."""
+    softmax, p, joint = split.softmax, split.softmax.output[0], split.compare.input[1]
+    replaced, largest = _softmax(split)
+    if largest:
+        reciprocal = f"{largest}.reciprocal"
+        replaced[id(softmax)].append(_node("Reciprocal", [largest], reciprocal, f"{softmax.name}.reciprocal"))
+        replaced[id(split.compare)] = [_node("Mul", [joint, largest], f"{p}.joint", f"{softmax.name}.joint")]
+        joint = f"{p}.joint"
     for op_type, branch in (("Min", split.low), ("Sub", split.high)):
-        chosen = branch[0]
-        (result,) = chosen.output
-        nodes = [_node(op_type, [values, joint], result, f"{chosen.name}.{op_type}")]
-        if are_numerators and chains:
-            nodes[0].output[0] = f"{result}.p"
-            nodes.append(_node("Mul", [f"{result}.p", f"{largest}.reciprocal"], result, f"{chosen.name}.numerators"))
-        replaced[id(chosen)] = nodes
-        for before, node in pairwise(branch):
-            if node.op_type == "Clip":  # to int8 of fewer bits, which has no code q
-                replaced[id(node)] = []
-                (reader,) = (one for one in branch if node.output[0] in one.input)
-                reader.input[0] = before.output[0]
-        for node in branch[-2:]:
-            node.input[2] = NO_OFFSET
-    for old in (softmax, split.compare, split.low[0], split.high[0]):
-        for new in replaced[id(old)]:
-            new.metadata_props.extend(old.metadata_props)
+        choice = branch[0]
+        part = _node(op_type, [p, joint], choice.output[0], f"{choice.name}.{op_type}")
+        replaced[id(choice)] = [part]
+        if largest:
+            part.output[0] = f"{choice.output[0]}.p"
+            replaced[id(choice)].append(
+                _node("Mul", [part.output[0], reciprocal], choice.output[0], f"{choice.name}.numerators")
+            )
+        replaced |= _rounded(branch, choice.output[0], UINT8_ZERO)
     return replaced
 
 
-def _node(op_type: str, inputs: list[str], output: str, name: str) -> onnx.NodeProto:
-    return onnx.helper.make_node(op_type, inputs, [output], name=name)
+def _saturating(split: _Split, bits: int, joint_code: int | None, added: dict[str, NDArray[Any]]) -> _Replaced:
+    """As few passes over floats as possible.
+
+    joint_code: P / s2, if it is that of all groups of timesteps; added: gets the constants.
+    """
+    softmax, values, joint = split.softmax, split.softmax.output[0], split.compare.input[1]
+    replaced, largest = _softmax(split)
+    if largest:
+        numerators = f"{values}.numerators"
+        replaced[id(softmax)].append(_node("Div", [values, largest], numerators, f"{softmax.name}.numerators"))
+        values = numerators
+    codes = 1 << (bits - 1)
+    replaced |= {id(split.low[0]): []} | _rounded(split.low, values, _offset(127 - codes, added, np.int8))
+    choice, quantize, dequantize = split.high[0], *split.high[-2:]
+    if joint_code is None:
+        replaced[id(choice)] = [_node("Sub", [values, joint], choice.output[0], f"{choice.name}.Sub")]
+        return replaced | _rounded(split.high, choice.output[0], UINT8_ZERO)
+    least = _offset(min(joint_code, codes - 1), added, np.uint8)  # if no p has a code above P's, all second codes are 0
+    replaced |= {id(choice): []} | _rounded(split.high, values, least)
+    quantize.input[2] = UINT8_ZERO
+    clip = _node("Max", [quantize.output[0], least], f"{quantize.output[0]}.high", f"{quantize.name}.Max")
+    dequantize.input[0] = clip.output[0]
+    replaced[id(quantize)] = [quantize, clip]
+    return replaced
+
+
+def _softmax(split: _Split) -> tuple[_Replaced, str | None]:
+    """A softmax for that of two regions, and no comparison. Of numerators e = p / max p also 1 / sum(e) = max p."""
+    softmax = split.softmax
+    made = [_node("Softmax", softmax.input[:1], softmax.output[0], softmax.name, axis=-1)]
+    largest = softmax.output[1] if softmax.op_type == NUMERATOR else None
+    if largest:
+        made.append(_node("ReduceMax", [softmax.output[0], LAST_AXIS], largest, f"{softmax.name}.largest"))
+    return {id(softmax): made, id(split.compare): []}, largest
+
+
+def _rounded(branch: list[onnx.NodeProto], value: str, offset: str) -> _Replaced:
+    """Let a branch round `value` with a zero point, and no Clip to fewer bits, which have no code q."""
+    removed: _Replaced = {}
+    for node in branch[1:]:
+        if node.op_type == "Clip":
+            removed[id(node)] = []
+            continue
+        node.input[0], value = value, node.output[0]
+    for node in branch[-2:]:
+        node.input[2] = offset
+    return removed
+
+
+def _offset(code: int, added: dict[str, NDArray[Any]], dtype: type[np.int8 | np.uint8]) -> str:
+    """The name of a constant."""
+    name = f"tqdit.{dtype.__name__}.{code}"
+    added[name] = np.array(code, dtype)
+    return name
+
+
+def _node(op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: int) -> onnx.NodeProto:
+    return onnx.helper.make_node(op_type, inputs, [output], name=name, **attributes)
