@@ -213,4 +213,4 @@ def _offset(code: int, added: dict[str, NDArray[Any]], dtype: type[np.int8 | np.
 
 
 def _node(op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: int) -> onnx.NodeProto:
-    return onnx.helper.make_node(op_type, inputs, [output], name=name, **attributes)
+    return onnx.helper.make_node(op_type, inputs, [output], name=name, **attributes)  # type: ignore[arg-type]
