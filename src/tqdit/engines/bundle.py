@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from tqdit.card import GraphCard
+from tqdit.engines import cpu
 from tqdit.engines.config import BatchRange
 from tqdit.errors import BackendError, FileFormatError, OutputError
 from tqdit.files import JSON, check_only, decode_record, reading, sha256, writing
@@ -190,11 +191,16 @@ def check_parts(folder: Path, manifest: Manifest) -> None:
 
 
 def check_machine(folder: Path, manifest: Manifest) -> None:
-    """Refuse a bundle of another kind of processor."""
+    """Refuse a bundle of another kind of processor, and one of integers that this processor adds up wrongly."""
     machine = manifest.target.get("machine", platform.machine())
     if machine != platform.machine():
         raise BackendError(
             f"{folder}: built for {machine}, this machine is {platform.machine()}. Build the engine here."
+        )
+    if cpu.INTEGERS in manifest.target and cpu.sums_overflow():
+        raise BackendError(
+            f"{folder}: built for a CPU with {manifest.target[cpu.INTEGERS]}. This one has none, and its sums of "
+            "integer products would overflow. Build the engine here with --backend onnxruntime."
         )
 
 

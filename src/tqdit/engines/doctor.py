@@ -12,16 +12,14 @@ import platform
 import re
 from dataclasses import dataclass, field
 from importlib import metadata, util
-from pathlib import Path
 from typing import Literal
 
-from tqdit.engines import cuda
+from tqdit.engines import cpu, cuda
 from tqdit.engines.backends import backend_names, load_side
 from tqdit.errors import TqditError, first_line
 from tqdit.extras import install, installed_packages
 from tqdit.version import __version__
 
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 # The newest PTX that a driver of a CUDA release reads (NVIDIA's PTX ISA, release notes).
 PTX_OF_CUDA = {(12, 5): 85, (12, 6): 85, (12, 7): 86, (12, 8): 87, (12, 9): 88}
 _DIRECTORIES = re.compile(r"(?<![\w.])~?/(?:[^\s/'\"():,;]+/)+")
@@ -99,18 +97,8 @@ def examine() -> Report:
     backends = {name: backend_state(name, driver, gpus) for name in backend_names()}
     return Report(
         __version__, platform.python_version(), f"{platform.system()} {platform.machine()}", os.cpu_count() or 1,
-        cpu_features(), packages, driver, gpus, backends, tuple(advise(packages, driver, gpus)),
+        cpu.features(), packages, driver, gpus, backends, tuple(advise(packages, driver, gpus)),
     )  # fmt: skip
-
-
-def cpu_features() -> tuple[str, ...]:
-    """Those that decide how fast integers are, on Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return tuple(name for name in CPU_FEATURES if lines and name in lines[0].split())
 
 
 def find_gpus() -> tuple[Driver, tuple[Gpu, ...]]:

@@ -23,15 +23,16 @@ from networks import Parallel, Tokens, described
 from tables import Kind, make_table, random_rows
 from tqdit import onnx_file
 from tqdit.card import ATTENTION_FORMS
+from tqdit.engines import cpu
 from tqdit.engines.backends.openvino import build, library
 from tqdit.engines.backends.openvino.run import load
 from tqdit.engines.backends.openvino.single_rows import widen_single_rows
+from tqdit.engines.build.backend import choose_backend
 from tqdit.engines.build.engine import build_engine
 from tqdit.engines.bundle import MANIFEST, read_manifest
 from tqdit.engines.config import BuildConfig
-from tqdit.engines.doctor import cpu_features
 from tqdit.engines.run.sampler import Sampler, to_pixels
-from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, UsageError
+from tqdit.errors import BackendError, FileFormatError, MissingLibraryError, TqditWarning, UsageError
 from tqdit.exporter.graph import ExportConfig, export_graph
 from tqdit.exporter.onnx_writer import write
 from tqdit.exporter.passes.quantize import exported_sites
@@ -287,7 +288,7 @@ def test_why_the_patch_embedding_is_no_convolution(product):
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", library.settings("fp32", 1))
     out, expected = compiled(x)[0], unoptimised(model.SerializeToString(), {"x": x})
     right = np.linalg.norm(out - expected) <= 1e-6 * np.linalg.norm(expected)
-    assert right == (not is_convolution or "amx_int8" in cpu_features())
+    assert right == (not is_convolution or "amx_int8" in cpu.features())
 
 
 def test_threads_are_tied_to_no_core(engine):
@@ -569,3 +570,14 @@ def test_the_decoder_is_diffusers_own(tmp_path, precision):
         expected = to_pixels(vae.decode(torch.from_numpy(latents) / 0.5 + 0.1).sample.numpy())
     assert images.shape == (3, 16, 16, 3)
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= (1 if precision == "fp32" else 3)
+
+
+@pytest.mark.slow
+def test_where_sums_overflow_another_backend_is_chosen_and_the_user_is_told(tmp_path, quantized, monkeypatch):
+    """What OpenVINO then computes is wrong (ONEDNN_MAX_CPU_ISA=AVX2), which the golden calls find; here it is right."""
+    assert choose_backend()[0] == "openvino"
+    monkeypatch.setattr(cpu, "sums_overflow", lambda: True)
+    assert choose_backend()[0] == "onnxruntime"
+    with pytest.warns(TqditWarning, match=r"this CPU has no VNNI or AMX.*build it with --backend onnxruntime"):
+        manifest = build_engine(quantized, tmp_path / "engine", "openvino")
+    assert "integers" not in manifest.target

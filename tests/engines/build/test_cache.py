@@ -130,7 +130,7 @@ def test_a_provider_for_gpus_has_the_gpu_in_its_key(monkeypatch):
 def test_another_kind_of_processor_has_engines_of_its_own(backend, monkeypatch):
     found = set()
     for features in ((), ("avx2",), ("avx2", "avx512_vnni")):
-        monkeypatch.setattr("tqdit.engines.build.backend.cpu_features", lambda features=features: features)
+        monkeypatch.setattr("tqdit.engines.cpu.features", lambda features=features: features)
         found.add(builder(backend).place(BuildConfig()))
     assert len(found) == 3
 

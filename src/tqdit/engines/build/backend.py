@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 from tqdit.card import GraphCard
+from tqdit.engines import cpu
 from tqdit.engines.backends import backend_names, load_side
 from tqdit.engines.bundle import Artefact
 from tqdit.engines.config import BuildConfig, FloatType, Progress
-from tqdit.engines.doctor import cpu_features
 from tqdit.errors import BackendError
 from tqdit.extras import install
 from tqdit.onnx_file import OnnxFile
@@ -57,7 +57,7 @@ class Builder(Protocol):
 
 def processor() -> str:
     """The kind of processor here: an engine of a CPU was verified, and its layers were audited, on one of its kind."""
-    return " ".join((platform.machine(), *cpu_features()))
+    return " ".join((platform.machine(), *cpu.features()))
 
 
 def builder(backend: str) -> Builder:

@@ -18,11 +18,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from tqdit.engines import cpu
 from tqdit.engines.build.backend import builder, choose_backend
 from tqdit.engines.build.fastest import build_fastest
 from tqdit.engines.bundle import FORECAST, Manifest, check_overwrite, check_parts, read_manifest, write_manifest
 from tqdit.engines.config import BuildConfig, Progress, silent
-from tqdit.engines.doctor import cpu_features, find_gpus
+from tqdit.engines.doctor import find_gpus
 from tqdit.errors import FileFormatError, OutputError, TqditWarning, UsageError
 from tqdit.extras import installed_packages
 from tqdit.files import bring, check_only, check_writable, sha256, whole_folder
@@ -80,7 +81,7 @@ def key_of(files: Sequence[Path], backend: str, config: BuildConfig) -> str:
         "libraries": installed_packages(),
         "backend": backend,
         "place": builder(backend).place(config),
-        "measured": str((cpu_features(), os.cpu_count(), *find_gpus())) if len(files) > 1 else "",
+        "measured": str((cpu.features(), os.cpu_count(), *find_gpus())) if len(files) > 1 else "",
         "config": {name: value for name, value in asdict(config).items() if name not in UNTOLD},
         "files": [[(part.name, sha256(part)) for part in _parts(file)] for file in files],
     }

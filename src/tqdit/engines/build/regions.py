@@ -8,15 +8,15 @@ is right everywhere. With q = 2^(bits-1), s2 = s1 2^i and i < bits, P = q s1 lie
 of which the first codes are 0..q and the second 0..q - 1. Both come from the softmax directly: no op of ours, no
 comparison, no choice. Values differ by float rounding alone.
 
-Where the backend computes one operation after the other, each pass over the floats counts. The first codes are int8
-then, with the zero point 127 - q, for which int8 saturates at q. P / s2 = q / 2^i is an integer. If all groups of
+Where the backend computes one operation after the other, each pass over the floats counts. The first codes then
+have the zero point 255 - q, for which uint8 saturates at q. P / s2 = q / 2^i is an integer. If all groups of
 timesteps have the same P, the second codes are max(round(p / s2), P / s2) with the zero point P / s2: the maximum is
 one of bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from onnx import numpy_helper
 
 from tqdit.plugins.multi_region_numerator.schema import OP_TYPE as NUMERATOR
 from tqdit.plugins.multi_region_softmax.schema import OP_TYPE as SOFTMAX
+from tqdit.plugins.time_group_select.schema import OP_TYPE as SELECT
 
 BOUNDARY, JOINT = ".left.boundary", ".left.joint"  # in names: (q - 1/2) s1, and P
 LAST_AXIS, UINT8_ZERO = "tqdit.last_axis", "tqdit.uint8.0"
@@ -62,6 +63,7 @@ def sum_regions(model: onnx.ModelProto, chains: bool = False) -> None:
     replaced: _Replaced = {}
     added: dict[str, NDArray[Any]] = {LAST_AXIS: np.array([-1]), UINT8_ZERO: np.array(0, np.uint8)}
     retyped: set[str] = set()
+    ones = _ones(graph, constants)
     for split in _splits(graph):
         facts = {entry.name: entry for entry in split.softmax.attribute}
         bits, high_scale = facts["bits"].i, np.float32(facts["high_scale"].f)
@@ -80,7 +82,7 @@ def sum_regions(model: onnx.ModelProto, chains: bool = False) -> None:
             made = _chained(split)
         else:
             joints = np.unique(np.round(numpy_helper.to_array(constants[maker.input[place]]) / high_scale))
-            made = _saturating(split, bits, int(joints[0]) if joints.size == 1 else None, added)
+            made = _saturating(split, bits, int(joints[0]) if joints.size == 1 else None, ones, added)
         for old in (split.softmax, split.compare, *split.low, *split.high):
             for new in made.get(id(old), []):
                 if not new.metadata_props:
@@ -96,6 +98,12 @@ def sum_regions(model: onnx.ModelProto, chains: bool = False) -> None:
     del graph.value_info[:]
     graph.value_info.extend(known)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
+
+
+def _ones(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> set[str]:
+    """Ratios of the groups' scales that are 1 in every group."""
+    selections = [node for node in graph.node if node.op_type == SELECT]
+    return {node.output[0] for node in selections if np.all(numpy_helper.to_array(constants[node.input[2]]) == 1)}
 
 
 def _splits(graph: onnx.GraphProto) -> Iterator[_Split]:
@@ -156,10 +164,13 @@ def _chained(split: _Split) -> _Replaced:
     return replaced
 
 
-def _saturating(split: _Split, bits: int, joint_code: int | None, added: dict[str, NDArray[Any]]) -> _Replaced:
+def _saturating(
+    split: _Split, bits: int, joint_code: int | None, ones: set[str], added: dict[str, NDArray[Any]]
+) -> _Replaced:
     """As few passes over floats as possible.
 
-    joint_code: P / s2, if it is that of all groups of timesteps; added: gets the constants.
+    joint_code: P / s2, if it is that of all groups of timesteps. ones: values that are always 1. added: gets the
+    constants.
     """
     softmax, values, joint = split.softmax, split.softmax.output[0], split.compare.input[1]
     replaced, largest = _softmax(split)
@@ -168,12 +179,12 @@ def _saturating(split: _Split, bits: int, joint_code: int | None, added: dict[st
         replaced[id(softmax)].append(_node("Div", [values, largest], numerators, f"{softmax.name}.numerators"))
         values = numerators
     codes = 1 << (bits - 1)
-    replaced |= {id(split.low[0]): []} | _rounded(split.low, values, _offset(127 - codes, added, np.int8))
+    replaced |= {id(split.low[0]): []} | _rounded(split.low, values, _offset(255 - codes, added), ones)
     choice, quantize, dequantize = split.high[0], *split.high[-2:]
     if joint_code is None:
         replaced[id(choice)] = [_node("Sub", [values, joint], choice.output[0], f"{choice.name}.Sub")]
         return replaced | _rounded(split.high, choice.output[0], UINT8_ZERO)
-    least = _offset(min(joint_code, codes - 1), added, np.uint8)  # if no p has a code above P's, all second codes are 0
+    least = _offset(min(joint_code, codes - 1), added)  # if no p has a code above P's, all second codes are 0
     replaced |= {id(choice): []} | _rounded(split.high, values, least)
     quantize.input[2] = UINT8_ZERO
     clip = _node("Max", [quantize.output[0], least], f"{quantize.output[0]}.high", f"{quantize.name}.Max")
@@ -192,11 +203,13 @@ def _softmax(split: _Split) -> tuple[_Replaced, str | None]:
     return {id(softmax): made, id(split.compare): []}, largest
 
 
-def _rounded(branch: list[onnx.NodeProto], value: str, offset: str) -> _Replaced:
-    """Let a branch round `value` with a zero point, and no Clip to fewer bits, which have no code q."""
+def _rounded(branch: list[onnx.NodeProto], value: str, offset: str, ones: Collection[str] = ()) -> _Replaced:
+    """Let a branch round `value` with a zero point, without divisions by `ones`, and without a Clip to fewer bits,
+    which have no code q.
+    """
     removed: _Replaced = {}
     for node in branch[1:]:
-        if node.op_type == "Clip":
+        if node.op_type == "Clip" or (node.op_type == "Div" and node.input[1] in ones):
             removed[id(node)] = []
             continue
         node.input[0], value = value, node.output[0]
@@ -205,10 +218,10 @@ def _rounded(branch: list[onnx.NodeProto], value: str, offset: str) -> _Replaced
     return removed
 
 
-def _offset(code: int, added: dict[str, NDArray[Any]], dtype: type[np.int8 | np.uint8]) -> str:
+def _offset(code: int, added: dict[str, NDArray[Any]]) -> str:
     """The name of a constant."""
-    name = f"tqdit.{dtype.__name__}.{code}"
-    added[name] = np.array(code, dtype)
+    name = f"tqdit.uint8.{code}"
+    added[name] = np.array(code, np.uint8)
     return name
 
 

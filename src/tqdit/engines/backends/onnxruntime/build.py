@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import util
@@ -13,8 +12,9 @@ import numpy as np
 import onnx
 
 from tqdit.card import GraphCard
-from tqdit.engines import cuda
+from tqdit.engines import cpu, cuda
 from tqdit.engines.backends.onnxruntime.library import load_library, open_session, session_options
+from tqdit.engines.backends.onnxruntime.products import write_products
 from tqdit.engines.backends.onnxruntime.providers import (
     FLOAT_TYPES,
     NOT_AUDITED,
@@ -24,10 +24,11 @@ from tqdit.engines.backends.onnxruntime.providers import (
     refuse_device,
     settings_of,
 )
+from tqdit.engines.backends.onnxruntime.weight_only import write_weight_only_products
 from tqdit.engines.build.audit import audit, check_audit
 from tqdit.engines.build.backend import Fitness, processor
 from tqdit.engines.build.cast import INTEGER_ATTENTIONS, OUT_TYPE
-from tqdit.engines.build.regions import has_regions, sum_regions
+from tqdit.engines.build.regions import sum_regions
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BatchRange, BuildConfig, FloatType, Progress
 from tqdit.errors import UsageError
@@ -82,7 +83,7 @@ def build(
     if provider == "tensorrt":
         _compile_by_tensorrt(source, card, folder / GRAPH_FILE, providers)
     else:
-        with _prepared(source, card, folder) as prepared:
+        with _prepared(source, card, folder, provider) as prepared:
             _optimise(prepared, folder / GRAPH_FILE, providers, provider, _keeps_weights_beside(source))
     if decoder is not None:
         on = provider if provider == "cpu" else "cuda"
@@ -95,7 +96,7 @@ def build(
         entry=GRAPH_FILE,
         decoder=None if decoder is None else DECODER_FILE,
         versions={"onnxruntime": ort.__version__},
-        target={"provider": PROVIDERS[provider], "machine": platform.machine()},
+        target={"provider": PROVIDERS[provider], **cpu.target(report is not None and provider == "cpu")},
         audit=report,
         batch=(config.batch or BatchRange()) if provider == "tensorrt" and not card.rows else None,
     )
@@ -115,40 +116,37 @@ def audit_graph(file: Path, card: GraphCard, scopes: Scopes, provider: str) -> A
 
 
 @contextmanager
-def _prepared(source: OnnxFile, card: GraphCard, folder: Path) -> Iterator[Path]:
-    """The file, or a temporary one with float weights kept apart, quantizers written out and two regions summed."""
-    model = _float_weights_kept_apart(source, card)
-    results = [node for node in (model or source.model).graph.node if _makes_codes(node)]
-    if model is None and not results and not has_regions(source.model):
+def _prepared(source: OnnxFile, card: GraphCard, folder: Path, provider: str) -> Iterator[Path]:
+    """The file, or a temporary one with quantizers written out, two regions summed and products as ONNX Runtime's."""
+    forms = {} if card.quantization is None else card.quantization.products
+    if not forms:
         yield source.path
         return
-    model = model or source.copy()
+    model, weights = source.copy(), source.path.parent
     _quantize_results(model.graph)
     sum_regions(model)
+    alone = {module for module, form in forms.items() if form == "weight-only"}
+    if provider == "cpu":
+        if not cpu.sums_overflow():
+            alone -= write_weight_only_products(model, weights, alone)
+        integers = {module for module, form in forms.items() if form == "integer"}
+        write_products(model, weights, integers, signed=not cpu.sums_overflow())
+    _keep_apart(model.graph, alone)
     with temporary_folder(folder / "apart") as apart:
         path = source.save_copy(model, apart)
         del model  # up to 2 GB that the compiler may need
         yield path
 
 
-def _float_weights_kept_apart(source: OnnxFile, card: GraphCard) -> onnx.ModelProto | None:
-    """Insert Unsqueeze and Squeeze so that ONNX Runtime does not form MatMulNBits; None if no weight needs it.
-
-    It concerns weights whose products have float inputs. For the few rows of the conditioning MatMulNBits takes ten
-    times as long as a float product (a fifth of a DiT-XL/2 step; docs/engines.md). The int8 weight stays in the file
-    and is dequantized once, when the engine is opened (`run.py`).
-    """
-    forms = {} if card.quantization is None else card.quantization.products
-    alone = {module for module, form in forms.items() if form == "weight-only"}
-    if not alone:
-        return None
-    model = source.copy()
-    _keep_apart(model.graph, alone)
-    return model
-
-
 def _keep_apart(graph: onnx.GraphProto, modules: Collection[str]) -> None:
-    """Put an Unsqueeze and a Squeeze after each DequantizeLinear of these modules."""
+    """Put an Unsqueeze and a Squeeze after each DequantizeLinear of these modules, so that ONNX Runtime makes no
+    MatMulNBits of weights whose products have float inputs.
+
+    For the few rows of the conditioning MatMulNBits takes ten times as long as a float product (docs/engines.md). The
+    int8 weight stays in the file and is dequantized once, when the engine is opened (`run.py`).
+    """
+    if not modules:
+        return
     for node in [node for node in graph.node if node.op_type == "DequantizeLinear" and scope_of(node) in modules]:
         module, value = scope_of(node), node.output[0]
         position = list(graph.node).index(node) + 1
@@ -222,7 +220,9 @@ def _compile_by_tensorrt(source: OnnxFile, card: GraphCard, target: Path, provid
     """Keep the graph as it is and let the provider fill its engine cache beside it: it wants Q/DQ, not fused nodes."""
     ort = load_library()
     options, settings = session_options(ort)
-    model = _float_weights_kept_apart(source, card) or source.copy()
+    model = source.copy()
+    forms = {} if card.quantization is None else card.quantization.products
+    _keep_apart(model.graph, {module for module, form in forms.items() if form == "weight-only"})
     onnx.load_external_data_for_model(model, str(source.path.parent))
     data = f"{target.name}.data" if source.size_bytes > EXTERNAL_DATA_BYTES else None
     onnx.save(model, target, save_as_external_data=data is not None, location=data)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import re
+import warnings
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +12,7 @@ from typing import Any
 import onnx.inliner
 
 from tqdit.card import GraphCard
+from tqdit.engines import cpu
 from tqdit.engines.backends.openvino.angles import tabulate_angles
 from tqdit.engines.backends.openvino.library import compile_file, core_of, has_bfloat16, load_library, reason, release
 from tqdit.engines.backends.openvino.moved_codes import move_codes, moves_floats
@@ -22,7 +23,7 @@ from tqdit.engines.build.backend import Fitness, processor
 from tqdit.engines.build.regions import has_regions, sum_regions
 from tqdit.engines.bundle import Artefact, Audit
 from tqdit.engines.config import BuildConfig, FloatType, Progress
-from tqdit.errors import BackendError
+from tqdit.errors import BackendError, TqditWarning
 from tqdit.files import temporary_folder
 from tqdit.graph_names import Scopes
 from tqdit.onnx_file import OnnxFile
@@ -42,6 +43,8 @@ NAMELESS = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")
 def fitness() -> Fitness:
     if util.find_spec("openvino") is None:
         return Fitness(0, "openvino is not installed")
+    if cpu.sums_overflow():
+        return Fitness(5, f"its sums of integers overflow on CPUs without {cpu.WIDE_SUMS}")
     return Fitness(20, "the fastest on CPUs")
 
 
@@ -59,6 +62,13 @@ def build(
 ) -> Artefact:
     """Convert the graph and the decoder; read off the compiled graph what stayed integer."""
     ov = load_library()
+    if card.quantization is not None and cpu.sums_overflow():
+        warnings.warn(
+            f"this CPU has no {cpu.WIDE_SUMS}, and OpenVINO's sums of integer products overflow on such CPUs. If the "
+            "engine is refused for its error, build it with --backend onnxruntime.",
+            TqditWarning,
+            stacklevel=2,
+        )
     float_type = "bf16" if config.float_type == "bf16" else "fp32"
     parts = {GRAPH_FILE: source} | ({} if decoder is None else {DECODER_FILE: decoder})
     for done, (name, file) in enumerate(parts.items()):
@@ -71,7 +81,7 @@ def build(
         entry=GRAPH_FILE,
         decoder=None if decoder is None else DECODER_FILE,
         versions={"openvino": release(ov)},
-        target={"device": "CPU", "machine": platform.machine()},
+        target={"device": "CPU", **cpu.target(report is not None)},
         audit=report,
     )
 
